@@ -1,0 +1,370 @@
+"""The rules of the source tree, as data, checked on every file; and the checkers, checked on planted bad sources."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "tfmq"
+
+# From the top down: a layer imports itself and what stands below it.
+LAYERS = (
+    "cli",
+    "tfmq",  # `from tfmq import name`: the public names, which lead to any layer below
+    "report",
+    "cluster",
+    "evaluation",
+    "integrations",
+    "export",
+    "workflow",
+    "recipes",
+    "reconstruction",
+    "temporal",
+    "calibration",
+    "models",
+    "storage",
+    "nn",
+    "quantizers",
+    "kernels",
+    "numerics",
+    "progress",
+    "errors",
+)
+RANK = {name: rank for rank, name in enumerate(reversed(LAYERS))}
+
+
+class Exemption(NamedTuple):
+    """What a file that stands in no layer may import beyond the helpers below numerics."""
+
+    layers: str
+    only_lazily: bool
+    reason: str
+
+
+EXEMPTIONS = {
+    "__init__.py": Exemption("*", True, "the public names live in all layers; loading them on first use keeps `import tfmq` light"),
+    "__main__.py": Exemption("cli", False, "`python -m tfmq` is the command line"),
+}
+
+CORE = {"torch", "numpy", "safetensors"}  # what the package itself depends on
+OPTIONAL = {
+    "diffusers": ("integrations/diffusers*",),
+    "transformers": ("integrations/diffusers*",),
+    "accelerate": ("integrations/diffusers*",),
+    "triton": ("kernels/*",),
+    "onnx": ("export/*",),
+    "onnxruntime": ("export/*",),
+    "openvino": ("export/*", "kernels/openvino*"),
+    "ray": ("cluster/*",),
+    "typer": ("cli/*",),
+    "rich": ("cli/*", "progress.py"),
+    "yaml": ("recipes/*", "recipes.py"),
+    "matplotlib": ("report/*", "evaluation/*"),
+    "PIL": ("report/*", "evaluation/*"),
+    "skimage": ("report/*", "evaluation/*"),
+}
+UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}  # loading a file with them runs what it contains
+
+# Folders of one particular machine. The brackets keep this line from matching itself.
+MACHINE_PATH = re.compile(rb"(?<![\w.~-])[/](?:home|root|Users|work)/|[A-Z]:\\{1,2}Users\\")
+SHIPPED = ("src", "tests", "docs", "examples", "benchmarks", "README.md", "pyproject.toml", "tasks.py")
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+class Import(NamedTuple):
+    """One imported dotted name, and whether it is only imported when a function runs."""
+
+    name: str
+    line: int
+    lazy: bool
+
+
+def literal_import(node: ast.Call) -> str | None:
+    """Return NAME of `import_module("NAME")`, `importlib.import_module("NAME")` or `__import__("NAME")`."""
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+    first = node.args[0] if node.args else None
+    literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
+    return first.value if called in ("import_module", "__import__") and literal else None
+
+
+def imported_names(node: ast.AST, package: tuple[str, ...]) -> list[str]:
+    """Return the absolute dotted names that this node imports; relative ones count from `package`."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        above = package[: len(package) - node.level + 1] if node.level else ()
+        return [".".join((*above, *filter(None, [node.module]), alias.name)) for alias in node.names]
+    if isinstance(node, ast.Call) and (name := literal_import(node)):
+        level = len(name) - len(name.lstrip("."))
+        return [".".join((*(package[: len(package) - level + 1] if level else ()), name.lstrip(".")))]
+    return []
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Return whether this is an `if TYPE_CHECKING:` block."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(tree: ast.AST, path: str, *, lazy: bool = False) -> Iterator[Import]:
+    """Yield every import of the file at `path` (relative to src/tfmq), those inside functions included."""
+    package = ("tfmq", *Path(path).parent.parts)
+    for node in ast.iter_child_nodes(tree):
+        for name in imported_names(node, package):
+            yield Import(name, getattr(node, "lineno", 0), lazy)
+        later = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node)
+        yield from imports(node, path, lazy=later)
+
+
+def layer_of(name: str) -> str | None:
+    """Return the layer that a dotted name lies in; None outside tfmq, and for `tfmq.__version__` and its like."""
+    first, _, rest = name.partition(".")
+    second = rest.partition(".")[0]
+    if first != "tfmq" or second.startswith("__"):
+        return None
+    return second if second in RANK else "tfmq"
+
+
+def exempt(path: str, target: str, *, lazy: bool) -> bool:
+    """Return whether the file is exempted for imports of the layer `target`."""
+    exemption = EXEMPTIONS.get(path)
+    return exemption is not None and fnmatchcase(target, exemption.layers) and (lazy or not exemption.only_lazily)
+
+
+def direction_violations(path: str, text: str) -> list[str]:
+    """Imports that do not point down, and files that stand in no layer."""
+    own = Path(path).parts[0].removesuffix(".py")
+    if own not in RANK and path not in EXEMPTIONS:
+        return [f"{path}: {own!r} is no layer; the layers are {', '.join(LAYERS)}"]
+    found = []
+    for name, line, lazy in imports(ast.parse(text), path):
+        target = layer_of(name)
+        down = target is None or target == own or RANK[target] < RANK.get(own, RANK["numerics"])
+        if target is not None and not down and not exempt(path, target, lazy=lazy):
+            found.append(f"{path}:{line}: {own} may not import {name}")
+    return found
+
+
+def dependency_violations(path: str, text: str) -> list[str]:
+    """Imports of packages that are undeclared, or that belong to another folder."""
+    found = []
+    for name, line, _ in imports(ast.parse(text), path):
+        package = name.partition(".")[0]
+        if package == "tfmq" or package in CORE | sys.stdlib_module_names:
+            continue
+        homes = OPTIONAL.get(package, ())
+        if not any(fnmatchcase(path, home) for home in homes):
+            found.append(f"{path}:{line}: imports {package}, allowed in: {', '.join(homes) or 'no file, it is not a declared dependency'}")
+    return found
+
+
+def has_true(node: ast.Call, keyword: str) -> bool:
+    """Return whether the call passes `keyword=True`, literally."""
+    return any(given.arg == keyword and isinstance(given.value, ast.Constant) and given.value.value is True for given in node.keywords)
+
+
+def unsafe_violations(path: str, text: str) -> list[str]:
+    """Ways to run code that a data file contains: pickle, unguarded loads, eval and exec."""
+    tree = ast.parse(text)
+    found = [f"{path}:{line}: imports {name}" for name, line, _ in imports(tree, path) if name.partition(".")[0] in UNSAFE_MODULES]
+    found += [f"{path}:{line}: write torch.load in full" for name, line, _ in imports(tree, path) if name == "torch.load"]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("eval", "exec", "builtins.eval", "builtins.exec"):
+            found.append(f"{path}:{node.lineno}: calls {called}")
+        if called == "torch.load" and not has_true(node, "weights_only"):
+            found.append(f"{path}:{node.lineno}: torch.load without weights_only=True")
+        if has_true(node, "allow_pickle"):
+            found.append(f"{path}:{node.lineno}: allow_pickle=True")
+    return found
+
+
+def unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool) -> list[str]:
+    """Return which parameters of a function, and `return`, have no annotation; the receiver of a method needs none."""
+    given = function.args
+    positional = [*given.posonlyargs, *given.args]
+    static = any(ast.unparse(decorator) == "staticmethod" for decorator in function.decorator_list)
+    parameters = [*(positional[1:] if method and not static else positional), *given.kwonlyargs, *filter(None, [given.vararg, given.kwarg])]
+    names = [parameter.arg for parameter in parameters if parameter.annotation is None]
+    return names if function.returns or function.name == "__init__" else [*names, "return"]
+
+
+def public_violations(path: str, text: str) -> list[str]:
+    """Public functions and classes without a docstring; those and public methods without full annotations."""
+    found = []
+
+    def visit(body: list[ast.stmt], *, method: bool) -> None:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if node.name.startswith("_") and not node.name.endswith("__"):
+                continue
+            overload = any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list)
+            if not method and not overload and not node.name.startswith("__") and ast.get_docstring(node) is None:
+                found.append(f"{path}:{node.lineno}: {node.name} has no docstring")
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, method=True)
+            elif names := unannotated(node, method=method):
+                found.append(f"{path}:{node.lineno}: {node.name} has no annotation for {', '.join(names)}")
+
+    visit(ast.parse(text).body, method=False)
+    return found
+
+
+def machine_path_violations(path: str, content: bytes) -> list[str]:
+    """Absolute paths that exist on one machine only."""
+    match = MACHINE_PATH.search(content)
+    return [f"{path}: contains {match.group().decode()}..."] if match else []
+
+
+@pytest.mark.parametrize("check", [direction_violations, dependency_violations, unsafe_violations, public_violations])
+def test_sources(check: Callable[[str, str], list[str]]) -> None:
+    assert FILES, f"no source under {SOURCE}"
+    found = [violation for file in FILES for violation in check(file.relative_to(SOURCE).as_posix(), file.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+def test_no_machine_paths() -> None:
+    found = []
+    for file in (file for name in SHIPPED for file in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])):
+        path = file.relative_to(ROOT)
+        cached = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+        if file.is_file() and not cached:
+            found += machine_path_violations(path.as_posix(), file.read_bytes())
+    assert not found, "\n".join(found)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the top-level packages that a fresh interpreter has loaded after `statement`."""
+    path = os.pathsep.join(filter(None, [str(SOURCE.parent), os.environ.get("PYTHONPATH")]))
+    code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    command = [sys.executable, "-W", "error", "-c", code]
+    return set(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_import_needs_torch_alone() -> None:
+    allowed = loaded_by("import torch")
+    loaded = loaded_by("import tfmq")
+    assert "tfmq" in loaded
+    assert not (loaded - allowed) & (OPTIONAL.keys() | {"safetensors"})
+
+
+def test_loaded_by_sees_a_heavy_import() -> None:
+    assert "hypothesis" in loaded_by("import hypothesis")
+    assert "hypothesis" not in loaded_by("import json")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("numerics/affine.py", "from tfmq.nn import linear"),
+        ("numerics/affine.py", "def f():\n    import tfmq.workflow"),
+        ("numerics/affine.py", "from ..nn.linear import QuantizedLinear"),
+        ("numerics/affine.py", "from .. import nn"),
+        ("numerics/affine.py", "from tfmq import quantize"),
+        ("numerics/affine.py", "from importlib import import_module\nimport_module('tfmq.storage.packing')"),
+        ("numerics/affine.py", "import importlib\nimportlib.import_module('..storage', __package__)"),
+        ("numerics/affine.py", "if TYPE_CHECKING:\n    from tfmq.nn import linear"),
+        ("recipes.py", "import tfmq.workflow"),
+        ("workflow.py", "from tfmq.integrations import diffusers"),
+        ("workflow/__init__.py", "def f():\n    from ..integrations import diffusers"),
+        ("errors.py", "import tfmq.numerics"),
+        ("__init__.py", "from tfmq.workflow import quantize"),
+        ("__main__.py", "from tfmq.workflow import quantize"),
+        ("utils/misc.py", ""),
+    ],
+)
+def test_direction_finds(path: str, text: str) -> None:
+    assert direction_violations(path, text)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("nn/linear.py", "from tfmq.numerics.affine import quantize\nfrom . import conv\nfrom ..kernels import linear\nfrom ..errors import E"),
+        ("nn/linear.py", "from tfmq import __version__, numerics\nimport torch.nn"),
+        ("cli/app.py", "import tfmq\nfrom tfmq import quantize"),
+        ("workflow.py", "from tfmq import recipes"),
+        ("__init__.py", "def __getattr__(name):\n    import tfmq.workflow\nif TYPE_CHECKING:\n    from tfmq.workflow import quantize"),
+        ("__main__.py", "from tfmq.cli.app import main"),
+        ("__init__.py", "from tfmq.errors import E"),
+    ],
+)
+def test_direction_permits(path: str, text: str) -> None:
+    assert direction_violations(path, text) == []
+
+
+@pytest.mark.parametrize("package", [*OPTIONAL, "undeclared"])
+def test_dependencies_finds(package: str) -> None:
+    assert dependency_violations("numerics/affine.py", f"import {package}.sub")
+    assert dependency_violations("cluster_of_things/a.py", f"def f():\n    from {package} import name")
+    assert dependency_violations("nn/a.py", f"import importlib\nimportlib.import_module('{package}')")
+
+
+def test_dependencies_permits() -> None:
+    assert dependency_violations("integrations/diffusers/pipeline.py", "import diffusers, transformers, torch, json, tfmq.nn") == []
+    assert dependency_violations("integrations/diffusers.py", "import diffusers") == []
+    assert dependency_violations("integrations/compvis.py", "import diffusers")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import load",
+        "from torch import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path, allow_pickle=True)",
+        "eval('1')",
+        "def f():\n    exec('1')",
+    ],
+)
+def test_unsafe_finds(text: str) -> None:
+    assert unsafe_violations("a.py", text)
+
+
+def test_unsafe_permits() -> None:
+    assert unsafe_violations("a.py", "model.eval()\ntorch.load(path, weights_only=True)\nnp.load(path)") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("def f() -> None: ...", "f has no docstring"),
+        ("class C: ...", "C has no docstring"),
+        ("def f(x) -> None:\n    'Doc.'", "annotation for x"),
+        ("def f(*, x): 'Doc.'", "annotation for x, return"),
+        ("def f(*args, **kwargs) -> None: 'Doc.'", "annotation for args, kwargs"),
+        ("class C:\n    'Doc.'\n    def m(self, x: int): ...", "annotation for return"),
+        ("class C:\n    'Doc.'\n    def __init__(self, x): ...", "annotation for x"),
+        ("class C:\n    'Doc.'\n    @staticmethod\n    def m(x) -> None: ...", "annotation for x"),
+    ],
+)
+def test_public_finds(text: str, complaint: str) -> None:
+    assert [violation for violation in public_violations("a.py", text) if violation.endswith(complaint)]
+
+
+def test_public_permits() -> None:
+    assert public_violations("a.py", "def _f(x): ...\nclass C:\n    'Doc.'\n    def __init__(self): ...\n    def m(self, x: int) -> None: ...") == []
+
+
+@pytest.mark.parametrize("parts", [("", "home", "me", "model"), ("x = '", "work", "a'"), ("C:", "Users", "me")])
+def test_machine_paths_finds(parts: tuple[str, ...]) -> None:
+    separator = "\\" if parts[0] == "C:" else "/"
+    assert machine_path_violations("a.json", separator.join(parts).encode())
+
+
+def test_machine_paths_permits() -> None:
+    assert machine_path_violations("a.md", b"https://example.org/work/a, src/work/a, ~/work/a, /usr/bin/env, D:/a") == []
