@@ -1,0 +1,168 @@
+"""Files that are either the old version or the new one, never something between; JSON and tensors read and written that way."""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .container import check_container, encode_header, file_order
+from .errors import ForeignFileError, MissingFileError, StorageFullError, TruncatedFileError
+from .raw import raw_bytes
+
+__all__ = ["atomic_write", "encode_json", "full_disk_named", "read_json", "read_tensors", "write_json", "write_tensors"]
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
+    """Yield an empty temporary file beside `path`; once the block ends, sync it and put it in place of `path`; if the block fails, remove it.
+
+    `needed_bytes`, where known, only makes the message about a full disk exact.
+
+    Raises:
+        MissingFileError: the directory of `path` does not exist.
+        StorageFullError: the disk or the quota is full, in the block or here; `path` is as it was.
+        OSError: any other failure of the file system.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    with full_disk_named(target, needed_bytes=needed_bytes):
+        try:
+            _create(temporary)
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)  # gone already where it was put in place
+        _sync_directory(target.parent)
+
+
+@contextmanager
+def full_disk_named(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" within the block into `StorageFullError`, naming `path`; let any other exception pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = "more bytes than are left" if needed_bytes is None else f"{needed_bytes} bytes"
+        raise StorageFullError(f"{path} needs {needed} ({error.strerror}); free space, raise the quota, or choose another disk") from error
+
+
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """Return `value` as JSON, UTF-8: sorted keys, indent 1, final newline; hence equal bytes for equal values.
+
+    Raises:
+        ValueError: a number is not finite.
+        TypeError: a value is of a type JSON lacks.
+    """
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write `value` to `path` atomically as `encode_json` spells it.
+
+    Raises:
+        ValueError, TypeError: see `encode_json`; nothing is written.
+        MissingFileError, StorageFullError: see `atomic_write`.
+    """
+    text = encode_json(value)
+    with atomic_write(path, needed_bytes=len(text)) as temporary:
+        temporary.write_bytes(text)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`.
+
+    Raises:
+        MissingFileError: there is no such file.
+        TruncatedFileError: it is empty.
+        ForeignFileError: it is not UTF-8 JSON, or not an object.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist; check the path, or save the checkpoint again") from error
+    except IsADirectoryError as error:
+        raise ForeignFileError(f"{path} is a directory; pass the JSON file itself") from error
+    if not text:
+        raise TruncatedFileError(f"{path} has 0 bytes; copy or save it again")
+    try:
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ForeignFileError(f"{path} is not JSON ({error}); copy or save it again") from error
+    if not isinstance(value, dict):
+        raise ForeignFileError(f"{path} holds a JSON {type(value).__name__}, not an object; pass a tfmq manifest")
+    return value
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors`, any shapes and devices, to `path` atomically as safetensors: equal bytes for equal input, whatever the order of the mappings.
+
+    Tensors need not be contiguous, and tensors that share memory are written once each; one at a time is copied at most.
+
+    Raises:
+        ValueError, TypeError: see `encode_header` and `raw_bytes`; nothing is written.
+        MissingFileError, StorageFullError: see `atomic_write`.
+    """
+    header = encode_header(tensors, metadata=metadata)
+    needed = len(header) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with atomic_write(path, needed_bytes=needed) as temporary, temporary.open("wb") as stream:
+        stream.write(header)
+        for name in file_order(tensors):
+            stream.write(raw_bytes(tensors[name]))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors, on the CPU and sorted by name, and the metadata of the safetensors file at `path`.
+
+    Raises:
+        MissingFileError: there is no such file.
+        TruncatedFileError: it ends before its declared length.
+        ForeignFileError: it is not safetensors, or carries bytes its header does not declare.
+    """
+    source = Path(path)
+    check_container(source)
+    try:
+        with safe_open(str(source), framework="pt", device="cpu") as stream:
+            tensors = {name: stream.get_tensor(name) for name in sorted(stream.keys())}
+            return tensors, dict(stream.metadata() or {})
+    except SafetensorError as error:
+        raise ForeignFileError(f"{source} is not a valid safetensors file ({error}); copy or save it again") from error
+
+
+def _create(path: Path) -> None:
+    """Create an empty file that obeys the umask; `tempfile` would make it unreadable to the group."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path.parent} does not exist; create the directory first") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename durable."""
+    if os.name == "nt":  # directories cannot be opened there
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a directory; the rename itself has succeeded
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

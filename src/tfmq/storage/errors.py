@@ -1,0 +1,49 @@
+"""Everything that can go wrong with a checkpoint on disk: a closed set, one class per thing the reader can do about it."""
+
+__all__ = [
+    "CheckpointError",
+    "ChecksumError",
+    "ForeignFileError",
+    "MissingFileError",
+    "OutputExistsError",
+    "StorageFullError",
+    "TensorMismatchError",
+    "TruncatedFileError",
+    "VersionError",
+]
+
+
+class CheckpointError(ValueError):
+    """Base of the set; never raised itself, so catching it catches exactly what is below."""
+
+
+class MissingFileError(CheckpointError):
+    """Raised when a file to read, or the directory of a file to write, does not exist."""
+
+
+class ForeignFileError(CheckpointError):
+    """Raised when a file is whole but not ours: not safetensors, not JSON, or not a tfmq manifest."""
+
+
+class TruncatedFileError(CheckpointError):
+    """Raised when a file ends before the length its own header declares."""
+
+
+class ChecksumError(CheckpointError):
+    """Raised when names, dtypes and shapes agree with the manifest but the values do not."""
+
+
+class VersionError(CheckpointError):
+    """Raised when the manifest declares a format version this tfmq does not read."""
+
+
+class TensorMismatchError(CheckpointError):
+    """Raised when tensors are missing, unexpected, or of another dtype or shape than the manifest lists; names them."""
+
+
+class OutputExistsError(CheckpointError):
+    """Raised when an output directory already holds files, or its path is taken by something that is no directory."""
+
+
+class StorageFullError(CheckpointError):
+    """Raised when the disk or the quota is full; names the path and the bytes needed, the `OSError` is its cause."""

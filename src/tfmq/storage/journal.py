@@ -1,0 +1,79 @@
+"""A resumable job: a directory with a fingerprint and one file for each finished stage."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .atomic import read_json, read_tensors, write_json, write_tensors
+from .errors import CheckpointError, MissingFileError
+
+__all__ = ["Journal", "JobMismatchError"]
+
+FINGERPRINT = "job.json"
+
+
+class JobMismatchError(CheckpointError):
+    """A job is resumed with another model, recipe, seed or version than it was started with; names what differs."""
+
+
+def _difference(before: Any, now: Any, path: str) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                return _difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    return f"{path} was {before!r} and is {now!r}"
+
+
+class Journal:
+    """The stages of one job under `directory`; with None every stage is computed and nothing is kept.
+
+    Args:
+        directory: created when missing.
+        fingerprint: everything that the result depends on, as JSON values.
+        resume: continue what is there; otherwise start over.
+
+    Raises:
+        JobMismatchError: `resume` with another fingerprint.
+    """
+
+    def __init__(self, directory: Path | None, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        self.directory = directory
+        if directory is None:
+            return
+        if resume and directory.exists():
+            self._check(fingerprint)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / FINGERPRINT, fingerprint)
+
+    def _check(self, fingerprint: Mapping[str, Any]) -> None:
+        assert self.directory is not None
+        try:
+            before = read_json(self.directory / FINGERPRINT)
+        except MissingFileError:
+            # Killed before the first byte of work: nothing to lose.
+            return
+        if before != fingerprint:
+            raise JobMismatchError(f"cannot resume {self.directory}: {_difference(before, dict(fingerprint), '')}; start over without --resume")
+
+    def done(self, name: str) -> bool:
+        """Whether the stage was finished."""
+        return self.directory is not None and (self.directory / f"{name}.safetensors").exists()
+
+    def stage(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors of a finished stage, or compute them and write them atomically."""
+        if self.directory is None:
+            return compute()
+        path = self.directory / f"{name}.safetensors"
+        if not path.exists():
+            write_tensors(path, compute())
+        return read_tensors(path)[0]
+
+    def remove(self) -> None:
+        """Delete the job's files."""
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
