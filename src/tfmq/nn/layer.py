@@ -1,0 +1,124 @@
+"""Quantized linear and convolution layers: one that is being fitted, one that is done."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.operation import Operation
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
+from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
+
+Precision = Literal["full", "quantized"]
+
+
+class CalibratedLayer(nn.Module):
+    """A layer during calibration: the full-precision weight, a grid for it, and a choice between the two.
+
+    `weight_precision` and `input_precision` say what a call computes with; `tfmq.nn.swap.precision` sets them for a while. `rounding` holds
+    the trainable roundings while the layer's unit is reconstructed, `codes` the fixed ones before and after.
+    """
+
+    codes: Tensor
+
+    def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: nn.Module | None) -> None:
+        super().__init__()
+        self.operation = operation
+        self.grid = grid
+        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)
+        self.bias = None if source.bias is None else nn.Parameter(source.bias.detach(), requires_grad=False)
+        self.input_quantizer = input_quantizer
+        self.rounding: AdaptiveRounding | None = None
+        self.weight_precision: Precision = "full"
+        self.input_precision: Precision = "full"
+        self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight on its grid, with soft roundings while they are learned."""
+        return self.grid.decode(self.rounding.codes(hard=False) if self.rounding else self.codes.to(self.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None and self.input_precision == "quantized":
+            x = self.input_quantizer(x)
+        weight = self.quantized_weight().to(x.dtype) if self.weight_precision == "quantized" else self.weight
+        return self.operation(x, weight, self.bias)
+
+
+class PackedLayer(nn.Module):
+    """A layer at rest: packed codes, scales, zero-points, bias, and the quantizer of its input.
+
+    `packed` is uint8 `[C_out, ceil(bits * C_in * ... / 8)]`; `scale` float32 and `zero_point` uint8 are `[C_out, G]` (no zero-point for
+    symmetric formats). The simulated forward computes in float with values that lie on the grids.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(
+        self,
+        operation: Operation,
+        fmt: IntegerFormat,
+        shape: tuple[int, ...],
+        *,
+        bias: bool,
+        segments: tuple[int, ...] = (),
+        input_quantizer: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.operation = operation
+        self.format = fmt
+        self.shape = tuple(shape)
+        self.segments = tuple(segments)
+        groups = (self.shape[0], max(1, len(self.segments)))
+        self.register_buffer("packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(groups))
+        self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.zeros(self.shape[0]), requires_grad=False) if bias else None
+        self.input_quantizer = input_quantizer
+
+    @property
+    def codes(self) -> Tensor:
+        """Unsigned weight codes, uint8, of the layer's weight shape."""
+        return unpack_unsigned(self.packed, bits=self.format.bits, shape=self.shape)
+
+    @property
+    def grid(self) -> WeightGrid:
+        """The grid that the codes refer to."""
+        zero_point = torch.full_like(self.scale, self.format.middle) if self.zero_point is None else self.zero_point
+        return WeightGrid(self.format, self.scale, zero_point.to(self.scale.dtype), self.segments)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, for code that looks at a layer's weight."""
+        return self.grid.decode(self.codes.to(self.scale.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return self.operation(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"
+
+
+@torch.no_grad()
+def pack(layer: CalibratedLayer) -> PackedLayer:
+    """Return the packed form of a calibrated layer; it computes bitwise the same values."""
+    grid = layer.grid
+    packed = PackedLayer(
+        layer.operation,
+        grid.format,
+        tuple(layer.weight.shape),
+        bias=layer.bias is not None,
+        segments=grid.segments,
+        input_quantizer=layer.input_quantizer,
+    ).to(layer.weight.device)
+    packed.packed.copy_(pack_unsigned(layer.codes, bits=grid.format.bits))
+    packed.scale.copy_(grid.scale)
+    if packed.zero_point is not None:
+        packed.zero_point.copy_(grid.zero_point)
+    if packed.bias is not None:
+        packed.bias.copy_(layer.bias)
+    return packed

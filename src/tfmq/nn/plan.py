@@ -1,0 +1,88 @@
+"""What each layer of a denoiser is to become, and making it so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
+from tfmq.nn.operation import operation_of
+from tfmq.nn.products import ProductQuantizers, attach_products
+from tfmq.nn.swap import attach_steps, replace_module
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.steps import StepContext
+from tfmq.quantizers.weight import fit_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerPlan:
+    """An activation quantizer: its grid, whether it has one per timestep, and whether its range is exact (`min_max`) or searched."""
+
+    format: IntegerFormat
+    per_step: bool
+    ranges: str
+
+    def build(self, steps: StepContext, *, segments: tuple[int, ...] = (), axis: int = 1) -> ActivationQuantizer:
+        """Return the quantizer, unfitted."""
+        return ActivationQuantizer(self.format, steps=steps if self.per_step else None, segments=segments, axis=axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """A quantized layer: weight grid and how it is fitted, the input segments that get grids of their own, and the input quantizer."""
+
+    weight: IntegerFormat
+    ranges: str
+    segments: tuple[int, ...]
+    input: QuantizerPlan | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plans by layer name, and by owner one quantizer plan for all operands of its attention products (None: full precision)."""
+
+    layers: Mapping[str, LayerPlan]
+    products: Mapping[str, tuple[int, QuantizerPlan | None]]
+
+
+def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str) -> None:
+    """Swap calibrated layers and product quantizers into `module` in place; it still computes in full precision."""
+    attach_steps(module, steps, timestep=timestep)
+    for name, layer in plan.layers.items():
+        source = module.get_submodule(name)
+        operation = operation_of(source)
+        if operation is None:
+            raise ValueError(f"{name} is a {type(source).__name__}, which has no quantized form")
+        grid = fit_grid(source.weight.detach(), layer.weight, segments=layer.segments, method=layer.ranges)
+        quantizer = layer.input.build(steps, segments=layer.segments, axis=operation.channel_axis) if layer.input else None
+        replace_module(module, name, CalibratedLayer(source, operation, grid, quantizer))  # type: ignore[arg-type]
+    for owner, (sites, quantizer_plan) in plan.products.items():
+        left, right = ([quantizer_plan.build(steps) if quantizer_plan else None for _ in range(sites)] for _ in range(2))
+        quantizers = ProductQuantizers(left, right)
+        quantizers.enabled = False
+        attach_products(module.get_submodule(owner), quantizers)
+
+
+def activation_sites(module: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return every activation quantizer below `module` by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, ActivationQuantizer)}
+
+
+def calibrated_layers(module: nn.Module) -> dict[str, CalibratedLayer]:
+    """Return every calibrated layer below `module` by the name of the stock layer that it replaced."""
+    return {name.removesuffix(".block"): child for name, child in module.named_modules() if isinstance(child, CalibratedLayer)}
+
+
+def pack_all(module: nn.Module) -> None:
+    """Replace every calibrated layer below `module` by its packed form, and let product quantizers act."""
+    for name, child in list(module.named_modules()):
+        if isinstance(child, CalibratedLayer):
+            replace_module(module, name, pack(child))
+        elif isinstance(child, ProductQuantizers):
+            child.enabled = True
+
+
+def packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
+    """Return every packed layer below `module` by the name of the stock layer that it replaced."""
+    return {name.removesuffix(".block"): child for name, child in module.named_modules() if isinstance(child, PackedLayer)}

@@ -1,0 +1,139 @@
+"""Quantized attention products: q.k and p.v of any module that computes them with torch functions.
+
+The owner is the module whose own `forward` calls the product. Products are counted in call order within one forward, a fused
+`scaled_dot_product_attention` as two. No attention class or processor is known here: a function mode sees the calls.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ATTENTION = F.scaled_dot_product_attention
+# Where the two operands of a product stand in the argument list of each function, and what they are called there.
+_MATMUL = (0, "input"), (1, "other")
+_BMM = (0, "input"), (1, "mat2")
+_BADDBMM = (1, "batch1"), (2, "batch2")
+PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
+    torch.matmul: _MATMUL,
+    torch.bmm: _BMM,
+    Tensor.matmul: _MATMUL,
+    Tensor.__matmul__: _MATMUL,
+    Tensor.bmm: _BMM,
+    torch.baddbmm: _BADDBMM,
+    Tensor.baddbmm: _BADDBMM,
+}
+SITES = {ATTENTION: 2, **dict.fromkeys(PRODUCTS, 1)}
+
+Operands = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def attention(
+    operands: Operands,
+    first: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute `softmax(q k^T scale + mask) v` in two products, each passed through `operands`; the signature is torch's.
+
+    Raises:
+        ValueError: dropout, which has no place in a quantized model.
+    """
+    if dropout_p:
+        raise ValueError(f"attention dropout must be 0 in a quantized model, got {dropout_p}")
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    query, key = operands(first, query, key)
+    scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    probabilities = torch.softmax(scores, dim=-1)
+    if attn_mask is not None:
+        # A query that may look nowhere attends to nothing, as in torch.
+        probabilities = probabilities.masked_fill((scores == -torch.inf).all(dim=-1, keepdim=True), 0.0)
+    probabilities, value = operands(first + 1, probabilities, value)
+    return probabilities @ value
+
+
+class ProductMode(TorchFunctionMode):
+    """Passes the operands of every attention product of one module's forward through `operands(site, left, right)`.
+
+    Modes nest with the modules that own them; only the innermost acts, so a product belongs to exactly one owner.
+    """
+
+    _active: list["ProductMode"] = []  # noqa: RUF012  the stack of running owners
+
+    def __init__(self, operands: Operands) -> None:
+        super().__init__()
+        self.operands = operands
+        self.site = 0
+
+    def __enter__(self) -> "ProductMode":
+        self._active.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._active.pop()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in SITES or self._active[-1] is not self:
+            return func(*args, **kwargs)
+        first, self.site = self.site, self.site + SITES[func]
+        if func is ATTENTION:
+            return attention(self.operands, first, *args, **kwargs)
+        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        left, right = (name if name in given else position for position, name in PRODUCTS[func])
+        given[left], given[right] = self.operands(first, given[left], given[right])
+        return func(*(given[position] for position in range(len(args))), **{name: given[name] for name in kwargs})
+
+
+class ProductQuantizers(nn.Module):
+    """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision."""
+
+    def __init__(self, left: list[nn.Module | None], right: list[nn.Module | None]) -> None:
+        super().__init__()
+        self.left = nn.ModuleList([quantizer or nn.Identity() for quantizer in left])
+        self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
+        self.enabled = True
+
+    def forward(self, site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.enabled or site >= len(self.left):
+            return left, right
+        return self.left[site](left), self.right[site](right)
+
+
+class _Owner:
+    """Mixed into the class of a module whose products are quantized."""
+
+    tfmq_products: ProductQuantizers
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with ProductMode(self.tfmq_products):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+_OWNERS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
+    """Quantize the products of `module` in place. Its class becomes a subclass of itself, so that `isinstance` and methods stay."""
+    kind = type(module)
+    if kind not in _OWNERS:
+        _OWNERS[kind] = type(kind.__name__, (_Owner, kind), {"__module__": kind.__module__})
+    module.__class__ = _OWNERS[kind]
+    module.tfmq_products = quantizers

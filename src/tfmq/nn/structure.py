@@ -1,0 +1,131 @@
+"""The shape of a quantized denoiser as plain data: enough to rebuild its modules around a stock architecture, without any tensor."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tfmq.nn.layer import PackedLayer
+from tfmq.nn.operation import operation_of
+from tfmq.nn.products import ProductQuantizers, attach_products
+from tfmq.nn.swap import STEPS, attach_steps, replace_module
+from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.steps import StepContext
+
+Structure = Mapping[str, Any]
+
+
+def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
+    if not isinstance(quantizer, ActivationQuantizer):
+        return None
+    return {
+        "bits": quantizer.format.bits,
+        "symmetric": quantizer.format.symmetric,
+        "per_step": quantizer.per_step,
+        "segments": list(quantizer.segments),
+        "axis": quantizer.axis,
+    }
+
+
+def _build_quantizer(spec: Mapping[str, Any] | None, steps: StepContext) -> ActivationQuantizer | None:
+    if spec is None:
+        return None
+    fmt = IntegerFormat(spec["bits"], spec["symmetric"])
+    return ActivationQuantizer(fmt, steps=steps if spec["per_step"] else None, segments=spec["segments"], axis=spec["axis"])
+
+
+def _describe_layer(layer: PackedLayer) -> dict[str, Any]:
+    return {
+        "bits": layer.format.bits,
+        "symmetric": layer.format.symmetric,
+        "segments": list(layer.segments),
+        "input": _describe_quantizer(layer.input_quantizer),
+    }
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Return the structure of a packed denoiser, as values that JSON keeps.
+
+    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument); `layers`, `products`, `tables`, each a list of
+    groups with one specification and the `names` it holds for; `skipped`, names. Layers behind a table have the name of the stock layer.
+    """
+    steps = getattr(module, STEPS)
+    found: dict[str, dict[str, Any]] = {"layers": {}, "products": {}, "tables": {}}
+    skipped = []
+    for name, child in module.named_modules():
+        if isinstance(child, PackedLayer):
+            found["layers"][name.removesuffix(".block")] = _describe_layer(child)
+        elif isinstance(child, CachedFeature):
+            found["tables"][name] = {"format": child.table.table_format, "everywhere": child.everywhere}
+        elif isinstance(child, SkippedLayer):
+            skipped.append(name)
+        elif isinstance(child, ProductQuantizers):
+            sides = {side: [_describe_quantizer(q) for q in quantizers] for side, quantizers in (("left", child.left), ("right", child.right))}
+            found["products"][name.rpartition(".")[0]] = sides
+    groups = {kind: _grouped(specs) for kind, specs in found.items()}
+    return {"steps": len(steps.timesteps), "timestep": module.tfmq_timestep, **groups, "skipped": skipped}
+
+
+def _grouped(specs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry for each distinct specification, with the names that share it."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        groups.setdefault(repr(spec), {**spec, "names": []})["names"].append(name)
+    return list(groups.values())
+
+
+def named_specs(structure: Structure, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield `(name, specification)` for every `layers`, `products` or `tables` entry of a structure."""
+    for group in structure[kind]:
+        for name in group["names"]:
+            yield name, group
+
+
+def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext, name: str) -> PackedLayer:
+    operation = operation_of(source)
+    if operation is None:
+        raise ValueError(f"{name}: the checkpoint holds a quantized layer, the architecture has a {type(source).__name__} there")
+    return PackedLayer(
+        operation,
+        IntegerFormat(spec["bits"], spec["symmetric"]),
+        tuple(source.weight.shape),
+        bias=source.bias is not None,
+        segments=tuple(spec["segments"]),
+        input_quantizer=_build_quantizer(spec["input"], steps),
+    )
+
+
+def assemble(module: nn.Module, structure: Structure) -> None:
+    """Swap the modules of `structure` into a stock architecture, in place, on the device of its parameters (meta included).
+
+    The tensors are not filled in: load a state dict afterwards.
+
+    Raises:
+        ValueError: the architecture lacks a layer that `structure` names, or has something else there.
+    """
+    device = next(module.parameters()).device
+    with torch.device(device):
+        steps = StepContext(torch.zeros(structure["steps"]))
+        attach_steps(module, steps, timestep=structure["timestep"])
+        for name, spec in named_specs(structure, "layers"):
+            replace_module(module, name, _build_layer(_submodule(module, name), spec, steps, name))
+        for name, spec in named_specs(structure, "tables"):
+            block = module.get_submodule(name)
+            table = FeatureTable(structure["steps"], block.shape[0], spec["format"])
+            replace_module(module, name, CachedFeature(block, table, steps, everywhere=spec["everywhere"]))
+        for name in structure["skipped"]:
+            block = module.get_submodule(name)
+            replace_module(module, name, SkippedLayer(block, block.shape[0], steps))
+        for owner, sides in named_specs(structure, "products"):
+            left, right = ([_build_quantizer(spec, steps) for spec in sides[side]] for side in ("left", "right"))
+            attach_products(_submodule(module, owner), ProductQuantizers(left, right))
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the checkpoint names {name}, which {type(module).__name__} does not have") from None

@@ -1,0 +1,77 @@
+"""Put quantized modules in the place of stock ones, and choose for a while what they compute with."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from tfmq.nn.layer import CalibratedLayer, Precision
+from tfmq.nn.products import ProductQuantizers
+from tfmq.quantizers.steps import StepContext
+
+STEPS = "tfmq_steps"
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `root` has the submodule `name`; it takes over the training mode."""
+    parent, _, attribute = name.rpartition(".")
+    new.train(root.get_submodule(name).training)
+    setattr(root.get_submodule(parent), attribute, new)
+
+
+class _Stepped:
+    """Mixed into the class of a denoiser: its `forward` sets the step context from its own timestep argument."""
+
+    tfmq_steps: StepContext
+    tfmq_timestep: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
+        with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+_STEPPED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> None:
+    """Make every call of `module` set `steps` from its argument named `timestep`; its class becomes a subclass of itself."""
+    kind = type(module)
+    if kind not in _STEPPED:
+        signature = inspect.signature(module.forward)
+
+        @wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _Stepped.forward(self, *args, **kwargs)
+
+        # Pipelines look up the arguments of a denoiser by the signature of its `forward`, which `wraps` keeps.
+        members = {"__module__": kind.__module__, "tfmq_signature": signature, "forward": forward}
+        subclass = type(kind.__name__, (_Stepped, kind), members)
+        _STEPPED[kind] = subclass
+    module.__class__ = _STEPPED[kind]
+    module.tfmq_timestep = timestep
+    setattr(module, STEPS, steps)
+
+
+@contextmanager
+def precision(module: nn.Module, *, weights: Precision | None = None, inputs: Precision | None = None) -> Iterator[None]:
+    """Let every calibrated layer below `module` compute with full or quantized weights and inputs for a while; None leaves it as it is."""
+    layers = [child for child in module.modules() if isinstance(child, CalibratedLayer)]
+    products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
+    before = [(layer.weight_precision, layer.input_precision) for layer in layers], [product.enabled for product in products]
+    for layer in layers:
+        layer.weight_precision = weights or layer.weight_precision
+        layer.input_precision = inputs or layer.input_precision
+    for product in products:
+        product.enabled = inputs == "quantized" if inputs else product.enabled
+    try:
+        yield
+    finally:
+        for layer, (weight, entry) in zip(layers, before[0], strict=True):
+            layer.weight_precision, layer.input_precision = weight, entry
+        for product, enabled in zip(products, before[1], strict=True):
+            product.enabled = enabled

@@ -1,0 +1,124 @@
+"""Temporal features from a table (cache-based maintenance; Temporal Feature Matters, Huang et al., 2025)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.numerics.affine import dequantize, quantize
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.ranges import min_max
+from tfmq.quantizers.steps import StepContext
+
+TableFormat = Literal["int8", "float16"]
+_INT8 = IntegerFormat(8)
+
+
+class FeatureTable(nn.Module):
+    """The values of one temporal feature at every calibrated timestep.
+
+    `values` `[S, d]` is uint8 with `scale` and `zero_point` `[S]` of their own for each timestep, or float16 without them.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, steps: int, width: int, table_format: TableFormat) -> None:
+        super().__init__()
+        if table_format not in ("int8", "float16"):
+            raise ValueError(f"a temporal table is int8 or float16, got {table_format!r}")
+        self.table_format: TableFormat = table_format
+        integer = table_format == "int8"
+        self.register_buffer("values", torch.zeros(steps, width, dtype=torch.uint8 if integer else torch.float16))
+        self.register_buffer("scale", torch.ones(steps) if integer else None)
+        self.register_buffer("zero_point", torch.zeros(steps, dtype=torch.uint8) if integer else None)
+
+    @torch.no_grad()
+    def fit(self, feature: Tensor) -> None:
+        """Store a feature `[S, d]`; integer tables use the exact range of each timestep."""
+        if self.scale is None or self.zero_point is None:
+            self.values.copy_(feature)
+            return
+        scale, zero_point = min_max(feature, _INT8)
+        self.values.copy_(quantize(feature, scale[:, None], zero_point[:, None], _INT8.levels))
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the feature at bins `index` `[B]`, float32 `[B, d]`."""
+        values = self.values[index]
+        if self.scale is None or self.zero_point is None:
+            return values.float()
+        return dequantize(values, self.scale[index, None], self.zero_point[index, None].to(self.scale.dtype))
+
+
+class CachedFeature(nn.Module):
+    """A temporal layer whose output comes from a table at the timesteps that selected it.
+
+    `use_table` `[S]` holds the choice of disturbance-aware selection for each timestep. The layer itself stays as `block`: it serves the
+    timesteps that kept it, and schedules that the table does not know.
+    """
+
+    use_table: Tensor
+
+    def __init__(self, block: nn.Module, table: FeatureTable, steps: StepContext, *, everywhere: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.table = table
+        self.everywhere = everywhere
+        self.enabled = True
+        self._steps = (steps,)
+        self.register_buffer("use_table", torch.ones(len(steps.timesteps), dtype=torch.uint8))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer behind the table."""
+        return self.block.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        (steps,) = self._steps
+        if not self.enabled:
+            return self.block(x)
+        cached = self.table(steps.index).to(x.dtype)
+        if self.everywhere and steps.all_exact:
+            return cached.expand(x.shape[0], -1)
+        use = self.use_table[steps.index].bool() & steps.exact
+        return torch.where(use[:, None], cached, self.block(x))
+
+
+class SkippedLayer(nn.Module):
+    """A temporal layer that nothing needs while every feature comes from its table; it returns zeros then, without computing."""
+
+    def __init__(self, block: nn.Module, width: int, steps: StepContext) -> None:
+        super().__init__()
+        self.block = block
+        self.width = width
+        self.enabled = True
+        self._steps = (steps,)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the skipped layer."""
+        return self.block.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.enabled and self._steps[0].all_exact:
+            return x.new_zeros(1).expand(*x.shape[:-1], self.width)
+        return self.block(x)
+
+
+@contextmanager
+def without_tables(module: nn.Module) -> Iterator[None]:
+    """Compute every temporal feature with its layers for a while, as for a schedule that was not cached."""
+    cached = [child for child in module.modules() if isinstance(child, CachedFeature | SkippedLayer)]
+    before = [child.enabled for child in cached]
+    for child in cached:
+        child.enabled = False
+    try:
+        yield
+    finally:
+        for child, enabled in zip(cached, before, strict=True):
+            child.enabled = enabled

@@ -1,0 +1,1 @@
+"""Modules that hold quantization parameters which somebody else fitted."""

@@ -1,0 +1,81 @@
+"""Activation quantizers: one scale for all timesteps, or one per timestep (finite set calibration)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.numerics.affine import fake_quantize
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.steps import StepContext
+
+
+class ActivationQuantizer(nn.Module):
+    """Per-tensor fake quantization with a table `scale`, `zero_point` of shape `[S, G]`.
+
+    `S` is the number of calibrated timesteps, or 1 for a static range; each sample of a batch uses the row of its own timestep. `G` is
+    the number of channel segments: where a layer reads a concatenation of sources with different ranges (UNet skips; Q-Diffusion, Li et
+    al., 2023), `segments` holds their widths along `axis` and each has its own grid. Without segments `G` is 1.
+
+    Raises:
+        ValueError: an input whose `axis` does not have `sum(segments)` channels, or whose rows are no multiple of the batch's timesteps.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, fmt: IntegerFormat, *, steps: StepContext | None = None, segments: Sequence[int] = (), axis: int = 1) -> None:
+        super().__init__()
+        self.format = fmt
+        self.segments = tuple(segments)
+        self.axis = axis
+        # In a tuple, so that the context is not registered as a child of each of its readers.
+        self._steps = (steps,)
+        shape = (len(steps.timesteps) if steps else 1, max(1, len(self.segments)))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
+
+    @property
+    def per_step(self) -> bool:
+        """Whether the table has a row per timestep."""
+        return self._steps[0] is not None
+
+    @torch.no_grad()
+    def fit(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Store fitted parameters, each `[S, G]`."""
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero-point for each sample of `x` (or one row for all), `[B or 1, G]`."""
+        steps = self._steps[0]
+        if steps is None:
+            return self.scale, self.zero_point
+        index = steps.index
+        if len(index) > 1:
+            folded, rest = divmod(x.shape[0], len(index))
+            if rest or not folded:
+                raise ValueError(f"an input of {x.shape[0]} rows does not follow a batch of {len(index)} timesteps")
+            # Heads and frames are folded into the batch axis sample by sample.
+            index = index.repeat_interleave(folded)
+        return self.scale[index], self.zero_point[index]
+
+    def _broadcast(self, rows: Tensor, x: Tensor) -> Tensor:
+        axis = self.axis % x.ndim
+        if self.segments:
+            if x.shape[axis] != sum(self.segments):
+                raise ValueError(f"expected {sum(self.segments)} channels on axis {axis}, got an input of shape {tuple(x.shape)}")
+            rows = rows.repeat_interleave(torch.tensor(self.segments, device=rows.device), dim=1)
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = rows.shape[0], rows.shape[1]
+        return rows.reshape(shape).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.rows(x)
+        # In half precision the reciprocal of a small scale overflows, so the grid is applied in float32.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return fake_quantize(wide, self._broadcast(scale, wide), self._broadcast(zero_point, wide), self.format.levels).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        steps, segments = self.scale.shape
+        return f"bits={self.format.bits}, steps={steps}, segments={segments}"

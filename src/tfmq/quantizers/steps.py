@@ -1,0 +1,86 @@
+"""The step context: which calibrated timestep each sample of the running batch stands at."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class StepContext(nn.Module):
+    """Looks up timesteps in the calibrated set and holds the result while the denoiser runs.
+
+    One instance belongs to a denoiser; every quantizer with a finite-set table reads it. `timesteps` `[S]` is ascending, in float32
+    (exact for integers below 2**24). Outside of `at` there is no current step, and reading it is an error.
+    """
+
+    timesteps: Tensor
+
+    def __init__(self, timesteps: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("timesteps", timesteps.detach().to(torch.float32).flatten().sort().values)
+        self._index: Tensor | None = None
+        self._exact: Tensor | None = None
+        self._all_exact = False
+        self._warned = False
+
+    @property
+    def index(self) -> Tensor:
+        """Bin of each sample, int64 `[B]` (or `[1]` where one timestep serves the batch).
+
+        Raises:
+            RuntimeError: no denoiser call is running.
+        """
+        if self._index is None:
+            raise RuntimeError("a per-step quantizer ran outside of its denoiser: call the whole denoiser with a timestep")
+        return self._index
+
+    @property
+    def exact(self) -> Tensor:
+        """Whether each sample's timestep is a calibrated one, bool of the shape of `index`.
+
+        Raises:
+            RuntimeError: no denoiser call is running.
+        """
+        if self._exact is None:
+            raise RuntimeError("a temporal table was read outside of its denoiser: call the whole denoiser with a timestep")
+        return self._exact
+
+    @property
+    def all_exact(self) -> bool:
+        """Whether every timestep of the running batch is a calibrated one."""
+        return self._all_exact
+
+    def lookup(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nearest bin of each timestep (edges at midpoints), and whether it was calibrated."""
+        wanted = timestep.detach().flatten().to(self.timesteps.device, torch.float32)
+        if len(self.timesteps) == 0:
+            raise RuntimeError("the step table is empty: the model was not calibrated")
+        edges = (self.timesteps[1:] + self.timesteps[:-1]) / 2
+        index = torch.bucketize(wanted, edges)
+        # Samples made in half precision carry a rounded timestep; a thousandth of a step is the same step.
+        return index, (self.timesteps[index] - wanted).abs() <= 1e-3
+
+    @contextmanager
+    def at(self, timestep: Tensor) -> Iterator[None]:
+        """Set the current bins for the duration of one denoiser call; warn once about timesteps that were not calibrated."""
+        before = self._index, self._exact, self._all_exact
+        try:
+            self._index, self._exact = self.lookup(timestep)
+            self._all_exact = bool(self._exact.all())
+            if not self._all_exact:
+                self._warn(timestep.flatten()[~self._exact.to(timestep.device)][0])
+            yield
+        finally:
+            self._index, self._exact, self._all_exact = before
+
+    def _warn(self, unseen: Tensor) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"timestep {float(unseen):g} was not calibrated; the nearest of {len(self.timesteps)} calibrated steps is used. "
+            "Quantize with the schedule you sample with, or re-bake the temporal table.",
+            stacklevel=4,
+        )
