@@ -10,7 +10,7 @@ from torch import Tensor
 from .atomic import read_json, read_tensors, write_json, write_tensors
 from .errors import CheckpointError, MissingFileError
 
-__all__ = ["Journal", "JobMismatchError"]
+__all__ = ["JobMismatchError", "Journal"]
 
 FINGERPRINT = "job.json"
 

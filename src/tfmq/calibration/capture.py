@@ -1,0 +1,81 @@
+"""The inputs and outputs of one unit over a set of denoiser calls."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
+
+
+@dataclass(frozen=True)
+class UnitCalls:
+    """Calls of a unit, one row a sample: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each `[N, ...]`."""
+
+    args: Any
+    kwargs: Any
+    timestep: Tensor
+    outputs: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return self.outputs[0].shape[0]
+
+    def rows(self, index: Tensor) -> "UnitCalls":
+        """Return the samples `index`."""
+
+        def pick(value: Any) -> Any:
+            return value[index] if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(self) else value
+
+        return UnitCalls(tree_map(pick, self.args), tree_map(pick, self.kwargs), self.timestep[index], tuple(output[index] for output in self.outputs))
+
+
+class _Reached(Exception):
+    """Ends a denoiser call once the unit has run."""
+
+
+def _joined(trees: list[Any], rows: list[int]) -> Any:
+    """Concatenate trees leaf by leaf along the batch axis; leaves without one are taken from the first."""
+    flat = [tree_flatten(tree) for tree in trees]
+    leaves = []
+    for column in zip(*(leaves for leaves, _ in flat), strict=True):
+        batched = all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == n for leaf, n in zip(column, rows, strict=True))
+        leaves.append(torch.cat(column) if batched else column[0])
+    return tree_unflatten(leaves, flat[0][1])
+
+
+@torch.no_grad()
+def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> UnitCalls:
+    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it.
+
+    Raises:
+        ValueError: the unit was never called.
+    """
+    calls: list[tuple[Any, Any, tuple[Tensor, ...]]] = []
+
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        detached = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, (args, kwargs))
+        calls.append((*detached, tuple(tensor.detach().clone() for tensor in output_tensors(output))))
+        raise _Reached
+
+    timesteps = []
+    handle = unit.register_forward_hook(hook, with_kwargs=True)
+    try:
+        for inputs in batches:
+            try:
+                denoiser(inputs)
+            except _Reached:
+                timesteps.append(inputs.timestep.repeat_interleave(calls[-1][2][0].shape[0] // len(inputs)))
+    finally:
+        handle.remove()
+    if not calls:
+        raise ValueError("the unit was never called by the denoiser; exclude its layers with a rule")
+    rows = [call[2][0].shape[0] for call in calls]
+    return UnitCalls(
+        _joined([call[0] for call in calls], rows),
+        _joined([call[1] for call in calls], rows),
+        torch.cat(timesteps),
+        tuple(torch.cat(column) for column in zip(*(call[2] for call in calls), strict=True)),
+    )

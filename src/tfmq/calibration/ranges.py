@@ -1,0 +1,110 @@
+"""What activation quantizers see on a trajectory, and the ranges that follow (finite set calibration; TFMQ-DM section 4.3)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.calibration.trajectory import CalibrationError
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.numerics.ranges import from_range, search
+from tfmq.progress import Advance
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.steps import StepContext
+
+RangeMethod = Literal["search", "min_max"]
+# Values kept for the range search of one site, over all of its steps and segments.
+KEPT = 2**18
+
+
+@dataclass
+class SiteStatistics:
+    """Exact extremes `[S, G]` of one quantizer's input, and evenly spaced values of it for each `(step, segment)`."""
+
+    low: Tensor
+    high: Tensor
+    values: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+
+    def update(self, step: int, segment: int, part: Tensor, budget: int) -> None:
+        """Add the values `part` seen at `step` in `segment`; at most `budget` of them are kept."""
+        flat = part.detach().flatten()
+        self.low[step, segment] = torch.minimum(self.low[step, segment], flat.min())
+        self.high[step, segment] = torch.maximum(self.high[step, segment], flat.max())
+        stride = -(-flat.numel() // max(1, budget))
+        self.values.setdefault((step, segment), []).append(flat[:: stride | 1].clone())
+
+
+def _observe(site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, steps: StepContext, calls: int) -> None:
+    index = steps.index if quantizer.per_step else torch.zeros(1, dtype=torch.long)
+    axis = quantizer.axis % x.ndim
+    parts = x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)
+    bins = index.unique().tolist()
+    rows = index.repeat_interleave(x.shape[0] // len(index)) if len(index) > 1 else index
+    for segment, part in enumerate(parts):
+        for step in bins:
+            chosen = part if len(bins) == 1 else part[rows == step]
+            site.update(step, segment, chosen, KEPT // (calls * len(parts) * len(bins)))
+
+
+@contextmanager
+def observed(sites: Mapping[str, ActivationQuantizer], steps: StepContext, calls: int) -> Iterator[dict[str, SiteStatistics]]:
+    """Collect statistics of every quantizer in `sites`, which pass their input through unchanged while the context is open.
+
+    Raises (inside the context):
+        CalibrationError: a NaN or infinite input; names the site and the timestep.
+    """
+    statistics: dict[str, SiteStatistics] = {}
+
+    def watch(name: str, quantizer: ActivationQuantizer) -> Callable[..., Tensor]:
+        shape = quantizer.scale.shape
+        site = statistics[name] = SiteStatistics(torch.zeros(shape), torch.zeros(shape))
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> Tensor:
+            if not torch.isfinite(args[0]).all():
+                row = int(torch.isfinite(args[0]).flatten(1).all(dim=1).int().argmin())
+                timestep = float(steps.timesteps[steps.index[row * len(steps.index) // len(args[0])]])
+                raise CalibrationError(f"the input of {name.removesuffix('.input_quantizer')} is NaN or infinite at timestep {timestep:g}")
+            _observe(site, quantizer, args[0].float(), steps, calls)
+            return args[0]
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, quantizer in sites.items():
+            stack.callback(quantizer.register_forward_hook(watch(name, quantizer)).remove)
+        yield statistics
+
+
+@torch.no_grad()
+def collect(
+    denoiser: Denoiser, sites: Mapping[str, ActivationQuantizer], steps: StepContext, batches: Iterable[Inputs], *, calls: int, advance: Advance
+) -> dict[str, SiteStatistics]:
+    """Run `denoiser` over `batches`, `calls` of them, and return what every quantizer in `sites` saw."""
+    with observed(sites, steps, calls) as statistics:
+        for inputs in batches:
+            denoiser(inputs)
+            advance()
+    return statistics
+
+
+def _stack(site: SiteStatistics, segment: int) -> Tensor:
+    """Return the kept values of a segment as `[S, n]`; steps with fewer values repeat theirs, steps without any are zero."""
+    rows = [torch.cat(site.values[step, segment]) if (step, segment) in site.values else torch.zeros(1) for step in range(site.low.shape[0])]
+    longest = max(len(row) for row in rows)
+    return torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
+
+
+def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod) -> None:
+    """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search within them."""
+    columns = []
+    for segment in range(site.low.shape[1]):
+        low, high = site.low[:, segment], site.high[:, segment]
+        if method == "min_max":
+            columns.append(from_range(low, high, quantizer.format))
+        else:
+            columns.append(search(_stack(site, segment), quantizer.format, low=low, high=high, shrinks=40))
+    scale, zero_point = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    quantizer.fit(scale, zero_point)

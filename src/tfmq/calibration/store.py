@@ -1,0 +1,88 @@
+"""Denoiser calls on disk, one safetensors file a call."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq.models.denoiser import Inputs
+from tfmq.storage.atomic import read_tensors, write_tensors
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` as JSON; tensors go to `tensors` under their path and a number."""
+    if isinstance(value, Tensor):
+        numbered = f"{name}:{len(tensors)}"
+        tensors[numbered] = value
+        return {"tensor": numbered}
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"a denoiser argument with a key of type {type(key).__name__} cannot be stored ({name}); names can")
+        return {"dict": {key: _encode(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_encode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(f"a denoiser argument of type {type(value).__name__} cannot be stored ({name}); tensors and plain values can")
+
+
+def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_decode(item, tensors) for item in content]
+        return items if kind == "list" else tuple(items)
+    return content
+
+
+class CalibrationStore:
+    """A directory of recorded denoiser calls in the order in which the sampler made them; reading streams one call at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.directory.glob("call_*.safetensors"))
+
+    def __len__(self) -> int:
+        return len(self._paths())
+
+    def clear(self) -> None:
+        """Delete every call."""
+        for path in self._paths():
+            path.unlink()
+
+    def append(self, inputs: Inputs) -> None:
+        """Write one call."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        tensors = {"sample": inputs.sample.cpu(), "timestep": inputs.timestep.cpu()}
+        conditions = _encode(dict(inputs.conditions), "conditions", tensors)
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        write_tensors(self.directory / f"call_{len(self):05d}.safetensors", tensors, metadata={"conditions": json.dumps(conditions)})
+
+    def read(self, index: int) -> Inputs:
+        """Read one call."""
+        tensors, metadata = read_tensors(self._paths()[index])
+        return Inputs(tensors["sample"], tensors["timestep"], _decode(json.loads(metadata["conditions"]), tensors))
+
+    def __iter__(self) -> Iterator[Inputs]:
+        for index in range(len(self)):
+            yield self.read(index)
+
+    def timesteps(self) -> Tensor:
+        """Return the distinct timesteps, ascending, float32 `[S]`."""
+        return torch.cat([inputs.timestep.float().flatten() for inputs in self]).unique()
+
+    def every(self, interval: int) -> Iterator[Inputs]:
+        """Yield the calls of every `interval`-th distinct timestep (all guidance halves of it), in order."""
+        kept = set(self.timesteps()[::interval].tolist())
+        for inputs in self:
+            if float(inputs.timestep[0].float()) in kept:
+                yield inputs

@@ -1,0 +1,126 @@
+"""The one view of a model that the algorithms have: `f(sample, timestep, **conditions)`."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+SAMPLE_NAMES = ("sample", "hidden_states", "x", "x_t", "noisy", "latents")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batched denoiser call: `sample` `[B, ...]`, `timestep` `[B]`, and the other arguments by name (tensors with `B` rows or values)."""
+
+    sample: Tensor
+    timestep: Tensor
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.sample.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        """Apply `function` to every tensor."""
+        return Inputs(
+            function(self.sample), function(self.timestep), tree_map(lambda v: function(v) if isinstance(v, Tensor) else v, dict(self.conditions))
+        )
+
+    def rows(self, start: int, stop: int) -> "Inputs":
+        """Return the samples `start` to `stop`; condition tensors without a batch axis are kept whole."""
+        size = len(self)
+        return self.map(lambda tensor: tensor[start:stop] if tensor.ndim and tensor.shape[0] == size else tensor)
+
+    def resized(self, size: int) -> "Inputs":
+        """Return `size` copies of the first sample."""
+        return self.rows(0, 1).map(lambda tensor: tensor.expand(size, *tensor.shape[1:]).clone() if tensor.ndim and tensor.shape[0] == 1 else tensor)
+
+    def chunks(self, size: int) -> Iterator["Inputs"]:
+        """Yield the samples in batches of at most `size`."""
+        for start in range(0, len(self), size):
+            yield self.rows(start, min(start + size, len(self)))
+
+
+def output_tensors(output: Any) -> tuple[Tensor, ...]:
+    """Return every tensor of a module's output: a tensor, a tuple, or a diffusers output object."""
+    leaves = tuple(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+    if not leaves and hasattr(output, "values"):
+        leaves = tuple(value for value in output.values() if isinstance(value, Tensor))
+    if not leaves:
+        raise TypeError(f"the denoiser returned {type(output).__name__}, in which there is no tensor")
+    return leaves
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a module's output."""
+    return output_tensors(output)[0]
+
+
+class Denoiser:
+    """A module with names for its arguments; stock diffusers models need none.
+
+    Args:
+        module: any `nn.Module` whose `forward` takes a noisy sample and a timestep.
+        sample: name of the sample argument; by default the first one that is called like one.
+        timestep: name of the timestep argument, likewise.
+
+    Raises:
+        TypeError: `forward` has no argument that could be the sample or the timestep; pass their names.
+    """
+
+    def __init__(self, module: nn.Module, *, sample: str | None = None, timestep: str | None = None) -> None:
+        self.module = module
+        self.signature = inspect.signature(module.forward)
+        self.sample = sample or self._find(SAMPLE_NAMES, "sample")
+        self.timestep = timestep or self._find(TIMESTEP_NAMES, "timestep")
+
+    def _find(self, names: tuple[str, ...], role: str) -> str:
+        for name in names:
+            if name in self.signature.parameters:
+                return name
+        names_text = ", ".join(names)
+        raise TypeError(
+            f"{type(self.module).__name__}.forward{self.signature} has no {role} argument called one of {names_text}; "
+            f"name it: Denoiser(module, {role}=...)"
+        )
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+        """Return the arguments of a `forward` call as `Inputs`; a scalar timestep is repeated for each sample."""
+        bound = dict(self.signature.bind(*args, **kwargs).arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                bound.update(bound.pop(name, {}))
+        sample = bound.pop(self.sample)
+        timestep = torch.as_tensor(bound.pop(self.timestep), device=sample.device).flatten()
+        if len(timestep) == 1:
+            timestep = timestep.expand(sample.shape[0]).clone()
+        conditions = {name: value for name, value in bound.items() if value is not None and name != "return_dict"}
+        return Inputs(sample, timestep, conditions)
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Run the module; the output `[B, ...]` is its first tensor."""
+        return first_tensor(self.module(**{self.sample: inputs.sample, self.timestep: inputs.timestep, **inputs.conditions}))
+
+    def labelled(self, inputs: Inputs) -> list[tuple[str, Tensor]]:
+        """Return every input tensor with the name of what it carries: `sample`, `timestep`, or the innermost condition name."""
+        pairs = [("sample", inputs.sample), ("timestep", inputs.timestep)]
+        paths, _ = torch.utils._pytree.tree_flatten_with_path(dict(inputs.conditions))
+        for path, leaf in paths:
+            if isinstance(leaf, Tensor):
+                names = [str(key.key) for key in path if hasattr(key, "key") and isinstance(key.key, str)]
+                pairs.append((names[-1], leaf))
+        return pairs
+
+
+def flatten_conditions(conditions: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Return the leaves of a condition tree and what rebuilds it."""
+    return tree_flatten(dict(conditions))
+
+
+def unflatten_conditions(leaves: list[Any], spec: Any) -> dict[str, Any]:
+    """Invert `flatten_conditions`."""
+    return tree_unflatten(leaves, spec)

@@ -1,0 +1,70 @@
+"""What a denoiser is run by: the only view of pipelines and schedulers below the integrations."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from tfmq.models.denoiser import Denoiser, Inputs
+
+
+class Sampler(Protocol):
+    """Draws images with a denoiser.
+
+    `run(indices, steps=..., seed=...)` draws the images with those indices of the stream `seed`, whatever the batch they are drawn in, and
+    returns them as float `[N, C, H, W]` in [0, 1] (latents where there is no decoder). The denoiser is called on the way, so that a
+    calibration can record its inputs.
+    """
+
+    denoiser: Denoiser
+
+    def run(self, indices: range, *, steps: int, seed: int) -> Tensor: ...
+
+    def example(self) -> Inputs: ...
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Return the generator of image `index` of the stream `seed`; no two images of a stream have the same."""
+    # On the CPU torch looks at the low 32 bits of a seed alone, so both numbers have to be in there.
+    return torch.Generator().manual_seed((crc32(str(seed).encode()) + index) % 2**32)
+
+
+class LoopSampler:
+    """The plain sampling loop over any scheduler with diffusers' interface, for a denoiser without a pipeline.
+
+    Args:
+        denoiser: the model.
+        scheduler: has `set_timesteps`, `timesteps`, `init_noise_sigma`, `scale_model_input` and `step`.
+        shape: of one sample, `[C, H, W]`.
+        conditions: further denoiser arguments; tensors have one row, which is repeated.
+    """
+
+    def __init__(self, denoiser: Denoiser, scheduler: Any, *, shape: tuple[int, ...], conditions: Mapping[str, Any] | None = None) -> None:
+        self.denoiser = denoiser
+        self.scheduler = scheduler
+        self.shape = tuple(shape)
+        self.conditions = dict(conditions or {})
+
+    def example(self) -> Inputs:
+        """Return one call's inputs."""
+        parameter = next(self.denoiser.module.parameters())
+        timestep = torch.ones(1, dtype=torch.long, device=parameter.device)
+        return Inputs(torch.zeros(1, *self.shape, dtype=parameter.dtype, device=parameter.device), timestep, self.conditions)
+
+    @torch.no_grad()
+    def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
+        """Draw images; see `Sampler`."""
+        example = self.example()
+        generators = [image_generator(seed, index) for index in indices]
+        self.scheduler.set_timesteps(steps)
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
+        sample = noise.to(example.sample) * self.scheduler.init_noise_sigma
+        conditions = example.resized(len(indices)).conditions
+        for timestep in self.scheduler.timesteps:
+            scaled = self.scheduler.scale_model_input(sample, timestep)
+            batch = timestep.to(example.timestep.device).expand(len(indices))
+            output = self.denoiser(Inputs(scaled, batch, conditions))
+            sample = self.scheduler.step(output, timestep, sample, generator=generators).prev_sample
+        return (sample / 2 + 0.5).clamp(0, 1).float().cpu()

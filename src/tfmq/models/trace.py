@@ -1,0 +1,309 @@
+"""Trace one denoiser call: what every layer depends on, where concatenations are read, and the temporal computation as a program.
+
+Dependence is followed through every tensor operation of the call, on fake tensors: no arithmetic, no weights needed, no class names. A layer
+that depends on the timestep, and neither on the sample nor on another input with positions (a prompt's tokens), is temporal, even where its
+weights are still zero.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.products import SITES
+
+TIMESTEP = "timestep"
+# Inputs with finitely many values: a computation on these alone can be tabulated.
+FINITE = frozenset({TIMESTEP, "class_labels"})
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The widths of concatenated sources along `axis`."""
+
+    widths: tuple[int, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """A weighted layer: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads."""
+
+    name: str
+    depends_on: frozenset[str]
+    temporal: bool
+    segments: tuple[int, ...] = ()
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether the output takes one value per timestep, so that a table can hold all of them."""
+        return self.depends_on == {TIMESTEP}
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor made earlier in a program: output `leaf` of call `call`, or the input `name`."""
+
+    call: int
+    leaf: int = 0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded operation, or the call of the submodule `module`; tensors among its arguments are `Ref`s or constants."""
+
+    function: Callable[..., Any] | None
+    module: str
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one traced call says about a denoiser.
+
+    `layers` in execution order; `features` the temporal layers whose output meets something other than the timestep; `products` the number
+    of attention product sites by owner; `calls` the recorded timestep-only program with `outputs` into it, for a batch of `batch`.
+    """
+
+    layers: tuple[LayerTrace, ...]
+    features: tuple[str, ...]
+    products: Mapping[str, int]
+    calls: tuple[Call, ...]
+    outputs: Mapping[str, Ref]
+    batch: int
+
+    def layer(self, name: str) -> LayerTrace:
+        """Return the layer called `name`."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    @property
+    def temporal(self) -> tuple[LayerTrace, ...]:
+        """The temporal layers, in execution order."""
+        return tuple(layer for layer in self.layers if layer.temporal)
+
+
+@dataclass(frozen=True)
+class _Label:
+    sources: frozenset[str] = frozenset()
+    producers: frozenset[str] = frozenset()
+    segments: Segments | None = None
+
+
+_NOTHING = _Label()
+
+
+@dataclass
+class _Record:
+    spatial: frozenset[str]
+    labels: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    refs: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    calls: list[Call | None] = field(default_factory=list)
+    layers: dict[str, LayerTrace] = field(default_factory=dict)
+    outputs: dict[str, Ref] = field(default_factory=dict)
+    features: dict[str, None] = field(default_factory=dict)
+    products: dict[str, int] = field(default_factory=dict)
+    owners: list[str] = field(default_factory=list)
+    inside: int = 0
+
+    def label(self, tensor: Tensor) -> _Label:
+        return self.labels.get(tensor, _NOTHING)
+
+    def tensors(self, *trees: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+
+    def record(self, call: Call, args: Any, kwargs: Any, output: Any, label: _Label) -> None:
+        """Note a call and give its outputs a label and a place in the program."""
+        program_call = None
+        if not label.sources & self.spatial:
+            program_call = Call(call.function, call.module, tree_map(self.reference, args), tree_map(self.reference, kwargs))
+        self.calls.append(program_call)
+        for leaf, tensor in enumerate(self.tensors(output)):
+            self.labels[tensor] = label
+            self.refs[tensor] = Ref(len(self.calls) - 1, leaf)
+
+    def reference(self, value: Any) -> Any:
+        return self.refs.get(value, value) if isinstance(value, Tensor) else value
+
+    def combine(self, inputs: list[Tensor]) -> _Label:
+        """Return the label of what is computed from `inputs`; note the temporal layers whose output meets other data here."""
+        labels = [self.label(tensor) for tensor in inputs]
+        sources = frozenset().union(*(label.sources for label in labels))
+        producers = frozenset().union(*(label.producers for label in labels))
+        for label in labels:
+            leaves_finite = label.sources <= FINITE and not sources <= FINITE
+            meets_positions = not label.sources & self.spatial and sources & self.spatial
+            if leaves_finite or meets_positions:
+                self.features.update(dict.fromkeys(sorted(label.producers)))
+                producers -= label.producers
+        return _Label(sources, producers)
+
+
+def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], output: Any) -> Segments | None:
+    """Return the channel concatenation that `output` carries: a new one, or that of an input of the same width."""
+    output = next(iter(record.tensors(output)), None)
+    if output is None or output.ndim < 3:
+        return None
+    if func is torch.ops.aten.cat.default:
+        axis = (args[1] if len(args) > 1 else 0) % output.ndim
+        seen = [bool(record.label(part).sources & record.spatial) for part in args[0]]
+        return Segments(tuple(part.shape[axis] for part in args[0]), axis) if axis and all(seen) and len(seen) > 1 else None
+    for tensor in inputs:
+        segments = record.label(tensor).segments
+        if segments and tensor.ndim == output.ndim and tensor.shape[segments.axis] == output.shape[segments.axis]:
+            return segments
+    return None
+
+
+class _Operations(TorchDispatchMode):
+    """Labels the output of every operation outside of weighted layers."""
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()
+        self.state = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not self.state.inside:
+            inputs = self.state.tensors(args, kwargs)
+            combined = self.state.combine(inputs)
+            label = _Label(combined.sources, combined.producers, _segments(self.state, func, args, inputs, output))
+            self.state.record(Call(func, "", args, kwargs), args, kwargs, output, label)
+        return output
+
+
+class _Products(TorchFunctionMode):
+    """Counts attention products by the module whose forward calls them."""
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()
+        self.state = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SITES and self.state.owners and not self.state.inside:
+            owner = self.state.owners[-1]
+            self.state.products[owner] = self.state.products.get(owner, 0) + SITES[func]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _module_hooks(module: nn.Module, record: _Record) -> Iterator[None]:
+    """Keep the stack of running modules, and record weighted layers as single calls."""
+
+    def enter(name: str, weighted: bool) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            record.owners.append(name)
+            record.inside += weighted
+
+        return hook
+
+    def leave(name: str, weighted: bool) -> Callable[..., None]:
+        def hook(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            record.owners.pop()
+            if not weighted:
+                return
+            record.inside -= 1
+            if not record.inside:
+                _record_layer(record, name, child, args, kwargs, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, child in module.named_modules():
+            weighted = _is_weighted(child)
+            stack.callback(child.register_forward_pre_hook(enter(name, weighted)).remove)
+            stack.callback(child.register_forward_hook(leave(name, weighted), with_kwargs=True).remove)
+        yield
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    return operation_of(module) is not None or isinstance(module, nn.Embedding)
+
+
+def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    inputs = record.tensors(args, kwargs)
+    combined = record.combine(inputs)
+    operation = operation_of(layer)
+    if operation is not None:
+        segments = record.label(inputs[0]).segments
+        # A grouped convolution sees no source whole.
+        whole = segments is not None and sum(segments.widths) == weight_of(layer).shape[1]
+        reads = whole and segments is not None and segments.axis == operation.channel_axis % inputs[0].ndim
+        known = record.layers.get(name)
+        sources = combined.sources | (known.depends_on if known else frozenset())
+        temporal = TIMESTEP in sources and not sources & record.spatial
+        record.layers[name] = LayerTrace(name, sources, temporal, segments.widths if reads and segments else ())
+    producers = {name} & {layer.name for layer in (record.layers.get(name),) if layer and layer.temporal}
+    label = _Label(combined.sources, frozenset(producers))
+    record.record(Call(None, name, args, kwargs), args, kwargs, output, label)
+    record.outputs[name] = record.refs[output]
+
+
+def _slice(record: _Record, wanted: Mapping[str, Ref]) -> tuple[tuple[Call, ...], dict[str, Ref]]:
+    """Keep the calls that `wanted` needs and renumber them."""
+    needed: set[int] = set()
+    pending = [ref.call for ref in wanted.values()]
+    while pending:
+        index = pending.pop()
+        if index in needed or index < 0:
+            continue
+        needed.add(index)
+        call = record.calls[index]
+        if call is None:
+            raise RuntimeError("a temporal computation reads a tensor made from the sample")
+        pending += [leaf.call for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Ref)]
+    order = {old: new for new, old in enumerate(sorted(needed))}
+
+    def renumber(value: Any) -> Any:
+        return Ref(order[value.call], value.leaf) if isinstance(value, Ref) and value.call >= 0 else value
+
+    calls = [record.calls[index] for index in sorted(needed)]
+    sliced = tuple(Call(c.function, c.module, tree_map(renumber, c.args), tree_map(renumber, c.kwargs)) for c in calls if c)
+    return sliced, {name: renumber(ref) for name, ref in wanted.items()}
+
+
+def _run(denoiser: Denoiser, inputs: Inputs, *, fake: bool) -> _Record:
+    labelled = denoiser.labelled(inputs)
+    record = _Record(frozenset(name for name, tensor in labelled if name == "sample" or tensor.ndim >= 3))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if fake:
+            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            inputs = inputs.map(lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t))
+        for name, tensor in denoiser.labelled(inputs):
+            record.labels[tensor] = _Label(frozenset({name}))
+            record.refs[tensor] = Ref(-1, name=name)
+        stack.enter_context(_module_hooks(denoiser.module, record))
+        stack.enter_context(_Operations(record))
+        stack.enter_context(_Products(record))
+        denoiser(inputs)
+    return record
+
+
+def trace(denoiser: Denoiser, example: Inputs, *, batch: int = 2) -> Trace:
+    """Trace one call of `denoiser` on inputs shaped like `example`, resized to `batch` samples.
+
+    Runs on fake tensors; a model that reads values while it runs (`.item()`) is traced on real ones instead.
+    """
+    inputs = example.resized(batch)
+    try:
+        record = _run(denoiser, inputs, fake=True)
+    except (DataDependentOutputException, UnsupportedFakeTensorException):
+        record = _run(denoiser, inputs, fake=False)
+    layers = tuple(record.layers.values())
+    temporal = {layer.name for layer in layers if layer.temporal}
+    features = tuple(name for name in record.layers if name in record.features and name in temporal)
+    calls, outputs = _slice(record, {name: ref for name, ref in record.outputs.items() if name in temporal})
+    return Trace(layers, features, dict(record.products), calls, outputs, batch)

@@ -1,0 +1,55 @@
+"""Turn a recipe and a trace into a plan: the only place where rules meet layers."""
+
+from tfmq.models.trace import LayerTrace, Trace
+from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan
+from tfmq.recipes.recipe import Recipe
+
+
+def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
+    played = {"role:first": layer.name == first, "role:last": layer.name == last, "role:temporal": layer.temporal}
+    return frozenset(role for role, plays in played.items() if plays)
+
+
+def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPlan | None:
+    weight_bits, activation_bits = recipe.bits(layer.name, roles)
+    weight = recipe.weights.format(weight_bits)
+    if weight is None:
+        return None
+    activation = recipe.activations.format(activation_bits)
+    temporal = layer.temporal and recipe.temporal.maintenance != "none"
+    per_step = recipe.activations.per_step == "all" or (temporal and recipe.activations.per_step == "temporal")
+    # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM, section 4.3).
+    ranges = "min_max" if temporal else recipe.activations.ranges
+    return LayerPlan(
+        weight=weight,
+        ranges=recipe.weights.ranges,
+        segments=layer.segments if recipe.activations.split else (),
+        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges) if activation else None,
+    )
+
+
+def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
+    for rule in recipe.rules:
+        if not any(rule.matches(name, played) for name, played in roles.items()):
+            raise ValueError(f"the rule {rule.match!r} of recipe {recipe.name} matches no layer; `tfmq inspect` lists their names")
+
+
+def make_plan(recipe: Recipe, trace: Trace) -> Plan:
+    """Return what every traced layer becomes under `recipe`.
+
+    Raises:
+        ValueError: a rule matches no layer, or nothing is left to quantize.
+    """
+    seeing = [layer.name for layer in trace.layers if "sample" in layer.depends_on]
+    roles = {layer.name: _roles(layer, seeing[0], seeing[-1]) for layer in trace.layers}
+    _check_rules(recipe, roles)
+    plans = {layer.name: _layer(recipe, layer, roles[layer.name]) for layer in trace.layers}
+    layers = {name: plan for name, plan in plans.items() if plan}
+    if not layers:
+        raise ValueError(f"recipe {recipe.name} quantizes no layer of this model")
+    per_step = recipe.activations.per_step == "all"
+    products = {}
+    for owner, sites in trace.products.items():
+        fmt = recipe.activations.format(recipe.bits(owner, frozenset())[1]) if recipe.activations.products else None
+        products[owner] = (sites, QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges) if fmt else None)
+    return Plan(layers, products)

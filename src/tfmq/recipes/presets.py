@@ -1,0 +1,83 @@
+"""Recipes as Python functions."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from tfmq.recipes.recipe import Activations, Recipe, Rule, Temporal, Weights
+from tfmq.reconstruction.learning import Learning
+
+# A budget that two CPU cores finish in minutes; the released code runs 20 000 iterations at rate 1e-3.
+FAST = Learning(iterations=400, learning_rate=1e-2)
+
+
+def _ends(activation_bits: int | None) -> tuple[Rule, ...]:
+    """First and last layer at 8 bits, as in BRECQ; the released TFMQ-DM keeps them in full precision."""
+    return tuple(Rule(match=role, weight_bits=8, activation_bits=activation_bits) for role in ("role:first", "role:last"))
+
+
+def tfmq_w4a8() -> Recipe:
+    """4-bit weights, 8-bit activations per timestep, temporal features from an int8 table."""
+    return Recipe(name="tfmq_w4a8", learning=FAST, rules=_ends(8))
+
+
+def tfmq_w8a8() -> Recipe:
+    """8-bit weights and activations; nearest rounding is within noise of learned rounding at 8 bits, so few iterations."""
+    learning = replace(FAST, iterations=100)
+    return Recipe(name="tfmq_w8a8", weights=Weights(bits=8), learning=learning)
+
+
+def tfmq_w4a32() -> Recipe:
+    """4-bit weights, activations in full precision."""
+    activations = Activations(bits=None, products=False, per_step="none")
+    return Recipe(name="tfmq_w4a32", activations=activations, learning=FAST, rules=_ends(None))
+
+
+def rtn(recipe: Recipe) -> Recipe:
+    """The round-to-nearest baseline at the bits of `recipe`: no learning, one scale for all timesteps, no temporal maintenance."""
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "rtn"),
+        activations=replace(recipe.activations, per_step="none"),
+        temporal=Temporal(maintenance="none"),
+        learning=replace(recipe.learning, iterations=0),
+    )
+
+
+def brecq(recipe: Recipe) -> Recipe:
+    """The block reconstruction baseline at the bits of `recipe`: the same engine without TIAR, finite set calibration and cache."""
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "brecq"),
+        activations=replace(recipe.activations, per_step="none"),
+        temporal=Temporal(maintenance="none"),
+    )
+
+
+_METHODS: dict[str, Callable[[Recipe], Recipe]] = {"rtn": rtn, "brecq": brecq}
+_SCHEMES: dict[str, Callable[[], Recipe]] = {"w4a8": tfmq_w4a8, "w8a8": tfmq_w8a8, "w4a32": tfmq_w4a32}
+PRESETS: dict[str, Callable[[], Recipe]] = {f"tfmq_{name}": build for name, build in _SCHEMES.items()}
+PRESETS |= {f"{method}_{name}": (lambda f=f, b=b: f(b())) for method, f in _METHODS.items() for name, b in _SCHEMES.items()}  # type: ignore[misc]
+
+
+def scheme(name: str) -> Recipe:
+    """Return the recipe of a scheme: a preset's name, or `wXaY` with X and Y of 2 to 8 bits, or 16 or 32 for full precision.
+
+    Raises:
+        ValueError: no such scheme.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    if name in _SCHEMES:
+        return _SCHEMES[name]()
+    found = re.fullmatch(r"w(\d+)a(\d+)", name)
+    bits = [int(text) for text in found.groups()] if found else []
+    if not bits or not all(2 <= value <= 8 or value in (16, 32) for value in bits):
+        choices = ", ".join((*_SCHEMES, *PRESETS))
+        raise ValueError(f"unknown scheme {name!r}; give wXaY with 2 to 8 bits (16 or 32 for full precision), or one of {choices}")
+    weight, activation = (value if value <= 8 else None for value in bits)
+    if weight is None:
+        raise ValueError(f"scheme {name!r} keeps full-precision weights; integer arithmetic needs both operands, so choose weights of 2 to 8 bits")
+    base = tfmq_w4a32() if activation is None else tfmq_w4a8()
+    activations = replace(base.activations, bits=activation)
+    return replace(base, name=f"tfmq_{name}", weights=Weights(bits=weight), activations=activations)

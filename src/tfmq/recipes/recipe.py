@@ -1,0 +1,151 @@
+"""The recipe value and its parts; every field is checked when it is made."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from tfmq.nn.temporal import TableFormat
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.reconstruction.learning import Learning
+
+RangeMethod = Literal["search", "min_max"]
+PerStep = Literal["none", "temporal", "all"]
+Maintenance = Literal["none", "block", "cache", "selected"]
+SelectionScope = Literal["key", "feature", "step", "global"]
+ROLES = ("role:first", "role:last", "role:temporal")
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
+    return None if bits is None else IntegerFormat(bits, symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weight grids, per output channel. `bits` None keeps full precision.
+
+    `symmetric` None is symmetric at 8 bits, where `code - zero_point` must fit a signed byte, and asymmetric below, where it always does.
+    """
+
+    bits: int | None = 4
+    symmetric: bool | None = None
+    ranges: RangeMethod = "search"
+
+    def __post_init__(self) -> None:
+        _choice("weights.ranges", self.ranges, ("search", "min_max"))
+        self.format(self.bits)
+
+    def format(self, bits: int | None) -> IntegerFormat | None:
+        """Return the format of a layer that gets `bits`."""
+        return _format(bits, bits == 8 if self.symmetric is None else self.symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Activation grids, per tensor. `bits` None keeps full precision.
+
+    Attributes:
+        per_step: the scope of finite set calibration: no quantizer, those of the temporal block (the paper), or all (the released code).
+        products: quantize attention's q, k, v and post-softmax map.
+        split: give each source of a channel concatenation its own grid, in activations and weights (Q-Diffusion).
+    """
+
+    bits: int | None = 8
+    symmetric: bool = False
+    ranges: RangeMethod = "search"
+    per_step: PerStep = "all"
+    products: bool = True
+    split: bool = True
+
+    def __post_init__(self) -> None:
+        _choice("activations.ranges", self.ranges, ("search", "min_max"))
+        _choice("activations.per_step", self.per_step, ("none", "temporal", "all"))
+        self.format(self.bits)
+
+    def format(self, bits: int | None) -> IntegerFormat | None:
+        """Return the format of an input that gets `bits`."""
+        return _format(bits, self.symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporal:
+    """What keeps temporal features intact.
+
+    Attributes:
+        maintenance: `none` (temporal layers are ordinary members of their blocks), `block` (TIAR), `cache` (TIAR, and a table that replaces the
+            features of the calibrated schedule), `selected` (whichever of the two disturbs a feature less).
+        table: storage of the cache.
+        scope: what one choice of `selected` covers: a feature at a step, a feature, a step, or everything.
+        learning: of TIAR.
+    """
+
+    maintenance: Maintenance = "cache"
+    table: TableFormat = "int8"
+    scope: SelectionScope = "key"
+    learning: Learning = field(default_factory=lambda: Learning(iterations=1000, learning_rate=1e-2))
+
+    def __post_init__(self) -> None:
+        _choice("temporal.maintenance", self.maintenance, ("none", "block", "cache", "selected"))
+        _choice("temporal.table", self.table, ("int8", "float16"))
+        _choice("temporal.scope", self.scope, ("key", "feature", "step", "global"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from every `interval`-th step."""
+
+    samples: int = 32
+    steps: int = 50
+    interval: int = 5
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps", "interval", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Bits for the layers that `match`: a name pattern (`*.conv_shortcut`), or a role (`role:first`, `role:last`, `role:temporal`).
+
+    `weight_bits` and `activation_bits` of None keep full precision. The first rule that matches a layer wins.
+    """
+
+    match: str
+    weight_bits: int | None
+    activation_bits: int | None
+
+    def __post_init__(self) -> None:
+        if self.match.startswith("role:") and self.match not in ROLES:
+            raise ValueError(f"unknown role {self.match!r}; it must be one of {', '.join(ROLES)}")
+        for bits in (self.weight_bits, self.activation_bits):
+            _format(bits, False)
+
+    def matches(self, name: str, roles: frozenset[str]) -> bool:
+        """Whether the rule covers the layer `name`, which plays `roles`."""
+        return self.match in roles or fnmatchcase(name, self.match)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides how a model is quantized. Presets are functions in `tfmq.recipes.presets`; YAML is a serialisation."""
+
+    name: str
+    weights: Weights = field(default_factory=Weights)
+    activations: Activations = field(default_factory=Activations)
+    temporal: Temporal = field(default_factory=Temporal)
+    learning: Learning = field(default_factory=Learning)
+    calibration: Calibration = field(default_factory=Calibration)
+    rules: tuple[Rule, ...] = ()
+
+    def bits(self, name: str, roles: frozenset[str]) -> tuple[int | None, int | None]:
+        """Return `(weight_bits, activation_bits)` of a layer: those of the first matching rule, else the recipe's own."""
+        for rule in self.rules:
+            if rule.matches(name, roles):
+                return rule.weight_bits, rule.activation_bits
+        return self.weights.bits, self.activations.bits

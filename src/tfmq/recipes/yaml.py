@@ -1,0 +1,81 @@
+"""Recipes to and from YAML; the file is the value's fields, nothing else."""
+
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from tfmq.errors import require
+from tfmq.recipes.recipe import Recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain values that JSON and YAML keep."""
+    values = asdict(recipe)
+    values["rules"] = [dict(rule) for rule in values["rules"]]
+    return values
+
+
+def _build(kind: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path or 'the recipe'} must be a mapping of {', '.join(f.name for f in fields(kind))}; got {values!r}")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"unknown key {path}{unknown[0]}; {path.rstrip('.') or 'a recipe'} has {', '.join(hints)}")
+    return kind(**{name: _value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if is_dataclass(hint):
+        return _build(hint, value, f"{path}.")
+    if getattr(hint, "__origin__", None) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{path} must be a list; got {value!r}")
+        return tuple(_value(get_args(hint)[0], item, f"{path}[{i}].") for i, item in enumerate(value))
+    allowed = _plain_types(hint)
+    if float in allowed and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        raise ValueError(f"{path} must be of type {' or '.join(kind.__name__ for kind in allowed)}; got {value!r}")
+    return value
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    if isinstance(hint, type):
+        return (hint,)
+    parts = get_args(hint)
+    return tuple({part if isinstance(part, type) else NoneType if part is None else type(part): None for part in parts})
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """Return the recipe with these fields.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or one that the recipe refuses; names the key.
+    """
+    recipe: Recipe = _build(Recipe, values, "")
+    return recipe
+
+
+def dumps(recipe: Recipe) -> str:
+    """Return the recipe as YAML. Needs the `cli` extra."""
+    text: str = require("yaml", extra="cli").safe_dump(to_dict(recipe), sort_keys=False)
+    return text
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe from a YAML file. Needs the `cli` extra.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or is not a recipe.
+    """
+    yaml = require("yaml", extra="cli")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        return from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error

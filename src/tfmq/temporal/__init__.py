@@ -1,0 +1,1 @@
+"""Temporal features: found, maintained, tabulated, measured."""

@@ -1,0 +1,81 @@
+"""The temporal information block: `timestep -> (g_1(h(t)), ..., g_n(h(t)))` as a function apart from the denoiser."""
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.trace import Ref, Trace, trace
+
+
+class TemporalBlock:
+    """Replays the temporal part of a denoiser on its current layers, whatever has been swapped in for them.
+
+    Args:
+        denoiser: the model; its submodules are looked up by name at every call.
+        example: one call of it; conditions that temporal features depend on are taken from here unless a call brings its own.
+        batch: timesteps computed at once.
+    """
+
+    def __init__(self, denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> None:
+        self.denoiser = denoiser
+        self.module = denoiser.module
+        self.example = example.resized(batch)
+        self.trace: Trace = trace(denoiser, example, batch=batch)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the layers whose outputs are the temporal features."""
+        return self.trace.features
+
+    @property
+    def cacheable(self) -> tuple[str, ...]:
+        """The features that take one value per timestep."""
+        return tuple(name for name in self.features if self.trace.layer(name).cacheable)
+
+    def of(self, module: nn.Module) -> "TemporalBlock":
+        """Return the same computation on the layers of another module with the same names, such as a quantized copy."""
+        other = copy(self)
+        other.module = module
+        return other
+
+    def run(self, inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the outputs of the temporal layers `names` for a batch of exactly `trace.batch` inputs; differentiable."""
+        given = dict(self.denoiser.labelled(inputs))
+        outputs: list[list[Tensor]] = []
+
+        def resolve(value: Any) -> Any:
+            if not isinstance(value, Ref):
+                return value
+            return given[value.name] if value.call < 0 else outputs[value.call][value.leaf]
+
+        for call in self.trace.calls:
+            function = call.function or self.module.get_submodule(call.module)
+            result = function(*tree_map(resolve, call.args), **tree_map(resolve, call.kwargs))
+            outputs.append([leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)])
+        return {name: resolve(self.trace.outputs[name]) for name in names}
+
+    def at(self, timesteps: Tensor) -> Inputs:
+        """Return inputs for `timesteps` `[N <= batch]`, padded by repetition to the batch."""
+        padded = timesteps[torch.arange(self.trace.batch) % len(timesteps)]
+        cast = padded.to(self.example.timestep.dtype)
+        # A scheduler may step between the integers of the example.
+        timestep = cast if torch.equal(cast.to(padded.dtype), padded) else padded
+        return Inputs(self.example.sample, timestep, self.example.conditions)
+
+    def __call__(self, timesteps: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Return every cacheable feature (or the layers `names`) at `timesteps` `[N]`, each `[N, d]`.
+
+        Raises:
+            ValueError: a layer whose output is not one vector a timestep, such as one that is repeated for each frame of a video.
+        """
+        names = self.cacheable if names is None else names
+        parts = [(chunk, self.run(self.at(chunk), names)) for chunk in timesteps.split(self.trace.batch)]
+        for name, value in parts[0][1].items():
+            if value.ndim != 2 or len(value) != self.trace.batch:
+                raise ValueError(f"{name} gives {tuple(value.shape)} for {self.trace.batch} timesteps; a temporal feature is one vector a timestep")
+        return {name: torch.cat([values[name][: len(chunk)] for chunk, values in parts]) for name in names}

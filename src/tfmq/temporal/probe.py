@@ -1,0 +1,78 @@
+"""Check by behaviour what the trace says by structure."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.temporal.block import TemporalBlock
+
+TOLERANCE = 1e-4
+
+
+class ProbeError(RuntimeError):
+    """The model does not behave as its traced computation says."""
+
+
+@contextmanager
+def layer_outputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the submodules `names` while the context is open; a later call overwrites an earlier one."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+            outputs[name] = output.detach()
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(module.get_submodule(name).register_forward_hook(keep(name)).remove)
+        yield outputs
+
+
+def _moved(left: Tensor, right: Tensor) -> bool:
+    # Calibration names the layer that makes a NaN; here it moves nothing.
+    largest = float(left.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return not torch.allclose(left, right, rtol=TOLERANCE, atol=TOLERANCE * largest + 1e-12, equal_nan=True)
+
+
+@torch.no_grad()
+def probe(denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> TemporalBlock:
+    """Return the temporal block of `denoiser`, checked on real calls: same sample at another timestep, another sample at the same timestep.
+
+    Raises:
+        ProbeError: a temporal layer moves with the sample; its replay differs from the model; or a layer moves with the timestep alone but
+            the trace lost its dependence (a timestep read as a Python number).
+    """
+    block = TemporalBlock(denoiser, example, batch=batch)
+    base = example.resized(2)
+    early = torch.full_like(base.timestep, 17)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(base.sample.shape, generator=generator).to(base.sample)
+    calls = {
+        "base": Inputs(base.sample, early, base.conditions),
+        "sample": Inputs(base.sample + noise, early, base.conditions),
+        "timestep": Inputs(base.sample, early + 400, base.conditions),
+    }
+    names = [layer.name for layer in block.trace.layers]
+    seen: dict[str, dict[str, Tensor]] = {}
+    for key, inputs in calls.items():
+        with layer_outputs(denoiser.module, names) as outputs:
+            denoiser(inputs)
+        seen[key] = dict(outputs)
+    for layer in block.trace.layers:
+        with_sample = _moved(seen["base"][layer.name], seen["sample"][layer.name])
+        with_timestep = _moved(seen["base"][layer.name], seen["timestep"][layer.name])
+        if layer.temporal and with_sample:
+            raise ProbeError(f"{layer.name} was traced as independent of the sample, but its output changes with it")
+        if with_timestep and not with_sample and not layer.temporal and "timestep" not in layer.depends_on:
+            raise ProbeError(f"{layer.name} changes with the timestep, but the model reads the timestep as a Python number there; keep it a tensor")
+    temporal = [layer.name for layer in block.trace.temporal]
+    replayed = block.run(block.at(early + 400), temporal)
+    for name in temporal:
+        if _moved(seen["timestep"][name], replayed[name][:2]):
+            raise ProbeError(f"the traced computation of {name} does not give what the model computes")
+    return block

@@ -1,0 +1,184 @@
+"""The order of quantization: probe, calibrate, fit ranges, temporal block, units, pack. Nothing else knows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from tfmq.calibration.ranges import collect, fit_site
+from tfmq.calibration.store import CalibrationStore
+from tfmq.calibration.trajectory import recorded_calls
+from tfmq.models.denoiser import Inputs
+from tfmq.models.sampler import Sampler
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.plan import Plan, activation_sites, calibrated_layers, pack_all, prepare
+from tfmq.nn.swap import precision
+from tfmq.progress import Progress, silent
+from tfmq.quantizers.steps import StepContext
+from tfmq.recipes.plan import make_plan
+from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.tiar import full_features, reconstruct_temporal
+from tfmq.reconstruction.unit import UnitReport, reconstruct_unit, settle
+from tfmq.reconstruction.units import Unit, find_units
+from tfmq.storage.journal import Journal
+from tfmq.temporal.block import TemporalBlock
+from tfmq.temporal.cache import install_tables, quantized_features
+from tfmq.temporal.disturbance import Disturbance, disturbance
+from tfmq.temporal.probe import probe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What quantization did: one report a unit, and the disturbance of temporal features at the calibrated timesteps."""
+
+    units: tuple[UnitReport, ...]
+    disturbance: Disturbance
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """Return the seed of a stage: its own, so that the order and the number of stages before it do not matter."""
+    return crc32(f"{name} {seed}".encode())
+
+
+def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore, *, seed: int, progress: Progress) -> None:
+    """Run the sampler in full precision and store every denoiser call."""
+    config = recipe.calibration
+    starts = range(0, config.samples, config.batch_size)
+    with progress("calibration: sampling", len(starts) * config.steps) as advance:
+
+        def sink(inputs: Inputs) -> None:
+            store.append(inputs)
+            advance()
+
+        with recorded_calls(sampler.denoiser, sink):
+            for start in starts:
+                indices = range(start, min(start + config.batch_size, config.samples))
+                sampler.run(indices, steps=config.steps, seed=stage_seed(seed, "calibration"))
+
+
+def fit_activations(sampler: Sampler, plan: Plan, steps: StepContext, store: CalibrationStore, *, progress: Progress) -> dict[str, Tensor]:
+    """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors."""
+    module = sampler.denoiser.module
+    sites = activation_sites(module)
+    if not sites:
+        return {}
+    methods = {f"{name}.input_quantizer": layer.input.ranges for name, layer in plan.layers.items() if layer.input}
+    methods |= {owner: quantizer.ranges for owner, (_, quantizer) in plan.products.items() if quantizer}
+    with progress("calibration: activation ranges", len(store) + len(sites)) as advance, precision(module, weights="full", inputs="quantized"):
+        statistics = collect(sampler.denoiser, sites, steps, store, calls=len(store), advance=advance)
+        for name, quantizer in sites.items():
+            if name in statistics:
+                fit_site(quantizer, statistics[name], method=methods.get(name) or methods[name.rpartition(".tfmq_products")[0]])  # type: ignore[arg-type]
+            advance()
+    return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
+
+
+def maintain_temporal(
+    block: TemporalBlock, layers: dict[str, CalibratedLayer], steps: StepContext, recipe: Recipe, *, seed: int, progress: Progress
+) -> dict[str, Tensor]:
+    """Learn the roundings of the temporal block (TIAR); return their codes."""
+    config = recipe.temporal.learning
+    with progress("temporal block: TIAR", config.iterations) as advance:
+        reconstruct_temporal(block, layers, steps, config, seed=stage_seed(seed, "temporal"), advance=advance)
+    return {name: layer.codes for name, layer in layers.items()}
+
+
+def _batches(store: CalibrationStore, recipe: Recipe) -> list[Inputs]:
+    return list(chain.from_iterable(inputs.chunks(recipe.calibration.batch_size) for inputs in store.every(recipe.calibration.interval)))
+
+
+def reconstruct_units(
+    sampler: Sampler,
+    units: Sequence[Unit],
+    steps: StepContext,
+    store: CalibrationStore,
+    recipe: Recipe,
+    *,
+    seed: int,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[UnitReport, ...]:
+    """Reconstruct the units in execution order, each on inputs from the quantized network so far; journal each."""
+    module, layers = sampler.denoiser.module, calibrated_layers(sampler.denoiser.module)
+    inputs_quantized = recipe.activations.bits is not None
+    batches = _batches(store, recipe)
+    reports = []
+    with progress("units: reconstruction", max(1, recipe.learning.iterations) * len(units)) as advance:
+        for number, unit in enumerate(units):
+
+            def compute(unit: Unit = unit) -> dict[str, Tensor]:
+                report = reconstruct_unit(
+                    sampler.denoiser,
+                    unit,
+                    batches,
+                    steps,
+                    recipe.learning,
+                    inputs_quantized=inputs_quantized,
+                    seed=stage_seed(seed, unit.name),
+                    advance=advance,
+                )
+                figures = torch.tensor([report.error_before, report.error_after, report.seconds], dtype=torch.float64)
+                return {"report": figures, **{name: layers[name].codes for name in unit.layers}}
+
+            skipped = journal.done(f"unit_{number:04d}")
+            tensors = journal.stage(f"unit_{number:04d}", compute)
+            reports.append(UnitReport(unit.name, *tensors.pop("report").tolist()))
+            _restore(layers, tensors)
+            settle(module.get_submodule(unit.name), unit, inputs_quantized=inputs_quantized)
+            if skipped or recipe.learning.iterations == 0:
+                advance(max(1, recipe.learning.iterations))
+    return tuple(reports)
+
+
+def _restore(layers: dict[str, CalibratedLayer], codes: dict[str, Tensor]) -> None:
+    for name, values in codes.items():
+        layers[name].codes.copy_(values)
+
+
+def quantize_denoiser(
+    sampler: Sampler, recipe: Recipe, *, seed: int, store: CalibrationStore, journal: Journal, progress: Progress = silent
+) -> Outcome:
+    """Quantize the sampler's denoiser in place by `recipe`; afterwards it holds packed layers only.
+
+    The stages are journalled: with a journal of an interrupted run, finished stages are read back, and the result is the same to the byte.
+    """
+    denoiser = sampler.denoiser
+    denoiser.module.requires_grad_(False).eval()
+    block = probe(denoiser, sampler.example())
+    plan = make_plan(recipe, block.trace)
+
+    def record() -> dict[str, Tensor]:
+        store.clear()
+        record_calibration(sampler, recipe, store, seed=seed, progress=progress)
+        return {"calls": torch.tensor(len(store))}
+
+    journal.stage("calibration", record)
+    device = next(denoiser.module.parameters()).device
+    steps = StepContext(store.timesteps()).to(device)
+    prepare(denoiser.module, plan, steps, timestep=denoiser.timestep)
+    full = full_features(block, steps.timesteps)
+    ranges = journal.stage("activations", lambda: fit_activations(sampler, plan, steps, store, progress=progress))
+    for name, quantizer in activation_sites(denoiser.module).items():
+        quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
+    temporal = [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
+    maintained = temporal if recipe.temporal.maintenance != "none" else []
+    if maintained:
+        layers = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if name in maintained}
+        _settle_layers(layers, recipe)
+        _restore(layers, journal.stage("temporal", lambda: maintain_temporal(block, layers, steps, recipe, seed=seed, progress=progress)))
+        if recipe.temporal.maintenance != "block":
+            scope = recipe.temporal.scope if recipe.temporal.maintenance == "selected" else None
+            install_tables(block, full, steps, table_format=recipe.temporal.table, scope=scope)
+    units = find_units(denoiser.module, [layer.name for layer in block.trace.layers if layer.name in plan.layers], exclude=maintained)
+    reports = reconstruct_units(sampler, units, steps, store, recipe, seed=seed, journal=journal, progress=progress)
+    pack_all(denoiser.module)
+    return Outcome(reports, disturbance(steps.timesteps, full, quantized_features(block, steps)))
+
+
+def _settle_layers(layers: dict[str, CalibratedLayer], recipe: Recipe) -> None:
+    for layer in layers.values():
+        layer.weight_precision = "quantized"
+        layer.input_precision = "full" if recipe.activations.bits is None else "quantized"
