@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tfmq.nn.operation import Operation
 from tfmq.numerics.formats import IntegerFormat
-from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
+from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 
 Precision = Literal["full", "quantized"]
 
@@ -119,6 +119,6 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
     packed.scale.copy_(grid.scale)
     if packed.zero_point is not None:
         packed.zero_point.copy_(grid.zero_point)
-    if packed.bias is not None:
+    if packed.bias is not None and layer.bias is not None:
         packed.bias.copy_(layer.bias)
     return packed

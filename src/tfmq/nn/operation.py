@@ -59,6 +59,18 @@ def _convolution(module: nn.Conv2d) -> Operation | None:
     return Convolution(module.stride, module.padding, module.dilation, module.groups)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight `[C_out, C_in, ...]` of a weighted layer, stock or quantized.
+
+    Raises:
+        TypeError: the module has none.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight tensor")
+    return weight
+
+
 def operation_of(module: nn.Module) -> Operation | None:
     """Return the operation of a stock weighted layer or a subclass with its `forward`; None for anything that cannot be quantized."""
     for kind in type(module).__mro__:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import attach_steps, replace_module
+from tfmq.nn.temporal import stock_name
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -54,7 +55,7 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str)
         operation = operation_of(source)
         if operation is None:
             raise ValueError(f"{name} is a {type(source).__name__}, which has no quantized form")
-        grid = fit_grid(source.weight.detach(), layer.weight, segments=layer.segments, method=layer.ranges)
+        grid = fit_grid(weight_of(source).detach(), layer.weight, segments=layer.segments, method=layer.ranges)
         quantizer = layer.input.build(steps, segments=layer.segments, axis=operation.channel_axis) if layer.input else None
         replace_module(module, name, CalibratedLayer(source, operation, grid, quantizer))  # type: ignore[arg-type]
     for owner, (sites, quantizer_plan) in plan.products.items():
@@ -71,7 +72,7 @@ def activation_sites(module: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def calibrated_layers(module: nn.Module) -> dict[str, CalibratedLayer]:
     """Return every calibrated layer below `module` by the name of the stock layer that it replaced."""
-    return {name.removesuffix(".block"): child for name, child in module.named_modules() if isinstance(child, CalibratedLayer)}
+    return {stock_name(module, name): child for name, child in module.named_modules() if isinstance(child, CalibratedLayer)}
 
 
 def pack_all(module: nn.Module) -> None:
@@ -85,4 +86,4 @@ def pack_all(module: nn.Module) -> None:
 
 def packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
     """Return every packed layer below `module` by the name of the stock layer that it replaced."""
-    return {name.removesuffix(".block"): child for name, child in module.named_modules() if isinstance(child, PackedLayer)}
+    return {stock_name(module, name): child for name, child in module.named_modules() if isinstance(child, PackedLayer)}

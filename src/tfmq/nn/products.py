@@ -5,7 +5,8 @@ The owner is the module whose own `forward` calls the product. Products are coun
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class ProductMode(TorchFunctionMode):
 class ProductQuantizers(nn.Module):
     """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision."""
 
-    def __init__(self, left: list[nn.Module | None], right: list[nn.Module | None]) -> None:
+    def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
         super().__init__()
         self.left = nn.ModuleList([quantizer or nn.Identity() for quantizer in left])
         self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
@@ -134,6 +135,11 @@ def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
     """Quantize the products of `module` in place. Its class becomes a subclass of itself, so that `isinstance` and methods stay."""
     kind = type(module)
     if kind not in _OWNERS:
-        _OWNERS[kind] = type(kind.__name__, (_Owner, kind), {"__module__": kind.__module__})
+
+        @wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _Owner.forward(self, *args, **kwargs)
+
+        _OWNERS[kind] = type(kind.__name__, (_Owner, kind), {"__module__": kind.__module__, "forward": forward})
     module.__class__ = _OWNERS[kind]
     module.tfmq_products = quantizers

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tfmq.nn.layer import PackedLayer
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import STEPS, attach_steps, replace_module
-from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer
+from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -57,7 +57,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     skipped = []
     for name, child in module.named_modules():
         if isinstance(child, PackedLayer):
-            found["layers"][name.removesuffix(".block")] = _describe_layer(child)
+            found["layers"][stock_name(module, name)] = _describe_layer(child)
         elif isinstance(child, CachedFeature):
             found["tables"][name] = {"format": child.table.table_format, "everywhere": child.everywhere}
         elif isinstance(child, SkippedLayer):
@@ -91,7 +91,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
     return PackedLayer(
         operation,
         IntegerFormat(spec["bits"], spec["symmetric"]),
-        tuple(source.weight.shape),
+        tuple(weight_of(source).shape),
         bias=source.bias is not None,
         segments=tuple(spec["segments"]),
         input_quantizer=_build_quantizer(spec["input"], steps),
@@ -113,12 +113,12 @@ def assemble(module: nn.Module, structure: Structure) -> None:
         for name, spec in named_specs(structure, "layers"):
             replace_module(module, name, _build_layer(_submodule(module, name), spec, steps, name))
         for name, spec in named_specs(structure, "tables"):
-            block = module.get_submodule(name)
-            table = FeatureTable(structure["steps"], block.shape[0], spec["format"])
+            block = _submodule(module, name)
+            table = FeatureTable(structure["steps"], weight_of(block).shape[0], spec["format"])
             replace_module(module, name, CachedFeature(block, table, steps, everywhere=spec["everywhere"]))
         for name in structure["skipped"]:
-            block = module.get_submodule(name)
-            replace_module(module, name, SkippedLayer(block, block.shape[0], steps))
+            block = _submodule(module, name)
+            replace_module(module, name, SkippedLayer(block, weight_of(block).shape[0], steps))
         for owner, sides in named_specs(structure, "products"):
             left, right = ([_build_quantizer(spec, steps) for spec in sides[side]] for side in ("left", "right"))
             attach_products(_submodule(module, owner), ProductQuantizers(left, right))

@@ -14,6 +14,7 @@ from tfmq.nn.products import ProductQuantizers
 from tfmq.quantizers.steps import StepContext
 
 STEPS = "tfmq_steps"
+TIMESTEP = "tfmq_timestep"
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
@@ -53,7 +54,7 @@ def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> Non
         subclass = type(kind.__name__, (_Stepped, kind), members)
         _STEPPED[kind] = subclass
     module.__class__ = _STEPPED[kind]
-    module.tfmq_timestep = timestep
+    setattr(module, TIMESTEP, timestep)
     setattr(module, STEPS, steps)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tfmq.nn.operation import weight_of
 from tfmq.numerics.affine import dequantize, quantize
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.ranges import min_max
@@ -76,7 +77,7 @@ class CachedFeature(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the layer behind the table."""
-        return self.block.weight
+        return weight_of(self.block)
 
     def forward(self, x: Tensor) -> Tensor:
         (steps,) = self._steps
@@ -102,12 +103,18 @@ class SkippedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the skipped layer."""
-        return self.block.weight
+        return weight_of(self.block)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.enabled and self._steps[0].all_exact:
             return x.new_zeros(1).expand(*x.shape[:-1], self.width)
         return self.block(x)
+
+
+def stock_name(module: nn.Module, name: str) -> str:
+    """Return the name in the stock architecture of the layer that is now called `name` below `module`: tables and skips keep it as `block`."""
+    parent, _, last = name.rpartition(".")
+    return parent if last == "block" and isinstance(module.get_submodule(parent), CachedFeature | SkippedLayer) else name
 
 
 @contextmanager

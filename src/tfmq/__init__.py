@@ -1,0 +1,49 @@
+"""Quantize diffusion models with temporal feature maintenance, and run the result.
+
+    import tfmq
+    tfmq.quantize("default", "w4a8", output_dir="model")
+    pipeline = tfmq.load("model")
+
+After `import tfmq`, `diffusers.DiffusionPipeline.from_pretrained("model")` works too.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tfmq.lazy import when_imported
+from tfmq.version import __version__
+
+if TYPE_CHECKING:
+    from tfmq.api import quantize
+    from tfmq.artifact import load
+    from tfmq.models.denoiser import Denoiser
+    from tfmq.models.sampler import LoopSampler
+    from tfmq.recipes import Recipe, scheme
+
+__all__ = ["Denoiser", "LoopSampler", "Recipe", "__version__", "load", "quantize", "scheme"]
+
+_HOMES = {
+    "Denoiser": "tfmq.models.denoiser",
+    "LoopSampler": "tfmq.models.sampler",
+    "Recipe": "tfmq.recipes",
+    "load": "tfmq.artifact",
+    "quantize": "tfmq.api",
+    "scheme": "tfmq.recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for, so that `import tfmq` stays fast."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tfmq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _register_with_diffusers() -> None:
+    from tfmq.integrations.diffusers.quantizer import register
+
+    register()
+
+
+when_imported("diffusers.quantizers.auto", _register_with_diffusers)

@@ -1,0 +1,199 @@
+"""Quantize from Python: any target, one recipe, a resumable job, a saved pipeline."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tfmq.artifact import is_quantized, load, mark, save, stored_manifest
+from tfmq.calibration.store import CalibrationStore
+from tfmq.calibration.trajectory import CalibrationError
+from tfmq.models.sampler import Sampler
+from tfmq.nn.structure import describe
+from tfmq.progress import Progress, silent
+from tfmq.recipes import scheme
+from tfmq.recipes.recipe import Recipe
+from tfmq.recipes.yaml import to_dict
+from tfmq.storage.atomic import read_json
+from tfmq.storage.checkpoint import prepare_output, seal
+from tfmq.storage.digest import tensor_digest
+from tfmq.storage.journal import JobMismatchError, Journal
+from tfmq.version import __version__
+from tfmq.workflow import Outcome, quantize_denoiser
+
+DEFAULT = "default"
+ASSETS = Path(__file__).parent / "assets"
+REPORT_FILE = "tfmq_report.json"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model: what was passed in (quantized in place), its sealed manifest, and the report of the run."""
+
+    model: Any
+    manifest: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+
+def open_sampler(target: Any, *, prompts: tuple[str, ...] = ()) -> Sampler:
+    """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or "default", the embedded model.
+
+    Raises:
+        ValueError: nothing that can be sampled from.
+    """
+    if hasattr(target, "run") and hasattr(target, "denoiser"):
+        return target
+    from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, open_pipeline
+
+    if isinstance(target, str | Path):
+        path = ASSETS / DEFAULT if str(target) == DEFAULT else Path(target)
+        target = load(path) if is_quantized(path) else open_pipeline(path if path.exists() else target)
+    if not hasattr(target, "components"):
+        raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
+    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS)
+    if prompts and not sampler.takes_prompts:
+        warnings.warn(f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2)
+    return sampler
+
+
+def _manifest(module: nn.Module, recipe: Recipe, seed: int) -> dict[str, Any]:
+    provenance = {"recipe": to_dict(recipe), "seed": seed, "tfmq": __version__, "torch": torch.__version__}
+    fields = {"quant_method": "tfmq", "structure": describe(module), "provenance": provenance}
+    return seal(module.state_dict(), fields, table=False)
+
+
+def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], parameters: int, quantized_bytes: int) -> dict[str, Any]:
+    disturbed = outcome.disturbance
+    return {
+        "scheme": recipe.name,
+        "bytes": {"fp32": 4 * parameters, "quantized": quantized_bytes},
+        "units": [
+            {"name": u.name, "error_before": u.error_before, "error_after": u.error_after, "seconds": round(u.seconds, 3)} for u in outcome.units
+        ],
+        "temporal": {
+            "max_relative_error": disturbed.max_relative_error,
+            "mean_relative_error": disturbed.mean_relative_error,
+            "mismatches": disturbed.mismatches,
+        },
+        "sha256": manifest["digest"],
+    }
+
+
+def _timeless(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report without times, so that equal jobs write equal bytes."""
+    units = [{key: value for key, value in unit.items() if key != "seconds"} for unit in report["units"]]
+    return {**report, "units": units}
+
+
+def _read_report(destination: Path) -> dict[str, Any]:
+    """Return the report of a job that was finished before; its units take no time now."""
+    report = read_json(destination / REPORT_FILE)
+    units = [{**unit, "seconds": 0.0} for unit in report["units"]]
+    return {key: value for key, value in report.items() if key != "fingerprint"} | {"units": units}
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's state dict."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def _fingerprint(module: nn.Module, recipe: Recipe, seed: int, prompts: tuple[str, ...]) -> dict[str, Any]:
+    versions = {"tfmq": __version__, "torch": torch.__version__}
+    return {"recipe": to_dict(recipe), "seed": seed, "model": tensor_digest(module.state_dict()), "prompts": list(prompts), **versions}
+
+
+def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> bool:
+    """Whether the job is done already; refuse a directory that holds anything else."""
+    report = destination / REPORT_FILE
+    if not resume or not report.exists():
+        prepare_output(destination, overwrite=False)
+        return False
+    before = read_json(report)["fingerprint"]
+    if before != fingerprint:
+        changed = ", ".join(key for key in sorted(before.keys() | fingerprint.keys()) if before.get(key) != fingerprint.get(key))
+        raise JobMismatchError(f"{destination} holds a finished model with another {changed}; choose another output directory")
+    return True
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Raise `CalibrationError` where a weight is NaN or infinite."""
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CalibrationError(f"{name} holds NaN or infinite values: the full-precision model is damaged; download or save it again")
+
+
+@contextmanager
+def _job_directory(destination: Path | None) -> Iterator[Path]:
+    """Give the job a directory beside its destination, which outlives an interruption; a temporary one where nothing is saved."""
+    if destination is not None:
+        yield destination.with_name(destination.name + ".job")
+        return
+    path = Path(tempfile.mkdtemp(prefix="tfmq-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def quantize(
+    target: Any,
+    recipe: Recipe | str = "w4a8",
+    *,
+    output_dir: str | Path | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    prompts: tuple[str, ...] = (),
+    progress: Progress = silent,
+) -> Quantized:
+    """Quantize a diffusion model in place and, with `output_dir`, save it.
+
+    Args:
+        target: a diffusers pipeline, a pipeline directory, a hub id, "default", or any `Sampler` (a denoiser with a loop around it).
+        recipe: a `Recipe`, or the name of a scheme such as "w4a8".
+        output_dir: where the quantized pipeline goes. It appears when it is complete; until then the job lives in `output_dir` + ".job".
+        seed: of calibration noise and of every learning stage.
+        device: moves the model there first.
+        resume: continue the job of an interrupted run; the result is the same to the byte.
+        prompts: for text-to-image pipelines, instead of the built-in ones.
+        progress: shows bars; see `tfmq.progress`.
+
+    Raises:
+        ValueError: an unknown scheme or a model that cannot be quantized.
+        CheckpointError: `output_dir` is taken or full, or the job in it is another one.
+        CalibrationError: NaN or infinite values in calibration.
+    """
+    recipe = scheme(recipe) if isinstance(recipe, str) else recipe
+    sampler = open_sampler(target, prompts=prompts)
+    module = sampler.denoiser.module
+    if hasattr(module, "tfmq_steps"):
+        raise ValueError("the model is quantized already; quantize the full-precision one")
+    _check_weights(module)
+    owner = getattr(sampler, "pipeline", module)
+    if device is not None:
+        owner.to(device)
+    fingerprint = _fingerprint(module, recipe, seed, prompts)
+    destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
+    if destination is not None and _finished(destination, fingerprint, resume=resume):
+        loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module)
+        return Quantized(loaded, stored_manifest(destination), _read_report(destination))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    with _job_directory(destination) as job:
+        journal = Journal(job, fingerprint, resume=resume)
+        outcome = quantize_denoiser(sampler, recipe, seed=seed, store=CalibrationStore(job / "calibration"), journal=journal, progress=progress)
+        manifest = _manifest(module, recipe, seed)
+        report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
+        if hasattr(sampler, "pipeline"):
+            mark(module, manifest)
+        if destination is not None:
+            save(owner, destination, manifest=manifest, extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}})
+            journal.remove()
+    return Quantized(owner, manifest, report)

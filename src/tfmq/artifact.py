@@ -1,0 +1,142 @@
+"""Quantized models on disk: a diffusers pipeline directory, or a bare checkpoint for a module that diffusers does not know."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from tfmq.nn.structure import assemble
+from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, write_json
+from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, verify
+from tfmq.storage.errors import ForeignFileError, MissingFileError, StorageFullError
+
+PIPELINE_FILE = "model_index.json"
+METHOD = "tfmq"
+
+
+def _components(directory: Path) -> dict[Path, Mapping[str, Any]]:
+    """Return the manifest of every quantized component of a pipeline or component directory."""
+    folders = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
+    configs = {folder: read_json(folder / "config.json") for folder in folders if (folder / "config.json").exists()}
+    manifests = {folder: config.get("quantization_config") or {} for folder, config in configs.items()}
+    return {folder: manifest for folder, manifest in manifests.items() if manifest.get("quant_method") == METHOD}
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether `path` is a directory that holds a tfmq model."""
+    return path.is_dir() and ((path / MANIFEST_FILE).exists() or bool(_components(path)))
+
+
+def stored_manifest(directory: Path) -> Mapping[str, Any]:
+    """Return the manifest of the quantized model in `directory`.
+
+    Raises:
+        ForeignFileError: there is none.
+    """
+    if (directory / MANIFEST_FILE).exists():
+        return read_json(directory / MANIFEST_FILE)
+    manifests = list(_components(directory).values())
+    if not manifests:
+        raise ForeignFileError(f"{directory} holds no model quantized by tfmq")
+    return manifests[0]
+
+
+def stored_bytes(directory: Path) -> int:
+    """Return the bytes on disk of the quantized model in `directory`: tensors, manifest and configuration."""
+    folders = [directory] if (directory / MANIFEST_FILE).exists() else list(_components(directory))
+    return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
+
+
+def verify_files(directory: Path) -> None:
+    """Check the files of every quantized component against its manifest.
+
+    Raises:
+        CheckpointError: see `tfmq.storage.errors`.
+    """
+    for folder, manifest in _components(directory).items():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise MissingFileError(f"{folder} has a tfmq configuration and no .safetensors file")
+        tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
+        verify(tensors, manifest, source=folder / "config.json")
+
+
+def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Make a diffusers model that was quantized in memory save with its manifest."""
+    from tfmq.integrations.diffusers.quantizer import mark_quantized
+
+    mark_quantized(module, manifest)
+
+
+def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a quantized pipeline, diffusers model or plain module to `directory`, which appears complete or not at all.
+
+    Args:
+        owner: what has `save_pretrained`, or an `nn.Module` without it.
+        directory: must not exist, or be empty.
+        manifest: the sealed manifest.
+        extra: further JSON files by name.
+
+    Raises:
+        StorageFullError: no space is left; nothing is kept of the attempt.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with full_disk_named(partial):
+            if hasattr(owner, "save_pretrained"):
+                owner.save_pretrained(str(partial))
+            else:
+                save_checkpoint(partial, owner.state_dict(), manifest)
+            for name, value in extra.items():
+                write_json(partial / name, value)
+            partial.replace(directory)
+    except SafetensorError as error:
+        raise StorageFullError(f"cannot write to {partial}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load(directory: str | Path, *, module: nn.Module | None = None) -> Any:
+    """Load a model from a directory: a pipeline, a diffusers component, or with `module` a bare checkpoint.
+
+    Args:
+        directory: written by `tfmq.quantize` or `save_pretrained`.
+        module: the full-precision architecture (its weights do not matter), for models that diffusers cannot build by itself. It is
+            changed in place and returned.
+
+    Raises:
+        CheckpointError: a damaged, truncated, foreign or incomplete checkpoint.
+        ValueError: the architecture does not fit; or a bare checkpoint without `module`.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise MissingFileError(f"{path} is not a directory; pass what tfmq quantize wrote")
+    if (path / MANIFEST_FILE).exists() or module is not None:
+        return _load_into(path, module)
+    verify_files(path)
+    if not (path / PIPELINE_FILE).exists() and not _components(path):
+        raise ForeignFileError(f"{path} holds no model quantized by tfmq")
+    from tfmq.integrations.diffusers.saved import load_component, load_pipeline
+
+    if (path / PIPELINE_FILE).exists():
+        return load_pipeline(path)
+    return load_component(path, str(read_json(path / "config.json").get("_class_name")))
+
+
+def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
+    if module is None:
+        raise ValueError(f"{path} is a bare checkpoint; pass the architecture: tfmq.load(directory, module=...)")
+    manifest: Mapping[str, Any]
+    if (path / MANIFEST_FILE).exists():
+        tensors, manifest = load_checkpoint(path)
+    else:
+        verify_files(path)
+        ((folder, manifest),) = _components(path).items()
+        tensors = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_tensors(file)[0].items()}
+    assemble(module, manifest["structure"])
+    module.load_state_dict(tensors, strict=True)
+    return module.requires_grad_(False).eval()

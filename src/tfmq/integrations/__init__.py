@@ -1,0 +1,1 @@
+"""Foreign worlds, each importable alone."""

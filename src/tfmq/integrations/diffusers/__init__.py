@@ -1,0 +1,1 @@
+"""diffusers: pipelines as samplers, and quantized components through its quantizer interface."""

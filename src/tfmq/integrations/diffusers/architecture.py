@@ -1,0 +1,41 @@
+"""What a diffusers model is apart from its weights: its stock architecture, and the manifest that a quantized one carries."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+QUANTIZATION = "quantization_config"
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a model had before it was quantized: the first one that its own Python module knows by its name.
+
+    Raises:
+        ValueError: not a diffusers model.
+    """
+    for kind in type(module).__mro__:
+        if issubclass(kind, ModelMixin) and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind:
+            return kind
+    raise ValueError(f"{type(module).__name__} is no diffusers model, so its architecture cannot be rebuilt from a configuration")
+
+
+def stock_architecture(module: Any) -> nn.Module:
+    """Return the full-precision architecture of a quantized diffusers model, on the meta device: shapes and no values."""
+    config = {name: value for name, value in module.config.items() if name != QUANTIZATION and not name.startswith("_")}
+    with torch.device("meta"):
+        stock: nn.Module = stock_class(module).from_config(config)  # type: ignore[attr-defined]
+    return stock
+
+
+def manifest_of(module: nn.Module) -> Mapping[str, Any] | None:
+    """Return the manifest of a quantized diffusers model; None for any other module."""
+    config = getattr(module, "config", None)
+    quantization = config.get(QUANTIZATION) if isinstance(config, Mapping) else None
+    if quantization is None or isinstance(quantization, Mapping):
+        return quantization
+    manifest: Mapping[str, Any] = quantization.to_dict()
+    return manifest

@@ -1,0 +1,131 @@
+"""Any diffusers pipeline as a sampler."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.sampler import image_generator
+
+# Where a pipeline has more than one module that takes a timestep (ControlNets), these are the denoiser.
+COMPONENTS = ("unet", "transformer", "prior")
+
+DEFAULT_PROMPTS = (
+    "a red bicycle leaning against a brick wall",
+    "a bowl of oranges on a wooden table, morning light",
+    "an old lighthouse on a cliff during a storm",
+    "a watercolour painting of a fox in the snow",
+    "a crowded street market at night, neon signs",
+    "a glass of water with a lemon slice, macro photograph",
+    "portrait of an elderly fisherman, black and white",
+    "a small wooden cabin beside a mountain lake",
+    "a robot reading a newspaper in a cafe",
+    "an astronaut riding a horse through a desert",
+    "a pile of colourful knitted sweaters",
+    "aerial view of a river delta at sunset",
+    "a grey cat asleep on a stack of books",
+    "a bowl of ramen with egg and spring onions",
+    "a yellow tram climbing a steep street",
+    "an oil painting of sunflowers in a blue vase",
+)
+
+
+class _Reached(Exception):
+    """Ends a pipeline call at its first denoiser call."""
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, Denoiser]:
+    """Return the component name and the denoiser of a pipeline: the module whose `forward` takes a sample and a timestep.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            try:
+                found[name] = Denoiser(component)
+            except TypeError:
+                continue
+    for name in (*COMPONENTS, *found):
+        if name in found:
+            return name, found[name]
+    raise ValueError(f"{type(pipeline).__name__} has no component that takes a sample and a timestep; it has {', '.join(pipeline.components)}")
+
+
+class PipelineSampler:
+    """Draws images with a pipeline; see `tfmq.models.sampler.Sampler`.
+
+    Args:
+        pipeline: unconditional, class-conditional (`class_labels`) or text-to-image (`prompt`).
+        prompts: used in turn by text-to-image pipelines.
+        options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, *, prompts: tuple[str, ...] = DEFAULT_PROMPTS, options: dict[str, Any] | None = None) -> None:
+        self.pipeline = pipeline
+        self.component, self.denoiser = find_denoiser(pipeline)
+        self.prompts = prompts
+        self.options = dict(options or {})
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the pipeline draws from text."""
+        return "prompt" in inspect.signature(self.pipeline.__call__).parameters
+
+    def _content(self, indices: range) -> dict[str, Any]:
+        parameters = inspect.signature(self.pipeline.__call__).parameters
+        if self.takes_prompts:
+            return {"prompt": [self.prompts[index % len(self.prompts)] for index in indices]}
+        if "class_labels" in parameters:
+            classes = getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
+            # Spread over the classes, the same for an image whatever its batch.
+            return {"class_labels": [index * 367 % classes for index in indices]}
+        return {"batch_size": len(indices)}
+
+    @torch.no_grad()
+    def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
+        """Draw images `[N, C, H, W]` in [0, 1]; see `Sampler`."""
+        generators = [image_generator(seed, index) for index in indices]
+        output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
+        return torch.from_numpy(np.asarray(output.images)).permute(0, 3, 1, 2)
+
+    def example(self) -> Inputs:
+        """Return the inputs of the pipeline's first denoiser call, one sample; the denoiser itself is not run."""
+        calls: list[Inputs] = []
+
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(self.denoiser.bind(args, kwargs))
+            raise _Reached
+
+        handle = self.denoiser.module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self.run(range(1), steps=2, seed=0)
+        except _Reached:
+            return calls[0].rows(0, 1)
+        finally:
+            handle.remove()
+        raise ValueError(f"{type(self.pipeline).__name__} drew an image without calling its {self.component}")
+
+
+def open_pipeline(source: str | Path) -> DiffusionPipeline:
+    """Load a pipeline from a directory or a hub id, in float32.
+
+    Raises:
+        ValueError: there is no pipeline.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise ValueError(f"{path} is not a pipeline directory: it has no model_index.json")
+    if not path.exists() and (path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")):
+        raise ValueError(f"{source} does not exist, and is not a hub id (owner/name)")
+    try:
+        return DiffusionPipeline.from_pretrained(str(source), torch_dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,130 @@
+"""diffusers' quantizer interface: a component whose config carries a tfmq manifest loads with `from_pretrained`.
+
+diffusers has no public registration; `register` fills its two tables in `diffusers.quantizers.auto`.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from tfmq.nn.structure import assemble
+from tfmq.storage.atomic import read_tensors
+from tfmq.storage.checkpoint import verify
+
+METHOD = "tfmq"
+# Tensors that diffusers must not cast to the dtype a model is loaded in: codes are integers, scales stay float32.
+OWN_TENSORS = ("packed", "scale", "zero_point", "values", "use_table", "timesteps")
+
+
+class QuantMethod(StrEnum):
+    """The name under which diffusers knows this method."""
+
+    TFMQ = METHOD
+
+
+class TFMQConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a quantized component: its sealed manifest (docs/format.md), field by field."""
+
+    def __init__(self, **manifest: Any) -> None:
+        self.manifest = {**manifest, "quant_method": METHOD}
+        self.quant_method = QuantMethod.TFMQ
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the config of a manifest; diffusers' signature."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest."""
+        return dict(self.manifest)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what differs from a default config: the manifest, which has no defaults."""
+        return self.to_dict()
+
+
+class TFMQQuantizer(DiffusersQuantizer):
+    """Rebuilds the quantized modules around a stock architecture, and loads packed tensors into them.
+
+    Raises (while a model is loaded):
+        CheckpointError: a damaged, truncated, foreign or incomplete checkpoint; never a wrong image.
+        ValueError: the architecture is not the one that was quantized.
+    """
+
+    requires_calibration = True
+    use_keep_in_fp32_modules = False
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Verify the files against the manifest before anything is loaded from them."""
+        tensors: dict[str, Tensor] = {}
+        for path in checkpoint_files:
+            tensors |= read_tensors(path)[0]
+        verify(tensors, self.quantization_config.to_dict(), source=Path(checkpoint_files[0]).parent / "config.json")
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        assemble(model, self.quantization_config.manifest["structure"])
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model.requires_grad_(False)
+        return model
+
+    def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any) -> bool:
+        """Whether a tensor keeps the dtype it is stored in."""
+        return param_name.rpartition(".")[2] in OWN_TENSORS
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Put a stored tensor into its buffer, uncast."""
+        owner, _, name = param_name.rpartition(".")
+        model.get_submodule(owner).register_buffer(name, state_dict[param_name].to(target_device))
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None = None) -> torch.dtype:
+        """Default to float32, in which the quantized model was measured."""
+        return torch_dtype or torch.float32
+
+    @property
+    def is_serializable(self) -> bool:
+        """Quantized models can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` works on the simulated forward."""
+        return True
+
+
+def register() -> None:
+    """Make diffusers know the method.
+
+    Raises:
+        RuntimeError: this diffusers keeps its quantizers elsewhere.
+    """
+    for table, value in (("AUTO_QUANTIZER_MAPPING", TFMQQuantizer), ("AUTO_QUANTIZATION_CONFIG_MAPPING", TFMQConfig)):
+        mapping = getattr(auto, table, None)
+        if not isinstance(mapping, dict):
+            raise RuntimeError(f"diffusers.quantizers.auto has no {table}; install a diffusers that tfmq supports: pip install 'tfmq[diffusers]'")
+        mapping[METHOD] = value
+
+
+def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
+    """Make a model that was quantized in memory save and describe itself like a loaded one."""
+    config = TFMQConfig(**manifest)
+    model.register_to_config(quantization_config=config.to_dict())
+    model.hf_quantizer = TFMQQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
