@@ -7,8 +7,6 @@ To use another torch than the one installed by default:
 
     python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the Python that runs this script
     TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used as it is; nothing is created or installed
-
-On Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes pip prefer the much smaller build of torch without CUDA.
 """
 
 from __future__ import annotations
