@@ -43,6 +43,7 @@ STEPS = 50
 # The noise of the measured images is none that calibration saw.
 IMAGE_SEED = 1234
 TRAJECTORIES = 16
+AVERAGED = ("psnr_db", "ssim", "noise_sqnr_db", "seconds", "frechet_to_full_precision")
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,10 @@ def aggregate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for key in dict.fromkeys((row["scheme"], row["method"]) for row in rows):
         group = [row for row in rows if (row["scheme"], row["method"]) == key]
-        mean = {name: float(np.mean([row[name] for row in group])) for name in ("psnr_db", "ssim", "noise_sqnr_db", "seconds", "frechet_to_full_precision")}
+        mean = {
+            name: float(np.mean([row[name] for row in group]))
+            for name in ("psnr_db", "ssim", "noise_sqnr_db", "seconds", "frechet_to_full_precision")
+        }
         temporal = {name: float(np.mean([row["temporal"][name] for row in group])) for name in ("mean_relative_error", "max_relative_error")}
         mean["psnr_std_db"] = float(np.std([row["psnr_db"] for row in group]))
         real = [row["frechet_to_real"] for row in group if row["frechet_to_real"] is not None]

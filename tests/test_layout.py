@@ -22,6 +22,8 @@ LAYERS = (
     "report",
     "cluster",
     "evaluation",
+    "api",
+    "artifact",
     "integrations",
     "export",
     "workflow",
@@ -37,6 +39,8 @@ LAYERS = (
     "numerics",
     "progress",
     "errors",
+    "lazy",
+    "version",
 )
 RANK = {name: rank for rank, name in enumerate(reversed(LAYERS))}
 

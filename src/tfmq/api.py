@@ -16,6 +16,7 @@ from torch import nn
 from tfmq.artifact import is_quantized, load, mark, save, stored_manifest
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import CalibrationError
+from tfmq.errors import require
 from tfmq.models.sampler import Sampler
 from tfmq.nn.structure import describe
 from tfmq.progress import Progress, silent
@@ -25,7 +26,8 @@ from tfmq.recipes.yaml import to_dict
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.digest import tensor_digest
-from tfmq.storage.journal import JobMismatchError, Journal
+from tfmq.storage.errors import JobMismatchError
+from tfmq.storage.journal import Journal
 from tfmq.version import __version__
 from tfmq.workflow import Outcome, quantize_denoiser
 
@@ -51,6 +53,7 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = ()) -> Sampler:
     """
     if hasattr(target, "run") and hasattr(target, "denoiser"):
         return target
+    require("diffusers", extra="diffusers")
     from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, open_pipeline
 
     if isinstance(target, str | Path):
@@ -105,9 +108,13 @@ def state_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
-def _fingerprint(module: nn.Module, recipe: Recipe, seed: int, prompts: tuple[str, ...]) -> dict[str, Any]:
+def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Return everything that the result depends on."""
+    module = sampler.denoiser.module
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     versions = {"tfmq": __version__, "torch": torch.__version__}
-    return {"recipe": to_dict(recipe), "seed": seed, "model": tensor_digest(module.state_dict()), "prompts": list(prompts), **versions}
+    model = {"model": tensor_digest(module.state_dict()), "sampler": sampler.describe(), "device": device}
+    return {"recipe": to_dict(recipe), "seed": seed, **model, **versions}
 
 
 def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> bool:
@@ -180,9 +187,10 @@ def quantize(
     owner = getattr(sampler, "pipeline", module)
     if device is not None:
         owner.to(device)
-    fingerprint = _fingerprint(module, recipe, seed, prompts)
+    fingerprint = _fingerprint(sampler, recipe, seed)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):
+        shutil.rmtree(destination.with_name(destination.name + ".job"), ignore_errors=True)
         loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module)
         return Quantized(loaded, stored_manifest(destination), _read_report(destination))
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -191,8 +199,7 @@ def quantize(
         outcome = quantize_denoiser(sampler, recipe, seed=seed, store=CalibrationStore(job / "calibration"), journal=journal, progress=progress)
         manifest = _manifest(module, recipe, seed)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
-        if hasattr(sampler, "pipeline"):
-            mark(module, manifest)
+        mark(module, manifest)
         if destination is not None:
             save(owner, destination, manifest=manifest, extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}})
             journal.remove()

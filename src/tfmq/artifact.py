@@ -1,15 +1,17 @@
 """Quantized models on disk: a diffusers pipeline directory, or a bare checkpoint for a module that diffusers does not know."""
 
+import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq.nn.structure import assemble
-from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, write_json
+from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, tensor_names, write_json
 from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, verify
 from tfmq.storage.errors import ForeignFileError, MissingFileError, StorageFullError
 
@@ -56,6 +58,10 @@ def verify_files(directory: Path) -> None:
     Raises:
         CheckpointError: see `tfmq.storage.errors`.
     """
+    for path in sorted(directory.rglob("*.safetensors")):
+        packed = any(name.endswith(".packed") for name in tensor_names(path))
+        if packed and path.parent not in _components(directory):
+            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / 'config.json'} has no tfmq manifest; copy it again")
     for folder, manifest in _components(directory).items():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -65,10 +71,19 @@ def verify_files(directory: Path) -> None:
 
 
 def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Make a diffusers model that was quantized in memory save with its manifest."""
-    from tfmq.integrations.diffusers.quantizer import mark_quantized
+    """Make a diffusers model that was quantized in memory save with its manifest; any other module is left alone."""
+    if "diffusers" in sys.modules:
+        from tfmq.integrations.diffusers.quantizer import mark_quantized
 
-    mark_quantized(module, manifest)
+        mark_quantized(module, manifest)
+
+
+def _forget_origin(directory: Path) -> None:
+    """Drop the path that diffusers notes in every configuration: where a model came from must not change the bytes of the result."""
+    for path in sorted(directory.rglob("*.json")):
+        values = json.loads(path.read_text())
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]) -> None:
@@ -89,12 +104,15 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
         with full_disk_named(partial):
             if hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(str(partial))
+                _forget_origin(partial)
             else:
                 save_checkpoint(partial, owner.state_dict(), manifest)
             for name, value in extra.items():
                 write_json(partial / name, value)
             partial.replace(directory)
     except SafetensorError as error:
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
         raise StorageFullError(f"cannot write to {partial}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -130,13 +148,20 @@ def load(directory: str | Path, *, module: nn.Module | None = None) -> Any:
 def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
     if module is None:
         raise ValueError(f"{path} is a bare checkpoint; pass the architecture: tfmq.load(directory, module=...)")
-    manifest: Mapping[str, Any]
-    if (path / MANIFEST_FILE).exists():
-        tensors, manifest = load_checkpoint(path)
-    else:
-        verify_files(path)
-        ((folder, manifest),) = _components(path).items()
-        tensors = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_tensors(file)[0].items()}
+    tensors, manifest = load_checkpoint(path) if (path / MANIFEST_FILE).exists() else _load_only_component(path)
     assemble(module, manifest["structure"])
-    module.load_state_dict(tensors, strict=True)
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the architecture it is loaded into: {' '.join(str(error).split())}") from error
+    mark(module, manifest)
     return module.requires_grad_(False).eval()
+
+
+def _load_only_component(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    verify_files(path)
+    components = _components(path)
+    if len(components) != 1:
+        raise ForeignFileError(f"{path} holds {len(components)} models quantized by tfmq; pass the directory of one")
+    ((folder, manifest),) = components.items()
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_tensors(file)[0].items()}, manifest

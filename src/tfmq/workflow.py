@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from tfmq.calibration.ranges import collect, fit_site
-from tfmq.calibration.store import CalibrationStore
+from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
@@ -77,17 +76,20 @@ def fit_activations(sampler: Sampler, plan: Plan, steps: StepContext, store: Cal
 
 
 def maintain_temporal(
-    block: TemporalBlock, layers: dict[str, CalibratedLayer], steps: StepContext, recipe: Recipe, *, seed: int, progress: Progress
+    block: TemporalBlock,
+    layers: dict[str, CalibratedLayer],
+    steps: StepContext,
+    store: CalibrationStore,
+    recipe: Recipe,
+    *,
+    seed: int,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Learn the roundings of the temporal block (TIAR); return their codes."""
     config = recipe.temporal.learning
     with progress("temporal block: TIAR", config.iterations) as advance:
-        reconstruct_temporal(block, layers, steps, config, seed=stage_seed(seed, "temporal"), advance=advance)
+        reconstruct_temporal(block, layers, steps, config, batches=store, seed=stage_seed(seed, "temporal"), advance=advance)
     return {name: layer.codes for name, layer in layers.items()}
-
-
-def _batches(store: CalibrationStore, recipe: Recipe) -> list[Inputs]:
-    return list(chain.from_iterable(inputs.chunks(recipe.calibration.batch_size) for inputs in store.every(recipe.calibration.interval)))
 
 
 def reconstruct_units(
@@ -103,8 +105,7 @@ def reconstruct_units(
 ) -> tuple[UnitReport, ...]:
     """Reconstruct the units in execution order, each on inputs from the quantized network so far; journal each."""
     module, layers = sampler.denoiser.module, calibrated_layers(sampler.denoiser.module)
-    inputs_quantized = recipe.activations.bits is not None
-    batches = _batches(store, recipe)
+    batches = StoredBatches(store, recipe.calibration.interval)
     reports = []
     with progress("units: reconstruction", max(1, recipe.learning.iterations) * len(units)) as advance:
         for number, unit in enumerate(units):
@@ -116,7 +117,6 @@ def reconstruct_units(
                     batches,
                     steps,
                     recipe.learning,
-                    inputs_quantized=inputs_quantized,
                     seed=stage_seed(seed, unit.name),
                     advance=advance,
                 )
@@ -127,7 +127,7 @@ def reconstruct_units(
             tensors = journal.stage(f"unit_{number:04d}", compute)
             reports.append(UnitReport(unit.name, *tensors.pop("report").tolist()))
             _restore(layers, tensors)
-            settle(module.get_submodule(unit.name), unit, inputs_quantized=inputs_quantized)
+            settle(module.get_submodule(unit.name))
             if skipped or recipe.learning.iterations == 0:
                 advance(max(1, recipe.learning.iterations))
     return tuple(reports)
@@ -167,8 +167,9 @@ def quantize_denoiser(
     maintained = temporal if recipe.temporal.maintenance != "none" else []
     if maintained:
         layers = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if name in maintained}
-        _settle_layers(layers, recipe)
-        _restore(layers, journal.stage("temporal", lambda: maintain_temporal(block, layers, steps, recipe, seed=seed, progress=progress)))
+        for layer in layers.values():
+            settle(layer)
+        _restore(layers, journal.stage("temporal", lambda: maintain_temporal(block, layers, steps, store, recipe, seed=seed, progress=progress)))
         if recipe.temporal.maintenance != "block":
             scope = recipe.temporal.scope if recipe.temporal.maintenance == "selected" else None
             install_tables(block, full, steps, table_format=recipe.temporal.table, scope=scope)
@@ -176,9 +177,3 @@ def quantize_denoiser(
     reports = reconstruct_units(sampler, units, steps, store, recipe, seed=seed, journal=journal, progress=progress)
     pack_all(denoiser.module)
     return Outcome(reports, disturbance(steps.timesteps, full, quantized_features(block, steps)))
-
-
-def _settle_layers(layers: dict[str, CalibratedLayer], recipe: Recipe) -> None:
-    for layer in layers.values():
-        layer.weight_precision = "quantized"
-        layer.input_precision = "full" if recipe.activations.bits is None else "quantized"

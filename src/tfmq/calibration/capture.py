@@ -29,7 +29,9 @@ class UnitCalls:
         def pick(value: Any) -> Any:
             return value[index] if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(self) else value
 
-        return UnitCalls(tree_map(pick, self.args), tree_map(pick, self.kwargs), self.timestep[index], tuple(output[index] for output in self.outputs))
+        return UnitCalls(
+            tree_map(pick, self.args), tree_map(pick, self.kwargs), self.timestep[index], tuple(output[index] for output in self.outputs)
+        )
 
 
 class _Reached(Exception):

@@ -31,14 +31,14 @@ class SiteStatistics:
     def update(self, step: int, segment: int, part: Tensor, budget: int) -> None:
         """Add the values `part` seen at `step` in `segment`; at most `budget` of them are kept."""
         flat = part.detach().flatten()
-        self.low[step, segment] = torch.minimum(self.low[step, segment], flat.min())
-        self.high[step, segment] = torch.maximum(self.high[step, segment], flat.max())
+        self.low[step, segment] = torch.minimum(self.low[step, segment], flat.min().cpu())
+        self.high[step, segment] = torch.maximum(self.high[step, segment], flat.max().cpu())
         stride = -(-flat.numel() // max(1, budget))
-        self.values.setdefault((step, segment), []).append(flat[:: stride | 1].clone())
+        self.values.setdefault((step, segment), []).append(flat[:: stride | 1].cpu().clone())
 
 
 def _observe(site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, steps: StepContext, calls: int) -> None:
-    index = steps.index if quantizer.per_step else torch.zeros(1, dtype=torch.long)
+    index = steps.index.cpu() if quantizer.per_step else torch.zeros(1, dtype=torch.long)
     axis = quantizer.axis % x.ndim
     parts = x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)
     bins = index.unique().tolist()

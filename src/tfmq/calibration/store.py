@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class CalibrationStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        self._timesteps: list[Tensor] = []
 
     def _paths(self) -> list[Path]:
         return sorted(self.directory.glob("call_*.safetensors"))
@@ -56,6 +58,7 @@ class CalibrationStore:
 
     def clear(self) -> None:
         """Delete every call."""
+        self._timesteps.clear()
         for path in self._paths():
             path.unlink()
 
@@ -78,7 +81,9 @@ class CalibrationStore:
 
     def timesteps(self) -> Tensor:
         """Return the distinct timesteps, ascending, float32 `[S]`."""
-        return torch.cat([inputs.timestep.float().flatten() for inputs in self]).unique()
+        for path in self._paths()[len(self._timesteps) :]:
+            self._timesteps.append(read_tensors(path)[0]["timestep"].float())
+        return torch.cat(self._timesteps).unique()
 
     def every(self, interval: int) -> Iterator[Inputs]:
         """Yield the calls of every `interval`-th distinct timestep (all guidance halves of it), in order."""
@@ -86,3 +91,14 @@ class CalibrationStore:
         for inputs in self:
             if float(inputs.timestep[0].float()) in kept:
                 yield inputs
+
+
+@dataclass(frozen=True)
+class StoredBatches:
+    """The calls of every `interval`-th timestep of a store, read from disk again whenever they are iterated over."""
+
+    store: CalibrationStore
+    interval: int
+
+    def __iter__(self) -> Iterator[Inputs]:
+        return self.store.every(self.interval)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 SAMPLE_NAMES = ("sample", "hidden_states", "x", "x_t", "noisy", "latents")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
@@ -102,7 +102,10 @@ class Denoiser:
         return Inputs(sample, timestep, conditions)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Run the module; the output `[B, ...]` is its first tensor."""
+        """Run the module on its device; the output `[B, ...]` is its first tensor."""
+        device = next((parameter.device for parameter in self.module.parameters()), inputs.sample.device)
+        if inputs.sample.device != device:
+            inputs = inputs.map(lambda tensor: tensor.to(device))
         return first_tensor(self.module(**{self.sample: inputs.sample, self.timestep: inputs.timestep, **inputs.conditions}))
 
     def labelled(self, inputs: Inputs) -> list[tuple[str, Tensor]]:
@@ -111,16 +114,17 @@ class Denoiser:
         paths, _ = torch.utils._pytree.tree_flatten_with_path(dict(inputs.conditions))
         for path, leaf in paths:
             if isinstance(leaf, Tensor):
-                names = [str(key.key) for key in path if hasattr(key, "key") and isinstance(key.key, str)]
-                pairs.append((names[-1], leaf))
+                pairs.append((_label(path), leaf))
         return pairs
 
+    def with_conditions(self, inputs: Inputs, values: Mapping[str, Tensor]) -> Inputs:
+        """Return `inputs` with the condition tensors that `labelled` calls by the names in `values` replaced by these."""
 
-def flatten_conditions(conditions: Mapping[str, Any]) -> tuple[list[Any], Any]:
-    """Return the leaves of a condition tree and what rebuilds it."""
-    return tree_flatten(dict(conditions))
+        def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
+            return values.get(_label(path), leaf) if isinstance(leaf, Tensor) else leaf
+
+        return Inputs(inputs.sample, inputs.timestep, torch.utils._pytree.tree_map_with_path(replaced, dict(inputs.conditions)))
 
 
-def unflatten_conditions(leaves: list[Any], spec: Any) -> dict[str, Any]:
-    """Invert `flatten_conditions`."""
-    return tree_unflatten(leaves, spec)
+def _label(path: tuple[Any, ...]) -> str:
+    return [str(key.key) for key in path if isinstance(getattr(key, "key", None), str)][-1]

@@ -1,5 +1,6 @@
 """What a denoiser is run by: the only view of pipelines and schedulers below the integrations."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 from zlib import crc32
@@ -15,7 +16,8 @@ class Sampler(Protocol):
 
     `run(indices, steps=..., seed=...)` draws the images with those indices of the stream `seed`, whatever the batch they are drawn in, and
     returns them as float `[N, C, H, W]` in [0, 1] (latents where there is no decoder). The denoiser is called on the way, so that a
-    calibration can record its inputs.
+    calibration can record its inputs. `example()` gives the inputs of one call, `describe()` what the images depend on beside the weights,
+    as JSON values: a resumed job must find it unchanged.
     """
 
     denoiser: Denoiser
@@ -23,6 +25,8 @@ class Sampler(Protocol):
     def run(self, indices: range, *, steps: int, seed: int) -> Tensor: ...
 
     def example(self) -> Inputs: ...
+
+    def describe(self) -> dict[str, Any]: ...
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
@@ -53,6 +57,12 @@ class LoopSampler:
         timestep = torch.ones(1, dtype=torch.long, device=parameter.device)
         return Inputs(torch.zeros(1, *self.shape, dtype=parameter.dtype, device=parameter.device), timestep, self.conditions)
 
+    def describe(self) -> dict[str, Any]:
+        """Return the scheduler's settings and the shape of a sample."""
+        config = getattr(self.scheduler, "config", {})
+        settings = {"class": type(self.scheduler).__name__, **{k: repr(v) for k, v in dict(config).items() if not k.startswith("_")}}
+        return {"scheduler": settings, "shape": list(self.shape), "conditions": sorted(self.conditions)}
+
     @torch.no_grad()
     def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
         """Draw images; see `Sampler`."""
@@ -62,9 +72,11 @@ class LoopSampler:
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
         sample = noise.to(example.sample) * self.scheduler.init_noise_sigma
         conditions = example.resized(len(indices)).conditions
+        # Deterministic schedulers take no generator.
+        noise_source = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for timestep in self.scheduler.timesteps:
             scaled = self.scheduler.scale_model_input(sample, timestep)
             batch = timestep.to(example.timestep.device).expand(len(indices))
             output = self.denoiser(Inputs(scaled, batch, conditions))
-            sample = self.scheduler.step(output, timestep, sample, generator=generators).prev_sample
+            sample = self.scheduler.step(output, timestep, sample, **noise_source).prev_sample
         return (sample / 2 + 0.5).clamp(0, 1).float().cpu()

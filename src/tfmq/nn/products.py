@@ -5,6 +5,7 @@ The owner is the module whose own `forward` calls the product. Products are coun
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -75,24 +76,32 @@ class ProductMode(TorchFunctionMode):
     Modes nest with the modules that own them; only the innermost acts, so a product belongs to exactly one owner.
     """
 
-    _active: list["ProductMode"] = []  # noqa: RUF012  the stack of running owners
+    _running = threading.local()
 
     def __init__(self, operands: Operands) -> None:
         super().__init__()
         self.operands = operands
         self.site = 0
 
+    @classmethod
+    def _stack(cls) -> list["ProductMode"]:
+        """The running owners of this thread, innermost last."""
+        if not hasattr(cls._running, "stack"):
+            cls._running.stack = []
+        stack: list[ProductMode] = cls._running.stack
+        return stack
+
     def __enter__(self) -> "ProductMode":
-        self._active.append(self)
+        self._stack().append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._active.pop()
+        self._stack().pop()
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in SITES or self._active[-1] is not self:
+        if func not in SITES or self._stack()[-1] is not self:
             return func(*args, **kwargs)
         first, self.site = self.site, self.site + SITES[func]
         if func is ATTENTION:

@@ -59,8 +59,12 @@ class StepContext(nn.Module):
             raise RuntimeError("the step table is empty: the model was not calibrated")
         edges = (self.timesteps[1:] + self.timesteps[:-1]) / 2
         index = torch.bucketize(wanted, edges)
-        # Samples made in half precision carry a rounded timestep; a thousandth of a step is the same step.
-        return index, (self.timesteps[index] - wanted).abs() <= 1e-3
+        return index, (self.timesteps[index] - wanted).abs() <= self._tolerance()
+
+    def _tolerance(self) -> float:
+        """A thousandth of the smallest gap between calibrated timesteps: what rounding on the way here may have moved a timestep by."""
+        gaps = self.timesteps.diff()
+        return 1e-3 * float(gaps.min()) if len(gaps) else 1e-3
 
     @contextmanager
     def at(self, timestep: Tensor) -> Iterator[None]:

@@ -17,7 +17,7 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
         return None
     activation = recipe.activations.format(activation_bits)
     temporal = layer.temporal and recipe.temporal.maintenance != "none"
-    per_step = recipe.activations.per_step == "all" or (temporal and recipe.activations.per_step == "temporal")
+    per_step = recipe.activations.per_step == "all" or (layer.temporal and recipe.activations.per_step == "temporal")
     # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM, section 4.3).
     ranges = "min_max" if temporal else recipe.activations.ranges
     return LayerPlan(
@@ -42,7 +42,7 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     """
     seeing = [layer.name for layer in trace.layers if "sample" in layer.depends_on]
     roles = {layer.name: _roles(layer, seeing[0], seeing[-1]) for layer in trace.layers}
-    _check_rules(recipe, roles)
+    _check_rules(recipe, roles | dict.fromkeys(trace.products, frozenset()))
     plans = {layer.name: _layer(recipe, layer, roles[layer.name]) for layer in trace.layers}
     layers = {name: plan for name, plan in plans.items() if plan}
     if not layers:

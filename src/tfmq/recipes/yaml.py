@@ -1,6 +1,6 @@
 """Recipes to and from YAML; the file is the value's fields, nothing else."""
 
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -18,11 +18,14 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _build(kind: Any, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{path or 'the recipe'} must be a mapping of {', '.join(f.name for f in fields(kind))}; got {values!r}")
+        raise ValueError(f"{path.rstrip('.') or 'the recipe'} must be a mapping of {', '.join(f.name for f in fields(kind))}; got {values!r}")
     hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
+    unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
         raise ValueError(f"unknown key {path}{unknown[0]}; {path.rstrip('.') or 'a recipe'} has {', '.join(hints)}")
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"{path or 'the recipe '}lacks {', '.join(missing)}")
     return kind(**{name: _value(hints[name], value, f"{path}{name}") for name, value in values.items()})
 
 
@@ -32,7 +35,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{path} must be a list; got {value!r}")
-        return tuple(_value(get_args(hint)[0], item, f"{path}[{i}].") for i, item in enumerate(value))
+        return tuple(_value(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     allowed = _plain_types(hint)
     if float in allowed and type(value) is int:
         return float(value)
@@ -72,8 +75,8 @@ def load(path: Path) -> Recipe:
     """
     yaml = require("yaml", extra="cli")
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {path}: {error}") from error
     try:
         return from_dict(values)

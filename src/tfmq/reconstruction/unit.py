@@ -1,9 +1,8 @@
 """Reconstruct one unit: roundings that make its output that of the full-precision model."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,11 @@ class UnitReport:
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Return the squared error, summed over channels (axis 1) and averaged over the rest."""
-    return (output - target).square().sum(dim=1).mean()
+    """Return the squared error, summed over channels (the last axis of tokens `[B, N, C]`, else axis 1) and averaged over the rest."""
+    return (output - target).square().sum(dim=-1 if output.ndim == 3 else 1).mean()
 
 
-def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Sequence[Inputs]) -> UnitCalls:
+def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> UnitCalls:
     """Return the unit's inputs in the quantized network so far, with its outputs in the full-precision network."""
     with precision(denoiser.module, weights="full", inputs="full"), without_tables(denoiser.module):
         targets = capture(denoiser, unit, batches).outputs
@@ -61,23 +60,22 @@ def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, batch_siz
 def reconstruct_unit(
     denoiser: Denoiser,
     unit: Unit,
-    batches: Sequence[Inputs],
+    batches: Iterable[Inputs],
     steps: StepContext,
     config: Learning,
     *,
-    inputs_quantized: bool,
     seed: int,
     advance: Advance,
 ) -> UnitReport:
     """Learn the roundings of `unit` on `batches` and leave it quantized.
 
-    `steps` gives each sample its own timestep. The layers of the unit end with quantized weights, and with quantized inputs where
-    `inputs_quantized`.
+    `steps` gives each sample its own timestep. The layers of the unit end with quantized weights and, where they have a quantizer for
+    them, quantized inputs.
     """
     began = time.perf_counter()
     module = denoiser.module.get_submodule(unit.name)
     calls = capture_unit(denoiser, module, batches)
-    settle(module, unit, inputs_quantized=inputs_quantized)
+    settle(module)
     loss = _unit_loss(module, calls, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
 
@@ -91,11 +89,10 @@ def reconstruct_unit(
     return UnitReport(unit.name, before, after, time.perf_counter() - began)
 
 
-def settle(module: nn.Module, unit: Unit, *, inputs_quantized: bool) -> None:
-    """Make the layers of a unit compute with quantized weights (and inputs) from now on."""
-    entry: Any = "quantized" if inputs_quantized else "full"
+def settle(module: nn.Module) -> None:
+    """Make the layers and products below `module` compute with quantized weights and inputs from now on."""
     for child in module.modules():
         if isinstance(child, CalibratedLayer):
-            child.weight_precision, child.input_precision = "quantized", entry
+            child.weight_precision = child.input_precision = "quantized"
         elif isinstance(child, ProductQuantizers):
-            child.enabled = inputs_quantized
+            child.enabled = True

@@ -119,6 +119,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: 
             stream.write(raw_bytes(tensors[name]))
 
 
+def tensor_names(path: str | Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file, sorted, without reading them.
+
+    Raises:
+        MissingFileError, ForeignFileError, TruncatedFileError: see `read_tensors`.
+    """
+    source = Path(path)
+    check_container(source)
+    with safe_open(source, framework="pt") as file:
+        return sorted(file.keys())
+
+
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors, on the CPU and sorted by name, and the metadata of the safetensors file at `path`.
 

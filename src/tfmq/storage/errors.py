@@ -4,6 +4,7 @@ __all__ = [
     "CheckpointError",
     "ChecksumError",
     "ForeignFileError",
+    "JobMismatchError",
     "MissingFileError",
     "OutputExistsError",
     "StorageFullError",
@@ -30,7 +31,7 @@ class TruncatedFileError(CheckpointError):
 
 
 class ChecksumError(CheckpointError):
-    """Raised when names, dtypes and shapes agree with the manifest but the values do not."""
+    """Raised when the tensors, or other fields of the manifest, are not those that were sealed."""
 
 
 class VersionError(CheckpointError):
@@ -47,3 +48,7 @@ class OutputExistsError(CheckpointError):
 
 class StorageFullError(CheckpointError):
     """Raised when the disk or the quota is full; names the path and the bytes needed, the `OSError` is its cause."""
+
+
+class JobMismatchError(CheckpointError):
+    """Raised when a job is resumed with another model, recipe, seed or version than it was started with; names what differs."""

@@ -8,15 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from .atomic import read_json, read_tensors, write_json, write_tensors
-from .errors import CheckpointError, MissingFileError
+from .errors import JobMismatchError, MissingFileError
 
-__all__ = ["JobMismatchError", "Journal"]
+__all__ = ["Journal"]
 
 FINGERPRINT = "job.json"
-
-
-class JobMismatchError(CheckpointError):
-    """A job is resumed with another model, recipe, seed or version than it was started with; names what differs."""
 
 
 def _difference(before: Any, now: Any, path: str) -> str:

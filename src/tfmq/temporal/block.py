@@ -1,6 +1,6 @@
 """The temporal information block: `timestep -> (g_1(h(t)), ..., g_n(h(t)))` as a function apart from the denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.models.trace import Ref, Trace, trace
+from tfmq.models.trace import TIMESTEP, Ref, Trace, trace
 
 
 class TemporalBlock:
@@ -31,6 +31,11 @@ class TemporalBlock:
     def features(self) -> tuple[str, ...]:
         """Names of the layers whose outputs are the temporal features."""
         return self.trace.features
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the inputs beside the timestep that temporal layers depend on: none, a class label, a pooled prompt."""
+        return tuple(sorted(frozenset[str]().union(*(layer.depends_on for layer in self.trace.temporal)) - {TIMESTEP}))
 
     @property
     def cacheable(self) -> tuple[str, ...]:
@@ -59,13 +64,17 @@ class TemporalBlock:
             outputs.append([leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)])
         return {name: resolve(self.trace.outputs[name]) for name in names}
 
-    def at(self, timesteps: Tensor) -> Inputs:
-        """Return inputs for `timesteps` `[N <= batch]`, padded by repetition to the batch."""
-        padded = timesteps[torch.arange(self.trace.batch) % len(timesteps)]
+    def at(self, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Inputs:
+        """Return inputs for `timesteps` `[N <= batch]` and, by name, `conditions` `[N, ...]`, padded by repetition to the batch."""
+        index = torch.arange(self.trace.batch) % len(timesteps)
+        padded = timesteps[index].to(self.example.timestep.device)
         cast = padded.to(self.example.timestep.dtype)
         # A scheduler may step between the integers of the example.
         timestep = cast if torch.equal(cast.to(padded.dtype), padded) else padded
-        return Inputs(self.example.sample, timestep, self.example.conditions)
+        inputs = Inputs(self.example.sample, timestep, self.example.conditions)
+        return self.denoiser.with_conditions(
+            inputs, {name: value[index].to(self.example.timestep.device) for name, value in (conditions or {}).items()}
+        )
 
     def __call__(self, timesteps: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return every cacheable feature (or the layers `names`) at `timesteps` `[N]`, each `[N, d]`.

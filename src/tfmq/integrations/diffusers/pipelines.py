@@ -96,6 +96,14 @@ class PipelineSampler:
         output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
         return torch.from_numpy(np.asarray(output.images)).permute(0, 3, 1, 2)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what the drawn images depend on beside the denoiser's weights; see `Sampler`."""
+        scheduler = self.pipeline.scheduler
+        settings = {"class": type(scheduler).__name__, **{k: repr(v) for k, v in scheduler.config.items() if not k.startswith("_")}}
+        prompts = list(self.prompts) if self.takes_prompts else []
+        options = {name: repr(value) for name, value in self.options.items()}
+        return {"pipeline": type(self.pipeline).__name__, "scheduler": settings, "prompts": prompts, "options": options}
+
     def example(self) -> Inputs:
         """Return the inputs of the pipeline's first denoiser call, one sample; the denoiser itself is not run."""
         calls: list[Inputs] = []
@@ -126,6 +134,11 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
     if not path.exists() and (path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")):
         raise ValueError(f"{source} does not exist, and is not a hub id (owner/name)")
     try:
-        return DiffusionPipeline.from_pretrained(str(source), torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(str(source))
     except OSError as error:
         raise ValueError(f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}") from error
+    for component in pipeline.components.values():
+        # Only where needed: a quantized component has float32 parameters, and tables in their own dtype.
+        if isinstance(component, nn.Module) and any(parameter.dtype != torch.float32 for parameter in component.parameters()):
+            component.float()
+    return pipeline

@@ -14,12 +14,18 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from tfmq.nn.layer import PackedLayer
 from tfmq.nn.structure import assemble
+from tfmq.nn.temporal import CachedFeature, FeatureTable
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.steps import StepContext
 from tfmq.storage.atomic import read_tensors
 from tfmq.storage.checkpoint import verify
+from tfmq.storage.errors import CheckpointError
 
 METHOD = "tfmq"
 # Tensors that diffusers must not cast to the dtype a model is loaded in: codes are integers, scales stay float32.
+OWNERS = (PackedLayer, ActivationQuantizer, FeatureTable, CachedFeature, StepContext)
 OWN_TENSORS = ("packed", "scale", "zero_point", "values", "use_table", "timesteps")
 
 
@@ -77,9 +83,22 @@ class TFMQQuantizer(DiffusersQuantizer):
         model.requires_grad_(False)
         return model
 
+    def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what is saved, after checking that it is what the manifest seals.
+
+        Raises:
+            ValueError: the tensors changed since they were quantized, as a cast to another dtype does.
+        """
+        try:
+            verify(state_dict, self.quantization_config.to_dict())
+        except CheckpointError as error:
+            raise ValueError("the tensors changed since they were sealed (cast to another dtype?); load the model in float32 to save it") from error
+        return state_dict, {}
+
     def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any) -> bool:
         """Whether a tensor keeps the dtype it is stored in."""
-        return param_name.rpartition(".")[2] in OWN_TENSORS
+        owner, _, name = param_name.rpartition(".")
+        return name in OWN_TENSORS and isinstance(model.get_submodule(owner), OWNERS)
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any
@@ -104,8 +123,8 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """`torch.compile` works on the simulated forward."""
-        return True
+        """The simulated forward compiles with graph breaks only: it looks up whether a timestep was calibrated."""
+        return False
 
 
 def register() -> None:
@@ -122,7 +141,12 @@ def register() -> None:
 
 
 def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
-    """Make a model that was quantized in memory save and describe itself like a loaded one."""
+    """Make a diffusers model that was quantized in memory save and describe itself like a loaded one; other modules are left alone."""
+    # Not at the top: this module is imported while diffusers imports its models.
+    from diffusers.models.modeling_utils import ModelMixin
+
+    if not isinstance(model, ModelMixin):
+        return
     config = TFMQConfig(**manifest)
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer = TFMQQuantizer(config, pre_quantized=True)

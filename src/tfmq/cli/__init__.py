@@ -1,0 +1,1 @@
+"""The command line: parse, build a value, call one verb, print."""

@@ -1,0 +1,58 @@
+"""The command `tfmq` and its verbs.
+
+Exit status: 0 done; 2 usage; 1 a refused input or a failed run; 130 interrupted by Ctrl-C, as shells have it. Whatever is not 0 comes with one
+line on stderr that names the cause.
+"""
+
+from typing import Annotated
+
+import typer
+
+from tfmq.cli.compare import compare
+from tfmq.cli.inspect import inspect
+from tfmq.cli.outcome import INTERRUPTED, USAGE, complain
+from tfmq.cli.quantize import quantize
+from tfmq.cli.sample import sample
+from tfmq.version import __version__
+
+EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
+
+app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
+for verb in (quantize, sample, compare, inspect):
+    app.command()(verb)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"tfmq {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")] = False,
+) -> None:
+    """Quantize diffusion models with Temporal Feature Maintenance Quantization.
+
+    MODEL is a diffusers pipeline directory, a hub id (owner/name), or "default", the model that comes with tfmq.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# What the parser raises. Named by what derives from it: recent releases of typer carry a click of their own, earlier ones import click.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line on `arguments` and return its exit status."""
+    try:
+        status = app(args=arguments, prog_name="tfmq", standalone_mode=False)
+    except UsageError as error:
+        complain(f"{error.format_message()} (see tfmq --help)")  # type: ignore[attr-defined]
+        return USAGE
+    except typer.Abort:
+        complain("interrupted")
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0

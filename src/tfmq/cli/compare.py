@@ -1,0 +1,67 @@
+"""`tfmq compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tfmq.cli.options import BatchSize, Device, Json, NumImages, OutputDir, Prompts, Seed, Steps, check_device, read_prompts
+from tfmq.cli.outcome import emit, verb
+
+
+def compare(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    reference: Annotated[str, typer.Option("--reference", metavar="MODEL", help="The model that it was made from.")],
+    output_dir: OutputDir,
+    num_images: NumImages = 16,
+    steps: Steps = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    prompts: Prompts = None,
+    json: Json = False,
+) -> None:
+    """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
+    with verb():
+        from tfmq.cli.models import quantized_directory
+        from tfmq.integrations.diffusers.quiet import quiet
+        from tfmq.report.directory import completed_directory
+        from tfmq.report.summary import COMPARISON_FILES
+
+        check_device(device)
+        source = quantized_directory(directory)
+        with quiet(), completed_directory(output_dir, owned=COMPARISON_FILES) as folder:
+            options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
+            result = _compared(source, reference, folder, device=device, prompts=read_prompts(prompts), **options)
+    if json:
+        emit(result)
+    else:
+        from tfmq.cli.tables import show_comparison
+
+        show_comparison(result, output_dir)
+
+
+def _compared(
+    directory: Path, reference: str, folder: Path, *, device: str | None, prompts: tuple[str, ...], steps: int | None, **options: Any
+) -> dict[str, Any]:
+    """Compare, write the files, and return the metrics."""
+    from tfmq.artifact import stored_bytes
+    from tfmq.cli.models import default_steps, manifest, open_model
+    from tfmq.cli.progress import shown_progress
+    from tfmq.evaluation.comparison import compare as run
+    from tfmq.report.summary import summarize, write_comparison_files
+
+    quantized = open_model(str(directory), prompts=prompts, device=device)
+    full = open_model(reference, prompts=prompts, device=device)
+    steps = steps or default_steps(quantized)
+    with shown_progress() as progress:
+        comparison = run(full, quantized, steps=steps, progress=progress, **options)
+    metrics = summarize(
+        comparison,
+        scheme=manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized"),
+        reference_bytes=4 * sum(parameter.numel() for parameter in full.denoiser.module.parameters()),
+        quantized_bytes=stored_bytes(directory),
+    )
+    metrics |= {"steps": steps, "seed": options["seed"]}
+    write_comparison_files(folder, comparison, metrics)
+    return metrics

@@ -1,0 +1,54 @@
+"""Open what a verb is given."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfmq.models.sampler import Sampler
+
+STEPS = 50
+
+
+def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None = None) -> "Sampler":
+    """Return the sampler of MODEL on `device`.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be sampled from.
+        CheckpointError: it is damaged.
+    """
+    from tfmq.api import open_sampler
+
+    sampler = open_sampler(model, prompts=prompts)
+    if device is not None:
+        sampler.pipeline.to(device)  # type: ignore[attr-defined]
+    return sampler
+
+
+def manifest(sampler: "Sampler") -> Mapping[str, Any]:
+    """Return the manifest of a quantized model; empty for any other."""
+    from tfmq.integrations.diffusers.architecture import manifest_of
+
+    return manifest_of(sampler.denoiser.module) or {}
+
+
+def default_steps(sampler: "Sampler") -> int:
+    """Return the number of steps that a quantized model was calibrated on, else 50."""
+    recipe = manifest(sampler).get("provenance", {}).get("recipe", {})
+    return int(recipe.get("calibration", {}).get("steps", STEPS))
+
+
+def quantized_directory(path: str) -> Path:
+    """Return `path` where it is a directory with a quantized pipeline.
+
+    Raises:
+        MissingFileError, ForeignFileError: it is not.
+    """
+    from tfmq.artifact import stored_manifest
+    from tfmq.storage.errors import MissingFileError
+
+    directory = Path(path)
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory} is not a directory; pass what tfmq quantize wrote")
+    stored_manifest(directory)
+    return directory

@@ -1,0 +1,56 @@
+"""The options that verbs share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')]
+OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the files go.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of every random draw.")]
+NumImages = Annotated[int, typer.Option("--num-images", min=1, help="How many images to draw.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn at once.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps. Default: those of the calibration, else 50.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Such as cpu or cuda.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Text file with one prompt a line, for text-to-image models.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    """Return the lines of a prompt file that are not blank; none without a file.
+
+    Raises:
+        ValueError: the file holds no prompt, or is not UTF-8 text.
+        OSError: it cannot be read.
+    """
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that torch does not know or does not have.
+
+    Raises:
+        typer.BadParameter: no such kind of device.
+        ValueError: this machine, or this torch, has none.
+    """
+    if name is None:
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{name!r} is no device; give cpu, cuda, cuda:1 or the like", param_hint="--device") from error
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,108 @@
+"""How a verb ends: its result on stdout, its one line of complaint on stderr, its exit status."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+LONGEST = 600
+
+
+def complain(message: str, *, kind: str = "error") -> None:
+    """Write one line to stderr."""
+    line = " ".join(message.split())
+    print(f"{kind}: {line[:LONGEST]}{'...' if len(line) > LONGEST else ''}", file=sys.stderr, flush=True)
+
+
+def emit(result: Mapping[str, Any]) -> None:
+    """Write one JSON object to stdout."""
+    sys.stdout.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def _cause(error: Exception) -> str:
+    """Return what to say about an error: its own words, and its kind where the words alone say little."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error).strip():
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error} (TFMQ_DEBUG=1 shows where)"
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether a warning raised in this file is for the user: not one of an installed library about itself."""
+    path = Path(filename)
+    return "site-packages" not in path.parts or "tfmq" in path.parts
+
+
+@contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Show tfmq's warnings as one line each, and nobody else's."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+        if category is UserWarning and _is_ours(filename):
+            complain(str(message), kind="warning")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Yield a list that grows with each Ctrl-C, which raises `KeyboardInterrupt` as ever.
+
+    Extensions in C may answer that exception with one of their own: safetensors, interrupted while it makes a tensor, raises `RuntimeError`.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Elsewhere than in the main thread nobody may set a handler; and who ignores Ctrl-C, as jobs in the background do, goes on ignoring it.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def verb(*, interrupted: str = "nothing was written") -> Iterator[None]:
+    """Run the body of a verb: stdout stays free for its result, libraries are quiet, and an error becomes one line and an exit status.
+
+    Every exception ends here, the unforeseen ones too: this is the outermost boundary, and the line on stderr is a promise. Set TFMQ_DEBUG=1
+    to let them pass.
+
+    Args:
+        interrupted: what to say after Ctrl-C.
+    """
+    debug = os.environ.get("TFMQ_DEBUG", "") not in ("", "0")
+    with _noted_interrupts() as interrupts:
+        try:
+            with redirect_stdout(sys.stderr), _own_warnings():
+                yield
+        except (typer.Exit, typer.BadParameter):
+            raise
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                complain(f"interrupted; {interrupted}")
+                raise typer.Exit(INTERRUPTED) from None
+            if debug:
+                raise
+            complain(_cause(error))
+            raise typer.Exit(FAILED) from None

@@ -1,0 +1,112 @@
+"""What people see on stdout: short tables."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from tfmq.report.summary import megabytes
+
+if TYPE_CHECKING:
+    from tfmq.evaluation.inspection import Inspection
+
+# The rest of a long list is counted; --json has all of it.
+LISTED = 12
+
+
+def _figures(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _size(full: int, quantized: int) -> str:
+    return f"{megabytes(full)} -> {megabytes(quantized)} ({quantized / full:.3f}x)"
+
+
+def _disturbance(temporal: Mapping[str, Any]) -> str:
+    return f"relative error {temporal['mean_relative_error']:.2e} mean, {temporal['max_relative_error']:.2e} max; {temporal['mismatches']} mismatches"
+
+
+def show_quantized(result: Mapping[str, Any]) -> None:
+    """Print the report of `tfmq quantize`: one row a unit, then the totals."""
+    console = Console()
+    table = Table(Column("unit", overflow="fold"), box=None, pad_edge=False, header_style="dim")
+    for heading in ("error, nearest", "error, learned", "seconds"):
+        table.add_column(heading, justify="right")
+    for unit in result["units"]:
+        table.add_row(unit["name"], f"{unit['error_before']:.3g}", f"{unit['error_after']:.3g}", f"{unit['seconds']:.1f}")
+    console.print(table)
+    console.print()
+    size = result["bytes"]
+    rows = [
+        ("scheme", result["scheme"]),
+        ("size", _size(size["fp32"], size["quantized"])),
+        ("temporal features", _disturbance(result["temporal"])),
+        ("time", f"{result['seconds']:.0f} s"),
+        ("sha256", result["sha256"]),
+        ("saved in", result["output_dir"]),
+    ]
+    console.print(_figures(rows))
+
+
+def show_comparison(result: Mapping[str, Any], output_dir: Path) -> None:
+    """Print the metrics of `tfmq compare`."""
+    size, psnr = result["bytes"], result["psnr_db"]
+    rows = [
+        ("scheme", result["scheme"]),
+        ("size", _size(size["reference"], size["quantized"])),
+        ("PSNR", f"{psnr['mean']:.2f} dB mean, {psnr['min']:.2f} dB min over {result['num_images']} images"),
+        ("SSIM", f"{result['ssim']:.4f}"),
+        ("temporal features", _disturbance(result["temporal"])),
+        ("pictures", f"{output_dir / 'compare.png'}, {output_dir / 'temporal.png'}"),
+    ]
+    Console().print(_figures(rows))
+
+
+def _bits(inspection: "Inspection") -> str:
+    """Return how many layers have which precision."""
+    kinds = Counter((layer.weight_bits, layer.activation_bits) for layer in inspection.layers)
+
+    def name(bits: tuple[int | None, int | None]) -> str:
+        return "full precision" if bits == (None, None) else f"w{bits[0] or 32}a{bits[1] or 32}"
+
+    return ", ".join(f"{count} x {name(bits)}" for bits, count in kinds.most_common())
+
+
+def _shortened(table: Table, rows: Sequence[tuple[str, ...]]) -> Table:
+    for row in rows[:LISTED]:
+        table.add_row(*row)
+    if len(rows) > LISTED:
+        table.add_row(f"... and {len(rows) - LISTED} more (--json lists all)")
+    return table
+
+
+def show_inspection(inspection: "Inspection") -> None:
+    """Print the summary of `tfmq inspect` on one screen."""
+    console = Console()
+    size = inspection.bytes
+    fp32, quantized = size["fp32"] or 0, size["quantized"]
+    predicted = ", ".join(f"{name} about {megabytes(count)}" for name, count in inspection.predicted_bytes.items())
+    features = [layer for layer in inspection.temporal if layer.role == "feature"]
+    rows = [
+        ("family", inspection.family),
+        ("parameters", f"{inspection.parameters:,}"),
+        ("size", f"{megabytes(fp32)}; {predicted}" if quantized is None else _size(fp32, quantized)),
+        ("layers", f"{len(inspection.layers)}: {_bits(inspection)}"),
+        ("temporal", f"{len(features)} features, {sum(layer.cacheable for layer in features)} cacheable, {len(inspection.temporal)} layers"),
+    ]
+    console.print(_figures(rows))
+    console.print()
+    table = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")
+    listed = [(layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no") for layer in inspection.temporal]
+    console.print(_shortened(table, listed))
+    console.print()
+    table = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
+    console.print(_shortened(table, [(unit.name, str(len(unit.layers))) for unit in inspection.units]))

@@ -1,0 +1,133 @@
+"""What a model consists of, as quantization sees it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from tfmq.api import state_bytes
+from tfmq.artifact import stored_bytes
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.sampler import Sampler
+from tfmq.models.trace import LayerTrace, Trace, trace
+from tfmq.nn.structure import describe, named_specs
+from tfmq.nn.swap import STEPS
+from tfmq.numerics.packing import packed_shape
+from tfmq.reconstruction.units import Unit, find_units
+
+
+@dataclass(frozen=True)
+class TemporalLayer:
+    """A layer that depends on the timestep and not on the sample: a feature that other data meets, or a layer that only leads to one."""
+
+    name: str
+    depends_on: tuple[str, ...]
+    cacheable: bool
+    role: Literal["feature", "inner"]
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """The precision of one layer; None is full precision."""
+
+    name: str
+    weight_bits: int | None
+    activation_bits: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Family (class of the denoiser), number of parameters, temporal layers, reconstruction units, bits per layer, and bytes.
+
+    `bytes` has `fp32` and `quantized` (None for a full-precision model); `predicted_bytes` of the tensors of 8- and 4-bit weights for a
+    full-precision model, empty for a quantized one.
+    """
+
+    family: str
+    parameters: int
+    temporal: tuple[TemporalLayer, ...]
+    units: tuple[Unit, ...]
+    layers: tuple[LayerBits, ...]
+    bytes: Mapping[str, int | None]
+    predicted_bytes: Mapping[str, int]
+
+
+def _temporal(traced: Trace) -> tuple[TemporalLayer, ...]:
+    def describe_layer(layer: LayerTrace) -> TemporalLayer:
+        return TemporalLayer(layer.name, tuple(sorted(layer.depends_on)), layer.cacheable, "feature" if layer.name in traced.features else "inner")
+
+    return tuple(describe_layer(layer) for layer in traced.temporal)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _predicted_bytes(module: nn.Module, layers: tuple[LayerTrace, ...], bits: int) -> int:
+    """Return the bytes of the tensors if the weights of `layers` had `bits`, apart from activation grids and temporal tables.
+
+    A weight takes its packed codes, and for each row and concatenated source a scale, below 8 bits with a zero-point.
+    """
+    total = 4 * _parameters(module)
+    for layer in layers:
+        shape = tuple(module.get_parameter(f"{layer.name}.weight").shape)
+        grids = shape[0] * max(1, len(layer.segments))
+        total += prod(packed_shape(shape, bits=bits)) + grids * (4 if bits == 8 else 5) - 4 * prod(shape)
+    return total
+
+
+def _of_full_precision(module: nn.Module, traced: Trace) -> Inspection:
+    names = [layer.name for layer in traced.layers]
+    parameters = _parameters(module)
+    return Inspection(
+        type(module).__name__,
+        parameters,
+        _temporal(traced),
+        find_units(module, names, exclude=[layer.name for layer in traced.temporal]),
+        tuple(LayerBits(name, None, None) for name in names),
+        {"fp32": 4 * parameters, "quantized": None},
+        {f"w{bits}": _predicted_bytes(module, traced.layers, bits) for bits in (8, 4)},
+    )
+
+
+def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) -> Inspection:
+    from tfmq.integrations.diffusers.architecture import manifest_of, stock_architecture
+
+    stock = stock_architecture(module)
+    traced = trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta")))
+    specs = dict(named_specs(describe(module), "layers"))
+    recipe: Mapping[str, Any] = (manifest_of(module) or {}).get("provenance", {}).get("recipe", {})
+    maintained = recipe.get("temporal", {}).get("maintenance", "cache") != "none"
+    names = [layer.name for layer in traced.layers]
+    bits = {name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None) for name, spec in specs.items()}
+    parameters = _parameters(stock)
+    return Inspection(
+        type(stock).__name__,
+        parameters,
+        _temporal(traced),
+        find_units(stock, [name for name in names if name in specs], exclude=[layer.name for layer in traced.temporal] if maintained else []),
+        tuple(LayerBits(name, *bits.get(name, (None, None))) for name in names),
+        {"fp32": 4 * parameters, "quantized": stored_bytes(directory) if directory else state_bytes(module)},
+        {},
+    )
+
+
+def inspect(sampler: Sampler, *, directory: Path | None = None) -> Inspection:
+    """Describe the denoiser of `sampler`, full-precision or a quantized diffusers model.
+
+    No weight is read: the structure comes from a traced call, for a quantized model from one of its stock architecture.
+
+    Args:
+        sampler: gives the denoiser and an example of its inputs.
+        directory: where a quantized model is stored; its bytes on disk count. Without it the bytes of its tensors do.
+
+    Raises:
+        ValueError: a quantized module that diffusers cannot rebuild.
+    """
+    module, example = sampler.denoiser.module, sampler.example()
+    if hasattr(module, STEPS):
+        return _of_quantized(module, example, directory)
+    return _of_full_precision(module, trace(sampler.denoiser, example))

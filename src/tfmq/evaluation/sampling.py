@@ -1,0 +1,67 @@
+"""Draw images as arrays of bytes."""
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tfmq.models.sampler import Sampler
+from tfmq.progress import Progress, silent
+
+Images = NDArray[np.uint8]
+
+
+class SamplingError(RuntimeError):
+    """A model drew something that is no image; names which one."""
+
+
+def to_bytes(images: Tensor, *, first: int = 0) -> Images:
+    """Return images `[N, C, H, W]` in [0, 1] as uint8 `[N, H, W, C]`, rounded to nearest; values outside are clipped.
+
+    Raises:
+        SamplingError: NaN or infinite values, or a number of channels other than 1 or 3; `first` is the index of the first image.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise SamplingError(f"expected images [N, C, H, W] of 1 or 3 channels, got {tuple(images.shape)}; latents need a decoder to be seen")
+    broken = ~images.isfinite().flatten(1).all(dim=1)
+    if broken.any():
+        raise SamplingError(f"image {first + int(broken.nonzero()[0])} holds NaN or infinite values")
+    array: Images = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return array
+
+
+def draw(
+    sampler: Sampler,
+    num_images: int,
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 16,
+    description: str = "sampling",
+    progress: Progress = silent,
+) -> Images:
+    """Draw the images 0 to `num_images - 1` of the stream `seed`, uint8 `[N, H, W, C]`.
+
+    The noise of an image depends on `(seed, index)` alone, so that two samplers given the same seed start from the same noise, and more
+    images leave the first ones as they are (up to the last bit of kernels that sum in another order for another batch size).
+
+    Raises:
+        ValueError: fewer than one image or step.
+        SamplingError: see `to_bytes`.
+    """
+    if min(num_images, steps, batch_size) < 1:
+        raise ValueError(f"num_images, steps and batch_size must be at least 1, got {num_images}, {steps} and {batch_size}")
+    starts = range(0, num_images, batch_size)
+    parts = []
+    with progress(description, len(starts) * steps) as advance:
+
+        def count(_: nn.Module, __: object) -> None:
+            advance()
+
+        handle = sampler.denoiser.module.register_forward_pre_hook(count)
+        try:
+            for start in starts:
+                images = sampler.run(range(start, min(start + batch_size, num_images)), steps=steps, seed=seed)
+                parts.append(to_bytes(images.detach().cpu(), first=start))
+        finally:
+            handle.remove()
+    return np.concatenate(parts)

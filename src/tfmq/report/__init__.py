@@ -1,0 +1,1 @@
+"""Result values as files: pictures, tables of numbers, arrays."""

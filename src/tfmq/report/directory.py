@@ -1,0 +1,46 @@
+"""An output directory that changes once its content is complete."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from tfmq.storage.atomic import full_disk_named
+from tfmq.storage.checkpoint import prepare_output
+from tfmq.storage.errors import OutputExistsError
+
+
+@contextmanager
+def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Path]:
+    """Yield an empty folder whose files move to `directory` when the block ends; if it fails, `directory` stays as it was.
+
+    Files of an earlier run, those that match the name patterns `owned`, are replaced.
+
+    Raises:
+        OutputExistsError: `directory` holds anything else, or is no directory.
+        PermissionError, StorageFullError: it cannot be written to.
+    """
+    target = Path(os.path.abspath(directory))
+    existed = target.exists()
+    prepare_output(target, overwrite=True)
+    foreign = sorted(entry.name for entry in target.iterdir() if not any(fnmatchcase(entry.name, pattern) for pattern in owned))
+    if foreign:
+        raise OutputExistsError(f"{target} already holds {foreign[0]}, which is not from an earlier run; choose another output directory")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with full_disk_named(partial):
+            partial.mkdir()
+            yield partial
+        for entry in target.iterdir():
+            entry.unlink()
+        for entry in partial.iterdir():
+            entry.replace(target / entry.name)
+    except BaseException:
+        if not existed:
+            target.rmdir()
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,52 @@
+"""The results of a comparison as plain values, and the files that show them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfmq.evaluation.comparison import Comparison
+from tfmq.report.comparison import write_comparison
+from tfmq.report.temporal import write_temporal
+from tfmq.storage.atomic import write_json
+
+COMPARISON_FILES = ("compare.png", "temporal.png", "metrics.json", "samples.npz")
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> megabytes(1_234_567), megabytes(1_500)
+    ('1.23 MB', '1.5 kB')
+    """
+    return f"{count / 1e6:.2f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
+def summarize(comparison: Comparison, *, scheme: str, reference_bytes: int, quantized_bytes: int) -> dict[str, Any]:
+    """Return the metrics of a comparison as values that JSON keeps."""
+    fidelity, temporal = comparison.fidelity, comparison.temporal
+    return {
+        "scheme": scheme,
+        "num_images": len(comparison.reference),
+        "psnr_db": {"mean": fidelity.mean_psnr_db, "min": fidelity.min_psnr_db},
+        "ssim": fidelity.mean_ssim,
+        "bytes": {"reference": reference_bytes, "quantized": quantized_bytes},
+        "temporal": {
+            "max_relative_error": temporal.max_relative_error,
+            "mean_relative_error": temporal.mean_relative_error,
+            "mismatches": temporal.mismatches,
+        },
+    }
+
+
+def write_comparison_files(directory: Path, comparison: Comparison, metrics: Mapping[str, Any]) -> None:
+    """Write the two pictures, `metrics.json`, and `samples.npz` with the arrays `reference` and `quantized`."""
+    sizes, psnr = metrics["bytes"], metrics["psnr_db"]
+    ratio = sizes["quantized"] / sizes["reference"]
+    small = f"{megabytes(sizes['reference'])} → {megabytes(sizes['quantized'])} ({ratio:.3f}x)"
+    title = f"{metrics['scheme']}   PSNR {psnr['mean']:.1f} dB   SSIM {metrics['ssim']:.3f}   {small}"
+    write_comparison(directory / "compare.png", comparison, title=title)
+    write_temporal(directory / "temporal.png", comparison.temporal, title=metrics["scheme"])
+    np.savez_compressed(directory / "samples.npz", reference=comparison.reference, quantized=comparison.quantized)
+    write_json(directory / "metrics.json", metrics)

@@ -1,0 +1,108 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.calibration.capture import capture
+from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
+
+
+def batches(example: Inputs, sizes: tuple[int, ...] = (3, 3, 2)) -> list[Inputs]:
+    made = []
+    for number, size in enumerate(sizes):
+        grown = example.resized(size)
+        made.append(Inputs(torch.randn_like(grown.sample), torch.arange(size) + 10 * number, grown.conditions))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "unit"),
+    [
+        ("unet", "down_blocks.1.resnets.0"),
+        ("unet", "mid_block.attentions.0"),
+        ("conditional", "mid_block.attentions.0.transformer_blocks.0"),
+        ("dit", "transformer_blocks.1"),
+        ("sd3", "transformer_blocks.0"),
+        ("plain", "stages.0"),
+        ("plain", "exit"),
+    ],
+)
+def test_stopping_early_captures_what_hooks_on_full_calls_see(build: Callable[..., Any], model: str, unit: str) -> None:
+    denoiser, example = build(model)
+    module = denoiser.module.get_submodule(unit)
+    data = batches(example)
+    log: list[tuple[Any, Any, Any]] = []
+    handle = module.register_forward_hook(
+        lambda _, args, kwargs, out: log.append((args, kwargs, [tensor.clone() for tensor in output_tensors(out)])), with_kwargs=True
+    )
+    with torch.no_grad():
+        for inputs in data:
+            denoiser(inputs)
+    handle.remove()
+    calls = capture(denoiser, module, data)
+    assert len(calls) == 8 and len(calls.outputs) == len(log[0][2])
+    for position, value in enumerate(calls.outputs):
+        assert torch.equal(value, torch.cat([outputs[position] for _, _, outputs in log]))
+    assert calls.timestep.tolist() == [0, 1, 2, 10, 11, 12, 20, 21]
+    for position, value in enumerate(calls.args):
+        if isinstance(value, Tensor):
+            assert torch.equal(value, torch.cat([args[position] for args, _, _ in log]))
+    for name, value in calls.kwargs.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, torch.cat([kwargs[name] for _, kwargs, _ in log]))
+    with torch.no_grad():
+        first = calls.rows(torch.arange(3))
+        for one, other in zip(output_tensors(module(*first.args, **first.kwargs)), first.outputs, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_rest_of_the_model_does_not_run(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    denoiser.module.exit.register_forward_pre_hook(lambda *_: pytest.fail("ran beyond the unit"))
+    capture(denoiser, denoiser.module.stages[0], batches(example))
+
+
+class Sharing(nn.Module):
+    """Passes its unit a folded batch, a table without a batch axis, and plain values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit = Unit()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.unit(x.flatten(0, 1), torch.ones(7), scale=2.0, extra={"rows": x.flatten(0, 1) + 1, "none": None}, flag=len(x) == 2)
+
+
+class Unit(nn.Module):
+    """Uses every argument."""
+
+    def forward(self, x: Tensor, table: Tensor, *, scale: float, extra: dict[str, Any], flag: bool) -> Tensor:
+        return x * scale + table.sum() + extra["rows"]
+
+
+def test_folded_rows_follow_their_timestep_and_shared_arguments_stay_whole() -> None:
+    model = Sharing()
+    data = [Inputs(torch.randn(size, 3, 4), torch.arange(size) + 1) for size in (2, 2, 1)]
+    calls = capture(Denoiser(model), model.unit, data)
+    assert len(calls) == 15
+    assert calls.timestep.tolist() == [1] * 3 + [2] * 3 + [1] * 3 + [2] * 3 + [1] * 3
+    assert calls.args[1].shape == (7,) and calls.kwargs["extra"]["none"] is None and calls.kwargs["scale"] == 2.0
+    picked = calls.rows(torch.tensor([14, 0]))
+    assert torch.equal(picked.args[0], torch.stack([data[2].sample[0, 2], data[0].sample[0, 0]]))
+    assert torch.equal(model.unit(*picked.args, **picked.kwargs), picked.outputs[0])
+
+
+def test_a_unit_that_is_never_called_is_an_error(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    with pytest.raises(ValueError, match="never called"):
+        capture(denoiser, nn.Linear(1, 1), batches(example))
+
+
+def test_hooks_go_when_the_model_fails(build: Callable[..., Any]) -> None:
+    denoiser, _ = build("plain")
+    unit = denoiser.module.exit
+    with pytest.raises(RuntimeError):
+        capture(denoiser, unit, [Inputs(torch.zeros(1, 99, 8, 8), torch.tensor([1]))])
+    assert not unit._forward_hooks

@@ -1,0 +1,110 @@
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tfmq.calibration.store import CalibrationStore
+from tfmq.models.denoiser import Inputs
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+
+
+def call(timestep: Any, *, rows: int = 2, **conditions: Any) -> Inputs:
+    return Inputs(torch.randn(rows, 3), torch.as_tensor(timestep).expand(rows).clone(), conditions)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Equality of trees, where tensors compare by dtype and bits and values by type."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+tensors = st.builds(lambda seed, dtype: (torch.randn(2, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype), st.integers(0, 99), DTYPES)
+leaves = tensors | st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+trees = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=5), trees, max_size=3))
+def test_nested_conditions_come_back_as_they_were(conditions: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        store = CalibrationStore(Path(directory))
+        store.append(call(7, **{}) if not conditions else Inputs(torch.randn(2, 3), torch.tensor([7, 7]), conditions))
+        assert equal(dict(store.read(0).conditions), conditions)
+
+
+def test_names_that_spell_the_same_path_are_kept_apart(tmp_path: Path) -> None:
+    conditions = {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}}
+    store = CalibrationStore(tmp_path)
+    store.append(Inputs(torch.zeros(1, 1), torch.tensor([1]), conditions))
+    assert equal(dict(store.read(0).conditions), conditions)
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), torch.float32, object(), {1, 2}, 1j, {"inner": [b"bytes"]}])
+def test_other_types_are_refused_with_the_path_and_the_type(tmp_path: Path, value: Any) -> None:
+    store = CalibrationStore(tmp_path)
+    inner = value["inner"][0] if isinstance(value, dict) else value
+    with pytest.raises(TypeError, match=rf"{type(inner).__name__} cannot be stored \(conditions\.extra"):
+        store.append(call(1, extra=value))
+    assert len(store) == 0, "nothing half-written is left"
+
+
+def test_names_that_json_would_change_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"int .*conditions\.extra"):
+        CalibrationStore(tmp_path).append(call(1, extra={3: torch.zeros(1)}))
+
+
+def test_calls_are_read_in_the_order_in_which_they_were_written(tmp_path: Path) -> None:
+    calls = [call(timestep, text=torch.randn(2, 4)) for timestep in (9, 3, 3, 7)]
+    store = CalibrationStore(tmp_path / "new" / "folder")
+    for inputs in calls:
+        store.append(inputs)
+    again = list(CalibrationStore(store.directory))
+    assert len(store) == len(again) == 4
+    for one, other in zip(calls, again, strict=True):
+        assert torch.equal(one.sample, other.sample) and torch.equal(one.timestep, other.timestep)
+        assert equal(dict(one.conditions), dict(other.conditions))
+    assert store.timesteps().tolist() == [3.0, 7.0, 9.0] and store.timesteps().dtype == torch.float32
+    store.clear()
+    assert len(store) == 0 and list(store) == []
+
+
+def test_what_is_stored_does_not_follow_the_tensors(tmp_path: Path) -> None:
+    store, inputs = CalibrationStore(tmp_path), call(1)
+    store.append(inputs)
+    before = inputs.sample.clone()
+    inputs.sample.zero_()
+    assert torch.equal(store.read(0).sample, before)
+
+
+def test_every_keeps_both_guidance_halves_of_every_nth_distinct_timestep(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path)
+    for number, timestep in enumerate([90, 90, 70, 70, 50, 50, 30, 30, 10, 10]):
+        store.append(call(timestep, number=number))
+    assert [inputs.conditions["number"] for inputs in store.every(1)] == list(range(10))
+    assert [int(inputs.timestep[0]) for inputs in store.every(2)] == [90, 90, 50, 50, 10, 10]
+    assert [inputs.conditions["number"] for inputs in store.every(99)] == [8, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_every_finds_timesteps_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    store = CalibrationStore(tmp_path)
+    for timestep in (999.9, 333.3, 0.1):
+        store.append(call(torch.tensor(timestep, dtype=torch.float64).to(dtype)))
+    assert len(list(store.every(1))) == 3

@@ -1,0 +1,68 @@
+"""`tfmq compare`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+Run = Callable[..., Any]
+KEYS = {"scheme", "num_images", "psnr_db", "ssim", "bytes", "temporal", "steps", "seed"}
+
+
+def test_metrics_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    result = tfmq("compare", quantized, "--reference", model, "--num-images", 3, "--seed", 2, "--output-dir", tmp_path / "c", "--json")
+    assert result.status == 0
+    metrics = result.json
+    assert metrics.keys() == KEYS and metrics["num_images"] == 3 and metrics["steps"] == 4 and metrics["scheme"] == "quick"
+    assert metrics["psnr_db"].keys() == {"mean", "min"} and 0 < metrics["psnr_db"]["min"] <= metrics["psnr_db"]["mean"] < 100
+    assert 0 < metrics["ssim"] < 1
+    assert metrics["temporal"].keys() == {"max_relative_error", "mean_relative_error", "mismatches"}
+    report = json.loads((quantized / "tfmq_report.json").read_text())
+    assert metrics["temporal"] == pytest.approx(report["temporal"])
+    on_disk = sum(path.stat().st_size for path in (quantized / "unet").iterdir())
+    assert metrics["bytes"] == {"reference": report["bytes"]["fp32"], "quantized": on_disk}
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["compare.png", "metrics.json", "samples.npz", "temporal.png"]
+    assert json.loads((tmp_path / "c" / "metrics.json").read_text()) == metrics
+
+
+def test_images_are_those_of_sample(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    numbers = ("--num-images", 2, "--seed", 2, "--steps", 4)
+    assert tfmq("compare", quantized, "--reference", model, *numbers, "--output-dir", tmp_path / "c").status == 0
+    with np.load(tmp_path / "c" / "samples.npz") as both:
+        compared = {"reference": both["reference"], "quantized": both["quantized"]}
+    for name, source in (("reference", model), ("quantized", quantized)):
+        assert tfmq("sample", source, *numbers, "--output-dir", tmp_path / name).status == 0
+        with np.load(tmp_path / name / "samples.npz") as alone:
+            assert np.array_equal(alone["images"], compared[name])
+
+
+def test_again_into_the_same_directory_gives_the_same_bytes(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    command = ("compare", quantized, "--reference", model, "--num-images", 1, "--output-dir", tmp_path / "c")
+    first = tfmq(*command)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    assert first.status == 0 and "PSNR" in first.out and "compare.png" in first.out
+    assert tfmq(*command).out == first.out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_models_that_do_not_belong_together(tfmq: Run, model: Path, grey_model: Path, quantized: Path, tmp_path: Path) -> None:
+    for directory, reference, cause in (
+        (model, model, "holds no model quantized"),
+        (quantized, quantized, "quantized itself"),
+        (quantized, grey_model, "shape"),
+        (quantized, tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "nowhere", model, "not a directory"),
+    ):
+        result = tfmq("compare", directory, "--reference", reference, "--num-images", 1, "--output-dir", tmp_path / "c")
+        assert result.status == 1 and cause in result.err and result.err.count("\n") == 1, (cause, result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_file_in_the_output(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = tfmq("compare", quantized, "--reference", model, "--output-dir", tmp_path)
+    assert result.status == 1 and "notes.txt" in result.err and result.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

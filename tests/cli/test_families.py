@@ -1,0 +1,104 @@
+"""All verbs on pipelines of other kinds: text-to-image, and class-conditional transformers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+Run = Callable[..., Any]
+
+
+def _autoencoder() -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+    return AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, sample_size=16)
+
+
+def _tokenizer(directory: Path) -> Any:
+    """Return a CLIP tokenizer that knows the letters."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (directory / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=8)
+
+
+def save_text_to_image(directory: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = _tokenizer(directory.parent)
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8}
+    end = len(tokenizer) - 1
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, **size))
+    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    StableDiffusionPipeline(
+        vae=_autoencoder(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**shape, **kinds, cross_attention_dim=8, attention_head_dim=2),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)
+
+
+def save_class_conditional(directory: Path) -> None:
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    # The pipeline's guidance asks for class 1000, "no class".
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_embeds_ada_norm": 1000, "norm_num_groups": 4}
+    transformer = DiTTransformer2DModel(in_channels=4, out_channels=8, sample_size=8, patch_size=2, **heads)
+    DiTPipeline(transformer=transformer, vae=_autoencoder(), scheduler=DDIMScheduler()).save_pretrained(directory)
+
+
+FAMILIES = {
+    "UNet2DConditionModel": (save_text_to_image, {"timestep"}),
+    "DiTTransformer2DModel": (save_class_conditional, {"timestep", "class_labels"}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("default")
+def test_every_verb(tfmq: Run, recipe: Path, tmp_path: Path, family: str) -> None:
+    save, depends_on = FAMILIES[family]
+    save(tmp_path / "model")
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    prompts = ("--prompts", tmp_path / "p.txt") if family == "UNet2DConditionModel" else ()
+    found = tfmq("inspect", tmp_path / "model", "--json").json
+    assert found["family"] == family
+    assert {source for layer in found["temporal"] for source in layer["depends_on"]} == depends_on
+    result = tfmq("quantize", tmp_path / "model", "--output-dir", tmp_path / "q", "--recipe", recipe, *prompts)
+    assert result.status == 0, result.err
+    numbers = ("--num-images", 2, *prompts)
+    result = tfmq("compare", tmp_path / "q", "--reference", tmp_path / "model", *numbers, "--output-dir", tmp_path / "c", "--json")
+    assert result.status == 0, result.err
+    assert 5 < result.json["psnr_db"]["min"] < 100 and result.json["temporal"]["max_relative_error"] > 0
+    assert {line.partition(":")[0] for line in result.err.splitlines()} == {"sampling"}
+    assert tfmq("sample", tmp_path / "q", *numbers, "--output-dir", tmp_path / "s").status == 0
+    with np.load(tmp_path / "s" / "samples.npz") as alone, np.load(tmp_path / "c" / "samples.npz") as compared:
+        assert alone["images"].shape == (2, 16, 16, 3)
+        assert np.array_equal(alone["images"], compared["quantized"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_prompts_reach_the_model(tfmq: Run, tmp_path: Path) -> None:
+    save_text_to_image(tmp_path / "model")
+    drawn = {}
+    for name, text in (("a", "a cat\n"), ("b", "quiz\n"), ("c", "a cat\na dog\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        numbers = ("--num-images", 2, "--steps", 2, "--prompts", tmp_path / f"{name}.txt")
+        assert tfmq("sample", tmp_path / "model", *numbers, "--output-dir", tmp_path / name).status == 0
+        with np.load(tmp_path / name / "samples.npz") as stored:
+            drawn[name] = stored["images"].astype(int)
+    assert not np.array_equal(drawn["a"], drawn["b"])
+    assert np.array_equal(drawn["a"][0], drawn["c"][0]) and not np.array_equal(drawn["a"][1], drawn["c"][1])

@@ -1,0 +1,38 @@
+"""`tfmq inspect`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = Callable[..., Any]
+KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes"}
+
+
+def test_full_precision(tfmq: Run, model: Path) -> None:
+    result = tfmq("inspect", model, "--json")
+    assert result.status == 0 and result.err == "" and result.json.keys() == KEYS
+    found = result.json
+    assert found["family"] == "UNet2DModel" and found["bytes"] == {"fp32": 4 * found["parameters"], "quantized": None}
+    assert found["predicted_bytes"]["w4"] < found["predicted_bytes"]["w8"] < found["bytes"]["fp32"]
+    for layer in found["temporal"]:
+        assert layer.keys() == {"name", "depends_on", "cacheable", "role"} and layer["depends_on"] == ["timestep"] and layer["cacheable"] is True
+    assert {layer["weight_bits"] for layer in found["layers"]} == {None} == {layer["activation_bits"] for layer in found["layers"]}
+    assert all(unit.keys() == {"name", "layers"} and unit["layers"] for unit in found["units"])
+
+
+def test_quantized(tfmq: Run, model: Path, quantized: Path) -> None:
+    before, after = tfmq("inspect", model, "--json").json, tfmq("inspect", quantized, "--json").json
+    for key in ("family", "parameters", "temporal", "units"):
+        assert after[key] == before[key]
+    assert [layer["name"] for layer in after["layers"]] == [layer["name"] for layer in before["layers"]]
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in after["layers"]} == {(4, 8)}
+    on_disk = sum(path.stat().st_size for path in (quantized / "unet").iterdir())
+    assert after["bytes"] == {"fp32": before["bytes"]["fp32"], "quantized": on_disk}
+
+
+def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
+    for source, words in ((model, ("full precision", "w4 about")), (quantized, ("w4a8", "->"))):
+        out = tfmq("inspect", source).out
+        assert len(out.splitlines()) <= 50
+        for word in ("UNet2DModel", "time_embedding.linear_1", "mid_block.attentions.0", "more (--json lists all)", *words):
+            assert word in out

@@ -1,0 +1,142 @@
+"""How a verb ends: one line, a status, and a stdout that holds the result alone."""
+
+import errno
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import typer
+
+from tfmq.calibration.trajectory import CalibrationError
+from tfmq.cli.outcome import complain, emit, verb
+from tfmq.errors import MissingExtraError
+from tfmq.storage.errors import ChecksumError
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no such\n  thing"), "error: no such thing\n"),
+        (ChecksumError("damaged"), "error: damaged\n"),
+        (CalibrationError("NaN in conv_in"), "error: NaN in conv_in\n"),
+        (MissingExtraError("install it"), "error: install it\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: /x: Permission denied\n"),
+        (KeyError("layer"), "error: unexpected KeyError: 'layer' (TFMQ_DEBUG=1 shows where)\n"),
+        (ValueError(), "error: unexpected ValueError: (TFMQ_DEBUG=1 shows where)\n"),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], error: Exception, line: str) -> None:
+    with pytest.raises(typer.Exit) as left, verb():
+        raise error
+    assert left.value.exit_code == 1
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_long_message_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    complain("x" * 10_000)
+    assert len(capsys.readouterr().err) < 1000
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFMQ_DEBUG", "1")
+    with pytest.raises(KeyError), verb():
+        raise KeyError("layer")
+
+
+def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, verb(interrupted="continue with --resume"):
+        raise KeyboardInterrupt
+    assert left.value.exit_code == 130
+    assert capsys.readouterr() == ("", "error: interrupted; continue with --resume\n")
+
+
+def test_ctrl_c_that_a_library_turned_into_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(typer.Exit) as left, verb(interrupted="continue"):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise RuntimeError("could not determine the shape") from None
+        assert left.value.exit_code == 130 and "continue" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_stdout_is_for_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with verb():
+        print("a library thinks aloud")
+    emit({"a": 1.5})
+    out, err = capsys.readouterr()
+    assert out == '{\n "a": 1.5\n}\n' and err == "a library thinks aloud\n"
+
+
+def test_a_result_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        emit({"a": float("nan")})
+    assert capsys.readouterr().out == ""
+
+
+def _warn_as(filename: str, message: str, category: type[Warning] = UserWarning) -> None:
+    warnings.warn_explicit(message, category, filename, 1)
+
+
+def test_only_our_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    site = "/usr/lib/python3/site-packages"
+    with verb():
+        _warn_as(f"{site}/tfmq/quantizers/steps.py", "timestep 5 was\nnot calibrated")
+        _warn_as("/usr/lib/python3/contextlib.py", "raised within a context")
+        _warn_as(f"{site}/diffusers/utils.py", "something is outdated")
+        _warn_as(f"{site}/tfmq/api.py", "for developers", DeprecationWarning)
+    assert capsys.readouterr().err == "warning: timestep 5 was not calibrated\nwarning: raised within a context\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    from tfmq.cli.progress import shown_progress
+
+    monkeypatch.setenv("TERM", "xterm")
+    if terminal:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    else:
+        monkeypatch.setattr("tfmq.cli.progress.INTERVAL", 0.0)
+    with shown_progress() as progress, progress("reconstruction", 3) as advance:
+        advance()
+        advance(2)
+    out, err = capsys.readouterr()
+    assert out == "" and "reconstruction" in err
+    if terminal:
+        assert "3/3" in err and "eta" in err
+    else:
+        first, last = err.splitlines()
+        assert first.startswith("reconstruction: 1/3, ") and first.endswith(" left") and "done in 0:00:00" in last
+
+
+def test_a_failed_stage_prints_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
+    from tfmq.cli.progress import shown_progress
+
+    with pytest.raises(typer.Exit), verb(), shown_progress() as progress, progress("reconstruction", 3):
+        raise ValueError("no")
+    assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize(("text", "prompts"), [("a cat\n\n  a dog \n", ("a cat", "a dog")), ("x", ("x",))])
+def test_prompt_files(tmp_path: Path, text: str, prompts: tuple[str, ...]) -> None:
+    from tfmq.cli.options import read_prompts
+
+    (tmp_path / "p.txt").write_text(text)
+    assert read_prompts(tmp_path / "p.txt") == prompts
+    assert read_prompts(None) == ()
+
+
+@pytest.mark.parametrize(("content", "error"), [(b" \n", "no prompt"), (b"\xff\xfe\x00", "UTF-8")])
+def test_bad_prompt_files(tmp_path: Path, content: bytes, error: str) -> None:
+    from tfmq.cli.options import read_prompts
+
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=error):
+        read_prompts(tmp_path / "p.txt")

@@ -1,0 +1,171 @@
+"""`tfmq quantize`: its report, its files, interruption and continuation."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tfmq.storage.journal import Journal
+
+Run = Callable[..., Any]
+KEYS = {"output_dir", "scheme", "seconds", "bytes", "units", "temporal", "sha256"}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_report(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
+    result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe, "--json")
+    assert result.status == 0 and result.json.keys() == KEYS
+    report = result.json
+    assert report["output_dir"] == str(tmp_path / "q") and report["scheme"] == "quick" and report["seconds"] > 0
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "q" / "unet").iterdir())
+    unet = torch.nn.Module.parameters(_unet(model))
+    assert report["bytes"] == {"fp32": 4 * sum(p.numel() for p in unet), "quantized": on_disk}
+    assert len(report["units"]) > 8
+    for unit in report["units"]:
+        assert unit.keys() == {"name", "error_before", "error_after", "seconds"}
+        assert unit["error_after"] >= 0 and unit["seconds"] > 0
+    config = json.loads((tmp_path / "q" / "unet" / "config.json").read_text())
+    assert report["sha256"] == config["quantization_config"]["digest"]
+    assert "calibration: sampling" in result.err and "units: reconstruction" in result.err and "Loading" not in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def _unet(model: Path) -> torch.nn.Module:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel.from_pretrained(model, subfolder="unet")
+
+
+def test_same_seed_same_bytes_and_another_seed(tfmq: Run, model: Path, recipe: Path, quantized: Path, tmp_path: Path) -> None:
+    assert tfmq("quantize", model, "--output-dir", tmp_path / "a", "--recipe", recipe).status == 0
+    assert contents(tmp_path / "a") == contents(quantized)
+    # Seeds are free: large ones too.
+    assert tfmq("quantize", model, "--output-dir", tmp_path / "b", "--recipe", recipe, "--seed", 2**31 - 1).status == 0
+    assert contents(tmp_path / "b")["unet/diffusion_pytorch_model.safetensors"] != contents(quantized)["unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_numbers_override_the_recipe(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
+    numbers = ("--steps", 1, "--calib-size", 3, "--iterations", 0)
+    assert tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe, *numbers).status == 0
+    config = json.loads((tmp_path / "q" / "unet" / "config.json").read_text())["quantization_config"]
+    used = config["provenance"]["recipe"]
+    assert (used["calibration"]["steps"], used["calibration"]["samples"], used["learning"]["iterations"]) == (1, 3, 0)
+    assert config["structure"]["steps"] == 1
+    assert tfmq("sample", tmp_path / "q", "--num-images", 1, "--output-dir", tmp_path / "s").status == 0
+
+
+def test_schemes_by_name(tfmq: Run, model: Path, tmp_path: Path) -> None:
+    numbers = ("--steps", 2, "--calib-size", 1)
+    result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--scheme", "rtn_w8a8", *numbers)
+    assert result.status == 0
+    for word in ("rtn_w8a8", "conv_in", "error, learned", "mismatches", "sha256"):
+        assert word in result.out
+    layers = tfmq("inspect", tmp_path / "q", "--json").json["layers"]
+    assert {(layer["weight_bits"], layer["activation_bits"]) for layer in layers} == {(8, 8)}
+
+
+def test_an_output_directory_that_is_taken(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "thesis.tex").write_text("years")
+    result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe)
+    assert result.status == 1 and "thesis.tex" in result.err and result.err.count("\n") == 1
+    assert contents(tmp_path) == {"q/thesis.tex": b"years"}
+
+
+def test_a_finished_job_is_not_done_again(tfmq: Run, model: Path, recipe: Path, quantized: Path) -> None:
+    before = contents(quantized)
+    command = ("quantize", model, "--output-dir", quantized, "--recipe", recipe)
+    result = tfmq(*command, "--resume", "--json")
+    assert result.status == 0 and result.json.keys() == KEYS and result.err == ""
+    assert {unit["seconds"] for unit in result.json["units"]} == {0.0}
+    for refused, cause in ((command, "already holds"), ((*command, "--resume", "--seed", "5"), "another seed")):
+        result = tfmq(*refused)
+        assert result.status == 1 and cause in result.err and result.err.count("\n") == 1
+    assert contents(quantized) == before
+
+
+@pytest.mark.parametrize("place", ["tfmq.artifact.write_json", "tfmq.storage.atomic._sync"])
+def test_a_full_disk(tfmq: Run, model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = ("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe)
+    with monkeypatch.context() as patched:
+        patched.setattr(place, full)
+        result = tfmq(*command)
+    assert result.status == 1 and result.out == ""
+    assert result.err.splitlines()[-1].startswith("error: ") and "No space left" in result.err
+    assert not list((tmp_path / "q").iterdir())
+    assert not (tmp_path / "q.partial").exists()
+    # With space again the job goes on.
+    assert tfmq(*command, "--resume").status == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tfmq: Run, model: Path, recipe: Path, tmp_path: Path, value: float) -> None:
+    from diffusers import DDIMPipeline
+
+    pipeline = DDIMPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipeline.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = value
+    pipeline.save_pretrained(tmp_path / "broken")
+    result = tfmq("quantize", tmp_path / "broken", "--output-dir", tmp_path / "q", "--recipe", recipe)
+    assert result.status == 1 and "mid_block.resnets.0.conv1" in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "q").exists()
+
+
+def _until(path: Path, child: "subprocess.Popen[str]") -> None:
+    """Wait until `path` exists while `child` works on it."""
+    began = time.monotonic()
+    while not path.exists():
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() - began < 120, f"{path} never came"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_interrupted_killed_and_continued(
+    tfmq: Run, model: Path, recipe: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = ("--recipe", str(recipe), "--iterations", "25")
+    assert tfmq("quantize", model, "--output-dir", tmp_path / "whole", *longer).status == 0
+    # A shell that starts jobs in the background lets them ignore Ctrl-C.
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom tfmq.cli.app import main\nmain()"
+    arguments = ["quantize", str(model), "--output-dir", str(tmp_path / "parts"), *longer]
+    job = tmp_path / "parts.job"
+
+    def start(*more: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", code, *arguments, *more]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with start() as child:
+        _until(job / "unit_0001.safetensors", child)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate()
+    assert child.returncode == 130 and out == ""
+    assert err.splitlines()[-1].startswith("error: interrupted") and "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    with start("--resume") as child:
+        _until(job / "unit_0006.safetensors", child)
+        child.kill()
+        child.communicate()
+    assert not list((tmp_path / "parts").iterdir()) and job.exists()
+    done = {path.name: path.stat().st_mtime_ns for path in job.glob("*.safetensors")}
+    assert len(done) < len(json.loads((tmp_path / "whole" / "tfmq_report.json").read_text())["units"])
+    # Seen in the moment before the job is cleared away: what was done stayed done.
+    left: dict[str, int] = {}
+    monkeypatch.setattr(Journal, "remove", lambda _: left.update({path.name: path.stat().st_mtime_ns for path in job.glob("*.safetensors")}))
+    assert tfmq(*arguments, "--resume").status == 0
+    assert {name: left[name] for name in done} == done and len(left) > len(done)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")

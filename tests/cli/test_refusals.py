@@ -1,0 +1,104 @@
+"""Inputs that are refused: status 1, one line, no files."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def _truncate(directory: Path) -> None:
+    path = directory / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip_a_bit(directory: Path) -> None:
+    path = directory / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def _drop(directory: Path) -> None:
+    (directory / WEIGHTS).unlink()
+
+
+def _overwrite(directory: Path) -> None:
+    (directory / WEIGHTS).write_text("not tensors")
+
+
+def _other_version(directory: Path) -> None:
+    path = directory / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["version"] = 99
+    path.write_text(json.dumps(config))
+
+
+def _edit(directory: Path) -> None:
+    path = directory / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["structure"]["layers"][0]["bits"] = 3
+    path.write_text(json.dumps(config))
+
+
+def _no_json(directory: Path) -> None:
+    (directory / "unet" / "config.json").write_text("{")
+
+
+DAMAGES = {
+    "header|bytes": _truncate,
+    "damaged": _flip_a_bit,
+    "no .safetensors": _drop,
+    "safetensors file|bytes": _overwrite,
+    "version": _other_version,
+    "changed": _edit,
+    "JSON": _no_json,
+}
+
+
+@pytest.mark.parametrize("cause", DAMAGES)
+@pytest.mark.parametrize("verb", ["sample", "inspect"])
+def test_a_damaged_checkpoint(tfmq: Run, quantized: Path, tmp_path: Path, cause: str, verb: str) -> None:
+    shutil.copytree(quantized, tmp_path / "q")
+    DAMAGES[cause](tmp_path / "q")
+    more = ("--num-images", 1, "--output-dir", tmp_path / "s") if verb == "sample" else ("--json",)
+    result = tfmq(verb, tmp_path / "q", *more)
+    assert result.status == 1 and result.out == ""
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1
+    assert any(word in result.err for word in cause.split("|"))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("verb", ["quantize", "sample", "inspect"])
+def test_no_model(tfmq: Run, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "empty").mkdir()
+    more = () if verb == "inspect" else ("--output-dir", tmp_path / "out")
+    for source, cause in (("empty", "no model_index.json"), ("nowhere", "does not exist")):
+        result = tfmq(verb, tmp_path / source, *more)
+        assert result.status == 1 and result.out == "" and cause in result.err and result.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_other_inputs(tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("name: x\nlerning: {}\n")
+    (tmp_path / "bits.yaml").write_text("name: x\nweights: {bits: 9}\n")
+    (tmp_path / "rule.yaml").write_text(recipe.read_text() + "rules: [{match: nothing.*, weight_bits: 8, activation_bits: 8}]\n")
+    (tmp_path / "file").write_text("")
+    out = ("--output-dir", tmp_path / "out")
+    for arguments, cause in (
+        (("quantize", model, *out, "--recipe", tmp_path / "typo.yaml"), "lerning"),
+        (("quantize", model, *out, "--recipe", tmp_path / "bits.yaml"), "9"),
+        (("quantize", model, *out, "--recipe", tmp_path / "nowhere.yaml"), "nowhere.yaml"),
+        (("quantize", model, *out, "--prompts", tmp_path / "file"), "no prompt"),
+        (("quantize", quantized, *out, "--recipe", recipe), "quantized already"),
+        (("quantize", model, "--output-dir", tmp_path / "file" / "q", "--recipe", recipe), "not a directory"),
+        (("inspect", quantized / "unet"), "no pipeline"),
+        (("quantize", model, *out, "--recipe", tmp_path / "rule.yaml"), "nothing.*"),
+    ):
+        result = tfmq(*arguments)
+        assert result.status == 1 and result.out == "" and cause in result.err and result.err.count("\n") == 1, (arguments, result)

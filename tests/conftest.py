@@ -1,0 +1,177 @@
+"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import settings
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.sampler import LoopSampler
+
+# The models are so small that a second thread only waits.
+torch.set_num_threads(1)
+settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("tfmq")
+
+Build = Callable[..., tuple[Denoiser, Inputs]]
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Refuse what `--doctest-ignore-import-errors`, meant for optional dependencies of the sources, would hide: tests that cannot be imported."""
+    if report.skipped and report.nodeid.startswith("tests/") and "unable to import module" in str(report.longrepr):
+        raise pytest.UsageError(f"{report.nodeid} cannot be imported; see why with: pytest -o addopts=--import-mode=importlib {report.nodeid}")
+
+
+class Mixer(nn.Module):
+    """A residual block whose convolution happens to be called `block`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.block = nn.Conv2d(width, width, 3, padding=1)
+        self.shift = nn.Linear(16, width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return x + self.block(F.silu(x + self.shift(embedding)[:, :, None, None]))
+
+
+class PlainDenoiser(nn.Module):
+    """No class or name of diffusers: arguments `x` and `t`, attention computed in its own forward, a skip read by the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.tensor([1.0, 0.3, 0.1, 0.03]))
+        self.embed = nn.Linear(8, 16)
+        self.entry = nn.Conv2d(2, 8, 3, padding=1)
+        self.stages = nn.ModuleList([Mixer(8), Mixer(8)])
+        self.exit = nn.Conv2d(16, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        phases = t[:, None] * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([phases.sin(), phases.cos()], dim=1)))
+        hidden = entry = self.entry(x)
+        for stage in self.stages:
+            hidden = stage(hidden, embedding)
+        tokens = hidden.flatten(2).transpose(1, 2)
+        weights = torch.softmax(torch.matmul(tokens, tokens.transpose(1, 2)) / 8, dim=-1)
+        hidden = hidden + (weights @ tokens).transpose(1, 2).reshape(hidden.shape)
+        return self.exit(torch.cat([hidden, entry], dim=1))
+
+
+class ResidualAfterNorm:
+    """An attention processor in terms of `torch.bmm` and `torch.baddbmm`, whose residual is the normalised input."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, temb: Any = None) -> Tensor:
+        batch, channels, height, width = hidden_states.shape
+        normed = attn.group_norm(hidden_states)
+        tokens = normed.view(batch, channels, height * width).transpose(1, 2)
+        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+        scores = torch.baddbmm(query.new_zeros(1), query, key.transpose(1, 2), beta=0, alpha=channels**-0.5)
+        out = attn.to_out[0](torch.bmm(torch.softmax(scores, dim=-1), value))
+        return out.transpose(1, 2).reshape(batch, channels, height, width) + normed
+
+
+def _unet(**changes: Any) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    shape = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    return UNet2DModel(**shape, **kinds, **changes)
+
+
+def _own_attention() -> nn.Module:
+    from diffusers import UNet2DModel
+    from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+    class OwnUNet(UNet2DModel):
+        """A subclass: its own width of the sinusoid and of the time embedding, and its own attention."""
+
+    model = OwnUNet(**{key: value for key, value in _unet().config.items() if not key.startswith("_")})
+    model.time_proj = Timesteps(12, False, 1)
+    model.time_embedding = TimestepEmbedding(12, 32)
+    for module in model.modules():
+        if type(module).__name__ == "Attention":
+            module.set_processor(ResidualAfterNorm())
+    return model
+
+
+def _conditional(**changes: Any) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    return UNet2DConditionModel(**shape, **kinds, cross_attention_dim=8, attention_head_dim=2, **changes)
+
+
+def _dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_embeds_ada_norm": 10, "norm_num_groups": 4}
+    return DiTTransformer2DModel(in_channels=4, out_channels=4, sample_size=8, patch_size=2, **heads)
+
+
+def _sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    heads = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, "caption_projection_dim": 8, "joint_attention_dim": 8}
+    size = {"sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8}
+    return SD3Transformer2DModel(in_channels=4, out_channels=4, pooled_projection_dim=8, **heads, **size)
+
+
+_SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
+_MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
+    "unet": (_unet, 3, ()),
+    "own_attention": (_own_attention, 3, ()),
+    "conditional": (_conditional, 4, ("prompt",)),
+    "class_conditional": (lambda: _conditional(num_class_embeds=10), 4, ("prompt", "label")),
+    "sdxl": (lambda: _conditional(**_SDXL), 4, ("prompt", "added")),
+    "dit": (_dit, 4, ("label",)),
+    "sd3": (_sd3, 4, ("prompt", "pooled")),
+    "plain": (PlainDenoiser, 2, ()),
+}
+
+
+def _conditions(kinds: tuple[str, ...]) -> dict[str, Any]:
+    values: dict[str, dict[str, Any]] = {
+        "prompt": {"encoder_hidden_states": torch.randn(1, 5, 8)},
+        "label": {"class_labels": torch.tensor([3])},
+        "pooled": {"pooled_projections": torch.randn(1, 8)},
+        "added": {"added_cond_kwargs": {"text_embeds": torch.randn(1, 8), "time_ids": torch.randn(1, 6)}},
+    }
+    return {name: value for kind in kinds for name, value in values[kind].items()}
+
+
+@pytest.fixture
+def build() -> Build:
+    """Return a function that gives the model of a name with one call's inputs, always with the same random weights for the same seed."""
+
+    def make(name: str, *, seed: int = 0) -> tuple[Denoiser, Inputs]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            factory, channels, kinds = _MODELS[name]
+            module = factory().eval().requires_grad_(False)
+            inputs = Inputs(torch.randn(1, channels, 8, 8), torch.tensor([5]), _conditions(kinds))
+        return Denoiser(module), inputs
+
+    return make
+
+
+@pytest.fixture
+def sampler(build: Build) -> Callable[..., LoopSampler]:
+    """Return a function that gives a DDIM sampler of the model of a name."""
+
+    def make(name: str = "unet", *, seed: int = 0, scheduler: Any = None) -> LoopSampler:
+        from diffusers import DDIMScheduler
+
+        denoiser, inputs = build(name, seed=seed)
+        return LoopSampler(denoiser, scheduler or DDIMScheduler(), shape=tuple(inputs.sample.shape[1:]), conditions=inputs.conditions)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,164 @@
+"""The documentation, executed: marked blocks run, links lead somewhere, and functions are where a page says they are."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import tfmq
+from tfmq.artifact import load
+from tfmq.nn.plan import packed_layers
+from tfmq.recipes.recipe import Calibration
+from tfmq.recipes.yaml import load as load_recipe
+from tfmq.storage.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+# ```python test model: the block runs in an empty folder that holds `model`. What can be asked for is below, in `folders`.
+FENCE = re.compile(r"^```(python|yaml) test([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+PLACE = re.compile(r"\]\((\.\./src/[^)#\s]+\.py)\)((?:,? `\w+`)+)")
+
+
+class Block(NamedTuple):
+    """A marked block of a page: where it stands, its language, the folders it needs, and its text."""
+
+    page: Path
+    line: int
+    language: str
+    needs: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{where(self.page)}:{self.line}"
+
+
+def where(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        yield Block(page, text.count("\n", 0, found.start()) + 1, found[1], tuple(found[2].split()), found[3])
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def execute(block: Block) -> dict[str, Any]:
+    """Run a Python block and return its names; a traceback shows the line of the page."""
+    names: dict[str, Any] = {"__name__": "documentation"}
+    exec(compile("\n" * block.line + block.text, str(block.page), "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `stock`, a tiny full-precision pipeline, and `model`, the same at W4A8."""
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    shape = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = DDIMPipeline(unet=UNet2DModel(**shape, **kinds), scheduler=DDIMScheduler())
+    recipe = tfmq.scheme("w4a8")
+    recipe = replace(
+        recipe,
+        learning=replace(recipe.learning, iterations=0),
+        temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)),
+        calibration=Calibration(samples=2, steps=4, interval=2, batch_size=2),
+    )
+    root = tmp_path_factory.mktemp("folders")
+    pipeline.save_pretrained(root / "stock")
+    tfmq.quantize(pipeline, recipe, output_dir=root / "model")
+    return root
+
+
+@pytest.fixture
+def lay_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Block], None]:
+    """Return a function that makes the current folder an empty one with what a block needs."""
+
+    def prepare(block: Block) -> None:
+        for name in block.needs:
+            shutil.copytree(folders / name, tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+
+    return prepare
+
+
+def test_there_are_blocks_to_run() -> None:
+    assert {block.page.name for block in BLOCKS} >= {"format.md", "extending.md"}
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_python_blocks_run(block: Block, lay_out: Callable[[Block], None]) -> None:
+    lay_out(block)
+    execute(block)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_yaml_blocks_are_recipes(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    load_recipe(path)
+
+
+def test_the_documented_reader_agrees_with_tfmq_on_every_packed_layer(lay_out: Callable[[Block], None]) -> None:
+    (block,) = [block for block in BLOCKS if "def read_weight(" in block.text]
+    lay_out(block)
+    read = execute(block)["read_weight"]
+    unet: nn.Module = load("model").unet
+    layers = packed_layers(unet)
+    assert {layer.format.bits for layer in layers.values()} == {4, 8} and any(layer.segments for layer in layers.values())
+    for name, layer in layers.items():
+        assert torch.equal(torch.from_numpy(read("model/unet", name, layer.shape)), layer.weight), name
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=where)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=where)
+def test_functions_are_where_the_page_says(page: Path) -> None:
+    for path, names in PLACE.findall(page.read_text(encoding="utf-8")):
+        source = (page.parent / path).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^\s*{name}\b.* = ", source, re.MULTILINE), f"{path} does not define {name}"
+
+
+def test_the_format_names_every_error() -> None:
+    def below(kind: type[Exception]) -> Iterator[str]:
+        for child in kind.__subclasses__():
+            yield child.__name__
+            yield from below(child)
+
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    import tfmq.storage.journal  # noqa: F401  the set is complete once this is imported
+
+    assert not [name for name in below(CheckpointError) if f"`{name}`" not in text]
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in PAGES[:-1] if page.name != "README.md" and f"]({page.name})" not in index]

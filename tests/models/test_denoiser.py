@@ -1,0 +1,108 @@
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs, first_tensor, output_tensors
+
+
+class Model(nn.Module):
+    """A denoiser with a keyword condition and open keyword arguments."""
+
+    def forward(self, x: Tensor, t: Tensor, prompt: Any = None, return_dict: bool = True, **rest: Any) -> Any:
+        return {"sample": x + t[:, None]} if return_dict else (x + t[:, None],)
+
+
+class Unnamed(nn.Module):
+    """Arguments that nobody would recognise."""
+
+    def forward(self, picture: Tensor, moment: Tensor) -> Tensor:
+        return picture * moment
+
+
+def test_stock_and_plain_argument_names_are_found(build: Any) -> None:
+    assert [(d.sample, d.timestep) for d in (build(name)[0] for name in ("unet", "dit", "plain"))] == [
+        ("sample", "timestep"),
+        ("hidden_states", "timestep"),
+        ("x", "t"),
+    ]
+
+
+def test_names_that_cannot_be_found_can_be_given() -> None:
+    with pytest.raises(TypeError, match=r"Unnamed\.forward.*no sample argument"):
+        Denoiser(Unnamed())
+    with pytest.raises(TypeError, match="no timestep argument"):
+        Denoiser(Unnamed(), sample="picture")
+    denoiser = Denoiser(Unnamed(), sample="picture", timestep="moment")
+    assert float(denoiser(Inputs(torch.tensor([3.0]), torch.tensor([2.0])))) == 6.0
+
+
+def test_binding_a_call_names_everything_and_repeats_a_scalar_timestep() -> None:
+    denoiser, x = Denoiser(Model()), torch.zeros(3, 2)
+    inputs = denoiser.bind((x, 7), {"prompt": torch.ones(3), "extra": {"a": 1}, "return_dict": False, "nothing": None})
+    assert inputs.sample is x and inputs.timestep.tolist() == [7, 7, 7]
+    assert set(inputs.conditions) == {"prompt", "extra"}
+    again = denoiser.bind((), {denoiser.sample: x, denoiser.timestep: torch.tensor([1, 2, 3]), **inputs.conditions})
+    assert again.timestep.tolist() == [1, 2, 3] and again.conditions["extra"] == {"a": 1}
+
+
+def test_a_bound_call_gives_the_models_output() -> None:
+    denoiser, x = Denoiser(Model()), torch.randn(2, 3)
+    t = torch.tensor([1.0, 2.0])
+    assert torch.equal(denoiser(denoiser.bind((x, t), {})), x + t[:, None])
+
+
+def test_rows_and_chunks_cut_batched_tensors_and_keep_the_rest() -> None:
+    conditions = {
+        "text": torch.arange(5),
+        "nested": {"ids": [torch.arange(10).view(5, 2)]},
+        "shared": torch.zeros(3),
+        "scalar": torch.tensor(1),
+        "n": 2,
+    }
+    inputs = Inputs(torch.arange(5.0)[:, None], torch.arange(5), conditions)
+    chunks = list(inputs.chunks(2))
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1]
+    assert chunks[1].timestep.tolist() == [2, 3] and chunks[1].conditions["text"].tolist() == [2, 3]
+    assert chunks[2].conditions["nested"]["ids"][0].tolist() == [[8, 9]]
+    assert chunks[1].conditions["shared"].shape == (3,) and chunks[1].conditions["n"] == 2 and chunks[1].conditions["scalar"] == 1
+    assert torch.equal(torch.cat([chunk.sample for chunk in chunks]), inputs.sample)
+
+
+def test_resizing_repeats_the_first_sample_without_sharing_memory() -> None:
+    inputs = Inputs(torch.tensor([[1.0], [2.0]]), torch.tensor([4, 5]), {"a": {"text": torch.tensor([7, 8])}, "flag": True})
+    grown = inputs.resized(3)
+    assert grown.sample.tolist() == [[1.0]] * 3 and grown.timestep.tolist() == [4] * 3
+    assert grown.conditions["a"]["text"].tolist() == [7] * 3 and grown.conditions["flag"] is True
+    grown.sample[0] = 9
+    assert grown.sample.tolist() == [[9.0], [1.0], [1.0]] and inputs.sample[0] == 1
+
+
+def test_inputs_are_labelled_by_the_innermost_name() -> None:
+    conditions = {"added": {"text": torch.zeros(1), "ids": (torch.ones(1),)}, "mask": torch.zeros(1), "flag": True}
+    labelled = Denoiser(Model()).labelled(Inputs(torch.zeros(1), torch.zeros(1), conditions))
+    assert sorted(name for name, _ in labelled) == ["ids", "mask", "sample", "text", "timestep"]
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: {"sample": x}, lambda x: OrderedDict(sample=x)])
+def test_the_output_is_the_first_tensor_of_what_is_returned(wrap: Any) -> None:
+    x = torch.ones(2)
+    assert first_tensor(wrap(x)) is x
+
+
+def test_the_output_of_a_diffusers_model_is_found_in_its_output_object(build: Any) -> None:
+    denoiser, inputs = build("unet")
+    assert torch.equal(denoiser(inputs), denoiser.module(inputs.sample, inputs.timestep).sample)
+
+
+def test_an_output_without_a_tensor_is_refused_by_type() -> None:
+    with pytest.raises(TypeError, match="NoneType"):
+        first_tensor(None)
+
+
+def test_every_tensor_of_an_output_is_found() -> None:
+    x, y = torch.ones(2), torch.zeros(2)
+    assert [id(found) for found in output_tensors((x, None, [y]))] == [id(x), id(y)]
+    assert output_tensors(x) == (x,)

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.operation import Convolution, Linear, _operation, operation_of
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that computes with another weight than the one it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Named(nn.Linear):
+    """A subclass that computes what its parent does."""
+
+
+def test_stock_layers_have_their_operation() -> None:
+    assert operation_of(nn.Linear(2, 3)) == Linear()
+    expected = Convolution((2, 2), (1, 1), (3, 3), 2)
+    assert operation_of(nn.Conv2d(4, 4, 3, stride=2, padding=1, dilation=3, groups=2)) == expected
+    assert operation_of(Named(2, 3)) == Linear()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(2, 2, 3), nn.Embedding(3, 2), nn.LayerNorm(2), nn.Bilinear(2, 2, 2)],
+)
+def test_what_has_no_quantized_form_has_no_operation(module: nn.Module) -> None:
+    assert operation_of(module) is None
+
+
+def test_a_subclass_that_computes_something_else_is_not_mistaken_for_its_parent() -> None:
+    assert operation_of(Standardized(2, 2, 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(3, 5), (2, 4, 3)),
+        (nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 7)),
+        (nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(0, 2), groups=2), (2, 4, 7, 7)),
+        (nn.Conv3d(4, 6, 2, dilation=2), (2, 4, 5, 5, 5)),
+    ],
+)
+def test_the_operation_applied_to_the_modules_tensors_is_the_module(module: nn.Module, shape: tuple[int, ...]) -> None:
+    operation, x = operation_of(module), torch.randn(shape)
+    assert operation is not None
+    assert torch.equal(operation(x, module.weight, module.bias), module(x))
+    assert x.shape[operation.channel_axis] == shape[-1 if isinstance(module, nn.Linear) else 1]
+
+
+def test_a_second_registration_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear is registered already"):
+        _operation(nn.Linear)(lambda module: None)

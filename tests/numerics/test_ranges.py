@@ -1,0 +1,98 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tfmq.numerics.affine import fake_quantize
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.ranges import from_range, min_max, search
+
+FORMATS = st.builds(IntegerFormat, st.integers(2, 8), symmetric=st.booleans())
+BOUNDS = st.floats(-1e4, 1e4, width=32)
+SPREADS = st.sampled_from([1e-6, 1e-2, 1.0, 1e4])
+SHIFTS = st.sampled_from([-5.0, -0.5, 0.0, 0.5, 5.0])
+
+
+def draw(seed: int, *, spread: float, shift: float, rows: int = 3, columns: int = 50) -> Tensor:
+    """Heavy-tailed values, so that clipping pays at few bits."""
+    normal = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return (normal.pow(3) + shift) * spread
+
+
+def quantized(values: Tensor, scale: Tensor, zero: Tensor, fmt: IntegerFormat) -> Tensor:
+    return fake_quantize(values, scale[:, None], zero[:, None], fmt.levels)
+
+
+@given(BOUNDS, BOUNDS, FORMATS)
+def test_real_zero_lies_on_every_grid(one: float, other: float, fmt: IntegerFormat) -> None:
+    scale, zero = from_range(torch.tensor([min(one, other)]), torch.tensor([max(one, other)]), fmt)
+    assert scale > 0
+    assert float(zero) == int(zero) and 0 <= zero <= fmt.levels - 1
+    assert fake_quantize(torch.zeros(1), scale, zero, fmt.levels) == 0
+
+
+@given(BOUNDS, BOUNDS, FORMATS, st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_inside_the_range_the_error_is_at_most_half_a_step(one: float, other: float, fmt: IntegerFormat, positions: list[float]) -> None:
+    low, high = torch.tensor([min(one, other, 0.0)]), torch.tensor([max(one, other, 0.0)])
+    scale, zero = from_range(low, high, fmt)
+    x = low + (high - low) * torch.tensor(positions)
+    assert ((quantized(x[None], scale, zero, fmt) - x).abs() <= scale * 0.5 + 1e-6 * x.abs()).all()
+
+
+@given(BOUNDS, BOUNDS, st.integers(2, 8))
+def test_symmetric_grids_mirror(one: float, other: float, bits: int) -> None:
+    fmt = IntegerFormat(bits, symmetric=True)
+    low, high = torch.tensor([min(one, other)]), torch.tensor([max(one, other)])
+    scale, zero = from_range(low, high, fmt)
+    assert float(zero) == fmt.middle
+    x = torch.linspace(-1, 1, 41) * max(abs(one), abs(other))
+    values = quantized(x[None], scale, zero, fmt)
+    assert torch.equal(values, -values.flip(1))
+
+
+def test_the_grid_covers_exactly_the_extremes() -> None:
+    scale, zero = min_max(torch.tensor([[-1.0, 0.25, 2.0], [0.5, 1.0, 3.0], [-4.0, -2.0, -1.0]]), IntegerFormat(2))
+    assert torch.allclose(scale, torch.tensor([1.0, 1.0, 4 / 3]))
+    assert zero.tolist() == [1.0, 0.0, 3.0]
+
+
+def test_a_row_of_zeros_has_a_grid_that_keeps_zero() -> None:
+    for fit in (min_max, search):
+        scale, zero = fit(torch.zeros(2, 5), IntegerFormat(4))
+        assert (scale > 0).all()
+        assert (quantized(torch.zeros(2, 5), scale, zero, IntegerFormat(4)) == 0).all()
+
+
+def loss(values: Tensor, scale: Tensor, zero: Tensor, fmt: IntegerFormat, power: float = 2.4) -> Tensor:
+    return (quantized(values, scale, zero, fmt) - values).abs().pow(power).mean(dim=1)
+
+
+@given(st.integers(0, 2**31), FORMATS, SPREADS, SHIFTS)
+def test_search_is_never_worse_than_the_extremes_in_the_searched_error(seed: int, fmt: IntegerFormat, spread: float, shift: float) -> None:
+    values = draw(seed, spread=spread, shift=shift)
+    assert (loss(values, *search(values, fmt), fmt) <= loss(values, *min_max(values, fmt), fmt)).all()
+
+
+def test_search_takes_the_best_of_the_documented_factors() -> None:
+    fmt, values = IntegerFormat(3), draw(1, spread=1.0, shift=0.0)
+    factors = [1.0 - k / (1.25 * 80) for k in range(80)]
+    assert factors[-1] == pytest.approx(0.21)
+    candidates = [from_range(values.amin(1) * factor, values.amax(1) * factor, fmt) for factor in factors]
+    best = torch.stack([loss(values, *candidate, fmt) for candidate in candidates]).amin(dim=0)
+    assert torch.equal(loss(values, *search(values, fmt), fmt), best)
+    assert (best < loss(values, *min_max(values, fmt), fmt)).any(), "the values must tell search from the extremes"
+
+
+def test_search_looks_inside_a_given_range() -> None:
+    values = torch.linspace(-1, 1, 101)[None]
+    scale, _ = search(values, IntegerFormat(8), low=torch.tensor([-1.0]), high=torch.tensor([3.0]), shrinks=1)
+    assert float(scale) == pytest.approx(4 / 255)
+
+
+def test_rows_are_fitted_apart() -> None:
+    values = draw(2, spread=1.0, shift=0.0)
+    together = search(values, IntegerFormat(4))
+    for row in range(3):
+        alone = search(values[row : row + 1], IntegerFormat(4))
+        assert torch.equal(together[0][row : row + 1], alone[0]) and torch.equal(together[1][row : row + 1], alone[1])

@@ -1,0 +1,109 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tfmq.models.trace import Trace, trace
+from tfmq.nn.plan import LayerPlan
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.recipes.plan import make_plan
+from tfmq.recipes.presets import tfmq_w4a8, tfmq_w4a32
+from tfmq.recipes.recipe import Activations, Recipe, Rule, Temporal, Weights
+
+TEMPORAL = ["embed", "stages.0.shift", "stages.1.shift"]
+OTHERS = ["entry", "stages.0.block", "stages.1.block", "exit"]
+
+
+@pytest.fixture
+def plain(build: Callable[..., Any]) -> Trace:
+    return trace(*build("plain"))
+
+
+def entry(plan: LayerPlan) -> tuple[bool, str]:
+    assert plan.input is not None
+    return plan.input.per_step, plan.input.ranges
+
+
+def rule(match: str, weight_bits: int | None = None, activation_bits: int | None = None) -> Rule:
+    return Rule(match=match, weight_bits=weight_bits, activation_bits=activation_bits)
+
+
+def test_every_layer_gets_the_recipes_bits_and_the_ends_their_own(plain: Trace) -> None:
+    layers = make_plan(tfmq_w4a8(), plain).layers
+    assert list(layers) == [layer.name for layer in plain.layers]
+    eight = IntegerFormat(8, symmetric=True)
+    assert {name: plan.weight for name, plan in layers.items()} == {
+        name: eight if name in ("entry", "exit") else IntegerFormat(4) for name in [*TEMPORAL, *OTHERS]
+    }
+    assert all(plan.input is not None and plan.input.format == IntegerFormat(8) for plan in layers.values())
+    assert layers["exit"].segments == (8, 8) and layers["entry"].segments == ()
+
+
+@pytest.mark.parametrize(
+    ("per_step", "maintenance", "temporal", "others"),
+    [
+        ("all", "cache", (True, "min_max"), (True, "search")),
+        ("temporal", "block", (True, "min_max"), (False, "search")),
+        ("none", "cache", (False, "min_max"), (False, "search")),
+        ("temporal", "none", (True, "search"), (False, "search")),
+        ("all", "none", (True, "search"), (True, "search")),
+    ],
+)
+def test_finite_set_calibration_reaches_its_scope(plain: Trace, per_step: str, maintenance: str, temporal: Any, others: Any) -> None:
+    recipe = Recipe(name="r", activations=Activations(per_step=per_step), temporal=Temporal(maintenance=maintenance))  # type: ignore[arg-type]
+    plan = make_plan(recipe, plain)
+    assert {entry(plan.layers[name]) for name in TEMPORAL} == {temporal}
+    assert {entry(plan.layers[name]) for name in OTHERS} == {others}
+    sites, product = plan.products[""]
+    assert sites == 2 and product is not None and product.per_step == (per_step == "all")
+
+
+def test_switches_turn_products_and_splitting_off(plain: Trace) -> None:
+    plan = make_plan(Recipe(name="r", activations=Activations(products=False, split=False)), plain)
+    assert dict(plan.products) == {"": (2, None)} and plan.layers["exit"].segments == ()
+    plan = make_plan(tfmq_w4a32(), plain)
+    assert all(layer.input is None for layer in plan.layers.values()) and dict(plan.products) == {"": (2, None)}
+
+
+def test_layers_that_a_rule_keeps_in_full_precision_are_not_planned(plain: Trace) -> None:
+    recipe = replace(tfmq_w4a8(), rules=(rule("*.block"), rule("role:temporal", 8, None)))
+    layers = make_plan(recipe, plain).layers
+    assert sorted(layers) == sorted(["entry", "exit", *TEMPORAL])
+    assert all(layers[name].input is None and layers[name].weight == IntegerFormat(8, symmetric=True) for name in TEMPORAL)
+
+
+def test_earlier_rules_win(plain: Trace) -> None:
+    recipe = Recipe(name="r", rules=(rule("stages.0.*", 2, 2), rule("role:temporal", 3, 3), rule("*", 5, 5)))
+    layers = make_plan(recipe, plain).layers
+    assert {name: plan.weight.bits for name, plan in layers.items()} == {
+        "stages.0.shift": 2,
+        "stages.0.block": 2,
+        "embed": 3,
+        "stages.1.shift": 3,
+        "entry": 5,
+        "stages.1.block": 5,
+        "exit": 5,
+    }
+
+
+def test_a_rule_about_an_owner_decides_its_products(build: Callable[..., Any]) -> None:
+    found = trace(*build("unet"))
+    recipe = Recipe(name="r", rules=(rule("mid_block.attentions.0", None, None), rule("up_blocks.*", 4, 6)))
+    plan = make_plan(recipe, found)
+    bits = {owner: product.format.bits if product else None for owner, (_, product) in plan.products.items()}
+    assert bits == {"down_blocks.1.attentions.0": 8, "mid_block.attentions.0": None, "up_blocks.0.attentions.0": 6, "up_blocks.0.attentions.1": 6}
+    assert "mid_block.attentions.0.to_q" in plan.layers, "the rule names the owner, not its layers"
+
+
+@pytest.mark.parametrize("match", ["*.conv_out", "ENTRY", "stages.2.*", "entry "])
+def test_a_rule_that_matches_nothing_is_an_error_that_names_it(plain: Trace, match: str) -> None:
+    with pytest.raises(ValueError, match="matches no layer") as caught:
+        make_plan(Recipe(name="mine", rules=(rule(match, 8, 8),)), plain)
+    assert repr(match) in str(caught.value) and "mine" in str(caught.value)
+
+
+def test_a_recipe_that_quantizes_nothing_is_an_error(plain: Trace) -> None:
+    for recipe in (Recipe(name="mine", weights=Weights(bits=None)), Recipe(name="mine", rules=(rule("*"),))):
+        with pytest.raises(ValueError, match="mine quantizes no layer"):
+            make_plan(recipe, plain)

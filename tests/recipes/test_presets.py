@@ -1,0 +1,71 @@
+import pytest
+
+from tfmq.recipes.presets import PRESETS, brecq, rtn, scheme, tfmq_w4a8
+from tfmq.recipes.recipe import Recipe
+
+
+def ends(recipe: Recipe) -> list[tuple[str, int | None, int | None]]:
+    return [(rule.match, rule.weight_bits, rule.activation_bits) for rule in recipe.rules]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_goes_by_its_name(name: str) -> None:
+    assert PRESETS[name]().name == name
+    assert scheme(name) == PRESETS[name]()
+
+
+def test_the_presets_are_these() -> None:
+    assert sorted(PRESETS) == sorted(f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "per_step", "rules"),
+    [
+        ("w4a8", (4, 8), "all", [("role:first", 8, 8), ("role:last", 8, 8)]),
+        ("w8a8", (8, 8), "all", []),
+        ("w4a32", (4, None), "none", [("role:first", 8, None), ("role:last", 8, None)]),
+    ],
+)
+def test_the_schemes_are_the_papers(name: str, bits: tuple[int, int | None], per_step: str, rules: list) -> None:
+    recipe = scheme(name)
+    assert (recipe.weights.bits, recipe.activations.bits) == bits and recipe.activations.per_step == per_step
+    assert recipe.temporal.maintenance == "cache" and ends(recipe) == rules and recipe.learning.iterations > 0
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w8a8", "w4a32"])
+def test_baselines_differ_from_the_method_in_what_they_leave_out_alone(name: str) -> None:
+    method = scheme(name)
+    nearest, block = rtn(method), brecq(method)
+    for recipe in (nearest, block):
+        assert recipe.temporal.maintenance == "none" and recipe.activations.per_step == "none"
+        assert (recipe.weights, recipe.rules, recipe.calibration) == (method.weights, method.rules, method.calibration)
+        assert recipe.activations.bits == method.activations.bits
+    assert nearest.learning.iterations == 0 and block.learning == method.learning
+    assert (nearest, block) == (scheme(f"rtn_{name}"), scheme(f"brecq_{name}"))
+
+
+@pytest.mark.parametrize("text", ["w3a6", "w2a2", "w8a4", "w5a16", "w6a32"])
+def test_any_bits_make_a_scheme(text: str) -> None:
+    weight, activation = (int(bits) for bits in text[1:].split("a"))
+    recipe = scheme(text)
+    assert recipe.name == f"tfmq_{text}" and recipe.weights.bits == weight
+    full = activation > 8
+    assert recipe.activations.bits == (None if full else activation)
+    assert recipe.activations.products is not full and (recipe.activations.per_step == "none") is full
+    assert all((rule.activation_bits is None) is full for rule in recipe.rules)
+
+
+@pytest.mark.parametrize("text", ["", "w4", "a8", "w4a", "w1a8", "w4a9", "w4a64", "W4A8", "w4a8 ", "xw4a8", "tfmq_w9a9", "w-4a8"])
+def test_an_unknown_scheme_is_refused_by_its_name_with_the_known_ones(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)unknown scheme {text!r}.*w4a8.*brecq_w4a32"):
+        scheme(text)
+
+
+@pytest.mark.parametrize("text", ["w16a8", "w32a32", "w32a8"])
+def test_full_precision_weights_are_refused_with_the_reason(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"{text}.*full-precision weights"):
+        scheme(text)
+
+
+def test_presets_are_made_anew() -> None:
+    assert tfmq_w4a8() == tfmq_w4a8() and tfmq_w4a8() is not tfmq_w4a8()

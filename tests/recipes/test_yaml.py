@@ -1,0 +1,133 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tfmq.recipes.presets import PRESETS, tfmq_w4a8
+from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal, Weights
+from tfmq.recipes.yaml import dumps, from_dict, load, to_dict
+from tfmq.reconstruction.learning import Learning
+
+yaml = pytest.importorskip("yaml")
+
+BITS = st.none() | st.integers(2, 8)
+RANGES = st.sampled_from(["search", "min_max"])
+learnings = st.builds(
+    Learning,
+    iterations=st.integers(0, 10**6),
+    learning_rate=st.floats(1e-9, 1.0),
+    batch_size=st.integers(1, 999),
+    penalty=st.floats(0.0, 10.0),
+    beta_start=st.floats(2.0, 40.0),
+    beta_end=st.floats(1.0, 2.0),
+    warmup=st.floats(0.0, 0.99),
+)
+recipes = st.builds(
+    Recipe,
+    name=st.text(max_size=20),
+    weights=st.builds(Weights, bits=BITS, symmetric=st.none() | st.booleans(), ranges=RANGES),
+    activations=st.builds(
+        Activations,
+        bits=BITS,
+        symmetric=st.booleans(),
+        ranges=RANGES,
+        per_step=st.sampled_from(["none", "temporal", "all"]),
+        products=st.booleans(),
+        split=st.booleans(),
+    ),
+    temporal=st.builds(
+        Temporal,
+        maintenance=st.sampled_from(["none", "block", "cache", "selected"]),
+        table=st.sampled_from(["int8", "float16"]),
+        scope=st.sampled_from(["key", "feature", "step", "global"]),
+        learning=learnings,
+    ),
+    learning=learnings,
+    calibration=st.builds(Calibration, **{name: st.integers(1, 999) for name in ("samples", "steps", "interval", "batch_size")}),
+    rules=st.lists(
+        st.builds(Rule, match=st.sampled_from(["role:first", "role:temporal", "*.conv?", "a[b]", "näme"]), weight_bits=BITS, activation_bits=BITS)
+    ).map(tuple),
+)
+
+
+@given(recipes)
+def test_every_recipe_survives_yaml_and_json(recipe: Recipe) -> None:
+    assert from_dict(yaml.safe_load(dumps(recipe))) == recipe
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_a_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dumps(PRESETS[name]()))
+    assert load(path) == PRESETS[name]()
+
+
+def test_the_file_has_the_fields_in_their_order_and_nothing_else() -> None:
+    values = yaml.safe_load(dumps(tfmq_w4a8()))
+    assert list(values) == [field.name for field in dataclasses.fields(Recipe)]
+    assert values["rules"][0] == {"match": "role:first", "weight_bits": 8, "activation_bits": 8}
+
+
+def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> None:
+    recipe = from_dict({"name": "r", "weights": {"bits": None}, "learning": {"penalty": 1}})
+    assert recipe == Recipe(name="r", weights=Weights(bits=None), learning=Learning(penalty=1.0))
+    assert type(recipe.learning.penalty) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wieghts": {}}, r"unknown key wieghts; a recipe has name, weights"),
+        ({"weights": {"bit": 4}}, r"unknown key weights\.bit; weights has bits, symmetric, ranges"),
+        ({"temporal": {"learning": {"epochs": 4}}}, r"unknown key temporal\.learning\.epochs"),
+        ({"rules": [{"match": "*", "weight_bits": 8, "activation_bits": 8, "why": 1}]}, r"unknown key rules\[0\]\.why; rules\[0\] has match"),
+        ({"rules": [{"match": 3, "weight_bits": 8, "activation_bits": 8}]}, r"rules\[0\]\.match must be of type str; got 3"),
+        ({"rules": {"match": "*"}}, r"rules must be a list; got"),
+        ({"rules": ["conv_in"]}, r"rules\[0\] must be a mapping of match.*got 'conv_in'"),
+        ({"weights": 4}, r"weights must be a mapping of bits.*got 4"),
+        ({"weights": {"bits": "4"}}, r"weights\.bits must be of type int or NoneType; got '4'"),
+        ({"weights": {"bits": 4.0}}, r"weights\.bits must be of type int or NoneType; got 4\.0"),
+        ({"weights": {"bits": True}}, r"weights\.bits .*got True"),
+        ({"activations": {"products": 1}}, r"activations\.products must be of type bool; got 1"),
+        ({"activations": {"products": "yes"}}, r"activations\.products .*got 'yes'"),
+        ({"learning": {"learning_rate": "fast"}}, r"learning\.learning_rate .*got 'fast'"),
+        ({"weights": {"bits": 1}}, r"2\.\.8, got 1"),
+        ({"temporal": {"maintenance": "hope"}}, r"temporal\.maintenance is 'hope'"),
+        ({"rules": [{"match": "role:middle", "weight_bits": 8, "activation_bits": 8}]}, r"unknown role 'role:middle'"),
+    ],
+)
+def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_dict({"name": "r", **values})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "cannot read the recipe"),
+        ("- a", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("weights: {bits: 4}", "name"),
+        ("name: r\nrules: [{match: '*'}]", "weight_bits"),
+        ("name: r\n4: x\nb: y", "unknown key"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_by_its_path(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_refused_by_its_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the recipe .*gone\.yaml"):
+        load(tmp_path / "gone.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ValueError, match=r"binary\.yaml"):
+        load(tmp_path / "binary.yaml")

@@ -1,0 +1,137 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.operation import Linear
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.weight import fit_grid
+from tfmq.reconstruction.learning import Learning, adaptive_rounding, learn_rounding
+
+QUICK = Learning(iterations=300, learning_rate=1e-2, batch_size=32)
+
+
+def calibrated(*, bits: int = 3, seed: int = 0) -> CalibratedLayer:
+    torch.manual_seed(seed)
+    source = nn.Linear(16, 8, bias=False)
+    layer = CalibratedLayer(source, Linear(), fit_grid(source.weight.detach(), IntegerFormat(bits)), None)
+    layer.weight_precision = "quantized"
+    return layer
+
+
+def correlated(rows: int = 256) -> Tensor:
+    """Inputs that vary mostly along one direction, where nearest rounding errors add up."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 1, generator=generator) * (1 + torch.rand(16, generator=generator)) + 0.1 * torch.randn(rows, 16, generator=generator)
+
+
+def output_error(layer: CalibratedLayer, x: Tensor) -> Tensor:
+    return (layer(x) - x @ layer.weight.T).square().sum(dim=1).mean()
+
+
+def learn(layers: dict[str, CalibratedLayer], loss: Any, config: Learning = QUICK, *, seed: int = 0) -> int:
+    count = 0
+
+    def advance(amount: int = 1) -> None:
+        nonlocal count
+        count += amount
+
+    learn_rounding(layers, loss, config, seed=seed, advance=advance)
+    return count
+
+
+def test_learned_rounding_beats_nearest_on_correlated_inputs() -> None:
+    layer, x = calibrated(), correlated()
+    nearest, before = layer.codes.clone(), float(output_error(layer, x))
+    assert learn({"a": layer}, lambda g: output_error(layer, x[torch.randint(256, (32,), generator=g)])) == 300
+    assert float(output_error(layer, x)) < 0.5 * before
+    assert int((layer.codes != nearest).sum()) > 0 and int((layer.codes.int() - nearest.int()).abs().max()) == 1
+    assert layer.rounding is None
+
+
+def test_the_same_seed_gives_the_same_codes_and_another_other_draws() -> None:
+    x, found = correlated(), []
+    for seed in (0, 0, 1):
+        layer = calibrated()
+        draws: list[list[int]] = []
+
+        def loss(g: torch.Generator, layer: CalibratedLayer = layer, draws: list[list[int]] = draws) -> Tensor:
+            draws.append(torch.randint(256, (8,), generator=g).tolist())
+            return output_error(layer, x[draws[-1]])
+
+        learn({"a": layer}, loss, Learning(iterations=20, learning_rate=1e-2), seed=seed)
+        found.append((layer.codes.clone(), draws))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert found[0][1] != found[2][1]
+
+
+def test_codes_that_would_get_worse_are_kept_as_they_came() -> None:
+    layer, x = calibrated(), correlated()
+    layer.codes.copy_((layer.codes.int() + 1).clamp(max=7))
+    came = layer.codes.clone()
+
+    def loss(g: torch.Generator) -> Tensor:
+        # What is measured is best at the codes that came; what is learned leads away from them.
+        return -output_error(layer, x) if torch.is_grad_enabled() else (layer.quantized_weight() - layer.grid.decode(came.float())).square().sum()
+
+    learn({"a": layer}, loss, Learning(iterations=30, learning_rate=0.1))
+    assert torch.equal(layer.codes, came)
+
+
+def test_a_loss_that_is_no_number_keeps_the_codes() -> None:
+    layer = calibrated()
+    came = layer.codes.clone()
+    learn({"a": layer}, lambda g: layer.quantized_weight().sum() * math.nan, Learning(iterations=3, learning_rate=0.1))
+    assert torch.equal(layer.codes, came)
+
+
+def test_no_iterations_and_no_layers_leave_everything_alone() -> None:
+    layer = calibrated()
+    came = layer.codes.clone()
+
+    def loss(g: torch.Generator) -> Tensor:
+        raise AssertionError("the loss was computed")
+
+    assert learn({"a": layer}, loss, Learning(iterations=0)) == 0
+    assert learn({}, loss) == 0
+    assert torch.equal(layer.codes, came)
+
+
+def test_several_layers_are_learned_together() -> None:
+    first, second = calibrated(bits=4), CalibratedLayer(nn.Linear(8, 4), Linear(), fit_grid(torch.randn(4, 8), IntegerFormat(3)), None)
+    second.weight_precision = "quantized"
+    x = correlated()
+
+    def loss(g: torch.Generator) -> Tensor:
+        target = nn.functional.linear(x @ first.weight.T, second.weight, second.bias)
+        return (second(first(x)) - target).square().sum(dim=1).mean()
+
+    before = float(loss(torch.Generator()))
+    learn({"a": first, "b": second}, loss)
+    assert float(loss(torch.Generator())) < before
+
+
+def test_a_failing_loss_takes_the_roundings_away_and_keeps_the_codes() -> None:
+    layer = calibrated()
+    came = layer.codes.clone()
+    with pytest.raises(KeyError), adaptive_rounding({"a": layer}) as roundings:
+        roundings[0].logits.data.neg_()
+        raise KeyError
+    assert layer.rounding is None and torch.equal(layer.codes, came)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"iterations": -1}, {"batch_size": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"learning_rate": 0.0}, {"penalty": -1.0}]
+)
+def test_impossible_hyper_parameters_are_refused_by_value(wrong: dict[str, float]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        Learning(**wrong)  # type: ignore[arg-type]
+
+
+def test_one_iteration_works() -> None:
+    layer, x = calibrated(), correlated()
+    assert learn({"a": layer}, lambda g: output_error(layer, x), Learning(iterations=1)) == 1

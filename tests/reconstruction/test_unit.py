@@ -1,0 +1,159 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.trace import trace
+from tfmq.nn.plan import activation_sites, calibrated_layers, prepare
+from tfmq.nn.swap import precision, replace_module
+from tfmq.nn.temporal import CachedFeature, FeatureTable
+from tfmq.quantizers.steps import StepContext
+from tfmq.recipes.plan import make_plan
+from tfmq.recipes.recipe import Activations, Recipe, Weights
+from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.unit import UnitReport, capture_unit, reconstruct_unit, settle
+from tfmq.reconstruction.units import find_units
+
+TIMESTEPS = torch.tensor([5.0, 300.0, 900.0])
+QUICK = Learning(iterations=120, learning_rate=2e-2, batch_size=8)
+
+
+def prepared(denoiser: Denoiser, example: Inputs, *, bits: int = 3, activation_bits: int | None = None) -> StepContext:
+    steps = StepContext(TIMESTEPS)
+    recipe = Recipe(
+        name="r", weights=Weights(bits=bits, ranges="min_max"), activations=Activations(bits=activation_bits, products=activation_bits is not None)
+    )
+    prepare(denoiser.module, make_plan(recipe, trace(denoiser, example)), steps, timestep=denoiser.timestep)
+    for site in activation_sites(denoiser.module).values():
+        site.fit(torch.full_like(site.scale, 0.05), torch.full_like(site.zero_point, 128))
+    return steps
+
+
+def batches(example: Inputs, *, count: int = 4) -> list[Inputs]:
+    grown = example.resized(6)
+    timesteps = TIMESTEPS[[0, 0, 1, 1, 2, 2]].long()
+    return [Inputs(torch.randn_like(grown.sample), timesteps, grown.conditions) for _ in range(count)]
+
+
+def reconstruct(denoiser: Denoiser, name: str, data: list[Inputs], steps: StepContext, *, exclude: tuple[str, ...] = ()) -> UnitReport:
+    units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)), exclude=exclude)}
+    return reconstruct_unit(denoiser, units[name], data, steps, QUICK, seed=0, advance=lambda amount=1: None)
+
+
+@pytest.mark.parametrize(("model", "unit"), [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_the_outputs_error_falls_and_is_reported(build: Callable[..., Any], model: str, unit: str, activation_bits: int | None) -> None:
+    denoiser, example = build(model)
+    steps, data = prepared(denoiser, example, activation_bits=activation_bits), batches(example)
+    with precision(denoiser.module, weights="full", inputs="full"):
+        module = denoiser.module.get_submodule(unit)
+        calls = capture_unit(denoiser, module, data)
+    report = reconstruct(denoiser, unit, data, steps)
+    assert report.name == unit and report.error_after < 0.9 * report.error_before and report.seconds > 0
+    with torch.no_grad(), steps.at(calls.timestep):
+        after = (module(*calls.args, **calls.kwargs) - calls.outputs[0]).square().sum(dim=1).mean()
+    assert float(after) == pytest.approx(report.error_after, rel=1e-3)
+
+
+def test_the_unit_ends_quantized_and_the_rest_as_it_was(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    steps = prepared(denoiser, example, activation_bits=8)
+    layers = calibrated_layers(denoiser.module)
+    before = {name: layer.codes.clone() for name, layer in layers.items()}
+    reconstruct(denoiser, "stages.0", batches(example), steps)
+    for name, layer in layers.items():
+        inside = name.startswith("stages.0.")
+        assert (layer.weight_precision, layer.input_precision) == (("quantized", "quantized") if inside else ("full", "full"))
+        assert layer.rounding is None and (inside or torch.equal(layer.codes, before[name]))
+
+
+def test_excluded_temporal_codes_are_untouched_though_their_layer_runs_quantized(build: Callable[..., Any]) -> None:
+    denoiser, example = build("unet")
+    steps = prepared(denoiser, example)
+    layers = calibrated_layers(denoiser.module)
+    temporal = tuple(name for name in layers if "time_emb" in name)
+    before = {name: layer.codes.clone() for name, layer in layers.items()}
+    name = "down_blocks.1.resnets.0"
+    reconstruct(denoiser, name, batches(example), steps, exclude=temporal)
+    changed = {layer for layer in layers if not torch.equal(layers[layer].codes, before[layer])}
+    assert changed and changed <= {f"{name}.conv1", f"{name}.conv2", f"{name}.conv_shortcut"}
+    assert layers[f"{name}.time_emb_proj"].weight_precision == "quantized"
+
+
+def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    unit, data = denoiser.module.stages[1], batches(example)
+    seen: list[Tensor] = []
+
+    def watched() -> None:
+        handle = unit.register_forward_hook(lambda _, args, out: seen.extend((args[0].clone(), out.clone())))
+        denoiser(data[0])
+        handle.remove()
+
+    watched()
+    steps = prepared(denoiser, example)
+    first = denoiser.module.stages[0]
+    layers = calibrated_layers(denoiser.module)
+    for layer in layers.values():
+        layer.weight_precision = "quantized" if layer is first.block else "full"
+    table = FeatureTable(3, 8, "int8")
+    table.fit(torch.full((3, 8), 100.0))
+    replace_module(denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True))
+    watched()
+    calls = capture_unit(denoiser, unit, data[:1])
+    stock_input, stock_output, quantized_input, _ = seen
+    assert torch.equal(calls.args[0], quantized_input) and not torch.allclose(quantized_input, stock_input)
+    torch.testing.assert_close(calls.outputs[0], stock_output)
+
+
+class TwoStreams(nn.Module):
+    """Like a joint transformer block: a layer for each of two streams, and both come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text(text), self.image(image)
+
+
+class TwoStreamDenoiser(nn.Module):
+    """One joint block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = TwoStreams()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        text, image = self.joint(x[:, :4], x[:, 4:] + t[:, None, None] / 1000)
+        return torch.cat([text, image], dim=1)
+
+
+def test_every_output_of_a_unit_is_reconstructed() -> None:
+    denoiser = Denoiser(TwoStreamDenoiser().requires_grad_(False))
+    direction = torch.rand(8) + 1
+    data = [Inputs(torch.randn(6, 9, 1) * direction + 0.1 * torch.randn(6, 9, 8), TIMESTEPS[[0, 0, 1, 1, 2, 2]]) for _ in range(4)]
+    steps = prepared(denoiser, Inputs(data[0].sample[:1], data[0].timestep[:1]))
+    layers = calibrated_layers(denoiser.module)
+    nearest = {name: layer.codes.clone() for name, layer in layers.items()}
+    reconstruct(denoiser, "joint", data, steps)
+    for name, layer in layers.items():
+        inputs = torch.cat([batch.sample for batch in data]).flatten(0, 1)
+        errors = [((inputs @ (layer.grid.decode(codes.float()) - layer.weight).T).square().sum(1).mean()) for codes in (nearest[name], layer.codes)]
+        assert errors[1] < 0.8 * errors[0], name
+
+
+def test_settling_reaches_layers_and_products_below_the_unit(build: Callable[..., Any]) -> None:
+    denoiser, example = build("unet")
+    prepared(denoiser, example, activation_bits=8)
+    unit = denoiser.module.mid_block.attentions[0]
+    assert not unit.tfmq_products.enabled
+    settle(unit)
+    assert unit.tfmq_products.enabled
+    assert {layer.input_precision for layer in calibrated_layers(unit).values()} == {"quantized"}
+    assert {layer.weight_precision for layer in calibrated_layers(unit).values()} == {"quantized"}
+    outside = {layer.weight_precision for name, layer in calibrated_layers(denoiser.module).items() if not name.startswith("mid_block.attentions.0")}
+    assert outside == {"full"}
