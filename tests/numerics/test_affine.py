@@ -74,6 +74,8 @@ def test_fake_quantization_is_quantize_then_dequantize_with_and_without_gradient
 def test_halves_round_to_even() -> None:
     x = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5])
     assert quantize(x, torch.tensor(1.0), torch.tensor(8.0), 16).tolist() == [6.0, 8.0, 8.0, 10.0, 10.0]
+    for leaf in (x, x.clone().requires_grad_()):
+        assert fake_quantize(leaf, torch.tensor(1.0), torch.tensor(8.0), 16).tolist() == [-2.0, 0.0, 0.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("wants_gradient", [False, True])

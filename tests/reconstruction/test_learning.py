@@ -65,7 +65,10 @@ def test_the_same_seed_gives_the_same_codes_and_another_other_draws() -> None:
         learn({"a": layer}, loss, Learning(iterations=20, learning_rate=1e-2), seed=seed)
         found.append((layer.codes.clone(), draws))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
-    assert found[0][1] != found[2][1]
+    # Four draws measure before and four after; those between are learned on.
+    learned, measured = [draws[4:-4] for _, draws in found], [draws[:4] for _, draws in found]
+    assert learned[0] != learned[2] and measured[0] != measured[2] and learned[0][:4] != measured[0]
+    assert found[0][1][-4:] == measured[0], "before and after are measured on the same draws"
 
 
 def test_codes_that_would_get_worse_are_kept_as_they_came() -> None:
