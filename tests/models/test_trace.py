@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.models.trace import Trace, trace
+from tfmq.models.program import Trace
+from tfmq.models.trace import trace
 
 T, SAMPLE = "timestep", "sample"
 RESNETS = ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1"]

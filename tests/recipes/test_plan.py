@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tfmq.models.trace import Trace, trace
+from tfmq.models.program import Trace
+from tfmq.models.trace import trace
 from tfmq.nn.plan import LayerPlan
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.recipes.plan import make_plan

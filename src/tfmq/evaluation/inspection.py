@@ -11,8 +11,9 @@ from torch import nn
 from tfmq.api import state_bytes
 from tfmq.artifact import stored_bytes
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.program import LayerTrace, Trace
 from tfmq.models.sampler import Sampler
-from tfmq.models.trace import LayerTrace, Trace, trace
+from tfmq.models.trace import trace
 from tfmq.nn.structure import describe, named_specs
 from tfmq.nn.swap import STEPS
 from tfmq.numerics.packing import packed_shape

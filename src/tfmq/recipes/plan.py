@@ -1,6 +1,6 @@
 """Turn a recipe and a trace into a plan: the only place where rules meet layers."""
 
-from tfmq.models.trace import LayerTrace, Trace
+from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan
 from tfmq.recipes.recipe import Recipe
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tfmq.models.denoiser import Inputs
-from tfmq.models.trace import TIMESTEP
+from tfmq.models.program import TIMESTEP
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
 from tfmq.progress import Advance

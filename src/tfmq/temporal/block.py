@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.models.trace import TIMESTEP, Ref, Trace, trace
+from tfmq.models.program import TIMESTEP, Ref, Trace
+from tfmq.models.trace import trace
 
 
 class TemporalBlock:
