@@ -13,6 +13,7 @@ from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import activation_sites, packed_layers
+from tfmq.nn.structure import assemble, describe
 from tfmq.nn.temporal import CachedFeature, SkippedLayer
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.presets import scheme
@@ -101,6 +102,22 @@ def test_at_eight_bits_the_output_is_close_at_every_calibrated_timestep(sampler:
     for inputs in CalibrationStore(tmp_path / "calls"):
         with torch.no_grad():
             assert sqnr_db(stock.denoiser(inputs), drawn.denoiser(inputs)) > 25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_stay_in_half_precision(sampler: Sampling, tmp_path: Path, dtype: torch.dtype) -> None:
+    drawn = sampler("unet")
+    drawn.denoiser.module.to(dtype)
+    full = drawn.run(range(2), steps=3, seed=5)
+    recipe = quick("w8a8", weights=Weights(bits=8, ranges="min_max"))
+    quantize(drawn, replace(recipe, learning=replace(FEW, iterations=1)), tmp_path)
+    assert {parameter.dtype for parameter in drawn.denoiser.module.parameters()} == {dtype}
+    assert sqnr_db(full, drawn.run(range(2), steps=3, seed=5)) > 20
+    fresh = sampler("unet", seed=1)
+    fresh.denoiser.module.to(dtype)
+    assemble(fresh.denoiser.module, describe(drawn.denoiser.module))
+    fresh.denoiser.module.load_state_dict(drawn.denoiser.module.state_dict())
+    assert torch.equal(fresh.run(range(2), steps=3, seed=5), drawn.run(range(2), steps=3, seed=5))
 
 
 def test_a_batch_of_mixed_timesteps_equals_its_samples_one_by_one(sampler: Sampling, tmp_path: Path) -> None:

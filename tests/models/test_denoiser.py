@@ -86,6 +86,14 @@ def test_inputs_are_labelled_by_the_innermost_name() -> None:
     assert sorted(name for name, _ in labelled) == ["ids", "mask", "sample", "text", "timestep"]
 
 
+def test_conditions_are_replaced_by_the_name_that_labels_them() -> None:
+    denoiser = Denoiser(Model())
+    inputs = Inputs(torch.zeros(1), torch.zeros(1), {"added": {"text": torch.zeros(1), "size": (2, 3)}, "mask": torch.zeros(1), "flag": True})
+    changed = denoiser.with_conditions(inputs, {"text": torch.ones(1), "flag": torch.ones(1), "unknown": torch.ones(1)})
+    assert changed.conditions == {"added": {"text": torch.ones(1), "size": (2, 3)}, "mask": torch.zeros(1), "flag": True}
+    assert inputs.conditions["added"]["text"] == 0 and changed.sample is inputs.sample
+
+
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: {"sample": x}, lambda x: OrderedDict(sample=x)])
 def test_the_output_is_the_first_tensor_of_what_is_returned(wrap: Any) -> None:
     x = torch.ones(2)

@@ -166,9 +166,16 @@ def test_meeting_a_prompts_tokens_ends_temporality() -> None:
     assert [layer.name for layer in found.temporal] == ["linear"] and found.features == ("linear",)
 
 
-def test_a_layer_called_for_the_timestep_and_for_the_sample_is_not_temporal() -> None:
-    found = small(lambda m, x, emb: m.linear(add(x, m.linear(emb)).mean((2, 3)))[:, :, None, None] + x)
-    assert found.temporal == () and found.features == ()
+SHARED: list[Callable[..., Tensor]] = [
+    lambda m, x, emb: m.linear(add(x, m.linear(emb)).mean((2, 3)))[:, :, None, None] + x,
+    lambda m, x, emb: add(add(x, m.linear(x.mean((2, 3)))), m.linear(emb)),
+]
+
+
+@pytest.mark.parametrize("run", SHARED, ids=["timestep first", "sample first"])
+def test_a_layer_called_for_the_timestep_and_for_the_sample_is_not_temporal(run: Callable[..., Tensor]) -> None:
+    found = small(run)
+    assert found.temporal == () and found.features == () and found.layer("linear").depends_on == {T, SAMPLE}
 
 
 def test_a_feature_is_found_through_the_operations_after_its_layer() -> None:

@@ -115,7 +115,7 @@ def test_roundings_take_the_place_of_codes_while_they_are_learned() -> None:
 def test_the_state_of_a_packed_layer_is_complete_from_birth(case: tuple[nn.Module, Tensor], fmt: IntegerFormat) -> None:
     source, x = case
     done = pack(calibrated(source, fmt, inputs=False))
-    born = PackedLayer(done.operation, fmt, tuple(source.weight.shape), bias=source.bias is not None)
+    born = PackedLayer(done.operation, fmt, tuple(source.weight.shape), bias=None if source.bias is None else torch.float32)
     described = {name: (tuple(value.shape), value.dtype) for name, value in done.state_dict().items()}
     assert {name: (tuple(value.shape), value.dtype) for name, value in born.state_dict().items()} == described
     expected = {"packed", "scale"} | ({"bias"} if source.bias is not None else set()) | (set() if fmt.symmetric else {"zero_point"})

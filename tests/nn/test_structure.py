@@ -108,6 +108,7 @@ def test_describing_names_layers_products_tables_and_skips(build: Callable[..., 
     layers, tables, products = (dict(named_specs(structure, kind)) for kind in ("layers", "tables", "products"))
     assert sorted(layers) == ["embed", "entry", "exit", "stages.0.block", "stages.0.shift", "stages.1.block", "stages.1.shift"]
     assert layers["exit"]["segments"] == [8, 8] and layers["entry"]["segments"] == []
+    assert (layers["embed"]["input"]["axis"], layers["exit"]["input"]["axis"]) == (-1, 1)
     assert {name: (spec["format"], spec["everywhere"]) for name, spec in tables.items()} == {
         "stages.0.shift": ("int8", False),
         "stages.1.shift": ("float16", False),

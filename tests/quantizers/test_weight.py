@@ -45,6 +45,14 @@ def test_segments_are_fitted_and_coded_as_slices(shape: tuple[int, ...], fmt: In
     assert torch.equal(grid.decode(codes), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grids_of_half_precision_weights_are_fitted_in_single_precision(dtype: torch.dtype) -> None:
+    weight = draw((3, 6), 0).to(dtype)
+    half, single = fit_grid(weight, IntegerFormat(4)), fit_grid(weight.float(), IntegerFormat(4))
+    assert half.scale.dtype == torch.float32 and torch.equal(half.scale, single.scale)
+    assert torch.equal(half.encode(weight), single.encode(weight.float()))
+
+
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(KeyError, match="guess"):
         fit_grid(torch.ones(2, 2), IntegerFormat(4), method="guess")

@@ -5,12 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tfmq.models.denoiser import Inputs
 from tfmq.nn.plan import calibrated_layers, prepare
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
+from tfmq.reconstruction import tiar
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.tiar import full_features, reconstruct_temporal
+from tfmq.reconstruction.tiar import condition_pairs, full_features, reconstruct_temporal
+from tfmq.reconstruction.unit import settle
 from tfmq.temporal.block import TemporalBlock
 
 TIMESTEPS = torch.linspace(0, 990, 12)
@@ -45,6 +48,70 @@ def test_feature_errors_fall_below_nearest_and_other_layers_are_left_alone(build
     assert squared_error(block, target) < 0.9 * before
     changed = {name for name, layer in layers.items() if not torch.equal(layer.codes, nearest[name])}
     assert changed and changed <= set(temporal)
+
+
+def test_each_timestep_of_a_batch_is_learned_on_its_own_grid(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    block = TemporalBlock(denoiser, example, batch=8)
+    steps = StepContext(TIMESTEPS)
+    prepare(denoiser.module, make_plan(Recipe(name="r"), block.trace), steps, timestep="t")
+    temporal = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if block.trace.layer(name).temporal}
+    for layer in temporal.values():
+        settle(layer)
+    seen: list[Tensor] = []
+    temporal["embed"].register_forward_pre_hook(lambda *_: seen.append(steps.index.clone()) if torch.is_grad_enabled() else None)
+    reconstruct_temporal(block, temporal, steps, Learning(iterations=4), seed=0, advance=lambda amount=1: None)
+    assert len(seen) == 4 and all(len(index) == 8 and len(index.unique()) == 8 for index in seen), "a random subset of the 12 timesteps"
+    assert len(torch.cat(seen).unique()) == 12
+
+
+def calls(example: Inputs, labels: list[int]) -> list[Inputs]:
+    """Calls of two samples each, one a timestep, with labels of their own."""
+    grown = example.resized(2)
+    return [
+        Inputs(grown.sample, torch.tensor([90 * i, 90 * i]), {**grown.conditions, "class_labels": torch.tensor([label, label + 1])})
+        for i, label in enumerate(labels)
+    ]
+
+
+def test_conditions_are_taken_in_pairs_with_their_timesteps(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, example = build("class_conditional")
+    block = TemporalBlock(denoiser, example, batch=4)
+    assert block.conditions == ("class_labels",)
+    timesteps, conditions = condition_pairs(block, TIMESTEPS, iter(calls(example, [4, 7])))
+    assert timesteps.tolist() == [0, 0, 90, 90] and {name: value.tolist() for name, value in conditions.items()} == {"class_labels": [4, 5, 7, 8]}
+    monkeypatch.setattr(tiar, "MOST_PAIRS", 3)
+    timesteps, conditions = condition_pairs(block, TIMESTEPS, iter(calls(example, [4, 7])))
+    assert timesteps.tolist() == [0, 90] and conditions["class_labels"].tolist() == [4, 7]
+
+
+def test_a_block_of_the_timestep_alone_reads_no_calls(build: Callable[..., Any]) -> None:
+    block, _, _ = prepared(build, "plain")
+    found, conditions = condition_pairs(block, TIMESTEPS, (pytest.fail("read a call") for _ in range(1)))
+    assert torch.equal(found, TIMESTEPS) and conditions == {} and block.conditions == ()
+
+
+def test_features_are_learned_on_the_classes_of_the_calibration(build: Callable[..., Any]) -> None:
+    block, steps, layers = prepared(build, "class_conditional")
+    temporal = {layer.name: layers[layer.name] for layer in block.trace.temporal}
+    batches = calls(block.example, [4, 7, 1, 8])
+    names, timesteps = block.features, torch.tensor([0, 90, 180, 270])
+    labels = {"class_labels": torch.tensor([4, 7, 1, 8])}
+
+    def features() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {name: value[:4] for name, value in block.run(block.at(timesteps, labels), names).items()}
+
+    target = features()
+    for layer in temporal.values():
+        layer.weight_precision = "quantized"
+
+    def error() -> float:
+        return float(sum((value - target[name]).square().sum() for name, value in features().items()))
+
+    before = error()
+    reconstruct_temporal(block, temporal, steps, QUICK, batches=batches, seed=0, advance=lambda amount=1: None)
+    assert error() < 0.8 * before
 
 
 def test_full_features_ignore_what_is_quantized(build: Callable[..., Any]) -> None:

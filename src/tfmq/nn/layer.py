@@ -49,7 +49,7 @@ class PackedLayer(nn.Module):
     """A layer at rest: packed codes, scales, zero-points, bias, and the quantizer of its input.
 
     `packed` is uint8 `[C_out, ceil(bits * C_in * ... / 8)]`; `scale` float32 and `zero_point` uint8 are `[C_out, G]` (no zero-point for
-    symmetric formats). The simulated forward computes in float with values that lie on the grids.
+    symmetric formats); the bias has the dtype `bias`, the model's own. The simulated forward computes in float with values that lie on the grids.
     """
 
     packed: Tensor
@@ -62,7 +62,7 @@ class PackedLayer(nn.Module):
         fmt: IntegerFormat,
         shape: tuple[int, ...],
         *,
-        bias: bool,
+        bias: torch.dtype | None,
         segments: tuple[int, ...] = (),
         input_quantizer: nn.Module | None = None,
     ) -> None:
@@ -75,7 +75,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
-        self.bias = nn.Parameter(torch.zeros(self.shape[0]), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
         self.input_quantizer = input_quantizer
 
     @property
@@ -111,7 +111,7 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         layer.operation,
         grid.format,
         tuple(layer.weight.shape),
-        bias=layer.bias is not None,
+        bias=None if layer.bias is None else layer.bias.dtype,
         segments=grid.segments,
         input_quantizer=layer.input_quantizer,
     ).to(layer.weight.device)

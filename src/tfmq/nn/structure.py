@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operation_of, weight_of
@@ -92,7 +92,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         operation,
         IntegerFormat(spec["bits"], spec["symmetric"]),
         tuple(weight_of(source).shape),
-        bias=source.bias is not None,
+        bias=source.bias.dtype if isinstance(source.bias, Tensor) else None,
         segments=tuple(spec["segments"]),
         input_quantizer=_build_quantizer(spec["input"], steps),
     )
