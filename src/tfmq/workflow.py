@@ -159,7 +159,7 @@ def quantize_denoiser(
     device = next(denoiser.module.parameters()).device
     steps = StepContext(store.timesteps()).to(device)
     prepare(denoiser.module, plan, steps, timestep=denoiser.timestep)
-    full = full_features(block, steps.timesteps)
+    full = full_features(block, steps.timesteps, block.features)
     ranges = journal.stage("activations", lambda: fit_activations(sampler, plan, steps, store, progress=progress))
     for name, quantizer in activation_sites(denoiser.module).items():
         quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
@@ -172,8 +172,8 @@ def quantize_denoiser(
         _restore(layers, journal.stage("temporal", lambda: maintain_temporal(block, layers, steps, store, recipe, seed=seed, progress=progress)))
         if recipe.temporal.maintenance != "block":
             scope = recipe.temporal.scope if recipe.temporal.maintenance == "selected" else None
-            install_tables(block, full, steps, table_format=recipe.temporal.table, scope=scope)
+            install_tables(block, {name: full[name] for name in block.cacheable}, steps, table_format=recipe.temporal.table, scope=scope)
     units = find_units(denoiser.module, [layer.name for layer in block.trace.layers if layer.name in plan.layers], exclude=maintained)
     reports = reconstruct_units(sampler, units, steps, store, recipe, seed=seed, journal=journal, progress=progress)
     pack_all(denoiser.module)
-    return Outcome(reports, disturbance(steps.timesteps, full, quantized_features(block, steps)))
+    return Outcome(reports, disturbance(steps.timesteps, full, quantized_features(block, steps, block.features)))

@@ -1,6 +1,6 @@
 """Temporal information aware reconstruction (TFMQ-DM, equation 6): the temporal block's roundings, learned jointly over timesteps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ MOST_PAIRS = 1024
 
 
 @torch.no_grad()
-def full_features(block: TemporalBlock, timesteps: Tensor) -> dict[str, Tensor]:
-    """Return the full-precision temporal features `[S, d]` at `timesteps` `[S]`."""
+def full_features(block: TemporalBlock, timesteps: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Return every cacheable feature (or `names`) in full precision, `[S, d]` at `timesteps` `[S]`."""
     with precision(block.denoiser.module, weights="full", inputs="full"):
-        return block(timesteps)
+        return block(timesteps, names)
 
 
 def condition_pairs(block: TemporalBlock, timesteps: Tensor, batches: Iterable[Inputs]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -33,10 +33,11 @@ def condition_pairs(block: TemporalBlock, timesteps: Tensor, batches: Iterable[I
     """
     if not block.conditions:
         return timesteps, {}
-    calls = [dict(block.denoiser.labelled(inputs)) for inputs in batches]
+    wanted = {TIMESTEP, *block.conditions}
+    calls = [{name: tensor for name, tensor in block.denoiser.labelled(inputs) if name in wanted} for inputs in batches]
     if not calls:
         return timesteps, {}
-    pairs = {name: torch.cat([call[name] for call in calls]) for name in (TIMESTEP, *block.conditions)}
+    pairs = {name: torch.cat([call[name] for call in calls]) for name in sorted(wanted)}
     stride = -(-len(pairs[TIMESTEP]) // MOST_PAIRS)
     kept = {name: values[::stride] for name, values in pairs.items()}
     return kept.pop(TIMESTEP), kept
