@@ -102,7 +102,7 @@ def load_state(directory: Path, unet: UNet2DModel, ema: dict, optimizer: torch.o
         for name, parameter in unet.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])
             ema[name].copy_(tensors[f"ema.{name}"])
-            moments = {m: tensors[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq")}
+            moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
     return step
 
@@ -110,7 +110,7 @@ def load_state(directory: Path, unet: UNet2DModel, ema: dict, optimizer: torch.o
 def export(directory: Path, ema: dict, num_images: int = 64) -> None:
     """Save the moving average as an fp16 pipeline and draw a grid of samples from it."""
     unet = build_unet()
-    unet.load_state_dict(ema, strict=True)
+    unet.load_state_dict({name: value.cpu() for name, value in ema.items()}, strict=True)
     pipeline = DDIMPipeline(unet=unet.eval(), scheduler=build_scheduler())
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=num_images, generator=torch.Generator().manual_seed(0), num_inference_steps=50, output_type="np").images
@@ -126,26 +126,27 @@ def train(options: argparse.Namespace) -> None:
     (directory / "options.json").write_text(json.dumps(vars(options) | {"digits": options.digits.name, "output_dir": ""}, indent=1))
     data = read_digits(options.digits)
     torch.manual_seed(options.seed)
-    unet = build_unet().to(memory_format=torch.channels_last)
+    unet = build_unet().to(options.device, memory_format=torch.channels_last)
     ema = {name: p.detach().clone() for name, p in unet.named_parameters()}
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     start = load_state(directory, unet, ema, optimizer)
     forward = torch.compile(unet) if options.compile else unet
-    alphas = build_scheduler().alphas_cumprod
+    alphas = build_scheduler().alphas_cumprod.to(options.device)
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=5.0) / snr.clamp(min=1e-8)
     began, losses = time.time(), []
     for step in range(start, options.steps):
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         index = torch.randint(len(data), (options.batch_size,), generator=generator)
-        images = colour(data[index], generator, chalk=options.inks == "chalk")
-        timesteps = torch.randint(1000, (options.batch_size,), generator=generator)
-        noise = torch.randn(images.shape, generator=generator)
+        images = colour(data[index], generator, chalk=options.inks == "chalk").to(options.device)
+        # Drawn on the CPU, so that a step sees the same noise on any device.
+        timesteps = torch.randint(1000, (options.batch_size,), generator=generator).to(options.device)
+        noise = torch.randn(images.shape, generator=generator).to(options.device)
         level = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = (level.sqrt() * images + (1 - level).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.learning_rate, 500, options.decay)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.bf16):
             error = (forward(noisy, timesteps).sample.float() - noise).square().mean(dim=(1, 2, 3))
         loss = (error * weights[timesteps]).mean()
         if not torch.isfinite(loss):
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
     train(parser.parse_args())
 
