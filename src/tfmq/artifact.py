@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +52,34 @@ def stored_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
 
 
+def _verified(directory: Path) -> Iterator[tuple[dict[str, Tensor], Mapping[str, Any]]]:
+    """Yield the tensors and the manifest of every quantized component, checked against each other.
+
+    Raises:
+        CheckpointError: see `tfmq.storage.errors`.
+    """
+    components = _components(directory)
+    for path in sorted(directory.rglob("*.safetensors")):
+        packed = any(name.endswith(".packed") for name in tensor_names(path))
+        if packed and path.parent not in components:
+            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / 'config.json'} has no tfmq manifest; copy it again")
+    for folder, manifest in components.items():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise MissingFileError(f"{folder} has a tfmq configuration and no .safetensors file")
+        tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
+        verify(tensors, manifest, source=folder / "config.json")
+        yield tensors, manifest
+
+
 def verify_files(directory: Path) -> None:
     """Check the files of every quantized component against its manifest.
 
     Raises:
         CheckpointError: see `tfmq.storage.errors`.
     """
-    for path in sorted(directory.rglob("*.safetensors")):
-        packed = any(name.endswith(".packed") for name in tensor_names(path))
-        if packed and path.parent not in _components(directory):
-            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / 'config.json'} has no tfmq manifest; copy it again")
-    for folder, manifest in _components(directory).items():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise MissingFileError(f"{folder} has a tfmq configuration and no .safetensors file")
-        tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
-        verify(tensors, manifest, source=folder / "config.json")
+    for _ in _verified(directory):
+        pass
 
 
 def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
@@ -159,9 +171,7 @@ def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
 
 
 def _load_only_component(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    verify_files(path)
-    components = _components(path)
+    components = list(_verified(path))
     if len(components) != 1:
         raise ForeignFileError(f"{path} holds {len(components)} models quantized by tfmq; pass the directory of one")
-    ((folder, manifest),) = components.items()
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_tensors(file)[0].items()}, manifest
+    return components[0]

@@ -35,13 +35,7 @@ def tfmq_w4a32() -> Recipe:
 
 def rtn(recipe: Recipe) -> Recipe:
     """The round-to-nearest baseline at the bits of `recipe`: no learning, one scale for all timesteps, no temporal maintenance."""
-    return replace(
-        recipe,
-        name=recipe.name.replace("tfmq", "rtn"),
-        activations=replace(recipe.activations, per_step="none"),
-        temporal=Temporal(maintenance="none"),
-        learning=replace(recipe.learning, iterations=0),
-    )
+    return replace(brecq(recipe), name=recipe.name.replace("tfmq", "rtn"), learning=replace(recipe.learning, iterations=0))
 
 
 def brecq(recipe: Recipe) -> Recipe:
