@@ -1,7 +1,7 @@
 """Train the embedded default model: a small unconditional DDPM that draws hand-written digits in colour, 32x32.
 
     python examples/train_default_model.py --digits mnist/t10k-images-idx3-ubyte.gz --output-dir runs/default --inks any --steps 4000 --decay 0
-    python examples/train_default_model.py --digits mnist/t10k-images-idx3-ubyte.gz --output-dir runs/default --inks chalk --steps 13000
+    python examples/train_default_model.py --digits mnist/t10k-images-idx3-ubyte.gz --output-dir runs/default --inks chalk --steps 9000
 
 The images are the 10 000 digits of the MNIST test set (LeCun and Cortes; CC BY-SA 3.0), each drawn on a random colour gradient every time
 it is seen: first in any ink, then in chalk, which small budgets learn to draw in one piece. Noise prediction under a
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--digits", type=Path, required=True, help="gzipped IDX file of 28x28 digits")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--inks", choices=("any", "chalk"), default="chalk")
-    parser.add_argument("--steps", type=int, default=13_000)
+    parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--decay", type=float, default=0.3, help="share of the steps over which the rate falls to zero")
