@@ -41,9 +41,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _register_with_diffusers() -> None:
-    from tfmq.integrations.diffusers.quantizer import register
-
-    register()
+    # Importing it registers it; where that import is what brought diffusers in, it is under way and finishes by itself.
+    import tfmq.integrations.diffusers.quantizer  # noqa: F401
 
 
 when_imported("diffusers.quantizers.auto", _register_with_diffusers)

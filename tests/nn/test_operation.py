@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.nn.operation import Convolution, Linear, _operation, operation_of
+from tfmq.nn.operation import _operation, operation_of
+from tfmq.numerics.operations import Convolution, Linear
 
 
 class Standardized(nn.Conv2d):

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.operation import Linear
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import STEPS, attach_steps, precision, replace_module
 from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.operations import Linear
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.operation import Linear
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.weight import fit_grid
+from tfmq.numerics.operations import Linear
 from tfmq.reconstruction.learning import Learning, adaptive_rounding, learn_rounding
 
 QUICK = Learning(iterations=300, learning_rate=1e-2, batch_size=32)

@@ -5,9 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tfmq.nn.operation import Operation
+from tfmq.kernels.kernel import IntegerWeight, LayerKernel
 from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.operations import Operation
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
+from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 
 Precision = Literal["full", "quantized"]
@@ -22,7 +24,7 @@ class CalibratedLayer(nn.Module):
 
     codes: Tensor
 
-    def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: nn.Module | None) -> None:
+    def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: ActivationQuantizer | None) -> None:
         super().__init__()
         self.operation = operation
         self.grid = grid
@@ -49,7 +51,8 @@ class PackedLayer(nn.Module):
     """A layer at rest: packed codes, scales, zero-points, bias, and the quantizer of its input.
 
     `packed` is uint8 `[C_out, ceil(bits * C_in * ... / 8)]`; `scale` float32 and `zero_point` uint8 are `[C_out, G]` (no zero-point for
-    symmetric formats); the bias has the dtype `bias`, the model's own. The simulated forward computes in float with values that lie on the grids.
+    symmetric formats); the bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
+    that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state.
     """
 
     packed: Tensor
@@ -64,7 +67,7 @@ class PackedLayer(nn.Module):
         *,
         bias: torch.dtype | None,
         segments: tuple[int, ...] = (),
-        input_quantizer: nn.Module | None = None,
+        input_quantizer: ActivationQuantizer | None = None,
     ) -> None:
         super().__init__()
         self.operation = operation
@@ -77,6 +80,8 @@ class PackedLayer(nn.Module):
         self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
         self.input_quantizer = input_quantizer
+        self.kernel: LayerKernel | None = None
+        self.unpacked: Tensor | None = None
 
     @property
     def codes(self) -> Tensor:
@@ -94,10 +99,19 @@ class PackedLayer(nn.Module):
         """The dequantized weight, for code that looks at a layer's weight."""
         return self.grid.decode(self.codes.to(self.scale.dtype))
 
+    def integer_weight(self) -> IntegerWeight:
+        """Return what integer kernels compute with."""
+        grid = self.grid
+        values = self.codes.to(torch.int16) - grid.expand(grid.zero_point, len(self.shape)).to(torch.int16)
+        return IntegerWeight(self.operation, values, self.scale, None if self.bias is None else self.bias.detach().float(), self.segments)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None and self.input_quantizer is not None:
+            return self.kernel(x, self.input_quantizer.rows(x))
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self.operation(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight = self.weight if self.unpacked is None else self.unpacked
+        return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"

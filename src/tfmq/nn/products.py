@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tfmq.kernels.kernel import Rows
+from tfmq.quantizers.activation import ActivationQuantizer
+
 ATTENTION = F.scaled_dot_product_attention
 # Where the two operands of a product stand in the argument list of each function, and what they are called there.
 _MATMUL = (0, "input"), (1, "other")
@@ -32,10 +35,12 @@ PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
 SITES = {ATTENTION: 2, **dict.fromkeys(PRODUCTS, 1)}
 
 Operands = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+Multiply = Callable[[int, Tensor, Tensor], Tensor]
+ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
 
 
 def attention(
-    operands: Operands,
+    multiply: Multiply,
     first: int,
     query: Tensor,
     key: Tensor,
@@ -46,7 +51,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Compute `softmax(q k^T scale + mask) v` in two products, each passed through `operands`; the signature is torch's.
+    """Compute `softmax(q k^T scale + mask) v` with two calls of `multiply(site, left, right)`; the rest of the signature is torch's.
 
     Raises:
         ValueError: dropout, which has no place in a quantized model.
@@ -56,8 +61,7 @@ def attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    query, key = operands(first, query, key)
-    scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = multiply(first, query, key.transpose(-2, -1)) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
@@ -66,21 +70,22 @@ def attention(
     if attn_mask is not None:
         # A query that may look nowhere attends to nothing, as in torch.
         probabilities = probabilities.masked_fill((scores == -torch.inf).all(dim=-1, keepdim=True), 0.0)
-    probabilities, value = operands(first + 1, probabilities, value)
-    return probabilities @ value
+    return multiply(first + 1, probabilities, value)
 
 
 class ProductMode(TorchFunctionMode):
-    """Passes the operands of every attention product of one module's forward through `operands(site, left, right)`.
+    """Computes every attention product of one module's forward on the operands that `operands(site, left, right)` returns.
 
-    Modes nest with the modules that own them; only the innermost acts, so a product belongs to exactly one owner.
+    With `multiply(site, left, right)` that computes the product itself. Modes nest with the modules that own them; only the innermost acts,
+    so a product belongs to exactly one owner.
     """
 
     _running = threading.local()
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, multiply: Multiply | None = None) -> None:
         super().__init__()
         self.operands = operands
+        self.multiply = multiply
         self.site = 0
 
     @classmethod
@@ -105,21 +110,43 @@ class ProductMode(TorchFunctionMode):
             return func(*args, **kwargs)
         first, self.site = self.site, self.site + SITES[func]
         if func is ATTENTION:
-            return attention(self.operands, first, *args, **kwargs)
+            return attention(self.multiply or self._multiply, first, *args, **kwargs)
         given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         left, right = (name if name in given else position for position, name in PRODUCTS[func])
+        if self.multiply is not None:
+            product = self.multiply(first, given[left], given[right])
+            if func not in (torch.baddbmm, Tensor.baddbmm):
+                return product
+            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+            return alpha * product + (beta * (args[0] if args else kwargs["input"]) if beta else 0)
         given[left], given[right] = self.operands(first, given[left], given[right])
         return func(*(given[position] for position in range(len(args))), **{name: given[name] for name in kwargs})
 
+    def _multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
+        left, right = self.operands(site, left, right)
+        return left @ right
+
 
 class ProductQuantizers(nn.Module):
-    """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision."""
+    """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision.
+
+    With a `kernel` the products are computed in integers; it is no part of the state.
+    """
 
     def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
         super().__init__()
         self.left = nn.ModuleList([quantizer or nn.Identity() for quantizer in left])
         self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
         self.enabled = True
+        self.kernel: ProductKernel | None = None
+
+    def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
+        """Return the product of site `site` by the kernel, or on quantized operands where one of them stays in full precision."""
+        grids = (self.left[site], self.right[site]) if self.enabled and site < len(self.left) else ()
+        if self.kernel is not None and grids and all(isinstance(grid, ActivationQuantizer) for grid in grids):
+            return self.kernel(left, grids[0].rows(left), right, grids[1].rows(right))  # type: ignore[operator]
+        left, right = self(site, left, right)
+        return left @ right
 
     def forward(self, site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         if not self.enabled or site >= len(self.left):
@@ -133,7 +160,8 @@ class _Owner:
     tfmq_products: ProductQuantizers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with ProductMode(self.tfmq_products):
+        products = self.tfmq_products
+        with ProductMode(products, products.multiply if products.kernel is not None else None):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

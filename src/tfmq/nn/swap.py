@@ -1,10 +1,10 @@
 """Put quantized modules in the place of stock ones, and choose for a while what they compute with."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,15 +24,27 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), attribute, new)
 
 
+class Executor(Protocol):
+    """Computes a call of the denoiser `module` by other means; the step context holds the bins of the call.
+
+    `arguments` are those of the call by name. The result is what `module.forward` would return.
+    """
+
+    def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any: ...
+
+
 class _Stepped:
     """Mixed into the class of a denoiser: its `forward` sets the step context from its own timestep argument."""
 
     tfmq_steps: StepContext
     tfmq_timestep: str
+    tfmq_executor: Executor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
         with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
+            if self.tfmq_executor is not None:
+                return self.tfmq_executor(self, bound.arguments)  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -56,6 +68,14 @@ def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> Non
     module.__class__ = _STEPPED[kind]
     setattr(module, TIMESTEP, timestep)
     setattr(module, STEPS, steps)
+
+
+def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """Call the forward of a denoiser's own class: whoever calls it has set the step context."""
+    bound = module.tfmq_signature.bind_partial()  # type: ignore[operator, union-attr]
+    bound.arguments.update(arguments)
+    kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, _Stepped))
+    return kind.forward(module, *bound.args, **bound.kwargs)  # type: ignore[attr-defined]
 
 
 @contextmanager

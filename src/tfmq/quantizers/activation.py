@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tfmq.kernels.kernel import Rows
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.steps import StepContext
@@ -46,11 +47,11 @@ class ActivationQuantizer(nn.Module):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and zero-point for each sample of `x` (or one row for all), `[B or 1, G]`."""
+    def rows(self, x: Tensor) -> Rows:
+        """Return the grid of each sample of `x`, or one row for all."""
         steps = self._steps[0]
         if steps is None:
-            return self.scale, self.zero_point
+            return Rows(self.scale, self.zero_point, self.format.levels)
         index = steps.index
         if len(index) > 1:
             folded, rest = divmod(x.shape[0], len(index))
@@ -58,7 +59,7 @@ class ActivationQuantizer(nn.Module):
                 raise ValueError(f"an input of {x.shape[0]} rows does not follow a batch of {len(index)} timesteps")
             # Heads and frames are folded into the batch axis sample by sample.
             index = index.repeat_interleave(folded)
-        return self.scale[index], self.zero_point[index]
+        return Rows(self.scale[index], self.zero_point[index], self.format.levels)
 
     def _broadcast(self, rows: Tensor, x: Tensor) -> Tensor:
         axis = self.axis % x.ndim
@@ -71,10 +72,10 @@ class ActivationQuantizer(nn.Module):
         return rows.reshape(shape).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.rows(x)
+        rows = self.rows(x)
         # In half precision the reciprocal of a small scale overflows, so the grid is applied in float32.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return fake_quantize(wide, self._broadcast(scale, wide), self._broadcast(zero_point, wide), self.format.levels).to(x.dtype)
+        return fake_quantize(wide, self._broadcast(rows.scale, wide), self._broadcast(rows.zero_point, wide), rows.levels).to(x.dtype)
 
     def extra_repr(self) -> str:
         steps, segments = self.scale.shape

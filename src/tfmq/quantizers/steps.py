@@ -27,7 +27,7 @@ class StepContext(nn.Module):
 
     @property
     def index(self) -> Tensor:
-        """Bin of each sample, int64 `[B]` (or `[1]` where one timestep serves the batch).
+        """Bin of each sample, int64 `[B]`, or `[1]` where the whole batch stands at one timestep.
 
         Raises:
             RuntimeError: no denoiser call is running.
@@ -71,20 +71,32 @@ class StepContext(nn.Module):
         """Set the current bins for the duration of one denoiser call; warn once about timesteps that were not calibrated."""
         before = self._index, self._exact, self._all_exact
         try:
-            self._index, self._exact = self.lookup(timestep)
+            wanted = timestep.detach().flatten()
+            # One row serves a batch at one timestep: less to look up, and what integer kernels are fastest at.
+            self._index, self._exact = self.lookup(wanted[:1] if len(wanted) > 1 and bool((wanted == wanted[0]).all()) else wanted)
             self._all_exact = bool(self._exact.all())
             if not self._all_exact:
-                self._warn(timestep.flatten()[~self._exact.to(timestep.device)][0])
+                self._warn(float(wanted[: len(self._exact)][~self._exact.to(wanted.device)][0]))
             yield
         finally:
             self._index, self._exact, self._all_exact = before
 
-    def _warn(self, unseen: Tensor) -> None:
+    @contextmanager
+    def at_bins(self, index: Tensor) -> Iterator[None]:
+        """Set the current bins `[B or 1]` of calibrated timesteps without looking at values, for graphs in which they are an input."""
+        before = self._index, self._exact, self._all_exact
+        try:
+            self._index, self._exact, self._all_exact = index, torch.ones_like(index, dtype=torch.bool), True
+            yield
+        finally:
+            self._index, self._exact, self._all_exact = before
+
+    def _warn(self, unseen: float) -> None:
         if self._warned:
             return
         self._warned = True
         warnings.warn(
-            f"timestep {float(unseen):g} was not calibrated; the nearest of {len(self.timesteps)} calibrated steps is used. "
+            f"timestep {unseen:g} was not calibrated; the nearest of {len(self.timesteps)} calibrated steps is used. "
             "Quantize with the schedule you sample with, or re-bake the temporal table.",
             stacklevel=4,
         )

@@ -152,3 +152,6 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
     model.hf_quantizer = TFMQQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
+
+
+register()

@@ -1,0 +1,86 @@
+"""The contract of a backend, and the registry of all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import nn
+
+from tfmq.nn.layer import PackedLayer
+from tfmq.nn.plan import packed_layers
+from tfmq.nn.products import ProductQuantizers
+
+Weights = Literal["unpacked", "packed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a backend trades memory for time.
+
+    `weights`: "unpacked" keeps each weight in the form that executes fastest, one byte each beside the packed codes; "packed" unpacks at each call.
+    `compile`: let the backend's graph compiler run; the first call takes longer. `threads`: of an engine with threads of its own.
+    """
+
+    weights: Weights = "unpacked"
+    compile: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("unpacked", "packed"):
+            raise ValueError(f'weights are kept "unpacked" or "packed", got {self.weights!r}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Which layers compute in integers, and which stay in floating point, with the reason."""
+
+    integer: tuple[str, ...]
+    floating: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Makes a packed denoiser compute by its means, in place; its state dict does not change.
+
+    `missing` names what the machine lacks for it, or is empty. `attach` returns what it covers; `release` below undoes it.
+
+    """
+
+    def missing(self) -> str: ...
+
+    def attach(self, module: nn.Module, options: Options) -> Coverage: ...
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register(name: str) -> Callable[[type[Backend]], type[Backend]]:
+    """Return a decorator that registers a backend under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def fill(kind: type[Backend]) -> type[Backend]:
+        if name in BACKENDS:
+            raise ValueError(f"a backend called {name} is registered already")
+        BACKENDS[name] = kind()
+        return kind
+
+    return fill
+
+
+def release(module: nn.Module) -> None:
+    """Let a denoiser compute in simulated arithmetic again."""
+    module.tfmq_executor = None  # type: ignore[assignment]
+    for child in module.modules():
+        if isinstance(child, PackedLayer):
+            child.kernel = child.unpacked = None
+        elif isinstance(child, ProductQuantizers):
+            child.kernel = None
+
+
+def keep_unpacked(module: nn.Module, options: Options) -> None:
+    """Keep the float weight of every layer that computes in floating point, unless memory counts more than time."""
+    for layer in packed_layers(module).values():
+        if layer.kernel is None and options.weights == "unpacked":
+            layer.unpacked = layer.weight

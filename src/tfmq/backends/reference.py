@@ -1,0 +1,46 @@
+"""The reference backend: exact integers for every layer and attention product, slow, on any device. The oracle of the others."""
+
+from torch import nn
+
+from tfmq.backends.backend import Coverage, Options, keep_unpacked, register
+from tfmq.kernels.reference import ReferenceKernel, reference_product
+from tfmq.nn.plan import packed_layers
+from tfmq.nn.products import ProductQuantizers
+
+
+@register("reference")
+class Reference:
+    """Integers of every layer with a quantized input. Weight-only layers are floating point by definition."""
+
+    def missing(self) -> str:
+        """Return nothing: it runs wherever torch does."""
+        return ""
+
+    def attach(self, module: nn.Module, options: Options) -> Coverage:
+        """Give every layer its exact kernel."""
+        integer, floating = [], {}
+        for name, layer in packed_layers(module).items():
+            if layer.input_quantizer is None:
+                floating[name] = "its input is not quantized"
+                continue
+            layer.kernel = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)
+            integer.append(name)
+        for child in module.modules():
+            if isinstance(child, ProductQuantizers):
+                child.kernel = reference_product
+        keep_unpacked(module, options)
+        return Coverage(integer=tuple(integer), floating=floating)
+
+
+@register("simulated")
+class Simulated:
+    """Floating point on values that lie on the integer grids: the arithmetic of calibration, differentiable and on any device."""
+
+    def missing(self) -> str:
+        """Return nothing: it runs wherever torch does."""
+        return ""
+
+    def attach(self, module: nn.Module, options: Options) -> Coverage:
+        """Keep unpacked weights, if that is wanted."""
+        keep_unpacked(module, options)
+        return Coverage(integer=(), floating=dict.fromkeys(packed_layers(module), "simulated"))

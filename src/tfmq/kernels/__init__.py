@@ -1,0 +1,1 @@
+"""Integer arithmetic of one layer or product: an exact reference, and library kernels that are tested against it."""

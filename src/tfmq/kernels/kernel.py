@@ -1,0 +1,90 @@
+"""What executes a layer: the contract, and the integer weight that it is made from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tfmq.numerics.operations import Operation
+
+# What an int32 accumulator holds.
+ACCUMULATOR = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The input grid of one call: `scale` float32 and `zero_point` uint8, `[B or 1, G]`, of `levels` codes.
+
+    One row serves the whole batch; otherwise each sample has its own, as in a batch of mixed timesteps. `G` is the number of channel segments.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    levels: int
+
+
+class LayerKernel(Protocol):
+    """Computes `operation(x_hat, w_hat) + bias`, `x_hat` being `x` on the grid `rows`, in integers between quantizing and rescaling.
+
+    With `q = clamp(round(x / s) + z, 0, levels - 1)` and the integer weight `v`, segment by segment `g` of the input channels:
+
+        y = sum over g of (sum over i in g of (q_i - z_g) v_oi) s_g s_w,og + bias_o
+
+    in float32, multiplying from left to right and adding the bias to the first segment. Zero padding pads with the code `z`. The output has
+    the dtype of `x`.
+    """
+
+    def __call__(self, x: Tensor, rows: Rows) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """An integer weight `values` (int16, code minus zero-point) `[C_out, C_in, ...]` with `scale` `[C_out, G]` and the float32 bias `[C_out]`."""
+
+    operation: Operation
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    segments: tuple[int, ...] = ()
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the values and scale `[C_out]` of each input segment."""
+        pieces = self.values.split(self.segments, dim=1) if self.segments else (self.values,)
+        yield from zip(pieces, self.scale.unbind(dim=1), strict=True)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the input segments of `x`."""
+        return x.split(self.segments, dim=self.operation.channel_axis) if self.segments else (x,)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the values fit into eight signed bits."""
+        return int(self.values.min()) >= -128 and int(self.values.max()) <= 127
+
+    def peak(self, levels: int) -> int:
+        """Return a bound of the accumulator's magnitude for inputs of `levels` codes."""
+        rows = self.values.abs().to(torch.int64).flatten(1).sum(dim=1)
+        return int(rows.max()) * (levels - 1)
+
+
+def column(values: Tensor, ndim: int) -> Tensor:
+    """Return a value for each sample `[B or 1]` so that it broadcasts against a tensor of `ndim` axes whose first is the batch."""
+    return values.reshape(-1, *[1] * (ndim - 1))
+
+
+def channels(values: Tensor, operation: Operation, ndim: int) -> Tensor:
+    """Return values for each channel `[..., C]` so that they broadcast against the output `[B, ...]` of `operation` with `ndim` axes."""
+    batch = values.shape[0] if values.ndim == 2 else 1
+    shape = [batch] + [1] * (ndim - 1)
+    shape[operation.channel_axis % ndim] = values.shape[-1]
+    return values.reshape(shape)
+
+
+def combined(partials: Sequence[Tensor], bias: Tensor | None, operation: Operation) -> Tensor:
+    """Return the sum of the segments' outputs, the bias added to the first."""
+    total = partials[0] if bias is None else partials[0] + channels(bias, operation, partials[0].ndim)
+    for partial in partials[1:]:
+        total = total + partial
+    return total

@@ -1,0 +1,156 @@
+"""Integer linear layers and convolutions by oneDNN, the library inside torch on x86: u8 inputs, s8 weights, int32 sums.
+
+In eager mode a call whose batch stands at one timestep passes that timestep's scale and zero-point to the library, which fuses everything.
+A compiled graph must not branch on values: there the grid of each sample is applied in tensor operations, which the compiler fuses with their
+neighbours, and the integer operation runs on a grid of scale one and zero-point zero. Borders are padded with the zero-point's code first, and
+
+    y = (sum q v - z sum v) s s_w + bias
+
+A batch of mixed timesteps takes that path in eager mode too. Both equal the reference bit for bit while sums stay below 2**24, beyond which
+float32 rounds `sum q v` (the tests hold them to it).
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
+from tfmq.numerics.affine import quantize
+from tfmq.numerics.operations import Convolution, Linear
+
+
+def available() -> bool:
+    """Whether this torch executes integers through oneDNN."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.onednn, "qconv2d_pointwise")
+        and "onednn" in torch.backends.quantized.supported_engines
+    )
+
+
+def supports(weight: IntegerWeight, levels: int) -> bool:
+    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, one or two spatial axes."""
+    operation, values = weight.operation, weight.values
+    if not weight.narrow or levels > 256 or weight.peak(levels) > ACCUMULATOR:
+        return False
+    if isinstance(operation, Linear):
+        return True
+    ungrouped = operation.groups == 1 or not weight.segments
+    return values.ndim in (3, 4) and ungrouped and not isinstance(operation.padding, str)
+
+
+def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
+    """Return the codes of `x` on one grid, uint8, in the memory format of `x`: one vectorised pass."""
+    with warnings.catch_warnings():
+        # The type is to go some day; nothing else in eager torch quantizes in one pass.
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+        codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    plain = torch.empty(0, dtype=torch.uint8).set_(codes.untyped_storage(), 0, codes.size(), codes.stride())
+    return plain if levels == 256 else plain.clamp_(max=levels - 1)
+
+
+class _Part:
+    """One input segment of a layer: its packed weight, and the sums of its integers over everything but the output channel."""
+
+    def __init__(self, operation: Linear | Convolution, values: Tensor, scale: Tensor) -> None:
+        self.operation = operation
+        self.scale = scale.float().contiguous()
+        self.zeros = torch.zeros(len(scale), dtype=torch.int32)
+        self.ones = torch.ones_like(self.scale)
+        self.sums = values.float().flatten(1).sum(dim=1)
+        narrow = values.to(torch.int8).contiguous()
+        if isinstance(operation, Linear):
+            self.packed = torch.ops.onednn.qlinear_prepack(narrow, None)
+        else:
+            # One spatial axis is the second of two.
+            narrow = narrow.unsqueeze(2) if narrow.ndim == 3 else narrow
+            assert not isinstance(operation.padding, str)
+            self.stride, self.dilation = [[1, *v][-2:] for v in (operation.stride, operation.dilation)]
+            self.padding = [0, *operation.padding][-2:]
+            # With a zero-point, so that the packed weight holds what any zero-point needs.
+            self.packed = torch.ops.onednn.qconv_prepack(narrow, self.scale, 1.0, 1, self.stride, self.padding, self.dilation, operation.groups, None)
+
+    def fused(self, codes: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+        """Return `(sum (q - z) v) s s_w + bias` in float32."""
+        return self._run(codes, scale, zero_point, self.scale, bias, pad=True)
+
+    def sums_of(self, codes: Tensor) -> Tensor:
+        """Return `sum q v` over codes `q` that are padded already, float32."""
+        return self._run(codes, 1.0, 0, self.ones, None, pad=False)
+
+    def _run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, *, pad: bool) -> Tensor:
+        tail = 1.0, 0, torch.float32, "none", [], ""
+        if isinstance(self.operation, Linear):
+            return torch.ops.onednn.qlinear_pointwise(codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail)
+        geometry = self.stride, self.padding if pad else [0, 0], self.dilation, self.operation.groups
+        wide = codes.unsqueeze(2) if codes.ndim == 3 else codes
+        y = torch.ops.onednn.qconv2d_pointwise(wide, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *geometry, *tail)
+        return y.squeeze(2) if codes.ndim == 3 else y
+
+    def border(self) -> list[int]:
+        """Return the amounts that `F.pad` takes to pad an input beforehand."""
+        if isinstance(self.operation, Linear) or isinstance(self.operation.padding, str):
+            return []
+        return [amount for padding in reversed(self.operation.padding) for amount in (padding, padding)]
+
+
+class OnednnKernel:
+    """A layer through oneDNN. `supports` says which layers it takes."""
+
+    def __init__(self, weight: IntegerWeight) -> None:
+        self.weight = weight
+        self.bias = None if weight.bias is None else weight.bias.float().contiguous()
+        self.parts = [_Part(weight.operation, values, scale) for values, scale in weight.parts()]
+
+    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+        wide = x.float()
+        if wide.ndim == 4 and isinstance(self.weight.operation, Convolution):
+            wide = wide.contiguous(memory_format=torch.channels_last)
+        one_grid = rows.scale.shape[0] == 1 and not torch.compiler.is_compiling()
+        total = self._on_one_grid(wide, rows) if one_grid else self._on_grids(wide, rows)
+        return total.to(x.dtype)
+
+    def _on_one_grid(self, x: Tensor, rows: Rows) -> Tensor:
+        grids = zip(rows.scale[0].tolist(), rows.zero_point[0].tolist(), strict=True)
+        bias, partials = self.bias, []
+        for segment, part, (scale, zero_point) in zip(self.weight.split(x), self.parts, grids, strict=True):
+            partials.append(part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias))
+            bias = None
+        return combined(partials, None, self.weight.operation)
+
+    def _on_grids(self, x: Tensor, rows: Rows) -> Tensor:
+        operation, partials = self.weight.operation, []
+        for index, (segment, part) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
+            scale, zero_point = rows.scale[:, index], rows.zero_point[:, index].float()
+            wide_zero = column(zero_point, x.ndim)
+            codes = quantize(segment, column(scale, x.ndim), wide_zero, rows.levels) - wide_zero
+            codes = (F.pad(codes, part.border()) if part.border() else codes).add(wide_zero).to(torch.uint8)
+            sums = part.sums_of(codes) - channels(zero_point[:, None] * part.sums, operation, x.ndim)
+            partials.append(sums * column(scale, x.ndim) * channels(part.scale, operation, x.ndim))
+        return combined(partials, self.bias, operation)
+
+
+def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
+    """Return `left_hat @ right_hat` through integers held in float32, exact while sums stay below 2**24; the dtype is that of `left`.
+
+    torch has no batched product of unsigned operands; at the sizes of attention in a denoiser, a float product of integers loses nothing.
+    """
+    operands = []
+    for x, rows in ((left, left_rows), (right, right_rows)):
+        scale, zero_point = column(rows.scale[:, 0], x.ndim), column(rows.zero_point[:, 0], x.ndim).float()
+        operands.append(quantize(x.float(), scale, zero_point, rows.levels).sub_(zero_point))
+    sums = operands[0] @ operands[1]
+    return (sums * column(left_rows.scale[:, 0], sums.ndim) * column(right_rows.scale[:, 0], sums.ndim)).to(left.dtype)
+
+
+class UnpackingKernel:
+    """A layer whose weight is unpacked and laid out at each call: as small as the checkpoint, slower."""
+
+    def __init__(self, weight: Callable[[], IntegerWeight]) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+        return OnednnKernel(self.weight())(x, rows)
