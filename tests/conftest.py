@@ -144,7 +144,7 @@ def _conditions(kinds: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for kind in kinds for name, value in values[kind].items()}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build() -> Build:
     """Return a function that gives the model of a name with one call's inputs, always with the same random weights for the same seed."""
 
@@ -159,7 +159,7 @@ def build() -> Build:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def sampler(build: Build) -> Callable[..., LoopSampler]:
     """Return a function that gives a DDIM sampler of the model of a name."""
 

@@ -4,7 +4,7 @@
     tfmq.quantize("default", "w4a8", output_dir="model")
     pipeline = tfmq.load("model")
 
-After `import tfmq`, `diffusers.DiffusionPipeline.from_pretrained("model")` works too.
+After `import tfmq`, `diffusers.DiffusionPipeline.from_pretrained("model")` works too, in simulated arithmetic until `tfmq.execute(pipeline)`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,16 +15,20 @@ from tfmq.version import __version__
 if TYPE_CHECKING:
     from tfmq.api import quantize
     from tfmq.artifact import load
+    from tfmq.backends.backend import Options
+    from tfmq.backends.execution import execute
     from tfmq.models.denoiser import Denoiser
     from tfmq.models.sampler import LoopSampler
     from tfmq.recipes import Recipe, scheme
 
-__all__ = ["Denoiser", "LoopSampler", "Recipe", "__version__", "load", "quantize", "scheme"]
+__all__ = ["Denoiser", "LoopSampler", "Options", "Recipe", "__version__", "execute", "load", "quantize", "scheme"]
 
 _HOMES = {
     "Denoiser": "tfmq.models.denoiser",
     "LoopSampler": "tfmq.models.sampler",
+    "Options": "tfmq.backends.backend",
     "Recipe": "tfmq.recipes",
+    "execute": "tfmq.backends.execution",
     "load": "tfmq.artifact",
     "quantize": "tfmq.api",
     "scheme": "tfmq.recipes",

@@ -48,6 +48,8 @@ class Quantized:
 def open_sampler(target: Any, *, prompts: tuple[str, ...] = ()) -> Sampler:
     """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or "default", the embedded model.
 
+    A quantized model that is loaded here computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device.
+
     Raises:
         ValueError: nothing that can be sampled from.
     """
@@ -58,7 +60,7 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = ()) -> Sampler:
 
     if isinstance(target, str | Path):
         path = ASSETS / DEFAULT if str(target) == DEFAULT else Path(target)
-        target = load(path) if is_quantized(path) else open_pipeline(path if path.exists() else target)
+        target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)
     if not hasattr(target, "components"):
         raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
     sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS)
@@ -163,6 +165,8 @@ def quantize(
 ) -> Quantized:
     """Quantize a diffusion model in place and, with `output_dir`, save it.
 
+    The model in memory computes in simulated arithmetic, the one that it was calibrated in; `tfmq.execute` makes it compute in integers.
+
     Args:
         target: a diffusers pipeline, a pipeline directory, a hub id, "default", or any `Sampler` (a denoiser with a loop around it).
         recipe: a `Recipe`, or the name of a scheme such as "w4a8".
@@ -191,7 +195,7 @@ def quantize(
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):
         shutil.rmtree(destination.with_name(destination.name + ".job"), ignore_errors=True)
-        loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module)
+        loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module, backend="simulated")
         return Quantized(loaded, stored_manifest(destination), _read_report(destination))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:

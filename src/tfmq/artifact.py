@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tfmq.backends.backend import Options
+from tfmq.backends.execution import AUTO, execute
 from tfmq.nn.structure import assemble
 from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, tensor_names, write_json
 from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, verify
@@ -130,19 +132,32 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(directory: str | Path, *, module: nn.Module | None = None) -> Any:
-    """Load a model from a directory: a pipeline, a diffusers component, or with `module` a bare checkpoint.
+def load(directory: str | Path, *, module: nn.Module | None = None, backend: str = AUTO, options: Options | None = None) -> Any:
+    """Load a model from a directory, ready to run: a pipeline, a diffusers component, or with `module` a bare checkpoint.
+
+    What a backend prepares stays where the model was loaded to: after moving the model to another device, call `tfmq.execute` again.
 
     Args:
         directory: written by `tfmq.quantize` or `save_pretrained`.
         module: the full-precision architecture (its weights do not matter), for models that diffusers cannot build by itself. It is
             changed in place and returned.
+        backend: what computes, see `tfmq.execute`. "auto" takes the fastest that this machine has and leaves a full-precision pipeline as it is;
+            "simulated" is bitwise what `tfmq.quantize` left in memory.
+        options: memory and compilation; see `tfmq.Options`.
 
     Raises:
         CheckpointError: a damaged, truncated, foreign or incomplete checkpoint.
-        ValueError: the architecture does not fit; or a bare checkpoint without `module`.
+        ValueError: the architecture does not fit; a bare checkpoint without `module`; no such backend, or the machine lacks what it needs.
+        MissingExtraError: the backend's library is not installed.
     """
     path = Path(directory)
+    loaded = _load(path, module)
+    if backend != AUTO or is_quantized(path):
+        execute(loaded, backend, options=options)
+    return loaded
+
+
+def _load(path: Path, module: nn.Module | None) -> Any:
     if not path.is_dir():
         raise MissingFileError(f"{path} is not a directory; pass what tfmq quantize wrote")
     if (path / MANIFEST_FILE).exists() or module is not None:

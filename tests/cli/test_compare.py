@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 Run = Callable[..., Any]
-KEYS = {"scheme", "num_images", "psnr_db", "ssim", "bytes", "temporal", "steps", "seed"}
+KEYS = {"scheme", "num_images", "psnr_db", "ssim", "bytes", "temporal", "steps", "seed", "backend"}
 
 
 def test_metrics_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    result = tfmq("compare", quantized, "--reference", model, "--num-images", 3, "--seed", 2, "--output-dir", tmp_path / "c", "--json")
-    assert result.status == 0
+    exact = ("--backend", "simulated")
+    result = tfmq("compare", quantized, "--reference", model, "--num-images", 3, "--seed", 2, *exact, "--output-dir", tmp_path / "c", "--json")
+    assert result.status == 0 and result.json["backend"] == "simulated"
     metrics = result.json
     assert metrics.keys() == KEYS and metrics["num_images"] == 3 and metrics["steps"] == 4 and metrics["scheme"] == "quick"
     assert metrics["psnr_db"].keys() == {"mean", "min"} and 0 < metrics["psnr_db"]["min"] <= metrics["psnr_db"]["mean"] < 100
@@ -66,3 +67,13 @@ def test_a_foreign_file_in_the_output(tfmq: Run, model: Path, quantized: Path, t
     result = tfmq("compare", quantized, "--reference", model, "--output-dir", tmp_path)
     assert result.status == 1 and "notes.txt" in result.err and result.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_backend_changes_little(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    found = {}
+    for name in ("simulated", "reference", "auto"):
+        result = tfmq("compare", quantized, "--reference", model, "--num-images", 2, "--backend", name, "--output-dir", tmp_path / name, "--json")
+        assert result.status == 0 and json.loads((tmp_path / name / "metrics.json").read_text()) == result.json
+        assert result.json["backend"] == name or name == "auto"
+        found[name] = result.json["psnr_db"]["mean"]
+    assert found == pytest.approx(dict.fromkeys(found, found["simulated"]), abs=0.5)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tfmq.backends.execution import BACKENDS
+from tfmq.errors import MissingExtraError
+
 Run = Callable[..., Any]
 
 
@@ -51,7 +54,9 @@ def test_same_seed_same_files(tfmq: Run, quantized: Path, tmp_path: Path) -> Non
 
 def test_a_quantized_model_runs_the_steps_it_was_calibrated_on(tfmq: Run, quantized: Path, tmp_path: Path) -> None:
     result = tfmq("sample", quantized, "--num-images", 1, "--output-dir", tmp_path / "s", "--json")
-    assert result.json == {"output_dir": str(tmp_path / "s"), "num_images": 1, "steps": 4, "seed": 0, "shape": [1, 8, 8, 3]}
+    found = result.json
+    assert found.pop("backend") in ("torch", "simulated")
+    assert found == {"output_dir": str(tmp_path / "s"), "num_images": 1, "steps": 4, "seed": 0, "shape": [1, 8, 8, 3]}
     assert "warning" not in result.err
 
 
@@ -81,3 +86,42 @@ def test_a_full_disk(tfmq: Run, model: Path, tmp_path: Path, monkeypatch: pytest
     result = tfmq("sample", model, "--num-images", 1, "--steps", 1, "--output-dir", tmp_path / "s")
     assert result.status == 1 and result.err.splitlines()[-1].startswith("error: ") and "No space left" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_named_backend_computes(tfmq: Run, quantized: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, *more in (("simulated",), ("reference",), ("simulated", "--weights", "packed"), ("reference", "--weights", "packed")):
+        options = ("--backend", name, *more)
+        result = tfmq("sample", quantized, "--num-images", 2, *options, "--output-dir", tmp_path / "s", "--json")
+        assert result.status == 0 and result.json["backend"] == name
+        drawn[options] = images(tmp_path / "s").astype(int)
+    full, exact, *packed = drawn.values()
+    assert np.array_equal(full, packed[0]) and np.array_equal(exact, packed[1]), "how weights are kept changes no value"
+    assert np.abs(full - exact).max() <= 16
+
+
+def test_a_full_precision_model_has_no_backend(tfmq: Run, model: Path, tmp_path: Path) -> None:
+    numbers = ("--num-images", 1, "--steps", 1, "--output-dir", tmp_path / "s")
+    assert tfmq("sample", model, *numbers, "--json").json["backend"] is None
+    result = tfmq("sample", model, *numbers, "--weights", "packed")
+    assert result.status == 0 and "warning: --weights has no effect" in result.err
+    result = tfmq("sample", model, "--num-images", 1, "--backend", "simulated", "--output-dir", tmp_path / "t")
+    assert result.status == 1 and result.out == "" and "not quantized" in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, MissingExtraError])
+def test_a_backend_that_this_machine_cannot_run(
+    tfmq: Run, quantized: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def missing() -> str:
+        if error is MissingExtraError:
+            raise MissingExtraError("this needs abacus; install it with: pip install 'tfmq[abacus]'")
+        return "an abacus"
+
+    monkeypatch.setattr(BACKENDS["torch"], "missing", missing)
+    for verb, *more in (("sample",), ("compare", "--reference", model)):
+        result = tfmq(verb, quantized, *more, "--backend", "torch", "--output-dir", tmp_path / "s")
+        assert result.status == 1 and result.out == "" and "abacus" in result.err and result.err.count("\n") == 1
+        assert not (tmp_path / "s").exists()
+    assert tfmq("sample", quantized, "--num-images", 1, "--output-dir", tmp_path / "s", "--json").json["backend"] != "torch"

@@ -17,7 +17,7 @@ def test_version_and_help(tfmq: Run) -> None:
     assert tfmq("--version") == (0, f"tfmq {package.__version__}\n", "")
     bare, asked = tfmq(), tfmq("--help")
     assert bare.status == asked.status == 0 and not bare.err + asked.err
-    for word in ("quantize", "sample", "compare", "inspect", "Exit status"):
+    for word in ("quantize", "sample", "compare", "inspect", "bench", "Exit status"):
         assert word in bare.out and word in asked.out
 
 
@@ -25,9 +25,10 @@ def test_version_and_help(tfmq: Run) -> None:
     ("verb", "options"),
     [
         ("quantize", "--output-dir --scheme --recipe --steps --calib-size --iterations --seed --device --prompts --resume --json"),
-        ("sample", "--num-images --steps --seed --output-dir --prompts"),
-        ("compare", "--reference --num-images --seed --output-dir --prompts --json"),
+        ("sample", "--num-images --steps --seed --output-dir --prompts --backend --weights"),
+        ("compare", "--reference --num-images --seed --output-dir --prompts --backend --weights --json"),
         ("inspect", "--json"),
+        ("bench", "--reference --backends --peers --batch --rounds --threads --steps --prompts --json"),
     ],
 )
 def test_options_of_the_contract(tfmq: Run, monkeypatch: pytest.MonkeyPatch, verb: str, options: str) -> None:
@@ -57,9 +58,19 @@ def test_options_of_the_contract(tfmq: Run, monkeypatch: pytest.MonkeyPatch, ver
         ("quantize m --output-dir d --device abacus", "abacus"),
         ("sample m --output-dir d --num-images 0", "--num-images"),
         ("sample m --output-dir d --batch-size 0", "--batch-size"),
+        ("sample m --output-dir d --backend abacus", "auto, "),
+        ("sample m --output-dir d --weights heavy", "heavy"),
         ("compare m --output-dir d", "--reference"),
+        ("compare m --reference m --output-dir d --backend abacus", "reference, simulated, torch"),
+        ("compare m --reference m --output-dir d --weights heavy", "unpacked"),
         ("inspect", "MODEL"),
         ("inspect m n", "n"),
+        ("bench", "DIR"),
+        ("bench m --backends torch,abacus", "'abacus'; give all, none, or some of simulated, reference, torch"),
+        ("bench m --peers torch", "'torch'; give all, none, or some of fp32, fp32-channels-last"),
+        ("bench m --batch 1,0", "--batch"),
+        ("bench m --batch 1,", "--batch"),
+        ("bench m --rounds 0", "--rounds"),
     ],
 )
 def test_usage_errors(tfmq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, cause: str) -> None:

@@ -14,8 +14,8 @@ from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 
 
-def unchanged(site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    return left, right
+def plain(site: int, left: Tensor, right: Tensor) -> Tensor:
+    return left @ right
 
 
 def heads(*, keys: int = 7, key_heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,33 +46,33 @@ def test_attention_in_full_precision_is_torchs(options: dict[str, Any]) -> None:
     query, key, value = heads(key_heads=2 if options.get("enable_gqa") else 4)
     with sdpa_kernel(SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(attention(unchanged, 0, query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(plain, 0, query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_is_the_formula_in_float64() -> None:
     query, key, value = (tensor.double() for tensor in heads())
     weights = (torch.einsum("bhqd,bhkd->bhqk", query, key) / math.sqrt(8)).exp()
     expected = torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True), value)
-    torch.testing.assert_close(attention(unchanged, 0, query, key, value), expected)
+    torch.testing.assert_close(attention(plain, 0, query, key, value), expected)
 
 
 def test_attention_quantizes_q_k_and_then_probabilities_and_v() -> None:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def watch(site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def watch(site: int, left: Tensor, right: Tensor) -> Tensor:
         seen[site] = left, right
-        return left, right
+        return left @ right
 
     query, key, value = heads()
     attention(watch, 3, query, key, value)
     assert list(seen) == [3, 4]
-    assert seen[3][0] is query and seen[3][1] is key and seen[4][1] is value
+    assert seen[3][0] is query and torch.equal(seen[3][1], key.transpose(-2, -1)) and seen[4][1] is value
     torch.testing.assert_close(seen[4][0].sum(-1), torch.ones(2, 4, 5))
 
 
 def test_dropout_is_refused_by_value() -> None:
     with pytest.raises(ValueError, match=r"dropout must be 0 .* 0\.1"):
-        attention(unchanged, 0, *heads(), dropout_p=0.1)
+        attention(plain, 0, *heads(), dropout_p=0.1)
 
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.formats import IntegerFormat
-from tfmq.quantizers.weight import fit_grid
 from tfmq.numerics.operations import Linear
+from tfmq.quantizers.weight import fit_grid
 from tfmq.reconstruction.learning import Learning, adaptive_rounding, learn_rounding
 
 QUICK = Learning(iterations=300, learning_rate=1e-2, batch_size=32)

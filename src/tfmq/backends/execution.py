@@ -1,11 +1,12 @@
 """Choose what a quantized model computes with."""
 
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
 # Registered by being imported.
-from tfmq.backends import onednn, reference  # noqa: F401
+from tfmq.backends import onednn, openvino, reference  # noqa: F401
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
 from tfmq.errors import MissingExtraError
 from tfmq.nn.swap import STEPS
@@ -80,7 +81,10 @@ def execute(target: Any, backend: str = AUTO, *, options: Options | None = None)
     for module in quantized_modules(target):
         name = choose(backend, module)
         release(module)
-        coverage = BACKENDS[name].attach(module, options or Options())
+        with ExitStack() as undo:
+            undo.callback(release, module)
+            coverage = BACKENDS[name].attach(module, options or Options())
+            undo.pop_all()
         covered |= dict.fromkeys(coverage.integer, None) | dict(coverage.floating)
     integer = tuple(name for name, reason in covered.items() if reason is None)
     return Coverage(integer=integer, floating={name: reason for name, reason in covered.items() if reason is not None})

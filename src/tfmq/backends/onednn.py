@@ -2,9 +2,13 @@
 
 import platform
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tfmq.backends.backend import Coverage, Options, keep_unpacked, register
+from tfmq.backends.graph import GraphExecutor, Run
+from tfmq.export.capture import Call, Graph, capture
+from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.kernel import IntegerWeight
 from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, product, supports
 from tfmq.nn.plan import packed_layers
@@ -36,7 +40,24 @@ class Torch:
             if isinstance(child, ProductQuantizers):
                 child.kernel = product
         keep_unpacked(module, options)
+        if options.compile:
+            module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]
         return Coverage(integer=tuple(integer), floating=floating)
+
+
+def compiled(graph: Graph, call: Call) -> Run:
+    """Compile the graph of a call for its batch. The first run takes minutes on two cores."""
+    with quiet_tools():
+        from torch._inductor import config
+
+        program = torch.compile(capture(graph, call, dynamic=False).module(), dynamic=False)
+
+    def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Freezing makes constants of the weights; without it every call would lay them out again.
+        with torch.no_grad(), config.patch(freezing=True), quiet_tools():
+            return tuple(program(bins.contiguous(), *(tensor.contiguous() for tensor in tensors)))
+
+    return run
 
 
 def _reason(weight: IntegerWeight) -> str:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from tfmq.cli.bench import bench
 from tfmq.cli.compare import compare
+from tfmq.cli.export import export
 from tfmq.cli.inspect import inspect
 from tfmq.cli.outcome import INTERRUPTED, USAGE, complain
 from tfmq.cli.quantize import quantize
@@ -18,7 +20,7 @@ from tfmq.version import __version__
 EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
 
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
-for verb in (quantize, sample, compare, inspect):
+for verb in (quantize, sample, compare, inspect, export, bench):
     app.command()(verb)
 
 

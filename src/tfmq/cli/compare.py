@@ -1,12 +1,29 @@
 """`tfmq compare`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfmq.cli.options import BatchSize, Device, Json, NumImages, OutputDir, Prompts, Seed, Steps, check_device, read_prompts
+from tfmq.cli.options import (
+    Backend,
+    BatchSize,
+    Device,
+    Json,
+    NumImages,
+    OutputDir,
+    Prompts,
+    Seed,
+    Steps,
+    Weights,
+    check_device,
+    check_execution,
+    read_prompts,
+)
 from tfmq.cli.outcome import emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.models.sampler import Sampler
 
 
 def compare(
@@ -19,20 +36,27 @@ def compare(
     batch_size: BatchSize = 16,
     device: Device = None,
     prompts: Prompts = None,
+    backend: Backend = "auto",
+    weights: Weights = "unpacked",
     json: Json = False,
 ) -> None:
     """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
     with verb():
-        from tfmq.cli.models import quantized_directory
+        from tfmq.artifact import stored_bytes
+        from tfmq.cli.models import execute_model, open_model, quantized_directory
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.summary import COMPARISON_FILES
 
         check_device(device)
+        execution = check_execution(backend, weights)
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=COMPARISON_FILES) as folder:
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
-            result = _compared(source, reference, folder, device=device, prompts=read_prompts(prompts), **options)
+            quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
+            name = execute_model(quantized, backend, execution)
+            full = open_model(reference, prompts=read_prompts(prompts), device=device)
+            result = _compared(full, quantized, folder, stored_bytes(source), backend=name, **options)
     if json:
         emit(result)
     else:
@@ -42,17 +66,14 @@ def compare(
 
 
 def _compared(
-    directory: Path, reference: str, folder: Path, *, device: str | None, prompts: tuple[str, ...], steps: int | None, **options: Any
+    full: "Sampler", quantized: "Sampler", folder: Path, quantized_bytes: int, *, steps: int | None, backend: str | None, **options: Any
 ) -> dict[str, Any]:
     """Compare, write the files, and return the metrics."""
-    from tfmq.artifact import stored_bytes
-    from tfmq.cli.models import default_steps, manifest, open_model
+    from tfmq.cli.models import default_steps, manifest
     from tfmq.cli.progress import shown_progress
     from tfmq.evaluation.comparison import compare as run
     from tfmq.report.summary import summarize, write_comparison_files
 
-    quantized = open_model(str(directory), prompts=prompts, device=device)
-    full = open_model(reference, prompts=prompts, device=device)
     steps = steps or default_steps(quantized)
     with shown_progress() as progress:
         comparison = run(full, quantized, steps=steps, progress=progress, **options)
@@ -60,8 +81,8 @@ def _compared(
         comparison,
         scheme=manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized"),
         reference_bytes=4 * sum(parameter.numel() for parameter in full.denoiser.module.parameters()),
-        quantized_bytes=stored_bytes(directory),
+        quantized_bytes=quantized_bytes,
     )
-    metrics |= {"steps": steps, "seed": options["seed"]}
+    metrics |= {"steps": steps, "seed": options["seed"], "backend": backend}
     write_comparison_files(folder, comparison, metrics)
     return metrics

@@ -1,10 +1,12 @@
 """Open what a verb is given."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tfmq.backends.backend import Options
     from tfmq.models.sampler import Sampler
 
 STEPS = 50
@@ -23,6 +25,29 @@ def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None 
     if device is not None:
         sampler.pipeline.to(device)  # type: ignore[attr-defined]
     return sampler
+
+
+def execute_model(sampler: "Sampler", backend: str, options: "Options") -> str | None:
+    """Make a quantized denoiser compute by `backend`, on the device it is on; return the backend's name, None for a full-precision model.
+
+    Raises:
+        ValueError: a backend for a full-precision model, or the machine lacks what it needs.
+        MissingExtraError: its library is not installed.
+    """
+    from tfmq.backends.backend import Options
+    from tfmq.backends.execution import AUTO, choose, execute
+    from tfmq.nn.swap import STEPS
+
+    module = sampler.denoiser.module
+    if not hasattr(module, STEPS):
+        if backend != AUTO:
+            raise ValueError(f"the model is not quantized, so the backend {backend} cannot run it; quantize it first, or leave out --backend")
+        if options != Options():
+            warnings.warn("--weights has no effect: the model is not quantized", stacklevel=2)
+        return None
+    name = choose(backend, module)
+    execute(module, name, options=options)
+    return name
 
 
 def manifest(sampler: "Sampler") -> Mapping[str, Any]:

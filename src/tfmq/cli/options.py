@@ -1,9 +1,12 @@
 """The options that verbs share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tfmq.backends.backend import Options
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')]
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the files go.")]
@@ -13,6 +16,11 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images draw
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps. Default: those of the calibration, else 50.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Such as cpu or cuda.")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Text file with one prompt a line, for text-to-image models.")]
+Backend = Annotated[
+    str,
+    typer.Option("--backend", metavar="NAME", help="What a quantized model computes with: auto, simulated, reference, torch or openvino."),
+]
+Weights = Annotated[str, typer.Option("--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -54,3 +62,20 @@ def check_device(name: str | None) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_execution(backend: str, weights: str) -> "Options":
+    """Return the options of a backend, after refusing what no machine knows.
+
+    Raises:
+        typer.BadParameter: no such backend, or no such form of weights.
+    """
+    from tfmq.backends.backend import Options
+    from tfmq.backends.execution import backend_names
+
+    if backend not in backend_names():
+        raise typer.BadParameter(f"there is no backend {backend!r}; give one of {', '.join(backend_names())}", param_hint="--backend")
+    try:
+        return Options(weights=weights)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--weights") from error

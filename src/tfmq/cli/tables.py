@@ -110,3 +110,26 @@ def show_inspection(inspection: "Inspection") -> None:
     console.print()
     table = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
     console.print(_shortened(table, [(unit.name, str(len(unit.layers))) for unit in inspection.units]))
+
+
+def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
+    """Print the rows of `tfmq bench`, and what they were measured on."""
+    machine = result["machine"]
+    console = Console()
+    table = Table(Column("backend", no_wrap=True), box=None, pad_edge=False, header_style="dim")
+    for heading in ("batch", "ms/step", "speedup", "img/s", "SQNR dB", "peak MB", "disk MB", "start s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        accuracy = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        figures = (f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x", f"{row['images_per_second']:.3g}", accuracy)
+        sizes = (f"{row['peak_rss_bytes'] / 1e6:.0f}", f"{row['disk_bytes'] / 1e6:.1f}", f"{row['load_s'] + row['compile_s']:.1f}")
+        table.add_row(row["backend"], str(row["batch"]), *figures, *sizes)
+    console.print(table)
+    console.print()
+    console.print(
+        _figures([("machine", f"{machine['processor']}, {machine['threads']} threads"), ("speedup", "against eager fp32 torch in the same rounds")])
+    )
+    if not exact:
+        console.print("Without --reference there is no SQNR; fp32 has the dequantized weights.")
+    if not all(row["clean"] for row in result["rows"]):
+        console.print("Other processes kept the processors busy: the least loaded rounds are shown.")

@@ -33,10 +33,10 @@ class LayerKernel(Protocol):
         y = sum over g of (sum over i in g of (q_i - z_g) v_oi) s_g s_w,og + bias_o
 
     in float32, multiplying from left to right and adding the bias to the first segment. Zero padding pads with the code `z`. The output has
-    the dtype of `x`.
+    the dtype of `x`. Without `rows` the input is not quantized and nothing is in integers but the weight at rest.
     """
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor: ...
+    def __call__(self, x: Tensor, rows: Rows | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)

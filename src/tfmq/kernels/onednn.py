@@ -12,6 +12,8 @@ float32 rounds `sum q v` (the tests hold them to it).
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,18 +34,27 @@ def available() -> bool:
 
 
 def supports(weight: IntegerWeight, levels: int) -> bool:
-    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, one or two spatial axes."""
+    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, one or two spatial axes.
+
+    No window may lie in the padding altogether: for a single input channel the library (torch 2.13) then returns what memory happens to hold.
+    """
     operation, values = weight.operation, weight.values
     if not weight.narrow or levels > 256 or weight.peak(levels) > ACCUMULATOR:
         return False
     if isinstance(operation, Linear):
         return True
     ungrouped = operation.groups == 1 or not weight.segments
-    return values.ndim in (3, 4) and ungrouped and not isinstance(operation.padding, str)
+    if values.ndim not in (3, 4) or not ungrouped or isinstance(operation.padding, str):
+        return False
+    return all(padding <= step * (size - 1) for padding, step, size in zip(operation.padding, operation.dilation, values.shape[2:], strict=True))
 
 
 def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
-    """Return the codes of `x` on one grid, uint8, in the memory format of `x`: one vectorised pass."""
+    """Return the codes of `x` on one grid, uint8, in the memory format of `x`: one vectorised pass.
+
+    torch adds the zero-point before it rounds: `round(x / s + z)`. The sum has at most eight bits before the point and rounds off less than
+    2**-16, so a code may differ by one from that of `numerics.affine.quantize` where `x / s` lies within 2**-15 of a tie, and nowhere else.
+    """
     with warnings.catch_warnings():
         # The type is to go some day; nothing else in eager torch quantizes in one pass.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
@@ -82,7 +93,7 @@ class _Part:
         return self._run(codes, 1.0, 0, self.ones, None, pad=False)
 
     def _run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, *, pad: bool) -> Tensor:
-        tail = 1.0, 0, torch.float32, "none", [], ""
+        tail: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
         if isinstance(self.operation, Linear):
             return torch.ops.onednn.qlinear_pointwise(codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail)
         geometry = self.stride, self.padding if pad else [0, 0], self.dilation, self.operation.groups
@@ -98,16 +109,21 @@ class _Part:
 
 
 class OnednnKernel:
-    """A layer through oneDNN. `supports` says which layers it takes."""
+    """A layer through oneDNN. `supports` says which layers it takes. It never changes, so that copies of a model share it."""
 
     def __init__(self, weight: IntegerWeight) -> None:
-        self.weight = weight
+        # The integers themselves are in the parts alone, in the library's layout.
+        self.layout = replace(weight, values=weight.values.new_empty(0))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
         self.parts = [_Part(weight.operation, values, scale) for values, scale in weight.parts()]
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnednnKernel":
+        return self
+
+    def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
+        assert rows is not None
         wide = x.float()
-        if wide.ndim == 4 and isinstance(self.weight.operation, Convolution):
+        if wide.ndim == 4 and isinstance(self.layout.operation, Convolution):
             wide = wide.contiguous(memory_format=torch.channels_last)
         one_grid = rows.scale.shape[0] == 1 and not torch.compiler.is_compiling()
         total = self._on_one_grid(wide, rows) if one_grid else self._on_grids(wide, rows)
@@ -116,14 +132,14 @@ class OnednnKernel:
     def _on_one_grid(self, x: Tensor, rows: Rows) -> Tensor:
         grids = zip(rows.scale[0].tolist(), rows.zero_point[0].tolist(), strict=True)
         bias, partials = self.bias, []
-        for segment, part, (scale, zero_point) in zip(self.weight.split(x), self.parts, grids, strict=True):
+        for segment, part, (scale, zero_point) in zip(self.layout.split(x), self.parts, grids, strict=True):
             partials.append(part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias))
             bias = None
-        return combined(partials, None, self.weight.operation)
+        return combined(partials, None, self.layout.operation)
 
     def _on_grids(self, x: Tensor, rows: Rows) -> Tensor:
-        operation, partials = self.weight.operation, []
-        for index, (segment, part) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
+        operation, partials = self.layout.operation, []
+        for index, (segment, part) in enumerate(zip(self.layout.split(x), self.parts, strict=True)):
             scale, zero_point = rows.scale[:, index], rows.zero_point[:, index].float()
             wide_zero = column(zero_point, x.ndim)
             codes = quantize(segment, column(scale, x.ndim), wide_zero, rows.levels) - wide_zero
@@ -152,5 +168,5 @@ class UnpackingKernel:
     def __init__(self, weight: Callable[[], IntegerWeight]) -> None:
         self.weight = weight
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
         return OnednnKernel(self.weight())(x, rows)

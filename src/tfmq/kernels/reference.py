@@ -30,7 +30,8 @@ class ReferenceKernel:
             raise ValueError(f"sums of up to {weight.peak(levels)} do not fit into int32")
         self.weight = weight
 
-    def __call__(self, x: Tensor, rows: Rows) -> Tensor:
+    def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
+        assert rows is not None
         operation, partials = self.weight.operation, []
         parts = zip(self.weight.split(x), rows.scale.unbind(1), rows.zero_point.unbind(1), self.weight.parts(), strict=True)
         for part, scale, zero_point, (values, weight_scale) in parts:

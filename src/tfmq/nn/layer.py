@@ -106,8 +106,8 @@ class PackedLayer(nn.Module):
         return IntegerWeight(self.operation, values, self.scale, None if self.bias is None else self.bias.detach().float(), self.segments)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel is not None and self.input_quantizer is not None:
-            return self.kernel(x, self.input_quantizer.rows(x))
+        if self.kernel is not None:
+            return self.kernel(x, None if self.input_quantizer is None else self.input_quantizer.rows(x))
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         weight = self.weight if self.unpacked is None else self.unpacked

@@ -49,7 +49,6 @@ class Plan:
 
 def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str) -> None:
     """Swap calibrated layers and product quantizers into `module` in place; it still computes in full precision."""
-    attach_steps(module, steps, timestep=timestep)
     for name, layer in plan.layers.items():
         source = module.get_submodule(name)
         operation = operation_of(source)
@@ -63,6 +62,8 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str)
         quantizers = ProductQuantizers(left, right)
         quantizers.enabled = False
         attach_products(module.get_submodule(owner), quantizers)
+    # Last, so that it is outermost where the denoiser computes attention products itself.
+    attach_steps(module, steps, timestep=timestep)
 
 
 def activation_sites(module: nn.Module) -> dict[str, ActivationQuantizer]:

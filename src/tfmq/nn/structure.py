@@ -109,7 +109,6 @@ def assemble(module: nn.Module, structure: Structure) -> None:
     device = next(module.parameters()).device
     with torch.device(device):
         steps = StepContext(torch.zeros(structure["steps"]))
-        attach_steps(module, steps, timestep=structure["timestep"])
         for name, spec in named_specs(structure, "layers"):
             replace_module(module, name, _build_layer(_submodule(module, name), spec, steps, name))
         for name, spec in named_specs(structure, "tables"):
@@ -122,6 +121,7 @@ def assemble(module: nn.Module, structure: Structure) -> None:
         for owner, sides in named_specs(structure, "products"):
             left, right = ([_build_quantizer(spec, steps) for spec in sides[side]] for side in ("left", "right"))
             attach_products(_submodule(module, owner), ProductQuantizers(left, right))
+        attach_steps(module, steps, timestep=structure["timestep"])
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:

@@ -53,12 +53,12 @@ class ActivationQuantizer(nn.Module):
         if steps is None:
             return Rows(self.scale, self.zero_point, self.format.levels)
         index = steps.index
-        if len(index) > 1:
-            folded, rest = divmod(x.shape[0], len(index))
-            if rest or not folded:
-                raise ValueError(f"an input of {x.shape[0]} rows does not follow a batch of {len(index)} timesteps")
+        rows, batch = x.shape[0], index.shape[0]
+        if batch > 1 and rows != batch:
+            if rows % batch or rows < batch:
+                raise ValueError(f"an input of {rows} rows does not follow a batch of {batch} timesteps")
             # Heads and frames are folded into the batch axis sample by sample.
-            index = index.repeat_interleave(folded)
+            index = index.repeat_interleave(rows // batch)
         return Rows(self.scale[index], self.zero_point[index], self.format.levels)
 
     def _broadcast(self, rows: Tensor, x: Tensor) -> Tensor:

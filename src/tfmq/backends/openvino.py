@@ -1,0 +1,125 @@
+"""The openvino backend: the whole denoiser as one OpenVINO model on the CPU, its layers fused to INT8 with our scales."""
+
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.backends.backend import Coverage, Options, register
+from tfmq.backends.graph import GraphExecutor, Run
+from tfmq.errors import require
+from tfmq.export.capture import Call, Graph, capture
+from tfmq.export.fake_quantize import graph_kernels
+from tfmq.nn.plan import packed_layers
+from tfmq.storage.digest import tensor_digest
+
+CACHE = "TFMQ_CACHE"
+
+
+def cache_directory() -> Path:
+    """Return where converted and compiled models are kept: `$TFMQ_CACHE`, or `tfmq` in the user's cache directory."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE) or Path(home) / "tfmq") / "openvino"
+
+
+@register("openvino")
+class OpenVINO:
+    """INT8 linear layers and convolutions of the CPU plug-in. A converted model is kept on disk, compiled ones too; any batch is compiled for."""
+
+    def missing(self) -> str:
+        """Return nothing.
+
+        Raises:
+            MissingExtraError: OpenVINO is not installed.
+        """
+        require("openvino", extra="openvino")
+        return ""
+
+    def attach(self, module: nn.Module, options: Options) -> Coverage:
+        """Let the denoiser run as OpenVINO models; a first call with a new shape converts and compiles."""
+        floating = {name: reason for name, layer in packed_layers(module).items() if (reason := _reason(layer))}
+        integer = tuple(name for name in packed_layers(module) if name not in floating)
+        module.tfmq_executor = GraphExecutor(module, _Builder(module, options))  # type: ignore[assignment]
+        return Coverage(integer=integer, floating=floating)
+
+
+def _reason(layer: Any) -> str:
+    if layer.input_quantizer is None:
+        return "its input is not quantized"
+    return "" if layer.integer_weight().narrow else "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
+
+
+class _Builder:
+    """Converts a captured graph, or reads it from the cache, and compiles it for the batch of the call."""
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.options = options
+        self.digest = tensor_digest(module.state_dict())
+
+    def __call__(self, graph: Graph, call: Call) -> Run:
+        import openvino as ov
+
+        core = ov.Core()
+        path = self._converted(graph, call)
+        try:
+            model = core.read_model(path)
+        except RuntimeError:
+            # A file that was cut off or changed: nothing is lost by making it again.
+            path.unlink()
+            model = core.read_model(self._converted(graph, call))
+        names = {name: index for index, name in enumerate(["bins", *(f"tensors_{i}" for i in range(len(call.tensors)))])}
+        order = [next(names[name] for name in port.get_names() if name in names) for port in model.inputs]
+        shapes = [(call.batch,), *((call.batch, *s) if b else s for s, b in zip(call.signature.shapes, call.signature.batched, strict=True))]
+        model.reshape({position: list(shapes[index]) for position, index in enumerate(order)})
+        threads = self.options.threads or torch.get_num_threads()
+        # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the other backends.
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "CACHE_DIR": str(cache_directory()),
+        }  # fmt: skip
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+
+        def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            given = (bins, *tensors)
+            request.infer({position: given[index].contiguous().numpy() for position, index in enumerate(order)}, share_inputs=True)
+            return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(len(model.outputs)))
+
+        return run
+
+    def _converted(self, graph: Graph, call: Call) -> Path:
+        import openvino as ov
+
+        from tfmq.export.openvino import convert
+
+        for batch in ("any", str(call.batch)):
+            path = self._path(call, batch)
+            if path.exists():
+                return path
+        with graph_kernels(graph.module):
+            model = convert(capture(graph, call, dynamic=True))
+            if any(port.partial_shape.rank.get_length() and port.partial_shape[0].is_static for port in _batched(model, call)):
+                # The model's own code fixes the batch, so that the graph serves this one alone.
+                model = convert(capture(graph, call, dynamic=False))
+                path = self._path(call, str(call.batch))
+            else:
+                path = self._path(call, "any")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.xml")
+        ov.save_model(model, partial, compress_to_fp16=False)
+        os.replace(partial.with_suffix(".bin"), path.with_suffix(".bin"))
+        os.replace(partial, path)
+        return path
+
+    def _path(self, call: Call, batch: str) -> Path:
+        import openvino as ov
+
+        text = "\n".join([self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
+        return cache_directory() / f"{sha256(text.encode()).hexdigest()[:32]}.xml"
+
+
+def _batched(model: Any, call: Call) -> Iterator[Any]:
+    names = {"bins", *(f"tensors_{index}" for index, batched in enumerate(call.signature.batched) if batched)}
+    return (port for port in model.inputs if names & port.get_names())

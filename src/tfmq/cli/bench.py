@@ -1,0 +1,109 @@
+"""`tfmq bench`."""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfmq.cli.options import Json, Prompts, Steps, read_prompts
+from tfmq.cli.outcome import complain, emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.evaluation.cost.variant import Kind
+
+BACKENDS = "simulated,torch,torch-compile,openvino"
+
+
+def bench(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from: SQNR is against it.")
+    ] = None,
+    backends: Annotated[str, typer.Option("--backends", metavar="A,B", help="simulated, reference, torch, torch-compile, openvino.")] = BACKENDS,
+    peers: Annotated[
+        str, typer.Option("--peers", metavar="A,B", help="all, none, or some of: fp32-compile, openvino-nncf, onnxruntime-int8, ...")
+    ] = "none",
+    batch: Annotated[str, typer.Option("--batch", metavar="1,4", help="Rows of one denoiser call.")] = "1",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds without foreign load behind each median.")] = 10,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of each variant. Default: one for each processor.")] = None,
+    steps: Steps = None,
+    prompts: Prompts = None,
+    json: Json = False,
+) -> None:
+    """Measure time, memory, bytes and accuracy of a denoising step by tfmq's backends and by other libraries, against float32."""
+    with verb():
+        from tfmq.evaluation.cost.system import describe_machine, processors
+
+        variants = [*_chosen(backends, "backend", "--backends"), *_chosen(peers, "peer", "--peers")]
+        sizes = _sizes(batch)
+        threads = threads or len(processors())
+        options = {"variants": variants, "batches": sizes, "rounds": rounds, "threads": threads}
+        rows = _measured(directory, reference, steps=steps, prompts=read_prompts(prompts), **options)
+        result = {"machine": describe_machine(threads), "rows": rows}
+    if json:
+        emit(result)
+    else:
+        from tfmq.cli.tables import show_bench
+
+        show_bench(result, exact=reference is not None)
+
+
+def _chosen(text: str, kind: "Kind", option: str) -> list[str]:
+    """Return the variants that an option names.
+
+    Raises:
+        typer.BadParameter: one of them is unknown.
+    """
+    import tfmq.evaluation.cost.variants  # noqa: F401 - fills the registry
+    from tfmq.evaluation.cost.variant import names_of
+
+    known = names_of(kind)
+    if text in ("all", "none"):
+        return list(known) if text == "all" else []
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"there is no {kind} {name!r}; give all, none, or some of {', '.join(known)}", param_hint=option)
+    return names
+
+
+def _sizes(text: str) -> list[int]:
+    """Return the batch sizes that `--batch` names.
+
+    Raises:
+        typer.BadParameter: one of them is no positive number.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise typer.BadParameter(f"{text!r} is no list of batch sizes; give 1,4,16 or the like", param_hint="--batch")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _measured(directory: str, reference: str | None, *, steps: int | None, prompts: tuple[str, ...], **options: Any) -> list[dict[str, Any]]:
+    """Run the benchmark in a temporary folder and return its rows."""
+    import torch
+
+    from tfmq.artifact import PIPELINE_FILE, stored_manifest
+    from tfmq.cli.models import STEPS, open_model, quantized_directory
+    from tfmq.cli.progress import shown_progress
+    from tfmq.evaluation.cost.pipeline import Request, bench
+    from tfmq.integrations.diffusers.quiet import quiet
+    from tfmq.nn.swap import STEPS as QUANTIZED
+
+    source = quantized_directory(directory)
+    calibration = stored_manifest(source).get("provenance", {}).get("recipe", {}).get("calibration", {})
+    torch.set_num_threads(options["threads"])
+    with quiet(), shown_progress() as progress, tempfile.TemporaryDirectory(prefix="tfmq-bench-") as folder:
+        sampler = open_model(reference or directory, prompts=prompts)
+        if reference is not None and hasattr(sampler.denoiser.module, QUANTIZED):
+            raise ValueError("the reference is quantized itself; pass the full-precision model")
+        component = source / sampler.component if (source / PIPELINE_FILE).exists() else source  # type: ignore[attr-defined]
+        steps = steps or int(calibration.get("steps", STEPS))
+        request = Request(directory=component, sampler=sampler, model=source.name, steps=steps, **options)
+
+        def note(line: str) -> None:
+            complain(line, kind="skipped")
+
+        return [asdict(row) for row in bench(request, folder=Path(folder), note=note, progress=progress)]

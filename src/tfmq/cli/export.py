@@ -1,0 +1,35 @@
+"""`tfmq export`."""
+
+from typing import Annotated
+
+import typer
+
+from tfmq.cli.options import Json, OutputDir
+from tfmq.cli.outcome import emit, verb
+
+
+def export(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    output_dir: OutputDir,
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="openvino or onnx.")],
+    json: Json = False,
+) -> None:
+    """Write the denoiser of DIR as a model of another engine, which runs without tfmq; the temporal table is inside."""
+    with verb():
+        from tfmq.cli.models import open_model, quantized_directory
+        from tfmq.export.directory import FILES, TARGETS
+        from tfmq.export.directory import export as write
+        from tfmq.integrations.diffusers.quiet import quiet
+        from tfmq.report.directory import completed_directory
+
+        if to not in TARGETS:
+            raise typer.BadParameter(f"{to!r} is no target; choose one of {', '.join(TARGETS)}", param_hint="--to")
+        source = quantized_directory(directory)
+        with quiet(), completed_directory(output_dir, owned=FILES) as folder:
+            sampler = open_model(str(source))
+            result = {"output_dir": str(output_dir), "to": to} | write(sampler.denoiser, sampler.example(), folder, to=to)
+    if json:
+        emit(result)
+    else:
+        shapes = "; ".join(f"{port['name']} {port['dtype']} {port['shape']}" for port in result["inputs"])
+        print(f"{', '.join(result['files'])} in {output_dir}; inputs: {shapes}")

@@ -1,0 +1,43 @@
+"""A denoiser as a function of tensors alone, which converters and exporters can trace."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
+
+
+def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return the tensors of a call in a fixed order: sample, timestep, conditions. The timestep is float32, which every converter takes."""
+    leaves, _ = tree_flatten(dict(inputs.conditions))
+    return inputs.sample, inputs.timestep.float(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+class Flat(nn.Module):
+    """`denoiser` on the tensors of `tensors_of`; values of `example` that are no tensors are constants."""
+
+    def __init__(self, module: nn.Module, example: Inputs) -> None:
+        super().__init__()
+        denoiser = Denoiser(module)
+        self.module = module
+        self.names = denoiser.sample, denoiser.timestep
+        self.leaves, self.shape = tree_flatten(dict(example.conditions))
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        sample, timestep, *rest = tensors
+        given = iter(rest)
+        leaves: list[Any] = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        conditions = tree_unflatten(leaves, self.shape)
+        return first_tensor(self.module(**{self.names[0]: sample, self.names[1]: timestep, **conditions}))
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Return the bytes of the tensors of a state dict, parts of tensor subclasses included."""
+    return sum(_bytes(value) for value in module.state_dict().values() if isinstance(value, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,82 @@
+"""Benchmark a quantized pipeline: what the variants run is written down first, then measured."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfmq.artifact import stored_manifest
+from tfmq.evaluation.cost.bench import Note, Plan, measure
+from tfmq.evaluation.cost.row import Row
+from tfmq.evaluation.cost.source import Source, dequantized
+from tfmq.evaluation.cost.trajectory import seconds_around, spread_calls
+from tfmq.models.sampler import Sampler
+from tfmq.nn.swap import STEPS
+from tfmq.progress import Progress, silent
+
+# Calls that accuracy is measured on, and that libraries with a calibration of their own calibrate on.
+CALLS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for; see `Plan` for the fields of the same names.
+
+    Args:
+        directory: of the quantized denoiser.
+        sampler: draws the trajectory: a sampler of the original, or of the quantized model where there is no original.
+    """
+
+    directory: Path
+    sampler: Sampler
+    model: str
+    variants: Sequence[str]
+    batches: Sequence[int]
+    rounds: int
+    threads: int
+    steps: int
+    architecture: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the true original is there."""
+        return not hasattr(self.sampler.denoiser.module, STEPS)
+
+
+def bench(request: Request, *, folder: Path, note: Note, progress: Progress = silent) -> Iterator[Row]:
+    """Yield a row for every batch size and variant; see `measure`.
+
+    Without the original, full precision is measured on the architecture with dequantized weights, which takes the same time.
+
+    Args:
+        request: what to measure.
+        folder: for files, empty at first.
+        note: is told about each variant that is left out.
+        progress: shows bars.
+
+    Raises:
+        ValueError: there is no original, and the model is none that diffusers can build.
+        CheckpointError: `directory` holds no quantized model.
+    """
+    module = request.sampler.denoiser.module
+    original = module if request.exact else dequantized(module)
+    scheme = stored_manifest(request.directory).get("provenance", {}).get("recipe", {}).get("name")
+    calls = spread_calls(request.sampler, steps=request.steps, count=CALLS, progress=progress)
+    source = Source(quantized=request.directory, folder=folder / "source", architecture=request.architecture)
+    source.write(original, calls)
+    plan = Plan(
+        source=source,
+        model=request.model,
+        scheme=scheme,
+        variants=request.variants,
+        batches=request.batches,
+        rounds=request.rounds,
+        threads=request.threads,
+        steps=request.steps,
+        rows_per_image=len(calls[0]),
+        exact=request.exact,
+    )
+
+    def around(images: int) -> float:
+        return seconds_around(request.sampler, images=images, steps=request.steps)
+
+    yield from measure(plan, around=around, folder=folder, note=note, progress=progress)

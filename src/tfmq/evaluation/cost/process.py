@@ -1,0 +1,85 @@
+"""The other end of a worker: start it, ask it, end it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tfmq.evaluation.cost.timing import Slice
+from tfmq.evaluation.cost.variant import Setting
+
+# How long one turn of a variant lasts at least; processor time is counted in hundredths of a second.
+TURN = 0.5
+# The line of a traceback that names the exception; what follows it is more of its words.
+RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Unsupported|Exit|Interrupt)\b")
+# Where tfmq is imported from.
+PACKAGES = Path(__file__).parents[3]
+
+
+class WorkerError(RuntimeError):
+    """A worker ended early; says why in its own last words."""
+
+
+def _environment(setting: Setting) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
+    # A compiler's cache of its own, so that the first step compiles.
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(setting.threads), "TORCHINDUCTOR_CACHE_DIR": str(setting.folder / "inductor")}
+    return {**os.environ, **own, "PYTHONWARNINGS": "ignore"}
+
+
+class Worker:
+    """A running worker. Use it as a context: it ends with the block."""
+
+    def __init__(self, variant: str, setting: Setting, *, build: bool = False) -> None:
+        setting.folder.mkdir(parents=True, exist_ok=True)
+        source = setting.source.to_json()
+        job = {"variant": variant, "source": source, "folder": str(setting.folder), "batch": setting.batch, "threads": setting.threads}
+        command = [sys.executable, "-m", "tfmq.evaluation.cost.worker", json.dumps({**job, "build": build})]
+        self.log = setting.folder / "log.txt"
+        with self.log.open("w") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self.child = subprocess.Popen(command, env=_environment(setting), text=True, **pipes)  # type: ignore[call-overload]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.child.stdin.close()
+        if error[0] is not None:
+            self.child.kill()
+        self.child.wait()
+        self.child.stdout.close()
+
+    def answer(self) -> dict[str, Any]:
+        """Return the worker's next answer.
+
+        Raises:
+            WorkerError: it ended without one.
+        """
+        line = self.child.stdout.readline()
+        if not line:
+            status = self.child.wait()
+            lines = self.log.read_text(errors="replace").splitlines()
+            raise WorkerError(next(filter(RAISED.match, reversed(lines)), f"the process ended with status {status}"))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Give an order and return the answer.
+
+        Raises:
+            WorkerError: the worker ended instead.
+        """
+        try:
+            self.child.stdin.write(json.dumps(order) + "\n")
+            self.child.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self.answer()
+
+    def turn(self) -> Slice:
+        """Let the variant compute steps for a while."""
+        return Slice(**self.ask(do="time", seconds=TURN))

@@ -1,0 +1,43 @@
+"""One line of a cost table."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one variant costs at one batch size.
+
+    Args:
+        backend: name of the variant.
+        model: what was measured.
+        scheme: the recipe behind a variant of tfmq; None for the others.
+        batch: rows of one denoiser call (a pipeline with guidance makes two an image).
+        ms_per_step: median over the kept rounds of the time of one denoiser call.
+        speedup: time of eager float32 torch in the same rounds over `ms_per_step`.
+        images_per_second: of a full sampling run, from `ms_per_step` and the pipeline's own time around the calls.
+        sqnr_db: mean over calls of the output's SQNR against the original; None for the original itself, or where there is no original.
+        load_s: until a step can be asked for, in a fresh process, with what a library quantizes or compiles by then.
+        compile_s: the first step after that.
+        peak_rss_bytes: most memory that the process held from its start to the second step.
+        baseline_rss_bytes: what it held after imports, before the model was loaded.
+        disk_bytes: of the stored model; of the state dict's tensors for a library that quantizes when it loads.
+        rounds: rounds behind the median; `rounds_dropped` showed foreign work on the processors.
+        clean: whether foreign work was absent from the kept rounds; otherwise too few were, and the least loaded ones were kept.
+    """
+
+    backend: str
+    model: str
+    scheme: str | None
+    batch: int
+    ms_per_step: float
+    speedup: float
+    images_per_second: float
+    sqnr_db: float | None
+    load_s: float
+    compile_s: float
+    peak_rss_bytes: int
+    baseline_rss_bytes: int
+    disk_bytes: int
+    rounds: int
+    rounds_dropped: int
+    clean: bool

@@ -1,0 +1,64 @@
+"""Calls of a pipeline's denoiser along its own trajectory, and the time that the pipeline itself takes around them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from tfmq.calibration.trajectory import recorded_calls
+from tfmq.models.denoiser import Inputs
+from tfmq.models.sampler import Sampler
+from tfmq.progress import Progress, silent
+
+
+def spread_calls(sampler: Sampler, *, steps: int, count: int, seed: int = 0, progress: Progress = silent) -> list[Inputs]:
+    """Return at most `count` of the calls that drawing one image in `steps` steps makes, spread evenly over the trajectory.
+
+    Raises:
+        CalibrationError: the model breaks on its own trajectory.
+    """
+    calls: list[Inputs] = []
+    with progress("trajectory", steps) as advance:
+
+        def keep(call: Inputs) -> None:
+            calls.append(call)
+            advance()
+
+        with recorded_calls(sampler.denoiser, keep):
+            sampler.run(range(1), steps=steps, seed=seed)
+    wanted = min(count, len(calls))
+    return [calls[(2 * number + 1) * len(calls) // (2 * wanted)] for number in range(wanted)]
+
+
+@contextmanager
+def _answered_at_once(module: nn.Module, spent: list[float]) -> Iterator[None]:
+    """Let `module` compute its first call for a while and answer every other with that output; `spent` gets the time of the first."""
+    own, forward = module.__dict__.get("forward"), module.forward
+    kept: list[Any] = []
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if not kept:
+            began = time.perf_counter()
+            kept.append(forward(*args, **kwargs))
+            spent.append(time.perf_counter() - began)
+        return kept[0]
+
+    module.forward = answer
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def seconds_around(sampler: Sampler, *, images: int, steps: int) -> float:
+    """Return the time that drawing `images` images takes beside the denoiser: scheduler, text encoder, decoder."""
+    spent: list[float] = []
+    with _answered_at_once(sampler.denoiser.module, spent):
+        began = time.perf_counter()
+        sampler.run(range(images), steps=steps, seed=0)
+        return max(0.0, time.perf_counter() - began - sum(spent))

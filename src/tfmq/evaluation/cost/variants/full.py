@@ -1,0 +1,39 @@
+"""Full precision in torch: eager, in channels-last memory format, compiled."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tfmq.evaluation.cost.variant import BASE, Prepared, Setting, add
+from tfmq.models.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """The original in float32."""
+
+    channels_last: bool = False
+    compiled: bool = False
+    needs: tuple[str, ...] = ()
+    builds: bool = False
+
+    def build(self, setting: Setting) -> None:
+        """Write nothing: the original is stored already."""
+
+    def prepare(self, setting: Setting) -> Prepared:
+        """Load the original."""
+        module = setting.source.original()
+        denoiser = Denoiser(module)
+        if self.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiled:
+            import torch._inductor.config as inductor
+
+            inductor.freezing = True
+            module.compile(dynamic=False)
+        return Prepared(denoiser, setting.source.original_bytes())
+
+
+add(BASE, "peer", FullPrecision())
+add("fp32-channels-last", "peer", FullPrecision(channels_last=True))
+add("fp32-compile", "peer", FullPrecision(compiled=True))

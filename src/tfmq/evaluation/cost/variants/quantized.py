@@ -1,0 +1,34 @@
+"""tfmq's own backends."""
+
+from dataclasses import dataclass
+
+from tfmq.artifact import stored_bytes
+from tfmq.backends.backend import Options
+from tfmq.evaluation.cost.variant import Prepared, Setting, add
+from tfmq.models.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Executed:
+    """The quantized model by one backend."""
+
+    backend: str
+    compiled: bool = False
+    needs: tuple[str, ...] = ()
+    builds: bool = False
+
+    def build(self, setting: Setting) -> None:
+        """Write nothing: a backend reads the checkpoint itself."""
+
+    def prepare(self, setting: Setting) -> Prepared:
+        """Load the checkpoint, ready to run."""
+        module = setting.source.executed(self.backend, Options(compile=self.compiled, threads=setting.threads))
+        assert setting.source.quantized is not None
+        return Prepared(Denoiser(module), stored_bytes(setting.source.quantized))
+
+
+add("simulated", "backend", Executed("simulated"))
+add("reference", "backend", Executed("reference"))
+add("torch", "backend", Executed("torch"))
+add("torch-compile", "backend", Executed("torch", compiled=True))
+add("openvino", "backend", Executed("openvino", needs=("openvino",)))

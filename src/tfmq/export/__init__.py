@@ -1,0 +1,1 @@
+"""Graphs of a quantized denoiser for engines outside torch."""

@@ -1,0 +1,112 @@
+"""A layer in terms that static-range integer engines fuse: one fixed fake-quantizer in front of the operation, everything else around it.
+
+Such an engine wants the input range of a layer as a constant. The range of each timestep enters as a normalisation before the quantizer and is
+folded back after the operation. With the row `(s, z)` of a sample, a fixed zero-point `c` and `d = z - c`,
+
+    u = fake_quantize(x / s + d; scale 1, zero-point c, 0 .. levels - 1)         = q - c
+    y = (operation(u, v s_w) - d m) s + bias,    m = operation(1, v s_w)
+
+`m` differs from its inner value only where zero padding is seen, so a padded convolution keeps it as a map of its output. In exact arithmetic
+`y` is the layer's own formula.
+
+Two operators stand for what an engine has by other names: `tfmq::codes`, the quantizer, and `tfmq::integer_weight`, the integers of a weight
+times their scale. Each exporter says what they become.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
+from tfmq.nn.plan import packed_layers
+from tfmq.numerics.operations import Convolution
+
+
+@torch.library.custom_op("tfmq::codes", mutates_args=())
+def codes(x: Tensor, zero_point: int, levels: int) -> Tensor:
+    """Return `clamp(round(x) + zero_point, 0, levels - 1) - zero_point`, in the dtype of `x`."""
+    return x.round().clamp(-zero_point, levels - 1 - zero_point)
+
+
+@codes.register_fake
+def _(x: Tensor, zero_point: int, levels: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("tfmq::integer_weight", mutates_args=())
+def integer_weight(values: Tensor, scale: Tensor) -> Tensor:
+    """Return integers `values` `[C_out, ...]` (s8, held in float32) times `scale` `[C_out]`."""
+    return values * column(scale, values.ndim)
+
+
+@integer_weight.register_fake
+def _(values: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+class FakeQuantizeKernel:
+    """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the input is not quantized.
+
+    The maps `m` are kept by the size of the input, so that a call before the capture makes constants of them.
+    """
+
+    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None) -> None:
+        self.weight = weight
+        self.parts = [(values.float(), scale.float().contiguous()) for values, scale in weight.parts()]
+        self.maps: dict[tuple[int, ...], Tensor] = {}
+        columns = [] if zero_points is None else zero_points.int().unbind(1)
+        self.centres = [int(values.median()) for values in columns]
+        self.shifts = [bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)]
+
+    def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
+        operation, partials = self.weight.operation, []
+        if rows is None:
+            partials = [operation(segment, integer_weight(*part), None) for segment, part in zip(self.weight.split(x), self.parts, strict=True)]
+            return combined(partials, self.weight.bias, operation).to(x.dtype)
+        for index, (segment, (values, weight_scale)) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
+            scale, zero_point = column(rows.scale[:, index], x.ndim), column(rows.zero_point[:, index], x.ndim).float()
+            centre, shifts = self.centres[index], self.shifts[index]
+            normal = segment * scale.reciprocal()
+            shift = zero_point - centre
+            u = codes(normal + shift if shifts else normal, centre, rows.levels)
+            y = operation(u, integer_weight(values, weight_scale), None)
+            if shifts:
+                y = y - shift * self._map(index, segment, values, weight_scale)
+            partials.append(y * scale)
+        return combined(partials, self.weight.bias, operation).to(x.dtype)
+
+    def _map(self, index: int, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
+        key = index, *(int(size) for size in x.shape[2:])
+        if key not in self.maps:
+            self.maps[key] = self._ones_through(x, values, weight_scale)
+        return self.maps[key]
+
+    def _ones_through(self, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
+        """Return `m`: for each output channel, or with zero padding for each place of one sample's output."""
+        operation = self.weight.operation
+        real = values * column(weight_scale, values.ndim)
+        if not isinstance(operation, Convolution) or not _pads(operation):
+            return channels(real.flatten(1).sum(dim=1), operation, x.ndim)
+        return operation(torch.ones(1, *[int(size) for size in x.shape[1:]]), real, None)
+
+
+def _pads(operation: Convolution) -> bool:
+    return operation.padding == "same" or any(amount not in (0, "valid") for amount in operation.padding)
+
+
+@contextmanager
+def graph_kernels(module: nn.Module) -> Iterator[None]:
+    """Let the layers of a packed denoiser compute as fake-quantizer graphs for a while."""
+    layers = list(packed_layers(module).values())
+    before = [layer.kernel for layer in layers]
+    for layer in layers:
+        weight = layer.integer_weight()
+        quantizer = layer.input_quantizer
+        layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_point) if weight.narrow else None
+    try:
+        yield
+    finally:
+        for layer, kernel in zip(layers, before, strict=True):
+            layer.kernel = kernel

@@ -1,0 +1,117 @@
+"""Whole denoisers as compiled graphs: OpenVINO and torch's compiler against the exact reference."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tfmq
+from tfmq.backends.backend import Options
+from tfmq.backends.execution import execute
+from tfmq.kernels.onednn import available
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.sampler import LoopSampler
+from tfmq.numerics.errors import sqnr_db
+from tfmq.storage.digest import tensor_digest
+
+
+@pytest.fixture(scope="module")
+def cached(sampler: Callable[..., LoopSampler]) -> tuple[nn.Module, Inputs]:
+    """A plain denoiser in W8A8 whose temporal features come from tables, and a batch of two at a calibrated timestep."""
+    made = sampler("plain")
+    recipe = tfmq.scheme("w8a8")
+    recipe = replace(recipe, calibration=replace(recipe.calibration, steps=3, samples=2), learning=replace(recipe.learning, iterations=0))
+    tfmq.quantize(made, replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))))
+    module = made.denoiser.module
+    noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    return module, Inputs(noise, module.tfmq_steps.timesteps[[1, 1]].long())
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TFMQ_CACHE", str(tmp_path))
+    return tmp_path / "openvino"
+
+
+@torch.no_grad()
+def outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """What a module computes for a batch at one timestep, for mixed timesteps, and for one sample."""
+    denoiser, steps = Denoiser(module), module.tfmq_steps.timesteps
+    mixed = Inputs(inputs.sample, steps[[0, 2]].long(), inputs.conditions)
+    return [denoiser(inputs), denoiser(mixed), denoiser(inputs.rows(0, 1))]
+
+
+def test_openvino_computes_what_the_reference_does(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    digest = tensor_digest(module.state_dict())
+    execute(module, "reference")
+    exact = outputs(module, inputs)
+    coverage = execute(module, "openvino")
+    assert coverage.integer and not coverage.floating
+    for expected, through in zip(exact, outputs(module, inputs), strict=True):
+        assert sqnr_db(expected, through) > 40
+    assert tensor_digest(module.state_dict()) == digest
+    (model,) = own_cache.glob("*.xml")
+    # A second process, here a second executor, reads the converted model, whatever the batch.
+    before = model.stat().st_mtime_ns
+    execute(module, "openvino")
+    assert sqnr_db(exact[0], outputs(module, inputs)[0]) > 40
+    assert [path.stat().st_mtime_ns for path in own_cache.glob("*.xml")] == [before]
+
+
+def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    execute(module, "openvino")
+    outputs(module, inputs)
+    core = openvino.Core()
+    model = core.read_model(next(own_cache.glob("*.xml")))
+    nodes = [node.get_type_name() for node in model.get_ops()]
+    convolutions = [name for name, layer in module.named_modules() if type(layer).__name__ == "PackedLayer" and len(layer.shape) == 4]
+    assert nodes.count("Convolution") >= len(convolutions)
+    assert not {"Sin", "Cos"} & set(nodes), "the sinusoid of the timestep is gone with the layers behind the tables"
+    if "INT8" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no integer convolution")
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    info = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    kinds = [str(entry["runtimePrecision"].astype(str)) for entry in info if entry["layerType"].astype(str) == "Convolution"]
+    assert kinds and set(kinds) <= {"u8", "i8"}
+
+
+@pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
+def test_the_compiled_torch_backend_equals_the_eager_one(cached: tuple[nn.Module, Inputs]) -> None:
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    execute(module, "torch")
+    with torch.no_grad():
+        eager = Denoiser(module)(inputs)
+    execute(module, "torch", options=Options(compile=True))
+    with torch.no_grad():
+        assert sqnr_db(eager, Denoiser(module)(inputs)) > 40
+
+
+def test_a_timestep_that_no_table_knows_runs_layer_by_layer(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    unseen = Inputs(inputs.sample, inputs.timestep + 1, inputs.conditions)
+    with pytest.warns(UserWarning, match="was not calibrated"), torch.no_grad():
+        simulated = Denoiser(module)(unseen)
+    execute(module, "openvino")
+    with torch.no_grad():
+        assert torch.equal(Denoiser(module)(unseen), simulated)
+    assert not own_cache.exists()
+
+
+def test_a_damaged_cache_is_made_anew(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    execute(module, "openvino")
+    expected = outputs(module, inputs)[0]
+    (model,) = own_cache.glob("*.xml")
+    model.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
+    execute(module, "openvino")
+    assert sqnr_db(expected, outputs(module, inputs)[0]) > 40

@@ -1,0 +1,130 @@
+"""The registry, and the variants that need torch alone, in this process."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tfmq
+import tfmq.evaluation.cost.variants
+from tfmq.evaluation.cost import variant
+from tfmq.evaluation.cost.flat import Flat, state_bytes, tensors_of
+from tfmq.evaluation.cost.source import Source, dequantized, fitted
+from tfmq.evaluation.cost.variant import VARIANTS, Setting, absent, names_of
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.sampler import LoopSampler
+from tfmq.nn.plan import packed_layers
+from tfmq.numerics.errors import sqnr_db
+from tfmq.recipes.recipe import Calibration
+
+Make = Callable[..., LoopSampler]
+
+
+@pytest.fixture
+def source(sampler: Make, tmp_path: Path) -> Source:
+    """Return a tiny model and its W8A8 twin on disk, with calls at two calibrated timesteps."""
+    reference, quantized = sampler(), sampler()
+    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=4, interval=2, batch_size=2))
+    made = tfmq.quantize(quantized, recipe)
+    made.model.save_pretrained(str(tmp_path / "quantized"))
+    example = reference.example()
+    calls = [Inputs(torch.randn_like(example.sample), torch.tensor([step])) for step in (250, 750)]
+    source = Source(quantized=tmp_path / "quantized", folder=tmp_path / "source")
+    source.write(reference.denoiser.module, calls)
+    return source
+
+
+def setting(source: Source, batch: int = 2) -> Setting:
+    return Setting(source=source, folder=source.folder, batch=batch, threads=1)
+
+
+def test_names() -> None:
+    assert names_of("backend") == ("simulated", "reference", "torch", "torch-compile", "openvino")
+    assert set(names_of("peer")) == {
+        *("fp32", "fp32-channels-last", "fp32-compile", "openvino-fp32", "openvino-nncf"),
+        *("onnxruntime-int8", "torchao-pt2e", "sdnq-int8", "quanto-int8"),
+    }
+    with pytest.raises(ValueError, match="registered already"):
+        variant.add("fp32", "peer", VARIANTS["fp32"])
+
+
+def test_an_absent_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> Any:
+        if name.startswith("optimum"):
+            raise ModuleNotFoundError(name)
+        return None
+
+    monkeypatch.setattr(variant, "find_spec", nowhere)
+    assert absent("fp32") == ""
+    assert absent("quanto-int8") == "quanto-int8 needs optimum-quanto; install with: pip install 'tfmq[bench]'"
+    assert "openvino and nncf" in absent("openvino-nncf")
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp32-channels-last", "simulated", "reference", "torch"])
+def test_variants_compute_the_step(source: Source, name: str) -> None:
+    prepared, full = (VARIANTS[each].prepare(setting(source)) for each in (name, "fp32"))
+    assert (prepared.disk_bytes < full.disk_bytes) == (name in names_of("backend"))
+    for call in source.calls(2):
+        with torch.no_grad():
+            assert sqnr_db(full.step(call), prepared.step(call)) > 15
+
+
+def test_a_source_survives_json_and_fits_calls(source: Source) -> None:
+    assert Source.from_json(source.to_json()) == source
+    assert [len(call) for call in source.calls(3)] == [3, 3]
+    assert [float(call.timestep[2]) for call in source.calls(3)] == [250, 750]
+    call = Inputs(torch.arange(2.0)[:, None], torch.tensor([1, 2]), {"class_labels": torch.tensor([5, 6]), "scale": torch.tensor(2.0)})
+    wide = fitted(call, 5)
+    assert wide.sample[:, 0].tolist() == [0, 1, 0, 1, 0] and wide.conditions["class_labels"].tolist() == [5, 6, 5, 6, 5]
+    assert wide.conditions["scale"].ndim == 0 and len(fitted(call, 1)) == 1
+
+
+def test_an_architecture_of_one_s_own(source: Source, sampler: Make, tmp_path: Path) -> None:
+    original = source.original()
+    (tmp_path / "own.py").write_text("from diffusers import UNet2DModel\n\ndef build():\n    return UNet2DModel(**CONFIG)\n")
+    config = {key: value for key, value in original.config.items() if not key.startswith("_")}
+    with (tmp_path / "own.py").open("a") as file:
+        file.write(f"\nCONFIG = {config!r}\n")
+    own = replace(source, folder=tmp_path / "own", architecture=f"{tmp_path / 'own.py'}:build")
+    own.write(original, source.calls(1))
+    call = source.calls(1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(Denoiser(own.original())(call), Denoiser(original)(call))
+        ran, expected = (Denoiser(each.executed("simulated", tfmq.Options()))(call) for each in (own, source))
+        assert sqnr_db(expected, ran) > 60
+
+
+def test_dequantized_weights_are_those_of_the_quantized_model(source: Source) -> None:
+    quantized = source.executed("simulated", tfmq.Options())
+    stock = dequantized(quantized)
+    assert type(stock) is type(source.original())
+    for name, layer in packed_layers(quantized).items():
+        assert torch.equal(stock.get_submodule(name).weight, layer.weight)
+    call = source.calls(1)[0]
+    with torch.no_grad():
+        assert sqnr_db(Denoiser(source.original())(call), Denoiser(stock)(call)) > 20
+
+
+@pytest.mark.parametrize("name", ["unet", "conditional", "sdxl", "dit", "plain"])
+def test_a_flat_denoiser_is_the_denoiser(build: Callable[..., tuple[Denoiser, Inputs]], name: str) -> None:
+    denoiser, inputs = build(name)
+    flat = Flat(denoiser.module, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(flat(*tensors_of(inputs)), denoiser(inputs))
+
+
+def test_bytes_of_a_state(build: Callable[..., tuple[Denoiser, Inputs]]) -> None:
+    module = build("plain")[0].module
+    assert state_bytes(module) == sum(4 * tensor.numel() for tensor in module.state_dict().values())
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_openvino_converts_and_computes(source: Source) -> None:
+    VARIANTS["openvino-fp32"].build(setting(source))
+    prepared, full = (VARIANTS[each].prepare(setting(source)) for each in ("openvino-fp32", "fp32"))
+    for call in source.calls(2):
+        assert sqnr_db(full.step(call), prepared.step(call)) > 80

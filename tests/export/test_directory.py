@@ -1,0 +1,73 @@
+"""Exported models run without tfmq and compute what the reference does, keyed by timestep, for any batch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tfmq
+from tfmq.backends.execution import execute
+from tfmq.export.directory import DESCRIPTION, export
+from tfmq.models.denoiser import Denoiser
+from tfmq.models.sampler import LoopSampler
+from tfmq.numerics.errors import sqnr_db
+
+
+@pytest.fixture(scope="module")
+def quantized(sampler: Callable[..., LoopSampler]) -> tuple[LoopSampler, dict[str, Tensor], Tensor]:
+    """A quantized plain denoiser, the inputs of a call at two timesteps, and its exact output."""
+    made = sampler("plain")
+    recipe = tfmq.scheme("w8a8")
+    recipe = replace(recipe, calibration=replace(recipe.calibration, steps=3, samples=2), learning=replace(recipe.learning, iterations=0))
+    tfmq.quantize(made, replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))))
+    module: nn.Module = made.denoiser.module
+    torch.manual_seed(3)
+    inputs = {"x": torch.randn(3, 2, 8, 8), "t": module.tfmq_steps.timesteps[[2, 0, 1]].long()}
+    execute(module, "reference")
+    with torch.no_grad():
+        return made, inputs, module(**inputs)
+
+
+def run_openvino(directory: Path, inputs: dict[str, Tensor]) -> Tensor:
+    import openvino
+
+    model = openvino.compile_model(directory / "denoiser.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(model({name: value.numpy() for name, value in inputs.items()})["out_0"].copy())
+
+
+def run_onnx(directory: Path, inputs: dict[str, Tensor]) -> Tensor:
+    session = pytest.importorskip("onnxruntime").InferenceSession(directory / "denoiser.onnx", providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["out_0"], {name: value.numpy() for name, value in inputs.items()})[0])
+
+
+@pytest.mark.parametrize(("target", "package", "run"), [("openvino", "openvino", run_openvino), ("onnx", "onnxscript", run_onnx)])
+def test_an_exported_model_runs_on_its_own(
+    quantized: tuple[LoopSampler, dict[str, Tensor], Tensor], tmp_path: Path, target: str, package: str, run: Callable[..., Tensor]
+) -> None:
+    pytest.importorskip(package)
+    made, inputs, expected = quantized
+    example = made.example()
+    described = export(made.denoiser, replace(example, timestep=example.timestep.long()), tmp_path, to=target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*described["files"], DESCRIPTION])
+    assert json.loads((tmp_path / DESCRIPTION).read_text()) == described
+    assert [port["name"] for port in described["inputs"]] == ["x", "t"]
+    assert described["inputs"][0]["shape"] == ["batch", 2, 8, 8]
+    assert sqnr_db(expected, run(tmp_path, inputs)) > 40
+    first = {name: value[:1] for name, value in inputs.items()}
+    assert sqnr_db(expected[:1], run(tmp_path, first)) > 40
+
+
+def test_what_cannot_be_exported(
+    quantized: tuple[LoopSampler, dict[str, Tensor], Tensor], sampler: Callable[..., LoopSampler], tmp_path: Path
+) -> None:
+    made = quantized[0]
+    with pytest.raises(ValueError, match=r"cannot export to 'tflite'; choose one of openvino, onnx"):
+        export(made.denoiser, made.example(), tmp_path, to="tflite")
+    pytest.importorskip("openvino")
+    full = sampler("plain")
+    with pytest.raises(ValueError, match="not quantized"):
+        export(Denoiser(full.denoiser.module), full.example(), tmp_path, to="openvino")

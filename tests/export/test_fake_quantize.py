@@ -1,0 +1,70 @@
+"""The layer that engines fuse equals the layer's own formula, whatever the zero-points of the timesteps."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tfmq.export.fake_quantize import FakeQuantizeKernel
+from tfmq.kernels.kernel import IntegerWeight, Rows
+from tfmq.kernels.reference import ReferenceKernel
+from tfmq.nn.operation import operation_of
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
+    """A layer with integers of four or eight bits, an input on or off the grid, and a row for each sample or for all."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    segments = draw(st.sampled_from([(), (2, 4)]))
+    if draw(st.booleans()):
+        source: nn.Module = nn.Linear(6, 5, bias=draw(st.booleans()))
+        x = torch.randn(3, 4, 6)
+    else:
+        options = {"stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 2)), "dilation": draw(st.integers(1, 2))}
+        source = nn.Conv2d(6, 5, draw(st.integers(1, 3)), bias=draw(st.booleans()), **options)
+        x = torch.randn(3, 6, 7, 8)
+    low, high = draw(st.sampled_from([(-15, 15), (-128, 127)]))
+    groups, batch = max(1, len(segments)), draw(st.sampled_from([1, 3]))
+    operation = operation_of(source)
+    assert operation is not None
+    values = torch.randint(low, high + 1, source.weight.shape, dtype=torch.int16)
+    bias = None if source.bias is None else source.bias.detach()
+    weight = IntegerWeight(operation, values, torch.rand(5, groups) * 0.05 + 0.01, bias, segments)
+    rows = Rows(torch.rand(batch, groups) * 0.02 + 0.01, torch.randint(0, 256, (batch, groups), dtype=torch.uint8), draw(st.sampled_from([16, 256])))
+    return weight, x, rows
+
+
+@given(cases())
+def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.Tensor, Rows]) -> None:
+    weight, x, rows = case
+    exact = ReferenceKernel(weight, rows.levels)(x, rows)
+    through = FakeQuantizeKernel(weight, rows.zero_point)(x, rows)
+    # The quotient is shifted before it is rounded, so a value within rounding error of a tie may fall on the other side: one code of one input.
+    step = (rows.scale.max() * weight.scale.max() * weight.values.abs().max()).item()
+    difference = (exact - through).abs()
+    assert difference.max() <= step * 1.001 + 1e-3
+    assert (difference > 1e-3).float().mean() < 0.2
+
+
+def test_rows_that_share_a_zero_point_need_no_correction() -> None:
+    operation = operation_of(nn.Linear(4, 3))
+    assert operation is not None
+    weight = IntegerWeight(operation, torch.ones(3, 4, dtype=torch.int16), torch.ones(3, 1), None)
+    assert FakeQuantizeKernel(weight, torch.full((5, 1), 7)).shifts == [False]
+    assert FakeQuantizeKernel(weight, torch.tensor([[7], [8]])).shifts == [True]
+
+
+def test_weights_alone() -> None:
+    operation = operation_of(nn.Linear(4, 3))
+    assert operation is not None
+    weight = IntegerWeight(operation, torch.randint(-8, 8, (3, 4), dtype=torch.int16), torch.rand(3, 1), torch.randn(3))
+    x = torch.randn(2, 4)
+    assert weight.bias is not None
+    torch.testing.assert_close(FakeQuantizeKernel(weight, None)(x, None), x @ (weight.values * weight.scale).T + weight.bias)
+
+
+@pytest.mark.parametrize("levels", [16, 256])
+def test_the_quantizer_of_a_graph_saturates(levels: int) -> None:
+    codes = torch.ops.tfmq.codes(torch.tensor([-1e4, -0.5, 0.5, 1.5, 1e4]), 3, levels)
+    assert codes.tolist() == [-3.0, 0.0, 0.0, 2.0, float(levels - 4)]

@@ -1,0 +1,75 @@
+"""Random integer layers, drawn so that every kernel is tested on the same kinds."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tfmq.kernels.kernel import IntegerWeight, Rows
+from tfmq.numerics.operations import Convolution, Linear
+
+CHANNELS = 4
+
+
+class LayerCase(NamedTuple):
+    """A layer, an input of it, and the grid of that input."""
+
+    weight: IntegerWeight
+    x: Tensor
+    rows: Rows
+
+
+def draw_grid(draw: st.DrawFn, *, batch: int, segments: int) -> Rows:
+    levels, rows = 2 ** draw(st.integers(2, 8)), draw(st.sampled_from([1, batch]))
+    return Rows(0.001 + torch.rand(rows, segments), torch.randint(levels, (rows, segments)).to(torch.uint8), levels)
+
+
+def spread(values: Tensor, segments: tuple[int, ...], axis: int, ndim: int) -> Tensor:
+    """Return `[B or 1, G]` values for each channel of an input of `ndim` axes."""
+    wide = values.float().repeat_interleave(torch.tensor(segments or (CHANNELS,)), dim=1)
+    shape = [1] * ndim
+    shape[0], shape[axis] = wide.shape
+    return wide.reshape(shape)
+
+
+@st.composite
+def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], narrow: bool = False) -> LayerCase:
+    """A layer of 2- to 8-bit weights; its input lies `offset` steps of the grid away from codes inside and outside of the range.
+
+    `narrow` keeps to what oneDNN computes: signed bytes, at most two spatial axes, no window that lies in the padding altogether.
+    """
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    axes, batch = draw(st.integers(0, 2 if narrow else 3)), draw(st.integers(1, 3))
+    segments = draw(st.sampled_from([(), (1, 3), (2, 1, 1)]))
+    groups = 1 if segments or not axes else draw(st.sampled_from([1, 2]))
+    symmetric, bits = draw(st.booleans()), draw(st.integers(2, 8))
+    bits = bits if symmetric or not narrow else min(bits, 7)
+    if axes:
+        stride, padding, dilation = (tuple(draw(st.integers(low, high)) for _ in range(axes)) for low, high in ((1, 2), (0, 2), (1, 2)))
+        kernel = tuple(draw(st.integers(1, 3)) for _ in range(axes))
+        if narrow:
+            padding = tuple(min(p, d * (k - 1)) for p, d, k in zip(padding, dilation, kernel, strict=True))
+        operation: Any = Convolution(stride, padding, dilation, groups)
+        shape: tuple[int, ...] = (batch, CHANNELS, *[6] * axes)
+    else:
+        operation, kernel = Linear(), ()
+        shape = (batch, *draw(st.sampled_from([(), (5,), (2, 3)])), CHANNELS)
+    codes = torch.randint(2**bits, (6, CHANNELS // groups, *kernel))
+    columns = max(1, len(segments))
+    zero_point = torch.full((6, columns), 2 ** (bits - 1)) if symmetric else torch.randint(2**bits, (6, columns))
+    wide_zero = zero_point.repeat_interleave(torch.tensor(segments or (CHANNELS // groups,)), dim=1).reshape(6, -1, *[1] * len(kernel))
+    bias = torch.randn(6) if draw(st.booleans()) else None
+    weight = IntegerWeight(operation, (codes - wide_zero).to(torch.int16), 0.001 + torch.rand(6, columns), bias, segments)
+    rows = draw_grid(draw, batch=batch, segments=columns)
+    scale, zero = (spread(values, segments, operation.channel_axis % len(shape), len(shape)) for values in (rows.scale, rows.zero_point))
+    x = (torch.randint(-20, rows.levels + 20, shape) + offset(shape) - zero) * scale
+    return LayerCase(weight, x, rows)
+
+
+@pytest.fixture(scope="session")
+def layer_cases() -> Callable[..., Any]:
+    """Return the strategy of layers."""
+    return layer_case

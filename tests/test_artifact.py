@@ -1,0 +1,124 @@
+"""Saved models: what they compute with once they are loaded."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from torch import Tensor, nn
+
+import tfmq
+from tfmq.errors import MissingExtraError
+from tfmq.kernels.onednn import available
+from tfmq.models.sampler import LoopSampler
+from tfmq.nn.plan import packed_layers
+from tfmq.numerics.errors import sqnr_db
+from tfmq.recipes.recipe import Calibration
+
+INTEGER = ["reference", pytest.param("torch", marks=pytest.mark.skipif(not available(), reason="no integer operators of oneDNN"))]
+
+
+@pytest.fixture(scope="module")
+def original(build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[DDIMPipeline, Path]:
+    """Return a tiny pipeline that was quantized in memory, and where it was saved."""
+    directory = tmp_path_factory.mktemp("artifact")
+    pipeline = DDIMPipeline(build("unet")[0].module, DDIMScheduler())
+    pipeline.save_pretrained(directory / "stock")
+    recipe = replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3))
+    tfmq.quantize(pipeline, recipe, output_dir=directory / "quantized")
+    return pipeline, directory
+
+
+@torch.no_grad()
+def output(unet: nn.Module) -> Tensor:
+    return unet(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(333)).sample
+
+
+def kernels(unet: nn.Module) -> set[str]:
+    return {type(layer.kernel).__name__ for layer in packed_layers(unet).values()}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_loading_takes_the_fastest_backend(original: tuple[DDIMPipeline, Path]) -> None:
+    pipeline, directory = original
+    unet = tfmq.load(directory / "quantized").unet
+    assert kernels(unet) == ({"OnednnKernel"} if available() else {"NoneType"})
+    assert sqnr_db(output(pipeline.unet), output(unet)) > 35
+
+
+def test_the_simulation_is_bitwise_the_model_in_memory(original: tuple[DDIMPipeline, Path]) -> None:
+    pipeline, directory = original
+    unet = tfmq.load(directory / "quantized", backend="simulated").unet
+    assert kernels(unet) == {"NoneType"} and torch.equal(output(unet), output(pipeline.unet))
+    component = tfmq.load(directory / "quantized" / "unet", backend="simulated", options=tfmq.Options(weights="packed"))
+    assert all(layer.unpacked is None for layer in packed_layers(component).values())
+    assert torch.equal(output(component), output(pipeline.unet))
+
+
+@pytest.mark.parametrize("backend", INTEGER)
+def test_saving_after_execution_writes_the_same_files(original: tuple[DDIMPipeline, Path], tmp_path: Path, backend: str) -> None:
+    pipeline, directory = original
+    loaded = tfmq.load(directory / "quantized", backend=backend)
+    tfmq.load(directory / "quantized", backend="simulated").save_pretrained(tmp_path / "before")
+    output(loaded.unet)
+    loaded.save_pretrained(tmp_path / "after")
+    assert files(tmp_path / "after") == files(tmp_path / "before")
+    assert torch.equal(output(tfmq.load(tmp_path / "after", backend="simulated").unet), output(pipeline.unet))
+    assert torch.equal(output(tfmq.load(tmp_path / "after", backend=backend).unet), output(loaded.unet))
+
+
+@pytest.mark.parametrize("backend", INTEGER)
+def test_a_bare_checkpoint(sampler: Callable[..., LoopSampler], tmp_path: Path, backend: str) -> None:
+    drawn = sampler("plain")
+    tfmq.quantize(drawn, replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3)), output_dir=tmp_path / "q")
+    x, t = torch.randn(2, 2, 8, 8), torch.tensor([333.0, 0.0])
+    expected = drawn.denoiser.module(x, t)
+    module = tfmq.load(tmp_path / "q", module=sampler("plain", seed=1).denoiser.module, backend=backend)
+    assert kernels(module) != {"NoneType"} and sqnr_db(expected, module(x, t)) > 35
+    tfmq.execute(module, "simulated")
+    assert torch.equal(module(x, t), expected)
+
+
+def test_a_full_precision_pipeline_has_no_backend(original: tuple[DDIMPipeline, Path]) -> None:
+    _, directory = original
+    assert isinstance(tfmq.load(directory / "stock"), DDIMPipeline)
+    with pytest.raises(ValueError, match="holds no model quantized by tfmq"):
+        tfmq.load(directory / "stock", backend="simulated")
+
+
+def test_refusals(original: tuple[DDIMPipeline, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, directory = original
+    with pytest.raises(ValueError, match=r"no backend 'abacus'; choose one of auto, .*reference, simulated, torch"):
+        tfmq.load(directory / "quantized", backend="abacus")
+
+    def missing(_: object) -> str:
+        raise MissingExtraError("this needs abacus; install it with: pip install 'tfmq[abacus]'")
+
+    monkeypatch.setattr("tfmq.backends.onednn.Torch.missing", missing)
+    with pytest.raises(MissingExtraError, match=r"tfmq\[abacus\]"):
+        tfmq.load(directory / "quantized", backend="torch")
+    assert kernels(tfmq.load(directory / "quantized").unet) == {"NoneType"}
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        "pipeline = tfmq.load(directory)",
+        "from diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained(directory)",
+    ],
+)
+def test_a_fresh_process_loads_whatever_imports_diffusers_first(original: tuple[DDIMPipeline, Path], statements: str) -> None:
+    path = os.pathsep.join(filter(None, [str(Path(tfmq.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    code = f"import sys\nimport tfmq\ndirectory = sys.argv[1]\n{statements}\nprint(type(pipeline.unet.tfmq_steps).__name__)"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    child = subprocess.run([sys.executable, "-c", code, original[1] / "quantized"], env=environment, capture_output=True, text=True)
+    assert child.returncode == 0 and child.stdout == "StepContext\n", child.stderr
