@@ -82,12 +82,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def _export(folders: Path) -> None:
+    """Write the quantized pipeline's denoiser for OpenVINO."""
+    pytest.importorskip("openvino")
+    from tfmq.api import open_sampler
+    from tfmq.export.directory import export
+
+    sampler = open_sampler(folders / "model")
+    (folders / "exported").mkdir()
+    export(sampler.denoiser, sampler.example(), folders / "exported", to="openvino")
+
+
 @pytest.fixture
 def lay_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Block], None]:
     """Return a function that makes the current folder an empty one with what a block needs."""
 
     def prepare(block: Block) -> None:
         for name in block.needs:
+            if name == "exported" and not (folders / name).exists():
+                _export(folders)
             shutil.copytree(folders / name, tmp_path / name)
         monkeypatch.chdir(tmp_path)
 
