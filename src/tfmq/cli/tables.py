@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from tfmq.report.summary import megabytes
 
 if TYPE_CHECKING:
+    from tfmq.evaluation.forecast import Forecast
     from tfmq.evaluation.inspection import Inspection
 
 # The rest of a long list is counted; --json has all of it.
@@ -110,6 +111,34 @@ def show_inspection(inspection: "Inspection") -> None:
     console.print()
     table = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
     console.print(_shortened(table, [(unit.name, str(len(unit.layers))) for unit in inspection.units]))
+
+
+def show_forecast(expected: "Forecast") -> None:
+    """Print what `tfmq inspect --device` measured: the machine, the slowest shapes, and the step to expect."""
+    console = Console()
+    console.print()
+    table = Table(Column("layer shape", overflow="fold"), box=None, pad_edge=False, header_style="dim")
+    for heading in ("layers", "float32 ms", "int8 ms", "ratio"):
+        table.add_column(heading, justify="right")
+    listed = []
+    for timing in expected.shapes:
+        int8, ratio = ("", "") if timing.int8_ms is None else (f"{timing.int8_ms:.3f}", f"{timing.fp32_ms / timing.int8_ms:.2f}")
+        shape = f"{timing.operation} {'x'.join(map(str, timing.weight))} on {'x'.join(map(str, timing.input))}"
+        listed.append((shape, str(timing.count), f"{timing.fp32_ms:.3f}", int8, ratio))
+    console.print(_shortened(table, listed))
+    console.print()
+    machine, weights = expected.machine, expected.weight_bytes
+    step = f"{expected.fp32_ms:.1f} ms in float32, of which {expected.rest_ms:.1f} ms outside layers"
+    if expected.predicted_ms is None:
+        step += "; this torch has no integer operators here"
+    else:
+        step += f"; about {expected.predicted_ms:.1f} ms in W8A8 by the torch backend ({expected.speedup:.2f}x)"
+    rows = [
+        ("machine", f"{machine['processor']}, {machine['threads']} threads; {', '.join(machine['instructions']) or 'no integer instructions'}"),
+        ("step", f"batch {expected.batch}: {step}"),
+        ("weights in memory", f"{megabytes(weights['fp32'])}; W8A8 {megabytes(weights['w8a8'])}, W4A8 {megabytes(weights['w4a8'])}"),
+    ]
+    console.print(_figures(rows))
 
 
 def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:

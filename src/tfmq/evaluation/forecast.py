@@ -1,0 +1,173 @@
+"""What to expect of integers on this machine, measured in seconds, before hours of calibration: each layer's shape in float32 and in int8."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.evaluation.cost.system import describe_machine
+from tfmq.kernels.kernel import IntegerWeight, Rows
+from tfmq.kernels.onednn import OnednnKernel, available, supports
+from tfmq.models.denoiser import Inputs
+from tfmq.models.sampler import Sampler
+from tfmq.models.trace import trace
+from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.swap import STEPS
+from tfmq.numerics.operations import Operation
+from tfmq.progress import Progress, silent
+
+# Each shape is timed for so long, float32 and int8 in turns, and the medians count.
+SECONDS = 0.08
+LEVELS = 256
+
+
+@dataclass(frozen=True)
+class Site:
+    """What makes two layers equally fast: the operation, the shapes of weight and input, a bias or none."""
+
+    operation: Operation
+    weight: tuple[int, ...]
+    input: tuple[int, ...]
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeTiming:
+    """The time of one call of a layer of this kind, in ms; `count` layers of the model are like it. Without an integer form `int8_ms` is None."""
+
+    operation: str
+    weight: tuple[int, ...]
+    input: tuple[int, ...]
+    count: int
+    fp32_ms: float
+    int8_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """The machine, the shapes from slow to fast, a step in float32 (measured) and in W8A8 by the torch backend (predicted), and weight bytes.
+
+    `rest_ms` is the part of the float32 step outside the layers, which stays what it is. `weight_bytes` are those in memory while a W8A8 model
+    runs: packed codes and executable copy, against float32's. `instructions` that decide are in `machine`.
+    """
+
+    machine: Mapping[str, Any]
+    batch: int
+    shapes: tuple[ShapeTiming, ...]
+    fp32_ms: float
+    rest_ms: float
+    predicted_ms: float | None
+    speedup: float | None
+    weight_bytes: Mapping[str, int]
+
+
+@contextmanager
+def _sites(module: nn.Module, names: set[str]) -> Iterator[Counter[Site]]:
+    """Count what the layers `names` are called with while the context is open."""
+    found: Counter[Site] = Counter()
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        operation = operation_of(layer)
+        if operation is not None:
+            found[Site(operation, tuple(weight_of(layer).shape), tuple(args[0].shape), layer.bias is not None)] += 1
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(note) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _milliseconds(*calls: Callable[[], object]) -> list[float]:
+    """Return the median time of each call; they take turns."""
+    for call in calls:
+        call()
+    slices: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + SECONDS * len(calls)
+    while time.perf_counter() < end or len(slices[0]) < 3:
+        for call, seconds in zip(calls, slices, strict=True):
+            began = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began)
+    return [median(seconds) * 1e3 for seconds in slices]
+
+
+def _kernel(site: Site) -> OnednnKernel | None:
+    if not available():
+        return None
+    values = torch.randint(-127, 128, site.weight, dtype=torch.int16)
+    weight = IntegerWeight(site.operation, values, torch.full((site.weight[0], 1), 1e-3), torch.zeros(site.weight[0]) if site.bias else None)
+    return OnednnKernel(weight) if supports(weight, LEVELS) else None
+
+
+def _time(site: Site, count: int) -> ShapeTiming:
+    weight, bias = torch.randn(site.weight), torch.zeros(site.weight[0]) if site.bias else None
+    x = torch.randn(site.input)
+    kernel = _kernel(site)
+    calls: list[Callable[[], Tensor]] = [lambda: site.operation(x, weight, bias)]
+    if kernel is not None:
+        # What reaches a layer of a quantized denoiser came out of such layers: channels-last.
+        arranged = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        rows = Rows(torch.full((1, 1), 0.02), torch.full((1, 1), 128, dtype=torch.uint8), LEVELS)
+        calls.append(lambda: kernel(arranged, rows))
+    times = _milliseconds(*calls)
+    name = type(site.operation).__name__.lower()
+    int8 = times[1] if kernel is not None else None
+    return ShapeTiming(operation=name, weight=site.weight, input=site.input, count=count, fp32_ms=times[0], int8_ms=int8)
+
+
+@torch.no_grad()
+def forecast(sampler: Sampler, *, batch: int = 1, progress: Progress = silent) -> Forecast:
+    """Measure the layers of a full-precision denoiser in float32 and int8 at its own shapes, and predict a W8A8 step on this machine's CPU.
+
+    Layers whose features would come from a table are counted in float32 alone: the quantized model does not run them.
+
+    Raises:
+        ValueError: the model is quantized already, or is not on the CPU.
+    """
+    module = sampler.denoiser.module
+    if hasattr(module, STEPS):
+        raise ValueError("the model is quantized already; measure it with tfmq bench, or pass the full-precision one")
+    if next(module.parameters()).device.type != "cpu":
+        raise ValueError("the forecast is for the CPU, whose integer operators it measures")
+    example: Inputs = sampler.example()
+    traced = trace(sampler.denoiser, example)
+    inputs = example.resized(batch)
+    features = {layer.name: layer.cacheable for layer in traced.temporal if layer.name in traced.features}
+    tabulated = {layer.name for layer in traced.temporal if all(features.values()) or features.get(layer.name, False)}
+    with _sites(module, {layer.name for layer in traced.layers} - tabulated) as kept:
+        sampler.denoiser(inputs)
+    with _sites(module, tabulated) as dropped:
+        sampler.denoiser(inputs)
+    with progress("timing layers", total=len(kept) + len(dropped)) as advance:
+        timings, gone = [], 0.0
+        for site, count in kept.items():
+            timings.append(_time(site, count))
+            advance(1)
+        for site, count in dropped.items():
+            gone += _time(site, count).fp32_ms * count
+            advance(1)
+    (step,) = _milliseconds(lambda: sampler.denoiser(inputs))
+    rest = max(0.0, step - gone - sum(timing.fp32_ms * timing.count for timing in timings))
+    predicted = None
+    if any(timing.int8_ms is not None for timing in timings):
+        predicted = rest + sum((timing.fp32_ms if timing.int8_ms is None else timing.int8_ms) * timing.count for timing in timings)
+    weights = sum(prod(weight_of(module.get_submodule(layer.name)).shape) for layer in traced.layers)
+    return Forecast(
+        machine=describe_machine(torch.get_num_threads()),
+        batch=batch,
+        shapes=tuple(sorted(timings, key=lambda timing: -timing.fp32_ms * timing.count)),
+        fp32_ms=step,
+        rest_ms=rest,
+        predicted_ms=predicted,
+        speedup=None if predicted is None else step / predicted,
+        weight_bytes={"fp32": 4 * weights, "w8a8": 2 * weights, "w4a8": weights + weights // 2},
+    )

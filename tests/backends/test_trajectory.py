@@ -1,0 +1,43 @@
+"""Whole trajectories of the embedded model: what the backends draw is what the exact reference draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import tfmq
+from tfmq.api import open_sampler
+from tfmq.backends.execution import execute
+from tfmq.evaluation.paired import paired_fidelity
+from tfmq.evaluation.sampling import draw
+from tfmq.kernels.onednn import available
+from tfmq.models.sampler import Sampler
+from tfmq.recipes.recipe import Calibration
+
+STEPS, IMAGES = 50, 4
+
+
+def drawn(sampler: Sampler, backend: str) -> np.ndarray:
+    execute(sampler.denoiser.module, backend)
+    return draw(sampler, IMAGES, steps=STEPS, seed=0, batch_size=IMAGES)
+
+
+def test_fifty_steps_end_in_the_same_images(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFMQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+    sampler = open_sampler("default")
+    recipe = tfmq.scheme("w8a8")
+    temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
+    calibration = Calibration(samples=1, steps=STEPS, batch_size=1)
+    tfmq.quantize(sampler, replace(recipe, calibration=calibration, learning=replace(recipe.learning, iterations=0), temporal=temporal))
+    exact = drawn(sampler, "reference")
+    backends = ["simulated"]
+    if available():
+        backends.append("torch")
+    try:
+        import openvino  # noqa: F401
+
+        backends.append("openvino")
+    except ImportError:
+        pass
+    psnr = {backend: paired_fidelity(exact, drawn(sampler, backend)).mean_psnr_db for backend in backends}
+    assert min(psnr.values()) >= 40, psnr
