@@ -84,7 +84,7 @@ class _Builder:
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given = (bins, *tensors)
-            request.infer({position: given[index].contiguous().numpy() for position, index in enumerate(order)}, share_inputs=True)
+            request.infer({position: given[index].detach().contiguous().numpy() for position, index in enumerate(order)}, share_inputs=True)
             return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(len(model.outputs)))
 
         return run
