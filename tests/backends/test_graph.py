@@ -1,6 +1,8 @@
 """Whole denoisers as compiled graphs: OpenVINO and torch's compiler against the exact reference."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import nn
 import tfmq
 from tfmq.backends.backend import Options
 from tfmq.backends.execution import execute
+from tfmq.backends.openvino import shared_core
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -65,11 +68,11 @@ def test_openvino_computes_what_the_reference_does(cached: tuple[nn.Module, Inpu
 
 
 def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     module, inputs = copy.deepcopy(cached[0]), cached[1]
     execute(module, "openvino")
     outputs(module, inputs)
-    core = openvino.Core()
+    core = shared_core()
     model = core.read_model(next(own_cache.glob("*.xml")))
     nodes = [node.get_type_name() for node in model.get_ops()]
     convolutions = [name for name, layer in module.named_modules() if type(layer).__name__ == "PackedLayer" and len(layer.shape) == 4]
@@ -81,6 +84,31 @@ def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module
     info = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     kinds = [str(entry["runtimePrecision"].astype(str)) for entry in info if entry["layerType"].astype(str) == "Convolution"]
     assert kinds and set(kinds) <= {"u8", "i8"}
+
+
+SIGNAL_AFTER_TWO_MODELS = """
+import signal, torch
+from torch import nn
+from tfmq.backends.openvino import shared_core
+import openvino
+
+def compiled():
+    return shared_core().compile_model(openvino.convert_model(nn.Linear(4, 4), example_input=torch.zeros(1, 4)), "CPU")
+
+first, second = compiled(), compiled()
+del first
+del second
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_two_compiled_models_is_no_segmentation_fault() -> None:
+    pytest.importorskip("openvino")
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", SIGNAL_AFTER_TWO_MODELS], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "interrupted"), ended.stderr
 
 
 @pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")

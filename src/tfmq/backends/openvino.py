@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ def cache_directory() -> Path:
     """Return where converted and compiled models are kept: `$TFMQ_CACHE`, or `tfmq` in the user's cache directory."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(CACHE) or Path(home) / "tfmq") / "openvino"
+
+
+@cache
+def shared_core() -> Any:
+    """Return the one `openvino.Core` of this process, which lives as long as the process.
+
+    A core's CPU plug-in gives the process a stack for signals and, when it ends, puts back the one it had found. Two cores that do not end in the
+    reverse order of their making leave a stack that is freed already, and the next signal, a Ctrl-C for one, ends in a segmentation fault.
+    """
+    import openvino as ov
+
+    return ov.Core()
 
 
 @register("openvino")
@@ -61,9 +74,7 @@ class _Builder:
         self.digest = tensor_digest(module.state_dict())
 
     def __call__(self, graph: Graph, call: Call) -> Run:
-        import openvino as ov
-
-        core = ov.Core()
+        core = shared_core()
         path = self._converted(graph, call)
         try:
             model = core.read_model(path)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tfmq.backends.openvino import shared_core
 from tfmq.errors import require
 from tfmq.evaluation.cost.flat import Flat, tensors_of
 from tfmq.evaluation.cost.variant import Prepared, Setting, register
@@ -31,11 +32,11 @@ def _converted(setting: Setting) -> Any:
 
 
 def _compiled(setting: Setting) -> Prepared:
-    openvino = require("openvino", extra="bench")
+    require("openvino", extra="bench")
     path = setting.folder / FILE
     # Float stays float32: processors with native bfloat16 would otherwise compute in that.
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setting.threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(str(path), "CPU", hints).create_infer_request()
+    request = shared_core().compile_model(str(path), "CPU", hints).create_infer_request()
 
     def step(call: Inputs) -> torch.Tensor:
         request.infer(_arrays(call), share_inputs=True)
