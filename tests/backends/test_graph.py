@@ -98,6 +98,7 @@ def compiled():
 first, second = compiled(), compiled()
 del first
 del second
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
