@@ -59,15 +59,16 @@ class Cell:
         return f"{self.scheme}-{self.method}-{self.seed}"
 
     def recipe(self, iterations: int | None) -> Recipe:
-        """Return the cell's recipe; `iterations` replaces the presets' where they learn."""
+        """Return the cell's recipe; with `iterations`, AdaRound of so many steps takes the place of the presets' solver."""
         if self.method in ("rtn", "brecq"):
             recipe = tfmq.scheme(f"{self.method}_{self.scheme}")
         else:
             maintenance, table = self.method.removeprefix("tfmq_").partition("_")[0], "float16" if self.method.endswith("fp16") else "int8"
             recipe = tfmq.scheme(self.scheme)
             recipe = replace(recipe, temporal=Temporal(maintenance=maintenance, table=table, learning=recipe.temporal.learning))  # type: ignore[arg-type]
-        if iterations is not None and recipe.learning.iterations:
-            recipe = replace(recipe, learning=replace(recipe.learning, iterations=iterations))
+        if iterations is not None and recipe.rounding.solver != "nearest":
+            rounding, learning = replace(recipe.rounding, solver="adaround"), replace(recipe.learning, iterations=iterations)
+            recipe = replace(recipe, rounding=rounding, learning=learning)
         return recipe
 
 
@@ -138,8 +139,8 @@ def measure(cell: Cell, reference: Reference, iterations: int | None, progress: 
     report = tfmq.quantize(sampler, recipe, seed=cell.seed, progress=progress).report
     seconds = time.perf_counter() - began
     module = sampler.denoiser.module
-    tfmq.execute(module, "simulated")  # keeps the weights unpacked; the same values
     disturbed = temporal_disturbance(reference.sampler, module)
+    tfmq.execute(module, "auto")  # what a user would run
     images = draw(sampler, reference.num_images, steps=STEPS, seed=IMAGE_SEED, batch_size=64, progress=progress)
     fidelity = paired_fidelity(reference.images, images)
     np.save(reference.directory / f"{cell.name}.npy", images[:32])
@@ -148,7 +149,8 @@ def measure(cell: Cell, reference: Reference, iterations: int | None, progress: 
         "scheme": cell.scheme,
         "method": cell.method,
         "seed": cell.seed,
-        "iterations": recipe.learning.iterations,
+        "solver": recipe.rounding.solver,
+        "iterations": recipe.learning.iterations if recipe.rounding.solver == "adaround" else 0,
         "temporal_iterations": recipe.temporal.learning.iterations if cell.method.startswith("tfmq") else 0,
         "seconds": seconds,
         "bytes": report["bytes"],
@@ -189,7 +191,7 @@ def read_cells(directory: Path) -> list[dict[str, Any]]:
 
 
 def aggregate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each scheme and method: means over seeds, and the standard deviation of PSNR."""
+    """Return one row for each scheme and method: means over seeds, and the standard deviation of PSNR over them."""
     result = []
     for key in dict.fromkeys((row["scheme"], row["method"]) for row in rows):
         group = [row for row in rows if (row["scheme"], row["method"]) == key]
@@ -272,7 +274,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--num-images", type=int, default=256)
-    parser.add_argument("--iterations", type=int, help="learning steps a unit, instead of the presets'")
+    parser.add_argument("--iterations", type=int, help="AdaRound with so many steps a unit, instead of the presets' solver")
     parser.add_argument("--real", type=Path, help="gzipped IDX file of the digits that the default model was trained on")
     parser.add_argument("--only", default="", help="run only cells whose name contains this")
     options = parser.parse_args()

@@ -176,7 +176,7 @@ STAGES = {
     "before units": ("units: reconstruction", -1),
     "in the first unit": ("units: reconstruction", 1),
     "after the first unit": ("units: reconstruction", 3),
-    "in the last unit": ("units: reconstruction", 11),
+    "in the last unit": ("units: reconstruction", 6),
 }
 
 

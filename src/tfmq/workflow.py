@@ -19,6 +19,7 @@ from tfmq.progress import Progress, silent
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.solvers import work
 from tfmq.reconstruction.tiar import full_features, reconstruct_temporal
 from tfmq.reconstruction.unit import UnitReport, reconstruct_unit, settle
 from tfmq.reconstruction.units import Unit, find_units
@@ -85,11 +86,11 @@ def maintain_temporal(
     seed: int,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """Learn the roundings of the temporal block (TIAR); return their codes."""
+    """Learn the roundings of the temporal block (TIAR); return what was learned."""
     config = recipe.temporal.learning
     with progress("temporal block: TIAR", config.iterations) as advance:
         reconstruct_temporal(block, layers, steps, config, batches=store, seed=stage_seed(seed, "temporal"), advance=advance)
-    return {name: layer.codes for name, layer in layers.items()}
+    return _learned(layers)
 
 
 def reconstruct_units(
@@ -107,7 +108,9 @@ def reconstruct_units(
     module, layers = sampler.denoiser.module, calibrated_layers(sampler.denoiser.module)
     batches = StoredBatches(store, recipe.calibration.interval)
     reports = []
-    with progress("units: reconstruction", max(1, recipe.learning.iterations) * len(units)) as advance:
+    amounts = [work(recipe.rounding, recipe.learning, len(unit.layers)) for unit in units]
+    # Each unit counts one more, for its calls.
+    with progress("units: reconstruction", sum(amounts) + len(units)) as advance:
         for number, unit in enumerate(units):
 
             def compute(unit: Unit = unit) -> dict[str, Tensor]:
@@ -116,26 +119,30 @@ def reconstruct_units(
                     unit,
                     batches,
                     steps,
+                    recipe.rounding,
                     recipe.learning,
                     seed=stage_seed(seed, unit.name),
                     advance=advance,
                 )
                 figures = torch.tensor([report.error_before, report.error_after, report.seconds], dtype=torch.float64)
-                return {"report": figures, **{name: layers[name].codes for name in unit.layers}}
+                return {"report": figures, **_learned({name: layers[name] for name in unit.layers})}
 
             skipped = journal.done(f"unit_{number:04d}")
             tensors = journal.stage(f"unit_{number:04d}", compute)
             reports.append(UnitReport(unit.name, *tensors.pop("report").tolist()))
-            _restore(layers, tensors)
+            _restore({name: layers[name] for name in unit.layers}, tensors)
             settle(module.get_submodule(unit.name))
-            if skipped or recipe.learning.iterations == 0:
-                advance(max(1, recipe.learning.iterations))
+            advance(1 + (amounts[number] if skipped else 0))
     return tuple(reports)
 
 
-def _restore(layers: dict[str, CalibratedLayer], codes: dict[str, Tensor]) -> None:
-    for name, values in codes.items():
-        layers[name].codes.copy_(values)
+def _learned(layers: dict[str, CalibratedLayer]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.learned().items()}
+
+
+def _restore(layers: dict[str, CalibratedLayer], learned: dict[str, Tensor]) -> None:
+    for name, layer in layers.items():
+        layer.restore({key: learned[f"{name}.{key}"] for key in layer.learned()})
 
 
 def quantize_denoiser(

@@ -29,7 +29,7 @@ def test_the_presets_are_these() -> None:
 def test_the_schemes_are_the_papers(name: str, bits: tuple[int, int | None], per_step: str, rules: list) -> None:
     recipe = scheme(name)
     assert (recipe.weights.bits, recipe.activations.bits) == bits and recipe.activations.per_step == per_step
-    assert recipe.temporal.maintenance == "cache" and ends(recipe) == rules and recipe.learning.iterations > 0
+    assert recipe.temporal.maintenance == "cache" and ends(recipe) == rules and recipe.rounding.solver == "gptq"
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8", "w4a32"])
@@ -40,7 +40,7 @@ def test_baselines_differ_from_the_method_in_what_they_leave_out_alone(name: str
         assert recipe.temporal.maintenance == "none" and recipe.activations.per_step == "none"
         assert (recipe.weights, recipe.rules, recipe.calibration) == (method.weights, method.rules, method.calibration)
         assert recipe.activations.bits == method.activations.bits
-    assert nearest.learning.iterations == 0 and block.learning == method.learning
+    assert nearest.rounding.solver == "nearest" and (block.rounding, block.learning) == (method.rounding, method.learning)
     assert (nearest, block) == (scheme(f"rtn_{name}"), scheme(f"brecq_{name}"))
 
 

@@ -11,6 +11,7 @@ from tfmq.recipes.presets import PRESETS, tfmq_w4a8
 from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal, Weights
 from tfmq.recipes.yaml import dumps, from_dict, load, to_dict
 from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import Rounding
 
 yaml = pytest.importorskip("yaml")
 
@@ -45,6 +46,12 @@ recipes = st.builds(
         table=st.sampled_from(["int8", "float16"]),
         scope=st.sampled_from(["key", "feature", "step", "global"]),
         learning=learnings,
+    ),
+    rounding=st.builds(
+        Rounding,
+        solver=st.sampled_from(["nearest", "adaround", "gptq"]),
+        damping=st.floats(1e-9, 10.0),
+        **{name: st.integers(1, 999) for name in ("positions", "sweeps", "widest")},
     ),
     learning=learnings,
     calibration=st.builds(Calibration, **{name: st.integers(1, 999) for name in ("samples", "steps", "interval", "batch_size")}),

@@ -14,6 +14,7 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
 from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import Rounding, SolverName
 from tfmq.reconstruction.unit import UnitReport, capture_unit, reconstruct_unit, settle
 from tfmq.reconstruction.units import find_units
 
@@ -38,20 +39,25 @@ def batches(example: Inputs, *, count: int = 4) -> list[Inputs]:
     return [Inputs(torch.randn_like(grown.sample), timesteps, grown.conditions) for _ in range(count)]
 
 
-def reconstruct(denoiser: Denoiser, name: str, data: list[Inputs], steps: StepContext, *, exclude: tuple[str, ...] = ()) -> UnitReport:
+def reconstruct(
+    denoiser: Denoiser, name: str, data: list[Inputs], steps: StepContext, *, exclude: tuple[str, ...] = (), solver: SolverName = "adaround"
+) -> UnitReport:
     units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)), exclude=exclude)}
-    return reconstruct_unit(denoiser, units[name], data, steps, QUICK, seed=0, advance=lambda amount=1: None)
+    return reconstruct_unit(denoiser, units[name], data, steps, Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None)
 
 
 @pytest.mark.parametrize(("model", "unit"), [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")])
 @pytest.mark.parametrize("activation_bits", [None, 8])
-def test_the_outputs_error_falls_and_is_reported(build: Callable[..., Any], model: str, unit: str, activation_bits: int | None) -> None:
+@pytest.mark.parametrize("solver", ["adaround", "gptq"])
+def test_the_outputs_error_falls_and_is_reported(
+    build: Callable[..., Any], model: str, unit: str, activation_bits: int | None, solver: SolverName
+) -> None:
     denoiser, example = build(model)
     steps, data = prepared(denoiser, example, activation_bits=activation_bits), batches(example)
     with precision(denoiser.module, weights="full", inputs="full"):
         module = denoiser.module.get_submodule(unit)
-        calls = capture_unit(denoiser, module, data)
-    report = reconstruct(denoiser, unit, data, steps)
+        _, calls = capture_unit(denoiser, module, data)
+    report = reconstruct(denoiser, unit, data, steps, solver=solver)
     assert report.name == unit and report.error_after < 0.9 * report.error_before and report.seconds > 0
     with torch.no_grad(), steps.at(calls.timestep):
         after = (module(*calls.args, **calls.kwargs) - calls.outputs[0]).square().sum(dim=1).mean()
@@ -103,10 +109,11 @@ def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
     table.fit(torch.full((3, 8), 100.0))
     replace_module(denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True))
     watched()
-    calls = capture_unit(denoiser, unit, data[:1])
+    full, calls = capture_unit(denoiser, unit, data[:1])
     stock_input, stock_output, quantized_input, _ = seen
     assert torch.equal(calls.args[0], quantized_input) and not torch.allclose(quantized_input, stock_input)
     torch.testing.assert_close(calls.outputs[0], stock_output)
+    torch.testing.assert_close(full.args[0], stock_input)
 
 
 class TwoStreams(nn.Module):

@@ -86,8 +86,9 @@ class CalibrationStore:
         return torch.cat(self._timesteps).unique()
 
     def every(self, interval: int) -> Iterator[Inputs]:
-        """Yield the calls of every `interval`-th distinct timestep (all guidance halves of it), in order."""
-        kept = set(self.timesteps()[::interval].tolist())
+        """Yield the calls of every `interval`-th distinct timestep from noise to image, and of the last (all guidance halves), in order."""
+        timesteps = self.timesteps().flip(0).tolist()
+        kept = {*timesteps[::interval], timesteps[-1]}
         for inputs in self:
             if float(inputs.timestep[0].float()) in kept:
                 yield inputs

@@ -39,8 +39,10 @@ def _named(scheme: str | None, path: Path | None) -> "Recipe":
 def _adjusted(recipe: "Recipe", *, steps: int | None, calib_size: int | None, iterations: int | None) -> "Recipe":
     """Return the recipe with the numbers that the command line gives."""
     calibration = replace(recipe.calibration, steps=steps or recipe.calibration.steps, samples=calib_size or recipe.calibration.samples)
-    learning = recipe.learning if iterations is None else replace(recipe.learning, iterations=iterations)
-    return replace(recipe, calibration=calibration, learning=learning)
+    if iterations is not None:
+        rounding, learning = replace(recipe.rounding, solver="adaround"), replace(recipe.learning, iterations=iterations)
+        recipe = replace(recipe, rounding=rounding, learning=learning)
+    return replace(recipe, calibration=calibration)
 
 
 def quantize(
@@ -50,7 +52,7 @@ def quantize(
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="A recipe file instead of a scheme.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps of the calibration and of the finite set.")] = None,
     calib_size: Annotated[int | None, typer.Option("--calib-size", min=1, help="Images drawn for the calibration.")] = None,
-    iterations: Annotated[int | None, typer.Option("--iterations", min=0, help="Learning steps a unit; 0 rounds to nearest.")] = None,
+    iterations: Annotated[int | None, typer.Option("--iterations", min=0, help="AdaRound with so many steps a unit; 0 rounds to nearest.")] = None,
     seed: Seed = 0,
     device: Device = None,
     prompts: Prompts = None,

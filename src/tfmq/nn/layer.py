@@ -1,5 +1,6 @@
 """Quantized linear and convolution layers: one that is being fitted, one that is done."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -19,10 +20,12 @@ class CalibratedLayer(nn.Module):
     """A layer during calibration: the full-precision weight, a grid for it, and a choice between the two.
 
     `weight_precision` and `input_precision` say what a call computes with; `tfmq.nn.swap.precision` sets them for a while. `rounding` holds
-    the trainable roundings while the layer's unit is reconstructed, `codes` the fixed ones before and after.
+    the trainable roundings while the layer's unit is reconstructed, `codes` the fixed ones before and after. `correction` `[C_out]` is added to
+    the bias together with quantized weights: what they shift the mean of each channel by.
     """
 
     codes: Tensor
+    correction: Tensor | None
 
     def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: ActivationQuantizer | None) -> None:
         super().__init__()
@@ -35,16 +38,36 @@ class CalibratedLayer(nn.Module):
         self.weight_precision: Precision = "full"
         self.input_precision: Precision = "full"
         self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
+        self.register_buffer("correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
         return self.grid.decode(self.rounding.codes(hard=False) if self.rounding else self.codes.to(self.weight.dtype))
 
+    def quantized_bias(self) -> Tensor | None:
+        """Return the bias that goes with the quantized weight."""
+        return None if self.bias is None or self.correction is None else self.bias + self.correction
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Return what the layer computes with of an input."""
+        return self.input_quantizer(x) if self.input_quantizer is not None and self.input_precision == "quantized" else x
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the tensors that reconstruction sets, by name."""
+        tensors = {"codes": self.codes, "scale": self.grid.scale}
+        return tensors if self.correction is None else {**tensors, "correction": self.correction}
+
+    @torch.no_grad()
+    def restore(self, learned: Mapping[str, Tensor]) -> None:
+        """Take over tensors that `learned` of such a layer returned."""
+        for name, tensor in self.learned().items():
+            tensor.copy_(learned[name])
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.input_quantizer is not None and self.input_precision == "quantized":
-            x = self.input_quantizer(x)
-        weight = self.quantized_weight().to(x.dtype) if self.weight_precision == "quantized" else self.weight
-        return self.operation(x, weight, self.bias)
+        x = self.entering(x)
+        if self.weight_precision == "full":
+            return self.operation(x, self.weight, self.bias)
+        return self.operation(x, self.quantized_weight().to(x.dtype), self.quantized_bias())
 
 
 class PackedLayer(nn.Module):
@@ -133,6 +156,6 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
     packed.scale.copy_(grid.scale)
     if packed.zero_point is not None:
         packed.zero_point.copy_(grid.zero_point)
-    if packed.bias is not None and layer.bias is not None:
-        packed.bias.copy_(layer.bias)
+    if (bias := layer.quantized_bias()) is not None and packed.bias is not None:
+        packed.bias.copy_(bias)
     return packed

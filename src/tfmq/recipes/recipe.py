@@ -7,6 +7,7 @@ from typing import Literal
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import Rounding
 
 RangeMethod = Literal["search", "min_max"]
 PerStep = Literal["none", "temporal", "all"]
@@ -139,6 +140,7 @@ class Recipe:
     weights: Weights = field(default_factory=Weights)
     activations: Activations = field(default_factory=Activations)
     temporal: Temporal = field(default_factory=Temporal)
+    rounding: Rounding = field(default_factory=Rounding)
     learning: Learning = field(default_factory=Learning)
     calibration: Calibration = field(default_factory=Calibration)
     rules: tuple[Rule, ...] = ()

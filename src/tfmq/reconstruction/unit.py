@@ -1,7 +1,8 @@
 """Reconstruct one unit: roundings that make its output that of the full-precision model."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,14 @@ from tfmq.nn.swap import precision
 from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance
 from tfmq.quantizers.steps import StepContext
-from tfmq.reconstruction.learning import Learning, learn_rounding
+from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import SOLVERS, Rounding, UnitProblem
 from tfmq.reconstruction.units import Unit
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Mean squared error of a unit's outputs with nearest and with learned rounding, and the time it took."""
+    """Mean squared error of a unit's outputs with the nearest and with the found codes, and the time it took."""
 
     name: str
     error_before: float
@@ -34,12 +36,18 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(dim=-1 if output.ndim == 3 else 1).mean()
 
 
-def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> UnitCalls:
-    """Return the unit's inputs in the quantized network so far, with its outputs in the full-precision network."""
-    with precision(denoiser.module, weights="full", inputs="full"), without_tables(denoiser.module):
-        targets = capture(denoiser, unit, batches).outputs
+def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> tuple[UnitCalls, UnitCalls]:
+    """Return the unit's calls in the full-precision network, and those in the quantized network so far with the outputs of the former."""
+    with _full_precision(denoiser.module):
+        full = capture(denoiser, unit, batches)
     calls = capture(denoiser, unit, batches)
-    return UnitCalls(calls.args, calls.kwargs, calls.timestep, targets)
+    return full, UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
+
+
+@contextmanager
+def _full_precision(module: nn.Module) -> Iterator[None]:
+    with precision(module, weights="full", inputs="full"), without_tables(module):
+        yield
 
 
 def _unit_loss(unit: nn.Module, calls: UnitCalls, steps: StepContext) -> Callable[[UnitCalls], Tensor]:
@@ -52,8 +60,7 @@ def _unit_loss(unit: nn.Module, calls: UnitCalls, steps: StepContext) -> Callabl
 
 
 @torch.no_grad()
-def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, batch_size: int) -> float:
-    parts = torch.arange(len(calls)).split(batch_size)
+def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, parts: Sequence[Tensor]) -> float:
     return sum(float(loss(calls.rows(part))) * len(part) for part in parts) / len(calls)
 
 
@@ -62,31 +69,51 @@ def reconstruct_unit(
     unit: Unit,
     batches: Iterable[Inputs],
     steps: StepContext,
-    config: Learning,
+    rounding: Rounding,
+    learning: Learning,
     *,
     seed: int,
     advance: Advance,
 ) -> UnitReport:
-    """Learn the roundings of `unit` on `batches` and leave it quantized.
+    """Find the roundings of `unit` on `batches` with the solver of `rounding`, and leave it quantized.
 
     `steps` gives each sample its own timestep. The layers of the unit end with quantized weights and, where they have a quantizer for
-    them, quantized inputs.
+    them, quantized inputs. What ends with more error than the nearest codes gives way to them.
     """
     began = time.perf_counter()
     module = denoiser.module.get_submodule(unit.name)
-    calls = capture_unit(denoiser, module, batches)
+    full, calls = capture_unit(denoiser, module, batches)
     settle(module)
     loss = _unit_loss(module, calls, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
+    parts = torch.arange(len(calls)).split(learning.batch_size)
+
+    def run(calls: UnitCalls, part: Tensor) -> None:
+        rows = calls.rows(part)
+        with steps.at(rows.timestep):
+            module(*rows.args, **rows.kwargs)
+
+    def run_full(part: Tensor) -> None:
+        with _full_precision(module):
+            run(full, part)
 
     def drawn(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(calls), (config.batch_size,), generator=generator)
+        index = torch.randint(len(calls), (learning.batch_size,), generator=generator)
         return loss(calls.rows(index))
 
-    before = _mean_error(loss, calls, config.batch_size)
-    learn_rounding(layers, drawn, config, seed=seed, advance=advance)
-    after = _mean_error(loss, calls, config.batch_size)
+    before, nearest = _mean_error(loss, calls, parts), {name: _copied(layer.learned()) for name, layer in layers.items()}
+    problem = UnitProblem(layers, parts, run_full, lambda part: run(calls, part), drawn, learning, advance)
+    SOLVERS[rounding.solver](problem, rounding, seed)
+    after = _mean_error(loss, calls, parts)
+    if not after <= before:
+        for name, layer in layers.items():
+            layer.restore(nearest[name])
+        after = before
     return UnitReport(unit.name, before, after, time.perf_counter() - began)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def settle(module: nn.Module) -> None:

@@ -1,0 +1,154 @@
+"""Integer weights of least quadratic error: rounding with error feedback, coordinate descent, scales by least squares."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Columns that are updated one by one before the rest catches up with a matrix product.
+BLOCK = 64
+# Another sweep of coordinate descent has to move at least this share of the codes.
+WORTHWHILE = 1e-3
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The error `(w - target) hessian (w - target)^T` of each weight row `w`.
+
+    `target` is `[G, R, n]`: R rows of n columns, for each of G groups that see inputs of their own. `hessian` is `[G, n, n]`, positive definite.
+    """
+
+    target: Tensor
+    hessian: Tensor
+
+    def gradient(self, values: Tensor) -> Tensor:
+        """Return half the gradient at weights `[G, R, n]`."""
+        return (values - self.target) @ self.hessian
+
+    def error(self, values: Tensor) -> Tensor:
+        """Return the error of each row of the weights, `[G, R]`."""
+        return (self.gradient(values) * (values - self.target)).sum(dim=2)
+
+    def to(self, dtype: torch.dtype) -> "Quadratic":
+        """Return the same error in another dtype."""
+        return Quadratic(self.target.to(dtype), self.hessian.to(dtype))
+
+    def ordered(self, order: Tensor) -> "Quadratic":
+        """Return the same error for columns in the `order` `[G, n]`."""
+        rows = self.hessian.gather(1, order[:, :, None].expand_as(self.hessian))
+        return Quadratic(in_order(self.target, order), in_order(rows, order))
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """The grids of weights `[G, R, n]`: `scale` and `zero_point` of each entry, and the number of codes."""
+
+    scale: Tensor
+    zero_point: Tensor
+    levels: int
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the nearest codes, as integers in float."""
+        return torch.round(values / self.scale + self.zero_point).clamp(0, self.levels - 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the values of codes."""
+        return (codes - self.zero_point) * self.scale
+
+    def ordered(self, order: Tensor) -> "CodeGrid":
+        """Return the grids of the columns in the `order` `[G, n]`."""
+        return replace(self, scale=in_order(self.scale, order), zero_point=in_order(self.zero_point, order))
+
+    def columns(self, start: int, stop: int) -> "CodeGrid":
+        """Return the grids of some columns."""
+        return replace(self, scale=self.scale[:, :, start:stop], zero_point=self.zero_point[:, :, start:stop])
+
+
+def in_order(values: Tensor, order: Tensor) -> Tensor:
+    """Return the last axis of `values` `[G, R, n]` in the `order` `[G, n]`."""
+    return values.gather(2, order[:, None, :].expand_as(values))
+
+
+def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
+    """Round column by column, each time moving what is not rounded yet to make up for the error (GPTQ, Frantar et al., 2023, algorithm 1)."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian.double()))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    values = problem.target.float().clone()
+    codes = torch.empty_like(values)
+    for start in range(0, values.shape[2], BLOCK):
+        stop = min(start + BLOCK, values.shape[2])
+        block, inner, local = values[:, :, start:stop], factor[:, start:stop, start:stop], grid.columns(start, stop)
+        errors = torch.empty_like(block)
+        for j in range(stop - start):
+            column = slice(j, j + 1)
+            code = local.columns(j, j + 1).nearest(block[:, :, column])
+            error = (block[:, :, column] - local.columns(j, j + 1).decode(code)) / inner[:, column, column]
+            block[:, :, j:] -= error * inner[:, column, j:]
+            codes[:, :, start + j : start + j + 1], errors[:, :, column] = code, error
+        values[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return codes
+
+
+def sweep(problem: Quadratic, grid: CodeGrid, codes: Tensor) -> int:
+    """Move each column of `codes` in place to its best value given all others, once; return how many codes moved."""
+    gradient = problem.gradient(grid.decode(codes))
+    moved = 0
+    for start in range(0, codes.shape[2], BLOCK):
+        stop = min(start + BLOCK, codes.shape[2])
+        inner, local, slopes = problem.hessian[:, start:stop, start:stop], grid.columns(start, stop), gradient[:, :, start:stop].clone()
+        shifts = torch.empty_like(slopes)
+        for j in range(stop - start):
+            column, one = slice(j, j + 1), local.columns(j, j + 1)
+            before = codes[:, :, start + j : start + j + 1]
+            code = one.nearest(one.decode(before) - slopes[:, :, column] / inner[:, column, column])
+            shift = (code - before) * one.scale
+            slopes += shift * inner[:, column, :]
+            codes[:, :, start + j : start + j + 1], shifts[:, :, column] = code, shift
+        gradient += shifts @ problem.hessian[:, start:stop]
+        moved += int(torch.count_nonzero(shifts))
+    return moved
+
+
+def refit(problem: Quadratic, grid: CodeGrid, codes: Tensor, segment: Tensor) -> CodeGrid:
+    """Return the grid with each row's scale at its optimum for `codes`; `segment` `[n]` numbers the columns that share a scale."""
+    scale = grid.scale.clone()
+    for number in segment.unique():
+        values = (codes - grid.zero_point) * scale
+        part = torch.where(segment == number, values, 0.0)
+        curve = ((part @ problem.hessian) * part).sum(dim=2)
+        ratio = 1 - (problem.gradient(values) * part).sum(dim=2) / curve
+        # A row of zeros has no scale of its own, and a scale stays positive.
+        ratio = torch.where((curve > 0) & (ratio > 0), ratio, torch.ones_like(ratio))
+        scale = torch.where(segment == number, scale * ratio[:, :, None], scale)
+    return replace(grid, scale=scale)
+
+
+@torch.no_grad()
+def compensate(problem: Quadratic, grid: CodeGrid, segment: Tensor, *, sweeps: int, refitted: bool = True) -> tuple[Tensor, CodeGrid]:
+    """Return codes `[G, R, n]` and the grid that they refer to: error feedback, then coordinate descent and, where `refitted`, new scales in turns.
+
+    The problem is in float64, which inverting its hessian needs, and the grid in float32. Columns are taken in falling order of the hessian's
+    diagonal, and each row's error ends no larger than that of its nearest codes.
+    """
+    order = problem.hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    back = order.argsort(dim=1)
+    ordered, fitted = problem.ordered(order), grid.ordered(order)
+    segments = segment.expand_as(order).gather(1, order)[:, None, :]
+    codes = feedback(ordered, fitted)
+    problem, ordered = problem.to(torch.float32), ordered.to(torch.float32)
+    for _ in range(sweeps):
+        enough = sweep(ordered, fitted, codes) < WORTHWHILE * codes.numel()
+        fitted = refit(ordered, fitted, codes, segments) if refitted else fitted
+        if enough:
+            break
+    codes, fitted = in_order(codes, back), fitted.ordered(back)
+    nearest = grid.nearest(problem.target)
+    worse = (problem.error(fitted.decode(codes)) > problem.error(grid.decode(nearest)))[:, :, None]
+    return torch.where(worse, nearest, codes), replace(grid, scale=torch.where(worse, grid.scale, fitted.scale))
+
+
+def segment_numbers(widths: Sequence[int], channels: int, positions: int) -> Tensor:
+    """Return the segment of each column of a flattened weight `[R, channels, positions]`, `[channels * positions]`."""
+    numbers = torch.arange(max(1, len(widths))).repeat_interleave(torch.tensor(widths or (channels,)))
+    return numbers.repeat_interleave(positions)

@@ -1,0 +1,156 @@
+"""What a layer's rounding sees of the calibration data: second moments of its inputs, and of its error in reproducing full precision."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.numerics.operations import Convolution, Operation
+
+Run = Callable[[Tensor], Any]
+
+
+@dataclass
+class Moments:
+    """Means over sampled output positions, of a layer with G groups of R rows and n columns.
+
+    `hessian` `[G, n, n]` of `x x^T`, `cross` `[G, R, n]` of `r x^T`, `inputs` `[G, n]` of `x` and `residuals` `[G, R]` of `r`: x is what the
+    layer reads in the quantized network, and r what its full-precision weight leaves of the full-precision network's output there.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    inputs: Tensor
+    residuals: Tensor
+
+    def centred(self) -> "Moments":
+        """Return the covariances in the place of the second moments: what is left to the weights when a bias takes the means."""
+        hessian = self.hessian - self.inputs[:, :, None] * self.inputs[:, None, :]
+        return Moments(hessian, self.cross - self.residuals[:, :, None] * self.inputs[:, None, :], self.inputs, self.residuals)
+
+
+def positions_of(operation: Operation, output: Tensor) -> int:
+    """Return the number of places of one sample of an output: pixels, or tokens."""
+    return prod(output.shape[2:]) if isinstance(operation, Convolution) else prod(output.shape[1:-1])
+
+
+def outputs_at(operation: Operation, output: Tensor, places: Tensor) -> Tensor:
+    """Return an output's values at `places` `[P]` of each sample, `[N * P, C_out]`."""
+    flat = output.flatten(2).mT if isinstance(operation, Convolution) else output.reshape(len(output), -1, output.shape[-1])
+    return flat[:, places].flatten(0, 1)
+
+
+def inputs_at(operation: Operation, x: Tensor, kernel: Sequence[int], places: Tensor) -> Tensor:
+    """Return what the outputs at `places` `[P]` of each sample read, `[G, N * P, n]`, in the order of the flattened weight."""
+    if not isinstance(operation, Convolution):
+        return x.reshape(len(x), -1, x.shape[-1])[:, places].flatten(0, 1)[None]
+    padded, strides = _padded(operation, x, kernel), operation.stride
+    size = padded.shape[2:]
+    counts = [(s - d * (k - 1) - 1) // step + 1 for s, k, step, d in zip(size, kernel, strides, operation.dilation, strict=True)]
+    index = torch.zeros(len(places), 1, dtype=torch.int64)
+    corners = torch.unravel_index(places, tuple(counts))
+    for axis, corner in enumerate(corners):
+        taps = torch.arange(kernel[axis]) * operation.dilation[axis]
+        along = corner[:, None] * strides[axis] + taps
+        index = (index[:, :, None] * size[axis] + along[:, None, :]).flatten(1)
+    patches = padded.flatten(2)[:, :, index.to(x.device)]
+    grouped = patches.unflatten(1, (operation.groups, -1)).permute(1, 0, 3, 2, 4)
+    return grouped.flatten(1, 2).flatten(2)
+
+
+def _padded(operation: Convolution, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    if operation.padding == "valid":
+        return x
+    if operation.padding == "same":
+        spans = [d * (k - 1) for k, d in zip(kernel, operation.dilation, strict=True)]
+        sides = [(span // 2, span - span // 2) for span in spans]
+    else:
+        sides = [(int(p), int(p)) for p in operation.padding]
+    return F.pad(x, [edge for side in reversed(sides) for edge in side])
+
+
+@contextmanager
+def _watched(layers: Mapping[str, CalibratedLayer], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, input, output)` whenever one of `layers` runs."""
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, args, output: see(name, args[0], output)
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Regression:
+    """Gathers the moments of the layers of a unit, each when those before it are rounded.
+
+    Args:
+        layers: of the unit.
+        parts: indices of the samples of each batch.
+        most: output positions of a sample that count, drawn anew for each batch and layer.
+        seed: of the positions.
+    """
+
+    def __init__(self, layers: Mapping[str, CalibratedLayer], parts: Sequence[Tensor], *, most: int, seed: int) -> None:
+        self.layers = layers
+        self.parts = parts
+        self.most = most
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+
+    @torch.no_grad()
+    def record_targets(self, run: Run) -> None:
+        """Keep the outputs that `run`, the unit in full precision, has at the drawn positions."""
+
+        def see(name: str, _: Tensor, output: Tensor) -> None:
+            operation = self.layers[name].operation
+            count = positions_of(operation, output)
+            places = torch.randperm(count, generator=self.generator)[: self.most].sort().values
+            self.seen[name].append((places, outputs_at(operation, output, places)))
+
+        with _watched(self.layers, see):
+            for part in self.parts:
+                run(part)
+
+    @torch.no_grad()
+    def moments(self, name: str, run: Run) -> Moments:
+        """Return the moments of a layer at what it reads while `run` calls the quantized unit; its targets are forgotten."""
+        layer, kept = self.layers[name], iter(self.seen.pop(name))
+        groups = layer.operation.groups if isinstance(layer.operation, Convolution) else 1
+        weight = layer.weight.flatten(1).unflatten(0, (groups, -1)).float()
+        rows, columns = weight.shape[1:]
+        double = {"dtype": torch.float64, "device": weight.device}
+        sums = Moments(
+            torch.zeros(groups, columns, columns, **double), torch.zeros(groups, rows, columns, **double),
+            torch.zeros(groups, columns, **double), torch.zeros(groups, rows, **double),
+        )  # fmt: skip
+        reads: list[tuple[Tensor, Tensor]] = []
+
+        def see(_: str, x: Tensor, __: Tensor) -> None:
+            places, target = next(kept)
+            reads.append((inputs_at(layer.operation, layer.entering(x), layer.weight.shape[2:], places).float(), target))
+
+        count = 0
+        for part in self.parts:
+            with _watched({name: layer}, see):
+                run(part)
+            # Not in the hook: there the unit's own products are watched, and these are none.
+            for read, target in reads:
+                target = target if layer.bias is None else target - layer.bias
+                residual = target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT
+                sums.hessian += (read.mT @ read).double()
+                sums.cross += (residual.mT @ read).double()
+                sums.inputs += read.sum(dim=1).double()
+                sums.residuals += residual.sum(dim=1).double()
+                count += len(target)
+            reads.clear()
+        return Moments(sums.hessian / count, sums.cross / count, sums.inputs / count, sums.residuals / count)

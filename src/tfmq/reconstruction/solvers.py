@@ -1,0 +1,138 @@
+"""Rounding solvers: how the codes of a unit's layers are found."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate, segment_numbers
+from tfmq.progress import Advance
+from tfmq.reconstruction.learning import Learning, learn_rounding
+from tfmq.reconstruction.regression import Moments, Regression, Run
+
+# Keeps the equations solvable where a layer's input is zero throughout.
+SMALLEST_DAMPING = 1e-12
+
+SolverName = Literal["nearest", "adaround", "gptq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How codes are found: by `nearest` rounding, by `adaround` with the recipe's learning, or by `gptq` with what follows here.
+
+    Attributes:
+        solver: one of the three; the paper's is `adaround`.
+        damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
+        positions: output positions (pixels, tokens) of a calibration sample that count.
+        sweeps: most sweeps of coordinate descent.
+        widest: columns of a layer that are solved together; wider layers are solved in parts.
+    """
+
+    solver: SolverName = "adaround"
+    damping: float = 0.1
+    positions: int = 64
+    sweeps: int = 6
+    widest: int = 4608
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"rounding.solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
+        if not self.damping > 0:
+            raise ValueError(f"rounding.damping must be > 0, got {self.damping}")
+        for name in ("positions", "sweeps", "widest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rounding.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class UnitProblem:
+    """A unit to round.
+
+    Attributes:
+        layers: in execution order; they have their nearest codes.
+        parts: the calibration samples, batch by batch.
+        run_full, run: call the unit on a batch, in the full-precision network and in the quantized network so far.
+        loss: error of the unit's output in the latter on a batch that it draws.
+        learning: hyper-parameters of learned rounding.
+        advance: to be called `work` times.
+    """
+
+    layers: Mapping[str, CalibratedLayer]
+    parts: Sequence[Tensor]
+    run_full: Run
+    run: Run
+    loss: Callable[[torch.Generator], Tensor]
+    learning: Learning
+    advance: Advance
+
+
+Solver = Callable[[UnitProblem, Rounding, int], None]
+
+
+def work(config: Rounding, learning: Learning, layers: int) -> int:
+    """Return how often a solver advances on a unit of `layers` layers."""
+    return {"nearest": 0, "adaround": learning.iterations, "gptq": layers}[config.solver]
+
+
+def nearest(problem: UnitProblem, config: Rounding, seed: int) -> None:
+    """Leave the nearest codes."""
+
+
+def adaround(problem: UnitProblem, config: Rounding, seed: int) -> None:
+    """Learn the roundings of all layers together (BRECQ, Li et al., 2021)."""
+    learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance)
+
+
+@torch.no_grad()
+def gptq(problem: UnitProblem, config: Rounding, seed: int) -> None:
+    """Round each layer so that its output in the quantized network comes nearest to the full-precision network's.
+
+    The inputs are those that the rounded layers before it leave, the outputs those of the full-precision network, so that a layer also makes
+    up for errors that reach it. Codes are found by error feedback (GPTQ, Frantar et al., 2023) and improved by coordinate descent, with the
+    scales refitted; the bias takes the mean error of each channel (Nagel et al., 2019, section 4.2).
+    """
+    regression = Regression(problem.layers, problem.parts, most=config.positions, seed=seed)
+    regression.record_targets(problem.run_full)
+    for name, layer in problem.layers.items():
+        moments = regression.moments(name, problem.run)
+        damping = config.damping * moments.hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
+        _solve(layer, moments if layer.bias is None else moments.centred(), damping.clamp(min=SMALLEST_DAMPING), config)
+        if layer.correction is not None:
+            change = (layer.quantized_weight() - layer.weight).flatten(1).unflatten(0, moments.residuals.shape).double()
+            layer.correction.copy_((moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten())
+        problem.advance()
+
+
+def _solve(layer: CalibratedLayer, moments: Moments, damping: Tensor, config: Rounding) -> None:
+    """Set the codes and scales of a layer; `damping` `[G]` is added to the diagonal of each group's hessian."""
+    groups, columns = moments.inputs.shape
+    shape = layer.weight.shape
+
+    def matrix(values: Tensor) -> Tensor:
+        return values.expand(shape).flatten(1).unflatten(0, (groups, -1)).clone()
+
+    weight = matrix(layer.weight).double()
+    hessian = moments.hessian + damping[:, None, None] * torch.eye(columns, dtype=torch.float64, device=weight.device)
+    parts = torch.arange(columns).split(config.widest)
+    # A part that cannot see the others would make up for the whole error, and they too.
+    target = weight if len(parts) > 1 else weight + torch.linalg.solve(hessian, moments.cross.mT).mT
+    grid = layer.grid
+    scale, zero_point = matrix(grid.expand(grid.scale, layer.weight.ndim)).float(), matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float()
+    segment = segment_numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
+    codes = torch.empty_like(scale)
+    for part in parts:
+        some = slice(int(part[0]), int(part[-1]) + 1)
+        problem = Quadratic(target[:, :, some], hessian[:, some, some])
+        start = CodeGrid(scale[:, :, some], zero_point[:, :, some], grid.format.levels)
+        # Parts of a row share its scales, which then stay as they are.
+        codes[:, :, some], fitted = compensate(problem, start, segment[some], sweeps=config.sweeps, refitted=len(parts) == 1)
+        scale[:, :, some] = fitted.scale
+    layer.codes.copy_(codes.flatten(0, 1).reshape(shape))
+    first = torch.stack([(segment == number).int().argmax() for number in range(grid.scale.shape[1])])
+    grid.scale.copy_(scale[:, :, first].flatten(0, 1))
+
+
+SOLVERS: dict[str, Solver] = {"nearest": nearest, "adaround": adaround, "gptq": gptq}

@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.operation import operation_of
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.operations import Operation
+from tfmq.quantizers.weight import fit_grid
+from tfmq.reconstruction.regression import Regression, inputs_at, outputs_at, positions_of
+
+MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Linear(6, 4), (3, 6)),
+    (nn.Linear(6, 4), (3, 7, 6)),
+    (nn.Conv1d(4, 6, 3, padding=1, groups=2), (3, 4, 9)),
+    (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 7, 5)),
+    (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 0), dilation=(1, 2)), (2, 4, 9, 8)),
+    (nn.Conv2d(4, 8, 3, padding="same", dilation=2, groups=4), (2, 4, 6, 6)),
+    (nn.Conv2d(4, 6, 2, padding="valid"), (2, 4, 6, 5)),
+    (nn.Conv3d(2, 3, (1, 3, 2), padding=(0, 1, 1)), (2, 2, 3, 5, 4)),
+]
+
+
+def operation(module: nn.Module) -> Operation:
+    found = operation_of(module)
+    assert found is not None
+    return found
+
+
+def layer(module: Any, *, bits: int = 4) -> CalibratedLayer:
+    return CalibratedLayer(module, operation(module), fit_grid(module.weight.detach(), IntegerFormat(bits)), None)
+
+
+@pytest.mark.parametrize(("module", "shape"), MODULES, ids=lambda value: str(value) if isinstance(value, nn.Module) else "")
+@torch.no_grad()
+def test_the_gathered_inputs_are_what_the_outputs_are_made_of(module: Any, shape: tuple[int, ...]) -> None:
+    x, op = torch.randn(shape), operation(module)
+    output = module(x)
+    places = torch.randperm(positions_of(op, output))[:5]
+    read = inputs_at(op, x, module.weight.shape[2:], places)
+    weight = module.weight.flatten(1).unflatten(0, (len(read), -1))
+    expected = outputs_at(op, output, places)
+    torch.testing.assert_close((read @ weight.mT).transpose(0, 1).flatten(1) + module.bias, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_moments_are_those_of_inputs_and_of_what_the_weight_leaves(groups: int) -> None:
+    module = nn.Conv2d(4, 6, 3, padding=1, groups=groups)
+    x, target = torch.randn(6, 4, 5, 5), torch.randn(6, 6, 5, 5)
+    calibrated = layer(module)
+    regression = Regression({"c": calibrated}, torch.arange(6).split(4), most=1000, seed=0)
+
+    def run_full(part: Tensor) -> None:
+        # Full precision has another output than the weight makes of this input: errors of earlier layers.
+        calibrated(x[part])
+
+    handle = calibrated.register_forward_hook(lambda _, args, out: target[:4] if len(out) == 4 else target[4:])
+    regression.record_targets(run_full)
+    handle.remove()
+    moments = regression.moments("c", lambda part: calibrated(x[part]))
+    columns = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    residual = (target - module(x)).flatten(2).transpose(1, 2).flatten(0, 1).double()
+    for group in range(groups):
+        read, left = columns.chunk(groups, dim=1)[group], residual.chunk(groups, dim=1)[group]
+        expected = read.mT @ read / len(read), left.mT @ read / len(read), read.mean(dim=0), left.mean(dim=0)
+        found = moments.hessian[group], moments.cross[group], moments.inputs[group], moments.residuals[group]
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        centred = moments.centred().hessian[group]
+        torch.testing.assert_close(centred, torch.cov(read.mT, correction=0).reshape(centred.shape), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_are_drawn_from_the_seed_and_bounded() -> None:
+    module, x = nn.Conv2d(2, 3, 1), torch.randn(4, 2, 8, 8)
+
+    def hessian(seed: int, most: int) -> Tensor:
+        calibrated = layer(module)
+        regression = Regression({"c": calibrated}, [torch.arange(4)], most=most, seed=seed)
+        regression.record_targets(lambda part: calibrated(x[part]))
+        assert regression.seen["c"][0][1].shape == (4 * most, 3)
+        return regression.moments("c", lambda part: calibrated(x[part])).hessian
+
+    assert torch.equal(hessian(1, 5), hessian(1, 5)) and not torch.equal(hessian(1, 5), hessian(2, 5))
+    torch.testing.assert_close(hessian(1, 64), hessian(2, 64))

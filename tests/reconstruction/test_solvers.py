@@ -1,0 +1,139 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.layer import CalibratedLayer, pack
+from tfmq.nn.operation import operation_of
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.weight import fit_grid
+from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import SOLVERS, Rounding, UnitProblem, work
+
+GPTQ = Rounding(solver="gptq")
+
+
+def calibrated(module: nn.Linear | nn.Conv2d, *, segments: tuple[int, ...] = (), bits: int = 3) -> CalibratedLayer:
+    operation = operation_of(module)
+    assert operation is not None
+    grid = fit_grid(module.weight.detach(), IntegerFormat(bits), segments=segments)
+    layer = CalibratedLayer(module, operation, grid, None)
+    layer.weight_precision = "quantized"
+    return layer
+
+
+def solve(layer: CalibratedLayer, x: Tensor, full: Tensor, config: Rounding = GPTQ, *, seed: int = 0) -> float:
+    """Round a layer that reads `x`, where full precision reads `full`; return the mean squared error of its outputs."""
+    layer.weight_precision = "full"
+    target = layer(full).detach()
+    layer.weight_precision = "quantized"
+
+    def run_full(part: Tensor) -> None:
+        layer.weight_precision = "full"
+        layer(full[part])
+        layer.weight_precision = "quantized"
+
+    def loss(_: torch.Generator) -> Tensor:
+        return (layer(x) - target).square().mean()
+
+    advances: list[int] = []
+    problem = UnitProblem(
+        {"layer": layer}, torch.arange(len(x)).split(16), run_full, lambda part: layer(x[part]), loss, LEARNING, lambda n=1: advances.append(n)
+    )
+    SOLVERS[config.solver](problem, config, seed)
+    assert sum(advances) == work(config, LEARNING, 1)
+    with torch.no_grad():
+        return float((layer(x) - target).square().mean())
+
+
+LEARNING = Learning(iterations=5, learning_rate=1e-2)
+
+
+def correlated(*shape: int) -> Tensor:
+    x = torch.randn(shape)
+    return x + 2 * torch.randn(shape[0], *([1] * (len(shape) - 1))) + x.roll(1, dims=1)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(24, 10), (64, 24), ()),
+    "tokens": (lambda: nn.Linear(24, 10, bias=False), (16, 9, 24), ()),
+    "convolution": (lambda: nn.Conv2d(8, 10, 3, padding=1, stride=2), (32, 8, 7, 7), ()),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4), (32, 8, 7, 7), ()),
+    "segments": (lambda: nn.Conv2d(8, 10, 3, padding=1), (32, 8, 7, 7), (3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gptq_leaves_less_error_than_nearest(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape, segments = CASES[name]
+    x = correlated(*shape)
+    layer = calibrated(build(), segments=segments)
+    nearest = solve(layer, x, x, Rounding(solver="nearest"))
+    found = solve(layer, x, x)
+    assert found < 0.5 * nearest
+    assert int(layer.codes.max()) < 8
+    packed = pack(layer)
+    with torch.no_grad():
+        assert torch.equal(packed(x), layer(x)), "scales and the corrected bias reach the packed layer"
+
+
+def test_it_makes_up_for_errors_that_reach_it() -> None:
+    torch.manual_seed(1)
+    full = correlated(256, 24)
+    x = full + 0.3 * torch.randn_like(full) + 0.2
+    first, second = calibrated(nn.Linear(24, 10), bits=8), calibrated(nn.Linear(24, 10), bits=8)
+    second.restore(first.learned())
+    second.weight.data.copy_(first.weight)
+    second.bias.data.copy_(first.bias)  # type: ignore[union-attr]
+    alone = solve(first, x, full, Rounding(solver="nearest"))
+    assert solve(second, x, full, replace(GPTQ, damping=1e-3)) < 0.8 * alone
+
+
+def test_the_bias_takes_the_mean_error_and_full_precision_keeps_its_own() -> None:
+    torch.manual_seed(2)
+    x = correlated(128, 24) + 1.0
+    layer = calibrated(nn.Linear(24, 10))
+    layer.weight_precision = "full"
+    before = layer(x)
+    solve(layer, x, x)
+    layer.weight_precision = "full"
+    assert torch.equal(layer(x), before)
+    layer.weight_precision = "quantized"
+    torch.testing.assert_close((layer(x) - before).mean(dim=0), torch.zeros(10), rtol=0, atol=1e-4)
+
+
+def test_a_wide_layer_is_solved_in_parts() -> None:
+    torch.manual_seed(3)
+    x, layer = correlated(256, 40), calibrated(nn.Linear(40, 10))
+    scale = layer.grid.scale.clone()
+    nearest = solve(layer, x, x, Rounding(solver="nearest"))
+    assert solve(layer, x, x, replace(GPTQ, widest=16)) < 0.8 * nearest
+    assert torch.equal(layer.grid.scale, scale)
+
+
+def test_the_same_seed_gives_the_same_codes() -> None:
+    torch.manual_seed(4)
+    x, module = correlated(32, 8, 12, 12), nn.Conv2d(8, 10, 3, padding=1)
+    config = replace(GPTQ, positions=4)
+    found = []
+    for seed in (1, 1, 2):
+        layer = calibrated(module)
+        solve(layer, x, x, config, seed=seed)
+        found.append(layer.codes.clone())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_inputs_that_never_vary_leave_finite_weights() -> None:
+    torch.manual_seed(5)
+    layer = calibrated(nn.Linear(6, 3))
+    assert solve(layer, torch.zeros(8, 6), torch.zeros(8, 6)) < 1e-8
+    assert bool(layer.quantized_weight().isfinite().all())
+
+
+@pytest.mark.parametrize("wrong", [{"solver": "best"}, {"damping": 0.0}, {"damping": float("nan")}, {"positions": 0}, {"sweeps": 0}, {"widest": 0}])
+def test_impossible_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"rounding\.{next(iter(wrong))}"):
+        Rounding(**wrong)  # type: ignore[arg-type]
