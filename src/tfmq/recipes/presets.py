@@ -41,10 +41,11 @@ def rtn(recipe: Recipe) -> Recipe:
 
 
 def brecq(recipe: Recipe) -> Recipe:
-    """The block reconstruction baseline at the bits of `recipe`: the same engine without TIAR, finite set calibration and cache."""
+    """The block reconstruction baseline at the bits of `recipe`: AdaRound on blocks, without TIAR, finite set calibration and cache."""
     return replace(
         recipe,
         name=recipe.name.replace("tfmq", "brecq"),
+        rounding=replace(recipe.rounding, solver="adaround"),
         activations=replace(recipe.activations, per_step="none"),
         temporal=Temporal(maintenance="none"),
     )
