@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq.calibration.ranges import collect, fit_site
+from tfmq.calibration.replay import Upstream
 from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.models.denoiser import Inputs
@@ -106,7 +107,7 @@ def reconstruct_units(
 ) -> tuple[UnitReport, ...]:
     """Reconstruct the units in execution order, each on inputs from the quantized network so far; journal each."""
     module, layers = sampler.denoiser.module, calibrated_layers(sampler.denoiser.module)
-    batches = StoredBatches(store, recipe.calibration.interval)
+    batches, upstream = StoredBatches(store, recipe.calibration.interval), Upstream(store.directory / "outputs")
     reports = []
     amounts = [work(recipe.rounding, recipe.learning, len(unit.layers)) for unit in units]
     # Each unit counts one more, for its calls.
@@ -118,6 +119,7 @@ def reconstruct_units(
                     sampler.denoiser,
                     unit,
                     batches,
+                    upstream,
                     steps,
                     recipe.rounding,
                     recipe.learning,
@@ -132,6 +134,7 @@ def reconstruct_units(
             reports.append(UnitReport(unit.name, *tensors.pop("report").tolist()))
             _restore({name: layers[name] for name in unit.layers}, tensors)
             settle(module.get_submodule(unit.name))
+            upstream.add(unit.name, module.get_submodule(unit.name))
             advance(1 + (amounts[number] if skipped else 0))
     return tuple(reports)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tfmq.calibration.replay import Upstream
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
 from tfmq.nn.plan import activation_sites, calibrated_layers, prepare
@@ -43,7 +44,7 @@ def reconstruct(
     denoiser: Denoiser, name: str, data: list[Inputs], steps: StepContext, *, exclude: tuple[str, ...] = (), solver: SolverName = "adaround"
 ) -> UnitReport:
     units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)), exclude=exclude)}
-    return reconstruct_unit(denoiser, units[name], data, steps, Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None)
+    return reconstruct_unit(denoiser, units[name], data, Upstream(None), steps, Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None)
 
 
 @pytest.mark.parametrize(("model", "unit"), [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")])
@@ -56,7 +57,7 @@ def test_the_outputs_error_falls_and_is_reported(
     steps, data = prepared(denoiser, example, activation_bits=activation_bits), batches(example)
     with precision(denoiser.module, weights="full", inputs="full"):
         module = denoiser.module.get_submodule(unit)
-        _, calls = capture_unit(denoiser, module, data)
+        _, calls = capture_unit(denoiser, module, data, Upstream(None))
     report = reconstruct(denoiser, unit, data, steps, solver=solver)
     assert report.name == unit and report.error_after < 0.9 * report.error_before and report.seconds > 0
     with torch.no_grad(), steps.at(calls.timestep):
@@ -109,7 +110,7 @@ def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
     table.fit(torch.full((3, 8), 100.0))
     replace_module(denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True))
     watched()
-    full, calls = capture_unit(denoiser, unit, data[:1])
+    full, calls = capture_unit(denoiser, unit, data[:1], Upstream(None))
     stock_input, stock_output, quantized_input, _ = seen
     assert torch.equal(calls.args[0], quantized_input) and not torch.allclose(quantized_input, stock_input)
     torch.testing.assert_close(calls.outputs[0], stock_output)

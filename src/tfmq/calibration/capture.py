@@ -1,6 +1,7 @@
 """The inputs and outputs of one unit over a set of denoiser calls."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
+
+# Gives the context in which the call of a batch runs, by the number of the batch.
+Around = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,16 @@ def _joined(trees: list[Any], rows: list[int]) -> Any:
     return tree_unflatten(leaves, flat[0][1])
 
 
+def alone(batch: int) -> AbstractContextManager[None]:
+    """Return a context without effect."""
+    return nullcontext()
+
+
 @torch.no_grad()
-def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> UnitCalls:
+def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, around: Around = alone) -> UnitCalls:
     """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it.
+
+    The call of batch `n` runs inside of the context `around(n)`.
 
     Raises:
         ValueError: the unit was never called.
@@ -65,11 +76,12 @@ def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> U
     timesteps = []
     handle = unit.register_forward_hook(hook, with_kwargs=True)
     try:
-        for inputs in batches:
-            try:
-                denoiser(inputs)
-            except _Reached:
-                timesteps.append(inputs.timestep.repeat_interleave(calls[-1][2][0].shape[0] // len(inputs)))
+        for number, inputs in enumerate(batches):
+            with around(number):
+                try:
+                    denoiser(inputs)
+                except _Reached:
+                    timesteps.append(inputs.timestep.repeat_interleave(calls[-1][2][0].shape[0] // len(inputs)))
     finally:
         handle.remove()
     if not calls:

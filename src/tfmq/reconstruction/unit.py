@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.calibration.capture import UnitCalls, capture
+from tfmq.calibration.replay import Upstream
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.products import ProductQuantizers
@@ -36,11 +37,11 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(dim=-1 if output.ndim == 3 else 1).mean()
 
 
-def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs]) -> tuple[UnitCalls, UnitCalls]:
+def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], upstream: Upstream) -> tuple[UnitCalls, UnitCalls]:
     """Return the unit's calls in the full-precision network, and those in the quantized network so far with the outputs of the former."""
     with _full_precision(denoiser.module):
-        full = capture(denoiser, unit, batches)
-    calls = capture(denoiser, unit, batches)
+        full = capture(denoiser, unit, batches, around=upstream.around("full"))
+    calls = capture(denoiser, unit, batches, around=upstream.around("quantized"))
     return full, UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
 
 
@@ -68,6 +69,7 @@ def reconstruct_unit(
     denoiser: Denoiser,
     unit: Unit,
     batches: Iterable[Inputs],
+    upstream: Upstream,
     steps: StepContext,
     rounding: Rounding,
     learning: Learning,
@@ -77,12 +79,12 @@ def reconstruct_unit(
 ) -> UnitReport:
     """Find the roundings of `unit` on `batches` with the solver of `rounding`, and leave it quantized.
 
-    `steps` gives each sample its own timestep. The layers of the unit end with quantized weights and, where they have a quantizer for
-    them, quantized inputs. What ends with more error than the nearest codes gives way to them.
+    `upstream` holds the units that are done; `steps` gives each sample its own timestep. The layers of the unit end with quantized weights
+    and, where they have a quantizer for them, quantized inputs. What ends with more error than the nearest codes gives way to them.
     """
     began = time.perf_counter()
     module = denoiser.module.get_submodule(unit.name)
-    full, calls = capture_unit(denoiser, module, batches)
+    full, calls = capture_unit(denoiser, module, batches, upstream)
     settle(module)
     loss = _unit_loss(module, calls, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
