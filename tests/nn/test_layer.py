@@ -153,3 +153,9 @@ def test_packing_leaves_the_training_mode_and_gradients_alone() -> None:
     assert not any(parameter.requires_grad for parameter in packed.parameters())
     kinds: dict[str, Any] = dict(packed.named_parameters())
     assert set(kinds) == {"bias"}, "codes and scales are buffers, which no optimizer touches"
+
+
+def test_a_packed_layer_has_the_sizes_of_a_stock_one() -> None:
+    source = nn.Linear(6, 4)
+    packed = pack(calibrated(source, IntegerFormat(4)))
+    assert (packed.in_features, packed.out_features) == (source.in_features, source.out_features)

@@ -122,6 +122,16 @@ class PackedLayer(nn.Module):
         """The dequantized weight, for code that looks at a layer's weight."""
         return self.grid.decode(self.codes.to(self.scale.dtype))
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of a row of the weight, as a stock linear layer has them: pipelines read it off a denoiser's layers (SDXL's `add_embedding`)."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight, as a stock linear layer has them."""
+        return self.shape[0]
+
     def integer_weight(self) -> IntegerWeight:
         """Return what integer kernels compute with."""
         grid = self.grid
