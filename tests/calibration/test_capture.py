@@ -65,32 +65,35 @@ def test_the_rest_of_the_model_does_not_run(build: Callable[..., Any]) -> None:
 
 
 class Sharing(nn.Module):
-    """Passes its unit a folded batch, a table without a batch axis, and plain values."""
+    """Passes its unit a folded batch, a row for each sample, a table without a batch axis, and plain values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.unit = Unit()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.unit(x.flatten(0, 1), torch.ones(7), scale=2.0, extra={"rows": x.flatten(0, 1) + 1, "none": None}, flag=len(x) == 2)
+        return self.unit(
+            x.flatten(0, 1), torch.ones(7), scale=2.0, extra={"rows": x.flatten(0, 1) + 1, "own": x[:, 0], "none": None}, flag=len(x) == 2
+        )
 
 
 class Unit(nn.Module):
     """Uses every argument."""
 
     def forward(self, x: Tensor, table: Tensor, *, scale: float, extra: dict[str, Any], flag: bool) -> Tensor:
-        return x * scale + table.sum() + extra["rows"]
+        return x * scale + table.sum() + extra["rows"] + extra["own"].repeat_interleave(3, dim=0)
 
 
-def test_folded_rows_follow_their_timestep_and_shared_arguments_stay_whole() -> None:
+def test_folded_rows_stay_with_their_sample_and_shared_arguments_stay_whole() -> None:
     model = Sharing()
     data = [Inputs(torch.randn(size, 3, 4), torch.arange(size) + 1) for size in (2, 2, 1)]
     calls = capture(Denoiser(model), model.unit, data)
-    assert len(calls) == 15
-    assert calls.timestep.tolist() == [1] * 3 + [2] * 3 + [1] * 3 + [2] * 3 + [1] * 3
+    assert len(calls) == 5 and calls.outputs[0].shape == (15, 4)
+    assert calls.timestep.tolist() == [1, 2, 1, 2, 1]
     assert calls.args[1].shape == (7,) and calls.kwargs["extra"]["none"] is None and calls.kwargs["scale"] == 2.0
-    picked = calls.rows(torch.tensor([14, 0]))
-    assert torch.equal(picked.args[0], torch.stack([data[2].sample[0, 2], data[0].sample[0, 0]]))
+    picked = calls.rows(torch.tensor([4, 1]))
+    assert picked.timestep.tolist() == [1, 2]
+    assert torch.equal(picked.args[0], torch.cat([data[2].sample[0], data[0].sample[1]]))
     assert torch.equal(model.unit(*picked.args, **picked.kwargs), picked.outputs[0])
 
 

@@ -92,6 +92,15 @@ def test_each_sample_of_a_mixed_batch_gets_its_own() -> None:
     assert torch.equal(out, torch.stack([feature[0], 2 * x[1], feature[2]]))
 
 
+def test_the_frames_of_a_sample_read_its_row() -> None:
+    layer, steps, feature = cached(allowed=False)
+    with steps.at(torch.tensor([30, 10])):
+        assert torch.equal(layer(torch.ones(6, 4)), feature[[2, 2, 2, 0, 0, 0]])
+    layer, steps, feature = cached(allowed=True, use=(1, 0, 1))
+    with steps.at(torch.tensor([20, 30])):
+        assert torch.equal(layer(torch.ones(4, 4)), torch.cat([torch.full((2, 4), 2.0), feature[[2, 2]]]))
+
+
 def test_timesteps_that_kept_the_block_run_it() -> None:
     layer, steps, feature = cached(allowed=True, use=(1, 0, 1))
     x = torch.randn(3, 4)

@@ -109,11 +109,25 @@ class Folded(nn.Module):
         return self.exit(x.flatten(0, 1) + self.proj(emb)[:, :, None, None])
 
 
+def test_frames_share_the_feature_of_their_timestep() -> None:
+    block = TemporalBlock(Denoiser(Folded(2)), Inputs(torch.randn(1, 2, 3, 4, 4), torch.tensor([5])), batch=4)
+    single = TemporalBlock(Denoiser(Folded(1)), Inputs(torch.randn(1, 1, 3, 4, 4), torch.tensor([5])), batch=4)
+    single.module.load_state_dict(block.module.state_dict())
+    assert torch.equal(block(torch.tensor([1, 2]))["proj"], single(torch.tensor([1, 2]))["proj"])
+
+
+class Tokens(nn.Module):
+    """Its feature has an axis of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.proj(t[:, None, None].expand(-1, 5, 1))
+
+
 def test_features_that_are_no_rows_of_timesteps_are_refused_by_name() -> None:
-    for frames in (1, 2):
-        block = TemporalBlock(Denoiser(Folded(frames)), Inputs(torch.randn(1, frames, 3, 4, 4), torch.tensor([5])), batch=4)
-        if frames == 1:
-            assert block(torch.tensor([1, 2]))["proj"].shape == (2, 3)
-        else:
-            with pytest.raises(ValueError, match=r"proj .*\(8, 3\).* 4 timesteps"):
-                block(torch.tensor([1, 2]))
+    block = TemporalBlock(Denoiser(Tokens()), Inputs(torch.randn(1, 5, 3), torch.tensor([5.0])), batch=4)
+    with pytest.raises(ValueError, match=r"proj .*\(4, 5, 3\).* 4 timesteps"):
+        block(torch.tensor([1.0, 2.0]))

@@ -17,7 +17,11 @@ Around = Callable[[int], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class UnitCalls:
-    """Calls of a unit, one row a sample: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each `[N, ...]`."""
+    """Calls of a unit: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each `[N, ...]`, for `N` samples.
+
+    Where a video model folds frames into the batch axis, tensors have a row for each frame, `[N * F, ...]`, sample by sample; the frames of a
+    sample stay together.
+    """
 
     args: Any
     kwargs: Any
@@ -25,30 +29,32 @@ class UnitCalls:
     outputs: tuple[Tensor, ...]
 
     def __len__(self) -> int:
-        return self.outputs[0].shape[0]
+        return self.timestep.shape[0]
 
     def rows(self, index: Tensor) -> "UnitCalls":
         """Return the samples `index`."""
+        frames = self.outputs[0].shape[0] // len(self)
+        folded = (index[:, None] * frames + torch.arange(frames, device=index.device)).flatten()
 
         def pick(value: Any) -> Any:
-            return value[index] if isinstance(value, Tensor) and value.ndim and value.shape[0] == len(self) else value
+            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] not in (len(self), len(self) * frames):
+                return value
+            return value[index if value.shape[0] == len(self) else folded]
 
-        return UnitCalls(
-            tree_map(pick, self.args), tree_map(pick, self.kwargs), self.timestep[index], tuple(output[index] for output in self.outputs)
-        )
+        return UnitCalls(*(tree_map(pick, part) for part in (self.args, self.kwargs, self.timestep, self.outputs)))
 
 
 class _Reached(Exception):
     """Ends a denoiser call once the unit has run."""
 
 
-def _joined(trees: list[Any], rows: list[int]) -> Any:
-    """Concatenate trees leaf by leaf along the batch axis; leaves without one are taken from the first."""
+def _joined(trees: list[Any], samples: list[int], rows: list[int]) -> Any:
+    """Concatenate trees leaf by leaf along the batch axis of samples or of rows; leaves without one are taken from the first."""
     flat = [tree_flatten(tree) for tree in trees]
     leaves = []
     for column in zip(*(leaves for leaves, _ in flat), strict=True):
-        batched = all(isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == n for leaf, n in zip(column, rows, strict=True))
-        leaves.append(torch.cat(column) if batched else column[0])
+        lengths = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in column]
+        leaves.append(torch.cat(column) if lengths in (samples, rows) else column[0])
     return tree_unflatten(leaves, flat[0][1])
 
 
@@ -81,15 +87,15 @@ def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, a
                 try:
                     denoiser(inputs)
                 except _Reached:
-                    timesteps.append(inputs.timestep.repeat_interleave(calls[-1][2][0].shape[0] // len(inputs)))
+                    timesteps.append(inputs.timestep)
     finally:
         handle.remove()
     if not calls:
         raise ValueError("the unit was never called by the denoiser; exclude its layers with a rule")
-    rows = [call[2][0].shape[0] for call in calls]
+    samples, rows = [len(timestep) for timestep in timesteps], [call[2][0].shape[0] for call in calls]
     return UnitCalls(
-        _joined([call[0] for call in calls], rows),
-        _joined([call[1] for call in calls], rows),
+        _joined([call[0] for call in calls], samples, rows),
+        _joined([call[1] for call in calls], samples, rows),
         torch.cat(timesteps),
         tuple(torch.cat(column) for column in zip(*(call[2] for call in calls), strict=True)),
     )

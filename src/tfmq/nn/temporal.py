@@ -56,6 +56,11 @@ class FeatureTable(nn.Module):
         return dequantize(values, self.scale[index, None], self.zero_point[index, None].to(self.scale.dtype))
 
 
+def _for_rows(values: Tensor, rows: int) -> Tensor:
+    """Repeat `values` `[B]` for inputs with several rows a sample, such as the frames of a video; a single value serves any number."""
+    return values if len(values) in (1, rows) else values.repeat_interleave(rows // len(values))
+
+
 class CachedFeature(nn.Module):
     """A temporal layer whose output comes from a table at the timesteps that selected it.
 
@@ -83,10 +88,11 @@ class CachedFeature(nn.Module):
         (steps,) = self._steps
         if not self.enabled:
             return self.block(x)
-        cached = self.table(steps.index).to(x.dtype)
+        index, exact = _for_rows(steps.index, len(x)), _for_rows(steps.exact, len(x))
+        cached = self.table(index).to(x.dtype)
         if self.everywhere and steps.all_exact:
             return cached.expand(x.shape[0], -1)
-        use = self.use_table[steps.index].bool() & steps.exact
+        use = self.use_table[index].bool() & exact
         return torch.where(use[:, None], cached, self.block(x))
 
 

@@ -50,7 +50,10 @@ class TemporalBlock:
         return other
 
     def run(self, inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the outputs of the temporal layers `names` for a batch of exactly `trace.batch` inputs; differentiable."""
+        """Return the outputs of the temporal layers `names` for a batch of exactly `trace.batch` inputs; differentiable.
+
+        A layer that a video model calls with a row for each frame gives one row a sample here: its frames stand at one timestep.
+        """
         given = dict(self.denoiser.labelled(inputs))
         outputs: list[list[Tensor]] = []
 
@@ -63,7 +66,11 @@ class TemporalBlock:
             function = call.function or self.module.get_submodule(call.module)
             result = function(*tree_map(resolve, call.args), **tree_map(resolve, call.kwargs))
             outputs.append([leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)])
-        return {name: resolve(self.trace.outputs[name]) for name in names}
+        return {name: self._per_sample(resolve(self.trace.outputs[name])) for name in names}
+
+    def _per_sample(self, output: Tensor) -> Tensor:
+        frames, rest = divmod(len(output), self.trace.batch)
+        return output if rest or output.ndim != 2 else output[::frames]
 
     def at(self, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Inputs:
         """Return inputs for `timesteps` `[N <= batch]` and, by name, `conditions` `[N, ...]`, padded by repetition to the batch."""
@@ -81,7 +88,7 @@ class TemporalBlock:
         """Return every cacheable feature (or the layers `names`) at `timesteps` `[N]`, each `[N, d]`.
 
         Raises:
-            ValueError: a layer whose output is not one vector a timestep, such as one that is repeated for each frame of a video.
+            ValueError: a layer whose output is not one vector a timestep.
         """
         names = self.cacheable if names is None else names
         parts = [(chunk, self.run(self.at(chunk), names)) for chunk in timesteps.split(self.trace.batch)]
