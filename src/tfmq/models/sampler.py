@@ -40,7 +40,8 @@ class LoopSampler:
 
     Args:
         denoiser: the model.
-        scheduler: has `set_timesteps`, `timesteps`, `init_noise_sigma`, `scale_model_input` and `step`.
+        scheduler: has `set_timesteps`, `timesteps` and `step`; `init_noise_sigma` and `scale_model_input` too, unless neither scales anything,
+            as in flow matching.
         shape: of one sample, `[C, H, W]`.
         conditions: further denoiser arguments; tensors have one row, which is repeated.
     """
@@ -70,13 +71,13 @@ class LoopSampler:
         generators = [image_generator(seed, index) for index in indices]
         self.scheduler.set_timesteps(steps)
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators])
-        sample = noise.to(example.sample) * self.scheduler.init_noise_sigma
+        sample = noise.to(example.sample) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(self.scheduler, "scale_model_input", lambda unscaled, _: unscaled)
         conditions = example.resized(len(indices)).conditions
         # Deterministic schedulers take no generator.
         noise_source = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         for timestep in self.scheduler.timesteps:
-            scaled = self.scheduler.scale_model_input(sample, timestep)
             batch = timestep.to(example.timestep.device).expand(len(indices))
-            output = self.denoiser(Inputs(scaled, batch, conditions))
+            output = self.denoiser(Inputs(scale(sample, timestep), batch, conditions))
             sample = self.scheduler.step(output, timestep, sample, **noise_source).prev_sample
         return (sample / 2 + 0.5).clamp(0, 1).float().cpu()
