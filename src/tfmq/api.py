@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfmq.artifact import is_quantized, load, mark, save, stored_manifest
+from tfmq.artifact import check_quantizable, is_quantized, load, mark, save, stored_manifest
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.errors import require
@@ -187,6 +187,7 @@ def quantize(
     module = sampler.denoiser.module
     if hasattr(module, "tfmq_steps"):
         raise ValueError("the model is quantized already; quantize the full-precision one")
+    check_quantizable(module)
     _check_weights(module)
     owner = getattr(sampler, "pipeline", module)
     if device is not None:

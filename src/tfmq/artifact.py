@@ -84,6 +84,14 @@ def verify_files(directory: Path) -> None:
         pass
 
 
+def check_quantizable(module: nn.Module) -> None:
+    """Raise `ValueError` for a diffusers model whose quantized form could not be loaded again; any other module passes."""
+    if "diffusers" in sys.modules:
+        from tfmq.integrations.diffusers.adapters import check_fused
+
+        check_fused(module)
+
+
 def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Make a diffusers model that was quantized in memory save with its manifest; any other module is left alone."""
     if "diffusers" in sys.modules:

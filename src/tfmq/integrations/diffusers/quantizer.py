@@ -14,6 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from tfmq.integrations.diffusers.adapters import refuse_adapters
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.structure import assemble
 from tfmq.nn.temporal import CachedFeature, FeatureTable
@@ -81,6 +82,7 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.requires_grad_(False)
+        refuse_adapters(model)
         return model
 
     def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -152,6 +154,7 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
     model.hf_quantizer = TFMQQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
+    refuse_adapters(model)
 
 
 register()
