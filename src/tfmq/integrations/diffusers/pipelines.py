@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from tfmq.integrations.diffusers.saved import absent_components
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator
 
@@ -94,6 +95,9 @@ class PipelineSampler:
         """Draw images `[N, C, H, W]` in [0, 1]; see `Sampler`."""
         generators = [image_generator(seed, index) for index in indices]
         output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
+        if "frames" in output:
+            # A video `[N, F, H, W, C]` is looked at as one image, its frames side by side.
+            return torch.from_numpy(np.asarray(output.frames)).permute(0, 4, 2, 1, 3).flatten(3)
         return torch.from_numpy(np.asarray(output.images)).permute(0, 3, 1, 2)
 
     def describe(self) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
     if not path.exists() and (path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")):
         raise ValueError(f"{source} does not exist, and is not a hub id (owner/name)")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(source))
+        pipeline = DiffusionPipeline.from_pretrained(str(source), **(absent_components(path) if path.is_dir() else {}))
     except OSError as error:
         raise ValueError(f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}") from error
     for component in pipeline.components.values():

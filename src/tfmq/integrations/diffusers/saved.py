@@ -6,12 +6,19 @@ from typing import Any
 import diffusers
 
 from tfmq.integrations.diffusers.quantizer import register
+from tfmq.storage.atomic import read_json
+
+
+def absent_components(directory: Path) -> dict[str, None]:
+    """Return the components that a pipeline was saved without, as `from_pretrained` wants to be told: SD3 may go without its T5, for one."""
+    index = read_json(directory / "model_index.json")
+    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def load_pipeline(directory: Path) -> diffusers.DiffusionPipeline:
     """Load a pipeline directory."""
     register()
-    return diffusers.DiffusionPipeline.from_pretrained(str(directory))
+    return diffusers.DiffusionPipeline.from_pretrained(str(directory), **absent_components(directory))
 
 
 def load_component(directory: Path, class_name: str) -> Any:
