@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tfmq.artifact import check_quantizable, is_quantized, load, mark, save, stored_manifest
+from tfmq.artifact import check_quantizable, is_quantized, load, mark, remark, save, stored_manifest
+from tfmq.backends.backend import release
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.errors import require
 from tfmq.models.sampler import Sampler
 from tfmq.nn.structure import describe
+from tfmq.nn.swap import STEPS
 from tfmq.progress import Progress, silent
 from tfmq.recipes import scheme
 from tfmq.recipes.recipe import Recipe
@@ -28,6 +30,8 @@ from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.digest import tensor_digest
 from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
+from tfmq.temporal.block import TemporalBlock
+from tfmq.temporal.rebake import rebake_tables
 from tfmq.version import __version__
 from tfmq.workflow import Outcome, quantize_denoiser
 
@@ -185,7 +189,7 @@ def quantize(
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
     sampler = open_sampler(target, prompts=prompts)
     module = sampler.denoiser.module
-    if hasattr(module, "tfmq_steps"):
+    if hasattr(module, STEPS):
         raise ValueError("the model is quantized already; quantize the full-precision one")
     check_quantizable(module)
     _check_weights(module)
@@ -209,3 +213,40 @@ def quantize(
             save(owner, destination, manifest=manifest, extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}})
             journal.remove()
     return Quantized(owner, manifest, report)
+
+
+def rebake(target: Any, reference: Any, *, steps: int) -> None:
+    """Move a quantized model, in place, to the schedule that its sampler now steps through: another scheduler, another number of steps.
+
+    One image is drawn to see the timesteps. Temporal features are tabulated anew from the full-precision reference; the grids of all other
+    activations follow the nearest calibrated timestep, so a schedule far from the calibrated one is better quantized again. Save the pipeline
+    afterwards as any other. Call `tfmq.execute` again where a backend was chosen.
+
+    Args:
+        target: a quantized pipeline with the scheduler to move to, or a `Sampler` of a quantized model.
+        reference: the full-precision model that it was made from, as `quantize` takes it.
+        steps: denoising steps to sample with from now on.
+
+    Raises:
+        ValueError: the target is not quantized, or the reference is another model.
+    """
+    sampler, full = open_sampler(target), open_sampler(reference)
+    module = sampler.denoiser.module
+    if not hasattr(module, STEPS) or hasattr(full.denoiser.module, STEPS):
+        raise ValueError("rebake takes a quantized model and the full-precision model that it was made from")
+    release(module)
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(sampler.denoiser.bind(args, kwargs).timestep.float().cpu())
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    with warnings.catch_warnings():
+        # That these timesteps were not calibrated is why they are looked at.
+        warnings.filterwarnings("ignore", message=".*was not calibrated")
+        try:
+            sampler.run(range(1), steps=steps, seed=0)
+        finally:
+            handle.remove()
+    rebake_tables(module, TemporalBlock(full.denoiser, full.example()), torch.cat(seen).unique())
+    remark(module, rebaked={"steps": steps})

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tfmq.backends.backend import Options
 from tfmq.backends.execution import AUTO, execute
-from tfmq.nn.structure import assemble
+from tfmq.nn.structure import assemble, describe
 from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, tensor_names, write_json
-from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, verify
+from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, seal, verify
 from tfmq.storage.errors import ForeignFileError, MissingFileError, StorageFullError
 
 PIPELINE_FILE = "model_index.json"
@@ -98,6 +98,18 @@ def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
         from tfmq.integrations.diffusers.quantizer import mark_quantized
 
         mark_quantized(module, manifest)
+
+
+def remark(module: nn.Module, **provenance: Any) -> None:
+    """Seal a quantized diffusers model again after its tables changed, with more `provenance`; any other module is left alone."""
+    if "diffusers" not in sys.modules:
+        return
+    from tfmq.integrations.diffusers.architecture import manifest_of
+
+    manifest = manifest_of(module)
+    if manifest is not None:
+        fields = {**manifest, "structure": describe(module), "provenance": {**manifest["provenance"], **provenance}}
+        mark(module, seal(module.state_dict(), fields, table=False))
 
 
 def _forget_origin(directory: Path) -> None:

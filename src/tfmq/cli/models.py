@@ -58,9 +58,10 @@ def manifest(sampler: "Sampler") -> Mapping[str, Any]:
 
 
 def default_steps(sampler: "Sampler") -> int:
-    """Return the number of steps that a quantized model was calibrated on, else 50."""
-    recipe = manifest(sampler).get("provenance", {}).get("recipe", {})
-    return int(recipe.get("calibration", {}).get("steps", STEPS))
+    """Return the number of steps that a quantized model was moved to or calibrated on, else 50."""
+    provenance = manifest(sampler).get("provenance", {})
+    calibration = provenance.get("recipe", {}).get("calibration", {})
+    return int((calibration | provenance.get("rebaked", {})).get("steps", STEPS))
 
 
 def quantized_directory(path: str) -> Path:

@@ -47,6 +47,10 @@ class ActivationQuantizer(nn.Module):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
+    def take_rows(self, index: Tensor) -> None:
+        """Keep the rows `index` `[S]` of the table, in this order, for a context of as many timesteps."""
+        self.scale, self.zero_point = self.scale[index], self.zero_point[index]
+
     def rows(self, x: Tensor) -> Rows:
         """Return the grid of each sample of `x`, or one row for all."""
         steps = self._steps[0]

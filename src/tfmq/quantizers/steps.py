@@ -61,6 +61,11 @@ class StepContext(nn.Module):
         index = torch.bucketize(wanted, edges)
         return index, (self.timesteps[index] - wanted).abs() <= self._tolerance()
 
+    def replace(self, timesteps: Tensor) -> None:
+        """Take another finite set; whoever holds a row for each timestep has to follow. A timestep outside of it warns again."""
+        self.timesteps = timesteps.detach().to(torch.float32).flatten().sort().values
+        self._warned = False
+
     def _tolerance(self) -> float:
         """A thousandth of the smallest gap between calibrated timesteps: what rounding on the way here may have moved a timestep by."""
         gaps = self.timesteps.diff()
@@ -97,6 +102,6 @@ class StepContext(nn.Module):
         self._warned = True
         warnings.warn(
             f"timestep {unseen:g} was not calibrated; the nearest of {len(self.timesteps)} calibrated steps is used. "
-            "Quantize with the schedule you sample with, or re-bake the temporal table.",
+            "Quantize with the schedule you sample with, or call tfmq.rebake.",
             stacklevel=4,
         )

@@ -1,0 +1,41 @@
+"""Move a quantized denoiser to another schedule: its tables are filled anew, its grids follow the nearest calibrated timestep."""
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.swap import STEPS, replace_module
+from tfmq.nn.temporal import CachedFeature, FeatureTable
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.steps import StepContext
+from tfmq.temporal.block import TemporalBlock
+
+
+@torch.no_grad()
+def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) -> None:
+    """Give the quantized `module` the finite set `timesteps` `[S]`, ascending, in place.
+
+    Each table holds the full-precision features of `block` at the new timesteps. A grid of an activation at a new timestep is that of the nearest
+    calibrated one, and so is the choice between a table and the block: both were fitted on samples, which this does not see.
+
+    Raises:
+        ValueError: `block` is of another architecture.
+    """
+    steps: StepContext = getattr(module, STEPS)
+    timesteps = timesteps.to(steps.timesteps.device, torch.float32)
+    nearest, _ = steps.lookup(timesteps)
+    cached = {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}
+    missing = sorted(cached.keys() - set(block.cacheable))
+    if missing:
+        raise ValueError(f"{missing[0]} has a table, but is no temporal feature of the reference; pass the model that was quantized")
+    full = block(timesteps, list(cached))
+    for quantizer in module.modules():
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.per_step:
+            quantizer.take_rows(nearest)
+    steps.replace(timesteps)
+    for name, child in cached.items():
+        table = FeatureTable(len(timesteps), full[name].shape[1], child.table.table_format).to(timesteps.device)
+        table.fit(full[name])
+        use = child.use_table[nearest]
+        moved = CachedFeature(child.block, table, steps, everywhere=bool(use.all()))
+        moved.use_table = use.clone()
+        replace_module(module, name, moved)
