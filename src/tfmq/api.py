@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tfmq.nn.structure import describe
 from tfmq.nn.swap import STEPS
 from tfmq.progress import Progress, silent
 from tfmq.recipes import scheme
-from tfmq.recipes.recipe import Recipe
+from tfmq.recipes.recipe import Recipe, call_options
 from tfmq.recipes.yaml import to_dict
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
@@ -49,28 +49,38 @@ class Quantized:
     report: Mapping[str, Any]
 
 
-def open_sampler(target: Any, *, prompts: tuple[str, ...] = ()) -> Sampler:
+def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None) -> Sampler:
     """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or "default", the embedded model.
 
-    A quantized model that is loaded here computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device.
+    `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
+    computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device.
 
     Raises:
         ValueError: nothing that can be sampled from.
     """
     if hasattr(target, "run") and hasattr(target, "denoiser"):
+        if options:
+            warnings.warn(f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options", stacklevel=3)
         return target
     require("diffusers", extra="diffusers")
-    from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, open_pipeline
+    from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, accepted_options, open_pipeline
 
     if isinstance(target, str | Path):
         path = ASSETS / DEFAULT if str(target) == DEFAULT else Path(target)
+        if options is None and is_quantized(path):
+            options = calibrated_options(stored_manifest(path))
         target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)
     if not hasattr(target, "components"):
         raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
-    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS)
+    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}))
     if prompts and not sampler.takes_prompts:
         warnings.warn(f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2)
     return sampler
+
+
+def calibrated_options(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the arguments of the pipeline's call that a quantized model was calibrated with."""
+    return call_options(manifest.get("provenance", {}).get("recipe", {}).get("calibration", {}))
 
 
 def _manifest(module: nn.Module, recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def quantize(
         CalibrationError: NaN or infinite values in calibration.
     """
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
-    sampler = open_sampler(target, prompts=prompts)
+    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)))
     module = sampler.denoiser.module
     if hasattr(module, STEPS):
         raise ValueError("the model is quantized already; quantize the full-precision one")

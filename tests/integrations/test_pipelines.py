@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_a_component_is_no_pipeline(pipeline: DDIMPipeline) -> None:
 def test_prompts_without_effect_warn(pipeline: DDIMPipeline) -> None:
     with pytest.warns(UserWarning, match="prompts have no effect"):
         open_sampler(pipeline, prompts=("a cat",))
+
+
+def test_eta_of_the_recipe_is_what_the_quantized_model_is_opened_with(pipeline: DDIMPipeline, tmp_path: Path) -> None:
+    recipe = replace(QUICK, calibration=replace(QUICK.calibration, eta=0.7))
+    tfmq.quantize(pipeline, recipe, output_dir=tmp_path / "q")
+    opened = open_sampler(tmp_path / "q")
+    assert opened.options == {"eta": 0.7}
+    noisy, expected = (PipelineSampler(pipeline, options=options).run(range(1), steps=3, seed=0) for options in ({}, {"eta": 0.7}))
+    assert torch.equal(opened.run(range(1), steps=3, seed=0), expected) and not torch.equal(noisy, expected)
+
+
+def test_options_without_effect_warn(pipeline: DDIMPipeline) -> None:
+    with pytest.warns(UserWarning, match="guidance_scale has no effect: DDIMPipeline takes none"):
+        assert open_sampler(pipeline, options={"guidance_scale": 3.0}).options == {}
+    with pytest.warns(UserWarning, match="eta of the recipe have no effect: the sampler brings its own"):
+        open_sampler(PipelineSampler(pipeline), options={"eta": 1.0})
 
 
 def test_quiet_silences_and_restores() -> None:

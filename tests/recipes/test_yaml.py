@@ -54,7 +54,11 @@ recipes = st.builds(
         **{name: st.integers(1, 999) for name in ("positions", "sweeps", "widest")},
     ),
     learning=learnings,
-    calibration=st.builds(Calibration, **{name: st.integers(1, 999) for name in ("samples", "steps", "interval", "batch_size")}),
+    calibration=st.builds(
+        Calibration,
+        **{name: st.integers(1, 999) for name in ("samples", "steps", "interval", "batch_size")},
+        **{name: st.none() | st.floats(0.0, 20.0) for name in ("eta", "guidance_scale")},
+    ),
     rules=st.lists(
         st.builds(Rule, match=st.sampled_from(["role:first", "role:temporal", "*.conv?", "a[b]", "näme"]), weight_bits=BITS, activation_bits=BITS)
     ).map(tuple),

@@ -42,8 +42,9 @@ def compare(
 ) -> None:
     """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
     with verb():
+        from tfmq.api import calibrated_options
         from tfmq.artifact import stored_bytes
-        from tfmq.cli.models import execute_model, open_model, quantized_directory
+        from tfmq.cli.models import execute_model, manifest, open_model, quantized_directory
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.summary import COMPARISON_FILES
@@ -55,7 +56,7 @@ def compare(
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
             quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
             name = execute_model(quantized, backend, execution)
-            full = open_model(reference, prompts=read_prompts(prompts), device=device)
+            full = open_model(reference, prompts=read_prompts(prompts), device=device, options=calibrated_options(manifest(quantized)))
             result = _compared(full, quantized, folder, stored_bytes(source), backend=name, **options)
     if json:
         emit(result)

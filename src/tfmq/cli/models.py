@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 STEPS = 50
 
 
-def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None = None) -> "Sampler":
-    """Return the sampler of MODEL on `device`.
+def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None = None, options: Mapping[str, Any] | None = None) -> "Sampler":
+    """Return the sampler of MODEL on `device`; `options` as in `tfmq.api.open_sampler`.
 
     Raises:
         ValueError: there is no such model, or it cannot be sampled from.
@@ -21,7 +21,7 @@ def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None 
     """
     from tfmq.api import open_sampler
 
-    sampler = open_sampler(model, prompts=prompts)
+    sampler = open_sampler(model, prompts=prompts, options=options)
     if device is not None:
         sampler.pipeline.to(device)  # type: ignore[attr-defined]
     return sampler

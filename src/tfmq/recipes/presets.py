@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+from tfmq.recipes.paper import PAPER, PROTOCOLS
 from tfmq.recipes.recipe import Activations, Recipe, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
@@ -60,17 +61,20 @@ PRESETS |= {f"{method}_{name}": (lambda f=f, b=b: f(b())) for method, f in _METH
 def scheme(name: str) -> Recipe:
     """Return the recipe of a scheme: a preset's name, or `wXaY` with X and Y of 2 to 8 bits, or 16 or 32 for full precision.
 
+    Presets of `tfmq.recipes.paper` repeat a published experiment, such as `ldm4_bedrooms_w4a8`, with its budget of hours to days.
+
     Raises:
         ValueError: no such scheme.
     """
-    if name in PRESETS:
-        return PRESETS[name]()
+    named = PRESETS | PAPER
+    if name in named:
+        return named[name]()
     if name in _SCHEMES:
         return _SCHEMES[name]()
     found = re.fullmatch(r"w(\d+)a(\d+)", name)
     bits = [int(text) for text in found.groups()] if found else []
     if not bits or not all(2 <= value <= 8 or value in (16, 32) for value in bits):
-        choices = ", ".join((*_SCHEMES, *PRESETS))
+        choices = ", ".join((*_SCHEMES, *PRESETS, *(f"{protocol.name}_wXaY" for protocol in PROTOCOLS)))
         raise ValueError(f"unknown scheme {name!r}; give wXaY with 2 to 8 bits (16 or 32 for full precision), or one of {choices}")
     weight, activation = (value if value <= 8 else None for value in bits)
     if weight is None:

@@ -1,8 +1,10 @@
 """The recipe value and its parts; every field is checked when it is made."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from math import inf
+from typing import Any, Literal
 
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.formats import IntegerFormat
@@ -95,19 +97,33 @@ class Temporal:
         _choice("temporal.scope", self.scope, ("key", "feature", "step", "global"))
 
 
+def call_options(calibration: Mapping[str, Any]) -> dict[str, float]:
+    """Return the arguments of a pipeline's call that the fields of a calibration set."""
+    return {name: calibration[name] for name in ("eta", "guidance_scale") if calibration.get(name) is not None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from every `interval`-th step."""
+    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from every `interval`-th step.
+
+    `eta` (of DDIM) and `guidance_scale` are passed to the pipeline's call, in calibration and when the quantized model is opened again; None
+    leaves them to the pipeline.
+    """
 
     samples: int = 32
     steps: int = 50
     interval: int = 5
     batch_size: int = 16
+    eta: float | None = None
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "interval", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in call_options(asdict(self)).items():
+            if not 0 <= value < inf:
+                raise ValueError(f"calibration.{name} must be finite and not negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

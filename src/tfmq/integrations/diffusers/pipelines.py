@@ -1,6 +1,8 @@
 """Any diffusers pipeline as a sampler."""
 
 import inspect
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,14 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, Denoiser]:
         if name in found:
             return name, found[name]
     raise ValueError(f"{type(pipeline).__name__} has no component that takes a sample and a timestep; it has {', '.join(pipeline.components)}")
+
+
+def accepted_options(pipeline: DiffusionPipeline, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `options` that the pipeline's call has an argument for; warn about the others."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for name in options.keys() - parameters.keys():
+        warnings.warn(f"{name} has no effect: {type(pipeline).__name__} takes none", stacklevel=3)
+    return {name: value for name, value in options.items() if name in parameters}
 
 
 class PipelineSampler:
