@@ -28,6 +28,7 @@ def test_version_and_help(tfmq: Run) -> None:
         ("sample", "--num-images --steps --seed --output-dir --prompts --backend --weights"),
         ("compare", "--reference --num-images --seed --output-dir --prompts --backend --weights --json"),
         ("inspect", "--json"),
+        ("import", "--config --output-dir --tokenizer --json"),
         ("bench", "--reference --backends --peers --batch --rounds --threads --steps --prompts --json"),
     ],
 )
@@ -64,6 +65,8 @@ def test_options_of_the_contract(tfmq: Run, monkeypatch: pytest.MonkeyPatch, ver
         ("compare m --reference m --output-dir d --backend abacus", "reference, simulated, torch"),
         ("compare m --reference m --output-dir d --weights heavy", "unpacked"),
         ("inspect", "MODEL"),
+        ("import c --output-dir d", "--config"),
+        ("import --config c.yaml --output-dir d", "CHECKPOINT"),
         ("inspect m n", "n"),
         ("bench", "DIR"),
         ("bench m --backends torch,abacus", "'abacus'; give all, none, or some of simulated, reference, torch"),

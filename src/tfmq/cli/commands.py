@@ -11,6 +11,7 @@ import typer
 from tfmq.cli.bench import bench
 from tfmq.cli.compare import compare
 from tfmq.cli.export import export
+from tfmq.cli.importing import import_checkpoint
 from tfmq.cli.inspect import inspect
 from tfmq.cli.outcome import INTERRUPTED, USAGE, complain
 from tfmq.cli.quantize import quantize
@@ -22,6 +23,8 @@ EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 inter
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
 for verb in (quantize, sample, compare, inspect, export, bench):
     app.command()(verb)
+# Not a name that a Python function can have.
+app.command("import")(import_checkpoint)
 
 
 def _show_version(value: bool) -> None:

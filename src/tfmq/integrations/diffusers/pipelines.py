@@ -95,7 +95,7 @@ class PipelineSampler:
         if self.takes_prompts:
             return {"prompt": [self.prompts[index % len(self.prompts)] for index in indices]}
         if "class_labels" in parameters:
-            classes = getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
+            classes = getattr(self.pipeline, "num_classes", None) or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
             # Spread over the classes, the same for an image whatever its batch.
             return {"class_labels": [index * 367 % classes for index in indices]}
         return {"batch_size": len(indices)}

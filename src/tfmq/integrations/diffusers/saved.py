@@ -5,6 +5,8 @@ from typing import Any
 
 import diffusers
 
+# Imported so that directories which name its pipeline can be opened.
+from tfmq.integrations.diffusers import class_conditional  # noqa: F401
 from tfmq.integrations.diffusers.quantizer import register
 from tfmq.storage.atomic import read_json
 

@@ -1,0 +1,1 @@
+"""Checkpoints of the published models in their original layouts, as diffusers pipelines."""

@@ -1,0 +1,80 @@
+"""Read an original checkpoint and its configuration without running anything that they contain."""
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What torch.load raises where a file holds more than tensors and plain values; it has no public name without the module of that name.
+from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
+
+from tfmq.errors import require
+from tfmq.storage.atomic import read_tensors
+
+# What else it raises where bytes are missing or changed.
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, struct.error)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a YAML configuration. Needs the `cli` extra.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or is no mapping.
+    """
+    yaml = require("yaml", extra="cli")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no configuration: it holds a {type(values).__name__}, not a mapping")
+    return values
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Return what a checkpoint holds: the tensors of a `.safetensors` file, or the tensors, lists and mappings of a torch file.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds Python objects.
+        CheckpointError: the same of a `.safetensors` file.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        reason = "holds Python objects beside tensors, and reading those could run code (save its tensors as .safetensors), or is damaged"
+        raise ValueError(f"{path} {reason}") from error
+    except DAMAGED as error:
+        raise ValueError(f"cannot read the checkpoint {path}: {' '.join(str(error).split()[:40]) or 'it ends too early'}") from error
+
+
+def tensors_of(states: Any, *, path: Path) -> dict[str, Tensor]:
+    """Return `states` where it maps names to tensors, by itself or under `state_dict`; values that are no tensors are left out.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(states, Mapping) and isinstance(states.get("state_dict"), Mapping):
+        states = states["state_dict"]
+    tensors = {str(name): value for name, value in states.items() if isinstance(value, Tensor)} if isinstance(states, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"{path} holds a {type(states).__name__} without named tensors; it is no model checkpoint")
+    return tensors
+
+
+def section(config: Mapping[str, Any], *names: str) -> Any:
+    """Return the value of a nested configuration.
+
+    Raises:
+        ValueError: it lacks one; names the whole path.
+    """
+    value: Any = config
+    for name in names:
+        if not isinstance(value, Mapping) or name not in value:
+            raise ValueError(f"the configuration has no {'.'.join(names)}")
+        value = value[name]
+    return value

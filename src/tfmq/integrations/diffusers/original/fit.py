@@ -1,0 +1,37 @@
+"""Put converted tensors into a model: every key fits, or none is taken."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def fit(model: Any, tensors: Mapping[str, Tensor], *, original: Mapping[str, Tensor] | None = None) -> Any:
+    """Load `tensors` into `model` and return it in evaluation mode.
+
+    Args:
+        model: a diffusers or transformers model.
+        tensors: by the model's names.
+        original: the tensors that `tensors` were converted from; each must have gone somewhere.
+
+    Raises:
+        ValueError: keys are missing, unknown, of another shape, or were left behind; lists all of them.
+    """
+    expected = model.state_dict()
+    complaints = {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unknown": sorted(tensors.keys() - expected.keys()),
+        "of another shape": sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape),
+        "not used": left_behind(original or {}, tensors),
+    }
+    found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in complaints.items() if names)
+    if found:
+        raise ValueError(f"the checkpoint does not fit the {type(model).__name__} that its configuration describes; {found}")
+    model.load_state_dict(dict(tensors))
+    return model.eval()
+
+
+def left_behind(original: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in `original` of which nothing is in `converted`: converters take views, or the tensors themselves."""
+    taken = {tensor.data_ptr() for tensor in converted.values()}
+    return sorted(name for name, tensor in original.items() if tensor.data_ptr() not in taken)
