@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 Run = Callable[..., Any]
-KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes"}
+KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes", "temporal_parameters", "table_bytes", "schemes", "speed"}
 
 
 def test_full_precision(tfmq: Run, model: Path) -> None:
@@ -31,8 +31,16 @@ def test_quantized(tfmq: Run, model: Path, quantized: Path) -> None:
 
 
 def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
-    for source, words in ((model, ("full precision", "w4 about")), (quantized, ("w4a8", "->"))):
+    for source, words in ((model, ("full precision", "w4 about", "w8a8, w4a8, w4a32; rules of 7")), (quantized, ("w4a8", "->"))):
         out = tfmq("inspect", source).out
         assert len(out.splitlines()) <= 50
-        for word in ("UNet2DModel", "time_embedding.linear_1", "mid_block.attentions.0", "more (--json lists all)", *words):
+        for word in (
+            "UNet2DModel",
+            "8 of timestep (tabulated)",
+            "for 20 steps",
+            "time_embedding.linear_1",
+            "mid_block.attentions.0",
+            "more (--json lists all)",
+            *words,
+        ):
             assert word in out

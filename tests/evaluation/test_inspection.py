@@ -8,11 +8,15 @@ from torch import nn
 
 import tfmq
 from tfmq.api import state_bytes
+from tfmq.evaluation import inspection
 from tfmq.evaluation.inspection import inspect
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.temporal import CachedFeature
+from tfmq.recipes.paper import PAPER
 from tfmq.recipes.presets import rtn
-from tfmq.recipes.recipe import Calibration
+from tfmq.recipes.recipe import Calibration, Temporal
+from tfmq.reconstruction.learning import Learning
 
 Pair = Callable[..., tuple[LoopSampler, LoopSampler]]
 WEIGHTED = nn.Linear | nn.Conv2d
@@ -64,3 +68,30 @@ def test_predicted_bytes_are_those_of_the_tensors(sampler: Callable[..., LoopSam
     made = sampler()
     tfmq.quantize(made, recipe)
     assert predicted == state_bytes(made.denoiser.module) - 4 * 2
+
+
+def test_table_bytes_are_those_of_the_tables(sampler: Callable[..., LoopSampler]) -> None:
+    made = sampler()
+    recipe = replace(tfmq.scheme("w8a8"), learning=Learning(iterations=0), calibration=Calibration(samples=1, steps=4, interval=4))
+    predicted = inspect(made)
+    tfmq.quantize(made, replace(recipe, temporal=Temporal(learning=Learning(iterations=0))))
+    cached = [child for child in made.denoiser.module.modules() if isinstance(child, CachedFeature)]
+    for steps in (20, 50):
+        assert predicted.table_bytes[str(steps)] * 4 == steps * sum(state_bytes(child.table) + child.use_table.numel() for child in cached)
+
+
+@pytest.mark.parametrize(("name", "published"), [("unet", True), ("conditional", True), ("dit", False), ("plain", False)])
+def test_schemes_fit_where_their_rules_match(sampler: Callable[..., LoopSampler], name: str, published: bool) -> None:
+    found = inspect(sampler(name)).schemes
+    assert found[:3] == ("w8a8", "w4a8", "w4a32") and len(found) == (3 + len(PAPER) if published else 3)
+
+
+def test_the_speed_class_follows_from_operators_and_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for operators, instructions, expected in (
+        (False, ["avx512_vnni"], "simulated"),
+        (True, ["avx2"], "integer-slow"),
+        (True, ["amx_int8"], "integer"),
+    ):
+        monkeypatch.setattr(inspection, "available", lambda operators=operators: operators)
+        monkeypatch.setattr(inspection, "describe_machine", lambda _, instructions=instructions: {"instructions": instructions})
+        assert inspection.speed_class() == expected

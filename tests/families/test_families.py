@@ -51,3 +51,34 @@ def test_the_quantized_pipeline_comes_back_and_predicts_nearly_the_same(family: 
     noise, signal = (sum(float(part.square().sum()) for part in parts) for parts in ([q - f for q, f in pairs], [f for _, f in pairs]))
     # 19 to 35 dB at 8 bits, where a wrong layer leaves less than 5; the smallest, wan with one token, amplifies the rounding of its own input.
     assert 10 ** (10 / 10) * noise < signal
+
+
+# What a reader knows each family by.
+NAMES = {
+    "ddpm": "DDPM, DDIM",
+    "ldm": "latent diffusion, VQ first stage",
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x, v-prediction",
+    "turbo": "SD-Turbo",
+    "lcm": "latent consistency models",
+    "sdxl": "SDXL",
+    "dit": "DiT",
+    "pixart": "PixArt",
+    "sd3": "Stable Diffusion 3",
+    "sd3_without_t5": "Stable Diffusion 3 without T5",
+    "flux": "FLUX.1",
+    "video_unet": "text-to-video UNet",
+    "wan": "Wan, a video transformer",
+}
+
+
+def test_the_page_has_a_row_for_each_family(family: Make, documented: Callable[[str, list[str]], None]) -> None:
+    rows = ["| family | pipeline | denoiser | temporal features depend on | tabulated |", "|---|---|---|---|---|"]
+    for name in FAMILIES:
+        made = family(name)
+        features = [layer for layer in made.inspection.temporal if layer.role == "feature"]
+        kinds = sorted({layer.depends_on for layer in features}, key=lambda kind: (kind != T, kind))
+        served = "all" if kinds == [T] else "$`h(t)`$" if T in kinds else "none"
+        depends = "; ".join(", ".join(sorted(kind, key=lambda source: source != "timestep")) for kind in kinds)
+        rows.append(f"| {NAMES[name]} | `{made.pipeline}` | `{made.inspection.family}` | {depends} | {served} |")
+    documented("families", rows)

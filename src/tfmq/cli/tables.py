@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from tfmq.evaluation.forecast import Forecast
     from tfmq.evaluation.inspection import Inspection
 
+SPEED = {
+    "integer": "this CPU has integer instructions, layers run in them; --device measures what that brings",
+    "integer-slow": "layers run in integers, but this CPU has no instructions for them: small, not fast",
+    "simulated": "no integer operators here: simulated, small and not fast",
+}
 # The rest of a long list is counted; --json has all of it.
 LISTED = 12
 
@@ -89,20 +94,39 @@ def _shortened(table: Table, rows: Sequence[tuple[str, ...]]) -> Table:
     return table
 
 
+def _temporal(inspection: "Inspection") -> str:
+    """Return how many features depend on what, and the share of the block."""
+    features = Counter(layer.depends_on for layer in inspection.temporal if layer.role == "feature")
+    kinds = [f"{count} of {' + '.join(on)} ({'tabulated' if on == ('timestep',) else 'learned, not tabulated'})" for on, count in features.items()]
+    share = inspection.temporal_parameters / max(1, inspection.parameters)
+    return f"{'; '.join(kinds) or 'no features'}; {len(inspection.temporal)} layers, {share:.1%} of the parameters"
+
+
+def _schemes(names: Sequence[str]) -> str:
+    """Return the general schemes, and the number of published experiments, whatever their bits."""
+    general = [name for name in names if "_" not in name]
+    published = {name.rpartition("_")[0] for name in names if "_" in name}
+    return ", ".join(general) + (f"; rules of {len(published)} published experiments fit too" if published else "")
+
+
 def show_inspection(inspection: "Inspection") -> None:
     """Print the summary of `tfmq inspect` on one screen."""
     console = Console()
     size = inspection.bytes
     fp32, quantized = size["fp32"] or 0, size["quantized"]
     predicted = ", ".join(f"{name} about {megabytes(count)}" for name, count in inspection.predicted_bytes.items())
-    features = [layer for layer in inspection.temporal if layer.role == "feature"]
     rows = [
         ("family", inspection.family),
         ("parameters", f"{inspection.parameters:,}"),
         ("size", f"{megabytes(fp32)}; {predicted}" if quantized is None else _size(fp32, quantized)),
         ("layers", f"{len(inspection.layers)}: {_bits(inspection)}"),
-        ("temporal", f"{len(features)} features, {sum(layer.cacheable for layer in features)} cacheable, {len(inspection.temporal)} layers"),
+        ("units", str(len(inspection.units))),
+        ("temporal", _temporal(inspection)),
+        ("tables", ", ".join(f"{megabytes(count)} for {steps} steps" for steps, count in inspection.table_bytes.items())),
+        ("speed", SPEED[inspection.speed]),
     ]
+    if inspection.schemes:
+        rows.insert(4, ("schemes", _schemes(inspection.schemes)))
     console.print(_figures(rows))
     console.print()
     table = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")

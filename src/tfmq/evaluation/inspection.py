@@ -10,14 +10,26 @@ from torch import nn
 
 from tfmq.api import state_bytes
 from tfmq.artifact import stored_bytes
+from tfmq.evaluation.cost.system import describe_machine
+from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
+from tfmq.nn.operation import weight_of
 from tfmq.nn.structure import describe, named_specs
 from tfmq.nn.swap import STEPS
 from tfmq.numerics.packing import packed_shape
+from tfmq.recipes import scheme
+from tfmq.recipes.paper import PAPER
+from tfmq.recipes.plan import make_plan
 from tfmq.reconstruction.units import Unit, find_units
+
+Speed = Literal["integer", "integer-slow", "simulated"]
+SCHEMES = ("w8a8", "w4a8", "w4a32")
+INTEGER_INSTRUCTIONS = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
+# Numbers of steps that tables are sized for.
+TABLE_STEPS = (20, 50)
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,9 @@ class Inspection:
     """Family (class of the denoiser), number of parameters, temporal layers, reconstruction units, bits per layer, and bytes.
 
     `bytes` has `fp32` and `quantized` (None for a full-precision model); `predicted_bytes` of the tensors of 8- and 4-bit weights for a
-    full-precision model, empty for a quantized one.
+    full-precision model, empty for a quantized one. `temporal_parameters` are those of the temporal layers, `table_bytes` what int8 tables of
+    the cacheable features take, by number of steps. `schemes` are the schemes and published experiments whose rules fit the model's layers.
+    `speed` is what to expect of integers on this machine's CPU: `integer` with instructions for them, `integer-slow` without, else `simulated`.
     """
 
     family: str
@@ -54,6 +68,38 @@ class Inspection:
     layers: tuple[LayerBits, ...]
     bytes: Mapping[str, int | None]
     predicted_bytes: Mapping[str, int]
+    temporal_parameters: int
+    table_bytes: Mapping[str, int]
+    schemes: tuple[str, ...]
+    speed: Speed
+
+
+def speed_class() -> Speed:
+    """Return what this machine's CPU is expected to make of integer layers; nothing is measured."""
+    if not available():
+        return "simulated"
+    return "integer" if INTEGER_INSTRUCTIONS & set(describe_machine(1)["instructions"]) else "integer-slow"
+
+
+def _fitting_schemes(traced: Trace) -> tuple[str, ...]:
+    """Return the names of the recipes whose every rule matches a layer."""
+
+    def fits(name: str) -> bool:
+        try:
+            make_plan(scheme(name), traced)
+        except ValueError:
+            return False
+        return True
+
+    return tuple(name for name in (*SCHEMES, *PAPER) if fits(name))
+
+
+def _temporal_figures(module: nn.Module, traced: Trace) -> tuple[int, dict[str, int]]:
+    """Return the parameters of the temporal layers, and the bytes of tables: a code for each value, a scale, a zero-point and a choice a step."""
+    layers = [module.get_submodule(layer.name) for layer in traced.temporal]
+    cacheable = [layer.name for layer in traced.temporal if layer.cacheable and layer.name in traced.features]
+    row = sum(weight_of(module.get_submodule(name)).shape[0] + 4 + 1 + 1 for name in cacheable)
+    return sum(_parameters(layer) for layer in layers), {str(steps): steps * row for steps in TABLE_STEPS}
 
 
 def _temporal(traced: Trace) -> tuple[TemporalLayer, ...]:
@@ -91,6 +137,9 @@ def _of_full_precision(module: nn.Module, traced: Trace) -> Inspection:
         tuple(LayerBits(name, None, None) for name in names),
         {"fp32": 4 * parameters, "quantized": None},
         {f"w{bits}": _predicted_bytes(module, traced.layers, bits) for bits in (8, 4)},
+        *_temporal_figures(module, traced),
+        _fitting_schemes(traced),
+        speed_class(),
     )
 
 
@@ -113,6 +162,9 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
         tuple(LayerBits(name, *bits.get(name, (None, None))) for name in names),
         {"fp32": 4 * parameters, "quantized": stored_bytes(directory) if directory else state_bytes(module)},
         {},
+        *_temporal_figures(stock, traced),
+        (),
+        speed_class(),
     )
 
 
