@@ -56,9 +56,11 @@ class FeatureTable(nn.Module):
         return dequantize(values, self.scale[index, None], self.zero_point[index, None].to(self.scale.dtype))
 
 
-def _for_rows(values: Tensor, rows: int) -> Tensor:
-    """Repeat `values` `[B]` for inputs with several rows a sample, such as the frames of a video; a single value serves any number."""
-    return values if len(values) in (1, rows) else values.repeat_interleave(rows // len(values))
+def _for_rows(values: Tensor, x: Tensor) -> Tensor:
+    """Repeat `values` `[B]` for an input with several rows a sample, such as the frames of a video; a single value serves any number."""
+    # Not `len`, which a graph would take for a constant.
+    batch, rows = values.shape[0], x.shape[0]
+    return values.repeat_interleave(rows // batch) if batch > 1 and rows != batch else values
 
 
 class CachedFeature(nn.Module):
@@ -88,7 +90,7 @@ class CachedFeature(nn.Module):
         (steps,) = self._steps
         if not self.enabled:
             return self.block(x)
-        index, exact = _for_rows(steps.index, len(x)), _for_rows(steps.exact, len(x))
+        index, exact = _for_rows(steps.index, x), _for_rows(steps.exact, x)
         cached = self.table(index).to(x.dtype)
         if self.everywhere and steps.all_exact:
             return cached.expand(x.shape[0], -1)
