@@ -25,7 +25,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 
 
 class LatentClassPipeline(DiffusionPipeline):
-    """Draws images of classes (Rombach et al., 2022, appendix D.4).
+    """Draws images of classes with latent diffusion (Rombach et al., 2022).
 
     Args:
         vqvae: the first stage, quantizing or not.

@@ -20,8 +20,6 @@ def text_encoder(tensors: Mapping[str, Tensor], *, tokenizer: str) -> tuple[CLIP
     Raises:
         ValueError: keys do not fit, or there is no such tokenizer.
     """
-    # Since release 5.6 of transformers the model has no `text_model` below it.
-    prefix = "" if _flat() else "text_model."
     converted = {name.removeprefix("text_model."): tensor for name, tensor in convert_ldm_clip_checkpoint(dict(tensors)).items()}
     converted.pop(POSITIONS, None)
     try:
@@ -40,9 +38,6 @@ def text_encoder(tensors: Mapping[str, Tensor], *, tokenizer: str) -> tuple[CLIP
     heads = max(1, width // HEAD)
     model = CLIPTextModel(CLIPTextConfig(**size, **ids, num_hidden_layers=layers, num_attention_heads=heads, hidden_act="quick_gelu"))
     original = {name: tensor for name, tensor in tensors.items() if not name.endswith(POSITIONS)}
+    # Since release 5.6 of transformers there is no `text_model` between the model and its parts.
+    prefix = "text_model." if "text_model" in dict(model.named_children()) else ""
     return tokens, fit(model, {f"{prefix}{name}": tensor for name, tensor in converted.items()}, original=original)
-
-
-def _flat() -> bool:
-    tiny = CLIPTextConfig(vocab_size=1, hidden_size=1, intermediate_size=1, num_hidden_layers=0, num_attention_heads=1, max_position_embeddings=1)
-    return not any(name.startswith("text_model.") for name in CLIPTextModel(tiny).state_dict())
