@@ -1,6 +1,6 @@
 """Recipes: everything that decides how a model is quantized, as one value."""
 
 from tfmq.recipes.presets import PRESETS, scheme
-from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal, Weights
+from tfmq.recipes.recipe import Activations, Calibration, Published, Recipe, Rule, Temporal, Weights
 
-__all__ = ["PRESETS", "Activations", "Calibration", "Recipe", "Rule", "Temporal", "Weights", "scheme"]
+__all__ = ["PRESETS", "Activations", "Calibration", "Published", "Recipe", "Rule", "Temporal", "Weights", "scheme"]

@@ -149,6 +149,32 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published figure of the full-precision model: what `tfmq evaluate` must find before it judges the quantized one.
+
+    Attributes:
+        metric: its name in `tfmq evaluate`, such as `fid`.
+        value: what was published.
+        tolerance: the largest difference, in the metric's own units, that is no sign of another protocol.
+        num_images: it holds for so many images; with others it is not compared.
+        steps: and for so many denoising steps.
+        source: where it was published.
+    """
+
+    metric: str
+    value: float
+    tolerance: float
+    num_images: int
+    steps: int
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.tolerance <= 0 or self.num_images < 1 or self.steps < 1:
+            numbers = f"{self.tolerance}, {self.num_images} and {self.steps}"
+            raise ValueError(f"published tolerance, num_images and steps must be positive, got {numbers} for {self.metric}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides how a model is quantized. Presets are functions in `tfmq.recipes.presets`; YAML is a serialisation."""
 
@@ -160,6 +186,7 @@ class Recipe:
     learning: Learning = field(default_factory=Learning)
     calibration: Calibration = field(default_factory=Calibration)
     rules: tuple[Rule, ...] = ()
+    published: tuple[Published, ...] = ()
 
     def bits(self, name: str, roles: frozenset[str]) -> tuple[int | None, int | None]:
         """Return `(weight_bits, activation_bits)` of a layer: those of the first matching rule, else the recipe's own."""

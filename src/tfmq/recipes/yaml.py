@@ -12,7 +12,8 @@ from tfmq.recipes.recipe import Recipe
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values that JSON and YAML keep."""
     values = asdict(recipe)
-    values["rules"] = [dict(rule) for rule in values["rules"]]
+    for name in ("rules", "published"):
+        values[name] = [dict(item) for item in values[name]]
     return values
 
 
