@@ -62,7 +62,11 @@ EXEMPTIONS = {
 CORE = {"torch", "numpy", "safetensors"}  # what the package itself depends on
 OPTIONAL = {
     "diffusers": ("integrations/diffusers*",),
-    "transformers": ("integrations/diffusers*",),
+    "transformers": ("integrations/*",),
+    "huggingface_hub": ("integrations/*",),
+    "torchmetrics": ("evaluation/*",),
+    "torch_fidelity": ("evaluation/*",),
+    "torchvision": ("evaluation/*",),
     "accelerate": ("integrations/diffusers*",),
     "triton": ("kernels/*",),
     "onnx": ("export/*",),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tfmq.report.pictures import SAMPLE_FILES, as_colour, enlarged, montage, write_png, write_samples
+from tfmq.evaluation.sampling import as_colour
+from tfmq.report.pictures import SAMPLE_FILES, enlarged, montage, write_png, write_samples
 
 
 def images(count: int, height: int = 4, width: int = 6, channels: int = 3) -> np.ndarray:

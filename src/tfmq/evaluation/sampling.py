@@ -14,6 +14,11 @@ class SamplingError(RuntimeError):
     """A model drew something that is no image; names which one."""
 
 
+def as_colour(images: Images) -> Images:
+    """Return images `[N, H, W, 1 or 3]` with three channels."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
 def to_bytes(images: Tensor, *, first: int = 0) -> Images:
     """Return images `[N, C, H, W]` in [0, 1] as uint8 `[N, H, W, C]`, rounded to nearest; values outside are clipped.
 

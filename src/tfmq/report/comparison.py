@@ -6,8 +6,8 @@ import numpy as np
 
 from tfmq.errors import require
 from tfmq.evaluation.comparison import Comparison
-from tfmq.evaluation.sampling import Images
-from tfmq.report.pictures import TILE, as_colour, enlarged, montage
+from tfmq.evaluation.sampling import Images, as_colour
+from tfmq.report.pictures import TILE, enlarged, montage
 
 COLUMNS = 8
 GAINS = (1, 2, 5, 10, 20, 50)

@@ -15,11 +15,6 @@ TILE = 160
 GRID_TILE = 128
 
 
-def as_colour(images: Images) -> Images:
-    """Return images `[N, H, W, 1 or 3]` with three channels."""
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-
-
 def enlarged(images: Images, *, width: int = TILE) -> Images:
     """Return images `[N, H, W, C]` scaled up by the whole number that brings them nearest to `width`, each pixel a square of one colour."""
     factor = max(1, round(width / images.shape[2]))

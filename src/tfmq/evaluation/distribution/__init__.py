@@ -1,0 +1,1 @@
+"""How near a set of images is to another: features of images, and metrics of two sets of features by well-kept libraries."""

@@ -1,0 +1,55 @@
+"""From images to features: the contract, the registry, and how an extractor names a metric."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tfmq.evaluation.distribution.features import Kind
+from tfmq.evaluation.sampling import Images
+from tfmq.evaluation.weights import Weights
+
+# The one that gives the metrics of the papers their plain names.
+STANDARD = "inception"
+
+
+class Extractor(Protocol):
+    """Computes features of uint8 images `[N, H, W, 3]`, each kind `[N, d]`.
+
+    `kinds` are those it has; `describe()` says as JSON values what the features depend on, for the record and for resumed runs.
+    """
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def __call__(self, images: Images) -> Mapping[Kind, Tensor]: ...
+
+
+EXTRACTORS: dict[str, Callable[[Weights], Extractor]] = {}
+
+
+def register(name: str) -> Callable[[Callable[[Weights], Extractor]], Callable[[Weights], Extractor]]:
+    """Return a decorator that registers what builds an extractor, from where weights lie, under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def fill(build: Callable[[Weights], Extractor]) -> Callable[[Weights], Extractor]:
+        if name in EXTRACTORS:
+            raise ValueError(f"an extractor called {name} is registered already")
+        EXTRACTORS[name] = build
+        return build
+
+    return fill
+
+
+def labelled(metric: str, extractor: str) -> str:
+    """Return the name of a metric on an extractor: another one than the papers' is part of it.
+
+    >>> labelled("fid", "inception"), labelled("fid", "pooled-pixels")
+    ('fid', 'fid[pooled-pixels]')
+    """
+    return metric if extractor == STANDARD else f"{metric}[{extractor}]"

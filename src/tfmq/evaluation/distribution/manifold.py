@@ -1,0 +1,26 @@
+"""Precision and recall: which images lie within the manifold of the others, by torch-fidelity."""
+
+from collections.abc import Mapping
+
+from tfmq.errors import require
+from tfmq.evaluation.distribution.features import Features, Kind, Moments, gathered
+from tfmq.evaluation.distribution.metric import Score, features_of, register
+
+NEIGHBOURS = 3
+
+
+@register("precision-recall")
+class PrecisionRecall:
+    """Shares of images within the balls around the third neighbours of the other set (Kynkaanniemi et al., 2019)."""
+
+    kind: Kind = "pool"
+    compares = True
+
+    def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
+        real = features_of(others, "precision-recall")
+        if min(len(images), len(real)) <= NEIGHBOURS:
+            raise ValueError(f"precision-recall looks at {NEIGHBOURS} neighbours, so it needs more than {NEIGHBOURS} images on either side")
+        library = require("torch_fidelity.metric_prc", extra="eval")
+        options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": 10_000, "save_cpu_ram": True, "verbose": False}
+        found = library.prc_features_to_metric(gathered(images, self.kind), gathered(real, self.kind), **options)
+        return {name: Score(float(found[name])) for name in ("precision", "recall")}

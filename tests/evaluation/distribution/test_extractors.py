@@ -1,0 +1,103 @@
+"""Extractors: what their features are, and what their names do to a metric's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tfmq.evaluation.distribution import inception as module
+from tfmq.evaluation.distribution.extractor import labelled, register
+from tfmq.evaluation.distribution.extractors import EXTRACTORS
+from tfmq.evaluation.distribution.inception import inception
+from tfmq.evaluation.distribution.pixels import PooledPixels, pooled_pixels
+from tfmq.evaluation.weights import Weights
+from tfmq.storage.digest import file_digest
+from tfmq.storage.errors import ForeignFileError, MissingFileError
+
+
+def images(count: int = 3, side: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def test_only_the_papers_extractor_gives_the_papers_names() -> None:
+    assert labelled("fid", "inception") == "fid"
+    assert all(name in labelled("fid", name) for name in EXTRACTORS if name != "inception")
+
+
+def test_pooled_pixels_are_means() -> None:
+    drawn = images(2)
+    found = PooledPixels()(drawn)
+    pixels = drawn.astype(np.float64) / 255
+    for kind, grid in (("pool", 8), ("spatial", 16)):
+        window = 32 // grid
+        means = pixels.reshape(2, grid, window, grid, window, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(2, -1)
+        np.testing.assert_allclose(found[kind], means, atol=1e-6)  # type: ignore[index]
+    assert found.keys() == set(PooledPixels.kinds)
+
+
+@pytest.mark.parametrize("side", [8, 17, 256])
+def test_pooled_pixels_are_as_many_whatever_the_size(side: int) -> None:
+    found = PooledPixels()(images(1, side))
+    assert found["pool"].shape == (1, 192) and found["spatial"].shape == (1, 768)
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="pooled-pixels is registered already"):
+        register("pooled-pixels")(pooled_pixels)
+
+
+def test_without_inceptions_weights_it_says_which_file_goes_where(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError) as error:
+        inception(Weights(tmp_path))
+    text = str(error.value)
+    assert str(tmp_path / "checkpoints" / module.FILE.name) in text and module.FILE.origin in text and "--extractor pooled-pixels" in text
+
+
+def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, value: Any) -> Weights:
+    """Store a value as Inception's weights, published under its own digest."""
+    (folder / "checkpoints").mkdir()
+    path = folder / "checkpoints" / module.FILE.name
+    torch.save(value, path)
+    monkeypatch.setattr(module, "FILE", replace(module.FILE, digest=file_digest(path)[:8]))
+    return Weights(folder)
+
+
+def test_a_weight_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_fidelity", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
+    with pytest.raises(ForeignFileError, match=r"no file of weights"):
+        inception(stored(tmp_path, monkeypatch, {"fc.weight": Path("x")}))
+
+
+@pytest.fixture
+def network() -> Callable[[], Any]:
+    """Return a function that gives the library's network with random weights."""
+    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
+
+    def build() -> Any:
+        blank = object.__new__(library.FeatureExtractorInceptionV3)
+        load = torch.nn.Module.load_state_dict
+        try:
+            torch.nn.Module.load_state_dict = lambda *_, **__: None  # type: ignore[assignment,method-assign]
+            hub, library.load_state_dict_from_url = library.load_state_dict_from_url, lambda *_, **__: {}
+            blank.__init__("inception-v3-compat", ["2048", "logits_unbiased"], verbose=False)
+        finally:
+            torch.nn.Module.load_state_dict, library.load_state_dict_from_url = load, hub  # type: ignore[method-assign]
+        return blank
+
+    return build
+
+
+def test_inception_is_the_librarys_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Callable[[], Any]) -> None:
+    own = network()
+    extractor = inception(stored(tmp_path, monkeypatch, own.state_dict()))
+    drawn = images(2)
+    found = extractor(drawn)
+    pool, logits = own(torch.from_numpy(drawn).permute(0, 3, 1, 2))
+    assert torch.equal(found["pool"], pool) and torch.equal(found["logits"], logits)
+    assert {kind: tuple(values.shape) for kind, values in found.items()} == {"pool": (2, 2048), "spatial": (2, 7 * 17 * 17), "logits": (2, 1008)}
+    assert extractor.describe()["sha256"] == file_digest(tmp_path / "checkpoints" / module.FILE.name)
+    assert not own.get_submodule(module.BRANCH)._forward_hooks
