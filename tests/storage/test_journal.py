@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tfmq.storage.errors import JobMismatchError
+from tfmq.storage.errors import JobMismatchError, MissingFileError
 from tfmq.storage.journal import Journal
 
 FINGERPRINT = {"model": "abc", "recipe": {"weights": {"bits": 4}, "rules": [{"match": "*"}]}, "seed": 0}
@@ -25,6 +25,15 @@ def test_a_finished_stage_is_read_back_and_not_computed_again(tmp_path: Path) ->
             assert found["x"].tolist() == ([1, 2, 3] if name == "a" else [2, 3, 4])
             assert journal.done(name)
     assert log == ["a", "b"]
+
+
+def test_a_stage_that_was_not_finished_cannot_be_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "job", FINGERPRINT, resume=False)
+    journal.stage("a", lambda: counting([], "a"))
+    assert journal.read("a")["x"].tolist() == [1, 2, 3]
+    for missing in (journal, Journal(None, FINGERPRINT, resume=False)):
+        with pytest.raises(MissingFileError, match="b"):
+            missing.read("b")
 
 
 def test_without_resume_a_job_starts_over(tmp_path: Path) -> None:

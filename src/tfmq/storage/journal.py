@@ -60,6 +60,16 @@ class Journal:
         """Whether the stage was finished."""
         return self.directory is not None and (self.directory / f"{name}.safetensors").exists()
 
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a finished stage.
+
+        Raises:
+            MissingFileError: it was not finished, or nothing is kept.
+        """
+        if self.directory is None:
+            raise MissingFileError(f"the stage {name} was not kept: the job has no directory")
+        return read_tensors(self.directory / f"{name}.safetensors")[0]
+
     def stage(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the tensors of a finished stage, or compute them and write them atomically."""
         if self.directory is None:

@@ -90,10 +90,14 @@ class PipelineSampler:
         """Whether the pipeline draws from text."""
         return "prompt" in inspect.signature(self.pipeline.__call__).parameters
 
+    def prompts_of(self, indices: range) -> list[str]:
+        """Return the texts that a text-to-image pipeline draws these images from."""
+        return [self.prompts[index % len(self.prompts)] for index in indices]
+
     def _content(self, indices: range) -> dict[str, Any]:
         parameters = inspect.signature(self.pipeline.__call__).parameters
         if self.takes_prompts:
-            return {"prompt": [self.prompts[index % len(self.prompts)] for index in indices]}
+            return {"prompt": self.prompts_of(indices)}
         if "class_labels" in parameters:
             classes = getattr(self.pipeline, "num_classes", None) or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
             # Spread over the classes, the same for an image whatever its batch.

@@ -1,0 +1,237 @@
+"""Evaluate a quantized model: full precision first, then the quantized one, then both pair by pair from the same noise."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tfmq.evaluation.baseline import check_baseline
+from tfmq.evaluation.deviation import Trajectory, deviation, follow, summarized
+from tfmq.evaluation.distribution.extractor import labelled
+from tfmq.evaluation.distribution.features import Moments
+from tfmq.evaluation.distribution.metrics import SET_METRICS
+from tfmq.evaluation.real import Real, RealStatistics
+from tfmq.evaluation.sampling import Images, as_colour, to_bytes
+from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
+from tfmq.evaluation.stages import Stages, Stored
+from tfmq.evaluation.text import prompts_of
+from tfmq.models.sampler import Sampler
+from tfmq.nn.swap import STEPS
+from tfmq.recipes.recipe import Published
+
+FULL, QUANTIZED, REAL = "full precision", "quantized", "real"
+# Pairs whose pixels are kept for people to look at.
+KEPT = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of a set of images: `metric` of the images of `model`, compared with those of `against`, if with any."""
+
+    metric: str
+    model: str
+    against: str | None
+    value: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, least and greatest of a metric over pairs."""
+
+    mean: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Metrics of pairs by name, the trajectory where it was asked for, and the first pairs themselves, uint8 `[n, H, W, 3]`."""
+
+    count: int
+    metrics: Mapping[str, Spread]
+    trajectory: Trajectory | None
+    reference: Images
+    quantized: Images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: values of sets of images, of pairs, and how the published figures compare."""
+
+    rows: tuple[Row, ...]
+    paired: Paired | None
+    baseline: tuple[Mapping[str, Any], ...]
+
+
+def check_request(quantized: Sampler, reference: Sampler | None, real: Real | None, settings: Settings) -> None:
+    """Refuse what cannot work before anything is drawn.
+
+    Raises:
+        ValueError: there is nothing to compare with, the models do not belong together, or clip is asked of a model without text.
+    """
+    comparing = [name for name in settings.of_sets if SET_METRICS[name].compares]
+    if comparing and reference is None and real is None:
+        raise ValueError(f"{comparing[0]} compares with other images: pass --reference MODEL, --real IMAGES, or both")
+    if settings.draws_pairs and reference is None:
+        names = ", ".join(name for name in settings.metrics if name in (*settings.of_pairs, TRAJECTORY))
+        raise ValueError(f"{names} compare with full precision: pass --reference MODEL, or leave them out of --metrics")
+    if reference is not None:
+        if hasattr(reference.denoiser.module, STEPS):
+            raise ValueError("the reference is quantized itself; pass the full-precision model")
+        shapes = [tuple(sampler.example().sample.shape[1:]) for sampler in (reference, quantized)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the reference denoises samples of shape {shapes[0]}, the quantized model {shapes[1]}; pass its own original")
+    if CLIP_METRIC in settings.metrics:
+        prompts_of(quantized, range(1))
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """What was found of the images as sets; incomplete where other shards have work left."""
+
+    rows: tuple[Row, ...]
+    baseline: tuple[Mapping[str, Any], ...]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The models, what they are compared with, and how.
+
+    Args:
+        quantized: the model to judge.
+        reference: the full-precision model, evaluated first.
+        real: real images or their statistics.
+        settings: how many images, which metrics.
+        tools: what the metrics need.
+        stages: do the work and keep it.
+        published: figures that full precision must reach.
+    """
+
+    quantized: Sampler
+    reference: Sampler | None
+    real: Real | None
+    settings: Settings
+    tools: Tools
+    stages: Stages
+    published: Sequence[Published] = ()
+
+    def run(self) -> Evaluation | None:
+        """Evaluate; None where other shards have work left.
+
+        Raises:
+            BaselineError: full precision misses a published figure; the quantized model was not drawn from.
+            ValueError: the real images are of another size than the drawn ones, or too few for a metric.
+            SamplingError: a model draws no images.
+        """
+        sets = self._sets() if self.settings.draws_sets else _Sets((), (), True)
+        paired = None
+        if self.reference is not None and self.settings.draws_pairs:
+            stored = self._pairs(self.reference)
+            if not stored.complete:
+                return None
+            paired = _paired(stored, self.settings)
+        return Evaluation(sets.rows, paired, sets.baseline) if sets.complete else None
+
+    def _sets(self) -> _Sets:
+        """Evaluate both models' images as sets, full precision first."""
+        real = self._real()
+        full = None if self.reference is None else self._features(FULL, self.reference)
+        rows: list[Row] = []
+        baseline: list[dict[str, Any]] = []
+        ready = all(stored.complete for stored in (real, full) if isinstance(stored, Stored))
+        if full is not None and ready:
+            rows += self._scores(FULL, full, {REAL: real})
+            baseline = check_baseline(self.published, {row.metric: row.value for row in rows}, self.settings)
+        low = self._features(QUANTIZED, self.quantized)
+        complete = ready and low.complete
+        if complete:
+            rows += self._scores(QUANTIZED, low, {REAL: real, FULL: full})
+        return _Sets(tuple(rows), tuple(baseline), complete)
+
+    def _real(self) -> Stored | Moments | None:
+        """Return the features of the real images; None where there are none or nothing compares."""
+        real, extractor = self.real, self.tools.extractor
+        if extractor is None or real is None:
+            return None
+        if isinstance(real, RealStatistics):
+            return real.moments
+        return self.stages.run(REAL, real.count, lambda indices: self._described(real.read(indices)))
+
+    def _described(self, images: Images) -> dict[str, Tensor]:
+        """Return what is kept of images: their features, and their size."""
+        assert self.tools.extractor is not None
+        features = self.tools.extractor(as_colour(images))
+        needed = {SET_METRICS[name].kind for name in self.settings.of_sets}
+        return {kind: features[kind].float().cpu().contiguous() for kind in needed} | {"size": torch.tensor(images.shape[1:3])}
+
+    def _features(self, name: str, sampler: Sampler) -> Stored:
+        """Draw a model's images and keep what metrics need of them."""
+
+        def compute(indices: range) -> dict[str, Tensor]:
+            images = to_bytes(sampler.run(indices, steps=self.settings.steps, seed=self.settings.seed).detach().cpu(), first=indices.start)
+            found = self._described(images) if self.tools.extractor is not None else {}
+            if self.tools.clip is not None:
+                found["clip"] = torch.tensor([self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)], dtype=torch.float64)
+            return found
+
+        return self.stages.run(name, self.settings.num_images, compute)
+
+    def _scores(self, model: str, images: Stored, others: Mapping[str, Stored | Moments | None]) -> list[Row]:
+        """Return the values of one model's images."""
+        rows = []
+        given = {name: other for name, other in others.items() if other is not None}
+        if isinstance(real := others[REAL], Stored):
+            _check_sizes(images, real)
+        for name in self.settings.of_sets:
+            metric = SET_METRICS[name]
+            for against in given if metric.compares else (None,):
+                scores = metric(images, given[against] if against else None, seed=self.settings.seed)
+                rows += [Row(labelled(key, self.settings.extractor), model, against, score.value, score.deviation) for key, score in scores.items()]
+        if self.tools.clip is not None:
+            means, counts = torch.stack([part["clip"] for part in images.parts()]).unbind(dim=1)
+            rows.append(Row(CLIP_METRIC, model, None, float((means * counts).sum() / counts.sum()), None))
+        return rows
+
+    def _pairs(self, reference: Sampler) -> Stored:
+        """Draw pairs from the same noise and keep their metrics, the deviation of their states, and the first pixels."""
+        settings = self.settings
+
+        def compute(indices: range) -> dict[str, Tensor]:
+            full, low = (follow(sampler, indices, steps=settings.steps, seed=settings.seed) for sampler in (reference, self.quantized))
+            images = as_colour(full.images), as_colour(low.images)
+            values = {name: torch.from_numpy(metric(*images)) for name, metric in self.tools.pairs.items()}
+            kept = max(0, min(len(indices), KEPT - indices.start))
+            pixels = {f"{name} images": torch.from_numpy(array[:kept]) for name, array in zip((FULL, QUANTIZED), images, strict=True)}
+            return {**values, **pixels, "deviation": deviation(full, low), "timesteps": full.timesteps}
+
+        return self.stages.run("pairs", min(settings.num_pairs, settings.num_images), compute)
+
+
+def _check_sizes(images: Stored, real: Stored) -> None:
+    """Refuse real images of another size than the drawn ones."""
+    drawn = tuple(next(images.parts())["size"].tolist())
+    for part in real.parts():
+        size = tuple(part["size"].tolist())
+        if size != drawn:
+            raise ValueError(
+                f"the real images have {size[1]} x {size[0]} pixels, the drawn ones {drawn[1]} x {drawn[0]}; crop and resize the real ones as "
+                "the model's data were: how that is done changes every metric"
+            )
+
+
+def _paired(stored: Stored, settings: Settings) -> Paired:
+    """Return the summary of the pairs."""
+    metrics = {}
+    for name in settings.of_pairs:
+        values = stored.joined(name).numpy()
+        metrics[name] = Spread(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
+    trajectory = None
+    if TRAJECTORY in settings.metrics:
+        trajectory = summarized(next(stored.parts())["timesteps"], stored.joined("deviation", dim=1))
+    pixels = (stored.joined(f"{name} images").numpy() for name in (FULL, QUANTIZED))
+    return Paired(stored.count, metrics, trajectory, *pixels)

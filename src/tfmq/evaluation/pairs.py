@@ -1,0 +1,19 @@
+"""Metrics of images pair by pair, drawn from the same noise: the contract and the registry."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from tfmq.evaluation.paired import Floats, psnr, ssim
+from tfmq.evaluation.perceptual import lpips
+from tfmq.evaluation.sampling import Images
+from tfmq.evaluation.weights import Weights
+
+
+class PairMetric(Protocol):
+    """Returns one value for each pair of uint8 images `[N, H, W, 3]`, float64 `[N]`."""
+
+    def __call__(self, reference: Images, images: Images, /) -> Floats: ...
+
+
+# What builds a metric from where weights lie. A further one is an entry here.
+PAIR_METRICS: dict[str, Callable[[Weights], PairMetric]] = {"psnr": lambda _: psnr, "ssim": lambda _: ssim, "lpips": lpips}

@@ -1,0 +1,99 @@
+"""What an evaluation does, as a value, and the tools that it needs before the first image is drawn."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tfmq.evaluation.distribution.extractor import STANDARD, Extractor
+from tfmq.evaluation.distribution.extractors import EXTRACTORS
+from tfmq.evaluation.distribution.metrics import SET_METRICS
+from tfmq.evaluation.pairs import PAIR_METRICS, PairMetric
+from tfmq.evaluation.text import CLIP, ClipScore, clip_score
+from tfmq.evaluation.weights import Weights
+
+CLIP_METRIC, TRAJECTORY = "clip", "trajectory"
+DEFAULT = ("fid", "kid", "psnr", "ssim", "trajectory")
+
+
+def metric_names() -> tuple[str, ...]:
+    """Return every metric's name: of sets of images, of text and image, of pairs of images, of their trajectories."""
+    return (*SET_METRICS, CLIP_METRIC, *PAIR_METRICS, TRAJECTORY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One evaluation: the images 0 to `num_images - 1` of the stream `seed`, of which the first `num_pairs` are compared pair by pair."""
+
+    num_images: int
+    steps: int
+    seed: int = 0
+    batch_size: int = 16
+    num_pairs: int = 64
+    metrics: tuple[str, ...] = DEFAULT
+    extractor: str = STANDARD
+    clip: str = CLIP
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "steps", "batch_size", "num_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        unknown = [name for name in self.metrics if name not in metric_names()]
+        if unknown or not self.metrics:
+            raise ValueError(f"there is no metric {', '.join(unknown) or 'to compute'}; choose some of {', '.join(metric_names())}")
+        if self.extractor not in EXTRACTORS:
+            raise ValueError(f"there is no extractor {self.extractor!r}; choose one of {', '.join(EXTRACTORS)}")
+
+    @property
+    def of_sets(self) -> tuple[str, ...]:
+        """The metrics that are computed on features."""
+        return tuple(name for name in self.metrics if name in SET_METRICS)
+
+    @property
+    def of_pairs(self) -> tuple[str, ...]:
+        """The metrics of pairs of images."""
+        return tuple(name for name in self.metrics if name in PAIR_METRICS)
+
+    @property
+    def draws_sets(self) -> bool:
+        """Whether images are drawn for metrics of whole sets."""
+        return bool(self.of_sets) or CLIP_METRIC in self.metrics
+
+    @property
+    def draws_pairs(self) -> bool:
+        """Whether images are drawn for metrics of pairs."""
+        return bool(self.of_pairs) or TRAJECTORY in self.metrics
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the metrics of one evaluation need, ready: extractor, metrics of pairs by name, CLIP score."""
+
+    extractor: Extractor | None
+    pairs: Mapping[str, PairMetric]
+    clip: ClipScore | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the values depend on beside the images, as JSON values."""
+        return {
+            "extractor": None if self.extractor is None else self.extractor.describe(),
+            "pairs": sorted(self.pairs),
+            "clip": self.clip is not None,
+        }
+
+
+def prepare(settings: Settings, weights: Weights) -> Tools:
+    """Find every weight and build every tool, so that what is missing is known before hours of drawing.
+
+    Raises:
+        MissingFileError: a weight file is not there; says which and where it belongs.
+        MissingExtraError: a library is not installed.
+        ValueError: a metric needs features that the extractor does not give.
+    """
+    extractor = EXTRACTORS[settings.extractor](weights) if settings.of_sets else None
+    for name in settings.of_sets:
+        kind = SET_METRICS[name].kind
+        if extractor is not None and kind not in extractor.kinds:
+            given = ", ".join(extractor.kinds)
+            raise ValueError(f"{name} needs {kind} features, and the extractor {settings.extractor} gives {given}; leave it out of --metrics")
+    pairs = {name: PAIR_METRICS[name](weights) for name in settings.of_pairs}
+    return Tools(extractor, pairs, clip_score(settings.clip) if CLIP_METRIC in settings.metrics else None)

@@ -1,0 +1,85 @@
+"""Work in batches that outlives an interruption and can be shared among processes: each batch of images is a file of results."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tfmq.evaluation.distribution.features import Kind
+from tfmq.progress import Progress
+from tfmq.storage.journal import Journal
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The batches that this process computes: those whose number is `index` modulo `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"a shard is I/N with 0 <= I < N, got {self.index}/{self.count}")
+
+    def has(self, number: int) -> bool:
+        """Whether a batch is one of this shard's."""
+        return number % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Results of `count` images in the journal's files `names`, in the order of the images; see `Features`."""
+
+    journal: Journal
+    names: tuple[str, ...]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def complete(self) -> bool:
+        """Whether every batch is there, by whichever process."""
+        return all(self.journal.done(name) for name in self.names)
+
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """Stream the results batch by batch."""
+        for name in self.names:
+            yield self.journal.read(name)
+
+    def chunks(self, kind: Kind) -> Iterator[Tensor]:
+        for part in self.parts():
+            yield part[kind]
+
+    def joined(self, key: str, *, dim: int = 0) -> Tensor:
+        """Return one result of all images."""
+        return torch.cat([part[key] for part in self.parts()], dim=dim)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Runs what has not been done yet of a job.
+
+    Args:
+        journal: keeps every batch; has a directory.
+        batch_size: images of a batch.
+        shard: which batches are this process's.
+        progress: shows a bar a stage.
+    """
+
+    journal: Journal
+    batch_size: int
+    shard: Shard
+    progress: Progress
+
+    def run(self, name: str, count: int, compute: Callable[[range], dict[str, Tensor]]) -> Stored:
+        """Compute the results of the images 0 to `count - 1` with `compute`, one batch at a time, and return where they are."""
+        ranges = [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+        names = tuple(f"{name.replace(' ', '_')}-{indices.start:08d}" for indices in ranges)
+        todo = [number for number in range(len(ranges)) if self.shard.has(number) and not self.journal.done(names[number])]
+        with self.progress(name, sum(len(ranges[number]) for number in todo)) as advance:
+            for number in todo:
+                self.journal.stage(names[number], lambda indices=ranges[number]: compute(indices))  # type: ignore[misc]
+                advance(len(ranges[number]))
+        return Stored(self.journal, names, count)

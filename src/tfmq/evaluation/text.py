@@ -1,0 +1,47 @@
+"""CLIP score: how well an image fits the text it was drawn from, by torchmetrics."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tfmq.errors import require
+from tfmq.evaluation.sampling import Images
+from tfmq.models.sampler import Sampler
+
+# The one of the papers' tables.
+CLIP = "openai/clip-vit-base-patch16"
+ClipScore = Callable[[Images, Sequence[str]], float]
+
+
+def clip_score(model: str = CLIP) -> ClipScore:
+    """Build the metric: `100 max(cos(image, text), 0)` (Hessel et al., 2021), the mean over a batch of images.
+
+    Raises:
+        MissingFileError, ForeignFileError: the model is not there; see `tfmq.integrations.clip`.
+        MissingExtraError: torchmetrics or transformers is not installed.
+    """
+    require("transformers", extra="diffusers")
+    from tfmq.integrations.clip import open_clip
+
+    library = require("torchmetrics.functional.multimodal", extra="eval")
+    loaded = open_clip(model)
+
+    @torch.no_grad()
+    def score(images: Images, prompts: Sequence[str]) -> float:
+        return float(library.clip_score(list(torch.from_numpy(images).permute(0, 3, 1, 2)), list(prompts), lambda: loaded))
+
+    return score
+
+
+def prompts_of(sampler: Sampler, indices: range) -> list[str]:
+    """Return the texts that images are drawn from.
+
+    Raises:
+        ValueError: the sampler does not draw from text.
+    """
+    require("diffusers", extra="diffusers")
+    from tfmq.integrations.diffusers.pipelines import PipelineSampler
+
+    if not isinstance(sampler, PipelineSampler) or not sampler.takes_prompts:
+        raise ValueError("the clip score is for text-to-image models, and this one does not draw from text; leave clip out of --metrics")
+    return sampler.prompts_of(indices)
