@@ -52,6 +52,20 @@ def save_text_to_image(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def save_clip(directory: Path) -> None:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = _tokenizer(directory.parent)
+    end = len(tokenizer) - 1
+    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 8, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8))
+    model.save_pretrained(directory)
+    pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(directory)
+
+
 def save_class_conditional(directory: Path) -> None:
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -102,3 +116,54 @@ def test_prompts_reach_the_model(tfmq: Run, tmp_path: Path) -> None:
             drawn[name] = stored["images"].astype(int)
     assert not np.array_equal(drawn["a"], drawn["b"])
     assert np.array_equal(drawn["a"][0], drawn["c"][0]) and not np.array_equal(drawn["a"][1], drawn["c"][1])
+
+
+@pytest.mark.filterwarnings("default")
+def test_evaluate_every_family(tfmq: Run, recipe: Path, tmp_path: Path) -> None:
+    """Guidance calls the denoiser with each sample twice; images are compared with their own text."""
+    pytest.importorskip("torchmetrics")
+    save_clip(tmp_path / "clip")
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    for family, (save, _) in FAMILIES.items():
+        save(tmp_path / family)
+        of_text = family == "UNet2DConditionModel"
+        prompts = ("--prompts", tmp_path / "p.txt") if of_text else ()
+        assert tfmq("quantize", tmp_path / family, "--output-dir", tmp_path / f"{family}-q", "--recipe", recipe, *prompts).status == 0
+        command = ("evaluate", tmp_path / f"{family}-q", "--reference", tmp_path / family, "--num-images", 3, "--batch-size", 2, *prompts, "--json")
+        text = ("--metrics", "clip,trajectory", "--clip", tmp_path / "clip")
+        result = tfmq(*command, *text)
+        if not of_text:
+            assert result.status == 1 and "does not draw from text" in result.err
+            result = tfmq(*command, "--metrics", "psnr,trajectory")
+        assert result.status == 0, result.err
+        errors = result.json["paired"]["trajectory"]["mean"]
+        assert errors[0] == 0 < errors[-1] < 1 and len(errors) == 4
+        if of_text:
+            check_clip(result.json["rows"], tfmq, tmp_path)
+
+
+def check_clip(rows: list[dict[str, Any]], tfmq: Run, folder: Path) -> None:
+    """The scores are `100 cos` of the images that `tfmq sample` draws and their own prompts, computed by transformers alone."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = CLIPModel.from_pretrained(folder / "clip").eval(), CLIPProcessor.from_pretrained(folder / "clip")
+    for row, source in zip(rows, ("UNet2DConditionModel", "UNet2DConditionModel-q"), strict=True):
+        drawn = ("--num-images", 3, "--batch-size", 2, "--steps", 4, "--prompts", folder / "p.txt")
+        assert tfmq("sample", folder / source, *drawn, "--output-dir", folder / "s").status == 0
+        with np.load(folder / "s" / "samples.npz") as stored:
+            images = list(torch.from_numpy(stored["images"]).permute(0, 3, 1, 2))
+        inputs = processor(text=["a cat", "a dog", "a cat"], images=images, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            similarity = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
+        assert row["metric"] == "clip" and row["value"] == pytest.approx(100 * float(similarity.mean()), rel=1e-4)
+
+
+def test_without_clip_it_says_how_to_get_it(tmp_path: Path) -> None:
+    from tfmq.integrations.clip import open_clip
+    from tfmq.storage.errors import ForeignFileError, MissingFileError
+
+    with pytest.raises(MissingFileError, match="hf download nobody/clip"):
+        open_clip("nobody/clip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ForeignFileError, match="empty holds no CLIP model"):
+        open_clip(str(tmp_path / "empty"))

@@ -10,6 +10,7 @@ import typer
 
 from tfmq.cli.bench import bench
 from tfmq.cli.compare import compare
+from tfmq.cli.evaluate import evaluate
 from tfmq.cli.export import export
 from tfmq.cli.importing import import_checkpoint
 from tfmq.cli.inspect import inspect
@@ -21,7 +22,7 @@ from tfmq.version import __version__
 EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
 
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
-for verb in (quantize, sample, compare, inspect, export, bench):
+for verb in (quantize, sample, compare, evaluate, inspect, export, bench):
     app.command()(verb)
 # Not a name that a Python function can have.
 app.command("import")(import_checkpoint)

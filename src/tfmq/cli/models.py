@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tfmq.backends.backend import Options
     from tfmq.models.sampler import Sampler
+    from tfmq.recipes.recipe import Published
 
 STEPS = 50
 
@@ -62,6 +63,14 @@ def default_steps(sampler: "Sampler") -> int:
     provenance = manifest(sampler).get("provenance", {})
     calibration = provenance.get("recipe", {}).get("calibration", {})
     return int((calibration | provenance.get("rebaked", {})).get("steps", STEPS))
+
+
+def published_figures(sampler: "Sampler") -> "tuple[Published, ...]":
+    """Return the published full-precision figures that a quantized model's recipe has."""
+    from tfmq.recipes.recipe import Published
+
+    recipe = manifest(sampler).get("provenance", {}).get("recipe", {})
+    return tuple(Published(**figure) for figure in recipe.get("published", ()))
 
 
 def quantized_directory(path: str) -> Path:

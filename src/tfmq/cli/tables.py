@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from tfmq.report.summary import megabytes
@@ -186,3 +187,27 @@ def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
         console.print("Without --reference there is no SQNR; fp32 has the dequantized weights.")
     if not all(row["clean"] for row in result["rows"]):
         console.print("Other processes kept the processors busy: the least loaded rounds are shown.")
+
+
+def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:
+    """Print what `tfmq evaluate` found: sets of images first, full precision before quantized, then pairs."""
+    console = Console()
+    if values["rows"]:
+        table = Table(Column("metric", no_wrap=True), "images of", "against", box=None, pad_edge=False, header_style="dim")
+        table.add_column("value", justify="right", no_wrap=True)
+        for row in values["rows"]:
+            spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2g}"
+            table.add_row(escape(row["metric"]), row["model"], row["against"] or "", f"{row['value']:.4g}{spread}")
+        console.print(table)
+        console.print()
+    rows = []
+    if paired := values["paired"]:
+        spreads = {name: f"{s['mean']:.4g} mean, {s['min']:.4g} to {s['max']:.4g}" for name, s in paired["metrics"].items()}
+        rows += [(f"{name}, {paired['count']} pairs", text) for name, text in spreads.items()]
+        if trajectory := paired["trajectory"]:
+            rows.append(("trajectory", f"relative error {trajectory['latent_error']:.3g} at the last of {len(trajectory['mean'])} steps"))
+    for figure in values["baseline"]:
+        found = f"not compared: {figure['not_compared']}" if figure["not_compared"] else f"measured {figure['measured']:.4g}"
+        rows.append((f"published {figure['metric']}", f"{figure['value']:g} ({figure['source']}); {found}"))
+    rows.append(("protocol and values", str(output_dir / "evaluation.json")))
+    console.print(_figures(rows))

@@ -1,0 +1,148 @@
+"""`tfmq evaluate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tfmq.cli.options import (
+    Backend,
+    BatchSize,
+    Device,
+    Json,
+    NumImages,
+    Prompts,
+    Seed,
+    Steps,
+    Weights,
+    check_device,
+    check_execution,
+    read_prompts,
+)
+from tfmq.cli.outcome import emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.evaluation.settings import Settings
+    from tfmq.evaluation.stages import Shard
+    from tfmq.models.sampler import Sampler
+
+METRICS = "fid,kid,psnr,ssim,trajectory"
+SUFFIX = ".evaluation"
+
+
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from; evaluated first.")] = None,
+    real: Annotated[Path | None, typer.Option("--real", metavar="IMAGES", help="Folder of images, or .npz of images or of statistics.")] = None,
+    num_images: NumImages = 1000,
+    steps: Steps = None,
+    seed: Seed = 0,
+    metrics: Annotated[
+        str, typer.Option("--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, psnr, ssim, lpips, trajectory.")
+    ] = METRICS,
+    num_pairs: Annotated[int, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair.")] = 64,
+    extractor: Annotated[
+        str, typer.Option("--extractor", metavar="NAME", help="inception, or pooled-pixels: local, and part of the metric's name.")
+    ] = "inception",
+    weights_dir: Annotated[
+        Path | None,
+        typer.Option("--weights-dir", metavar="DIR", help="Folder with checkpoints/ that has downloaded weights. Default: torch's cache."),
+    ] = None,
+    clip: Annotated[str, typer.Option("--clip", metavar="MODEL", help="Folder or hub id of the CLIP model.")] = "openai/clip-vit-base-patch16",
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.evaluation.")] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Draw every N-th batch only; a run with --resume puts the shards together.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted evaluation, or the work of shards.")] = False,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    prompts: Prompts = None,
+    backend: Backend = "auto",
+    weights: Weights = "unpacked",
+    json: Json = False,
+) -> None:
+    """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the same noise."""
+    target = output_dir or Path(directory.rstrip("/") + SUFFIX)
+    with verb(interrupted=f"the same command with --resume continues from {target}.job"):
+        from tfmq.cli.models import execute_model, open_model, quantized_directory
+        from tfmq.evaluation.weights import Weights as Found
+        from tfmq.integrations.diffusers.quiet import quiet
+
+        check_device(device)
+        execution, part = check_execution(backend, weights), _shard(shard)
+        source = quantized_directory(directory)
+        with quiet():
+            quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
+            options = {"num_images": num_images, "seed": seed, "batch_size": batch_size, "num_pairs": num_pairs, "extractor": extractor, "clip": clip}
+            settings = _settings(metrics, steps, quantized, **options)
+            name = execute_model(quantized, backend, execution)
+            full = None if reference is None else open_model(reference, prompts=read_prompts(prompts), device=device)
+            values = _evaluated(
+                quantized, full, real, target=target, settings=settings, weights=Found(weights_dir), shard=part, resume=resume, backend=name
+            )
+        result = {"output_dir": str(target), **({"shard": shard} if values is None else values)}
+    if json:
+        emit(result)
+    elif values is None:
+        print(f"shard {shard} is drawn, others are not; once all are, the same command with --resume instead of --shard gives the values")
+    else:
+        from tfmq.cli.tables import show_evaluation
+
+        show_evaluation(values, target)
+
+
+def _shard(text: str | None) -> "Shard | None":
+    """Return the shard that `--shard` names; None without it.
+
+    Raises:
+        typer.BadParameter: it names none.
+    """
+    from tfmq.evaluation.stages import Shard
+
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    try:
+        return Shard(int(index), int(count))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no shard; give I/N with 0 <= I < N, such as 0/4", param_hint="--shard") from error
+
+
+def _settings(metrics: str, steps: int | None, quantized: "Sampler", **options: Any) -> "Settings":
+    """Return what is to be done.
+
+    Raises:
+        typer.BadParameter: no such metric or extractor.
+    """
+    from tfmq.cli.models import default_steps
+    from tfmq.evaluation.settings import Settings, metric_names
+
+    names = metric_names() if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
+    try:
+        return Settings(metrics=names, steps=steps or default_steps(quantized), **options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--extractor" if "extractor" in str(error) else "--metrics") from error
+
+
+def _evaluated(
+    quantized: "Sampler", reference: "Sampler | None", real: Path | None, *, target: Path, settings: "Settings", **options: Any
+) -> dict[str, Any] | None:
+    """Evaluate and write the files; None where other shards have work left."""
+    import shutil
+
+    from tfmq.cli.models import published_figures
+    from tfmq.cli.progress import shown_progress
+    from tfmq.evaluation.job import evaluate as run
+    from tfmq.report.directory import completed_directory
+    from tfmq.report.evaluation import EVALUATION_FILES, evaluation_values, write_evaluation
+
+    job = target.with_name(target.name + ".job")
+    with completed_directory(target, owned=EVALUATION_FILES) as folder:
+        with shown_progress() as progress:
+            done = run(quantized, reference, real, settings=settings, job=job, published=published_figures(quantized), progress=progress, **options)
+        if done is None:
+            return None
+        values = evaluation_values(*done)
+        write_evaluation(folder, done[0], values)
+    shutil.rmtree(job, ignore_errors=True)
+    return values
