@@ -17,7 +17,7 @@ def test_version_and_help(tfmq: Run) -> None:
     assert tfmq("--version") == (0, f"tfmq {package.__version__}\n", "")
     bare, asked = tfmq(), tfmq("--help")
     assert bare.status == asked.status == 0 and not bare.err + asked.err
-    for word in ("quantize", "sample", "compare", "evaluate", "inspect", "bench", "Exit status"):
+    for word in ("quantize", "sample", "compare", "evaluate", "analyze", "inspect", "bench", "Exit status"):
         assert word in bare.out and word in asked.out
 
 
@@ -28,6 +28,7 @@ def test_version_and_help(tfmq: Run) -> None:
         ("sample", "--num-images --steps --seed --output-dir --prompts --backend --weights"),
         ("compare", "--reference --num-images --seed --output-dir --prompts --backend --weights --json"),
         ("evaluate", "--reference --real --num-images --steps --seed --metrics --extractor --weights-dir --shard --resume --json"),
+        ("analyze", "--reference --num-images --steps --seed --output-dir --prompts --backend --weights --json"),
         ("inspect", "--json"),
         ("import", "--config --output-dir --tokenizer --json"),
         ("bench", "--reference --backends --peers --batch --rounds --threads --steps --prompts --json"),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tfmq.cli.analyze import analyze
 from tfmq.cli.bench import bench
 from tfmq.cli.compare import compare
 from tfmq.cli.evaluate import evaluate
@@ -22,7 +23,7 @@ from tfmq.version import __version__
 EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
 
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
-for verb in (quantize, sample, compare, evaluate, inspect, export, bench):
+for verb in (quantize, sample, compare, evaluate, analyze, inspect, export, bench):
     app.command()(verb)
 # Not a name that a Python function can have.
 app.command("import")(import_checkpoint)

@@ -211,3 +211,22 @@ def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:
         rows.append((f"published {figure['metric']}", f"{figure['value']:g} ({figure['source']}); {found}"))
     rows.append(("protocol and values", str(output_dir / "evaluation.json")))
     console.print(_figures(rows))
+
+
+def show_analysis(values: Mapping[str, Any], output_dir: Path) -> None:
+    """Print what `tfmq analyze` found: the units that disturb the output most, and the totals."""
+    console = Console()
+    found = values["sensitivity"]
+    means = sorted(((sum(row) / len(row), part["name"]) for row, part in zip(found["error"], found["parts"], strict=True)), reverse=True)
+    table = Table(Column("unit", overflow="fold"), Column("output error alone", justify="right"), box=None, pad_edge=False, header_style="dim")
+    console.print(_shortened(table, [(name, f"{error:.3g}") for error, name in means]))
+    console.print()
+    disturbed = values["disturbance"]
+    features = len(disturbed["nearest"])
+    rows = [
+        ("everything quantized", f"output error {sum(found['whole']) / len(found['whole']):.3g}"),
+        ("temporal features", f"{disturbed['mismatches']} of {features * len(disturbed['timesteps'])} nearest to another timestep's"),
+        ("trajectory", f"relative error {values['trajectory']['latent_error']:.3g} at the last of {len(values['trajectory']['mean'])} steps"),
+        ("data and pictures", str(output_dir)),
+    ]
+    console.print(_figures(rows))

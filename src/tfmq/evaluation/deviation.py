@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ class Trajectory:
     def latent_error(self) -> float:
         """Mean relative error at the last call."""
         return self.mean[-1]
+
+    def values(self) -> dict[str, Any]:
+        """Return the trajectory as values that JSON keeps."""
+        lists = {name: list(numbers) for name, numbers in asdict(self).items()}
+        return {**lists, "latent_error": self.latent_error}
 
 
 def summarized(timesteps: Tensor, errors: Tensor) -> Trajectory:

@@ -21,9 +21,9 @@ def evaluation_values(evaluation: Evaluation, protocol: Mapping[str, Any]) -> di
     paired = evaluation.paired
     values = None
     if paired is not None:
-        values = {"count": paired.count, "metrics": {name: asdict(spread) for name, spread in paired.metrics.items()}, "trajectory": None}
-        if paired.trajectory is not None:
-            values["trajectory"] = {**asdict(paired.trajectory), "latent_error": paired.trajectory.latent_error}
+        trajectory = None if paired.trajectory is None else paired.trajectory.values()
+        metrics = {name: asdict(spread) for name, spread in paired.metrics.items()}
+        values = {"count": paired.count, "metrics": metrics, "trajectory": trajectory}
     rows = [asdict(row) for row in evaluation.rows]
     return {"protocol": dict(protocol), "rows": rows, "paired": values, "baseline": [dict(record) for record in evaluation.baseline]}
 

@@ -1,0 +1,1 @@
+"""Where a quantized model loses: by timestep, by temporal feature, by layer, by unit."""

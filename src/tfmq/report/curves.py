@@ -1,0 +1,73 @@
+"""Pictures of an analysis that are lines over timesteps or bars over units."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfmq.errors import require
+
+BLUE, RED, GREY = "#3b6ea5", "#c0392b", "#e6e6e6"
+# Layers whose ranges are drawn: those with the widest.
+DRAWN, NAMED = 12, 40
+
+
+@contextmanager
+def drawing(path: Path, *, title: str, size: tuple[float, float] = (8, 4.6)) -> Iterator[tuple[Any, Any]]:
+    """Yield a figure and its axes; save them at the end.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = require("matplotlib.figure", extra="report").Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    yield figure, axes
+    figure.savefig(path, metadata={"Software": None})
+
+
+def write_ranges(path: Path, ranges: Mapping[str, Any], *, title: str) -> None:
+    """Draw the input range of the temporal layers with the widest ranges, one band each, over the timesteps."""
+    width = {name: max(ranges["high"][name]) - min(ranges["low"][name]) for name in ranges["high"]}
+    with drawing(path, title=title) as (_, axes):
+        for name in sorted(width, key=lambda name: -width[name])[:DRAWN]:
+            axes.fill_between(ranges["timesteps"], ranges["low"][name], ranges["high"][name], color=BLUE, alpha=0.12, linewidth=0)
+            for bound in ("low", "high"):
+                axes.plot(ranges["timesteps"], ranges[bound][name], color=BLUE, alpha=0.6, linewidth=0.9)
+        axes.set_xlabel("timestep")
+        axes.set_ylabel("least and greatest input")
+        axes.set_title(f"inputs of temporal layers, the {min(DRAWN, len(width))} widest of {len(width)}", fontsize=11, loc="left")
+        axes.grid(True, color=GREY, linewidth=0.7)
+
+
+def write_trajectory(path: Path, trajectory: Mapping[str, Any], *, title: str) -> None:
+    """Draw how far the state is from full precision at each call: the mean over images, and the image that strays most."""
+    with drawing(path, title=title) as (_, axes):
+        calls = np.arange(len(trajectory["mean"]))
+        axes.plot(calls, trajectory["worst"], color=BLUE, linewidth=1, label="image that strays most")
+        axes.plot(calls, trajectory["mean"], color=RED, linewidth=2.2, label="mean")
+        ticks = np.unique(np.linspace(0, len(calls) - 1, min(8, len(calls))).round().astype(int))
+        axes.set_xticks(ticks, [f"{trajectory['timesteps'][index]:g}" for index in ticks])
+        axes.set_xlabel("timestep, from noise to image")
+        axes.set_ylabel("relative error of the state")
+        axes.set_title("deviation from the full-precision trajectory", fontsize=11, loc="left")
+        axes.grid(True, color=GREY, linewidth=0.7)
+        axes.legend(frameon=False, fontsize=9)
+
+
+def write_sensitivity(path: Path, found: Mapping[str, Any], *, title: str) -> None:
+    """Draw the mean output error with one unit quantized, for the units that matter most."""
+    means = np.array(found["error"]).mean(axis=1) if found["error"] else np.zeros(0)
+    order = np.argsort(-means)[:NAMED]
+    with drawing(path, title=title, size=(8, max(3.0, 1.4 + 0.2 * len(order)))) as (_, axes):
+        axes.barh(range(len(order)), means[order], color=BLUE)
+        axes.set_yticks(range(len(order)), [found["parts"][index]["name"] for index in order], fontsize=7)
+        axes.invert_yaxis()
+        axes.axvline(float(np.mean(found["whole"])), color=RED, linewidth=1.5, label="everything quantized")
+        axes.set_xlabel("relative error of the output")
+        axes.set_title("one unit quantized, the rest in full precision", fontsize=11, loc="left")
+        axes.legend(frameon=False, fontsize=9)

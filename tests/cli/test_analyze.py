@@ -1,0 +1,35 @@
+"""`tfmq analyze`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = Callable[..., Any]
+
+
+def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    command = ("analyze", quantized, "--reference", model, "--num-images", 2, "--backend", "simulated", "--output-dir", tmp_path / "a")
+    result = tfmq(*command, "--json")
+    assert result.status == 0, result.err
+    assert result.json["settings"] == {"num_images": 2, "steps": 4, "seed": 0, "backend": "simulated"}
+    report = json.loads((quantized / "tfmq_report.json").read_text())
+    assert result.json["disturbance"]["mismatches"] == report["temporal"]["mismatches"]
+    found = {part["name"] for part in result.json["sensitivity"]["parts"]}
+    assert found >= {unit["name"] for unit in report["units"]} and "temporal layers" in found
+    stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    assert {"output_dir": str(tmp_path / "a"), **stored} == result.json
+    shown = tfmq(*command)
+    assert shown.status == 0 and "everything quantized" in shown.out and "conv_in" in shown.out
+    assert len(list((tmp_path / "a").glob("*.png"))) == 5
+
+
+def test_what_is_refused(tfmq: Run, model: Path, grey_model: Path, quantized: Path, tmp_path: Path) -> None:
+    for arguments, cause in (
+        ((model, model), "holds no model quantized"),
+        ((quantized, quantized), "quantized itself"),
+        ((quantized, grey_model), ""),
+    ):
+        result = tfmq("analyze", arguments[0], "--reference", arguments[1], "--num-images", 1, "--output-dir", tmp_path / "a")
+        assert result.status == 1 and cause in result.err and result.err.splitlines()[-1].startswith("error: ")
+    assert list(tmp_path.iterdir()) == []

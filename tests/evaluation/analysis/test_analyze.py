@@ -1,0 +1,150 @@
+"""The parts of an analysis against what the models themselves compute."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tfmq
+from tfmq.evaluation.analysis.analyze import analyze
+from tfmq.evaluation.analysis.layers import layer_errors
+from tfmq.evaluation.analysis.ranges import temporal_ranges
+from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, borrowed, sensitivity
+from tfmq.models.denoiser import Inputs
+from tfmq.models.sampler import LoopSampler
+from tfmq.nn.plan import packed_layers
+from tfmq.numerics.errors import relative_error
+from tfmq.recipes.recipe import Activations, Calibration
+from tfmq.temporal.block import TemporalBlock
+
+Make = Callable[..., LoopSampler]
+
+
+@pytest.fixture(scope="module")
+def twins(request: pytest.FixtureRequest) -> Callable[..., tuple[LoopSampler, LoopSampler]]:
+    """Return a function that gives a tiny model and its quantized twin, without attention products, made once."""
+    sampler = request.getfixturevalue("sampler")
+    made: dict[str, tuple[LoopSampler, LoopSampler]] = {}
+
+    def make(scheme: str = "rtn_w4a8") -> tuple[LoopSampler, LoopSampler]:
+        if scheme not in made:
+            recipe = tfmq.scheme(scheme)
+            recipe = replace(recipe, activations=replace(recipe.activations, products=False), calibration=Calibration(samples=2, steps=4, interval=2))
+            recipe = replace(recipe, learning=replace(recipe.learning, iterations=0))
+            recipe = replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)))
+            made[scheme] = sampler(), sampler()
+            tfmq.quantize(made[scheme][1], recipe)
+        return made[scheme]
+
+    return make
+
+
+def calls_of(sampler: LoopSampler) -> list[Inputs]:
+    example = sampler.example().resized(2)
+    noise = torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0))
+    return [Inputs(noise * scale, torch.full((2,), timestep), example.conditions) for scale, timestep in ((1.0, 750), (0.5, 250))]
+
+
+def test_ranges_are_those_of_the_running_model(sampler: Make) -> None:
+    made = sampler()
+    timesteps = torch.tensor([0.0, 250.0, 750.0])
+    block = TemporalBlock(made.denoiser, made.example(), batch=2)
+    found = temporal_ranges(block, timesteps)
+    assert found.low.keys() == {layer.name for layer in block.trace.temporal}
+    for number, timestep in enumerate((0, 250, 750)):
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            made.denoiser.module.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name, seen=seen: seen.update({name: args[0]}))
+            for name in found.low
+        ]
+        example = made.example()
+        made.denoiser(Inputs(example.sample, torch.tensor([timestep]), example.conditions))
+        for handle in handles:
+            handle.remove()
+        for name, values in seen.items():
+            assert found.low[name][number] == pytest.approx(float(values.min()), abs=1e-5), name
+            assert found.high[name][number] == pytest.approx(float(values.max()), abs=1e-5), name
+
+
+def test_a_borrowed_layer_is_given_back(twins: Any) -> None:
+    reference, quantized = (sampler.denoiser.module for sampler in twins())
+    before = reference.conv_in
+    with pytest.raises(KeyError), borrowed(reference, quantized, ["conv_in"]):
+        assert reference.conv_in is quantized.conv_in
+        raise KeyError
+    assert reference.conv_in is before
+
+
+@pytest.mark.parametrize("scheme", ["rtn_w4a8", "w4a8"])
+def test_all_parts_together_are_the_quantized_model(twins: Any, scheme: str) -> None:
+    """Without attention products nothing but layers is quantized, temporal tables included."""
+    reference, quantized = twins(scheme)
+    calls = calls_of(reference)
+    analysis = analyze(reference, quantized, num_images=1, steps=4)
+    parts = analysis.sensitivity.parts
+    assert parts[0].name == TEMPORAL and sum(len(part.layers) for part in parts) == len(packed_layers(quantized.denoiser.module))
+    every = Part("every", tuple(name for part in parts for name in part.layers))
+    untouched = [reference.denoiser(call) for call in calls]
+    found = sensitivity(reference.denoiser, quantized.denoiser, [every, *parts], calls)
+    torch.testing.assert_close(found.error[0], found.whole, rtol=1e-4, atol=1e-6)
+    assert (found.whole > 0).all() and (found.error[1:].mean(dim=1) > 0).all() and (found.error[1:] < 5 * found.whole).all()
+    assert all(torch.equal(reference.denoiser(call), output) for call, output in zip(calls, untouched, strict=True))
+
+
+def test_a_part_that_is_not_quantized_costs_nothing(sampler: Make, twins: Any) -> None:
+    _, quantized = twins()
+    reference = sampler()
+    found = sensitivity(reference.denoiser, quantized.denoiser, [Part("nothing", ())], calls_of(reference))
+    assert not found.error.any() and found.timesteps.tolist() == [750, 250]
+
+
+def test_errors_of_layers_are_on_full_precision_inputs(twins: Any) -> None:
+    reference, quantized = twins()
+    calls = calls_of(reference)
+    names = ["conv_in", "conv_out"]
+    found = {layer.name: layer for layer in layer_errors(reference.denoiser, quantized.denoiser, names, calls)}
+    twin, module = quantized.denoiser.module, reference.denoiser.module
+    expected = []
+    for call in calls:
+        with twin.tfmq_steps.at(call.timestep):
+            pair = module.conv_in(call.sample), twin.conv_in(call.sample)
+        expected.append(float(relative_error(*(output.flatten(1) for output in pair)).mean()))
+    assert found["conv_in"].error == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert found.keys() == set(names) and all(layer.error > 0 and layer.quantized_ms > 0 and layer.full_ms > 0 for layer in found.values())
+    assert not module.conv_in._forward_hooks
+
+
+def test_more_bits_disturb_less(twins: Any) -> None:
+    low, high = (analyze(*twins(scheme), num_images=2, steps=4) for scheme in ("rtn_w4a8", "rtn_w8a8"))
+    assert high.sensitivity.whole.mean() < low.sensitivity.whole.mean() / 3
+    assert high.trajectory.latent_error < low.trajectory.latent_error / 2
+    assert sum(layer.error for layer in high.layers) < sum(layer.error for layer in low.layers) / 3
+    assert low.ranges.low.keys() == high.ranges.low.keys() and high.disturbance.max_relative_error < low.disturbance.max_relative_error
+
+
+def test_models_that_do_not_belong_together(twins: Any, sampler: Make) -> None:
+    reference, quantized = twins()
+    for pair, cause in (
+        ((quantized, quantized), "quantized itself"),
+        ((reference, reference), "not quantized"),
+        ((sampler("plain"), quantized), "lacks"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            analyze(*pair, num_images=1, steps=2)
+
+
+def test_activations_in_full_precision_are_analysed_too(sampler: Make) -> None:
+    recipe = replace(tfmq.scheme("rtn_w4a32"), activations=Activations(bits=None, products=False, per_step="none"))
+    reference, quantized = sampler("plain"), sampler("plain")
+    tfmq.quantize(quantized, replace(recipe, calibration=Calibration(samples=1, steps=2, interval=1)))
+
+    def as_images(made: LoopSampler) -> LoopSampler:
+        inner = made.run
+        made.run = lambda *a, **k: inner(*a, **k)[:, :1]  # type: ignore[method-assign]
+        return made
+
+    found = analyze(as_images(reference), as_images(quantized), num_images=1, steps=2)
+    assert found.sensitivity.whole.mean() > 0 and isinstance(reference.denoiser.module, nn.Module)
