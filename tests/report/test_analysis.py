@@ -12,7 +12,7 @@ from PIL import Image
 
 from tfmq.evaluation.analysis.analyze import Analysis
 from tfmq.evaluation.analysis.layers import LayerError
-from tfmq.evaluation.analysis.ranges import Ranges
+from tfmq.evaluation.analysis.ranges import Bounds, Ranges
 from tfmq.evaluation.analysis.sensitivity import Part, Sensitivity
 from tfmq.evaluation.deviation import Trajectory
 from tfmq.report.analysis import ANALYSIS_FILES, analysis_values, mismatch_map, read_analysis, write_analysis
@@ -31,7 +31,8 @@ def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
         parts = Part("mid", ("mid.a", "mid.b")), Part("out", ("out",))
         found = Sensitivity(parts, torch.tensor([5.0, 1.0]), torch.tensor([[0.1, 0.3], [0.2, 0.1]]), torch.tensor([0.4, 0.4]))
         layers = (LayerError("mid.a", 0.1, 1.0, 2.0), LayerError("out", 0.05, 1.0, 0.5))
-        ranges = Ranges(disturbed.timesteps, {"a": line - 1}, {"a": line + 1})
+        bounds = Bounds({"a": line - 1}, {"a": line + 1})
+        ranges = Ranges(disturbed.timesteps, bounds, bounds)
         return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers)
 
     return make

@@ -47,7 +47,11 @@ def analysis_values(analysis: Analysis, settings: Mapping[str, Any]) -> dict[str
             "mismatch": mismatch_map(disturbed).tolist(),
             "mismatches": disturbed.mismatches,
         },
-        "ranges": {"timesteps": ranges.timesteps.tolist(), "low": _lists(ranges.low), "high": _lists(ranges.high)},
+        "ranges": {
+            "timesteps": ranges.timesteps.tolist(),
+            "inputs": {"low": _lists(ranges.inputs.low), "high": _lists(ranges.inputs.high)},
+            "outputs": {"low": _lists(ranges.outputs.low), "high": _lists(ranges.outputs.high)},
+        },
         "trajectory": analysis.trajectory.values(),
         "sensitivity": {
             "timesteps": found.timesteps.tolist(),

@@ -30,17 +30,24 @@ def drawing(path: Path, *, title: str, size: tuple[float, float] = (8, 4.6)) -> 
     figure.savefig(path, metadata={"Software": None})
 
 
+def widest(bounds: Mapping[str, Any]) -> list[str]:
+    """Return the names of the layers whose ranges are drawn."""
+    width = {name: max(bounds["high"][name]) - min(bounds["low"][name]) for name in bounds["high"]}
+    return sorted(width, key=lambda name: -width[name])[:DRAWN]
+
+
 def write_ranges(path: Path, ranges: Mapping[str, Any], *, title: str) -> None:
-    """Draw the input range of the temporal layers with the widest ranges, one band each, over the timesteps."""
-    width = {name: max(ranges["high"][name]) - min(ranges["low"][name]) for name in ranges["high"]}
+    """Draw the range of the temporal layers' outputs, the widest ones, one band each, over the timesteps."""
+    bounds = ranges["outputs"]
+    names = widest(bounds)
     with drawing(path, title=title) as (_, axes):
-        for name in sorted(width, key=lambda name: -width[name])[:DRAWN]:
-            axes.fill_between(ranges["timesteps"], ranges["low"][name], ranges["high"][name], color=BLUE, alpha=0.12, linewidth=0)
-            for bound in ("low", "high"):
-                axes.plot(ranges["timesteps"], ranges[bound][name], color=BLUE, alpha=0.6, linewidth=0.9)
+        for name in names:
+            axes.fill_between(ranges["timesteps"], bounds["low"][name], bounds["high"][name], color=BLUE, alpha=0.06, linewidth=0)
+            for bound in bounds.values():
+                axes.plot(ranges["timesteps"], bound[name], color=BLUE, alpha=0.6, linewidth=0.9)
         axes.set_xlabel("timestep")
-        axes.set_ylabel("least and greatest input")
-        axes.set_title(f"inputs of temporal layers, the {min(DRAWN, len(width))} widest of {len(width)}", fontsize=11, loc="left")
+        axes.set_ylabel("least and greatest output")
+        axes.set_title(f"outputs of temporal layers, the {len(names)} widest of {len(bounds['high'])}", fontsize=11, loc="left")
         axes.grid(True, color=GREY, linewidth=0.7)
 
 

@@ -53,20 +53,22 @@ def test_ranges_are_those_of_the_running_model(sampler: Make) -> None:
     timesteps = torch.tensor([0.0, 250.0, 750.0])
     block = TemporalBlock(made.denoiser, made.example(), batch=2)
     found = temporal_ranges(block, timesteps)
-    assert found.low.keys() == {layer.name for layer in block.trace.temporal}
+    names = {layer.name for layer in block.trace.temporal}
+    assert found.inputs.low.keys() == found.outputs.high.keys() == names
     for number, timestep in enumerate((0, 250, 750)):
-        seen: dict[str, torch.Tensor] = {}
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         handles = [
-            made.denoiser.module.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name, seen=seen: seen.update({name: args[0]}))
-            for name in found.low
+            made.denoiser.module.get_submodule(name).register_forward_hook(lambda _, a, out, name=name, seen=seen: seen.update({name: (a[0], out)}))
+            for name in names
         ]
         example = made.example()
         made.denoiser(Inputs(example.sample, torch.tensor([timestep]), example.conditions))
         for handle in handles:
             handle.remove()
         for name, values in seen.items():
-            assert found.low[name][number] == pytest.approx(float(values.min()), abs=1e-5), name
-            assert found.high[name][number] == pytest.approx(float(values.max()), abs=1e-5), name
+            for bounds, value in zip((found.inputs, found.outputs), values, strict=True):
+                assert bounds.low[name][number] == pytest.approx(float(value.min()), abs=1e-5), name
+                assert bounds.high[name][number] == pytest.approx(float(value.max()), abs=1e-5), name
 
 
 def test_a_borrowed_layer_is_given_back(twins: Any) -> None:
@@ -122,7 +124,7 @@ def test_more_bits_disturb_less(twins: Any) -> None:
     assert high.sensitivity.whole.mean() < low.sensitivity.whole.mean() / 3
     assert high.trajectory.latent_error < low.trajectory.latent_error / 2
     assert sum(layer.error for layer in high.layers) < sum(layer.error for layer in low.layers) / 3
-    assert low.ranges.low.keys() == high.ranges.low.keys() and high.disturbance.max_relative_error < low.disturbance.max_relative_error
+    assert low.ranges.inputs.low.keys() == high.ranges.inputs.low.keys() and high.disturbance.max_relative_error < low.disturbance.max_relative_error
 
 
 def test_models_that_do_not_belong_together(twins: Any, sampler: Make) -> None:

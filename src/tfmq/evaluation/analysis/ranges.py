@@ -1,4 +1,4 @@
-"""What temporal layers read at each timestep: the ranges that one scale for all timesteps would have to cover."""
+"""What temporal layers read and give at each timestep: the ranges that one scale for all timesteps would have to cover."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,12 +11,20 @@ from tfmq.temporal.block import TemporalBlock
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """Least and greatest value of each temporal layer's input at each timestep, `[S]` each, in full precision."""
+class Bounds:
+    """Least and greatest value by layer and timestep, `[S]` each."""
 
-    timesteps: Tensor
     low: Mapping[str, Tensor]
     high: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Bounds of what each temporal layer reads and gives at each timestep `[S]`, in full precision."""
+
+    timesteps: Tensor
+    inputs: Bounds
+    outputs: Bounds
 
 
 @contextmanager
@@ -36,17 +44,22 @@ def _inputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
+def _bounds(values: Mapping[str, Tensor]) -> Bounds:
+    rows = {name: value.flatten(1).cpu() for name, value in values.items()}
+    return Bounds({name: value.amin(dim=1) for name, value in rows.items()}, {name: value.amax(dim=1) for name, value in rows.items()})
+
+
 @torch.no_grad()
 def temporal_ranges(block: TemporalBlock, timesteps: Tensor) -> Ranges:
-    """Return the input ranges of every temporal layer at `timesteps` `[S]`; conditions are those of the block's example."""
+    """Return the ranges of every temporal layer at `timesteps` `[S]`; conditions are those of the block's example."""
     names = [layer.name for layer in block.trace.temporal]
-    low: dict[str, list[Tensor]] = {name: [] for name in names}
-    high: dict[str, list[Tensor]] = {name: [] for name in names}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     for chunk in timesteps.split(block.trace.batch):
         with _inputs(block.module, names) as found:
-            block.run(block.at(chunk), names)
+            given = block.run(block.at(chunk), names)
         for name in names:
-            rows = found[name][: len(chunk)].flatten(1)
-            low[name].append(rows.amin(dim=1).cpu())
-            high[name].append(rows.amax(dim=1).cpu())
-    return Ranges(timesteps.cpu(), {name: torch.cat(parts) for name, parts in low.items()}, {name: torch.cat(parts) for name, parts in high.items()})
+            inputs[name].append(found[name][: len(chunk)])
+            outputs[name].append(given[name][: len(chunk)])
+    joined = ({name: torch.cat(parts) for name, parts in values.items()} for values in (inputs, outputs))
+    return Ranges(timesteps.cpu(), *map(_bounds, joined))
