@@ -81,6 +81,8 @@ OPTIONAL = {
     "typer": ("cli/*",),
     "rich": ("cli/*", "progress.py"),
     "yaml": ("recipes/*", "recipes.py"),
+    "jinja2": ("report/*",),
+    "plotly": ("report/*",),
     "matplotlib": ("report/*", "evaluation/*"),
     "PIL": ("report/*", "evaluation/*"),
     "skimage": ("report/*", "evaluation/*"),

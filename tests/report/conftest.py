@@ -1,13 +1,26 @@
-"""A comparison made of numbers, without a model."""
+"""A comparison, an analysis, an evaluation and a folder of a quantized model, made of numbers, without a model."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tfmq.evaluation.analysis.analyze import Analysis
+from tfmq.evaluation.analysis.layers import LayerError
+from tfmq.evaluation.analysis.ranges import Bounds, Ranges
+from tfmq.evaluation.analysis.sensitivity import Part, Sensitivity
 from tfmq.evaluation.comparison import Comparison
+from tfmq.evaluation.deviation import Trajectory
+from tfmq.evaluation.evaluate import Evaluation, Paired, Row, Spread
 from tfmq.evaluation.paired import paired_fidelity
+from tfmq.report.analysis import analysis_values, write_analysis
+from tfmq.report.evaluation import evaluation_values, write_evaluation
+from tfmq.report.model import ModelReport, gather
+from tfmq.storage.checkpoint import MANIFEST_FILE
 from tfmq.temporal.disturbance import disturbance
 
 
@@ -26,3 +39,81 @@ def comparison() -> Callable[..., Comparison]:
         return Comparison(reference, quantized, paired_fidelity(reference, quantized), temporal)
 
     return make
+
+
+@pytest.fixture
+def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
+    """Return a function that gives an analysis made of numbers."""
+
+    def make(**shape: Any) -> Analysis:
+        disturbed = comparison(**shape).temporal
+        steps = len(disturbed.timesteps)
+        line = torch.linspace(-1, 1, steps)
+        parts = Part("mid", ("mid.a", "mid.b")), Part("out", ("out",))
+        found = Sensitivity(parts, torch.tensor([5.0, 1.0]), torch.tensor([[0.1, 0.3], [0.2, 0.1]]), torch.tensor([0.4, 0.4]))
+        layers = (LayerError("mid.a", 0.1, 1.0, 2.0), LayerError("out", 0.05, 1.0, 0.5))
+        bounds = Bounds({"a": line - 1}, {"a": line + 1})
+        ranges = Ranges(disturbed.timesteps, bounds, bounds)
+        return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers)
+
+    return make
+
+
+PROTOCOL = {
+    "settings": {"num_images": 100, "steps": 4, "seed": 7, "batch_size": 10},
+    "versions": {"tfmq": "1", "torch": "2", "torch-fidelity": None},
+    "quantized": {"device": "cpu", "backend": "torch"},
+}
+
+
+@pytest.fixture
+def write_model(tmp_path: Path, analysis: Callable[..., Analysis]) -> Callable[..., Path]:
+    """Return a function that writes `model`, `model.evaluation` and `model.analysis` and returns the first."""
+
+    def write(*, images: Any = None, layers: tuple[str, ...] = ("mid.a", "out"), scheme: str = "w4a8", columns: int = 3) -> Path:
+        folder, evaluated, analysed = (tmp_path / f"model{suffix}" for suffix in ("", ".evaluation", ".analysis"))
+        for path in (folder, evaluated, analysed):
+            path.mkdir()
+        entry = {"axis": 1, "bits": 8, "per_step": True, "segments": [], "symmetric": False}
+        structure = {
+            "layers": [
+                {"bits": 4, "input": entry, "names": list(layers[:-1]), "segments": [4, 4], "symmetric": False},
+                {"bits": 8, "input": None, "names": list(layers[-1:]), "segments": [], "symmetric": True},
+            ]
+        }
+        recipe = {"name": scheme, "weights": {"bits": 4}, "rules": [{"match": "role:first", "weight_bits": 8}]}
+        manifest = {"digest": "d1", "provenance": {"recipe": recipe, "seed": 5, "tfmq": "1", "torch": "2"}, "structure": structure}
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+        report = {
+            "scheme": scheme,
+            "bytes": {"fp32": 10_000, "quantized": 1},
+            "temporal": {"mean_relative_error": 0.01, "max_relative_error": 0.02, "mismatches": 0},
+            "units": [{"name": "mid", "error_before": 0.2, "error_after": 0.1}],
+        }
+        (folder / "tfmq_report.json").write_text(json.dumps(report))
+        pixels = np.zeros((2, 8, 8, 3), dtype=np.uint8) if images is None else images
+        paired = Paired(len(pixels), {"psnr": Spread(30.0, 20.0, 40.0)}, Trajectory((9.0, 1.0), (0.0, 0.1), (0.0, 0.2)), pixels, 255 - pixels)
+        rows = (
+            Row("fid", "full precision", "real", 3.25, None),
+            Row("fid", "quantized", "real", 3.5, None),
+            Row("fid", "quantized", "full precision", 0.75, None),
+            Row("is", "full precision", None, 9.0, 0.5),
+        )
+        found = Evaluation(rows[: columns + 1], paired, ())
+        write_evaluation(evaluated, found, evaluation_values(found, PROTOCOL))
+        made = analysis()
+        write_analysis(analysed, made, analysis_values(made, {}), title=scheme)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def gathered() -> Callable[..., ModelReport]:
+    """Return a function that reads everything beside a folder of `write_model`."""
+
+    def read(folder: Path, **options: Any) -> ModelReport:
+        beside = {name: folder.with_name(f"{folder.name}.{name}") for name in ("evaluation", "analysis")}
+        return gather(folder, **{**beside, **options})
+
+    return read

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,31 +10,9 @@ import torch
 from PIL import Image
 
 from tfmq.evaluation.analysis.analyze import Analysis
-from tfmq.evaluation.analysis.layers import LayerError
-from tfmq.evaluation.analysis.ranges import Bounds, Ranges
-from tfmq.evaluation.analysis.sensitivity import Part, Sensitivity
-from tfmq.evaluation.deviation import Trajectory
 from tfmq.report.analysis import ANALYSIS_FILES, analysis_values, mismatch_map, read_analysis, write_analysis
 from tfmq.storage.errors import CheckpointError
 from tfmq.temporal.disturbance import Disturbance
-
-
-@pytest.fixture
-def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
-    """Return a function that gives an analysis made of numbers."""
-
-    def make(**shape: Any) -> Analysis:
-        disturbed = comparison(**shape).temporal
-        steps = len(disturbed.timesteps)
-        line = torch.linspace(-1, 1, steps)
-        parts = Part("mid", ("mid.a", "mid.b")), Part("out", ("out",))
-        found = Sensitivity(parts, torch.tensor([5.0, 1.0]), torch.tensor([[0.1, 0.3], [0.2, 0.1]]), torch.tensor([0.4, 0.4]))
-        layers = (LayerError("mid.a", 0.1, 1.0, 2.0), LayerError("out", 0.05, 1.0, 0.5))
-        bounds = Bounds({"a": line - 1}, {"a": line + 1})
-        ranges = Ranges(disturbed.timesteps, bounds, bounds)
-        return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers)
-
-    return make
 
 
 def test_mismatch_map_counts_features() -> None:

@@ -15,7 +15,7 @@ from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import STEPS
-from tfmq.nn.temporal import stock_name
+from tfmq.nn.temporal import SkippedLayer, stock_name
 from tfmq.progress import Progress, silent
 from tfmq.reconstruction.units import find_units
 from tfmq.temporal.block import TemporalBlock
@@ -68,7 +68,8 @@ def analyze(reference: Sampler, quantized: Sampler, *, num_images: int = 4, step
         advance()
     chosen = [calls[index] for index in sorted({round(i * (len(calls) - 1) / max(1, CALLS - 1)) for i in range(CALLS)})]
     parts = _parts(module, block, twin)
-    names = [name for part in parts if part.name != TEMPORAL for name in part.layers]
+    # A skipped layer computes nothing while every feature comes from its table: it has no error of its own.
+    names = [name for part in parts for name in part.layers if not isinstance(twin.get_submodule(name), SkippedLayer)]
     return Analysis(
         disturbed,
         temporal_ranges(block, getattr(twin, STEPS).timesteps),

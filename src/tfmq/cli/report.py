@@ -1,0 +1,58 @@
+"""`tfmq report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfmq.cli.options import Json
+from tfmq.cli.outcome import emit, verb
+
+
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", metavar="E", help="What tfmq evaluate wrote. Default: DIR.evaluation, if it is there.")
+    ] = None,
+    analysis: Annotated[
+        Path | None, typer.Option("--analysis", metavar="A", help="What tfmq analyze wrote. Default: DIR.analysis, if it is there.")
+    ] = None,
+    bench: Annotated[Path | None, typer.Option("--bench", metavar="FILE", help="What tfmq bench --json printed.")] = None,
+    base_model: Annotated[str | None, typer.Option("--base-model", metavar="ID", help="Hub id of the original, for the model card.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.report.")] = None,
+    json: Json = False,
+) -> None:
+    """Make one HTML file that shows a quantized model, what it lost and where; and the same numbers as a model card."""
+    with verb():
+        from tfmq.cli.models import quantized_directory
+        from tfmq.report.card import write_card
+        from tfmq.report.directory import completed_directory
+        from tfmq.report.html import write_html
+        from tfmq.report.model import gather
+
+        source = quantized_directory(directory)
+        base = source.resolve()
+        target = output_dir or base.with_name(base.name + ".report")
+        found = gather(
+            source,
+            evaluation=evaluation or _beside(base, ".evaluation"),
+            analysis=analysis or _beside(base, ".analysis"),
+            bench=bench,
+            base_model=base_model,
+        )
+        with completed_directory(target, owned=("report.html", "card.md")) as folder:
+            write_html(folder / "report.html", found)
+            write_card(folder / "card.md", found)
+        size = (target / "report.html").stat().st_size
+        result = {"report": str(target / "report.html"), "card": str(target / "card.md"), "bytes": size}
+    if json:
+        emit(result)
+    else:
+        missing = [name for name, value in (("evaluate", found.evaluation), ("analyze", found.analysis)) if value is None]
+        note = f" (nothing from tfmq {' and '.join(missing)} in it)" if missing else ""
+        print(f"{result['report']}, {size / 1e6:.2f} MB{note}; the same numbers in {result['card']}")
+
+
+def _beside(directory: Path, suffix: str) -> Path | None:
+    path = directory.with_name(directory.name + suffix)
+    return path if path.is_dir() else None

@@ -1,0 +1,120 @@
+"""The interactive figures of a report, as plotly figures made of an analysis."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tfmq.errors import require
+from tfmq.report.curves import widest
+from tfmq.storage.errors import ForeignFileError
+
+# Readable on light and on dark ground.
+BLUE, RED, GREY = "#4a86c5", "#d9534f", "#8a8f98"
+FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure: its name in the page, its title, what it shows in a sentence, and plotly's JSON."""
+
+    name: str
+    title: str
+    text: str
+    json: str
+
+
+def _layout(x: str, y: str, **more: Any) -> dict[str, Any]:
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **more.pop("yaxis", {})}}
+    return {**axes, "margin": {"l": 70, "r": 20, "t": 20, "b": 50}, "height": 380, "showlegend": False, "hovermode": "closest", **more}
+
+
+def _lines(x: list[float], series: Mapping[str, list[float]], *, floor: float | None = None) -> list[dict[str, Any]]:
+    """Return one thin line a name, and the mean of all."""
+    clipped = {name: [max(value, floor) if floor else value for value in values] for name, values in series.items()}
+    traces: list[dict[str, Any]] = [
+        {"type": "scatter", "mode": "lines", "x": x, "y": values, "name": name, "line": {"color": BLUE, "width": 1}, "opacity": 0.45}
+        for name, values in clipped.items()
+    ]
+    if clipped:
+        mean = [sum(values) / len(values) for values in zip(*clipped.values(), strict=True)]
+        traces.append({"type": "scatter", "mode": "lines+markers", "x": x, "y": mean, "name": "mean", "line": {"color": RED, "width": 3}})
+    return traces
+
+
+def _disturbance(found: Mapping[str, Any]) -> list[tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]]:
+    steps, count = found["timesteps"], len(found["relative_error"])
+    labels = [f"{step:g}" for step in steps]
+    table = [[value / max(1, count) for value in row] for row in found["mismatch"]]
+    heat = {"type": "heatmap", "x": labels, "y": labels, "z": table, "colorscale": "Viridis", "zmin": 0, "zmax": 1, "name": "share of features"}
+    categories = {"xaxis": {"type": "category", "title": {"text": "timestep t' of the nearest feature"}}}
+    return [
+        (
+            "error",
+            "Temporal features: error by timestep",
+            f"Relative error of each of {count} temporal features at each timestep, one line each, and their mean.",
+            _lines(steps, found["relative_error"], floor=FLOOR),
+            _layout("timestep", "relative error", yaxis={"type": "log"}),
+        ),
+        (
+            "cosine",
+            "Temporal features: cosine by timestep",
+            "Cosine between each quantized temporal feature and the full-precision one at the same timestep.",
+            _lines(steps, found["cosine"]),
+            _layout("timestep", "cosine"),
+        ),
+        (
+            "mismatch",
+            "Temporal information mismatch",
+            f"Share of the features at timestep t that are nearest to the full-precision feature at t'; {found['mismatches']} of "
+            f"{count * len(steps)} are off the diagonal.",
+            [heat],
+            {**_layout("", "timestep t", yaxis={"type": "category"}), **categories},
+        ),
+    ]
+
+
+def _ranges(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
+    bounds, names = found["outputs"], widest(found["outputs"])
+    traces = [
+        {"type": "scatter", "mode": "lines", "x": found["timesteps"], "y": bounds[bound][name], "name": f"{name}, {word}", "line": {"width": 1.2}}
+        for name in names
+        for bound, word in (("low", "least"), ("high", "greatest"))
+    ]
+    text = f"Least and greatest output at each timestep, in full precision, of the {len(names)} temporal layers with the widest range."
+    return "ranges", "Ranges of temporal layers", text, traces, _layout("timestep", "output")
+
+
+def _trajectory(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
+    calls = [f"{number}: t = {step:g}" for number, step in enumerate(found["timesteps"])]
+    traces = [
+        {"type": "scatter", "mode": "lines+markers", "x": calls, "y": found[key], "name": name, "line": {"color": colour, "width": width}}
+        for key, name, colour, width in (("worst", "image that strays most", BLUE, 1.5), ("mean", "mean", RED, 3))
+    ]
+    text = "Relative error of the state at each denoiser call, from noise to image, from the same noise: mean over images and the worst image."
+    return "trajectory", "Deviation from the full-precision trajectory", text, traces, _layout("call", "relative error", showlegend=True)
+
+
+def _sensitivity(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
+    means = sorted(((sum(row) / len(row), part["name"]) for row, part in zip(found["error"], found["parts"], strict=True)))
+    whole = sum(found["whole"]) / len(found["whole"])
+    bars = {"type": "bar", "orientation": "h", "x": [mean for mean, _ in means], "y": [name for _, name in means], "marker": {"color": BLUE}}
+    layout = _layout("relative error of the output", "", height=max(260, 90 + 20 * len(means)), yaxis={"automargin": True})
+    text = f"Error of the output with one unit quantized and the rest in full precision; with everything quantized it is {whole:.3g}."
+    return "sensitivity", "Sensitivity of units", text, [bars], layout
+
+
+def charts(analysis: Mapping[str, Any]) -> tuple[Chart, ...]:
+    """Return the figures of an analysis.
+
+    Raises:
+        ForeignFileError: the analysis lacks something.
+        MissingExtraError: plotly is not installed.
+    """
+    go = require("plotly.graph_objects", extra="report")
+    try:
+        drawn = [*_disturbance(analysis["disturbance"]), _ranges(analysis["ranges"])]
+        drawn += [_trajectory(analysis["trajectory"]), _sensitivity(analysis["sensitivity"])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ForeignFileError(f"the analysis cannot be drawn ({error!r}); it is of another version of tfmq, or damaged: analyze again") from error
+    # The empty template leaves colours of ground and text to the page, which has a light and a dark one.
+    return tuple(Chart(name, title, text, go.Figure(traces, {**layout, "template": "none"}).to_json()) for name, title, text, traces, layout in drawn)

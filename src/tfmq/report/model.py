@@ -1,0 +1,206 @@
+"""Everything a report says of a quantized model, as one value that both the page and the card are made from."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfmq.artifact import stored_bytes, stored_manifest
+from tfmq.nn.structure import named_specs
+from tfmq.report.analysis import read_analysis
+from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
+from tfmq.report.summary import megabytes
+from tfmq.storage.atomic import read_json
+from tfmq.storage.errors import ForeignFileError
+
+MODEL_REPORT = "tfmq_report.json"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+COMPARISONS = (("full precision", "real"), ("quantized", "real"), ("quantized", "full precision"))
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized layer. What was not measured is None."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int | None
+    scheme: str
+    error: float | None
+    full_ms: float | None
+    quantized_ms: float | None
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A metric of sets of images: full precision against real images, quantized against them, and quantized against full precision."""
+
+    name: str
+    values: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What is known of a quantized model.
+
+    Args:
+        name: of its folder.
+        scheme: name of its recipe.
+        base_model: what it was made from, where the user says so.
+        facts: what was quantized and how, in words.
+        recipe: every field of the recipe, flat.
+        metrics: of sets of images; empty where they were not evaluated.
+        pairs: metrics of pairs and of the trajectory, in words.
+        speed: rows of `tfmq bench`.
+        layers: one row a quantized layer.
+        units: reconstruction errors: `(unit, rounded to nearest, learned)`.
+        evaluation: what `tfmq evaluate` wrote.
+        analysis: what `tfmq analyze` wrote.
+        images: the file with the pairs of images.
+    """
+
+    name: str
+    scheme: str
+    base_model: str | None
+    facts: tuple[tuple[str, str], ...]
+    recipe: tuple[tuple[str, str], ...]
+    metrics: tuple[MetricRow, ...]
+    pairs: tuple[tuple[str, str], ...]
+    speed: tuple[Mapping[str, Any], ...]
+    layers: tuple[LayerRow, ...]
+    units: tuple[tuple[str, float, float], ...]
+    evaluation: Mapping[str, Any] | None
+    analysis: Mapping[str, Any] | None
+    images: Path | None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested values as rows; lists of mappings are numbered."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            rows += [(f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in item.items())) for number, item in enumerate(value)]
+        else:
+            rows.append((name, "none" if value in (None, [], ()) else str(value)))
+    return rows
+
+
+def _scheme(spec: Mapping[str, Any]) -> str:
+    """Return how a layer is quantized, in words."""
+    grid = "symmetric" if spec["symmetric"] else "asymmetric"
+    entry = spec["input"]
+    inputs = "input in full precision" if not entry else "input per timestep" if entry["per_step"] else "input static"
+    split = f", split in {len(spec['segments'])}" if spec["segments"] else ""
+    return f"weight {grid}, {inputs}{split}"
+
+
+def _layers(structure: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> tuple[LayerRow, ...]:
+    measured = {layer["name"]: layer for layer in (analysis or {"layers": ()})["layers"]}
+    rows = []
+    for name, spec in named_specs(structure, "layers"):
+        found = measured.get(name, {})
+        activation = spec["input"]["bits"] if spec["input"] else None
+        rows.append(LayerRow(name, spec["bits"], activation, _scheme(spec), *(found.get(key) for key in ("error", "full_ms", "quantized_ms"))))
+    return tuple(rows)
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> tuple[MetricRow, ...]:
+    """Return values by metric, the baseline beside the quantized model; a metric that compares with nothing stands where real images would."""
+    table: dict[str, dict[tuple[str, str], str]] = {}
+    for row in rows:
+        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2g}"
+        table.setdefault(row["metric"], {})[(row["model"], row["against"] or "real")] = f"{row['value']:.4g}{spread}"
+    return tuple(MetricRow(name, tuple(values.get(key, "") for key in COMPARISONS)) for name, values in table.items())  # type: ignore[arg-type]
+
+
+def _pairs(paired: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+    if paired is None:
+        return ()
+    rows = [(f"{name}, {paired['count']} pairs", f"{s['mean']:.4g} mean, {s['min']:.4g} to {s['max']:.4g}") for name, s in paired["metrics"].items()]
+    if trajectory := paired["trajectory"]:
+        rows.append(("latent error", f"{trajectory['latent_error']:.3g} relative, at the last of {len(trajectory['mean'])} steps"))
+    return tuple(rows)
+
+
+def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    provenance, sizes = manifest["provenance"], report["bytes"]
+    full, quantized = sizes["fp32"], stored_bytes(directory)
+    temporal = report["temporal"]
+    facts = [
+        ("scheme", str(report["scheme"])),
+        ("size of the denoiser", f"{megabytes(full)} in float32, {megabytes(quantized)} on disk ({quantized / full:.3f}x)"),
+        ("temporal features", f"relative error {temporal['mean_relative_error']:.3g} mean, {temporal['max_relative_error']:.3g} max"),
+        ("seed of the quantization", str(provenance["seed"])),
+        ("quantized with", f"tfmq {provenance['tfmq']}, torch {provenance['torch']}, on {report.get('fingerprint', {}).get('device', 'unknown')}"),
+        ("sha256 of the tensors", str(manifest["digest"])),
+    ]
+    if evaluation is not None:
+        protocol = evaluation["protocol"]
+        settings, versions = protocol["settings"], {k: v for k, v in protocol["versions"].items() if v}
+        low = protocol["quantized"]
+        facts += [
+            (
+                "evaluated on",
+                f"{settings['num_images']} images of {settings['steps']} steps, seed {settings['seed']}, in batches of {settings['batch_size']}",
+            ),
+            ("evaluated by", f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {low['device']}, backend {low['backend']}"),
+        ]
+    return facts
+
+
+def _speed(path: Path | None) -> tuple[Mapping[str, Any], ...]:
+    """Return the rows that `tfmq bench --json` printed."""
+    if path is None:
+        return ()
+    rows = read_json(path).get("rows")
+    keys = ("backend", "batch", "ms_per_step", "speedup", "peak_rss_bytes")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and all(key in row for key in keys) for row in rows):
+        raise ForeignFileError(f"{path} holds no rows of a benchmark; pass what tfmq bench --json printed")
+    return tuple(rows)
+
+
+def gather(
+    directory: Path, *, evaluation: Path | None = None, analysis: Path | None = None, bench: Path | None = None, base_model: str | None = None
+) -> ModelReport:
+    """Read everything that is known of the quantized model in `directory`.
+
+    Args:
+        directory: what `tfmq quantize` wrote.
+        evaluation: what `tfmq evaluate` wrote.
+        analysis: what `tfmq analyze` wrote.
+        bench: what `tfmq bench --json` printed.
+        base_model: hub id of the original.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or something else; names it.
+        ValueError: `base_model` is no hub id.
+    """
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
+        raise ValueError(f"{base_model!r} is no hub id; give owner/name")
+    manifest = stored_manifest(directory)
+    report = read_json(directory / MODEL_REPORT)
+    evaluated = None if evaluation is None else read_evaluation(evaluation)
+    analysed = None if analysis is None else read_analysis(analysis)
+    try:
+        return ModelReport(
+            name=directory.resolve().name,
+            scheme=str(report["scheme"]),
+            base_model=base_model,
+            facts=tuple(_facts(directory, manifest, report, evaluated)),
+            recipe=tuple(_flat(manifest["provenance"]["recipe"])),
+            metrics=_metrics(evaluated["rows"]) if evaluated else (),
+            pairs=_pairs(evaluated["paired"]) if evaluated else (),
+            speed=_speed(bench),
+            layers=_layers(manifest["structure"], analysed),
+            units=tuple((unit["name"], unit["error_before"], unit["error_after"]) for unit in report["units"]),
+            evaluation=evaluated,
+            analysis=analysed,
+            images=evaluation / PAIRS_FILE if evaluation is not None and (evaluation / PAIRS_FILE).exists() else None,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        sources = ", ".join(str(path) for path in (directory, evaluation, analysis) if path is not None)
+        raise ForeignFileError(f"a file of {sources} lacks {error}; it is of another version of tfmq, or damaged: make it again") from error

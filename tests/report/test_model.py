@@ -1,0 +1,96 @@
+"""What a report knows, and the model card that says it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tfmq.report.card import render_card, write_card
+from tfmq.report.model import ModelReport, gather
+from tfmq.storage.errors import CheckpointError
+
+Write, Read = Callable[..., Path], Callable[..., ModelReport]
+
+
+def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
+    folder = write_model()
+    found = gathered(folder)
+    facts = dict(found.facts)
+    on_disk = sum(path.stat().st_size for path in folder.iterdir())
+    assert facts["seed of the quantization"] == "5" and f"({on_disk / 10_000:.3f}x)" in facts["size of the denoiser"]
+    assert "100 images of 4 steps, seed 7" in facts["evaluated on"] and "torch-fidelity" not in facts["evaluated by"]
+    assert [(row.name, row.values) for row in found.metrics] == [("fid", ("3.25", "3.5", "0.75")), ("is", ("9 ± 0.5", "", ""))]
+    assert dict(found.pairs)["latent error"].startswith("0.1 relative") and found.units == (("mid", 0.2, 0.1),)
+    first, last = found.layers
+    assert (first.name, first.weight_bits, first.activation_bits, first.error) == ("mid.a", 4, 8, 0.1)
+    assert first.scheme == "weight asymmetric, input per timestep, split in 2"
+    assert (last.activation_bits, last.scheme, last.quantized_ms) == (None, "weight symmetric, input in full precision", 0.5)
+    assert dict(found.recipe)["rules[0]"] == "match: role:first, weight_bits: 8"
+
+
+def test_what_was_not_measured_is_absent(write_model: Write) -> None:
+    found = gather(write_model())
+    assert found.evaluation is None and found.analysis is None and found.images is None and not found.metrics
+    assert all(layer.error is None for layer in found.layers) and "evaluated on" not in dict(found.facts)
+    assert "Not evaluated" in render_card(found)
+
+
+def test_speed_is_what_bench_printed(write_model: Write, gathered: Read, tmp_path: Path) -> None:
+    row = {"backend": "torch", "batch": 1, "ms_per_step": 8.25, "speedup": 2.5, "peak_rss_bytes": 1e9}
+    (tmp_path / "b.json").write_text(json.dumps({"rows": [row]}))
+    folder = write_model()
+    assert gathered(folder, bench=tmp_path / "b.json").speed == (row,)
+    assert "| torch | 1 | 8.2 | 2.50x |" in render_card(gathered(folder, bench=tmp_path / "b.json"))
+    (tmp_path / "b.json").write_text(json.dumps({"rows": [{"backend": "torch"}]}))
+    with pytest.raises(CheckpointError, match=r"b\.json holds no rows"):
+        gathered(folder, bench=tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model/tfmq_report.json", "{}"),
+        ("model/tfmq_report.json", None),
+        ("model/tfmq_report.json", '{"scheme": 1, "bytes": {}, "units": 3}'),
+        ("model.evaluation/evaluation.json", None),
+        ("model.evaluation/evaluation.json", '{"protocol": {}, "rows": [], "paired": null, "baseline": []}'),
+        ("model.evaluation/evaluation.json", '{"protocol": 1, "rows": [{}], "paired": 3, "baseline": 2}'),
+        ("model.analysis/analysis.json", "no json"),
+    ],
+)
+def test_damaged_files_are_named(write_model: Write, gathered: Read, file: str, content: str | None) -> None:
+    folder = write_model()
+    path = folder.parent / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=path.parent.name):
+        gathered(folder)
+
+
+def test_the_card_has_the_numbers_and_the_hubs_metadata(write_model: Write, gathered: Read, tmp_path: Path) -> None:
+    found = gathered(write_model(), base_model="google/ddpm-cifar10-32")
+    write_card(tmp_path / "card.md", found)
+    _, metadata, text = (tmp_path / "card.md").read_text().split("---\n", 2)
+    values: dict[str, Any] = yaml.safe_load(metadata)
+    assert values["base_model"] == "google/ddpm-cifar10-32" and values["base_model_relation"] == "quantized" and "tfmq" in values["tags"]
+    for expected in ("| fid | 3.25 | 3.5 | 0.75 |", "| psnr, 2 pairs | 30 mean, 20 to 40 |", "scheme w4a8"):
+        assert expected in text
+    for name, value in found.facts:
+        assert f"| {name} | {value} |" in text
+    assert "base_model" not in render_card(gathered(tmp_path / "model"))
+
+
+def test_no_name_leaves_its_cell(write_model: Write, gathered: Read) -> None:
+    card = render_card(gathered(write_model(scheme="a|b\n<script>")))
+    assert "| scheme | a\\|b &lt;script> |" in card
+
+
+@pytest.mark.parametrize("name", ['x"\nlicense: mit', "a b", "", "x/y/z"])
+def test_a_base_model_is_a_hub_id(write_model: Write, name: str) -> None:
+    with pytest.raises(ValueError, match="hub id"):
+        gather(write_model(), base_model=name)
