@@ -49,11 +49,14 @@ def test_shards_then_the_whole(tfmq: Run, model: Path, quantized: Path, tmp_path
     whole = tfmq(*command, "--output-dir", tmp_path / "whole").json
     for shard in ("0/2", "1/2"):
         part = tfmq(*command, "--output-dir", tmp_path / "e", "--shard", shard)
-        assert part.status == 0, part.err
-    assert part.json["rows"] == whole["rows"] and part.json["paired"] == whole["paired"]
-    first = tfmq(*command, "--output-dir", tmp_path / "f", "--shard", "0/2")
-    assert first.json == {"output_dir": str(tmp_path / "f"), "shard": "0/2"} and not list((tmp_path / "f").glob("*.json"))
-    assert tfmq(*command, "--output-dir", tmp_path / "f", "--resume").json["rows"] == whole["rows"]
+        assert part.status == 0 and part.json == {"output_dir": str(tmp_path / "e"), "shard": shard}
+        assert not (tmp_path / "e").exists()
+    together = tfmq(*command, "--output-dir", tmp_path / "e", "--resume").json
+    assert together["rows"] == whole["rows"] and together["paired"] == whole["paired"]
+    assert not (tmp_path / "e.job").exists()
+    # A shard of another evaluation leaves the values that are there.
+    assert tfmq(*command, "--output-dir", tmp_path / "e", "--seed", 1, "--shard", "0/2").status == 0
+    assert (tmp_path / "e" / "evaluation.json").exists()
 
 
 def test_real_images_and_the_recipes_figures(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
@@ -85,6 +88,7 @@ def test_without_weights_it_says_what_to_do(tfmq: Run, model: Path, quantized: P
 
 def test_what_is_refused(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     (tmp_path / "r.npz").write_text("no archive")
+    np.savez(tmp_path / "s.npz", mu=np.zeros(192), sigma=np.eye(192))
     out = ("--output-dir", tmp_path / "e", *LOCAL)
     for arguments, cause in (
         ((model, "--reference", model), "holds no model quantized"),
@@ -92,10 +96,15 @@ def test_what_is_refused(tfmq: Run, model: Path, quantized: Path, tmp_path: Path
         ((quantized,), "--reference MODEL"),
         ((quantized, "--real", tmp_path / "nowhere"), "nowhere does not exist"),
         ((quantized, "--real", tmp_path / "r.npz"), "r.npz"),
+        ((quantized, "--real", tmp_path / "s.npz", "--metrics", "fid,kid"), "kid needs real images; the statistics in s.npz"),
+        ((quantized, "--real", tmp_path / "s.npz", "--metrics", "sfid"), "sfid needs real images"),
     ):
         result = tfmq("evaluate", *arguments, *out)
         assert result.status == 1 and cause in result.err and result.err.count("\n") == 1, (cause, result)
-    assert [path.name for path in tmp_path.iterdir()] == ["r.npz"]
+    (tmp_path / "notes.txt").write_text("mine")
+    result = tfmq("evaluate", quantized, "--reference", model, *LOCAL, "--output-dir", tmp_path)
+    assert result.status == 1 and "notes.txt" in result.err and result.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "r.npz", "s.npz"]
 
 
 def test_another_evaluations_work_is_not_gone_on_with(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_values(
 def test_shards_meet_in_the_same_values(run: Callable[..., Any], real: Path) -> None:
     expected = values(run(job="whole", real=real))
     assert run(real=real, shard=Shard(1, 2)) is None
-    assert values(run(real=real, shard=Shard(0, 2))) == expected
+    assert run(real=real, shard=Shard(0, 2)) is None
     assert values(run(real=real, resume=True)) == expected
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tfmq.cli.options import Backend, Device, Json, Prompts, Seed, Steps, Weights, check_device, check_execution, read_prompts
+from tfmq.cli.options import Backend, Device, Json, Prompts, Seed, Steps, Weights, beside, check_device, check_execution, read_prompts
 from tfmq.cli.outcome import emit, verb
 
 SUFFIX = ".analysis"
@@ -25,7 +25,7 @@ def analyze(
     json: Json = False,
 ) -> None:
     """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity of units, errors of layers."""
-    target = output_dir or Path(directory.rstrip("/") + SUFFIX)
+    target = output_dir or beside(directory, SUFFIX)
     with verb():
         from tfmq.cli.models import default_steps, execute_model, manifest, open_model, quantized_directory
         from tfmq.cli.progress import shown_progress

@@ -15,6 +15,7 @@ from tfmq.cli.options import (
     Seed,
     Steps,
     Weights,
+    beside,
     check_device,
     check_execution,
     read_prompts,
@@ -62,19 +63,28 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the same noise."""
-    target = output_dir or Path(directory.rstrip("/") + SUFFIX)
+    target = output_dir or beside(directory, SUFFIX)
     with verb(interrupted=f"the same command with --resume continues from {target}.job"):
-        from tfmq.cli.models import execute_model, open_model, quantized_directory
+        from tfmq.cli.models import default_steps, execute_model, open_model, quantized_directory
+        from tfmq.evaluation.settings import Settings
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet
 
         check_device(device)
-        execution, part = check_execution(backend, weights), _shard(shard)
+        execution, part, names = check_execution(backend, weights), _shard(shard), _names(metrics, extractor)
         source = quantized_directory(directory)
         with quiet():
             quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
-            options = {"num_images": num_images, "seed": seed, "batch_size": batch_size, "num_pairs": num_pairs, "extractor": extractor, "clip": clip}
-            settings = _settings(metrics, steps, quantized, **options)
+            settings = Settings(
+                num_images=num_images,
+                steps=steps or default_steps(quantized),
+                seed=seed,
+                batch_size=batch_size,
+                num_pairs=num_pairs,
+                metrics=names,
+                extractor=extractor,
+                clip=clip,
+            )
             name = execute_model(quantized, backend, execution)
             full = None if reference is None else open_model(reference, prompts=read_prompts(prompts), device=device)
             values = _evaluated(
@@ -84,7 +94,7 @@ def evaluate(
     if json:
         emit(result)
     elif values is None:
-        print(f"shard {shard} is drawn, others are not; once all are, the same command with --resume instead of --shard gives the values")
+        print(f"shard {shard} is drawn; once all are, the same command with --resume instead of --shard gives the values")
     else:
         from tfmq.cli.tables import show_evaluation
 
@@ -108,41 +118,45 @@ def _shard(text: str | None) -> "Shard | None":
         raise typer.BadParameter(f"{text!r} is no shard; give I/N with 0 <= I < N, such as 0/4", param_hint="--shard") from error
 
 
-def _settings(metrics: str, steps: int | None, quantized: "Sampler", **options: Any) -> "Settings":
-    """Return what is to be done.
+def _names(metrics: str, extractor: str) -> tuple[str, ...]:
+    """Return the metrics that `--metrics` names.
 
     Raises:
-        typer.BadParameter: no such metric or extractor.
+        typer.BadParameter: there is no such metric or extractor.
     """
-    from tfmq.cli.models import default_steps
-    from tfmq.evaluation.settings import Settings, metric_names
+    from tfmq.evaluation.distribution.extractors import EXTRACTORS
+    from tfmq.evaluation.settings import metric_names
 
-    names = metric_names() if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
-    try:
-        return Settings(metrics=names, steps=steps or default_steps(quantized), **options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--extractor" if "extractor" in str(error) else "--metrics") from error
+    known = metric_names()
+    names = known if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise typer.BadParameter(f"there is no metric {', '.join(unknown)}; give all, or some of {', '.join(known)}", param_hint="--metrics")
+    if extractor not in EXTRACTORS:
+        raise typer.BadParameter(f"there is no extractor {extractor!r}; give one of {', '.join(EXTRACTORS)}", param_hint="--extractor")
+    return names
 
 
 def _evaluated(
     quantized: "Sampler", reference: "Sampler | None", real: Path | None, *, target: Path, settings: "Settings", **options: Any
 ) -> dict[str, Any] | None:
-    """Evaluate and write the files; None where other shards have work left."""
+    """Evaluate and write the files; None for a shard, which leaves its work in the job's folder."""
     import shutil
 
     from tfmq.cli.models import published_figures
     from tfmq.cli.progress import shown_progress
     from tfmq.evaluation.job import evaluate as run
-    from tfmq.report.directory import completed_directory
+    from tfmq.report.directory import completed_directory, refuse_foreign
     from tfmq.report.evaluation import EVALUATION_FILES, evaluation_values, write_evaluation
 
     job = target.with_name(target.name + ".job")
+    refuse_foreign(target, owned=EVALUATION_FILES)
+    with shown_progress() as progress:
+        done = run(quantized, reference, real, settings=settings, job=job, published=published_figures(quantized), progress=progress, **options)
+    if done is None:
+        return None
+    values = evaluation_values(*done)
     with completed_directory(target, owned=EVALUATION_FILES) as folder:
-        with shown_progress() as progress:
-            done = run(quantized, reference, real, settings=settings, job=job, published=published_figures(quantized), progress=progress, **options)
-        if done is None:
-            return None
-        values = evaluation_values(*done)
         write_evaluation(folder, done[0], values)
     shutil.rmtree(job, ignore_errors=True)
     return values

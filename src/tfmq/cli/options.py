@@ -1,5 +1,6 @@
 """The options that verbs share."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,16 @@ Backend = Annotated[
 ]
 Weights = Annotated[str, typer.Option("--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def beside(directory: str, suffix: str) -> Path:
+    """Return the path beside a directory that has its name and a suffix.
+
+    >>> beside("runs/model/", ".report").name
+    'model.report'
+    """
+    path = Path(os.path.abspath(directory))
+    return path.with_name(path.name + suffix)
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:

@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 
-from tfmq.cli.options import Json
+from tfmq.cli.analyze import SUFFIX as ANALYSED
+from tfmq.cli.evaluate import SUFFIX as EVALUATED
+from tfmq.cli.options import Json, beside
 from tfmq.cli.outcome import emit, verb
+
+SUFFIX = ".report"
 
 
 def report(
@@ -31,12 +35,11 @@ def report(
         from tfmq.report.model import gather
 
         source = quantized_directory(directory)
-        base = source.resolve()
-        target = output_dir or base.with_name(base.name + ".report")
+        target = output_dir or beside(directory, SUFFIX)
         found = gather(
             source,
-            evaluation=evaluation or _beside(base, ".evaluation"),
-            analysis=analysis or _beside(base, ".analysis"),
+            evaluation=evaluation or _made(beside(directory, EVALUATED)),
+            analysis=analysis or _made(beside(directory, ANALYSED)),
             bench=bench,
             base_model=base_model,
         )
@@ -53,6 +56,5 @@ def report(
         print(f"{result['report']}, {size / 1e6:.2f} MB{note}; the same numbers in {result['card']}")
 
 
-def _beside(directory: Path, suffix: str) -> Path | None:
-    path = directory.with_name(directory.name + suffix)
-    return path if path.is_dir() else None
+def _made(folder: Path) -> Path | None:
+    return folder if folder.is_dir() else None

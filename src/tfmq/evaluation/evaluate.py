@@ -13,7 +13,7 @@ from tfmq.evaluation.deviation import Trajectory, deviation, follow, summarized
 from tfmq.evaluation.distribution.extractor import labelled
 from tfmq.evaluation.distribution.features import Moments
 from tfmq.evaluation.distribution.metrics import SET_METRICS
-from tfmq.evaluation.real import Real, RealStatistics
+from tfmq.evaluation.real import Real, RealImages, RealStatistics
 from tfmq.evaluation.sampling import Images, as_colour, to_bytes
 from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
 from tfmq.evaluation.stages import Stages, Stored
@@ -76,6 +76,8 @@ def check_request(quantized: Sampler, reference: Sampler | None, real: Real | No
     comparing = [name for name in settings.of_sets if SET_METRICS[name].compares]
     if comparing and reference is None and real is None:
         raise ValueError(f"{comparing[0]} compares with other images: pass --reference MODEL, --real IMAGES, or both")
+    if isinstance(real, RealStatistics):
+        _check_statistics(comparing, real)
     if settings.draws_pairs and reference is None:
         names = ", ".join(name for name in settings.metrics if name in (*settings.of_pairs, TRAJECTORY))
         raise ValueError(f"{names} compare with full precision: pass --reference MODEL, or leave them out of --metrics")
@@ -87,6 +89,14 @@ def check_request(quantized: Sampler, reference: Sampler | None, real: Real | No
             raise ValueError(f"the reference denoises samples of shape {shapes[0]}, the quantized model {shapes[1]}; pass its own original")
     if CLIP_METRIC in settings.metrics:
         prompts_of(quantized, range(1))
+
+
+def _check_statistics(metrics: Sequence[str], real: RealStatistics) -> None:
+    """Refuse metrics that the statistics of real images do not serve."""
+    for name in metrics:
+        metric = SET_METRICS[name]
+        if not metric.of_moments or metric.kind not in real.moments.of:
+            raise ValueError(f"{name} needs real images; the statistics in {real.described['source']} hold mean and covariance of some features only")
 
 
 @dataclass(frozen=True)
@@ -163,18 +173,20 @@ class Evaluator:
         return self.stages.run(REAL, real.count, lambda indices: self._described(real.read(indices)))
 
     def _described(self, images: Images) -> dict[str, Tensor]:
-        """Return what is kept of images: their features, and their size."""
+        """Return what is kept of images: the features that metrics need."""
         assert self.tools.extractor is not None
         features = self.tools.extractor(as_colour(images))
-        needed = {SET_METRICS[name].kind for name in self.settings.of_sets}
-        return {kind: features[kind].float().cpu().contiguous() for kind in needed} | {"size": torch.tensor(images.shape[1:3])}
+        return {kind: features[kind].float().cpu().contiguous() for kind in {SET_METRICS[name].kind for name in self.settings.of_sets}}
 
     def _features(self, name: str, sampler: Sampler) -> Stored:
         """Draw a model's images and keep what metrics need of them."""
 
         def compute(indices: range) -> dict[str, Tensor]:
             images = to_bytes(sampler.run(indices, steps=self.settings.steps, seed=self.settings.seed).detach().cpu(), first=indices.start)
-            found = self._described(images) if self.tools.extractor is not None else {}
+            found = {}
+            if self.tools.extractor is not None:
+                _check_size(images, self.real)
+                found = self._described(images)
             if self.tools.clip is not None:
                 found["clip"] = torch.tensor([self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)], dtype=torch.float64)
             return found
@@ -185,8 +197,6 @@ class Evaluator:
         """Return the values of one model's images."""
         rows = []
         given = {name: other for name, other in others.items() if other is not None}
-        if isinstance(real := others[REAL], Stored):
-            _check_sizes(images, real)
         for name in self.settings.of_sets:
             metric = SET_METRICS[name]
             for against in given if metric.compares else (None,):
@@ -212,16 +222,14 @@ class Evaluator:
         return self.stages.run("pairs", min(settings.num_pairs, settings.num_images), compute)
 
 
-def _check_sizes(images: Stored, real: Stored) -> None:
-    """Refuse real images of another size than the drawn ones."""
-    drawn = tuple(next(images.parts())["size"].tolist())
-    for part in real.parts():
-        size = tuple(part["size"].tolist())
-        if size != drawn:
-            raise ValueError(
-                f"the real images have {size[1]} x {size[0]} pixels, the drawn ones {drawn[1]} x {drawn[0]}; crop and resize the real ones as "
-                "the model's data were: how that is done changes every metric"
-            )
+def _check_size(images: Images, real: Real | None) -> None:
+    """Refuse to compare drawn images with real ones of another size."""
+    if isinstance(real, RealImages) and images.shape[1:3] != tuple(real.size):
+        (height, width), (other_height, other_width) = images.shape[1:3], real.size
+        raise ValueError(
+            f"the real images have {other_width} x {other_height} pixels, the drawn ones {width} x {height}; crop and resize the real ones as "
+            "the model's data were: how that is done changes every metric"
+        )
 
 
 def _paired(stored: Stored, settings: Settings) -> Paired:

@@ -77,13 +77,13 @@ def evaluate(
         job: folder that keeps every finished batch; whoever has used the values deletes it.
         weights: where downloaded weights lie; torch's cache by default.
         published: figures that full precision must reach against `real`.
-        shard: the part of the batches that this process draws; with one, work in `job` is always gone on with.
+        shard: the part of the batches that this process draws and leaves in `job`; a run without one, and with `resume`, gives the values.
         resume: go on with the work in `job`; otherwise it is started over.
         backend: what the quantized model computes with, for the record.
         progress: shows bars.
 
     Returns:
-        None where other shards have work left.
+        None for a shard.
 
     Raises:
         ValueError: what is asked for cannot be computed from what is given.
@@ -101,4 +101,5 @@ def evaluate(
         job.mkdir(parents=True, exist_ok=True)
     stages = Stages(Journal(job, protocol, resume=going_on), settings.batch_size, shard or Shard(), progress)
     found = Evaluator(quantized, reference, images, settings, tools, stages, published).run()
-    return None if found is None else (found, protocol)
+    # Not even the last shard gives values: two that end together would both be the last.
+    return None if found is None or shard is not None else (found, protocol)

@@ -24,9 +24,13 @@ ARRAYS = ("images", "arr_0")
 
 @dataclass(frozen=True)
 class RealImages:
-    """Images read when they are asked for: `read(range)` returns uint8 `[n, H, W, C]`; `described` says what they are, as JSON values."""
+    """Images of one size `(H, W)`, read when they are asked for; `described` says what they are, as JSON values.
+
+    `read(range)` returns uint8 `[n, H, W, C]` and raises `ForeignFileError` for an image that is damaged or of another size.
+    """
 
     count: int
+    size: tuple[int, int]
     read: Callable[[range], Images]
     described: Mapping[str, Any]
 
@@ -56,15 +60,19 @@ def _of_folder(folder: Path) -> RealImages:
         except (OSError, SyntaxError) as error:
             raise ForeignFileError(f"{path} is no readable image ({error}); copy it again or remove it") from error
 
+    height, width = one(paths[0]).shape[:2]
+
     def read(indices: range) -> Images:
         images = [one(paths[index]) for index in indices]
-        odd = next((number for number, image in enumerate(images) if image.shape != images[0].shape), None)
-        if odd is not None:
-            raise ForeignFileError(f"{paths[indices[odd]]} is {_size(images[odd].shape)}, others are {_size(images[0].shape)}; crop all to one size")
+        for index, image in zip(indices, images, strict=True):
+            if image.shape[:2] != (height, width):
+                raise ForeignFileError(f"{paths[index]} is {_size(image.shape)}, {paths[0]} is {_size((height, width))}; crop all to one size")
         return np.stack(images)
 
     names = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in paths)
-    return RealImages(len(paths), read, {"images": len(paths), "source": folder.name, "files": hashlib.sha256(names.encode()).hexdigest()})
+    return RealImages(
+        len(paths), (height, width), read, {"images": len(paths), "source": folder.name, "files": hashlib.sha256(names.encode()).hexdigest()}
+    )
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -74,7 +82,7 @@ def _size(shape: tuple[int, ...]) -> str:
 def _of_array(path: Path, images: Any) -> RealImages:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ForeignFileError(f"{path} holds {images.dtype} {images.shape}; images are uint8 [N, H, W, 1 or 3]")
-    return RealImages(len(images), lambda indices: images[indices.start : indices.stop], _described(path, images=len(images)))
+    return RealImages(len(images), images.shape[1:3], lambda indices: images[indices.start : indices.stop], _described(path, images=len(images)))
 
 
 def _described(path: Path, **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tfmq.errors import require
 from tfmq.evaluation.distribution.extractor import STANDARD, Extractor
 from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.distribution.metrics import SET_METRICS
@@ -91,6 +92,7 @@ def prepare(settings: Settings, weights: Weights) -> Tools:
     """
     extractor = EXTRACTORS[settings.extractor](weights) if settings.of_sets else None
     for name in settings.of_sets:
+        require(SET_METRICS[name].library, extra="eval")
         kind = SET_METRICS[name].kind
         if extractor is not None and kind not in extractor.kinds:
             given = ", ".join(extractor.kinds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,6 +81,6 @@ class Stages:
         todo = [number for number in range(len(ranges)) if self.shard.has(number) and not self.journal.done(names[number])]
         with self.progress(name, sum(len(ranges[number]) for number in todo)) as advance:
             for number in todo:
-                self.journal.stage(names[number], lambda indices=ranges[number]: compute(indices))  # type: ignore[misc]
+                self.journal.stage(names[number], partial(compute, ranges[number]))
                 advance(len(ranges[number]))
         return Stored(self.journal, names, count)

@@ -12,6 +12,21 @@ from tfmq.storage.checkpoint import prepare_output
 from tfmq.storage.errors import OutputExistsError
 
 
+def refuse_foreign(directory: Path, *, owned: Sequence[str]) -> None:
+    """Refuse a directory with files that do not match the name patterns `owned`; one that does not exist is fine.
+
+    Raises:
+        OutputExistsError: it holds such a file, or is no directory.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise OutputExistsError(f"{directory} is not a directory; choose another output directory")
+    foreign = sorted(entry.name for entry in directory.iterdir() if not any(fnmatchcase(entry.name, pattern) for pattern in owned))
+    if foreign:
+        raise OutputExistsError(f"{directory} already holds {foreign[0]}, which is not from an earlier run; choose another output directory")
+
+
 @contextmanager
 def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Path]:
     """Yield an empty folder whose files move to `directory` when the block ends; if it fails, `directory` stays as it was.
@@ -25,9 +40,7 @@ def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Pa
     target = Path(os.path.abspath(directory))
     existed = target.exists()
     prepare_output(target, overwrite=True)
-    foreign = sorted(entry.name for entry in target.iterdir() if not any(fnmatchcase(entry.name, pattern) for pattern in owned))
-    if foreign:
-        raise OutputExistsError(f"{target} already holds {foreign[0]}, which is not from an earlier run; choose another output directory")
+    refuse_foreign(target, owned=owned)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

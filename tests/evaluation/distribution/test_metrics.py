@@ -53,7 +53,15 @@ def test_too_few_images_are_named(held: Make, name: str) -> None:
         metric_of(name)(held(0, count=1), held(1, count=1), seed=0)
 
 
-@pytest.mark.parametrize("name", ["kid", "precision-recall"])
+def test_statistics_are_taken_where_a_metric_says_so(held: Make) -> None:
+    for name, metric in SET_METRICS.items():
+        assert not metric.of_moments or metric.compares, name
+        if metric.of_moments:
+            values = metric(held(0), Moments({metric.kind: (torch.zeros(6), torch.eye(6))}), seed=0)
+            assert values[name].value > 0
+
+
+@pytest.mark.parametrize("name", [name for name, metric in SET_METRICS.items() if metric.compares and not metric.of_moments])
 def test_statistics_are_not_enough(held: Make, name: str) -> None:
     with pytest.raises(ForeignFileError, match=f"{name} needs images"):
         SET_METRICS[name](held(0), Moments({"pool": (torch.zeros(6), torch.eye(6))}), seed=0)

@@ -9,6 +9,8 @@ from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments
 from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register
 
+LIBRARY = "torchmetrics.image.fid"
+
 
 def _put_moments(metric: Any, moments: Moments, kind: Kind) -> None:
     """Set the sums from which torchmetrics computes mean and covariance to those of two images, from which exactly these follow.
@@ -36,7 +38,7 @@ def frechet_distance(images: Features, others: Features | Moments, kind: Kind) -
         ValueError: a set of fewer than two images, or statistics of other features.
         MissingExtraError: torchmetrics is not installed.
     """
-    library = require("torchmetrics.image.fid", extra="eval")
+    library = require(LIBRARY, extra="eval")
     width = next(images.chunks(kind)).shape[1]
     with drawn_by(0):
         metric = library.FrechetInceptionDistance(feature=Given(width))
@@ -56,8 +58,10 @@ def frechet_distance(images: Features, others: Features | Moments, kind: Kind) -
 class Fid:
     """Frechet distance of pooled features: FID where they are Inception's."""
 
+    library = LIBRARY
     kind: Kind = "pool"
     compares = True
+    of_moments = True
 
     def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
         assert others is not None
@@ -68,8 +72,10 @@ class Fid:
 class SpatialFid:
     """Frechet distance of spatial features (Nash et al., 2021): no library has it, so it is the library's distance on those features."""
 
+    library = LIBRARY
     kind: Kind = "spatial"
     compares = True
+    of_moments = True
 
     def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
         assert others is not None

@@ -6,6 +6,7 @@ from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments
 from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register
 
+LIBRARY = "torchmetrics.image.inception"
 SPLITS = 10
 
 
@@ -13,11 +14,13 @@ SPLITS = 10
 class InceptionScore:
     """`exp E KL(p(y|x) || p(y))`, mean and deviation over ten splits (Salimans et al., 2016). One set alone."""
 
+    library = LIBRARY
     kind: Kind = "logits"
     compares = False
+    of_moments = False
 
     def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
-        library = require("torchmetrics.image.inception", extra="eval")
+        library = require(LIBRARY, extra="eval")
         if len(images) < 2 * SPLITS:
             raise ValueError(f"the inception score takes the mean over {SPLITS} splits, so it needs at least {2 * SPLITS} images; got {len(images)}")
         with drawn_by(seed):

@@ -6,19 +6,25 @@ from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments
 from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, features_of, register
 
+LIBRARY = "torchmetrics.image.kid"
 SUBSET, SUBSETS = 1000, 100
 
 
 @register("kid")
 class Kid:
-    """Mean and deviation over 100 subsets of 1000 images (Binkowski et al., 2018); of fewer images one value, without a deviation."""
+    """Mean and deviation over 100 subsets of 1000 images, or of as many as the smaller set has (Binkowski et al., 2018).
 
+    Where subsets would be both whole sets, it is one value without a deviation.
+    """
+
+    library = LIBRARY
     kind: Kind = "pool"
     compares = True
+    of_moments = False
 
     def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
         real = features_of(others, "kid")
-        library = require("torchmetrics.image.kid", extra="eval")
+        library = require(LIBRARY, extra="eval")
         size = min(SUBSET, len(images), len(real))
         if size < 2:
             raise ValueError("kid needs at least two images on either side; draw more")

@@ -6,6 +6,7 @@ from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments, gathered
 from tfmq.evaluation.distribution.metric import Score, features_of, register
 
+LIBRARY = "torch_fidelity.metric_prc"
 NEIGHBOURS = 3
 
 
@@ -13,14 +14,16 @@ NEIGHBOURS = 3
 class PrecisionRecall:
     """Shares of images within the balls around the third neighbours of the other set (Kynkaanniemi et al., 2019)."""
 
+    library = LIBRARY
     kind: Kind = "pool"
     compares = True
+    of_moments = False
 
     def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
         real = features_of(others, "precision-recall")
         if min(len(images), len(real)) <= NEIGHBOURS:
             raise ValueError(f"precision-recall looks at {NEIGHBOURS} neighbours, so it needs more than {NEIGHBOURS} images on either side")
-        library = require("torch_fidelity.metric_prc", extra="eval")
+        library = require(LIBRARY, extra="eval")
         options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": 10_000, "save_cpu_ram": True, "verbose": False}
         found = library.prc_features_to_metric(gathered(images, self.kind), gathered(real, self.kind), **options)
         return {name: Score(float(found[name])) for name in ("precision", "recall")}

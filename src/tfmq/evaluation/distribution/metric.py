@@ -24,16 +24,19 @@ class Score:
 class SetMetric(Protocol):
     """A metric of a set of images, computed by a library on features.
 
-    `kind` are the features it needs; `compares` tells whether there is a second set. `__call__` returns its scores by name: most metrics
-    have one. What is drawn at random, such as subsets, follows from `seed`.
+    `library` is the module that computes it, `kind` the features it needs; `compares` tells whether there is a second set, `of_moments`
+    whether that may be statistics. `__call__` returns its scores by name: most metrics have one. What is drawn at random, such as subsets,
+    follows from `seed`.
 
     Raises (from `__call__`):
         ValueError: too few images, or statistics where features are needed.
         MissingExtraError: the library is not installed.
     """
 
+    library: str
     kind: Kind
     compares: bool
+    of_moments: bool
 
     def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]: ...
 
