@@ -29,7 +29,7 @@ def test_version_and_help(tfmq: Run) -> None:
         ("compare", "--reference --num-images --seed --output-dir --prompts --backend --weights --json"),
         ("evaluate", "--reference --real --num-images --steps --seed --metrics --extractor --weights-dir --shard --resume --json"),
         ("analyze", "--reference --num-images --steps --seed --output-dir --prompts --backend --weights --json"),
-        ("report", "--evaluation --analysis --bench --base-model --output-dir --json"),
+        ("report", "--evaluation --analysis --bench --base-model --push-to-hub --private --output-dir --json"),
         ("inspect", "--json"),
         ("import", "--config --output-dir --tokenizer --json"),
         ("bench", "--reference --backends --peers --batch --rounds --threads --steps --prompts --json"),

@@ -1,7 +1,7 @@
 """`tfmq report`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from tfmq.cli.analyze import SUFFIX as ANALYSED
 from tfmq.cli.evaluate import SUFFIX as EVALUATED
 from tfmq.cli.options import Json, beside
 from tfmq.cli.outcome import emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.report.model import ModelReport
 
 SUFFIX = ".report"
 
@@ -23,6 +26,10 @@ def report(
     ] = None,
     bench: Annotated[Path | None, typer.Option("--bench", metavar="FILE", help="What tfmq bench --json printed.")] = None,
     base_model: Annotated[str | None, typer.Option("--base-model", metavar="ID", help="Hub id of the original, for the model card.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="ID", help="Upload DIR there, with the card; created if need be.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that --push-to-hub creates private.")] = False,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.report.")] = None,
     json: Json = False,
 ) -> None:
@@ -47,13 +54,26 @@ def report(
             write_html(folder / "report.html", found)
             write_card(folder / "card.md", found)
         size = (target / "report.html").stat().st_size
-        result = {"report": str(target / "report.html"), "card": str(target / "card.md"), "bytes": size}
+        address = None if push_to_hub is None else _pushed(source, push_to_hub, found, private=private)
+        result = {"report": str(target / "report.html"), "card": str(target / "card.md"), "bytes": size, "pushed_to": address}
     if json:
         emit(result)
     else:
         missing = [name for name, value in (("evaluate", found.evaluation), ("analyze", found.analysis)) if value is None]
         note = f" (nothing from tfmq {' and '.join(missing)} in it)" if missing else ""
         print(f"{result['report']}, {size / 1e6:.2f} MB{note}; the same numbers in {result['card']}")
+        if address is not None:
+            print(f"pushed to {address}")
+
+
+def _pushed(directory: Path, repository: str, found: "ModelReport", *, private: bool) -> str:
+    """Upload a model whose files are whole, with its card; return where it is."""
+    from tfmq.artifact import verify_files
+    from tfmq.integrations.hub import push_folder
+    from tfmq.report.card import render_card
+
+    verify_files(directory)
+    return push_folder(directory, repository, card=render_card(found), private=private)
 
 
 def _made(folder: Path) -> Path | None:
