@@ -12,8 +12,9 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     command = ("analyze", quantized, "--reference", model, "--num-images", 2, "--backend", "simulated", "--output-dir", tmp_path / "a")
     result = tfmq(*command, "--json")
     assert result.status == 0, result.err
-    assert result.json["settings"] == {"num_images": 2, "steps": 4, "seed": 0, "backend": "simulated"}
     report = json.loads((quantized / "tfmq_report.json").read_text())
+    expected = {"num_images": 2, "steps": 4, "seed": 0, "backend": "simulated", "weights": report["sha256"]}
+    assert result.json["settings"] == expected
     assert result.json["disturbance"]["mismatches"] == report["temporal"]["mismatches"]
     found = {part["name"] for part in result.json["sensitivity"]["parts"]}
     assert found >= {unit["name"] for unit in report["units"]} and "temporal layers" in found

@@ -62,7 +62,7 @@ def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
 PROTOCOL = {
     "settings": {"num_images": 100, "steps": 4, "seed": 7, "batch_size": 10},
     "versions": {"tfmq": "1", "torch": "2", "torch-fidelity": None},
-    "quantized": {"device": "cpu", "backend": "torch"},
+    "quantized": {"device": "cpu", "backend": "torch", "weights": "d1"},
 }
 
 
@@ -102,7 +102,7 @@ def write_model(tmp_path: Path, analysis: Callable[..., Analysis]) -> Callable[.
         found = Evaluation(rows[: columns + 1], paired, ())
         write_evaluation(evaluated, found, evaluation_values(found, PROTOCOL))
         made = analysis()
-        write_analysis(analysed, made, analysis_values(made, {}), title=scheme)
+        write_analysis(analysed, made, analysis_values(made, {"weights": "d1"}), title=scheme)
         return folder
 
     return write

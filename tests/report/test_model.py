@@ -49,6 +49,15 @@ def test_speed_is_what_bench_printed(write_model: Write, gathered: Read, tmp_pat
         gathered(folder, bench=tmp_path / "b.json")
 
 
+@pytest.mark.parametrize("part", ["evaluation", "analysis"])
+def test_values_of_another_model_are_refused(write_model: Write, gathered: Read, part: str) -> None:
+    folder = write_model()
+    path = folder.with_name(f"model.{part}") / f"{part}.json"
+    path.write_text(path.read_text().replace('"d1"', '"d2"'))
+    with pytest.raises(CheckpointError, match=f"model.{part} is of a model with sha256 d2, this one has d1"):
+        gathered(folder)
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

@@ -33,6 +33,7 @@ def analyze(
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.analysis import ANALYSIS_FILES, analysis_values, write_analysis
         from tfmq.report.directory import completed_directory
+        from tfmq.storage.digest import tensor_digest
 
         check_device(device)
         execution = check_execution(backend, weights)
@@ -43,7 +44,8 @@ def analyze(
             full = open_model(reference, prompts=read_prompts(prompts), device=device)
             settings: dict[str, Any] = {"num_images": num_images, "steps": steps or default_steps(quantized), "seed": seed}
             found = run(full, quantized, **settings, progress=progress)
-            values = analysis_values(found, {**settings, "backend": name})
+            weights_digest = tensor_digest(quantized.denoiser.module.state_dict())
+            values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})
             title = manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized")
             write_analysis(folder, found, values, title=title)
         result = {"output_dir": str(target), **values}

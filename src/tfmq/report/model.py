@@ -163,6 +163,12 @@ def _speed(path: Path | None) -> tuple[Mapping[str, Any], ...]:
     return tuple(rows)
 
 
+def _check_same(source: Path | None, weights: str, manifest: Mapping[str, Any]) -> None:
+    """Refuse values that were measured on another model."""
+    if weights != manifest["digest"]:
+        raise ForeignFileError(f"{source} is of a model with sha256 {weights}, this one has {manifest['digest']}; measure again")
+
+
 def gather(
     directory: Path, *, evaluation: Path | None = None, analysis: Path | None = None, bench: Path | None = None, base_model: str | None = None
 ) -> ModelReport:
@@ -186,6 +192,10 @@ def gather(
     evaluated = None if evaluation is None else read_evaluation(evaluation)
     analysed = None if analysis is None else read_analysis(analysis)
     try:
+        if evaluated is not None:
+            _check_same(evaluation, evaluated["protocol"]["quantized"]["weights"], manifest)
+        if analysed is not None:
+            _check_same(analysis, analysed["settings"]["weights"], manifest)
         return ModelReport(
             name=directory.resolve().name,
             scheme=str(report["scheme"]),
