@@ -50,13 +50,9 @@ class Weights:
             raise MissingFileError(
                 f"{path} does not exist: download {file.origin} and put it there, or name its folder with --weights-dir; {instead}"
             )
-        if not self.digest(path).startswith(file.digest):
+        if not file_digest(path).startswith(file.digest):
             raise ForeignFileError(f"{path} has another sha256 than published ({file.digest}...); download {file.origin} again")
         return path
-
-    def digest(self, path: Path) -> str:
-        """Return the sha256 of a file."""
-        return file_digest(path)
 
     @contextmanager
     def as_cache(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from tfmq.evaluation.distribution.extractor import register
 from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
 from tfmq.evaluation.weights import WeightFile, Weights, check_state
+from tfmq.storage.digest import file_digest
 
 FILE = WeightFile(
     name="weights-inception-2015-12-05-6726825d.pth",
@@ -64,4 +65,4 @@ def inception(weights: Weights) -> Inception:
     # The library unpickles the file without a guard. What passes this check holds tensors and nothing else.
     check_state(path)
     network = library.FeatureExtractorInceptionV3("inception-v3-compat", OUTPUTS, feature_extractor_weights_path=str(path))
-    return Inception(network, weights.digest(path))
+    return Inception(network, file_digest(path))
