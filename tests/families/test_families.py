@@ -49,7 +49,7 @@ def test_the_quantized_pipeline_comes_back_and_predicts_nearly_the_same(family: 
     with torch.no_grad():
         pairs = [(loaded.denoiser(inputs), output) for inputs, output in made.calls]
     noise, signal = (sum(float(part.square().sum()) for part in parts) for parts in ([q - f for q, f in pairs], [f for _, f in pairs]))
-    # 19 to 35 dB at 8 bits, where a wrong layer leaves less than 5; the smallest, wan with one token, amplifies the rounding of its own input.
+    # Random weights are a hard case: 11 dB for wan, whose one token amplifies the rounding of its own input, more for all others.
     assert 10 ** (10 / 10) * noise < signal
 
 
