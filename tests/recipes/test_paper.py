@@ -60,3 +60,9 @@ def test_the_exceptions_of_the_released_code_match_layers_of_both_kinds_of_unet(
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= kept
     assert any("conv_shortcut" in name for name in kept) and any("upsamplers" in name for name in kept)
     assert len(kept) < len(traced.layers) / 2 and len(FULL_PRECISION) == 6
+
+
+def test_full_precision_has_to_reach_its_published_figure() -> None:
+    (figure,) = scheme("ldm4_bedrooms_w4a8").published
+    assert (figure.metric, figure.value, figure.num_images, figure.steps) == ("fid", 2.98, 50_000, 200)
+    assert scheme("cifar10_ddim_w4a8").published == (), "no full-precision figure was printed"
