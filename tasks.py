@@ -119,7 +119,11 @@ def demo(python: Path, environment: dict[str, str]) -> None:
 def test(python: Path, environment: dict[str, str]) -> None:
     """Check format, lint and types, then run the tests; pytest's summary is the last thing printed."""
     environment.pop("OMP_NUM_THREADS", None)
-    run_all(python, [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"], ["pytest", "-q", "-n", "2", "--dist", "loadfile"]], environment=environment)
+    run_all(
+        python,
+        [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"], ["pytest", "-q", "-n", "2", "--dist", "loadfile"]],
+        environment=environment,
+    )
 
 
 TASKS = {"demo": (demo, "all"), "test": (test, "dev")}

@@ -43,11 +43,15 @@ SCHEMES = ("w4a8", "w8a8", "w4a32")
 METHODS = ("rtn", "brecq", "tfmq_cache", "tfmq_block", "tfmq_selected")
 # These say what a part is worth, and one seed says it.
 PARTS = ("gptq", "tfmq_cache_fp16")
+# As the table and the pictures have them.
+ROWS = ("rtn", "brecq", "gptq", "tfmq_block", "tfmq_cache", "tfmq_cache_fp16", "tfmq_selected")
 STEPS = 50
 # The noise of the measured images is none that calibration saw.
 IMAGE_SEED = 1234
 TRAJECTORIES = 16
-AVERAGED = ("psnr_db", "ssim", "output_sqnr_db", "seconds", "frechet_to_full_precision")
+AVERAGED = ("psnr_db", "ssim", "output_sqnr_db", "frechet_to_full_precision")
+# None where a cell was not measured: without real images, or beside other work.
+OPTIONAL = ("frechet_to_real", "cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def measure(cell: Cell, reference: Reference, iterations: int | None, progress: 
         "solver": recipe.rounding.solver,
         "iterations": recipe.learning.iterations if recipe.rounding.solver == "adaround" else 0,
         "temporal_iterations": recipe.temporal.learning.iterations if cell.method.startswith("tfmq") else 0,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "bytes": report["bytes"],
         "psnr_db": fidelity.mean_psnr_db,
         "psnr_min_db": fidelity.min_psnr_db,
@@ -193,7 +197,8 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
 
 def read_cells(directory: Path) -> list[dict[str, Any]]:
     """Return the finished cells in the order of the table."""
-    paths = {cell.name: directory / f"{cell.name}.json" for cell in cells()}
+    ordered = sorted(cells(), key=lambda cell: (SCHEMES.index(cell.scheme), ROWS.index(cell.method), cell.seed))
+    paths = {cell.name: directory / f"{cell.name}.json" for cell in ordered}
     return [json.loads(path.read_text()) for path in paths.values() if path.exists()]
 
 
@@ -202,18 +207,14 @@ def aggregate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for key in dict.fromkeys((row["scheme"], row["method"]) for row in rows):
         group = [row for row in rows if (row["scheme"], row["method"]) == key]
-        mean = {
-            name: float(np.mean([row[name] for row in group]))
-            for name in ("psnr_db", "ssim", "output_sqnr_db", "seconds", "frechet_to_full_precision")
-        }
+        mean: dict[str, Any] = {name: float(np.mean([row[name] for row in group])) for name in AVERAGED}
         temporal = {name: float(np.mean([row["temporal"][name] for row in group])) for name in ("mean_relative_error", "max_relative_error")}
         mean["psnr_std_db"] = float(np.std([row["psnr_db"] for row in group]))
-        real = [row["frechet_to_real"] for row in group if row["frechet_to_real"] is not None]
+        for name in OPTIONAL:
+            known = [row[name] for row in group if row[name] is not None]
+            mean[name] = float(np.mean(known)) if known else None
         mismatches = float(np.mean([row["temporal"]["mismatches"] for row in group]))
-        result.append(
-            {"scheme": key[0], "method": key[1], "seeds": len(group), **mean, **temporal, "mismatches": mismatches}
-            | {"frechet_to_real": float(np.mean(real)) if real else None}
-        )
+        result.append({"scheme": key[0], "method": key[1], "seeds": len(group), **mean, **temporal, "mismatches": mismatches})
     return result
 
 
@@ -229,7 +230,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['scheme'].upper()} | {row['method']} | {row['seeds']} | {row['mean_relative_error']:.4f} / {row['max_relative_error']:.4f} "
             f"| {row['mismatches']:.1f} | {row['output_sqnr_db']:.2f} | {row['psnr_db']:.2f}{spread} | {row['ssim']:.4f} "
-            f"| {row['frechet_to_full_precision']:.4f}{real} | {row['seconds']:.0f} |"
+            f"| {row['frechet_to_full_precision']:.4f}{real} | {'' if row['cpu_seconds'] is None else round(row['cpu_seconds'])} |"
         )
     return "\n".join(lines) + "\n"
 
