@@ -116,14 +116,13 @@ def demo(python: Path, environment: dict[str, str]) -> None:
         print(f"picture: {picture}")
 
 
+CHECKS = ("ruff format --check .", "ruff check .", "mypy", "pytest -q -n 2 --dist loadfile")
+
+
 def test(python: Path, environment: dict[str, str]) -> None:
     """Check format, lint and types, then run the tests; pytest's summary is the last thing printed."""
     environment.pop("OMP_NUM_THREADS", None)
-    run_all(
-        python,
-        [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"], ["pytest", "-q", "-n", "2", "--dist", "loadfile"]],
-        environment=environment,
-    )
+    run_all(python, [command.split() for command in CHECKS], environment=environment)
 
 
 TASKS = {"demo": (demo, "all"), "test": (test, "dev")}
