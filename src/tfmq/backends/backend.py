@@ -79,6 +79,13 @@ def release(module: nn.Module) -> None:
             child.kernel = None
 
 
+def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:
+    """Return the layers that can compute in integers, those with a quantized input, and for each other layer why it cannot."""
+    layers = packed_layers(module)
+    floating = {name: "its input is not quantized" for name, layer in layers.items() if layer.input_quantizer is None}
+    return {name: layer for name, layer in layers.items() if name not in floating}, floating
+
+
 def keep_unpacked(module: nn.Module, options: Options) -> None:
     """Keep the float weight of every layer that computes in floating point, unless memory counts more than time."""
     for layer in packed_layers(module).values():

@@ -5,13 +5,12 @@ import platform
 import torch
 from torch import Tensor, nn
 
-from tfmq.backends.backend import Coverage, Options, keep_unpacked, register
+from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.kernel import IntegerWeight
 from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, product, supports
-from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
 
 
@@ -25,24 +24,21 @@ class Torch:
 
     def attach(self, module: nn.Module, options: Options) -> Coverage:
         """Give every layer that the library computes exactly its kernel."""
-        integer, floating = [], {}
-        for name, layer in packed_layers(module).items():
-            if layer.input_quantizer is None:
-                floating[name] = "its input is not quantized"
-                continue
+        layers, floating = by_input(module)
+        for name, layer in layers.items():
             weight = layer.integer_weight()
+            assert layer.input_quantizer is not None
             if not supports(weight, layer.input_quantizer.format.levels):
                 floating[name] = _reason(weight)
                 continue
             layer.kernel = OnednnKernel(weight) if options.weights == "unpacked" else UnpackingKernel(layer.integer_weight)
-            integer.append(name)
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.kernel = product
         keep_unpacked(module, options)
         if options.compile:
             module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]
-        return Coverage(integer=tuple(integer), floating=floating)
+        return Coverage(integer=tuple(name for name in layers if name not in floating), floating=floating)
 
 
 def compiled(graph: Graph, call: Call) -> Run:

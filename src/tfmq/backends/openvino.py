@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq.backends.backend import Coverage, Options, register
+from tfmq.backends.backend import Coverage, Options, by_input, register
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.fake_quantize import graph_kernels
-from tfmq.nn.plan import packed_layers
 from tfmq.storage.digest import tensor_digest
 
 CACHE = "TFMQ_CACHE"
+ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
 
 def cache_directory() -> Path:
@@ -54,16 +54,11 @@ class OpenVINO:
 
     def attach(self, module: nn.Module, options: Options) -> Coverage:
         """Let the denoiser run as OpenVINO models; a first call with a new shape converts and compiles."""
-        floating = {name: reason for name, layer in packed_layers(module).items() if (reason := _reason(layer))}
-        integer = tuple(name for name in packed_layers(module) if name not in floating)
+        layers, floating = by_input(module)
+        floating |= {name: ASYMMETRIC for name, layer in layers.items() if not layer.integer_weight().narrow}
+        integer = tuple(name for name in layers if name not in floating)
         module.tfmq_executor = GraphExecutor(module, _Builder(module, options))  # type: ignore[assignment]
         return Coverage(integer=integer, floating=floating)
-
-
-def _reason(layer: Any) -> str:
-    if layer.input_quantizer is None:
-        return "its input is not quantized"
-    return "" if layer.integer_weight().narrow else "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
 
 class _Builder:

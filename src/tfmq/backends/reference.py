@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from tfmq.backends.backend import Coverage, Options, keep_unpacked, register
+from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
@@ -18,18 +18,15 @@ class Reference:
 
     def attach(self, module: nn.Module, options: Options) -> Coverage:
         """Give every layer its exact kernel."""
-        integer, floating = [], {}
-        for name, layer in packed_layers(module).items():
-            if layer.input_quantizer is None:
-                floating[name] = "its input is not quantized"
-                continue
+        layers, floating = by_input(module)
+        for layer in layers.values():
+            assert layer.input_quantizer is not None
             layer.kernel = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)
-            integer.append(name)
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.kernel = reference_product
         keep_unpacked(module, options)
-        return Coverage(integer=tuple(integer), floating=floating)
+        return Coverage(integer=tuple(layers), floating=floating)
 
 
 @register("simulated")
