@@ -51,7 +51,7 @@ def _full_precision(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _unit_loss(unit: nn.Module, calls: UnitCalls, steps: StepContext) -> Callable[[UnitCalls], Tensor]:
+def _unit_loss(unit: nn.Module, steps: StepContext) -> Callable[[UnitCalls], Tensor]:
     def loss(batch: UnitCalls) -> Tensor:
         with steps.at(batch.timestep):
             outputs = output_tensors(unit(*batch.args, **batch.kwargs))
@@ -86,7 +86,7 @@ def reconstruct_unit(
     module = denoiser.module.get_submodule(unit.name)
     full, calls = capture_unit(denoiser, module, batches, upstream)
     settle(module)
-    loss = _unit_loss(module, calls, steps)
+    loss = _unit_loss(module, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
     parts = torch.arange(len(calls)).split(learning.batch_size)
 
