@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tfmq.evaluation.analysis.analyze import Analysis
 from tfmq.report.curves import write_ranges, write_sensitivity, write_trajectory
+from tfmq.report.directory import read_result
 from tfmq.report.mismatch import write_mismatch
 from tfmq.report.temporal import write_temporal
-from tfmq.storage.atomic import read_json, write_json
-from tfmq.storage.errors import ForeignFileError
+from tfmq.storage.atomic import write_json
 from tfmq.temporal.disturbance import Disturbance
 
 ANALYSIS_FILE = "analysis.json"
@@ -80,9 +80,4 @@ def read_analysis(directory: Path) -> dict[str, Any]:
         MissingFileError, TruncatedFileError: it is not there, or empty.
         ForeignFileError: it is something else.
     """
-    path = directory / ANALYSIS_FILE
-    values = read_json(path)
-    missing = [name for name in _FIELDS if name not in values]
-    if missing:
-        raise ForeignFileError(f"{path} lacks {missing[0]}; it is not from tfmq analyze: run that again")
-    return values
+    return read_result(directory / ANALYSIS_FILE, _FIELDS, verb="analyze")

@@ -1,4 +1,4 @@
-"""An output directory that changes once its content is complete."""
+"""An output directory that changes once its content is complete, and the results read back from one."""
 
 import os
 import shutil
@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from tfmq.storage.atomic import full_disk_named
+from tfmq.storage.atomic import full_disk_named, read_json
 from tfmq.storage.checkpoint import prepare_output
-from tfmq.storage.errors import OutputExistsError
+from tfmq.storage.errors import ForeignFileError, OutputExistsError
 
 
 def refuse_foreign(directory: Path, *, owned: Sequence[str]) -> None:
@@ -57,3 +58,17 @@ def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Pa
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_result(path: Path, fields: Sequence[str], *, verb: str) -> dict[str, Any]:
+    """Return the JSON object that a verb of tfmq wrote to `path`.
+
+    Raises:
+        MissingFileError, TruncatedFileError: it is not there, or empty.
+        ForeignFileError: it is something else: it lacks one of `fields`.
+    """
+    values = read_json(path)
+    missing = [name for name in fields if name not in values]
+    if missing:
+        raise ForeignFileError(f"{path} lacks {missing[0]}; it is not from tfmq {verb}: run that again")
+    return values

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tfmq.evaluation.evaluate import Evaluation
-from tfmq.storage.atomic import read_json, write_json
-from tfmq.storage.errors import ForeignFileError
+from tfmq.report.directory import read_result
+from tfmq.storage.atomic import write_json
 
 EVALUATION_FILE, PAIRS_FILE = "evaluation.json", "pairs.npz"
 EVALUATION_FILES = (EVALUATION_FILE, PAIRS_FILE)
@@ -42,9 +42,4 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
         MissingFileError, TruncatedFileError: it is not there, or empty.
         ForeignFileError: it is something else.
     """
-    path = directory / EVALUATION_FILE
-    values = read_json(path)
-    missing = [name for name in _FIELDS if name not in values]
-    if missing:
-        raise ForeignFileError(f"{path} lacks {missing[0]}; it is not from tfmq evaluate: run that again")
-    return values
+    return read_result(directory / EVALUATION_FILE, _FIELDS, verb="evaluate")
