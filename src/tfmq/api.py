@@ -83,8 +83,15 @@ def calibrated_options(manifest: Mapping[str, Any]) -> dict[str, float]:
     return call_options(manifest.get("provenance", {}).get("recipe", {}).get("calibration", {}))
 
 
-def _manifest(module: nn.Module, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _inputs(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return what was measured of static and dynamic input grids, and which each layer kept."""
+    return [{"name": name, **asdict(errors), "kept": errors.kept} for name, errors in outcome.inputs.items()]
+
+
+def _manifest(module: nn.Module, recipe: Recipe, seed: int, outcome: Outcome) -> dict[str, Any]:
     provenance = {"recipe": to_dict(recipe), "seed": seed, "tfmq": __version__, "torch": torch.__version__}
+    if outcome.inputs:
+        provenance["inputs"] = _inputs(outcome)
     fields = {"quant_method": "tfmq", "structure": describe(module), "provenance": provenance}
     return seal(module.state_dict(), fields, table=False)
 
@@ -102,6 +109,7 @@ def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], param
             "mean_relative_error": disturbed.mean_relative_error,
             "mismatches": disturbed.mismatches,
         },
+        "inputs": _inputs(outcome),
         "sha256": manifest["digest"],
     }
 
@@ -216,7 +224,7 @@ def quantize(
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
         outcome = quantize_denoiser(sampler, recipe, seed=seed, store=CalibrationStore(job / "calibration"), journal=journal, progress=progress)
-        manifest = _manifest(module, recipe, seed)
+        manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
         mark(module, manifest)
         if destination is not None:

@@ -26,7 +26,9 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.digest import tensor_digest
 
-MODELS = ("unet", "plain", "dit", "sd3", "conditional")
+# With a grid for each token of the linear layers' inputs.
+DYNAMIC = ("dit dynamic", "sd3 dynamic", "conditional dynamic")
+MODELS = ("unet", "plain", "dit", "sd3", "conditional", *DYNAMIC)
 needs_onednn = pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
 INTEGER = ["reference", pytest.param("torch", marks=needs_onednn)]
 EVERY = ["simulated", *INTEGER]
@@ -42,8 +44,10 @@ def quantized(sampler: Callable[..., LoopSampler]) -> Quantized:
 
     def give(name: str) -> tuple[nn.Module, Inputs]:
         if name not in made:
-            drawn = sampler(name)
-            tfmq.quantize(drawn, replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3)))
+            drawn = sampler(name.removesuffix(" dynamic"))
+            recipe = replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3))
+            tokens = "dynamic" if name in DYNAMIC else "static"
+            tfmq.quantize(drawn, replace(recipe, activations=replace(recipe.activations, tokens=tokens)))
             example = drawn.example()
             conditions = {key: value.expand(4, *value.shape[1:]) for key, value in example.conditions.items()}
             noise = torch.randn(4, *example.sample.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -115,7 +119,7 @@ def test_every_layer_keeps_the_bound_of_the_parity_section(quantized: Quantized,
 
 
 @pytest.mark.parametrize("backend", EVERY)
-@pytest.mark.parametrize("name", ["unet", "dit"])
+@pytest.mark.parametrize("name", ["unet", "dit", "sd3 dynamic"])
 def test_a_mixed_batch_is_its_samples_one_by_one(quantized: Quantized, name: str, backend: str) -> None:
     module, inputs = quantized(name)
     mixed = Inputs(inputs.sample, torch.tensor([666, 0, 333, 666]), inputs.conditions)

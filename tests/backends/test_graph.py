@@ -19,6 +19,7 @@ from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.numerics.errors import sqnr_db
+from tfmq.recipes.recipe import Calibration
 from tfmq.storage.digest import tensor_digest
 
 
@@ -48,6 +49,14 @@ def outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     return [denoiser(inputs), denoiser(mixed), denoiser(inputs.rows(0, 1))]
 
 
+def kinds_of(layer_type: str, cache: Path) -> list[str]:
+    """Return the types in which the plug-in computes the layers of a type, in the one model of the cache."""
+    core = shared_core()
+    compiled = core.compile_model(core.read_model(next(cache.glob("*.xml"))), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    info = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    return [str(entry["runtimePrecision"].astype(str)) for entry in info if entry["layerType"].astype(str) == layer_type]
+
+
 def test_openvino_computes_what_the_reference_does(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
     pytest.importorskip("openvino")
     module, inputs = copy.deepcopy(cached[0]), cached[1]
@@ -67,6 +76,24 @@ def test_openvino_computes_what_the_reference_does(cached: tuple[nn.Module, Inpu
     assert [path.stat().st_mtime_ns for path in own_cache.glob("*.xml")] == [before]
 
 
+def test_openvino_executes_the_grids_of_tokens_in_integers(sampler: Callable[..., LoopSampler], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    made = sampler("dit")
+    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=3))
+    tfmq.quantize(made, replace(recipe, activations=replace(recipe.activations, tokens="dynamic")))
+    module, example = made.denoiser.module, made.example().resized(2)
+    inputs = Inputs(torch.randn(2, 4, 8, 8), module.tfmq_steps.timesteps[[1, 1]].long(), example.conditions)
+    execute(module, "reference")
+    exact = outputs(module, inputs)
+    coverage = execute(module, "openvino")
+    assert coverage.integer and not coverage.floating
+    for expected, through in zip(exact, outputs(module, inputs), strict=True):
+        assert sqnr_db(expected, through) > 40
+    if "INT8" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no integer matrix product")
+    assert set(kinds_of("FullyConnected", own_cache)) <= {"u8", "i8"}
+
+
 def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
     pytest.importorskip("openvino")
     module, inputs = copy.deepcopy(cached[0]), cached[1]
@@ -80,9 +107,7 @@ def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module
     assert not {"Sin", "Cos"} & set(nodes), "the sinusoid of the timestep is gone with the layers behind the tables"
     if "INT8" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no integer convolution")
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    info = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    kinds = [str(entry["runtimePrecision"].astype(str)) for entry in info if entry["layerType"].astype(str) == "Convolution"]
+    kinds = kinds_of("Convolution", own_cache)
     assert kinds and set(kinds) <= {"u8", "i8"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 Run = Callable[..., Any]
 KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes", "temporal_parameters", "table_bytes", "schemes", "speed"}
+KEYS |= {"inputs"}
 
 
 def test_full_precision(tfmq: Run, model: Path) -> None:

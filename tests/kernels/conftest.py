@@ -22,14 +22,16 @@ class LayerCase(NamedTuple):
     rows: Rows
 
 
-def draw_grid(draw: st.DrawFn, *, batch: int, segments: int) -> Rows:
-    levels, rows = 2 ** draw(st.integers(2, 8)), draw(st.sampled_from([1, batch]))
-    return Rows(0.001 + torch.rand(rows, segments), torch.randint(levels, (rows, segments)).to(torch.uint8), levels)
+def draw_grid(draw: st.DrawFn, *, rows: tuple[tuple[int, ...], ...], segments: int) -> Rows:
+    levels, shape = 2 ** draw(st.integers(2, 8)), (*draw(st.sampled_from(rows)), segments)
+    return Rows(0.001 + torch.rand(shape), torch.randint(levels, shape).to(torch.uint8), levels)
 
 
 def spread(values: Tensor, segments: tuple[int, ...], axis: int, ndim: int) -> Tensor:
-    """Return `[B or 1, G]` values for each channel of an input of `ndim` axes."""
-    wide = values.float().repeat_interleave(torch.tensor(segments or (CHANNELS,)), dim=1)
+    """Return `[B or 1, G]` values, or those of tokens `[B, ..., G]`, for each channel of an input of `ndim` axes."""
+    wide = values.float().repeat_interleave(torch.tensor(segments or (CHANNELS,)), dim=-1)
+    if wide.ndim == ndim:
+        return wide
     shape = [1] * ndim
     shape[0], shape[axis] = wide.shape
     return wide.reshape(shape)
@@ -63,7 +65,8 @@ def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], 
     wide_zero = zero_point.repeat_interleave(torch.tensor(segments or (CHANNELS // groups,)), dim=1).reshape(6, -1, *[1] * len(kernel))
     bias = torch.randn(6) if draw(st.booleans()) else None
     weight = IntegerWeight(operation, (codes - wide_zero).to(torch.int16), 0.001 + torch.rand(6, columns), bias, segments)
-    rows = draw_grid(draw, batch=batch, segments=columns)
+    # A grid for all, for each sample, and where channels come last for each token.
+    rows = draw_grid(draw, rows=((1,), (batch,), shape[:-1] if not axes else (batch,)), segments=columns)
     scale, zero = (spread(values, segments, operation.channel_axis % len(shape), len(shape)) for values in (rows.scale, rows.zero_point))
     x = (torch.randint(-20, rows.levels + 20, shape) + offset(shape) - zero) * scale
     return LayerCase(weight, x, rows)

@@ -57,7 +57,7 @@ def test_near_ties_an_output_moves_by_the_codes_that_may_differ(layer_cases: Cas
     weight, x, rows = data.draw(layer_cases(offset=near_ties, narrow=True))
     y, exact = OnednnKernel(weight)(x, rows), ReferenceKernel(weight, rows.levels)(x, rows)
     slack = torch.zeros_like(exact)
-    for part, scale, (values, weight_scale) in zip(weight.split(x), rows.scale.unbind(1), weight.parts(), strict=True):
+    for part, scale, (values, weight_scale) in zip(weight.split(x), rows.scale.unbind(-1), weight.parts(), strict=True):
         undecided = (distance_to_tie(part, column(scale, x.ndim)) <= TIE).float()
         moved = weight.operation(undecided, values.abs().float(), None)
         slack += moved * column(scale, x.ndim) * channels(weight_scale, weight.operation, x.ndim)

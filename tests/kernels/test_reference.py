@@ -26,8 +26,8 @@ def gamma(n: int) -> float:
 
 
 def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Array:
-    """Return `x_hat` in float64, its codes found in float32; `scale` and `zero_point` are one value for each sample."""
-    shape = (-1, *[1] * (x.ndim - 1))
+    """Return `x_hat` in float64, its codes found in float32; `scale` and `zero_point` are one value for each sample, or for each token."""
+    shape = (*scale.shape, *[1] * (x.ndim - scale.ndim))
     s, z = scale.numpy().reshape(shape), zero_point.numpy().astype(np.float32).reshape(shape)
     codes = np.clip(np.round(x.numpy().astype(np.float32) * (np.float32(1) / s)) + z, 0, levels - 1)
     return (codes.astype(np.float64) - z) * s.astype(np.float64)
@@ -56,7 +56,7 @@ def expected(weight: IntegerWeight, x: Tensor, rows: Rows) -> tuple[Array, Array
     """Return the output in float64, and the sum of the magnitudes of what is added up in it."""
     total = magnitude = np.float64(0.0)
     widths = weight.segments or (x.shape[weight.operation.channel_axis],)
-    columns = zip(x.split(widths, dim=weight.operation.channel_axis), rows.scale.unbind(1), rows.zero_point.unbind(1), weight.parts(), strict=True)
+    columns = zip(x.split(widths, dim=weight.operation.channel_axis), rows.scale.unbind(-1), rows.zero_point.unbind(-1), weight.parts(), strict=True)
     for part, scale, zero_point, (values, weight_scale) in columns:
         x_hat = on_grid(part, scale, zero_point, rows.levels)
         w_hat = values.double().numpy() * weight_scale.double().numpy().reshape(-1, *[1] * (values.ndim - 1))
@@ -78,7 +78,7 @@ def test_a_layer_is_the_formula_in_float64(layer_cases: Cases, data: st.DataObje
     weight, x, rows = data.draw(layer_cases(offset=anywhere))
     y, (exact, magnitude) = ReferenceKernel(weight, rows.levels)(x, rows), expected(weight, x, rows)
     assert y.dtype == torch.float32 and y.shape == exact.shape
-    assert np.all(abs(y.double().numpy() - exact) <= gamma(rows.scale.shape[1] + 3) * magnitude)
+    assert np.all(abs(y.double().numpy() - exact) <= gamma(rows.scale.shape[-1] + 3) * magnitude)
 
 
 @given(st.data())

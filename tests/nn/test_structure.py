@@ -26,6 +26,7 @@ MIXED = (
         activations=Activations(bits=5, symmetric=True, per_step="temporal", split=False),
         rules=(Rule(match="role:first", weight_bits=None, activation_bits=None), Rule(match="role:temporal", weight_bits=8, activation_bits=None)),
     ),
+    Recipe(name="dynamic", weights=Weights(ranges="min_max"), activations=Activations(tokens="dynamic")),
     Recipe(name="w4a32", weights=Weights(ranges="min_max"), activations=Activations(bits=None, products=False)),
 )
 

@@ -108,3 +108,15 @@ def test_a_recipe_that_quantizes_nothing_is_an_error(plain: Trace) -> None:
     for recipe in (Recipe(name="mine", weights=Weights(bits=None)), Recipe(name="mine", rules=(rule("*"),))):
         with pytest.raises(ValueError, match="mine quantizes no layer"):
             make_plan(recipe, plain)
+
+
+@pytest.mark.parametrize("tokens", ["dynamic", "measured"])
+def test_the_linear_layers_outside_of_the_temporal_block_get_the_grids_of_tokens(build: Callable[..., Any], tokens: str) -> None:
+    traced = trace(*build("dit"))
+    plan = make_plan(Recipe(name="r", activations=Activations(tokens=tokens)), traced)  # type: ignore[arg-type]
+    kinds = {name: layer.input.tokens for name, layer in plan.layers.items() if layer.input}
+    assert kinds["pos_embed.proj"] == "static", "a convolution sums over places"
+    assert {kinds[layer.name] for layer in traced.temporal} == {"static"}
+    others = {layer.name for layer in traced.layers if not layer.temporal} - {"pos_embed.proj"}
+    assert len(others) > 10 and {kinds[name] for name in others} == {tokens}
+    assert all(product is not None and product.tokens == "static" for _, product in plan.products.values())

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from tfmq.recipes.presets import PRESETS, brecq, rtn, scheme, tfmq_w4a8
@@ -15,7 +17,15 @@ def test_a_preset_goes_by_its_name(name: str) -> None:
 
 
 def test_the_presets_are_these() -> None:
-    assert sorted(PRESETS) == sorted(f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32"))
+    general = [f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")]
+    assert sorted(PRESETS) == sorted([*general, "transformer_w4a8", "transformer_w8a8"])
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w8a8"])
+def test_the_transformer_schemes_differ_in_the_grids_of_tokens_alone(name: str) -> None:
+    recipe = scheme(f"transformer_{name}")
+    assert recipe.activations.tokens == "measured"
+    assert replace(recipe, name=f"tfmq_{name}", activations=replace(recipe.activations, tokens="static")) == scheme(name)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_verify_takes_tensors_and_manifest_from_elsewhere() -> None:
     [
         ({"format": "other"}, ForeignFileError, "'other'"),
         ({"format": None}, ForeignFileError, "None"),
-        ({"version": 2}, VersionError, "version 2, this tfmq reads 1"),
+        ({"version": 3}, VersionError, "version 3, this tfmq reads 1 and 2"),
         ({"version": "1"}, VersionError, "'1'"),
         ({"version": True}, VersionError, "True"),
         ({"digest": None}, ForeignFileError, "digest"),

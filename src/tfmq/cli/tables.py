@@ -87,6 +87,22 @@ def _bits(inspection: "Inspection") -> str:
     return ", ".join(f"{count} x {name(bits)}" for bits, count in kinds.most_common())
 
 
+# How an input is quantized, in words.
+INPUTS = {"full": "in full precision", "static": "static", "per_step": "per timestep", "dynamic": "dynamic by token"}
+
+
+def _inputs(inspection: "Inspection") -> str:
+    """Return how many layers have which input grids, and what measuring them decided."""
+    kinds = Counter(layer.input for layer in inspection.layers if layer.weight_bits)
+    text = ", ".join(f"{count} {INPUTS[kind]}" for kind, count in kinds.most_common())
+    if not inspection.inputs:
+        return text
+    gains = [found for found in inspection.inputs if found.kept == "dynamic"]
+    largest = max(gains, key=lambda found: found.static - found.dynamic, default=None)
+    most = f", most for {largest.name}: error {largest.static:.2g} to {largest.dynamic:.2g}" if largest else ""
+    return f"{text}; measured, dynamic is better for {len(gains)} of {len(inspection.inputs)}{most}"
+
+
 def _shortened(table: Table, rows: Sequence[tuple[str, ...]]) -> Table:
     for row in rows[:LISTED]:
         table.add_row(*row)
@@ -105,8 +121,9 @@ def _temporal(inspection: "Inspection") -> str:
 
 def _schemes(names: Sequence[str]) -> str:
     """Return the general schemes, and the number of published experiments, whatever their bits."""
-    general = [name for name in names if "_" not in name]
-    published = {name.rpartition("_")[0] for name in names if "_" in name}
+    own = {name for name in names if "_" not in name or name.startswith("transformer_")}
+    general = [name for name in names if name in own]
+    published = {name.rpartition("_")[0] for name in names if name not in own}
     return ", ".join(general) + (f"; rules of {len(published)} published experiments fit too" if published else "")
 
 
@@ -128,6 +145,8 @@ def show_inspection(inspection: "Inspection") -> None:
     ]
     if inspection.schemes:
         rows.insert(4, ("schemes", _schemes(inspection.schemes)))
+    if quantized is not None:
+        rows.insert(4, ("inputs", _inputs(inspection)))
     console.print(_figures(rows))
     console.print()
     table = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")

@@ -17,7 +17,7 @@ from tfmq.models.program import LayerTrace, Trace
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.operation import weight_of
-from tfmq.nn.structure import describe, named_specs
+from tfmq.nn.structure import InputKind, describe, input_kind, named_specs
 from tfmq.nn.swap import STEPS
 from tfmq.numerics.packing import packed_shape
 from tfmq.recipes import scheme
@@ -27,6 +27,8 @@ from tfmq.reconstruction.units import Unit, find_units
 
 Speed = Literal["integer", "integer-slow", "simulated"]
 SCHEMES = ("w8a8", "w4a8", "w4a32")
+# For models that compute token by token.
+TRANSFORMER_SCHEMES = ("transformer_w8a8", "transformer_w4a8")
 INTEGER_INSTRUCTIONS = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
 # Numbers of steps that tables are sized for.
 TABLE_STEPS = (20, 50)
@@ -44,11 +46,22 @@ class TemporalLayer:
 
 @dataclass(frozen=True)
 class LayerBits:
-    """The precision of one layer; None is full precision."""
+    """The precision of one layer, None being full precision, and how its input is quantized: once, per timestep, or dynamically by token."""
 
     name: str
     weight_bits: int | None
     activation_bits: int | None
+    input: InputKind = "full"
+
+
+@dataclass(frozen=True)
+class MeasuredInput:
+    """What static and dynamic input grids did to a layer's output in calibration, as energy of the error over that of the output; see `kept`."""
+
+    name: str
+    static: float
+    dynamic: float
+    kept: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Inspection:
     `bytes` has `fp32` and `quantized` (None for a full-precision model); `predicted_bytes` of the tensors of 8- and 4-bit weights for a
     full-precision model, empty for a quantized one. `temporal_parameters` are those of the temporal layers, `table_bytes` what int8 tables of
     the cacheable features take, by number of steps. `schemes` are the schemes and published experiments whose rules fit the model's layers.
+    `inputs` are the layers of a quantized model whose input grids were chosen by measured error.
     `speed` is what to expect of integers on this machine's CPU: `integer` with instructions for them, `integer-slow` without, else `simulated`.
     """
 
@@ -72,6 +86,7 @@ class Inspection:
     table_bytes: Mapping[str, int]
     schemes: tuple[str, ...]
     speed: Speed
+    inputs: tuple[MeasuredInput, ...] = ()
 
 
 def speed_class() -> Speed:
@@ -91,7 +106,8 @@ def _fitting_schemes(traced: Trace) -> tuple[str, ...]:
             return False
         return True
 
-    return tuple(name for name in (*SCHEMES, *PAPER) if fits(name))
+    tokenwise = sum(layer.tokenwise for layer in traced.layers) > 0.9 * len(traced.layers)
+    return tuple(name for name in (*SCHEMES, *(TRANSFORMER_SCHEMES if tokenwise else ()), *PAPER) if fits(name))
 
 
 def _temporal_figures(module: nn.Module, traced: Trace) -> tuple[int, dict[str, int]]:
@@ -149,10 +165,11 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
     stock = stock_architecture(module)
     traced = trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta")))
     specs = dict(named_specs(describe(module), "layers"))
-    recipe: Mapping[str, Any] = (manifest_of(module) or {}).get("provenance", {}).get("recipe", {})
+    provenance: Mapping[str, Any] = (manifest_of(module) or {}).get("provenance", {})
+    recipe: Mapping[str, Any] = provenance.get("recipe", {})
     maintained = recipe.get("temporal", {}).get("maintenance", "cache") != "none"
     names = [layer.name for layer in traced.layers]
-    bits = {name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None) for name, spec in specs.items()}
+    bits = {name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"])) for name, spec in specs.items()}
     parameters = _parameters(stock)
     return Inspection(
         type(stock).__name__,
@@ -165,6 +182,7 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
         *_temporal_figures(stock, traced),
         (),
         speed_class(),
+        tuple(MeasuredInput(**found) for found in provenance.get("inputs", ())),
     )
 
 

@@ -66,7 +66,7 @@ class FakeQuantizeKernel:
             partials = [operation(segment, integer_weight(*part), None) for segment, part in zip(self.weight.split(x), self.parts, strict=True)]
             return combined(partials, self.weight.bias, operation).to(x.dtype)
         for index, (segment, (values, weight_scale)) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
-            scale, zero_point = column(rows.scale[:, index], x.ndim), column(rows.zero_point[:, index], x.ndim).float()
+            scale, zero_point = column(rows.scale[..., index], x.ndim), column(rows.zero_point[..., index], x.ndim).float()
             centre, shifts = self.centres[index], self.shifts[index]
             normal = segment * scale.reciprocal()
             shift = zero_point - centre
@@ -104,7 +104,7 @@ def graph_kernels(module: nn.Module) -> Iterator[None]:
     for layer in layers:
         weight = layer.integer_weight()
         quantizer = layer.input_quantizer
-        layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_point) if weight.narrow else None
+        layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_points()) if weight.narrow else None
     try:
         yield
     finally:

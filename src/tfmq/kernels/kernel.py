@@ -18,6 +18,7 @@ class Rows:
     """The input grid of one call: `scale` float32 and `zero_point` uint8, `[B or 1, G]`, of `levels` codes.
 
     One row serves the whole batch; otherwise each sample has its own, as in a batch of mixed timesteps. `G` is the number of channel segments.
+    Where each token has its own, the shape is that of the input `[B, ..., C]` with `G` in the place of `C`; linear layers alone read such rows.
     """
 
     scale: Tensor
@@ -70,12 +71,14 @@ class IntegerWeight:
 
 
 def column(values: Tensor, ndim: int) -> Tensor:
-    """Return a value for each sample `[B or 1]` so that it broadcasts against a tensor of `ndim` axes whose first is the batch."""
-    return values.reshape(-1, *[1] * (ndim - 1))
+    """Return a value for each sample `[B or 1]`, or each token `[B, ...]`, so that it broadcasts against a tensor of `ndim` axes that begin so."""
+    return values[(..., *[None] * (ndim - values.ndim))]
 
 
 def channels(values: Tensor, operation: Operation, ndim: int) -> Tensor:
     """Return values for each channel `[..., C]` so that they broadcast against the output `[B, ...]` of `operation` with `ndim` axes."""
+    if values.ndim == ndim:
+        return values
     batch = values.shape[0] if values.ndim == 2 else 1
     shape = [batch] + [1] * (ndim - 1)
     shape[operation.channel_axis % ndim] = values.shape[-1]

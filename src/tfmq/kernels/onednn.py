@@ -6,8 +6,8 @@ neighbours, and the integer operation runs on a grid of scale one and zero-point
 
     y = (sum q v - z sum v) s s_w + bias
 
-A batch of mixed timesteps takes that path in eager mode too. Both equal the reference bit for bit while sums stay below 2**24, beyond which
-float32 rounds `sum q v` (the tests hold them to it).
+A batch of mixed timesteps, or of tokens with a grid each, takes that path in eager mode too. Both equal the reference bit for bit while sums stay
+below 2**24, beyond which float32 rounds `sum q v` (the tests hold them to it).
 """
 
 import warnings
@@ -125,12 +125,12 @@ class OnednnKernel:
         wide = x.float()
         if wide.ndim == 4 and isinstance(self.layout.operation, Convolution):
             wide = wide.contiguous(memory_format=torch.channels_last)
-        one_grid = rows.scale.shape[0] == 1 and not torch.compiler.is_compiling()
+        one_grid = rows.scale[..., 0].numel() == 1 and not torch.compiler.is_compiling()
         total = self._on_one_grid(wide, rows) if one_grid else self._on_grids(wide, rows)
         return total.to(x.dtype)
 
     def _on_one_grid(self, x: Tensor, rows: Rows) -> Tensor:
-        grids = zip(rows.scale[0].tolist(), rows.zero_point[0].tolist(), strict=True)
+        grids = zip(rows.scale.flatten().tolist(), rows.zero_point.flatten().tolist(), strict=True)
         bias, partials = self.bias, []
         for segment, part, (scale, zero_point) in zip(self.layout.split(x), self.parts, grids, strict=True):
             partials.append(part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias))
@@ -140,11 +140,11 @@ class OnednnKernel:
     def _on_grids(self, x: Tensor, rows: Rows) -> Tensor:
         operation, partials = self.layout.operation, []
         for index, (segment, part) in enumerate(zip(self.layout.split(x), self.parts, strict=True)):
-            scale, zero_point = rows.scale[:, index], rows.zero_point[:, index].float()
+            scale, zero_point = rows.scale[..., index], rows.zero_point[..., index].float()
             wide_zero = column(zero_point, x.ndim)
             codes = quantize(segment, column(scale, x.ndim), wide_zero, rows.levels) - wide_zero
             codes = (F.pad(codes, part.border()) if part.border() else codes).add(wide_zero).to(torch.uint8)
-            sums = part.sums_of(codes) - channels(zero_point[:, None] * part.sums, operation, x.ndim)
+            sums = part.sums_of(codes) - channels(zero_point[..., None] * part.sums, operation, x.ndim)
             partials.append(sums * column(scale, x.ndim) * channels(part.scale, operation, x.ndim))
         return combined(partials, self.bias, operation)
 

@@ -13,7 +13,7 @@ from tfmq.numerics.operations import Convolution, Operation
 
 
 def integers(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Return `q - z` of `x` on the grid of each sample (`scale`, `zero_point` `[B or 1]`), as float64 integers."""
+    """Return `q - z` of `x` on the grid of each sample or token (`scale`, `zero_point` `[B or 1]` or `[B, ...]`), as float64 integers."""
     scale, zero_point = column(scale, x.ndim), column(zero_point, x.ndim).float()
     return (quantize(x.float(), scale, zero_point, levels) - zero_point).double()
 
@@ -33,7 +33,7 @@ class ReferenceKernel:
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
         assert rows is not None
         operation, partials = self.weight.operation, []
-        parts = zip(self.weight.split(x), rows.scale.unbind(1), rows.zero_point.unbind(1), self.weight.parts(), strict=True)
+        parts = zip(self.weight.split(x), rows.scale.unbind(-1), rows.zero_point.unbind(-1), self.weight.parts(), strict=True)
         for part, scale, zero_point, (values, weight_scale) in parts:
             codes = integers(part, scale, zero_point, rows.levels)
             sums = operation(codes, values.double(), None).to(torch.int32)

@@ -17,12 +17,16 @@ class Segments:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """A weighted layer: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads."""
+    """A weighted layer: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads.
+
+    `tokenwise` says that it computes each token by itself: a linear layer, with channels on the last axis.
+    """
 
     name: str
     depends_on: frozenset[str]
     temporal: bool
     segments: tuple[int, ...] = ()
+    tokenwise: bool = False
 
     @property
     def cacheable(self) -> bool:

@@ -177,7 +177,8 @@ def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwarg
         known = record.layers.get(name)
         sources = combined.sources | (known.depends_on if known else frozenset())
         temporal = TIMESTEP in sources and not sources & record.spatial
-        record.layers[name] = LayerTrace(name, sources, temporal, segments.widths if reads and segments else ())
+        tokenwise = operation.channel_axis == -1
+        record.layers[name] = LayerTrace(name, sources, temporal, segments.widths if reads and segments else (), tokenwise)
     producers = {name} & {layer.name for layer in (record.layers.get(name),) if layer and layer.temporal}
     label = _Label(combined.sources, frozenset(producers))
     record.record(Call(None, name, args, kwargs), args, kwargs, output, label)

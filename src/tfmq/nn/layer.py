@@ -10,7 +10,7 @@ from tfmq.kernels.kernel import IntegerWeight, LayerKernel
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
-from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 
 Precision = Literal["full", "quantized"]
@@ -27,7 +27,7 @@ class CalibratedLayer(nn.Module):
     codes: Tensor
     correction: Tensor | None
 
-    def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: ActivationQuantizer | None) -> None:
+    def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None) -> None:
         super().__init__()
         self.operation = operation
         self.grid = grid
@@ -90,7 +90,7 @@ class PackedLayer(nn.Module):
         *,
         bias: torch.dtype | None,
         segments: tuple[int, ...] = (),
-        input_quantizer: ActivationQuantizer | None = None,
+        input_quantizer: InputQuantizer | None = None,
     ) -> None:
         super().__init__()
         self.operation = operation

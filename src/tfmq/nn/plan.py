@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -12,20 +13,31 @@ from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.nn.temporal import stock_name
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.dynamic import DynamicQuantizer
+from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
+
+Tokens = Literal["static", "dynamic", "measured"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerPlan:
-    """An activation quantizer: its grid, whether it has one per timestep, and whether its range is exact (`min_max`) or searched."""
+    """An activation quantizer: its grid, whether it has one per timestep, and whether its range is exact (`min_max`) or searched.
+
+    `tokens` says how it comes by its grids: `static` ones are fitted in calibration, `dynamic` ones are those of each token at each call, and
+    `measured` are static until calibration has compared the two.
+    """
 
     format: IntegerFormat
     per_step: bool
     ranges: str
+    tokens: Tokens = "static"
 
-    def build(self, steps: StepContext, *, segments: tuple[int, ...] = (), axis: int = 1) -> ActivationQuantizer:
+    def build(self, steps: StepContext, *, segments: tuple[int, ...] = (), axis: int = 1) -> InputQuantizer:
         """Return the quantizer, unfitted."""
+        if self.tokens == "dynamic":
+            return DynamicQuantizer(self.format, segments=segments)
         return ActivationQuantizer(self.format, steps=steps if self.per_step else None, segments=segments, axis=axis)
 
 
@@ -67,7 +79,7 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str)
 
 
 def activation_sites(module: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return every activation quantizer below `module` by name."""
+    """Return every activation quantizer below `module` that calibration fits, by name."""
     return {name: child for name, child in module.named_modules() if isinstance(child, ActivationQuantizer)}
 
 

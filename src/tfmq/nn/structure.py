@@ -1,7 +1,7 @@
 """The shape of a quantized denoiser as plain data: enough to rebuild its modules around a stock architecture, without any tensor."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +13,34 @@ from tfmq.nn.swap import STEPS, attach_steps, replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.dynamic import DynamicQuantizer
+from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.steps import StepContext
 
 Structure = Mapping[str, Any]
+InputKind = Literal["full", "static", "per_step", "dynamic"]
 
 
 def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
-    if not isinstance(quantizer, ActivationQuantizer):
-        return None
-    return {
-        "bits": quantizer.format.bits,
-        "symmetric": quantizer.format.symmetric,
-        "per_step": quantizer.per_step,
-        "segments": list(quantizer.segments),
-        "axis": quantizer.axis,
-    }
+    return quantizer.describe() if isinstance(quantizer, InputQuantizer) else None
 
 
-def _build_quantizer(spec: Mapping[str, Any] | None, steps: StepContext) -> ActivationQuantizer | None:
+def _build_quantizer(spec: Mapping[str, Any] | None, steps: StepContext) -> InputQuantizer | None:
     if spec is None:
         return None
     fmt = IntegerFormat(spec["bits"], spec["symmetric"])
+    if "dynamic" in spec:
+        return DynamicQuantizer(fmt, segments=spec["segments"])
     return ActivationQuantizer(fmt, steps=steps if spec["per_step"] else None, segments=spec["segments"], axis=spec["axis"])
+
+
+def input_kind(spec: Mapping[str, Any] | None) -> InputKind:
+    """Return how the input of a described layer is quantized."""
+    if spec is None:
+        return "full"
+    if "dynamic" in spec:
+        return "dynamic"
+    return "per_step" if spec["per_step"] else "static"
 
 
 def _describe_layer(layer: PackedLayer) -> dict[str, Any]:

@@ -1,17 +1,18 @@
-"""Activation quantizers: one scale for all timesteps, or one per timestep (finite set calibration)."""
+"""Static activation quantizers: one scale for all timesteps, or one per timestep (finite set calibration)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
-from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.steps import StepContext
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(InputQuantizer):
     """Per-tensor fake quantization with a table `scale`, `zero_point` of shape `[S, G]`.
 
     `S` is the number of calibrated timesteps, or 1 for a static range; each sample of a batch uses the row of its own timestep. `G` is
@@ -26,10 +27,7 @@ class ActivationQuantizer(nn.Module):
     zero_point: Tensor
 
     def __init__(self, fmt: IntegerFormat, *, steps: StepContext | None = None, segments: Sequence[int] = (), axis: int = 1) -> None:
-        super().__init__()
-        self.format = fmt
-        self.segments = tuple(segments)
-        self.axis = axis
+        super().__init__(fmt, segments=segments, axis=axis)
         # In a tuple, so that the context is not registered as a child of each of its readers.
         self._steps = (steps,)
         shape = (len(steps.timesteps) if steps else 1, max(1, len(self.segments)))
@@ -65,21 +63,19 @@ class ActivationQuantizer(nn.Module):
             index = index.repeat_interleave(rows // batch)
         return Rows(self.scale[index], self.zero_point[index], self.format.levels)
 
-    def _broadcast(self, rows: Tensor, x: Tensor) -> Tensor:
-        axis = self.axis % x.ndim
-        if self.segments:
-            if x.shape[axis] != sum(self.segments):
-                raise ValueError(f"expected {sum(self.segments)} channels on axis {axis}, got an input of shape {tuple(x.shape)}")
-            rows = rows.repeat_interleave(torch.tensor(self.segments, device=rows.device), dim=1)
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = rows.shape[0], rows.shape[1]
-        return rows.reshape(shape).to(x.dtype)
+    def zero_points(self) -> Tensor:
+        return self.zero_point
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows(x)
-        # In half precision the reciprocal of a small scale overflows, so the grid is applied in float32.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return fake_quantize(wide, self._broadcast(rows.scale, wide), self._broadcast(rows.zero_point, wide), rows.levels).to(x.dtype)
+    def describe(self) -> dict[str, Any]:
+        grid = {"bits": self.format.bits, "symmetric": self.format.symmetric}
+        return {**grid, "per_step": self.per_step, "segments": list(self.segments), "axis": self.axis}
+
+    def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
+        if self.segments:
+            values = values.repeat_interleave(torch.tensor(self.segments, device=values.device), dim=1)
+        shape = [1] * x.ndim
+        shape[0], shape[self.axis % x.ndim] = values.shape[0], values.shape[1]
+        return values.reshape(shape).to(x.dtype)
 
     def extra_repr(self) -> str:
         steps, segments = self.scale.shape

@@ -20,11 +20,12 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
     per_step = recipe.activations.per_step == "all" or (layer.temporal and recipe.activations.per_step == "temporal")
     # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM, section 4.3).
     ranges = "min_max" if temporal else recipe.activations.ranges
+    tokens = recipe.activations.tokens if layer.tokenwise and not layer.temporal else "static"
     return LayerPlan(
         weight=weight,
         ranges=recipe.weights.ranges,
         segments=layer.segments if recipe.activations.split else (),
-        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges) if activation else None,
+        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges, tokens=tokens) if activation else None,
     )
 
 

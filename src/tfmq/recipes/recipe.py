@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from math import inf
 from typing import Any, Literal
 
+from tfmq.nn.plan import Tokens
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.reconstruction.learning import Learning
@@ -55,6 +56,9 @@ class Activations:
         per_step: the scope of finite set calibration: no quantizer, those of the temporal block (the paper), or all (the released code).
         products: quantize attention's q, k, v and post-softmax map.
         split: give each source of a channel concatenation its own grid, in activations and weights (Q-Diffusion).
+        tokens: grids of the linear layers outside of the temporal block: `static` ones from calibration, `dynamic` ones of each token at each
+            call, or `measured`: for each layer whichever of the two gives less output error on the calibration calls. Convolutions, temporal
+            layers and attention products are static: sums over places have no grid of each place, and finite sets have exact ranges.
     """
 
     bits: int | None = 8
@@ -63,8 +67,10 @@ class Activations:
     per_step: PerStep = "all"
     products: bool = True
     split: bool = True
+    tokens: Tokens = "static"
 
     def __post_init__(self) -> None:
+        _choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
         _choice("activations.ranges", self.ranges, ("search", "min_max"))
         _choice("activations.per_step", self.per_step, ("none", "temporal", "all"))
         self.format(self.bits)

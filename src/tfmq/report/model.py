@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq.artifact import stored_bytes, stored_manifest
-from tfmq.nn.structure import named_specs
+from tfmq.nn.structure import input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
 from tfmq.report.summary import megabytes
@@ -16,6 +16,7 @@ from tfmq.storage.errors import ForeignFileError
 
 MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+INPUTS = {"full": "input in full precision", "static": "input static", "per_step": "input per timestep", "dynamic": "input dynamic by token"}
 COMPARISONS = (("full precision", "real"), ("quantized", "real"), ("quantized", "full precision"))
 
 
@@ -92,8 +93,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _scheme(spec: Mapping[str, Any]) -> str:
     """Return how a layer is quantized, in words."""
     grid = "symmetric" if spec["symmetric"] else "asymmetric"
-    entry = spec["input"]
-    inputs = "input in full precision" if not entry else "input per timestep" if entry["per_step"] else "input static"
+    inputs = INPUTS[input_kind(spec["input"])]
     split = f", split in {len(spec['segments'])}" if spec["segments"] else ""
     return f"weight {grid}, {inputs}{split}"
 

@@ -23,7 +23,9 @@ from .raw import dtype_name
 
 __all__ = ["FORMAT_VERSION", "MANIFEST_FILE", "TENSORS_FILE", "load_checkpoint", "prepare_output", "save_checkpoint", "seal", "verify"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 is version 2 without dynamic input quantizers.
+READABLE = (1, FORMAT_VERSION)
 MANIFEST_FILE = "tfmq.json"
 TENSORS_FILE = "tfmq_model.safetensors"
 _FORMAT = "tfmq"
@@ -90,7 +92,7 @@ def verify(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, source
 
     Raises:
         ForeignFileError: `manifest` is not a sealed tfmq manifest.
-        VersionError: its version is not `FORMAT_VERSION`.
+        VersionError: its version is none of `READABLE`.
         TensorMismatchError: tensors are missing, unexpected, or of another dtype or shape.
         ChecksumError: values differ, or another field of the manifest changed since it was sealed.
         ValueError: a tensor has no dense values (see `tensor_digest`).
@@ -142,8 +144,9 @@ def _check_format(manifest: Mapping[str, Any], *, source: str | Path) -> None:
     if manifest.get("format") != _FORMAT:
         raise ForeignFileError(f"{source} has format {manifest.get('format')!r}, not {_FORMAT!r}; pass a tfmq checkpoint")
     version = manifest.get("version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise VersionError(f"{source} has version {version!r}, this tfmq reads {FORMAT_VERSION}; install the tfmq that wrote it, or save it again")
+    if type(version) is not int or version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise VersionError(f"{source} has version {version!r}, this tfmq reads {known}; install the tfmq that wrote it, or save it again")
     for field, kind in (("digest", str), ("tensors", dict)):
         if field == "tensors" and field not in manifest:
             continue
