@@ -13,7 +13,7 @@ from tfmq.lazy import when_imported
 from tfmq.version import __version__
 
 if TYPE_CHECKING:
-    from tfmq.api import quantize, rebake
+    from tfmq.api import fuse_lora, quantize, rebake
     from tfmq.artifact import load
     from tfmq.backends.backend import Options
     from tfmq.backends.execution import execute
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tfmq.models.sampler import LoopSampler
     from tfmq.recipes import Recipe, scheme
 
-__all__ = ["Denoiser", "LoopSampler", "Options", "Recipe", "__version__", "execute", "load", "quantize", "rebake", "scheme"]
+__all__ = ["Denoiser", "LoopSampler", "Options", "Recipe", "__version__", "execute", "fuse_lora", "load", "quantize", "rebake", "scheme"]
 
 _HOMES = {
     "Denoiser": "tfmq.models.denoiser",
@@ -29,6 +29,7 @@ _HOMES = {
     "Options": "tfmq.backends.backend",
     "Recipe": "tfmq.recipes",
     "execute": "tfmq.backends.execution",
+    "fuse_lora": "tfmq.api",
     "load": "tfmq.artifact",
     "quantize": "tfmq.api",
     "rebake": "tfmq.api",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tfmq.artifact import check_quantizable, is_quantized, load, mark, remark, save, stored_manifest
 from tfmq.backends.backend import release
+from tfmq.calibration.drift import LayerDrift, complaint
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.errors import require
@@ -31,7 +32,7 @@ from tfmq.storage.digest import tensor_digest
 from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
-from tfmq.temporal.rebake import rebake_tables
+from tfmq.temporal.rebake import rebake_tables, visited
 from tfmq.version import __version__
 from tfmq.workflow import Outcome, quantize_denoiser
 
@@ -233,6 +234,15 @@ def quantize(
     return Quantized(owner, manifest, report)
 
 
+def _pair(target: Any, reference: Any, *, verb: str) -> tuple[Sampler, Sampler]:
+    """Return samplers of a quantized model, which computes in simulated arithmetic from now on, and of its full-precision reference."""
+    sampler, full = open_sampler(target), open_sampler(reference)
+    if not hasattr(sampler.denoiser.module, STEPS) or hasattr(full.denoiser.module, STEPS):
+        raise ValueError(f"{verb} takes a quantized model and the full-precision model that it was made from")
+    release(sampler.denoiser.module)
+    return sampler, full
+
+
 def rebake(target: Any, reference: Any, *, steps: int) -> None:
     """Move a quantized model, in place, to the schedule that its sampler now steps through: another scheduler, another number of steps.
 
@@ -248,23 +258,36 @@ def rebake(target: Any, reference: Any, *, steps: int) -> None:
     Raises:
         ValueError: the target is not quantized, or the reference is another model.
     """
-    sampler, full = open_sampler(target), open_sampler(reference)
+    sampler, full = _pair(target, reference, verb="rebake")
     module = sampler.denoiser.module
-    if not hasattr(module, STEPS) or hasattr(full.denoiser.module, STEPS):
-        raise ValueError("rebake takes a quantized model and the full-precision model that it was made from")
-    release(module)
-    seen: list[Tensor] = []
-
-    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(sampler.denoiser.bind(args, kwargs).timestep.float().cpu())
-
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
-    with warnings.catch_warnings():
-        # That these timesteps were not calibrated is why they are looked at.
-        warnings.filterwarnings("ignore", message=".*was not calibrated")
-        try:
-            sampler.run(range(1), steps=steps, seed=0)
-        finally:
-            handle.remove()
-    rebake_tables(module, TemporalBlock(full.denoiser, full.example()), torch.cat(seen).unique())
+    rebake_tables(module, TemporalBlock(full.denoiser, full.example()), visited(sampler, steps))
     remark(module, rebaked={"steps": steps})
+
+
+def fuse_lora(target: Any, reference: Any, *, scale: float = 1.0, steps: int | None = None) -> tuple[LayerDrift, ...]:
+    """Fuse the LoRA that a full-precision model carries into the quantized model that was made from it, without calibrating again.
+
+    The layers that it changes are rounded to nearest; activation ranges stay, so this measures how far the LoRA leaves them and warns where it
+    does. Both models are changed in place, and the full-precision one ends with the LoRA fused. Call `tfmq.execute` again afterwards.
+
+    Args:
+        target: a quantized pipeline, or a `Sampler` of a quantized model.
+        reference: the full-precision model that it was made from, with the LoRA loaded (`pipeline.load_lora_weights`) and not fused.
+        scale: of the LoRA.
+        steps: of the two images that ranges are measured on; by default one for each calibrated timestep.
+
+    Returns:
+        The layers whose inputs leave their range, the furthest first.
+
+    Raises:
+        ValueError: the target is not quantized, or the reference carries no LoRA or is another model.
+    """
+    from tfmq.integrations.diffusers.adapters import fuse_adapters
+
+    sampler, full = _pair(target, reference, verb="fuse_lora")
+    module = sampler.denoiser.module
+    found = fuse_adapters(module, full, steps=steps or len(getattr(module, STEPS).timesteps), scale=scale)
+    remark(module, lora={"scale": scale, "drift": [asdict(entry) for entry in found]})
+    if text := complaint(found):
+        warnings.warn(f"the LoRA {text}; for full quality quantize the fused pipeline again", stacklevel=2)
+    return found

@@ -1,5 +1,6 @@
 """LoRA: fused before quantization, refused beside it and after it."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import tfmq
 from tfmq.models.denoiser import Denoiser
 from tfmq.models.sampler import LoopSampler
 from tfmq.recipes import Calibration
+from tfmq.recipes.recipe import Temporal
+from tfmq.reconstruction.learning import Learning
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -55,3 +58,67 @@ def test_a_quantized_model_takes_no_adapter(build: Any, tmp_path: Path) -> None:
         for entry in (unet.load_lora_adapter, unet.add_adapter):
             with pytest.raises(ValueError, match=r"integer layers take no LoRA.*fuse_lora\(\)"):
                 entry({}, prefix=None)
+
+
+def carrying(build: Any, strength: float, targets: tuple[str, ...] = ("to_q", "to_v", "conv1", "time_emb_proj", "ff.net.2")) -> UNet2DConditionModel:
+    """Return a UNet with an adapter on attention, convolutions, feed-forward and the temporal path, of the given strength."""
+    from peft import LoraConfig
+
+    unet: UNet2DConditionModel = build("conditional")[0].module
+    unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=list(targets)))
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(strength)
+    return unet
+
+
+def predictions(unet: Any) -> torch.Tensor:
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return torch.cat([unet(sample, timestep, encoder_hidden_states=torch.ones(2, 5, 8)).sample for timestep in (0, 500)])
+
+
+def test_a_lora_is_fused_into_the_quantized_model(build: Any) -> None:
+    target, reference = loop(build("conditional")[0].module), loop(carrying(build, 0.2))
+    tfmq.quantize(target, replace(QUICK, temporal=Temporal(maintenance="cache", learning=Learning(iterations=1))))
+    before, plain = predictions(target.denoiser.module), predictions(build("conditional")[0].module)
+    untouched = {name: tensor for name, tensor in target.denoiser.module.state_dict().items() if "conv2" in name}
+    tfmq.fuse_lora(target, reference)
+    after, expected = predictions(target.denoiser.module), predictions(reference.denoiser.module)
+    assert not getattr(reference.denoiser.module, "peft_config", None)
+    effect = float((expected - plain).square().mean())
+    assert float((after - expected).square().mean()) < 0.1 * min(effect, float((before - expected).square().mean()))
+    assert all(torch.equal(tensor, target.denoiser.module.state_dict()[name]) for name, tensor in untouched.items())
+
+
+def test_the_drift_of_a_strong_lora_is_warned_about_with_its_figures(build: Any, tmp_path: Path) -> None:
+    target = loop(build("conditional")[0].module)
+    tfmq.quantize(target, QUICK)
+    with pytest.warns(UserWarning, match=r"the LoRA leaves the calibrated range of \d+ layers, furthest .* by \d+% of its range.*quantize the fused"):
+        found = tfmq.fuse_lora(target, loop(carrying(build, 20.0)))
+    assert found[0].excess > 0.5 and list(found) == sorted(found, key=lambda entry: -entry.excess)
+    # What comes before the first adapter reads what it always did.
+    assert "conv_in" not in {entry.name for entry in found}
+    target.denoiser.module.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    provenance = loaded.config.quantization_config.to_dict()["provenance"]
+    assert provenance["lora"]["scale"] == 1.0 and provenance["lora"]["drift"][0]["excess"] == found[0].excess
+    assert torch.equal(predictions(loaded), predictions(target.denoiser.module))
+
+
+def test_a_weak_lora_is_fused_in_silence(build: Any) -> None:
+    target = loop(build("conditional")[0].module)
+    tfmq.quantize(target, QUICK)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the LoRA")
+        assert all(entry.excess <= 0.05 for entry in tfmq.fuse_lora(target, loop(carrying(build, 0.01))))
+
+
+def test_what_cannot_be_fused_is_refused(build: Any) -> None:
+    target, plain = loop(build("conditional")[0].module), loop(build("conditional")[0].module)
+    with pytest.raises(ValueError, match="takes a quantized model"):
+        tfmq.fuse_lora(plain, loop(carrying(build, 1.0)))
+    tfmq.quantize(target, QUICK)
+    with pytest.raises(ValueError, match="carries no LoRA"):
+        tfmq.fuse_lora(target, plain)

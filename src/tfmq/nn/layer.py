@@ -11,7 +11,7 @@ from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
 from tfmq.quantizers.input import InputQuantizer
-from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
+from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
 
 Precision = Literal["full", "quantized"]
 
@@ -137,6 +137,15 @@ class PackedLayer(nn.Module):
         grid = self.grid
         values = self.codes.to(torch.int16) - grid.expand(grid.zero_point, len(self.shape)).to(torch.int16)
         return IntegerWeight(self.operation, values, self.scale, None if self.bias is None else self.bias.detach().float(), self.segments)
+
+    @torch.no_grad()
+    def round(self, weight: Tensor) -> None:
+        """Take the nearest codes of another weight of the same shape, on a grid fitted to it; bias and input quantizer stay."""
+        grid = fit_grid(weight.to(self.packed.device), self.format, segments=self.segments)
+        self.packed.copy_(pack_unsigned(grid.encode(weight.float().to(self.packed.device)).to(torch.uint8), bits=self.format.bits))
+        self.scale.copy_(grid.scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(grid.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:

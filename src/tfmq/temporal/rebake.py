@@ -1,13 +1,35 @@
 """Move a quantized denoiser to another schedule: its tables are filled anew, its grids follow the nearest calibrated timestep."""
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import STEPS, replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.temporal.block import TemporalBlock
+
+
+def visited(sampler: Sampler, steps: int) -> Tensor:
+    """Draw one image in `steps` steps and return the distinct timesteps that the denoiser was called at, ascending, float32."""
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(sampler.denoiser.bind(args, kwargs).timestep.float().cpu())
+
+    handle = sampler.denoiser.module.register_forward_pre_hook(note, with_kwargs=True)
+    with warnings.catch_warnings():
+        # That these timesteps were not calibrated is why they are looked at.
+        warnings.filterwarnings("ignore", message=".*was not calibrated")
+        try:
+            sampler.run(range(1), steps=steps, seed=0)
+        finally:
+            handle.remove()
+    return torch.cat(seen).unique()
 
 
 @torch.no_grad()

@@ -1,0 +1,92 @@
+"""How far a changed model, such as one with a LoRA, leaves the activation ranges that another was calibrated on."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.steps import StepContext
+
+# What an input may leave its range by before it is worth a word: an 8-bit grid that grew by so much would lose 0.4 dB.
+TOLERATED = 0.05
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """By how much the input of a layer goes beyond its calibrated range, in widths of that range (0.25 is a quarter).
+
+    `timestep` is where that is worst, None where one range serves all.
+    """
+
+    name: str
+    excess: float
+    timestep: float | None
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The least and the greatest value that a quantizer's input took, `[S, G]`; zero where there was none."""
+
+    low: Tensor
+    high: Tensor
+
+
+def _update(seen: Extremes, quantizer: ActivationQuantizer, x: Tensor, bins: Tensor) -> None:
+    axis = quantizer.axis % x.ndim
+    index = bins.repeat_interleave(x.shape[0] // len(bins)) if quantizer.per_step else torch.zeros(x.shape[0], dtype=torch.long)
+    for segment, part in enumerate(x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)):
+        rows = part.detach().float().flatten(1).cpu()
+        seen.low[:, segment].scatter_reduce_(0, index, rows.amin(dim=1), "amin")
+        seen.high[:, segment].scatter_reduce_(0, index, rows.amax(dim=1), "amax")
+
+
+@contextmanager
+def extremes(denoiser: Denoiser, quantizers: Mapping[str, ActivationQuantizer], steps: StepContext) -> Iterator[dict[str, Extremes]]:
+    """Note what the layers that `quantizers` names read in a full-precision `denoiser`, at the nearest of the calibrated `steps`."""
+    seen = {name: Extremes(torch.zeros(q.scale.shape), torch.zeros(q.scale.shape)) for name, q in quantizers.items()}
+    running: list[Tensor] = []
+
+    def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+        running[:] = [steps.lookup(denoiser.bind(args, kwargs).timestep)[0].cpu()]
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, args: _update(seen[name], quantizers[name], args[0], running[0])
+
+    with ExitStack() as stack:
+        stack.callback(denoiser.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        for name in quantizers:
+            stack.callback(denoiser.module.get_submodule(name).register_forward_pre_hook(note(name)).remove)
+        yield seen
+
+
+def drift(
+    quantizers: Mapping[str, ActivationQuantizer], steps: StepContext, base: Mapping[str, Extremes], changed: Mapping[str, Extremes]
+) -> tuple[LayerDrift, ...]:
+    """Return the layers whose input in the `changed` model goes beyond the calibrated range, the furthest first.
+
+    What the `base` model reaches beyond it was cut off on purpose when the range was fitted, and does not count.
+    """
+    found = []
+    for name, quantizer in quantizers.items():
+        scale, zero_point = quantizer.scale.cpu(), quantizer.zero_point.cpu().float()
+        low, high = -zero_point * scale, (quantizer.format.levels - 1 - zero_point) * scale
+        above = changed[name].high - torch.maximum(high, base[name].high)
+        below = torch.minimum(low, base[name].low) - changed[name].low
+        excess = (torch.maximum(above, below) / (high - low)).amax(dim=1)
+        worst = int(excess.argmax())
+        if excess[worst] > 0:
+            timestep = float(steps.timesteps[worst]) if quantizer.per_step else None
+            found.append(LayerDrift(name, float(excess[worst]), timestep))
+    return tuple(sorted(found, key=lambda entry: -entry.excess))
+
+
+def complaint(found: Sequence[LayerDrift]) -> str:
+    """Return what to say about `found`, the furthest first, as the end of a sentence; nothing while all of it is tolerable."""
+    beyond = [entry for entry in found if entry.excess > TOLERATED]
+    worst = ", ".join(f"{entry.name} by {entry.excess:.0%} of its range" for entry in beyond[:3])
+    return f"leaves the calibrated range of {len(beyond)} layers, furthest {worst}" if beyond else ""
