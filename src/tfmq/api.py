@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tfmq.artifact import check_quantizable, is_quantized, load, mark, remark, save, stored_manifest
 from tfmq.backends.backend import release

@@ -7,7 +7,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
+from tfmq.calibration.choice import InputErrors, choose_inputs
 from tfmq.calibration.ranges import collect, fit_site
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.store import CalibrationStore, StoredBatches
@@ -77,26 +77,6 @@ def fit_activations(sampler: Sampler, plan: Plan, steps: StepContext, store: Cal
                 fit_site(quantizer, statistics[name], method=methods.get(name) or methods[name.rpartition(".tfmq_products")[0]])  # type: ignore[arg-type]
             advance()
     return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
-
-
-def choose_inputs(
-    sampler: Sampler, plan: Plan, store: CalibrationStore, recipe: Recipe, *, journal: Journal, progress: Progress
-) -> dict[str, InputErrors]:
-    """Give every layer that the plan leaves to measurement static or dynamic input grids; return the errors of both."""
-    measured = {name for name, layer in plan.layers.items() if layer.input and layer.input.tokens == "measured"}
-    layers = {name: layer for name, layer in calibrated_layers(sampler.denoiser.module).items() if name in measured}
-    if not layers:
-        return {}
-
-    def compute() -> dict[str, Tensor]:
-        with progress("calibration: static or dynamic inputs", len(store) // recipe.calibration.interval) as advance:
-            errors = measure_inputs(sampler.denoiser, layers, StoredBatches(store, recipe.calibration.interval), advance=advance)
-        return {name: torch.tensor([found.static, found.dynamic], dtype=torch.float64) for name, found in errors.items()}
-
-    tensors = journal.stage("inputs", compute)
-    errors = {name: InputErrors(*tensors[name].tolist()) for name in layers}
-    keep_better(layers, errors)
-    return errors
 
 
 def maintain_temporal(
@@ -195,7 +175,8 @@ def quantize_denoiser(
     ranges = journal.stage("activations", lambda: fit_activations(sampler, plan, steps, store, progress=progress))
     for name, quantizer in activation_sites(denoiser.module).items():
         quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
-    inputs = choose_inputs(sampler, plan, store, recipe, journal=journal, progress=progress)
+    measured = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if plan.measures(name)}
+    inputs = choose_inputs(denoiser, measured, StoredBatches(store, recipe.calibration.interval), journal=journal, progress=progress)
     temporal = [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
     maintained = temporal if recipe.temporal.maintenance != "none" else []
     if maintained:

@@ -122,7 +122,7 @@ def test_a_resumed_job_reads_back_what_was_measured(build: Callable[..., Any], t
         with pytest.raises(KeyboardInterrupt):
             tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q")
     with monkeypatch.context() as patch:
-        patch.setattr("tfmq.workflow.measure_inputs", interrupted)
+        patch.setattr("tfmq.calibration.choice.measure_inputs", interrupted)
         resumed = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q", resume=True)
     whole = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "whole")
     assert resumed.report["sha256"] == whole.report["sha256"] and resumed.report["inputs"] == whole.report["inputs"]

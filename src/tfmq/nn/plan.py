@@ -58,6 +58,11 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     products: Mapping[str, tuple[int, QuantizerPlan | None]]
 
+    def measures(self, name: str) -> bool:
+        """Whether calibration decides on the input grids of the layer `name`."""
+        entry = self.layers[name].input
+        return entry is not None and entry.tokens == "measured"
+
 
 def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str) -> None:
     """Swap calibrated layers and product quantizers into `module` in place; it still computes in full precision."""
