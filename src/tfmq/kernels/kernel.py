@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -15,15 +16,28 @@ ACCUMULATOR = 2**31 - 1
 
 @dataclass(frozen=True)
 class Rows:
-    """The input grid of one call: `scale` float32 and `zero_point` uint8, `[B or 1, G]`, of `levels` codes.
+    """The input grid of one call, of `levels` codes: tables `scales` float32 and `zero_points` uint8, `[S, G]`, and which rows of them count.
 
-    One row serves the whole batch; otherwise each sample has its own, as in a batch of mixed timesteps. `G` is the number of channel segments.
-    Where each token has its own, the shape is that of the input `[B, ..., C]` with `G` in the place of `C`; linear layers alone read such rows.
+    `index` int64 `[B or 1]` is the row of each sample, or one for the whole batch; None where the tables are those rows already. `G` is the
+    number of channel segments. A kernel that looks rows up itself reads the tables, any other `scale` and `zero_point`.
+    Where each token has its own grid, the tables have the shape of the input `[B, ..., C]` with `G` in the place of `C`; linear layers alone read
+    such rows.
     """
 
-    scale: Tensor
-    zero_point: Tensor
+    scales: Tensor
+    zero_points: Tensor
     levels: int
+    index: Tensor | None = None
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The scale of each sample or of all, float32 `[B or 1, G]`."""
+        return self.scales if self.index is None else self.scales[self.index]
+
+    @cached_property
+    def zero_point(self) -> Tensor:
+        """The zero-point of each sample or of all, uint8 `[B or 1, G]`."""
+        return self.zero_points if self.index is None else self.zero_points[self.index]
 
 
 class LayerKernel(Protocol):

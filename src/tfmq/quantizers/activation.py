@@ -61,7 +61,7 @@ class ActivationQuantizer(InputQuantizer):
                 raise ValueError(f"an input of {rows} rows does not follow a batch of {batch} timesteps")
             # Heads and frames are folded into the batch axis sample by sample.
             index = index.repeat_interleave(rows // batch)
-        return Rows(self.scale[index], self.zero_point[index], self.format.levels)
+        return Rows(self.scale, self.zero_point, self.format.levels, index)
 
     def zero_points(self) -> Tensor:
         return self.zero_point

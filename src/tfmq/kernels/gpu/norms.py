@@ -1,0 +1,170 @@
+"""Normalisation to codes on a GPU.
+
+Group norm takes three kernels: mean and squared deviations of every channel of a slice of the image, their union for each group (Chan et al.,
+1983, which loses nothing to cancellation), and one pass that normalises, activates, quantizes and pads. Layer norm takes one program a token.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tfmq.kernels.gpu.blocks import activated, coded, grid_of
+from tfmq.kernels.gpu.quantize import blocks, placement, source_row
+from tfmq.kernels.operators.grids import widths
+from tfmq.kernels.operators.quantize import padded_shape
+
+# Slices of an image, so that one image fills a device; pixels a program reads at once.
+MOST_SLICES = 64
+LEAST_PIXELS = 32
+
+
+@triton.jit
+def channel_moments(x, means, deviations, PIXELS, C, SLICE, SLICES, BR: tl.constexpr, BC: tl.constexpr):
+    """Write mean and sum of squared deviations of some channels over one slice of one image, `[B, SLICES, C]`."""
+    image, part = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    real = channel < C
+    count = tl.zeros((), dtype=tl.float32)
+    mean = tl.zeros((BC,), dtype=tl.float32)
+    deviation = tl.zeros((BC,), dtype=tl.float32)
+    first = part * SLICE
+    last = tl.minimum(first + SLICE, PIXELS)
+    for begin in range(first, last, BR):
+        pixel = begin + tl.arange(0, BR)
+        inside = (pixel < last)[:, None] & real[None, :]
+        value = tl.load(x + (image * PIXELS + pixel).to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        here = tl.minimum(last - begin, BR).to(tl.float32)
+        own = tl.sum(value, axis=0) / here
+        away = tl.where(inside, value - own[None, :], 0.0)
+        step = own - mean
+        both = count + here
+        deviation += tl.sum(away * away, axis=0) + step * step * (count * here / both)
+        mean += step * (here / both)
+        count = both
+    place = tl.program_id(0) * C + channel
+    tl.store(means + place, mean, mask=real)
+    tl.store(deviations + place, deviation, mask=real)
+
+
+@triton.jit
+def group_moments(means, deviations, centre, rate, PIXELS, C, SLICE, SLICES, GROUPS, EPS, WIDTH, BS: tl.constexpr, BC: tl.constexpr):
+    """Write mean and reciprocal standard deviation of one group of one image, `[B, GROUPS]`."""
+    image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    part, channel = tl.arange(0, BS), tl.arange(0, BC)
+    inside = (part < SLICES)[:, None] & (channel < WIDTH)[None, :]
+    place = (image * SLICES + part)[:, None] * C + (group * WIDTH + channel)[None, :]
+    mean = tl.load(means + place, mask=inside, other=0.0)
+    count = tl.where(inside, tl.minimum(PIXELS - part * SLICE, SLICE).to(tl.float32)[:, None], 0.0)
+    number = (PIXELS * WIDTH).to(tl.float32)
+    common = tl.sum(tl.sum(mean * count, axis=1), axis=0) / number
+    away = mean - common
+    spread = tl.load(deviations + place, mask=inside, other=0.0) + away * away * count
+    variance = tl.sum(tl.sum(spread, axis=1), axis=0) / number
+    tl.store(centre + tl.program_id(0), common)
+    tl.store(rate + tl.program_id(0), tl.div_rn(1.0, tl.sqrt_rn(variance + EPS)))
+
+
+@triton.jit
+def normalise_rows(
+    x, out, centre, rate, weight, bias, scale, zero, index, ROWS, C, RUN, PER_IMAGE, GROUPS, WIDTH_OF_GROUP, W0, W1, W2,
+    HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, G: tl.constexpr, LEVELS: tl.constexpr, PADDED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of a block of normalised rows; the border gets the code of zero."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    known = channel < C
+    real = (row < ROWS)[:, None] & known[None, :]
+    channel = tl.where(known, channel, 0)
+    row = tl.where(row < ROWS, row, 0)
+    s, z = grid_of(scale, zero, tl.load(index + row // RUN), channel, W0, W1, W2, G)
+    source, inner = source_row(row, HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, PADDED)
+    value = tl.load(x + source.to(tl.int64)[:, None] * C + channel[None, :], mask=real & inner[:, None], other=0.0).to(tl.float32)
+    group = (row // PER_IMAGE * GROUPS)[:, None] + (channel // WIDTH_OF_GROUP)[None, :]
+    value = (value - tl.load(centre + group)) * tl.load(rate + group)
+    value = value * tl.load(weight + channel).to(tl.float32)[None, :] + tl.load(bias + channel).to(tl.float32)[None, :]
+    value = tl.where(inner[:, None], activated(value, ACTIVATION), 0.0)
+    tl.store(out + (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None] * C + channel[None, :], coded(value, s, z, LEVELS), mask=real)
+
+
+@triton.jit
+def normalise_token(
+    x, out, weight, bias, gain, shift, scale, zero, index, C, EPS, RUN, GAIN_RUN, W0, W1, W2,
+    G: tl.constexpr, LEVELS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of one normalised and modulated token."""
+    row = tl.program_id(0)
+    channel = tl.arange(0, BC)
+    real = channel < C
+    value = tl.load(x + row.to(tl.int64) * C + channel, mask=real, other=0.0).to(tl.float32)
+    mean = tl.sum(value, axis=0) / C
+    away = tl.where(real, value - mean, 0.0)
+    y = away * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(away * away, axis=0) / C + EPS))
+    if weight is not None:
+        y = y * tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    if bias is not None:
+        y = y + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
+    if gain is not None:
+        place = row // GAIN_RUN * C + channel
+        y = y * (1.0 + tl.load(gain + place, mask=real, other=0.0).to(tl.float32)) + tl.load(shift + place, mask=real, other=0.0).to(tl.float32)
+    step = tl.load(index + row // RUN + tl.zeros((1,), dtype=tl.int32))
+    s, z = grid_of(scale, zero, step, tl.where(real, channel, 0), W0, W1, W2, G)
+    tl.store(out + row.to(tl.int64) * C + channel[None, :], coded(y[None, :], s, z, LEVELS), mask=real[None, :])
+
+
+def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and reciprocal standard deviation of images `[B, H, W, C]`, each `[B, groups]`."""
+    batch, height, width, channels = x.shape
+    pixels, real = height * width, {"dtype": torch.float32, "device": x.device}
+    size = max(LEAST_PIXELS, triton.cdiv(pixels, MOST_SLICES))
+    slices = triton.cdiv(pixels, size)
+    means, deviations = (torch.empty((batch, slices, channels), **real) for _ in range(2))
+    centre, rate = (torch.empty((batch, groups), **real) for _ in range(2))
+    wide = min(128, triton.next_power_of_2(channels))
+    channel_moments[(batch * slices, triton.cdiv(channels, wide))](x, means, deviations, pixels, channels, size, slices, BR=32, BC=wide)
+    within = channels // groups
+    sizes = {"BS": triton.next_power_of_2(slices), "BC": triton.next_power_of_2(within)}
+    group_moments[(batch * groups,)](means, deviations, centre, rate, pixels, channels, size, slices, groups, eps, within, **sizes)
+    return centre, rate
+
+
+def group_norm_codes(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str, scale: Tensor, zero_point: Tensor, index: Tensor,
+    segments: Sequence[int], levels: int, padding: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Compute `tfmq::group_norm_codes`."""
+    x = x.contiguous()
+    out = torch.empty(padded_shape(x.shape, padding), dtype=torch.int8, device=x.device)
+    if not x.numel():
+        return out
+    channels, rows = x.shape[-1], out.numel() // x.shape[-1]
+    centre, rate = _moments(x, groups, eps)
+    places, padded = placement(x, padding)
+    edges = [*widths(segments, channels), 0, 0][:3]
+    grid, sizes = blocks(rows, channels)
+    constants = {"G": max(1, len(segments)), "LEVELS": levels, "ACTIVATION": activation, **padded, **sizes}
+    counts = (rows, channels, rows // len(index), rows // x.shape[0], groups, channels // groups)
+    normalise_rows[grid](x, out, centre, rate, weight, bias, scale, zero_point, index, *counts, *edges, *places, **constants)
+    return out
+
+
+def layer_norm_codes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, gain: Tensor | None, shift: Tensor | None, scale: Tensor, zero_point: Tensor,
+    index: Tensor, segments: Sequence[int], levels: int,
+) -> Tensor:  # fmt: skip
+    """Compute `tfmq::layer_norm_codes`."""
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    channels = x.shape[-1]
+    rows = x.numel() // max(1, channels)
+    if not rows:
+        return out
+    modulation = [None if values is None else values.contiguous() for values in (gain, shift)]
+    edges = [*widths(segments, channels), 0, 0][:3]
+    runs = (rows // len(index), 1 if gain is None else rows // len(gain))
+    constants = {"G": max(1, len(segments)), "LEVELS": levels, "BC": triton.next_power_of_2(channels)}
+    normalise_token[(rows,)](x, out, weight, bias, *modulation, scale, zero_point, index, channels, eps, *runs, *edges, **constants)
+    return out
