@@ -1,5 +1,6 @@
 """Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 
+# Triton reads it when a kernel is declared: kernels run in its interpreter, on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # The models are so small that a second thread only waits.
 torch.set_num_threads(1)
 settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)

@@ -75,6 +75,7 @@ def release(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, PackedLayer):
             child.kernel = child.unpacked = None
+            child.unshelve()
         elif isinstance(child, ProductQuantizers):
             child.kernel = None
 

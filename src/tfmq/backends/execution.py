@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 # Registered by being imported.
-from tfmq.backends import onednn, openvino, reference  # noqa: F401
+from tfmq.backends import onednn, openvino, operators, reference  # noqa: F401
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
 from tfmq.errors import MissingExtraError
 from tfmq.nn.swap import STEPS

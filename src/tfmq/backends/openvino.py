@@ -11,20 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.backends.backend import Coverage, Options, by_input, register
+from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.storage.digest import tensor_digest
 
-CACHE = "TFMQ_CACHE"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
-
-
-def cache_directory() -> Path:
-    """Return where converted and compiled models are kept: `$TFMQ_CACHE`, or `tfmq` in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE) or Path(home) / "tfmq") / "openvino"
 
 
 @cache
@@ -84,7 +78,8 @@ class _Builder:
         threads = self.options.threads or torch.get_num_threads()
         # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the other backends.
         settings = {
-            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "CACHE_DIR": str(cache_directory()),
+            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32",
+            "CACHE_DIR": str(cache_directory("openvino")),
         }  # fmt: skip
         request = core.compile_model(model, "CPU", settings).create_infer_request()
 
@@ -123,7 +118,7 @@ class _Builder:
         import openvino as ov
 
         text = "\n".join([self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
-        return cache_directory() / f"{sha256(text.encode()).hexdigest()[:32]}.xml"
+        return cache_directory("openvino") / f"{sha256(text.encode()).hexdigest()[:32]}.xml"
 
 
 def _batched(model: Any, call: Call) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Quantized linear and convolution layers: one that is being fitted, one that is done."""
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +75,14 @@ class PackedLayer(nn.Module):
 
     `packed` is uint8 `[C_out, ceil(bits * C_in * ... / 8)]`; `scale` float32 and `zero_point` uint8 are `[C_out, G]` (no zero-point for
     symmetric formats); the bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
-    that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state.
+    that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state; both move
+    with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are.
     """
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    unpacked: Tensor | None
 
     def __init__(
         self,
@@ -104,12 +106,35 @@ class PackedLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
         self.input_quantizer = input_quantizer
         self.kernel: LayerKernel | None = None
-        self.unpacked: Tensor | None = None
+        self.register_buffer("unpacked", None, persistent=False)
+        self.shelved = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel":
+            # A kernel may be a module or not, and torch refuses the one in the place of the other.
+            self._modules.pop(name, None)
+            self.__dict__.pop(name, None)
+        super().__setattr__(name, value)
+
+    def shelve(self) -> None:
+        """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has the weight in a layout of its own."""
+        self.packed, self.shelved = self.packed.cpu(), True
+
+    def unshelve(self) -> None:
+        """Undo `shelve`."""
+        self.packed, self.shelved = self.packed.to(self.scale.device), False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
+        packed = self.packed
+        super()._apply(fn, recurse)
+        if self.shelved:
+            self.packed = packed
+        return self
 
     @property
     def codes(self) -> Tensor:
         """Unsigned weight codes, uint8, of the layer's weight shape."""
-        return unpack_unsigned(self.packed, bits=self.format.bits, shape=self.shape)
+        return unpack_unsigned(self.packed.to(self.scale.device), bits=self.format.bits, shape=self.shape)
 
     @property
     def grid(self) -> WeightGrid:

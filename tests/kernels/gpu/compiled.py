@@ -88,7 +88,7 @@ def compiled(name: str, capability: int) -> dict[str, Any]:
     }
 
 
-EVEN = ("N", "C", "XC", "W0", "W1", "TAP", "XWC", "XHWC")
+EVEN = ("N", "C", "XC", "W0", "W1", "L0", "L1", "TAP", "XWC", "XHWC")
 
 
 def main() -> None:

@@ -32,17 +32,14 @@ def program_place(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr)
 
 @triton.jit
 def segment_sum(
-    acc, inputs, base, weight, rows, weight_zero, begin, weight_begin, width, tap_width, XC, XWC, DH, DW,
+    acc, inputs, base, weight, rows, weight_zero, begin, weight_begin, width, length, tap_width, XC, XWC, DH, DW,
     KH: tl.constexpr, KW: tl.constexpr, NIBBLES: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Return `acc` plus the products of one segment: `inputs + base` `[M, 1]` by the weight's `rows` `[1, N]`.
 
-    A tap of a weight row takes `tap_width` bytes. Bytes of four-bit codes meet two blocks of the input, half a segment apart.
+    A tap of a weight row takes `tap_width` bytes, `length` of them this segment's. Bytes of four-bit codes meet two blocks of the input, `length`
+    channels apart.
     """
-    if NIBBLES:
-        length = (width + 1) // 2
-    else:
-        length = width
     blocks = tl.cdiv(length, BK)
     for number in range(0, KH * KW * blocks):
         tap = number // blocks
@@ -66,14 +63,14 @@ def segment_sum(
 @triton.jit
 def multiply(
     inputs, weight, out, scale, zero, index, weight_zero, weight_scale, sums, bias, residual,
-    M, N, XC, RUN, W0, W1, W2, W3, TAP, OW, OHW, XWC, XHWC, SH, SW, DH, DW,
+    M, N, XC, RUN, W0, W1, W2, W3, L0, L1, L2, L3, TAP, OW, OHW, XWC, XHWC, SH, SW, DH, DW,
     KH: tl.constexpr, KW: tl.constexpr, IMAGE: tl.constexpr, G: tl.constexpr, NIBBLES: tl.constexpr, INTEGER: tl.constexpr,
     ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of `linear_codes`, `convolution_codes` or, with `INTEGER` off, `linear_weight_only`.
 
     `M` rows of output, `RUN` of them to a row of the grid, read `XC` channels; images are `OHW` outputs, `OW` to a line, on inputs of `XHWC` bytes,
-    `XWC` to a line. `W0` to `W3` are the segments' widths, `TAP` the bytes of one tap of a weight row.
+    `XWC` to a line. `W0` to `W3` are the segments' widths, `L0` to `L3` their bytes in one tap of a weight row, `TAP` the bytes of all.
     """
     row, column = program_place(M, N, BM, BN, GROUP)
     m = row * BM + tl.arange(0, BM)
@@ -90,20 +87,21 @@ def multiply(
     begin = 0
     weight_begin = 0
     for g in tl.static_range(G):
-        width = W0
+        width, length = W0, L0
         if g == 1:
-            width = W1
+            width, length = W1, L1
         elif g == 2:
-            width = W2
+            width, length = W2, L2
         elif g == 3:
-            width = W3
+            width, length = W3, L3
         weight_zeros = None
         if NIBBLES:
             weight_zeros = tl.load(weight_zero + n * G + g)[None, :]
         acc = tl.zeros((BM, BN), dtype=tl.int32 if INTEGER else tl.float32)
         acc = segment_sum(
-            acc, inputs, base[:, None], weight, rows[None, :], weight_zeros, begin, weight_begin, width, TAP, XC, XWC, DH, DW, KH, KW, NIBBLES, BK
-        )
+            acc, inputs, base[:, None], weight, rows[None, :], weight_zeros, begin, weight_begin, width, length,
+            TAP, XC, XWC, DH, DW, KH, KW, NIBBLES, BK,
+        )  # fmt: skip
         factors = tl.load(weight_scale + n * G + g)[None, :]
         if INTEGER:
             step = tl.load(index + m // RUN) * G + g
@@ -116,7 +114,7 @@ def multiply(
             partial += tl.load(bias + n)[None, :]
         total = partial if g == 0 else total + partial
         begin += width
-        weight_begin += (width + 1) // 2 if NIBBLES else width
+        weight_begin += length
     place = m.to(tl.int64)[:, None] * N + n[None, :]
     real = real_m[:, None] & real_n[None, :]
     total = activated(total, ACTIVATION)
@@ -144,9 +142,11 @@ def _run(kernel: str, launch: Callable[[Tile], None], rows: int, rest: tuple[int
         launch(chosen(kernel, rows, rest, launch) if tile is None else tile)
 
 
-def _padded(segments: Sequence[int], channels: int) -> list[int]:
+def _lengths(segments: Sequence[int], channels: int, weight_zero: Tensor | None) -> list[int]:
+    """Return the widths of the segments and their bytes in a weight row: sizes that 16 divides are told to the compiler, so they are arguments."""
     sizes = widths(segments, channels)
-    return [*sizes, *[0] * (MAX_SEGMENTS - len(sizes))]
+    rest = [0] * (MAX_SEGMENTS - len(sizes))
+    return [*sizes, *rest, *((size if weight_zero is None else (size + 1) // 2) for size in sizes), *rest]
 
 
 def _plain(inputs: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +164,7 @@ def linear_codes(
     out = codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
     groups = max(1, len(segments))
     tensors = (codes, weight, out, scale, zero_point, index, weight_zero, weight_scale, sums, bias, residual)
-    sizes = (rows, columns, channels, rows // len(index), *_padded(segments, channels), weight.shape[1], 1, 1, 1, 1, 1, 1, 1, 1)
+    sizes = (rows, columns, channels, rows // len(index), *_lengths(segments, channels, weight_zero), weight.shape[1], 1, 1, 1, 1, 1, 1, 1, 1)
     kind = {"KH": 1, "KW": 1, "IMAGE": False, "G": groups, "NIBBLES": weight_zero is not None, "INTEGER": True, "ACTIVATION": activation}
     name = "linear w4a8" if weight_zero is not None else "linear w8a8"
     _run(name, launcher((*tensors, *sizes), rows, columns, **kind), rows, (columns, channels, groups), tile)
@@ -186,7 +186,7 @@ def convolution_codes(
     tensors = (codes, weight, out, scale, zero_point, index, weight_zero, weight_scale, sums, bias, residual)
     line = width * channels
     places = (across, down * across, line, height * line, *stride, *dilation)
-    sizes = (rows, columns, channels, rows // len(index), *_padded(segments, channels), tap, *places)
+    sizes = (rows, columns, channels, rows // len(index), *_lengths(segments, channels, weight_zero), tap, *places)
     kind = {"IMAGE": True, "G": groups, "NIBBLES": weight_zero is not None, "INTEGER": True, "ACTIVATION": activation}
     launch = launcher((*tensors, *sizes), rows, columns, KH=kernel_height, KW=kernel_width, **kind)
     name = "convolution w4a8" if weight_zero is not None else "convolution w8a8"
@@ -195,7 +195,13 @@ def convolution_codes(
 
 
 def linear_weight_only(
-    x: Tensor, segments: Sequence[int], weight: Tensor, weight_zero: Tensor | None, weight_scale: Tensor, bias: Tensor | None, tile: Tile | None = None
+    x: Tensor,
+    segments: Sequence[int],
+    weight: Tensor,
+    weight_zero: Tensor | None,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Compute `tfmq::linear_weight_only`."""
     x = x.contiguous()
@@ -203,7 +209,7 @@ def linear_weight_only(
     rows, groups = x.numel() // max(1, channels), max(1, len(segments))
     out = x.new_empty((*x.shape[:-1], columns))
     tensors = (x, weight, out, None, None, None, weight_zero, weight_scale, None, bias, None)
-    sizes = (rows, columns, channels, 1, *_padded(segments, channels), weight.shape[1], 1, 1, 1, 1, 1, 1, 1, 1)
+    sizes = (rows, columns, channels, 1, *_lengths(segments, channels, weight_zero), weight.shape[1], 1, 1, 1, 1, 1, 1, 1, 1)
     kind = {"KH": 1, "KW": 1, "IMAGE": False, "G": groups, "NIBBLES": weight_zero is not None, "INTEGER": False, "ACTIVATION": ""}
     name = f"weight-only {'w4' if weight_zero is not None else 'w8'} {x.dtype}"
     _run(name, launcher((*tensors, *sizes), rows, columns, **kind), rows, (columns, channels, groups), tile)

@@ -118,16 +118,20 @@ def normalise_token(
 def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """Return mean and reciprocal standard deviation of images `[B, H, W, C]`, each `[B, groups]`."""
     batch, height, width, channels = x.shape
-    pixels, real = height * width, {"dtype": torch.float32, "device": x.device}
+    pixels = height * width
     size = max(LEAST_PIXELS, triton.cdiv(pixels, MOST_SLICES))
     slices = triton.cdiv(pixels, size)
-    means, deviations = (torch.empty((batch, slices, channels), **real) for _ in range(2))
-    centre, rate = (torch.empty((batch, groups), **real) for _ in range(2))
+    means, deviations = (x.new_empty((batch, slices, channels), dtype=torch.float32) for _ in range(2))
+    centre, rate = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
     wide = min(128, triton.next_power_of_2(channels))
-    channel_moments[(batch * slices, triton.cdiv(channels, wide))](x, means, deviations, pixels, channels, size, slices, BR=32, BC=wide)
+    channel_moments[(batch * slices, triton.cdiv(channels, wide))](
+        x, means, deviations, pixels, channels, size, slices, BR=32, BC=wide, enable_fp_fusion=False
+    )
     within = channels // groups
     sizes = {"BS": triton.next_power_of_2(slices), "BC": triton.next_power_of_2(within)}
-    group_moments[(batch * groups,)](means, deviations, centre, rate, pixels, channels, size, slices, groups, eps, within, **sizes)
+    group_moments[(batch * groups,)](
+        means, deviations, centre, rate, pixels, channels, size, slices, groups, eps, within, **sizes, enable_fp_fusion=False
+    )
     return centre, rate
 
 
@@ -147,7 +151,7 @@ def group_norm_codes(
     grid, sizes = blocks(rows, channels)
     constants = {"G": max(1, len(segments)), "LEVELS": levels, "ACTIVATION": activation, **padded, **sizes}
     counts = (rows, channels, rows // len(index), rows // x.shape[0], groups, channels // groups)
-    normalise_rows[grid](x, out, centre, rate, weight, bias, scale, zero_point, index, *counts, *edges, *places, **constants)
+    normalise_rows[grid](x, out, centre, rate, weight, bias, scale, zero_point, index, *counts, *edges, *places, **constants, enable_fp_fusion=False)
     return out
 
 
@@ -166,5 +170,7 @@ def layer_norm_codes(
     edges = [*widths(segments, channels), 0, 0][:3]
     runs = (rows // len(index), 1 if gain is None else rows // len(gain))
     constants = {"G": max(1, len(segments)), "LEVELS": levels, "BC": triton.next_power_of_2(channels)}
-    normalise_token[(rows,)](x, out, weight, bias, *modulation, scale, zero_point, index, channels, eps, *runs, *edges, **constants)
+    normalise_token[(rows,)](
+        x, out, weight, bias, *modulation, scale, zero_point, index, channels, eps, *runs, *edges, **constants, enable_fp_fusion=False
+    )
     return out

@@ -89,7 +89,7 @@ def quantize_codes(
     edges = [*widths(segments, channels), 0, 0][:3]
     grid, sizes = blocks(rows, channels)
     constants = {"G": max(1, len(segments)), "LEVELS": levels, **padded, **sizes}
-    quantize_rows[grid](x, out, scale, zero_point, index, rows, channels, rows // len(index), *edges, *places, **constants)
+    quantize_rows[grid](x, out, scale, zero_point, index, rows, channels, rows // len(index), *edges, *places, **constants, enable_fp_fusion=False)
     return out
 
 
@@ -101,5 +101,5 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if rows:
-        quantize_each_row[(rows,)](x, out, scale, channels, BC=triton.next_power_of_2(channels))
+        quantize_each_row[(rows,)](x, out, scale, channels, BC=triton.next_power_of_2(channels), enable_fp_fusion=False)
     return out, scale

@@ -23,7 +23,13 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 def _total(
-    codes: Tensor, grid: tuple[Tensor, Tensor, Tensor], segments: Sequence[int], values: Tensor, scale: Tensor, bias: Tensor | None, multiply: Multiply
+    codes: Tensor,
+    grid: tuple[Tensor, Tensor, Tensor],
+    segments: Sequence[int],
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    multiply: Multiply,
 ) -> Tensor:
     """Return the sum of the segments in float32 `[..., N]`; products are taken in float64, which is exact below 2**53."""
     sizes = widths(segments, codes.shape[-1])

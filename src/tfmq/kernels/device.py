@@ -1,0 +1,184 @@
+"""A layer through the operators of `tfmq.kernels.operators`: on a GPU their kernels, anywhere else their definitions.
+
+The integers of the layer lie in buffers, in the layout of the operators, so that a kernel moves with the model: `.to(device)` and the hooks that
+offload a model are all it takes. The buffers are no part of the state dict.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows
+from tfmq.kernels.operators.multiply import convolution_codes, linear_codes, linear_weight_only
+from tfmq.kernels.operators.product import product_codes
+from tfmq.kernels.operators.quantize import quantize_codes
+from tfmq.kernels.operators.weights import half_packed
+from tfmq.numerics.operations import Convolution, Linear, Operation
+
+# More segments than this, and more axes, no model here has.
+MAX_SEGMENTS = 4
+NIBBLE = 16
+
+
+def refusal(weight: IntegerWeight, levels: int) -> str:
+    """Return why the operators cannot compute a layer with a quantized input in exact integers; nothing where they can."""
+    if not weight.narrow:
+        return "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
+    if levels > 256 or weight.peak(levels) > ACCUMULATOR:
+        return "its sums may leave int32"
+    return shape_refusal(weight)
+
+
+def shape_refusal(weight: IntegerWeight) -> str:
+    """Return what about the shape of a layer has no operator; nothing if all has."""
+    operation = weight.operation
+    if len(weight.segments) > MAX_SEGMENTS:
+        return f"it reads a concatenation of more than {MAX_SEGMENTS} sources"
+    if isinstance(operation, Linear):
+        return ""
+    if operation.groups != 1:
+        return "it is a grouped convolution"
+    return "" if weight.values.ndim in (3, 4) else "it is a convolution over three axes"
+
+
+def _bounds(weight: IntegerWeight) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest integer of each row and segment, `[N, G]`."""
+    parts = [values.flatten(1) for values, _ in weight.parts()]
+    return torch.stack([part.amin(dim=1) for part in parts], dim=1), torch.stack([part.amax(dim=1) for part in parts], dim=1)
+
+
+def fits_nibbles(weight: IntegerWeight) -> bool:
+    """Whether the integers of every row and segment span no more than four bits."""
+    low, high = _bounds(weight)
+    return bool(((high - low) < NIBBLE).all() and (low >= -NIBBLE * 8 + 1).all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How a convolution reads its input: `padding` is top, left, bottom, right; one axis is the second of two."""
+
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, operation: Convolution, kernel: Sequence[int]) -> "Geometry":
+        """Return the geometry of a convolution with a window of `kernel`, one or two sizes."""
+        axes = len(kernel)
+        stride, dilation = ([*[1] * (2 - axes), *values] for values in (operation.stride, operation.dilation))
+        spans = [d * (k - 1) for d, k in zip(operation.dilation, kernel, strict=True)]
+        if operation.padding == "same":
+            pairs = [(span // 2, span - span // 2) for span in spans]
+        elif operation.padding == "valid":
+            pairs = [(0, 0)] * axes
+        else:
+            pairs = [(int(amount), int(amount)) for amount in operation.padding]
+        (top, bottom), (left, right) = [*[(0, 0)] * (2 - axes), *pairs]
+        return cls(stride=(stride[0], stride[1]), dilation=(dilation[0], dilation[1]), padding=(top, left, bottom, right))
+
+
+def geometry_of(operation: Operation, values: Tensor) -> Geometry | None:
+    """Return the geometry of a layer; None for a linear one, which a convolution of single pixels is too."""
+    if isinstance(operation, Linear):
+        return None
+    geometry = Geometry.of(operation, values.shape[2:])
+    pointwise = values[0, 0].numel() == 1 and geometry.stride == (1, 1) and not any(geometry.padding)
+    return None if pointwise else geometry
+
+
+def channels_last(x: Tensor, axis: int) -> Tensor:
+    """Return a view of `x` whose last axis are the channels, `axis` before."""
+    return x if axis == -1 else x.movedim(axis, -1)
+
+
+def channels_back(y: Tensor, axis: int) -> Tensor:
+    """Undo `channels_last`."""
+    return y if axis == -1 else y.movedim(-1, axis)
+
+
+class Integers(nn.Module):
+    """The weight of a layer in device memory, channels last: `weight` `[N, C]` or `[N, KH, KW, C]`, its zero-point if it is packed, `scale`, `bias`.
+
+    With `nibbles` two codes share a byte, which halves the weight; they are unpacked in registers.
+    """
+
+    weight: Tensor
+    weight_zero: Tensor | None
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor | None
+
+    def __init__(self, source: IntegerWeight, *, nibbles: bool) -> None:
+        super().__init__()
+        self.segments = source.segments
+        self.geometry = geometry_of(source.operation, source.values)
+        values = source.values if self.geometry is not None else source.values.flatten(1)
+        values = values.unsqueeze(2) if values.ndim == 3 else values
+        values, zero = values.movedim(1, -1), None
+        if nibbles:
+            zero = (-_bounds(source)[0]).to(torch.int8)
+            wide = zero if not self.segments else zero.repeat_interleave(torch.tensor(self.segments, device=zero.device), dim=1)
+            codes = values + wide.reshape(len(wide), *[1] * (values.ndim - 2), -1)
+        sums = torch.stack([part.flatten(1).sum(dim=1) for part, _ in source.parts()], dim=1)
+        self._keep("weight", half_packed(codes, self.segments) if nibbles else values.to(torch.int8).contiguous())
+        self._keep("weight_zero", zero)
+        self._keep("scale", source.scale.float().contiguous())
+        self._keep("sums", sums.to(torch.int32))
+        self._keep("bias", None if source.bias is None else source.bias.float().contiguous())
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        self.register_buffer(name, None if tensor is None else tensor.clone(), persistent=False)
+
+
+class OperatorKernel(Integers):
+    """A layer with a quantized input: quantize, then multiply. `refusal` says which layers it takes.
+
+    Its output is that of `ReferenceKernel` to the bit, with images channels-last.
+    """
+
+    first: Tensor
+
+    def __init__(self, source: IntegerWeight, *, nibbles: bool = False) -> None:
+        super().__init__(source, nibbles=nibbles)
+        self.channel_axis = source.operation.channel_axis
+        self._keep("first", torch.zeros(1, dtype=torch.int64, device=source.values.device))
+
+    def _index(self, rows: Rows) -> Tensor:
+        if rows.index is not None:
+            return rows.index
+        return self.first if len(rows.scales) == 1 else torch.arange(len(rows.scales), device=rows.scales.device)
+
+    def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        assert rows is not None
+        grid = (rows.scales, rows.zero_points, self._index(rows), self.segments)
+        values = (self.weight, self.weight_zero, self.scale, self.sums, self.bias)
+        last = channels_last(x, self.channel_axis)
+        if self.geometry is None:
+            y = linear_codes(quantize_codes(last, *grid, rows.levels, ()), *grid, *values, "", None, x.dtype)
+            return channels_back(y, self.channel_axis)
+        images = last.unsqueeze(1) if last.ndim == 3 else last
+        codes = quantize_codes(images, *grid, rows.levels, self.geometry.padding)
+        y = convolution_codes(codes, *grid, *values, self.geometry.stride, self.geometry.dilation, "", None, x.dtype)
+        return channels_back(y.squeeze(1) if last.ndim == 3 else y, self.channel_axis)
+
+
+class WeightOnlyKernel(Integers):
+    """A linear layer, or a convolution of single pixels, whose input is not quantized: integers at rest alone, unpacked in registers."""
+
+    def __init__(self, source: IntegerWeight, *, nibbles: bool = False) -> None:
+        super().__init__(source, nibbles=nibbles)
+        self.channel_axis = source.operation.channel_axis
+
+    def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        last = channels_last(x, self.channel_axis)
+        y = linear_weight_only(last, self.segments, self.weight, self.weight_zero, self.scale, self.bias)
+        return channels_back(y, self.channel_axis)
+
+
+def operator_product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
+    """Return `left_hat @ right_hat` by the operator; the dtype is that of `left`."""
+    a, b = ((rows.scale[:, 0], rows.zero_point[:, 0], rows.levels) for rows in (left_rows, right_rows))
+    shape = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    return product_codes(left.expand(*shape, *left.shape[-2:]), *a, right.expand(*shape, *right.shape[-2:]), *b)
