@@ -30,7 +30,7 @@ from tfmq.storage.digest import tensor_digest
 DYNAMIC = ("dit dynamic", "sd3 dynamic", "conditional dynamic")
 MODELS = ("unet", "plain", "dit", "sd3", "conditional", *DYNAMIC)
 needs_onednn = pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
-INTEGER = ["reference", pytest.param("torch", marks=needs_onednn)]
+INTEGER = ["reference", "operators", pytest.param("torch", marks=needs_onednn)]
 EVERY = ["simulated", *INTEGER]
 UNIT = 2.0**-24
 
@@ -260,7 +260,7 @@ def test_refusals(assorted: nn.Module) -> None:
         execute(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="'nonsense'"):
         Options(weights="nonsense")  # type: ignore[arg-type]
-    assert {"auto", "simulated", "reference", "torch"} <= set(backend_names())
+    assert {"auto", "simulated", "reference", "torch", "operators", "cuda"} <= set(backend_names())
 
 
 def test_auto_is_the_fastest_that_the_device_has(assorted: nn.Module) -> None:

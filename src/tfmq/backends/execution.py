@@ -12,8 +12,8 @@ from tfmq.errors import MissingExtraError
 from tfmq.nn.swap import STEPS
 
 AUTO = "auto"
-# The fastest first.
-PREFERRED = ("torch", "simulated")
+# By kind of device, the fastest first.
+PREFERRED = {"cpu": ("torch",), "cuda": ("cuda",)}
 
 
 def backend_names() -> tuple[str, ...]:
@@ -35,9 +35,7 @@ def choose(name: str, module: nn.Module) -> str:
             raise ValueError(f"the backend {name} needs {missing}")
         return name
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    if device != "cpu":
-        return "simulated"
-    for candidate in PREFERRED:
+    for candidate in PREFERRED.get(device, ()):
         try:
             if not BACKENDS[candidate].missing():
                 return candidate
@@ -67,7 +65,7 @@ def execute(target: Any, backend: str = AUTO, *, options: Options | None = None)
 
     Args:
         target: a pipeline with a quantized component, or a quantized module.
-        backend: "auto", "simulated", "reference", "torch" or "openvino".
+        backend: "auto", "simulated", "reference", "operators", "torch", "openvino" or "cuda".
         options: memory and compilation; see `Options`.
 
     Returns:
