@@ -15,7 +15,6 @@ FID and compares with nothing but itself.
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,18 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from reference import Reference, environment
 from torch import Tensor, nn
 
 import tfmq
 from tfmq.api import open_sampler
-from tfmq.calibration.store import CalibrationStore
-from tfmq.calibration.trajectory import recorded_calls
 from tfmq.cli.progress import shown_progress
-from tfmq.evaluation.paired import paired_fidelity
-from tfmq.evaluation.sampling import draw
 from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.integrations.diffusers.quiet import quiet
-from tfmq.numerics.errors import sqnr_db
 from tfmq.progress import Progress
 from tfmq.recipes.recipe import Recipe, Temporal
 
@@ -46,9 +41,6 @@ PARTS = ("gptq", "tfmq_cache_fp16")
 # As the table and the pictures have them.
 ROWS = ("rtn", "brecq", "gptq", "tfmq_block", "tfmq_cache", "tfmq_cache_fp16", "tfmq_selected")
 STEPS = 50
-# The noise of the measured images is none that calibration saw.
-IMAGE_SEED = 1234
-TRAJECTORIES = 16
 AVERAGED = ("psnr_db", "ssim", "output_sqnr_db", "frechet_to_full_precision")
 # None where a cell was not measured: without real images, or beside other work.
 OPTIONAL = ("frechet_to_real", "cpu_seconds")
@@ -113,37 +105,9 @@ def frechet(images: np.ndarray, others: np.ndarray) -> float:
     return float(metric.compute())
 
 
-@dataclass
-class Reference:
-    """The full-precision model's images and trajectory, made once."""
-
-    model: str
-    directory: Path
-    num_images: int
-    real: np.ndarray | None
-
-    def prepare(self, progress: Progress) -> None:
-        self.sampler = open_sampler(self.model)
-        path = self.directory / f"reference-{self.num_images}.npy"
-        if not path.exists():
-            np.save(path, draw(self.sampler, self.num_images, steps=STEPS, seed=IMAGE_SEED, batch_size=64, progress=progress))
-        self.images = np.load(path)
-        self.store = CalibrationStore(self.directory / "trajectory")
-        if len(self.store) != STEPS:
-            self.store.clear()
-            with recorded_calls(self.sampler.denoiser, self.store.append):
-                self.sampler.run(range(TRAJECTORIES), steps=STEPS, seed=IMAGE_SEED + 1)
-
-    @torch.no_grad()
-    def output_sqnr(self, module: nn.Module) -> list[float]:
-        """Return the SQNR in dB of the output of `module` at each step of the stored trajectory, from noise to image."""
-        quantized = tfmq.Denoiser(module)
-        return [sqnr_db(self.sampler.denoiser(inputs), quantized(inputs)) for inputs in self.store]
-
-
-def measure(cell: Cell, reference: Reference, iterations: int | None, progress: Progress) -> dict[str, Any]:
+def measure(cell: Cell, reference: Reference, real: np.ndarray | None, iterations: int | None, progress: Progress) -> dict[str, Any]:
     """Quantize and measure one cell."""
-    sampler = open_sampler(reference.model)
+    sampler = reference.fresh()
     recipe = cell.recipe(iterations)
     # Processor time: cells run side by side, one thread each.
     began = time.process_time()
@@ -152,8 +116,8 @@ def measure(cell: Cell, reference: Reference, iterations: int | None, progress: 
     module = sampler.denoiser.module
     disturbed = temporal_disturbance(reference.sampler, module)
     tfmq.execute(module, "auto")  # what a user would run
-    images = draw(sampler, reference.num_images, steps=STEPS, seed=IMAGE_SEED, batch_size=64, progress=progress)
-    fidelity = paired_fidelity(reference.images, images)
+    images = reference.draw(sampler, progress)
+    fidelity = reference.fidelity(images)
     np.save(reference.directory / f"{cell.name}.npy", images[:32])
     sqnr = reference.output_sqnr(module)
     return {
@@ -179,19 +143,7 @@ def measure(cell: Cell, reference: Reference, iterations: int | None, progress: 
             "cosine_by_step": torch.stack(list(disturbed.cosine.values())).mean(dim=0).tolist(),
         },
         "frechet_to_full_precision": frechet(images, reference.images),
-        "frechet_to_real": frechet(images, reference.real) if reference.real is not None else None,
-    }
-
-
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures were measured with."""
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {
-        "machine": f"{processor or platform.processor()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tfmq": tfmq.__version__},
-        "command": f"python benchmarks/ablation.py --num-images {options.num_images} --iterations {options.iterations or 'preset'}",
-        "model": options.model,
-        "steps": STEPS,
+        "frechet_to_real": frechet(images, real) if real is not None else None,
     }
 
 
@@ -260,7 +212,9 @@ def write_results(directory: Path, options: argparse.Namespace) -> None:
     if not rows:
         return
     summary = aggregate(rows)
-    (directory / "ablation.json").write_text(json.dumps({"environment": environment(options), "summary": summary, "cells": rows}, indent=1) + "\n")
+    command = f"python benchmarks/ablation.py --num-images {options.num_images} --iterations {options.iterations or 'preset'}"
+    described = {**environment(command), "model": options.model, "steps": STEPS}
+    (directory / "ablation.json").write_text(json.dumps({"environment": described, "summary": summary, "cells": rows}, indent=1) + "\n")
     (directory / "ablation.md").write_text(table(summary))
     draw_curves(rows, directory / "ablation.png")
     print(table(summary))
@@ -288,14 +242,14 @@ def main() -> None:
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     real = real_images(options.real, 10_000) if options.real else None
-    reference = Reference(options.model, options.output_dir, options.num_images, real)
+    reference = Reference(lambda: open_sampler(options.model), options.output_dir, options.num_images, steps=STEPS)
     with quiet(), shown_progress() as progress:
         reference.prepare(progress)
         for cell in cells():
             path = options.output_dir / f"{cell.name}.json"
             if options.only not in cell.name or path.exists():
                 continue
-            result = measure(cell, reference, options.iterations, progress)
+            result = measure(cell, reference, real, options.iterations, progress)
             path.write_text(json.dumps(result, indent=1) + "\n")
             write_results(options.output_dir, options)
     write_results(options.output_dir, options)

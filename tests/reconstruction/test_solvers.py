@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of
 from tfmq.numerics.formats import IntegerFormat
-from tfmq.quantizers.weight import fit_grid
+from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.solvers import SOLVERS, Rounding, UnitProblem, work
+from tfmq.reconstruction.solvers import LEAN, SOLVERS, Rounding, UnitProblem, leaning, work
 
 GPTQ = Rounding(solver="gptq")
 
@@ -112,6 +112,20 @@ def test_a_wide_layer_is_solved_in_parts() -> None:
     nearest = solve(layer, x, x, Rounding(solver="nearest"))
     assert solve(layer, x, x, replace(GPTQ, widest=16)) < 0.8 * nearest
     assert torch.equal(layer.grid.scale, scale)
+
+
+@pytest.mark.parametrize("segments", [(), (3, 5)])
+def test_a_polish_starts_from_the_codes_that_it_polishes(segments: tuple[int, ...]) -> None:
+    torch.manual_seed(6)
+    x, layer = correlated(32, 8, 7, 7), calibrated(nn.Conv2d(8, 10, 3, padding=1), segments=segments)
+    found = solve(layer, x, x)
+    rounding = AdaptiveRounding(leaning(layer), layer.grid)
+    assert torch.equal(rounding.codes(hard=True), layer.codes.float())
+    step = layer.grid.expand(layer.grid.scale, 4)
+    moved = (layer.grid.decode(rounding.codes(hard=False).detach()) - layer.quantized_weight()).div(step)
+    towards = (layer.weight - layer.quantized_weight()).div(step)
+    assert float(moved.abs().max()) <= LEAN + 1e-3 and bool((moved * towards >= -1e-3).all())
+    assert solve(layer, x, x, Rounding(solver="gptq_adaround")) <= found
 
 
 def test_the_same_seed_gives_the_same_codes() -> None:

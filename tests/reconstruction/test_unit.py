@@ -49,7 +49,7 @@ def reconstruct(
 
 @pytest.mark.parametrize(("model", "unit"), [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")])
 @pytest.mark.parametrize("activation_bits", [None, 8])
-@pytest.mark.parametrize("solver", ["adaround", "gptq"])
+@pytest.mark.parametrize("solver", ["adaround", "gptq", "gptq_adaround"])
 def test_the_outputs_error_falls_and_is_reported(
     build: Callable[..., Any], model: str, unit: str, activation_bits: int | None, solver: SolverName
 ) -> None:

@@ -12,6 +12,9 @@ from tfmq.numerics.rounding import annealed_beta, rounding_penalty
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import AdaptiveRounding
 
+# What the roundings of a layer start from: values of its weight, in its shape.
+Start = Callable[[CalibratedLayer], Tensor]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
@@ -43,11 +46,16 @@ class Learning:
             raise ValueError(f"learning_rate must be > 0 and penalty >= 0, got {self.learning_rate} and {self.penalty}")
 
 
+def full_precision(layer: CalibratedLayer) -> Tensor:
+    """Return the full-precision weight: where AdaRound starts."""
+    return layer.weight
+
+
 @contextmanager
-def adaptive_rounding(layers: Mapping[str, CalibratedLayer]) -> Iterator[list[AdaptiveRounding]]:
+def adaptive_rounding(layers: Mapping[str, CalibratedLayer], start: Start = full_precision) -> Iterator[list[AdaptiveRounding]]:
     """Give every layer trainable roundings while the context is open; on a clean exit their hard values become the layer's codes."""
     for layer in layers.values():
-        layer.rounding = AdaptiveRounding(layer.weight, layer.grid)
+        layer.rounding = AdaptiveRounding(start(layer), layer.grid)
     try:
         yield [layer.rounding for layer in layers.values() if layer.rounding]
         with torch.no_grad():
@@ -66,11 +74,12 @@ def learn_rounding(
     *,
     seed: int,
     advance: Advance,
+    start: Start = full_precision,
 ) -> None:
     """Minimise `loss + penalty * sum(1 - |2 h(V) - 1|**beta)` over the roundings `V` of `layers`, and fix them (AdaRound, equation 21).
 
-    `loss` draws its own batch from the generator it is given. Where the learned roundings end with more loss on the same draws than the
-    codes the layers came with, those codes are kept.
+    Soft weights begin at `start`, each free to move between the two codes around it. `loss` draws its own batch from the generator it is given.
+    Where the learned roundings end with more loss on the same draws than the codes the layers came with, those codes are kept.
     """
 
     def measured() -> float:
@@ -82,7 +91,7 @@ def learn_rounding(
         return
     before = measured(), {name: layer.codes.clone() for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed + 1)
-    with adaptive_rounding(layers) as roundings:
+    with adaptive_rounding(layers, start) as roundings:
         optimizer = torch.optim.Adam([rounding.logits for rounding in roundings], lr=config.learning_rate)
         for iteration in range(config.iterations):
             beta = annealed_beta(iteration, config.iterations, start=config.beta_start, end=config.beta_end, warmup=config.warmup)

@@ -13,18 +13,20 @@ from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
 
+# A code that learning may move starts so near to itself, in codes, on the side of the full-precision weight.
+LEAN = 0.1
 # Keeps the equations solvable where a layer's input is zero throughout.
 SMALLEST_DAMPING = 1e-12
 
-SolverName = Literal["nearest", "adaround", "gptq"]
+SolverName = Literal["nearest", "adaround", "gptq", "gptq_adaround"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How codes are found: by `nearest` rounding, by `adaround` with the recipe's learning, or by `gptq` with what follows here.
+    """How codes are found: by `nearest` rounding, by `adaround` with the recipe's learning, by `gptq` with what follows here, or by both in turn.
 
     Attributes:
-        solver: one of the three; the paper's is `adaround`.
+        solver: one of the four; the paper's is `adaround`.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
         positions: output positions (pixels, tokens) of a calibration sample that count.
         sweeps: most sweeps of coordinate descent.
@@ -74,7 +76,7 @@ Solver = Callable[[UnitProblem, Rounding, int], None]
 
 def work(config: Rounding, learning: Learning, layers: int) -> int:
     """Return how often a solver advances on a unit of `layers` layers."""
-    return {"nearest": 0, "adaround": learning.iterations, "gptq": layers}[config.solver]
+    return {"nearest": 0, "adaround": learning.iterations, "gptq": layers, "gptq_adaround": layers + learning.iterations}[config.solver]
 
 
 def nearest(problem: UnitProblem, config: Rounding, seed: int) -> None:
@@ -135,4 +137,17 @@ def _solve(layer: CalibratedLayer, moments: Moments, damping: Tensor, config: Ro
     grid.scale.copy_(scale[:, :, first].flatten(0, 1))
 
 
-SOLVERS: dict[str, Solver] = {"nearest": nearest, "adaround": adaround, "gptq": gptq}
+def leaning(layer: CalibratedLayer) -> Tensor:
+    """Return the weight that the codes of a layer stand for, moved towards the full-precision one, no further than `LEAN` codes."""
+    coded = layer.quantized_weight()
+    step = layer.grid.expand(layer.grid.scale, layer.weight.ndim)
+    return coded + (layer.weight - coded).clamp(min=-LEAN * step, max=LEAN * step)
+
+
+def gptq_adaround(problem: UnitProblem, config: Rounding, seed: int) -> None:
+    """Solve by `gptq`, then learn which of the codes to move by one, all layers together: scales and biases stay."""
+    gptq(problem, config, seed)
+    learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, start=leaning)
+
+
+SOLVERS: dict[str, Solver] = {"nearest": nearest, "adaround": adaround, "gptq": gptq, "gptq_adaround": gptq_adaround}
