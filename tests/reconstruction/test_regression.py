@@ -9,7 +9,7 @@ from tfmq.nn.operation import operation_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.weight import fit_grid
-from tfmq.reconstruction.regression import Regression, inputs_at, outputs_at, positions_of
+from tfmq.reconstruction.regression import Moments, Regression, inputs_at, outputs_at, positions_of
 
 MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (3, 6)),
@@ -60,16 +60,22 @@ def test_moments_are_those_of_inputs_and_of_what_the_weight_leaves(groups: int) 
     handle = calibrated.register_forward_hook(lambda _, args, out: target[:4] if len(out) == 4 else target[4:])
     regression.record_targets(run_full)
     handle.remove()
-    moments = regression.moments("c", lambda part: calibrated(x[part]))
+    moments = regression.moments("c", lambda part: calibrated(x[part]), widest=100)
     columns = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     residual = (target - module(x)).flatten(2).transpose(1, 2).flatten(0, 1).double()
+    assert moments.cross is not None
     for group in range(groups):
         read, left = columns.chunk(groups, dim=1)[group], residual.chunk(groups, dim=1)[group]
         expected = read.mT @ read / len(read), left.mT @ read / len(read), read.mean(dim=0), left.mean(dim=0)
-        found = moments.hessian[group], moments.cross[group], moments.inputs[group], moments.residuals[group]
+        found = moments.hessians[0][group], moments.cross[group], moments.inputs[group], moments.residuals[group]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        centred = moments.centred().hessian[group]
+    mean_square = moments.mean_square()
+    moments.centre()
+    moments.damp(mean_square)
+    for group in range(groups):
+        read = columns.chunk(groups, dim=1)[group]
+        centred = moments.hessians[0][group] - float(read.square().mean()) * torch.eye(read.shape[1])
         torch.testing.assert_close(centred, torch.cov(read.mT, correction=0).reshape(centred.shape), rtol=1e-4, atol=1e-5)
 
 
@@ -82,7 +88,28 @@ def test_positions_are_drawn_from_the_seed_and_bounded() -> None:
         regression = Regression({"c": calibrated}, [torch.arange(4)], most=most, seed=seed)
         regression.record_targets(lambda part: calibrated(x[part]))
         assert regression.seen["c"][0][1].shape == (4 * most, 3)
-        return regression.moments("c", lambda part: calibrated(x[part])).hessian
+        return regression.moments("c", lambda part: calibrated(x[part]), widest=100).hessians[0]
 
     assert torch.equal(hessian(1, 5), hessian(1, 5)) and not torch.equal(hessian(1, 5), hessian(2, 5))
     torch.testing.assert_close(hessian(1, 64), hessian(2, 64))
+
+
+@torch.no_grad()
+def test_a_wide_layer_keeps_the_blocks_of_its_parts_alone() -> None:
+    x, module = torch.randn(6, 4, 5, 5), nn.Conv2d(4, 6, 3, padding=1)
+
+    def found(widest: int) -> Moments:
+        calibrated = layer(module)
+        regression = Regression({"c": calibrated}, torch.arange(6).split(4), most=9, seed=0)
+        regression.record_targets(lambda part: calibrated(x[part]))
+        return regression.moments("c", lambda part: calibrated(x[part]), widest=widest)
+
+    whole, parted = found(36), found(16)
+    assert [tuple(block.shape) for block in parted.hessians] == [(1, 16, 16), (1, 16, 16), (1, 4, 4)] and parted.cross is None
+    for columns, block in parted.parts():
+        torch.testing.assert_close(block, whole.hessians[0][:, columns, columns])
+    torch.testing.assert_close(parted.mean_square(), whole.mean_square())
+    for moments in (whole, parted):
+        moments.centre()
+    for columns, block in parted.parts():
+        torch.testing.assert_close(block, whole.hessians[0][:, columns, columns])

@@ -42,7 +42,8 @@ def solve(layer: CalibratedLayer, x: Tensor, full: Tensor, config: Rounding = GP
     problem = UnitProblem(
         {"layer": layer}, torch.arange(len(x)).split(16), run_full, lambda part: layer(x[part]), loss, LEARNING, lambda n=1: advances.append(n)
     )
-    SOLVERS[config.solver](problem, config, seed)
+    taken = SOLVERS[config.solver].solve(problem, config, seed)
+    assert taken == (LEARNING.iterations if "adaround" in config.solver else 0)
     assert sum(advances) == work(config, LEARNING, 1)
     with torch.no_grad():
         return float((layer(x) - target).square().mean())

@@ -20,19 +20,39 @@ Run = Callable[[Tensor], Any]
 class Moments:
     """Means over sampled output positions, of a layer with G groups of R rows and n columns.
 
-    `hessian` `[G, n, n]` of `x x^T`, `cross` `[G, R, n]` of `r x^T`, `inputs` `[G, n]` of `x` and `residuals` `[G, R]` of `r`: x is what the
-    layer reads in the quantized network, and r what its full-precision weight leaves of the full-precision network's output there.
+    `hessians` are the blocks `[G, p, p]` of `x x^T` for each part of the columns that is solved together, `cross` `[G, R, n]` is that of
+    `r x^T` (None where there are several parts, which make no use of it), `inputs` `[G, n]` of `x` and `residuals` `[G, R]` of `r`: x is what
+    the layer reads in the quantized network, and r what its full-precision weight leaves of the full-precision network's output there.
     """
 
-    hessian: Tensor
-    cross: Tensor
+    hessians: tuple[Tensor, ...]
+    cross: Tensor | None
     inputs: Tensor
     residuals: Tensor
 
-    def centred(self) -> "Moments":
-        """Return the covariances in the place of the second moments: what is left to the weights when a bias takes the means."""
-        hessian = self.hessian - self.inputs[:, :, None] * self.inputs[:, None, :]
-        return Moments(hessian, self.cross - self.residuals[:, :, None] * self.inputs[:, None, :], self.inputs, self.residuals)
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the columns of each part with their block."""
+        start = 0
+        for hessian in self.hessians:
+            yield slice(start, start + hessian.shape[1]), hessian
+            start += hessian.shape[1]
+
+    def centre(self) -> None:
+        """Put the covariances in the place of the second moments: what is left to the weights when a bias takes the means."""
+        for part, hessian in self.parts():
+            hessian -= self.inputs[:, part, None] * self.inputs[:, None, part]
+        if self.cross is not None:
+            self.cross -= self.residuals[:, :, None] * self.inputs[:, None, :]
+
+    def mean_square(self) -> Tensor:
+        """Return the mean square of the inputs of each group, `[G]`."""
+        return torch.cat([hessian.diagonal(dim1=1, dim2=2) for hessian in self.hessians], dim=1).mean(dim=1)
+
+    def damp(self, amount: Tensor) -> None:
+        """Add `amount` `[G]` to the diagonal."""
+        for hessian in self.hessians:
+            diagonal = hessian.diagonal(dim1=1, dim2=2)
+            diagonal += amount[:, None]
 
 
 def positions_of(operation: Operation, output: Tensor) -> int:
@@ -122,17 +142,15 @@ class Regression:
                 run(part)
 
     @torch.no_grad()
-    def moments(self, name: str, run: Run) -> Moments:
-        """Return the moments of a layer at what it reads while `run` calls the quantized unit; its targets are forgotten."""
+    def moments(self, name: str, run: Run, *, widest: int) -> Moments:
+        """Return the moments of a layer at what it reads while `run` calls the quantized unit; its targets are forgotten.
+
+        At most `widest` columns are taken together.
+        """
         layer, kept = self.layers[name], iter(self.seen.pop(name))
         groups = layer.operation.groups if isinstance(layer.operation, Convolution) else 1
         weight = layer.weight.flatten(1).unflatten(0, (groups, -1)).float()
-        rows, columns = weight.shape[1:]
-        double = {"dtype": torch.float64, "device": weight.device}
-        sums = Moments(
-            torch.zeros(groups, columns, columns, **double), torch.zeros(groups, rows, columns, **double),
-            torch.zeros(groups, columns, **double), torch.zeros(groups, rows, **double),
-        )  # fmt: skip
+        sums = _zeros(weight, widest)
         reads: list[tuple[Tensor, Tensor]] = []
 
         def see(_: str, x: Tensor, __: Tensor) -> None:
@@ -146,11 +164,32 @@ class Regression:
             # Not in the hook: there the unit's own products are watched, and these are none.
             for read, target in reads:
                 target = target if layer.bias is None else target - layer.bias
-                residual = target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT
-                sums.hessian += (read.mT @ read).double()
-                sums.cross += (residual.mT @ read).double()
-                sums.inputs += read.sum(dim=1).double()
-                sums.residuals += residual.sum(dim=1).double()
+                _add(sums, read, target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT)
                 count += len(target)
             reads.clear()
-        return Moments(sums.hessian / count, sums.cross / count, sums.inputs / count, sums.residuals / count)
+        for tensor in (*sums.hessians, sums.inputs, sums.residuals, *(() if sums.cross is None else (sums.cross,))):
+            tensor /= count
+        return sums
+
+
+def _zeros(weight: Tensor, widest: int) -> Moments:
+    """Return no moments yet of a layer with the weight `[G, R, n]`."""
+    groups, rows, columns = weight.shape
+    sizes = [min(widest, columns - start) for start in range(0, columns, widest)]
+    double: dict[str, Any] = {"dtype": torch.float64, "device": weight.device}
+    return Moments(
+        tuple(torch.zeros(groups, size, size, **double) for size in sizes),
+        torch.zeros(groups, rows, columns, **double) if len(sizes) == 1 else None,
+        torch.zeros(groups, columns, **double),
+        torch.zeros(groups, rows, **double),
+    )
+
+
+def _add(sums: Moments, read: Tensor, residual: Tensor) -> None:
+    """Add what was read `[G, P, n]` and left over `[G, P, R]` at some positions; products in float32, sums in float64."""
+    for part, hessian in sums.parts():
+        hessian += read[:, :, part].mT @ read[:, :, part]
+    if sums.cross is not None:
+        sums.cross += residual.mT @ read
+    sums.inputs += read.sum(dim=1)
+    sums.residuals += residual.sum(dim=1)

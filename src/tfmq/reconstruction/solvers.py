@@ -60,6 +60,7 @@ class UnitProblem:
         loss: error of the unit's output in the latter on a batch that it draws.
         learning: hyper-parameters of learned rounding.
         advance: to be called `work` times.
+        judge: error of the unit's output on samples that `loss` does not draw; None where it draws from all.
     """
 
     layers: Mapping[str, CalibratedLayer]
@@ -69,27 +70,41 @@ class UnitProblem:
     loss: Callable[[torch.Generator], Tensor]
     learning: Learning
     advance: Advance
+    judge: Callable[[], float] | None = None
 
 
-Solver = Callable[[UnitProblem, Rounding, int], None]
+@dataclass(frozen=True)
+class Solver:
+    """A way to round a unit.
+
+    Attributes:
+        solve: sets codes, scales and corrections of the problem's layers, with random draws from a seed; returns the learning steps taken.
+        work: how often it advances on a unit of so many layers.
+        runs_full: whether it calls `run_full`, for which a unit's full-precision inputs are kept.
+    """
+
+    solve: Callable[[UnitProblem, Rounding, int], int]
+    work: Callable[[Learning, int], int]
+    runs_full: bool
 
 
 def work(config: Rounding, learning: Learning, layers: int) -> int:
-    """Return how often a solver advances on a unit of `layers` layers."""
-    return {"nearest": 0, "adaround": learning.iterations, "gptq": layers, "gptq_adaround": layers + learning.iterations}[config.solver]
+    """Return how often the solver of `config` advances on a unit of `layers` layers."""
+    return SOLVERS[config.solver].work(learning, layers)
 
 
-def nearest(problem: UnitProblem, config: Rounding, seed: int) -> None:
+def nearest(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Leave the nearest codes."""
+    return 0
 
 
-def adaround(problem: UnitProblem, config: Rounding, seed: int) -> None:
+def adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Learn the roundings of all layers together (BRECQ, Li et al., 2021)."""
-    learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance)
+    return learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, judge=problem.judge)
 
 
 @torch.no_grad()
-def gptq(problem: UnitProblem, config: Rounding, seed: int) -> None:
+def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Round each layer so that its output in the quantized network comes nearest to the full-precision network's.
 
     The inputs are those that the rounded layers before it leave, the outputs those of the full-precision network, so that a layer also makes
@@ -99,38 +114,38 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> None:
     regression = Regression(problem.layers, problem.parts, most=config.positions, seed=seed)
     regression.record_targets(problem.run_full)
     for name, layer in problem.layers.items():
-        moments = regression.moments(name, problem.run)
-        damping = config.damping * moments.hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
-        _solve(layer, moments if layer.bias is None else moments.centred(), damping.clamp(min=SMALLEST_DAMPING), config)
+        moments = regression.moments(name, problem.run, widest=config.widest)
+        damping = (config.damping * moments.mean_square()).clamp(min=SMALLEST_DAMPING)
+        if layer.bias is not None:
+            moments.centre()
+        moments.damp(damping)
+        _solve(layer, moments, config)
         if layer.correction is not None:
             change = (layer.quantized_weight() - layer.weight).flatten(1).unflatten(0, moments.residuals.shape).double()
             layer.correction.copy_((moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten())
         problem.advance()
+    return 0
 
 
-def _solve(layer: CalibratedLayer, moments: Moments, damping: Tensor, config: Rounding) -> None:
-    """Set the codes and scales of a layer; `damping` `[G]` is added to the diagonal of each group's hessian."""
-    groups, columns = moments.inputs.shape
-    shape = layer.weight.shape
+def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
+    """Set the codes and scales of a layer; its damped moments are used up."""
+    groups, shape = len(moments.inputs), layer.weight.shape
 
     def matrix(values: Tensor) -> Tensor:
         return values.expand(shape).flatten(1).unflatten(0, (groups, -1)).clone()
 
     weight = matrix(layer.weight).double()
-    hessian = moments.hessian + damping[:, None, None] * torch.eye(columns, dtype=torch.float64, device=weight.device)
-    parts = torch.arange(columns).split(config.widest)
     # A part that cannot see the others would make up for the whole error, and they too.
-    target = weight if len(parts) > 1 else weight + torch.linalg.solve(hessian, moments.cross.mT).mT
+    target = weight if moments.cross is None else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
     grid = layer.grid
     scale, zero_point = matrix(grid.expand(grid.scale, layer.weight.ndim)).float(), matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float()
     segment = segment_numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
     codes = torch.empty_like(scale)
-    for part in parts:
-        some = slice(int(part[0]), int(part[-1]) + 1)
-        problem = Quadratic(target[:, :, some], hessian[:, some, some])
+    for some, hessian in moments.parts():
+        problem = Quadratic(target[:, :, some], hessian)
         start = CodeGrid(scale[:, :, some], zero_point[:, :, some], grid.format.levels)
         # Parts of a row share its scales, which then stay as they are.
-        codes[:, :, some], fitted = compensate(problem, start, segment[some], sweeps=config.sweeps, refitted=len(parts) == 1)
+        codes[:, :, some], fitted = compensate(problem, start, segment[some], sweeps=config.sweeps, refitted=moments.cross is not None)
         scale[:, :, some] = fitted.scale
     layer.codes.copy_(codes.flatten(0, 1).reshape(shape))
     first = torch.stack([(segment == number).int().argmax() for number in range(grid.scale.shape[1])])
@@ -144,10 +159,15 @@ def leaning(layer: CalibratedLayer) -> Tensor:
     return coded + (layer.weight - coded).clamp(min=-LEAN * step, max=LEAN * step)
 
 
-def gptq_adaround(problem: UnitProblem, config: Rounding, seed: int) -> None:
+def gptq_adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Solve by `gptq`, then learn which of the codes to move by one, all layers together: scales and biases stay."""
     gptq(problem, config, seed)
-    learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, start=leaning)
+    return learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, start=leaning, judge=problem.judge)
 
 
-SOLVERS: dict[str, Solver] = {"nearest": nearest, "adaround": adaround, "gptq": gptq, "gptq_adaround": gptq_adaround}
+SOLVERS: dict[str, Solver] = {
+    "nearest": Solver(nearest, lambda learning, layers: 0, runs_full=False),
+    "adaround": Solver(adaround, lambda learning, layers: learning.iterations, runs_full=False),
+    "gptq": Solver(gptq, lambda learning, layers: layers, runs_full=True),
+    "gptq_adaround": Solver(gptq_adaround, lambda learning, layers: layers + learning.iterations, runs_full=True),
+}
