@@ -102,9 +102,7 @@ def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], param
     return {
         "scheme": recipe.name,
         "bytes": {"fp32": 4 * parameters, "quantized": quantized_bytes},
-        "units": [
-            {"name": u.name, "error_before": u.error_before, "error_after": u.error_after, "seconds": round(u.seconds, 3)} for u in outcome.units
-        ],
+        "units": [{**asdict(unit), "seconds": round(unit.seconds, 3)} for unit in outcome.units],
         "temporal": {
             "max_relative_error": disturbed.max_relative_error,
             "mean_relative_error": disturbed.mean_relative_error,

@@ -128,12 +128,13 @@ def reconstruct_units(
                     seed=stage_seed(seed, unit.name),
                     advance=advance,
                 )
-                figures = torch.tensor([report.error_before, report.error_after, report.seconds], dtype=torch.float64)
+                figures = torch.tensor([report.error_before, report.error_after, report.iterations, report.seconds], dtype=torch.float64)
                 return {"report": figures, **_learned({name: layers[name] for name in unit.layers})}
 
             skipped = journal.done(f"unit_{number:04d}")
             tensors = journal.stage(f"unit_{number:04d}", compute)
-            reports.append(UnitReport(unit.name, *tensors.pop("report").tolist()))
+            before, after, iterations, seconds = tensors.pop("report").tolist()
+            reports.append(UnitReport(unit.name, before, after, int(iterations), seconds))
             _restore({name: layers[name] for name in unit.layers}, tensors)
             settle(module.get_submodule(unit.name))
             upstream.add(unit.name, module.get_submodule(unit.name))

@@ -9,7 +9,7 @@ from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Linear
 from tfmq.quantizers.weight import fit_grid
-from tfmq.reconstruction.learning import Learning, adaptive_rounding, learn_rounding
+from tfmq.reconstruction.learning import CHECKS, PATIENCE, Learning, adaptive_rounding, learn_rounding
 
 QUICK = Learning(iterations=300, learning_rate=1e-2, batch_size=32)
 
@@ -127,7 +127,7 @@ def test_a_failing_loss_takes_the_roundings_away_and_keeps_the_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"iterations": -1}, {"batch_size": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"learning_rate": 0.0}, {"penalty": -1.0}]
+    "wrong", [{"iterations": -1}, {"batch_size": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"learning_rate": 0.0}, {"penalty": -1.0}, {"held_out": 1.0}]
 )
 def test_impossible_hyper_parameters_are_refused_by_value(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()
@@ -138,3 +138,32 @@ def test_impossible_hyper_parameters_are_refused_by_value(wrong: dict[str, float
 def test_one_iteration_works() -> None:
     layer, x = calibrated(), correlated()
     assert learn({"a": layer}, lambda g: output_error(layer, x), Learning(iterations=1)) == 1
+
+
+def test_it_ends_where_held_out_samples_gain_nothing_and_keeps_the_best_codes() -> None:
+    layer, x = calibrated(), correlated()
+    judged: list[tuple[float, Tensor]] = []
+
+    def judge() -> float:
+        assert layer.rounding is None, "it is judged by the codes, not by what is between them"
+        # Better up to the third check, never again.
+        judged.append((abs(len(judged) - 2.0), layer.codes.clone()))
+        return judged[-1][0]
+
+    advances: list[int] = []
+    config = Learning(iterations=400, learning_rate=3e-3, held_out=0.5)
+    taken = learn_rounding({"a": layer}, lambda g: output_error(layer, x), config, seed=0, advance=lambda n=1: advances.append(n), judge=judge)
+    first, every = 80, 400 // CHECKS
+    assert taken == first + (3 + PATIENCE) * every and sum(advances) == 400 and len(judged) == 3 + PATIENCE
+    assert torch.equal(layer.codes, judged[2][1]) and layer.rounding is None
+    assert not torch.equal(judged[0][1], judged[-1][1]), "the codes moved between checks"
+
+
+def test_without_an_end_in_sight_all_steps_are_taken() -> None:
+    layer, x = calibrated(), correlated()
+    falling = iter(range(1000, 0, -1))
+    config = Learning(iterations=40, learning_rate=1e-2, held_out=0.5)
+    taken = learn_rounding(
+        {"a": layer}, lambda g: output_error(layer, x), config, seed=0, advance=lambda n=1: None, judge=lambda: float(next(falling))
+    )
+    assert taken == 40

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding, SolverName
-from tfmq.reconstruction.unit import UnitReport, capture_unit, reconstruct_unit, settle
+from tfmq.reconstruction.unit import UnitReport, _split, capture_unit, reconstruct_unit, settle
 from tfmq.reconstruction.units import find_units
 
 TIMESTEPS = torch.tensor([5.0, 300.0, 900.0])
@@ -165,3 +166,30 @@ def test_settling_reaches_layers_and_products_below_the_unit(build: Callable[...
     assert {layer.weight_precision for layer in calibrated_layers(unit).values()} == {"quantized"}
     outside = {layer.weight_precision for name, layer in calibrated_layers(denoiser.module).items() if not name.startswith("mid_block.attentions.0")}
     assert outside == {"full"}
+
+
+@pytest.mark.parametrize(("count", "share"), [(10, 0.0), (10, 0.25), (7, 0.9), (3, 0.1)])
+def test_what_is_held_out_is_spread_and_never_learned_on(count: int, share: float) -> None:
+    seen, held_out = _split(count, share)
+    assert len(held_out) == int(share * count) and sorted([*seen.tolist(), *held_out.tolist()]) == list(range(count))
+    if len(held_out) > 1:
+        gaps = held_out.diff()
+        assert int(gaps.max() - gaps.min()) <= 1
+
+
+def test_held_out_samples_judge_a_unit(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    steps, data = prepared(denoiser, example), batches(example)
+    units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)))}
+    learning, advances = replace(QUICK, held_out=0.25), []
+    report = reconstruct_unit(
+        denoiser, units["stages.0"], data, Upstream(None), steps, Rounding(), learning, seed=0, advance=lambda amount=1: advances.append(amount)
+    )
+    assert 0 < report.iterations <= QUICK.iterations and sum(advances) == QUICK.iterations and report.error_after < report.error_before
+
+
+def test_full_precision_inputs_are_kept_for_those_alone_that_run_on_them(build: Callable[..., Any]) -> None:
+    denoiser, example = build("plain")
+    prepared(denoiser, example)
+    full, calls = capture_unit(denoiser, denoiser.module.stages[1], batches(example), Upstream(None), full_inputs=False)
+    assert (full.args, full.kwargs) == ((), {}) and len(calls.args) == 2 and full.outputs is calls.outputs

@@ -64,8 +64,8 @@ def alone(batch: int) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, around: Around = alone) -> UnitCalls:
-    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it.
+def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, around: Around = alone, inputs: bool = True) -> UnitCalls:
+    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or without `inputs` only the latter.
 
     The call of batch `n` runs inside of the context `around(n)`.
 
@@ -75,19 +75,20 @@ def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, a
     calls: list[tuple[Any, Any, tuple[Tensor, ...]]] = []
 
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        detached = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, (args, kwargs))
+        kept = (args, kwargs) if inputs else ((), {})
+        detached = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, kept)
         calls.append((*detached, tuple(tensor.detach().clone() for tensor in output_tensors(output))))
         raise _Reached
 
     timesteps = []
     handle = unit.register_forward_hook(hook, with_kwargs=True)
     try:
-        for number, inputs in enumerate(batches):
+        for number, batch in enumerate(batches):
             with around(number):
                 try:
-                    denoiser(inputs)
+                    denoiser(batch)
                 except _Reached:
-                    timesteps.append(inputs.timestep)
+                    timesteps.append(batch.timestep)
     finally:
         handle.remove()
     if not calls:

@@ -45,10 +45,10 @@ def show_quantized(result: Mapping[str, Any]) -> None:
     """Print the report of `tfmq quantize`: one row a unit, then the totals."""
     console = Console()
     table = Table(Column("unit", overflow="fold"), box=None, pad_edge=False, header_style="dim")
-    for heading in ("error, nearest", "error, learned", "seconds"):
+    for heading in ("error, nearest", "error, found", "steps", "seconds"):
         table.add_column(heading, justify="right")
     for unit in result["units"]:
-        table.add_row(unit["name"], f"{unit['error_before']:.3g}", f"{unit['error_after']:.3g}", f"{unit['seconds']:.1f}")
+        table.add_row(unit["name"], f"{unit['error_before']:.3g}", f"{unit['error_after']:.3g}", str(unit["iterations"]), f"{unit['seconds']:.1f}")
     console.print(table)
     console.print()
     size = result["bytes"]

@@ -12,6 +12,8 @@ from tfmq.numerics.rounding import annealed_beta, rounding_penalty
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import AdaptiveRounding
 
+# With samples held out, learning is judged so often over its iterations, and ends after so many checks in a row that bring nothing.
+CHECKS, PATIENCE = 40, 4
 # What the roundings of a layer start from: values of its weight, in its shape.
 Start = Callable[[CalibratedLayer], Tensor]
 
@@ -27,6 +29,8 @@ class Learning:
         penalty: weight of the rounding regulariser (lambda).
         beta_start, beta_end: exponent of the regulariser, annealed linearly.
         warmup: share of the steps without the regulariser.
+        held_out: share of the samples that learning does not see and is judged on: it ends when the codes have not become better there for
+            `PATIENCE` of its `CHECKS` checks, and the best of them are kept. 0 learns on all samples and takes every step.
     """
 
     iterations: int = 20_000
@@ -36,12 +40,15 @@ class Learning:
     beta_start: float = 20.0
     beta_end: float = 2.0
     warmup: float = 0.2
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.iterations < 0 or self.batch_size < 1:
             raise ValueError(f"iterations must be >= 0 and batch_size >= 1, got {self.iterations} and {self.batch_size}")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"warmup is a share of the iterations in [0, 1), got {self.warmup}")
+        if not 0.0 <= self.held_out < 1.0:
+            raise ValueError(f"held_out is a share of the samples in [0, 1), got {self.held_out}")
         if self.learning_rate <= 0 or self.penalty < 0:
             raise ValueError(f"learning_rate must be > 0 and penalty >= 0, got {self.learning_rate} and {self.penalty}")
 
@@ -67,6 +74,51 @@ def adaptive_rounding(layers: Mapping[str, CalibratedLayer], start: Start = full
             layer.rounding = None
 
 
+class _EarlyStop:
+    """Keeps the codes that were best on samples that learning does not see, and says when there is nothing left to gain.
+
+    Checks begin with the regulariser: before it the roundings are free, and their nearest codes say little of where they will settle.
+    """
+
+    def __init__(self, layers: Mapping[str, CalibratedLayer], judge: Callable[[], float] | None, config: Learning) -> None:
+        self.layers, self.judge = layers, judge
+        self.first, self.every = config.warmup * config.iterations, max(1, config.iterations // CHECKS)
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.failed = 0
+
+    def after(self, iteration: int) -> bool:
+        """Look at the codes where a check is due; return whether learning ends here."""
+        if self.judge is None or iteration < self.first or (iteration + 1) % self.every:
+            return False
+        with _hard(self.layers), torch.no_grad():
+            error = self.judge()
+            better = self.best is None or error < self.best[0]
+            if better:
+                self.best = error, {name: layer.codes.clone() for name, layer in self.layers.items()}
+        self.failed = 0 if better else self.failed + 1
+        return self.failed >= PATIENCE
+
+    def restore(self) -> None:
+        """Give the layers the best codes that were seen, if any."""
+        for name, codes in (self.best[1] if self.best else {}).items():
+            self.layers[name].codes.copy_(codes)
+
+
+@contextmanager
+def _hard(layers: Mapping[str, CalibratedLayer]) -> Iterator[None]:
+    """Let `layers` compute with the codes that their roundings stand for now."""
+    kept = {name: layer.rounding for name, layer in layers.items()}
+    for layer in layers.values():
+        if layer.rounding:
+            layer.codes.copy_(layer.rounding.codes(hard=True))
+        layer.rounding = None
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.rounding = kept[name]
+
+
 def learn_rounding(
     layers: Mapping[str, CalibratedLayer],
     loss: Callable[[torch.Generator], Tensor],
@@ -75,11 +127,16 @@ def learn_rounding(
     seed: int,
     advance: Advance,
     start: Start = full_precision,
-) -> None:
+    judge: Callable[[], float] | None = None,
+) -> int:
     """Minimise `loss + penalty * sum(1 - |2 h(V) - 1|**beta)` over the roundings `V` of `layers`, and fix them (AdaRound, equation 21).
 
     Soft weights begin at `start`, each free to move between the two codes around it. `loss` draws its own batch from the generator it is given.
-    Where the learned roundings end with more loss on the same draws than the codes the layers came with, those codes are kept.
+    Where the learned roundings end with more loss on the same draws than the codes the layers came with, those codes are kept. `judge`, the
+    error on samples that `loss` does not draw, stops early (see `Learning.held_out`).
+
+    Returns:
+        The steps that were taken; `advance` reports all that were asked for.
     """
 
     def measured() -> float:
@@ -88,9 +145,9 @@ def learn_rounding(
             return sum(float(loss(generator)) for _ in range(4))
 
     if config.iterations == 0 or not layers:
-        return
+        return 0
     before = measured(), {name: layer.codes.clone() for name, layer in layers.items()}
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator, early, taken = torch.Generator().manual_seed(seed + 1), _EarlyStop(layers, judge, config), 0
     with adaptive_rounding(layers, start) as roundings:
         optimizer = torch.optim.Adam([rounding.logits for rounding in roundings], lr=config.learning_rate)
         for iteration in range(config.iterations):
@@ -101,7 +158,13 @@ def learn_rounding(
                 total = total + config.penalty * sum(rounding_penalty(rounding.soft(), beta) for rounding in roundings)
             total.backward()
             optimizer.step()
+            taken += 1
             advance()
+            if early.after(iteration):
+                break
+    advance(config.iterations - taken)
+    early.restore()
     if not measured() <= before[0]:
         for name, layer in layers.items():
             layer.codes.copy_(before[1][name])
+    return taken

@@ -24,11 +24,12 @@ from tfmq.reconstruction.units import Unit
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Mean squared error of a unit's outputs with the nearest and with the found codes, and the time it took."""
+    """Mean squared error of a unit's outputs with the nearest and with the found codes, the learning steps taken, and the time it took."""
 
     name: str
     error_before: float
     error_after: float
+    iterations: int
     seconds: float
 
 
@@ -37,10 +38,15 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(dim=-1 if output.ndim == 3 else 1).mean()
 
 
-def capture_unit(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], upstream: Upstream) -> tuple[UnitCalls, UnitCalls]:
-    """Return the unit's calls in the full-precision network, and those in the quantized network so far with the outputs of the former."""
+def capture_unit(
+    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], upstream: Upstream, *, full_inputs: bool = True
+) -> tuple[UnitCalls, UnitCalls]:
+    """Return the unit's calls in the full-precision network, and those in the quantized network so far with the outputs of the former.
+
+    The former come without their inputs, unless `full_inputs` are asked for.
+    """
     with _full_precision(denoiser.module):
-        full = capture(denoiser, unit, batches, around=upstream.around("full"))
+        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs)
     calls = capture(denoiser, unit, batches, around=upstream.around("quantized"))
     return full, UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
 
@@ -62,7 +68,15 @@ def _unit_loss(unit: nn.Module, steps: StepContext) -> Callable[[UnitCalls], Ten
 
 @torch.no_grad()
 def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, parts: Sequence[Tensor]) -> float:
-    return sum(float(loss(calls.rows(part))) * len(part) for part in parts) / len(calls)
+    return sum(float(loss(calls.rows(part))) * len(part) for part in parts) / sum(len(part) for part in parts)
+
+
+def _split(count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Return the samples to learn on and those held out: evenly spaced ones, which are of all images and timesteps."""
+    held_out = torch.arange(int(share * count)) * count // max(1, int(share * count))
+    seen = torch.ones(count, dtype=torch.bool)
+    seen[held_out] = False
+    return seen.nonzero().flatten(), held_out
 
 
 def reconstruct_unit(
@@ -82,13 +96,14 @@ def reconstruct_unit(
     `upstream` holds the units that are done; `steps` gives each sample its own timestep. The layers of the unit end with quantized weights
     and, where they have a quantizer for them, quantized inputs. What ends with more error than the nearest codes gives way to them.
     """
-    began = time.perf_counter()
+    began, solver = time.perf_counter(), SOLVERS[rounding.solver]
     module = denoiser.module.get_submodule(unit.name)
-    full, calls = capture_unit(denoiser, module, batches, upstream)
+    full, calls = capture_unit(denoiser, module, batches, upstream, full_inputs=solver.runs_full)
     settle(module)
     loss = _unit_loss(module, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
     parts = torch.arange(len(calls)).split(learning.batch_size)
+    seen, held_out = _split(len(calls), learning.held_out)
 
     def run(calls: UnitCalls, part: Tensor) -> None:
         rows = calls.rows(part)
@@ -100,18 +115,21 @@ def reconstruct_unit(
             run(full, part)
 
     def drawn(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(calls), (learning.batch_size,), generator=generator)
-        return loss(calls.rows(index))
+        index = torch.randint(len(seen), (learning.batch_size,), generator=generator)
+        return loss(calls.rows(seen[index]))
+
+    def judge() -> float:
+        return _mean_error(loss, calls, held_out.split(learning.batch_size))
 
     before, nearest = _mean_error(loss, calls, parts), {name: _copied(layer.learned()) for name, layer in layers.items()}
-    problem = UnitProblem(layers, parts, run_full, lambda part: run(calls, part), drawn, learning, advance)
-    SOLVERS[rounding.solver](problem, rounding, seed)
+    problem = UnitProblem(layers, parts, run_full, lambda part: run(calls, part), drawn, learning, advance, judge if len(held_out) else None)
+    iterations = solver.solve(problem, rounding, seed)
     after = _mean_error(loss, calls, parts)
     if not after <= before:
         for name, layer in layers.items():
             layer.restore(nearest[name])
         after = before
-    return UnitReport(unit.name, before, after, time.perf_counter() - began)
+    return UnitReport(unit.name, before, after, iterations, time.perf_counter() - began)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
