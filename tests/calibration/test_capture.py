@@ -1,11 +1,14 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tfmq.calibration.capture import capture
+from tfmq.calibration.spool import Column, Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 
 
@@ -109,3 +112,23 @@ def test_hooks_go_when_the_model_fails(build: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError):
         capture(denoiser, unit, [Inputs(torch.zeros(1, 99, 8, 8), torch.tensor([1]))])
     assert not unit._forward_hooks
+
+
+@pytest.mark.parametrize(("model", "unit"), [("unet", "mid_block.attentions.0"), ("sd3", "transformer_blocks.0"), ("plain", "exit")])
+def test_calls_in_files_are_the_same_rows(build: Callable[..., Any], tmp_path: Path, model: str, unit: str) -> None:
+    denoiser, example = build(model)
+    module, data = denoiser.module.get_submodule(unit), batches(example)
+    held, filed = (capture(denoiser, module, data, spool=spool) for spool in (None, Spool(tmp_path, 0)))
+    assert isinstance(filed.outputs[0], Column)
+    for index in (torch.tensor([7, 0, 1, 1]), torch.arange(8)):
+        leaves = [tree_leaves((calls.rows(index).args, calls.rows(index).kwargs, calls.rows(index).outputs)) for calls in (held, filed)]
+        for one, other in zip(*leaves, strict=True):
+            assert (torch.equal(one, other) and one.stride() == other.stride()) if isinstance(one, Tensor) else one == other
+
+
+def test_folded_rows_come_from_files_too(tmp_path: Path) -> None:
+    model = Sharing()
+    data = [Inputs(torch.randn(size, 3, 4), torch.arange(size) + 1) for size in (2, 2, 1)]
+    held, filed = (capture(Denoiser(model), model.unit, data, spool=spool).rows(torch.tensor([4, 1])) for spool in (None, Spool(tmp_path, 0)))
+    for one, other in zip(tree_leaves((held.args, held.kwargs)), tree_leaves((filed.args, filed.kwargs)), strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other

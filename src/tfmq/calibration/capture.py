@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from tfmq.calibration.spool import Column, Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 
 # Gives the context in which the call of a batch runs, by the number of the batch.
@@ -19,6 +20,8 @@ Around = Callable[[int], AbstractContextManager[None]]
 class UnitCalls:
     """Calls of a unit: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each `[N, ...]`, for `N` samples.
 
+    A `capture` may have left some of them in files, as columns of its spool; `rows` returns tensors.
+
     Where a video model folds frames into the batch axis, tensors have a row for each frame, `[N * F, ...]`, sample by sample; the frames of a
     sample stay together.
     """
@@ -26,7 +29,7 @@ class UnitCalls:
     args: Any
     kwargs: Any
     timestep: Tensor
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Any, ...]
 
     def __len__(self) -> int:
         return self.timestep.shape[0]
@@ -37,7 +40,7 @@ class UnitCalls:
         folded = (index[:, None] * frames + torch.arange(frames, device=index.device)).flatten()
 
         def pick(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] not in (len(self), len(self) * frames):
+            if not isinstance(value, Tensor | Column) or not value.shape or value.shape[0] not in (len(self), len(self) * frames):
                 return value
             return value[index if value.shape[0] == len(self) else folded]
 
@@ -48,14 +51,51 @@ class _Reached(Exception):
     """Ends a denoiser call once the unit has run."""
 
 
-def _joined(trees: list[Any], samples: list[int], rows: list[int]) -> Any:
-    """Concatenate trees leaf by leaf along the batch axis of samples or of rows; leaves without one are taken from the first."""
-    flat = [tree_flatten(tree) for tree in trees]
-    leaves = []
-    for column in zip(*(leaves for leaves, _ in flat), strict=True):
-        lengths = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in column]
-        leaves.append(torch.cat(column) if lengths in (samples, rows) else column[0])
-    return tree_unflatten(leaves, flat[0][1])
+class _Leaves:
+    """The leaves at one place of the trees of all calls: joined where all have the batch axis of samples or of rows, else the first of them."""
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.first: Any = None
+        self.column: Column | None = None
+        self.split = True
+
+    def add(self, leaf: Any, samples: int, rows: int, *, first: bool) -> None:
+        leaf = leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+        batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] in (samples, rows)
+        if first:
+            self.split, self.first = batched, None if batched else leaf
+        if self.split and not batched and self.column is not None:
+            self.split, self.first, self.column = False, self.column.batch(0), None
+        if self.split:
+            self.column = self.column or self.spool.column(leaf)
+            self.column.add(leaf)
+
+    def joined(self) -> Any:
+        return self.first if self.column is None else self.column.joined()
+
+
+class _Calls:
+    """Gathers what goes in and out of a unit, call by call."""
+
+    def __init__(self, spool: Spool, inputs: bool) -> None:
+        self.spool, self.inputs, self.count = spool, inputs, 0
+        self.spec: TreeSpec | None = None
+        self.leaves: list[_Leaves] = []
+
+    def add(self, args: Any, kwargs: Any, output: Any, samples: int) -> None:
+        outputs = output_tensors(output)
+        leaves, spec = tree_flatten((*((args, kwargs) if self.inputs else ((), {})), outputs))
+        if self.spec is None:
+            self.spec, self.leaves = spec, [_Leaves(self.spool) for _ in leaves]
+        for place, leaf in zip(self.leaves, leaves, strict=True):
+            place.add(leaf, samples, outputs[0].shape[0], first=not self.count)
+        self.count += 1
+
+    def joined(self, timestep: Tensor) -> UnitCalls:
+        assert self.spec is not None
+        args, kwargs, outputs = tree_unflatten([place.joined() for place in self.leaves], self.spec)
+        return UnitCalls(args, kwargs, timestep, outputs)
 
 
 def alone(batch: int) -> AbstractContextManager[None]:
@@ -64,39 +104,35 @@ def alone(batch: int) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def capture(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, around: Around = alone, inputs: bool = True) -> UnitCalls:
+def capture(
+    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, around: Around = alone, inputs: bool = True, spool: Spool | None = None
+) -> UnitCalls:
     """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or without `inputs` only the latter.
 
-    The call of batch `n` runs inside of the context `around(n)`.
+    The call of batch `n` runs inside of the context `around(n)`. What is captured is kept in `spool`, by default in memory.
 
     Raises:
         ValueError: the unit was never called.
     """
-    calls: list[tuple[Any, Any, tuple[Tensor, ...]]] = []
+    calls = _Calls(spool or Spool(), inputs)
+    timesteps: list[Tensor] = []
 
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        kept = (args, kwargs) if inputs else ((), {})
-        detached = tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, kept)
-        calls.append((*detached, tuple(tensor.detach().clone() for tensor in output_tensors(output))))
+        calls.add(args, kwargs, output, len(timesteps[-1]))
         raise _Reached
 
-    timesteps = []
     handle = unit.register_forward_hook(hook, with_kwargs=True)
     try:
         for number, batch in enumerate(batches):
+            timesteps.append(batch.timestep)
             with around(number):
                 try:
                     denoiser(batch)
                 except _Reached:
-                    timesteps.append(batch.timestep)
+                    continue
+            timesteps.pop()
     finally:
         handle.remove()
-    if not calls:
+    if not calls.count:
         raise ValueError("the unit was never called by the denoiser; exclude its layers with a rule")
-    samples, rows = [len(timestep) for timestep in timesteps], [call[2][0].shape[0] for call in calls]
-    return UnitCalls(
-        _joined([call[0] for call in calls], samples, rows),
-        _joined([call[1] for call in calls], samples, rows),
-        torch.cat(timesteps),
-        tuple(torch.cat(column) for column in zip(*(call[2] for call in calls), strict=True)),
-    )
+    return calls.joined(torch.cat(timesteps))

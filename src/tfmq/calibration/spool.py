@@ -1,0 +1,115 @@
+"""Tensors that grow batch by batch: in memory as long as they fit, then in a file, from which any of their rows can be read."""
+
+import tempfile
+import weakref
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tfmq.storage.atomic import full_disk_named
+from tfmq.storage.raw import raw_bytes
+
+
+class Column:
+    """Batches `[n_i, ...]` of one tensor, one after the other; rows are numbered through.
+
+    What is read has the order of axes in memory that `torch.cat` of the batches gives: kernels sum otherwise over another.
+    """
+
+    def __init__(self, spool: "Spool", first: Tensor) -> None:
+        form = torch.cat([first[:1], first[:1]])
+        self._order = tuple(sorted(range(form.ndim), key=form.stride, reverse=True))
+        self._like, self._row = first[:0].clone(), tuple(first.shape[1:])
+        self._spool = spool
+        self._parts: list[Tensor] = []
+        self._file: Any = None
+        self._starts = [0]
+
+    def add(self, part: Tensor) -> None:
+        """Take the next batch."""
+        self._starts.append(self._starts[-1] + len(part))
+        self._parts.append(part)
+        self._spool.took(self, part.numel() * part.element_size())
+
+    def flush(self) -> None:
+        """Move what is in memory to the file."""
+        if self._file is None:
+            self._file = self._spool.file()
+            weakref.finalize(self, self._file.close)
+        self._file.seek(0, 2)
+        for part in self._parts:
+            octets = raw_bytes(part.detach().permute(self._order))
+            with full_disk_named(self._spool.directory, needed_bytes=len(octets)):
+                self._file.write(octets)
+        self._parts.clear()
+
+    def joined(self) -> "Tensor | Column":
+        """Return all batches as one tensor, or this column where they are in a file."""
+        if self._file is not None:
+            return self
+        self._spool.left(self)
+        return torch.cat(self._parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole, `[N, ...]`."""
+        return self._starts[-1], *self._row
+
+    def batch(self, number: int) -> Tensor:
+        """Return a batch."""
+        if self._file is None:
+            return self._parts[number]
+        return self[torch.arange(self._starts[number], self._starts[number + 1])]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Return the rows `index` `[n]` of what is in the file."""
+        shape = (len(index), *self._row)
+        buffer = torch.empty([shape[axis] for axis in self._order], dtype=self._like.dtype)
+        octets = buffer.flatten().view(torch.uint8).numpy().data
+        size = len(octets) // max(1, len(index))
+        # Rows that follow each other are read at once.
+        cuts = [0, *(index.diff() != 1).nonzero().flatten().add(1).tolist(), len(index)]
+        for start, stop in pairwise(cuts):
+            self._file.seek(int(index[start]) * size)
+            self._file.readinto(octets[start * size : stop * size])
+        return buffer.to(self._like.device).permute([self._order.index(axis) for axis in range(len(shape))])
+
+
+class Spool:
+    """Gives out columns that together hold at most `most_bytes` in memory; beyond that, all of them go to nameless files in `directory`.
+
+    Without a number they stay in memory. Values are the same either way. The files vanish with their columns, and with the process.
+    """
+
+    def __init__(self, directory: Path | None = None, most_bytes: int | None = None) -> None:
+        self.directory = Path(tempfile.gettempdir()) if directory is None else directory
+        self._left = most_bytes
+        self._columns: list[Column] = []
+
+    def column(self, first: Tensor) -> Column:
+        """Return a new column for tensors like `first`, which is not in it yet."""
+        column = Column(self, first)
+        self._columns.append(column)
+        return column
+
+    def took(self, column: Column, size: int) -> None:
+        """Note that a column holds `size` bytes more."""
+        if self._left is None:
+            return
+        full = self._left < 0
+        self._left -= size
+        if self._left < 0:
+            for other in [column] if full else self._columns:
+                other.flush()
+
+    def left(self, column: Column) -> None:
+        """Note that what a column holds is not the spool's any more."""
+        self._columns.remove(column)
+
+    def file(self) -> Any:
+        """Return a new nameless file."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=self.directory, buffering=0)

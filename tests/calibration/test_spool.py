@@ -1,0 +1,70 @@
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tfmq.calibration.spool import Column, Spool
+from tfmq.storage.errors import StorageFullError
+
+FORMS = {
+    "vectors": lambda n: torch.randn(n),
+    "plain": lambda n: torch.randn(n, 3, 4),
+    "transposed": lambda n: torch.randn(n, 4, 3).transpose(1, 2),
+    "channels_last": lambda n: torch.randn(n, 3, 4, 5).to(memory_format=torch.channels_last),
+    "half": lambda n: torch.randn(n, 2).bfloat16(),
+    "codes": lambda n: torch.randint(0, 255, (n, 2), dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(sizes=st.lists(st.integers(2, 4), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_rows_from_a_file_are_those_from_memory_to_the_stride(form: str, sizes: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    batches = [FORMS[form](n) for n in sizes]
+    found = []
+    for most in (None, 0):
+        column = Spool(None, most).column(batches[0])
+        for batch in batches:
+            column.add(batch)
+        found.append(column.joined())
+    held, filed = found
+    assert isinstance(held, Tensor) and isinstance(filed, Column) and filed.shape == tuple(held.shape)
+    for index in (torch.arange(sum(sizes)), torch.randint(sum(sizes), (7,))):
+        assert torch.equal(filed[index], held[index]) and filed[index].dtype == held.dtype
+        assert filed[index].stride() == held[index].stride()
+    for number, batch in enumerate(batches):
+        assert torch.equal(filed.batch(number), batch)
+
+
+def test_memory_is_used_first_and_then_left(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 1000)
+    one, other = spool.column(torch.zeros(1, 100)), spool.column(torch.zeros(1, 100))
+    one.add(torch.zeros(1, 100))
+    other.add(torch.ones(1, 100))
+    assert one._parts and other._parts
+    other.add(torch.ones(1, 100))
+    assert not one._parts and not other._parts, "all go to files once they do not fit together"
+    one.add(torch.full((1, 100), 2.0))
+    joined = one.joined()
+    assert isinstance(joined, Column) and joined[torch.tensor([1, 0])][:, 0].tolist() == [2.0, 0.0]
+    assert list(tmp_path.iterdir()) == [], "the files have no names to be left behind"
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def seek(self, *_: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+        def write(self, _: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Spool, "file", lambda self: Full())
+    column = Spool(tmp_path, 0).column(torch.zeros(2, 3))
+    with pytest.raises(StorageFullError, match=rf"{tmp_path}.*24 bytes"):
+        column.add(torch.zeros(2, 3))
