@@ -26,6 +26,7 @@ from tfmq.progress import Progress, silent
 from tfmq.recipes import scheme
 from tfmq.recipes.recipe import Recipe, call_options
 from tfmq.recipes.yaml import to_dict
+from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.digest import tensor_digest
@@ -182,6 +183,7 @@ def quantize(
     device: str | torch.device | None = None,
     resume: bool = False,
     prompts: tuple[str, ...] = (),
+    resources: Resources = UNLIMITED,
     progress: Progress = silent,
 ) -> Quantized:
     """Quantize a diffusion model in place and, with `output_dir`, save it.
@@ -196,10 +198,11 @@ def quantize(
         device: moves the model there first.
         resume: continue the job of an interrupted run; the result is the same to the byte.
         prompts: for text-to-image pipelines, instead of the built-in ones.
+        resources: limits of memory.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:
-        ValueError: an unknown scheme or a model that cannot be quantized.
+        ValueError: an unknown scheme, a model that cannot be quantized, or one that cannot within `resources`.
         CheckpointError: `output_dir` is taken or full, or the job in it is another one.
         CalibrationError: NaN or infinite values in calibration.
     """
@@ -222,7 +225,8 @@ def quantize(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
-        outcome = quantize_denoiser(sampler, recipe, seed=seed, store=CalibrationStore(job / "calibration"), journal=journal, progress=progress)
+        store = CalibrationStore(job / "calibration")
+        outcome = quantize_denoiser(sampler, recipe, seed=seed, store=store, journal=journal, resources=resources, progress=progress)
         manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
         mark(module, manifest)

@@ -18,6 +18,8 @@ from tfmq.quantizers.steps import StepContext
 RangeMethod = Literal["search", "min_max"]
 # Values kept for the range search of one site, over all of its steps and segments.
 KEPT = 2**18
+# About what these and their search take.
+SITE_BYTES = 4 * KEPT * 2
 
 
 @dataclass
@@ -50,8 +52,10 @@ def _observe(site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, st
 
 
 @contextmanager
-def observed(sites: Mapping[str, ActivationQuantizer], steps: StepContext, calls: int) -> Iterator[dict[str, SiteStatistics]]:
-    """Collect statistics of every quantizer in `sites`, which pass their input through unchanged while the context is open.
+def observed(
+    sites: Mapping[str, ActivationQuantizer], steps: StepContext, calls: int, passing: Iterable[ActivationQuantizer] = ()
+) -> Iterator[dict[str, SiteStatistics]]:
+    """Collect statistics of every quantizer in `sites`; these and the ones `passing` hand their input through while the context is open.
 
     Raises (inside the context):
         CalibrationError: a NaN or infinite input; names the site and the timestep.
@@ -75,15 +79,24 @@ def observed(sites: Mapping[str, ActivationQuantizer], steps: StepContext, calls
     with ExitStack() as stack:
         for name, quantizer in sites.items():
             stack.callback(quantizer.register_forward_hook(watch(name, quantizer)).remove)
+        for quantizer in passing:
+            stack.callback(quantizer.register_forward_hook(lambda _, args, __: args[0]).remove)
         yield statistics
 
 
 @torch.no_grad()
 def collect(
-    denoiser: Denoiser, sites: Mapping[str, ActivationQuantizer], steps: StepContext, batches: Iterable[Inputs], *, calls: int, advance: Advance
+    denoiser: Denoiser,
+    sites: Mapping[str, ActivationQuantizer],
+    steps: StepContext,
+    batches: Iterable[Inputs],
+    *,
+    calls: int,
+    advance: Advance,
+    passing: Iterable[ActivationQuantizer] = (),
 ) -> dict[str, SiteStatistics]:
-    """Run `denoiser` over `batches`, `calls` of them, and return what every quantizer in `sites` saw."""
-    with observed(sites, steps, calls) as statistics:
+    """Run `denoiser` over `batches`, `calls` of them, and return what every quantizer in `sites` saw; see `observed`."""
+    with observed(sites, steps, calls, passing) as statistics:
         for inputs in batches:
             denoiser(inputs)
             advance()

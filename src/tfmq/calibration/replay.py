@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from tfmq.calibration.capture import Around, alone
 from tfmq.storage.atomic import full_disk_named, read_tensors
@@ -29,8 +30,9 @@ class _Outputs:
     def __init__(self, directory: Path, most_bytes: int) -> None:
         self.directory = directory
         self.bytes_left = most_bytes
-        self._kept: dict[tuple[str, int], tuple[Path, list[_Leaf], TreeSpec]] = {}
+        self._kept: dict[str, dict[int, _Output]] = {}
         self._run: set[str] = set()
+        self._unread: set[str] = set()
 
     @contextmanager
     def around(self, units: Mapping[str, nn.Module], batch: int) -> Iterator[None]:
@@ -38,10 +40,10 @@ class _Outputs:
         seen: dict[str, list[Any]] = {}
         with ExitStack() as stack:
             for name, unit in units.items():
-                if (name, batch) in self._kept:
+                if batch in self._kept.get(name, {}):
                     stack.enter_context(_returning(unit, partial(self._read, name, batch)))
                 elif name not in self._run:
-                    handle = unit.register_forward_hook(lambda _, __, output, name=name: seen.setdefault(name, []).append(output))
+                    handle = unit.register_forward_hook(lambda _, __, output, name=name: seen.setdefault(name, []).append(_copied(output)))
                     stack.callback(handle.remove)
             yield
         for name, outputs in seen.items():
@@ -57,21 +59,65 @@ class _Outputs:
             self._run.add(name)
             return
         self.bytes_left -= size
-        path = self.directory / f"{len(self._kept):06d}.safetensors"
+        path = self.directory / f"{name}.{batch:06d}.safetensors"
         with full_disk_named(path, needed_bytes=size):
             self.directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path)
-        self._kept[name, batch] = path, leaves, spec
+        self._kept.setdefault(name, {})[batch] = _Output(path, size, leaves, spec)
 
     def _read(self, name: str, batch: int) -> Any:
-        path, leaves, spec = self._kept[name, batch]
-        tensors, _ = read_tensors(path)
-        return tree_unflatten([leaf.restored(tensors[str(i)]) if leaf.device else leaf.value for i, leaf in enumerate(leaves)], spec)
+        output = self._kept[name][batch]
+        return output.unread() if name in self._unread else output.read()
+
+    def forget(self, readers: Mapping[str, set[str]]) -> None:
+        """Delete what nobody will read: each of its `readers` returns what it returned before, and so does not look at its inputs."""
+        settled = {name for name in self._kept if name not in self._run}
+        for name in settled - self._unread:
+            if name in readers and readers[name] <= settled:
+                self._unread.add(name)
+                for output in self._kept[name].values():
+                    output.path.unlink()
+                    self.bytes_left += output.size
+
+    def revive(self) -> bool:
+        """Take nothing for kept any more, if something was deleted: what ran since may have read it. Return whether that was so."""
+        revived = bool(self._unread)
+        if revived:
+            for name in self._kept.keys() - self._unread:
+                for output in self._kept[name].values():
+                    output.path.unlink()
+                    self.bytes_left += output.size
+            self._kept.clear()
+            self._unread.clear()
+        return revived
+
+
+def _copied(tree: Any) -> Any:
+    """Return an output as it is now: a denoiser may write into it afterwards."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a unit returned for a batch: a file of `size` bytes, and how its leaves go together."""
+
+    path: Path
+    size: int
+    leaves: "list[_Leaf]"
+    spec: TreeSpec
+
+    def read(self) -> Any:
+        tensors, _ = read_tensors(self.path)
+        return tree_unflatten([leaf.restored(tensors[str(i)]) if leaf.device else leaf.value for i, leaf in enumerate(self.leaves)], self.spec)
+
+    def unread(self) -> Any:
+        """Return something of the same form that shows wherever it gets to."""
+        return tree_unflatten([leaf.unread() if leaf.device else leaf.value for leaf in self.leaves], self.spec)
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A leaf of an output: a plain `value`, or a tensor on `device` with its axes in the `order` of memory.
+    """A leaf of an output: a plain `value`, or a tensor like `form` on `device` with its axes in the `order` of memory.
 
     The order is part of a result: kernels sum otherwise over another, and a resumed job must end in the same bytes.
     """
@@ -79,12 +125,18 @@ class _Leaf:
     value: Any = None
     device: torch.device | None = None
     order: tuple[int, ...] = ()
+    form: Tensor | None = None
 
     @classmethod
     def of(cls, value: Any) -> "_Leaf":
         if not isinstance(value, Tensor):
             return cls(value=value)
-        return cls(device=value.device, order=tuple(sorted(range(value.ndim), key=value.stride, reverse=True)))
+        return cls(device=value.device, order=tuple(sorted(range(value.ndim), key=value.stride, reverse=True)), form=value.to("meta"))
+
+    def unread(self) -> Tensor:
+        """Return a tensor of that form: NaN where there is such a number."""
+        assert self.form is not None
+        return torch.full(self.form.shape, nan if self.form.is_floating_point() else 0, dtype=self.form.dtype, device=self.device)
 
     def stored(self, tensor: Tensor) -> Tensor:
         """Return the tensor as it goes to disk."""
@@ -112,10 +164,12 @@ class Upstream:
     """The units that are done, whose outputs the calls of later units start from.
 
     Outputs are kept for the full-precision network and for the quantized one, in `directory`, which is emptied first; at most `most_bytes` of
-    them, and no more than half of the space that is left. Without a directory every unit runs again.
+    them, and no more than half of the space that is left. Without a directory every unit runs again. `readers` names the units that read the
+    output of a unit, where that is known: once all of them are kept, it is deleted.
     """
 
-    def __init__(self, directory: Path | None, *, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, directory: Path | None, *, most_bytes: int = MOST_BYTES, readers: Mapping[str, set[str]] | None = None) -> None:
+        self._readers = readers or {}
         self._units: dict[str, nn.Module] = {}
         self._networks: dict[Network, _Outputs] = {}
         if directory is None:
@@ -127,7 +181,14 @@ class Upstream:
 
     def add(self, name: str, unit: nn.Module) -> None:
         """Take a unit for done: its outputs do not change any more."""
+        for network in self._networks.values():
+            network.forget(self._readers)
         self._units[name] = unit
+
+    def revive(self) -> bool:
+        """Let the units run again, because somebody reads outputs that were deleted; return whether any were."""
+        self._readers = {}
+        return any([network.revive() for network in self._networks.values()])
 
     def around(self, network: Network) -> Around:
         """Return the context in which the call of a batch, by its number, starts from what is kept."""

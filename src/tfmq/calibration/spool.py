@@ -51,7 +51,8 @@ class Column:
         if self._file is not None:
             return self
         self._spool.left(self)
-        return torch.cat(self._parts)
+        parts, self._parts = self._parts, []
+        return torch.cat(parts)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tfmq.calibration.spool import Column, Spool
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.operations import Convolution, Operation
 
@@ -118,14 +119,17 @@ class Regression:
         parts: indices of the samples of each batch.
         most: output positions of a sample that count, drawn anew for each batch and layer.
         seed: of the positions.
+        spool: keeps the targets; by default in memory.
     """
 
-    def __init__(self, layers: Mapping[str, CalibratedLayer], parts: Sequence[Tensor], *, most: int, seed: int) -> None:
+    def __init__(self, layers: Mapping[str, CalibratedLayer], parts: Sequence[Tensor], *, most: int, seed: int, spool: Spool | None = None) -> None:
         self.layers = layers
         self.parts = parts
         self.most = most
         self.generator = torch.Generator().manual_seed(seed)
-        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+        self.spool = spool or Spool()
+        self.places: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self.targets: dict[str, Column] = {}
 
     @torch.no_grad()
     def record_targets(self, run: Run) -> None:
@@ -135,7 +139,9 @@ class Regression:
             operation = self.layers[name].operation
             count = positions_of(operation, output)
             places = torch.randperm(count, generator=self.generator)[: self.most].sort().values
-            self.seen[name].append((places, outputs_at(operation, output, places)))
+            target = outputs_at(operation, output, places)
+            self.places[name].append(places)
+            self.targets.setdefault(name, self.spool.column(target)).add(target)
 
         with _watched(self.layers, see):
             for part in self.parts:
@@ -147,15 +153,15 @@ class Regression:
 
         At most `widest` columns are taken together.
         """
-        layer, kept = self.layers[name], iter(self.seen.pop(name))
+        layer, targets, kept = self.layers[name], self.targets.pop(name), enumerate(self.places.pop(name))
         groups = layer.operation.groups if isinstance(layer.operation, Convolution) else 1
         weight = layer.weight.flatten(1).unflatten(0, (groups, -1)).float()
         sums = _zeros(weight, widest)
         reads: list[tuple[Tensor, Tensor]] = []
 
         def see(_: str, x: Tensor, __: Tensor) -> None:
-            places, target = next(kept)
-            reads.append((inputs_at(layer.operation, layer.entering(x), layer.weight.shape[2:], places).float(), target))
+            number, places = next(kept)
+            reads.append((inputs_at(layer.operation, layer.entering(x), layer.weight.shape[2:], places).float(), targets.batch(number)))
 
         count = 0
         for part in self.parts:

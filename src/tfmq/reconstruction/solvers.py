@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tfmq.calibration.spool import Spool
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate, segment_numbers
+from tfmq.numerics.operations import Convolution
 from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
@@ -61,6 +63,7 @@ class UnitProblem:
         learning: hyper-parameters of learned rounding.
         advance: to be called `work` times.
         judge: error of the unit's output on samples that `loss` does not draw; None where it draws from all.
+        spool: keeps what a solver gathers of the samples; by default in memory.
     """
 
     layers: Mapping[str, CalibratedLayer]
@@ -71,6 +74,7 @@ class UnitProblem:
     learning: Learning
     advance: Advance
     judge: Callable[[], float] | None = None
+    spool: Spool | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,13 @@ class Solver:
         solve: sets codes, scales and corrections of the problem's layers, with random draws from a seed; returns the learning steps taken.
         work: how often it advances on a unit of so many layers.
         runs_full: whether it calls `run_full`, for which a unit's full-precision inputs are kept.
+        memory: about the bytes that it takes for a unit of some layers, beside the unit's calls.
     """
 
     solve: Callable[[UnitProblem, Rounding, int], int]
     work: Callable[[Learning, int], int]
     runs_full: bool
+    memory: Callable[[Sequence[CalibratedLayer], Rounding], int]
 
 
 def work(config: Rounding, learning: Learning, layers: int) -> int:
@@ -111,7 +117,7 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
     up for errors that reach it. Codes are found by error feedback (GPTQ, Frantar et al., 2023) and improved by coordinate descent, with the
     scales refitted; the bias takes the mean error of each channel (Nagel et al., 2019, section 4.2).
     """
-    regression = Regression(problem.layers, problem.parts, most=config.positions, seed=seed)
+    regression = Regression(problem.layers, problem.parts, most=config.positions, seed=seed, spool=problem.spool)
     regression.record_targets(problem.run_full)
     for name, layer in problem.layers.items():
         moments = regression.moments(name, problem.run, widest=config.widest)
@@ -165,9 +171,32 @@ def gptq_adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
     return learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, start=leaning, judge=problem.judge)
 
 
+def _learning_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:
+    """Logits, their gradient and Adam's two moments, the floor, and about as much between a loss and its gradient."""
+    return 40 * sum(layer.weight.numel() for layer in layers)
+
+
+def _closed_form_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:
+    """The hessian of one layer in float64, in order, factored and inverted, and its weights as target, codes, scales and gradients."""
+    return max((_layer_bytes(layer, config.widest) for layer in layers), default=0)
+
+
+def _layer_bytes(layer: CalibratedLayer, widest: int) -> int:
+    groups = layer.operation.groups if isinstance(layer.operation, Convolution) else 1
+    columns = layer.weight[0].numel()
+    whole, rest = divmod(columns, widest)
+    blocks = whole * widest**2 + rest**2
+    return 8 * groups * (blocks + 5 * min(columns, widest) ** 2) + 60 * layer.weight.numel()
+
+
 SOLVERS: dict[str, Solver] = {
-    "nearest": Solver(nearest, lambda learning, layers: 0, runs_full=False),
-    "adaround": Solver(adaround, lambda learning, layers: learning.iterations, runs_full=False),
-    "gptq": Solver(gptq, lambda learning, layers: layers, runs_full=True),
-    "gptq_adaround": Solver(gptq_adaround, lambda learning, layers: layers + learning.iterations, runs_full=True),
+    "nearest": Solver(nearest, lambda learning, layers: 0, runs_full=False, memory=lambda layers, config: 0),
+    "adaround": Solver(adaround, lambda learning, layers: learning.iterations, runs_full=False, memory=_learning_bytes),
+    "gptq": Solver(gptq, lambda learning, layers: layers, runs_full=True, memory=_closed_form_bytes),
+    "gptq_adaround": Solver(
+        gptq_adaround,
+        lambda learning, layers: layers + learning.iterations,
+        runs_full=True,
+        memory=lambda layers, config: max(_learning_bytes(layers, config), _closed_form_bytes(layers, config)),
+    ),
 }

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tfmq.calibration.capture import UnitCalls, capture
 from tfmq.calibration.replay import Upstream
+from tfmq.calibration.spool import Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.products import ProductQuantizers
@@ -39,20 +41,30 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def capture_unit(
-    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], upstream: Upstream, *, full_inputs: bool = True
+    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], upstream: Upstream, *, full_inputs: bool = True, spool: Spool | None = None
 ) -> tuple[UnitCalls, UnitCalls]:
     """Return the unit's calls in the full-precision network, and those in the quantized network so far with the outputs of the former.
 
     The former come without their inputs, unless `full_inputs` are asked for.
     """
-    with _full_precision(denoiser.module):
-        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs)
-    calls = capture(denoiser, unit, batches, around=upstream.around("quantized"))
+    with full_precision(denoiser.module):
+        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs, spool=spool)
+    calls = capture(denoiser, unit, batches, around=upstream.around("quantized"), spool=spool)
+    if (_undefined(full) or _undefined(calls)) and upstream.revive():
+        return capture_unit(denoiser, unit, batches, upstream, full_inputs=full_inputs, spool=spool)
     return full, UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
 
 
+def _undefined(calls: UnitCalls) -> bool:
+    """Whether the first sample holds a NaN: what stands for outputs that nobody reads."""
+    first = calls.rows(torch.zeros(1, dtype=torch.int64))
+    leaves = tree_leaves((first.args, first.kwargs, first.outputs))
+    return any(bool(leaf.isnan().any()) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
 @contextmanager
-def _full_precision(module: nn.Module) -> Iterator[None]:
+def full_precision(module: nn.Module) -> Iterator[None]:
+    """Let `module` compute in full precision for a while, temporal features included."""
     with precision(module, weights="full", inputs="full"), without_tables(module):
         yield
 
@@ -90,15 +102,17 @@ def reconstruct_unit(
     *,
     seed: int,
     advance: Advance,
+    spool: Spool | None = None,
 ) -> UnitReport:
     """Find the roundings of `unit` on `batches` with the solver of `rounding`, and leave it quantized.
 
-    `upstream` holds the units that are done; `steps` gives each sample its own timestep. The layers of the unit end with quantized weights
-    and, where they have a quantizer for them, quantized inputs. What ends with more error than the nearest codes gives way to them.
+    `upstream` holds the units that are done, `spool` the calls of this one; `steps` gives each sample its own timestep. The layers of the unit
+    end with quantized weights and, where they have a quantizer for them, quantized inputs. What ends with more error than the nearest codes
+    gives way to them.
     """
     began, solver = time.perf_counter(), SOLVERS[rounding.solver]
     module = denoiser.module.get_submodule(unit.name)
-    full, calls = capture_unit(denoiser, module, batches, upstream, full_inputs=solver.runs_full)
+    full, calls = capture_unit(denoiser, module, batches, upstream, full_inputs=solver.runs_full, spool=spool)
     settle(module)
     loss = _unit_loss(module, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
@@ -111,7 +125,7 @@ def reconstruct_unit(
             module(*rows.args, **rows.kwargs)
 
     def run_full(part: Tensor) -> None:
-        with _full_precision(module):
+        with full_precision(module):
             run(full, part)
 
     def drawn(generator: torch.Generator) -> Tensor:
@@ -122,7 +136,7 @@ def reconstruct_unit(
         return _mean_error(loss, calls, held_out.split(learning.batch_size))
 
     before, nearest = _mean_error(loss, calls, parts), {name: _copied(layer.learned()) for name, layer in layers.items()}
-    problem = UnitProblem(layers, parts, run_full, lambda part: run(calls, part), drawn, learning, advance, judge if len(held_out) else None)
+    problem = UnitProblem(layers, parts, run_full, lambda part: run(calls, part), drawn, learning, advance, judge if len(held_out) else None, spool)
     iterations = solver.solve(problem, rounding, seed)
     after = _mean_error(loss, calls, parts)
     if not after <= before:

@@ -1,0 +1,46 @@
+"""What a quantization may take of the machine."""
+
+from dataclasses import dataclass
+
+# Of the memory: for captured calls and targets; the rest is the solvers' and the network's own.
+CAPTURED = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Limits of a job; None sets none.
+
+    Attributes:
+        max_memory: bytes that calibration may hold beyond what the process held before, the model included. The result does not depend on it.
+    """
+
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None and self.max_memory < 1:
+            raise ValueError(f"max_memory is a number of bytes, at least 1, got {self.max_memory}")
+
+    @property
+    def captured(self) -> int | None:
+        """Return the bytes of captured calls that may stay in memory."""
+        return None if self.max_memory is None else int(CAPTURED * self.max_memory)
+
+    def sites_at_once(self, bytes_each: int) -> int | None:
+        """Return the number of activation quantizers whose inputs may be looked at in one pass."""
+        return None if self.max_memory is None else max(1, int(CAPTURED * self.max_memory) // bytes_each)
+
+    def check(self, name: str, needed: int) -> None:
+        """Refuse a solver that needs more than there is.
+
+        Raises:
+            ValueError: names the unit and the smallest limit that serves it.
+        """
+        if self.max_memory is not None and needed > (1 - CAPTURED) * self.max_memory:
+            least = int(needed / (1 - CAPTURED)) // 2**20 + 1
+            raise ValueError(
+                f"{name} cannot be rounded within {self.max_memory / 2**20:.0f} MiB: its solver needs a limit of at least {least} MiB; raise "
+                "--max-memory, or lower rounding.widest of the recipe"
+            )
+
+
+UNLIMITED = Resources()
