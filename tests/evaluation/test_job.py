@@ -15,7 +15,7 @@ from tfmq.evaluation.baseline import BaselineError
 from tfmq.evaluation.distribution.frechet import frechet_distance
 from tfmq.evaluation.distribution.pixels import PooledPixels
 from tfmq.evaluation.evaluate import FULL, QUANTIZED, REAL, Evaluation
-from tfmq.evaluation.job import evaluate
+from tfmq.evaluation.job import Request, evaluate
 from tfmq.evaluation.paired import psnr
 from tfmq.evaluation.sampling import draw
 from tfmq.evaluation.settings import Settings
@@ -53,7 +53,8 @@ def run(models: tuple[LoopSampler, LoopSampler], tmp_path: Path) -> Callable[...
 
     def call(*, settings: Settings = SETTINGS, reference: bool = True, job: str = "job", **options: Any) -> Evaluation | None:
         full, low = models
-        found = evaluate(low, full if reference else None, settings=settings, job=tmp_path / job, **options)
+        given = {name: options.pop(name) for name in ("real", "published") if name in options}
+        found = evaluate(low, full if reference else None, Request(settings=settings, job=tmp_path / job, **given), **options)
         return None if found is None else found[0]
 
     return call
@@ -177,7 +178,7 @@ def test_what_cannot_work_is_refused_first(run: Callable[..., Any], tmp_path: Pa
 def test_models_that_do_not_belong_together(models: tuple[LoopSampler, LoopSampler], sampler: Callable[..., LoopSampler], tmp_path: Path) -> None:
     for reference, cause in ((models[1], "quantized itself"), (sampler("plain"), "shape")):
         with pytest.raises(ValueError, match=cause):
-            evaluate(models[1], reference, settings=SETTINGS, job=tmp_path / "job")
+            evaluate(models[1], reference, Request(settings=SETTINGS, job=tmp_path / "job"))
 
 
 def test_real_images_of_another_size_are_refused(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -190,12 +191,12 @@ def test_grey_images_have_features_too(tmp_path: Path, models: tuple[LoopSampler
     for model in models:
         inner = model.run
         monkeypatch.setattr(model, "run", lambda *a, inner=inner, **k: inner(*a, **k)[:, :1])
-    found = evaluate(models[1], models[0], settings=SETTINGS, job=tmp_path / "job")
+    found = evaluate(models[1], models[0], Request(settings=SETTINGS, job=tmp_path / "job"))
     assert found is not None and found[0].paired is not None and found[0].paired.reference.shape == (5, 8, 8, 3)
 
 
 def test_the_protocol_tells_all(models: tuple[LoopSampler, LoopSampler], tmp_path: Path, real: Path) -> None:
-    found = evaluate(models[1], models[0], real, settings=SETTINGS, job=tmp_path / "job")
+    found = evaluate(models[1], models[0], Request(settings=SETTINGS, job=tmp_path / "job", real=real))
     assert found is not None
     protocol = json.loads(json.dumps(found[1]))
     assert protocol["settings"]["seed"] == 3 and protocol["real"]["images"] == 6 and protocol["tools"]["extractor"]["name"] == "pooled-pixels"

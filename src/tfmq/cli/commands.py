@@ -15,6 +15,7 @@ from tfmq.cli.evaluate import evaluate
 from tfmq.cli.export import export
 from tfmq.cli.importing import import_checkpoint
 from tfmq.cli.inspect import inspect
+from tfmq.cli.options import with_addresses
 from tfmq.cli.outcome import INTERRUPTED, USAGE, complain
 from tfmq.cli.quantize import quantize
 from tfmq.cli.report import report
@@ -56,7 +57,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def run(arguments: list[str]) -> int:
     """Run the command line on `arguments` and return its exit status."""
     try:
-        status = app(args=arguments, prog_name="tfmq", standalone_mode=False)
+        status = app(args=with_addresses(arguments), prog_name="tfmq", standalone_mode=False)
     except UsageError as error:
         complain(f"{error.format_message()} (see tfmq --help)")  # type: ignore[attr-defined]
         return USAGE

@@ -1,5 +1,7 @@
 """`tfmq evaluate`."""
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,14 +10,18 @@ import typer
 from tfmq.cli.options import (
     Backend,
     BatchSize,
+    Cluster,
     Device,
     Json,
     NumImages,
     Prompts,
     Seed,
     Steps,
+    Threads,
     Weights,
+    Workers,
     beside,
+    check_cluster,
     check_device,
     check_execution,
     read_prompts,
@@ -23,7 +29,9 @@ from tfmq.cli.options import (
 from tfmq.cli.outcome import emit, verb
 
 if TYPE_CHECKING:
-    from tfmq.evaluation.settings import Settings
+    from tfmq.cluster.crew import Cluster as Place
+    from tfmq.cluster.evaluation import OpenModels
+    from tfmq.evaluation.job import Request
     from tfmq.evaluation.stages import Shard
     from tfmq.models.sampler import Sampler
 
@@ -60,21 +68,29 @@ def evaluate(
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
+    cluster: Cluster = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     json: Json = False,
 ) -> None:
     """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the same noise."""
     target = output_dir or beside(directory, SUFFIX)
     with verb(interrupted=f"the same command with --resume continues from {target}.job"):
-        from tfmq.cli.models import default_steps, execute_model, open_model, quantized_directory
+        from tfmq.cli.models import default_steps, execute_model, located, open_model, published_figures, quantized_directory, ready_models
+        from tfmq.evaluation.job import Request
         from tfmq.evaluation.settings import Settings
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet
 
         check_device(device)
         execution, part, names = check_execution(backend, weights), _shard(shard), _names(metrics, extractor)
+        place = check_cluster(cluster, workers, threads, device=device)
+        if place is not None and part is not None:
+            raise typer.BadParameter("a cluster shares the work out itself; leave one of them out", param_hint="--shard")
         source = quantized_directory(directory)
+        opening: dict[str, Any] = {"prompts": read_prompts(prompts), "device": device}
         with quiet():
-            quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
+            quantized = open_model(str(source), **opening)
             settings = Settings(
                 num_images=num_images,
                 steps=steps or default_steps(quantized),
@@ -86,10 +102,20 @@ def evaluate(
                 clip=clip,
             )
             name = execute_model(quantized, backend, execution)
-            full = None if reference is None else open_model(reference, prompts=read_prompts(prompts), device=device)
-            values = _evaluated(
-                quantized, full, real, target=target, settings=settings, weights=Found(weights_dir), shard=part, resume=resume, backend=name
+            full = None if reference is None else open_model(reference, **opening)
+            request = Request(
+                settings=settings,
+                job=target.absolute().with_name(target.name + ".job"),
+                real=None if real is None else real.absolute(),
+                weights=Found(weights_dir and weights_dir.absolute()),
+                published=published_figures(quantized),
+                backend=name,
             )
+            # What was chosen here is used everywhere.
+            again = partial(
+                ready_models, located(str(source)), reference and located(reference), backend=name or "auto", options=execution, **opening
+            )
+            values = _evaluated(quantized, full, request, target=target, again=again, place=place, shard=part, resume=resume)
         result = {"output_dir": str(target), **({"shard": shard} if values is None else values)}
     if json:
         emit(result)
@@ -138,25 +164,35 @@ def _names(metrics: str, extractor: str) -> tuple[str, ...]:
 
 
 def _evaluated(
-    quantized: "Sampler", reference: "Sampler | None", real: Path | None, *, target: Path, settings: "Settings", **options: Any
+    quantized: "Sampler",
+    reference: "Sampler | None",
+    request: "Request",
+    *,
+    target: Path,
+    again: "OpenModels",
+    place: "Place | None",
+    shard: "Shard | None",
+    resume: bool,
 ) -> dict[str, Any] | None:
-    """Evaluate and write the files; None for a shard, which leaves its work in the job's folder."""
+    """Evaluate, with help where there is a `place` whose workers open the models `again`, and write the files; None for a shard."""
     import shutil
 
-    from tfmq.cli.models import published_figures
     from tfmq.cli.progress import shown_progress
+    from tfmq.cluster.crew import connected
+    from tfmq.cluster.evaluation import helpers
     from tfmq.evaluation.job import evaluate as run
+    from tfmq.evaluation.stages import nobody
     from tfmq.report.directory import completed_directory, refuse_foreign
     from tfmq.report.evaluation import EVALUATION_FILES, evaluation_values, write_evaluation
 
-    job = target.with_name(target.name + ".job")
     refuse_foreign(target, owned=EVALUATION_FILES)
-    with shown_progress() as progress:
-        done = run(quantized, reference, real, settings=settings, job=job, published=published_figures(quantized), progress=progress, **options)
+    with shown_progress() as progress, ExitStack() as stack:
+        helping = nobody if place is None else helpers(stack.enter_context(connected(place)), again, request)
+        done = run(quantized, reference, request, shard=shard, resume=resume, progress=progress, helpers=helping)
     if done is None:
         return None
     values = evaluation_values(*done)
     with completed_directory(target, owned=EVALUATION_FILES) as folder:
         write_evaluation(folder, done[0], values)
-    shutil.rmtree(job, ignore_errors=True)
+    shutil.rmtree(request.job, ignore_errors=True)
     return values

@@ -1,5 +1,6 @@
 """Open what a verb is given."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,37 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options") -> str |
     name = choose(backend, module)
     execute(module, name, options=options)
     return name
+
+
+def ready_model(
+    model: str,
+    *,
+    prompts: tuple[str, ...] = (),
+    device: str | None = None,
+    backend: str = "auto",
+    options: "Options | None" = None,
+) -> "Sampler":
+    """Return the sampler of MODEL, on its device and with its backend; a worker process can call it too."""
+    from tfmq.backends.backend import Options
+    from tfmq.integrations.diffusers.quiet import quiet
+
+    with quiet():
+        sampler = open_model(model, prompts=prompts, device=device)
+        execute_model(sampler, backend, options or Options())
+    return sampler
+
+
+def ready_models(
+    quantized: str, reference: str | None, *, prompts: tuple[str, ...], device: str | None, backend: str, options: "Options"
+) -> "tuple[Sampler, Sampler | None]":
+    """Return the samplers of a quantized model and of its original."""
+    low = ready_model(quantized, prompts=prompts, device=device, backend=backend, options=options)
+    return low, None if reference is None else ready_model(reference, prompts=prompts, device=device)
+
+
+def located(model: str) -> str:
+    """Return MODEL such that a process with another working directory finds it."""
+    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def manifest(sampler: "Sampler") -> Mapping[str, Any]:

@@ -1,6 +1,9 @@
 """The options that verbs share."""
 
 import os
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +11,10 @@ import typer
 
 if TYPE_CHECKING:
     from tfmq.backends.backend import Options
+    from tfmq.cluster.crew import Cluster as Place
+
+LOCAL = "local"
+ADDRESS = re.compile(r"local|auto|[\w.-]+:\d+")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')]
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the files go.")]
@@ -22,6 +29,12 @@ Backend = Annotated[
     typer.Option("--backend", metavar="NAME", help="What a quantized model computes with: auto, simulated, reference, torch or openvino."),
 ]
 Weights = Annotated[str, typer.Option("--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option("--cluster", metavar="[ADDRESS]", help="Share the work among processes of this machine, or of the Ray cluster at HOST:PORT."),
+]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="Of --cluster, at the same time. Default: one for each CPU.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, metavar="T", help="Of each worker of --cluster.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
@@ -90,3 +103,29 @@ def check_execution(backend: str, weights: str) -> "Options":
         return Options(weights=weights)  # type: ignore[arg-type]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--weights") from error
+
+
+def with_addresses(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with an address after each `--cluster` that has none.
+
+    >>> with_addresses(["sample", "--cluster", "DIR"])
+    ['sample', '--cluster', 'local', 'DIR']
+    """
+    found: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        found.append(argument)
+        if argument == "--cluster" and not ADDRESS.fullmatch(following):
+            found.append(LOCAL)
+    return found
+
+
+def check_cluster(address: str | None, workers: int | None, threads: int, *, device: str | None) -> "Place | None":
+    """Return where the work is done; None for this process. Options that a cluster alone would heed are warned about."""
+    from tfmq.cluster.crew import Cluster as Place
+
+    if address is None:
+        if workers is not None or threads != 1:
+            warnings.warn("--workers and --threads have no effect without --cluster", stacklevel=2)
+        return None
+    gpus = 1 if device is not None and device.startswith("cuda") else 0
+    return Place(address=None if address == LOCAL else address, workers=workers, threads=threads, gpus=gpus)

@@ -1,10 +1,13 @@
 """`tfmq sample`."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tfmq.cli.options import (
     Backend,
     BatchSize,
+    Cluster,
     Device,
     Json,
     Model,
@@ -13,12 +16,20 @@ from tfmq.cli.options import (
     Prompts,
     Seed,
     Steps,
+    Threads,
     Weights,
+    Workers,
+    check_cluster,
     check_device,
     check_execution,
     read_prompts,
 )
 from tfmq.cli.outcome import emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.cluster.crew import Cluster as Place
+    from tfmq.evaluation.sampling import Images
+    from tfmq.models.sampler import Sampler
 
 
 def sample(
@@ -32,25 +43,28 @@ def sample(
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
+    cluster: Cluster = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     json: Json = False,
 ) -> None:
     """Draw images from MODEL, full-precision or quantized: PNG files, a grid, and samples.npz."""
     with verb():
-        from tfmq.cli.models import default_steps, execute_model, open_model
-        from tfmq.cli.progress import shown_progress
-        from tfmq.evaluation.sampling import draw
+        from tfmq.cli.models import default_steps, execute_model, located, open_model, ready_model
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.pictures import SAMPLE_FILES, write_samples
 
         check_device(device)
-        options = check_execution(backend, weights)
+        options, place = check_execution(backend, weights), check_cluster(cluster, workers, threads, device=device)
         with quiet(), completed_directory(output_dir, owned=SAMPLE_FILES) as directory:
-            sampler = open_model(model, prompts=read_prompts(prompts), device=device)
+            opening: dict[str, Any] = {"prompts": read_prompts(prompts), "device": device}
+            sampler = open_model(model, **opening)
             name = execute_model(sampler, backend, options)
             steps = steps or default_steps(sampler)
-            with shown_progress() as progress:
-                images = draw(sampler, num_images, steps=steps, seed=seed, batch_size=batch_size, progress=progress)
+            # What was chosen here is used everywhere.
+            again = partial(ready_model, located(model), backend=name or "auto", options=options, **opening)
+            images = _drawn(sampler, again, place, num_images, steps=steps, seed=seed, batch_size=batch_size)
             write_samples(directory, images)
         shape = list(images.shape)
         result: dict[str, Any] = {"output_dir": str(output_dir), "num_images": num_images, "steps": steps, "seed": seed, "shape": shape}
@@ -59,3 +73,17 @@ def sample(
         emit(result)
     else:
         print(f"{num_images} images of {shape[2]} x {shape[1]} pixels, {steps} steps, in {output_dir} (all of them in grid.png)")
+
+
+def _drawn(sampler: "Sampler", again: "Callable[[], Sampler]", place: "Place | None", num_images: int, **options: Any) -> "Images":
+    """Draw images, in this process or on a cluster whose workers open the model `again`."""
+    from tfmq.cli.progress import shown_progress
+    from tfmq.cluster.crew import connected
+    from tfmq.cluster.sampling import draw as draw_together
+    from tfmq.evaluation.sampling import draw
+
+    with shown_progress() as progress:
+        if place is None:
+            return draw(sampler, num_images, progress=progress, **options)
+        with connected(place) as crew:
+            return draw_together(crew, again, num_images, progress=progress, **options)

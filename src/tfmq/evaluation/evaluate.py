@@ -1,7 +1,8 @@
 """Evaluate a quantized model: full precision first, then the quantized one, then both pair by pair from the same noise."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tfmq.evaluation.distribution.extractor import labelled
 from tfmq.evaluation.distribution.features import Moments
 from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.evaluation.real import Real, RealImages, RealStatistics
-from tfmq.evaluation.sampling import Images, as_colour, to_bytes
+from tfmq.evaluation.sampling import Images, as_colour, draw_batch
 from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
 from tfmq.evaluation.stages import Stages, Stored
 from tfmq.evaluation.text import prompts_of
@@ -22,7 +23,7 @@ from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import STEPS
 from tfmq.recipes.recipe import Published
 
-FULL, QUANTIZED, REAL = "full precision", "quantized", "real"
+FULL, QUANTIZED, REAL, PAIRS = "full precision", "quantized", "real", "pairs"
 # Pairs whose pixels are kept for people to look at.
 KEPT = 64
 
@@ -141,23 +142,41 @@ class Evaluator:
         sets = self._sets() if self.settings.draws_sets else _Sets((), (), True)
         paired = None
         if self.reference is not None and self.settings.draws_pairs:
-            stored = self._pairs(self.reference)
+            stored = self._stage(PAIRS, min(self.settings.num_pairs, self.settings.num_images))
             if not stored.complete:
                 return None
             paired = _paired(stored, self.settings)
         return Evaluation(sets.rows, paired, sets.baseline) if sets.complete else None
 
+    def batch(self, stage: str, indices: range) -> None:
+        """Leave the results of a stage for the images `indices` in the journal."""
+        self.stages.batch(stage, indices, self._computations()[stage])
+
+    def _computations(self) -> dict[str, Callable[[range], dict[str, Tensor]]]:
+        """Return what computes a batch of each stage."""
+        found: dict[str, Callable[[range], dict[str, Tensor]]] = {QUANTIZED: partial(self._features, self.quantized)}
+        if self.reference is not None:
+            found |= {FULL: partial(self._features, self.reference), PAIRS: partial(self._pairs, self.reference)}
+        if isinstance(self.real, RealImages):
+            real = self.real
+            found[REAL] = lambda indices: self._described(real.read(indices))
+        return found
+
+    def _stage(self, name: str, count: int) -> Stored:
+        """Do what is left of a stage."""
+        return self.stages.run(name, count, self._computations()[name])
+
     def _sets(self) -> _Sets:
         """Evaluate both models' images as sets, full precision first."""
         real = self._real()
-        full = None if self.reference is None else self._features(FULL, self.reference)
+        full = None if self.reference is None else self._stage(FULL, self.settings.num_images)
         rows: list[Row] = []
         baseline: list[dict[str, Any]] = []
         ready = all(stored.complete for stored in (real, full) if isinstance(stored, Stored))
         if full is not None and ready:
             rows += self._scores(FULL, full, {REAL: real})
             baseline = check_baseline(self.published, {row.metric: row.value for row in rows}, self.settings)
-        low = self._features(QUANTIZED, self.quantized)
+        low = self._stage(QUANTIZED, self.settings.num_images)
         complete = ready and low.complete
         if complete:
             rows += self._scores(QUANTIZED, low, {REAL: real, FULL: full})
@@ -170,7 +189,7 @@ class Evaluator:
             return None
         if isinstance(real, RealStatistics):
             return real.moments
-        return self.stages.run(REAL, real.count, lambda indices: self._described(real.read(indices)))
+        return self._stage(REAL, real.count)
 
     def _described(self, images: Images) -> dict[str, Tensor]:
         """Return what is kept of images: the features that metrics need."""
@@ -178,20 +197,16 @@ class Evaluator:
         features = self.tools.extractor(as_colour(images))
         return {kind: features[kind].float().cpu().contiguous() for kind in {SET_METRICS[name].kind for name in self.settings.of_sets}}
 
-    def _features(self, name: str, sampler: Sampler) -> Stored:
-        """Draw a model's images and keep what metrics need of them."""
-
-        def compute(indices: range) -> dict[str, Tensor]:
-            images = to_bytes(sampler.run(indices, steps=self.settings.steps, seed=self.settings.seed).detach().cpu(), first=indices.start)
-            found = {}
-            if self.tools.extractor is not None:
-                _check_size(images, self.real)
-                found = self._described(images)
-            if self.tools.clip is not None:
-                found["clip"] = torch.tensor([self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)], dtype=torch.float64)
-            return found
-
-        return self.stages.run(name, self.settings.num_images, compute)
+    def _features(self, sampler: Sampler, indices: range) -> dict[str, Tensor]:
+        """Draw images of a model and return what metrics need of them."""
+        images = draw_batch(sampler, indices, steps=self.settings.steps, seed=self.settings.seed)
+        found = {}
+        if self.tools.extractor is not None:
+            _check_size(images, self.real)
+            found = self._described(images)
+        if self.tools.clip is not None:
+            found["clip"] = torch.tensor([self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)], dtype=torch.float64)
+        return found
 
     def _scores(self, model: str, images: Stored, others: Mapping[str, Stored | Moments | None]) -> list[Row]:
         """Return the values of one model's images."""
@@ -207,19 +222,14 @@ class Evaluator:
             rows.append(Row(CLIP_METRIC, model, None, float((means * counts).sum() / counts.sum()), None))
         return rows
 
-    def _pairs(self, reference: Sampler) -> Stored:
-        """Draw pairs from the same noise and keep their metrics, the deviation of their states, and the first pixels."""
-        settings = self.settings
-
-        def compute(indices: range) -> dict[str, Tensor]:
-            full, low = (follow(sampler, indices, steps=settings.steps, seed=settings.seed) for sampler in (reference, self.quantized))
-            images = as_colour(full.images), as_colour(low.images)
-            values = {name: torch.from_numpy(metric(*images)) for name, metric in self.tools.pairs.items()}
-            kept = max(0, min(len(indices), KEPT - indices.start))
-            pixels = {f"{name} images": torch.from_numpy(array[:kept]) for name, array in zip((FULL, QUANTIZED), images, strict=True)}
-            return {**values, **pixels, "deviation": deviation(full, low), "timesteps": full.timesteps}
-
-        return self.stages.run("pairs", min(settings.num_pairs, settings.num_images), compute)
+    def _pairs(self, reference: Sampler, indices: range) -> dict[str, Tensor]:
+        """Draw pairs from the same noise and return their metrics, the deviation of their states, and the first pixels."""
+        full, low = (follow(sampler, indices, steps=self.settings.steps, seed=self.settings.seed) for sampler in (reference, self.quantized))
+        images = as_colour(full.images), as_colour(low.images)
+        values = {name: torch.from_numpy(metric(*images)) for name, metric in self.tools.pairs.items()}
+        kept = max(0, min(len(indices), KEPT - indices.start))
+        pixels = {f"{name} images": torch.from_numpy(array[:kept]) for name, array in zip((FULL, QUANTIZED), images, strict=True)}
+        return {**values, **pixels, "deviation": deviation(full, low), "timesteps": full.timesteps}
 
 
 def _check_size(images: Images, real: Real | None) -> None:

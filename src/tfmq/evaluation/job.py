@@ -1,7 +1,7 @@
 """An evaluation as a job: everything its values depend on is recorded, an interrupted one goes on, and shards meet in one folder."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from tfmq.evaluation.evaluate import Evaluation, Evaluator, check_request
 from tfmq.evaluation.real import Real, open_real
 from tfmq.evaluation.settings import Settings, Tools, prepare
-from tfmq.evaluation.stages import Shard, Stages
+from tfmq.evaluation.stages import Helpers, Shard, Stages, nobody
 from tfmq.evaluation.weights import Weights
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress, silent
@@ -53,53 +53,82 @@ def _protocol(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of an evaluation.
+
+    Args:
+        settings: how many images, which metrics.
+        job: folder that keeps every finished batch; whoever has used the values deletes it.
+        real: a folder of images, or an `.npz` file of images or statistics.
+        weights: where downloaded weights lie; torch's cache by default.
+        published: figures that full precision must reach against `real`.
+        backend: what the quantized model computes with, for the record.
+    """
+
+    settings: Settings
+    job: Path
+    real: Path | None = None
+    weights: Weights = field(default_factory=Weights)
+    published: Sequence[Published] = ()
+    backend: str | None = None
+
+
+def open_job(
+    quantized: Sampler,
+    reference: Sampler | None,
+    request: Request,
+    *,
+    shard: Shard | None = None,
+    resume: bool = True,
+    progress: Progress = silent,
+    helpers: Helpers = nobody,
+) -> tuple[Evaluator, dict[str, Any]]:
+    """Return what does the job, and the protocol; see `evaluate`."""
+    images = None if request.real is None else open_real(request.real)
+    tools = prepare(request.settings, request.weights)
+    check_request(quantized, reference, images, request.settings)
+    protocol = _protocol(quantized, reference, images, settings=request.settings, tools=tools, backend=request.backend)
+    going_on = resume or shard is not None
+    if going_on:
+        # Shards start at the same time: none may take the folder for another's remains.
+        request.job.mkdir(parents=True, exist_ok=True)
+    stages = Stages(Journal(request.job, protocol, resume=going_on), request.settings.batch_size, shard or Shard(), progress, helpers)
+    return Evaluator(quantized, reference, images, request.settings, tools, stages, request.published), protocol
+
+
 def evaluate(
     quantized: Sampler,
-    reference: Sampler | None = None,
-    real: Path | None = None,
+    reference: Sampler | None,
+    request: Request,
     *,
-    settings: Settings,
-    job: Path,
-    weights: Weights | None = None,
-    published: Sequence[Published] = (),
     shard: Shard | None = None,
     resume: bool = False,
-    backend: str | None = None,
     progress: Progress = silent,
+    helpers: Helpers = nobody,
 ) -> tuple[Evaluation, dict[str, Any]] | None:
     """Evaluate a quantized model; return what was found and the protocol that it can be repeated by.
 
     Args:
         quantized: draws with the quantized model.
         reference: draws with the full-precision one; it is evaluated first.
-        real: a folder of images, or an `.npz` file of images or statistics.
-        settings: how many images, which metrics.
-        job: folder that keeps every finished batch; whoever has used the values deletes it.
-        weights: where downloaded weights lie; torch's cache by default.
-        published: figures that full precision must reach against `real`.
-        shard: the part of the batches that this process draws and leaves in `job`; a run without one, and with `resume`, gives the values.
-        resume: go on with the work in `job`; otherwise it is started over.
-        backend: what the quantized model computes with, for the record.
+        request: how many images, which metrics, and where the work is kept.
+        shard: the part of the batches that this process draws and leaves in the job's folder; a run without one, and with `resume`, gives the
+            values.
+        resume: go on with the work in the job's folder; otherwise it is started over.
         progress: shows bars.
+        helpers: compute batches elsewhere; see `tfmq.cluster`.
 
     Returns:
         None for a shard.
 
     Raises:
         ValueError: what is asked for cannot be computed from what is given.
-        CheckpointError: weights or real images are missing or damaged, or `job` is of another evaluation.
+        CheckpointError: weights or real images are missing or damaged, or the folder is of another evaluation.
         BaselineError: full precision misses a published figure.
         MissingExtraError: a library is not installed.
     """
-    images = None if real is None else open_real(real)
-    tools = prepare(settings, weights or Weights())
-    check_request(quantized, reference, images, settings)
-    protocol = _protocol(quantized, reference, images, settings=settings, tools=tools, backend=backend)
-    going_on = resume or shard is not None
-    if going_on:
-        # Shards start at the same time: none may take the folder for another's remains.
-        job.mkdir(parents=True, exist_ok=True)
-    stages = Stages(Journal(job, protocol, resume=going_on), settings.batch_size, shard or Shard(), progress)
-    found = Evaluator(quantized, reference, images, settings, tools, stages, published).run()
+    evaluator, protocol = open_job(quantized, reference, request, shard=shard, resume=resume, progress=progress, helpers=helpers)
+    found = evaluator.run()
     # Not even the last shard gives values: two that end together would both be the last.
     return None if found is None or shard is not None else (found, protocol)

@@ -34,6 +34,29 @@ def to_bytes(images: Tensor, *, first: int = 0) -> Images:
     return array
 
 
+def batches(num_images: int, batch_size: int) -> list[range]:
+    """Return the images 0 to `num_images - 1` in batches.
+
+    Raises:
+        ValueError: fewer than one image, or than one in a batch.
+    """
+    if min(num_images, batch_size) < 1:
+        raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+    return [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+
+
+def draw_batch(sampler: Sampler, indices: range, *, steps: int, seed: int) -> Images:
+    """Draw the images `indices` of the stream `seed`, uint8 `[N, H, W, C]`.
+
+    Raises:
+        ValueError: fewer than one step.
+        SamplingError: see `to_bytes`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return to_bytes(sampler.run(indices, steps=steps, seed=seed).detach().cpu(), first=indices.start)
+
+
 def draw(
     sampler: Sampler,
     num_images: int,
@@ -53,20 +76,14 @@ def draw(
         ValueError: fewer than one image or step.
         SamplingError: see `to_bytes`.
     """
-    if min(num_images, steps, batch_size) < 1:
-        raise ValueError(f"num_images, steps and batch_size must be at least 1, got {num_images}, {steps} and {batch_size}")
-    starts = range(0, num_images, batch_size)
-    parts = []
-    with progress(description, len(starts) * steps) as advance:
+    ranges = batches(num_images, batch_size)
+    with progress(description, len(ranges) * steps) as advance:
 
         def count(_: nn.Module, __: object) -> None:
             advance()
 
         handle = sampler.denoiser.module.register_forward_pre_hook(count)
         try:
-            for start in starts:
-                images = sampler.run(range(start, min(start + batch_size, num_images)), steps=steps, seed=seed)
-                parts.append(to_bytes(images.detach().cpu(), first=start))
+            return np.concatenate([draw_batch(sampler, indices, steps=steps, seed=seed) for indices in ranges])
         finally:
             handle.remove()
-    return np.concatenate(parts)

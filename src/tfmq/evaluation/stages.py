@@ -1,13 +1,15 @@
 """Work in batches that outlives an interruption and can be shared among processes: each batch of images is a file of results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tfmq.evaluation.distribution.features import Kind
+from tfmq.evaluation.sampling import batches
 from tfmq.progress import Progress
 from tfmq.storage.journal import Journal
 
@@ -26,6 +28,17 @@ class Shard:
     def has(self, number: int) -> bool:
         """Whether a batch is one of this shard's."""
         return number % self.count == self.index
+
+
+class Helpers(Protocol):
+    """Computes batches of a stage elsewhere: those that it gives back are in the journal by then, and none has to be."""
+
+    def __call__(self, name: str, todo: Sequence[range], /) -> Iterator[range]: ...
+
+
+def nobody(name: str, todo: Sequence[range]) -> Iterator[range]:
+    """Compute nothing elsewhere."""
+    return iter(())
 
 
 @dataclass(frozen=True)
@@ -67,20 +80,35 @@ class Stages:
         batch_size: images of a batch.
         shard: which batches are this process's.
         progress: shows a bar a stage.
+        helpers: are asked before this process computes a batch itself.
     """
 
     journal: Journal
     batch_size: int
     shard: Shard
     progress: Progress
+    helpers: Helpers = nobody
 
     def run(self, name: str, count: int, compute: Callable[[range], dict[str, Tensor]]) -> Stored:
         """Compute the results of the images 0 to `count - 1` with `compute`, one batch at a time, and return where they are."""
-        ranges = [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
-        names = tuple(f"{name.replace(' ', '_')}-{indices.start:08d}" for indices in ranges)
-        todo = [number for number in range(len(ranges)) if self.shard.has(number) and not self.journal.done(names[number])]
-        with self.progress(name, sum(len(ranges[number]) for number in todo)) as advance:
-            for number in todo:
-                self.journal.stage(names[number], partial(compute, ranges[number]))
-                advance(len(ranges[number]))
-        return Stored(self.journal, names, count)
+        ranges = batches(count, self.batch_size)
+        todo = [indices for number, indices in enumerate(ranges) if self.shard.has(number) and not self.journal.done(_file(name, indices))]
+        with self.progress(name, sum(map(len, todo))) as advance:
+            helped = set()
+            for indices in self.helpers(name, todo):
+                helped.add(indices)
+                advance(len(indices))
+            for indices in todo:
+                if indices not in helped:
+                    self.batch(name, indices, compute)
+                    advance(len(indices))
+        return Stored(self.journal, tuple(_file(name, indices) for indices in ranges), count)
+
+    def batch(self, name: str, indices: range, compute: Callable[[range], dict[str, Tensor]]) -> None:
+        """Compute the results of the images `indices`, unless they are there."""
+        self.journal.stage(_file(name, indices), partial(compute, indices))
+
+
+def _file(name: str, indices: range) -> str:
+    """Return the journal's name of a batch."""
+    return f"{name.replace(' ', '_')}-{indices.start:08d}"
