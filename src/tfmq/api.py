@@ -35,7 +35,7 @@ from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables, visited
 from tfmq.version import __version__
-from tfmq.workflow import Outcome, quantize_denoiser
+from tfmq.workflow import Helpers, Outcome, quantize_denoiser
 
 DEFAULT = "default"
 ASSETS = Path(__file__).parent / "assets"
@@ -161,17 +161,52 @@ def _check_weights(module: nn.Module) -> None:
             raise CalibrationError(f"{name} holds NaN or infinite values: the full-precision model is damaged; download or save it again")
 
 
+def job_of(destination: Path) -> Path:
+    """Return where the job lives until `destination` is complete."""
+    return destination.with_name(destination.name + ".job")
+
+
+def store_of(job: Path) -> CalibrationStore:
+    """Return the calibration store of a job."""
+    return CalibrationStore(job / "calibration")
+
+
 @contextmanager
 def _job_directory(destination: Path | None) -> Iterator[Path]:
     """Give the job a directory beside its destination, which outlives an interruption; a temporary one where nothing is saved."""
     if destination is not None:
-        yield destination.with_name(destination.name + ".job")
+        yield job_of(destination)
         return
     path = Path(tempfile.mkdtemp(prefix="tfmq-"))
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def open_target(
+    target: Any, recipe: Recipe, *, seed: int, device: str | torch.device | None = None, prompts: tuple[str, ...] = ()
+) -> tuple[Sampler, dict[str, Any]]:
+    """Return the sampler of a model that is to be quantized, on its device, and everything that the result depends on.
+
+    Raises:
+        ValueError: it is quantized already, or cannot be.
+        CalibrationError: NaN or infinite weights.
+    """
+    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)))
+    module = sampler.denoiser.module
+    if hasattr(module, STEPS):
+        raise ValueError("the model is quantized already; quantize the full-precision one")
+    check_quantizable(module)
+    _check_weights(module)
+    if device is not None:
+        _owner(sampler).to(device)
+    return sampler, _fingerprint(sampler, recipe, seed)
+
+
+def _owner(sampler: Sampler) -> Any:
+    """Return what is moved and saved: the pipeline, where there is one."""
+    return getattr(sampler, "pipeline", sampler.denoiser.module)
 
 
 def quantize(
@@ -184,6 +219,7 @@ def quantize(
     resume: bool = False,
     prompts: tuple[str, ...] = (),
     resources: Resources = UNLIMITED,
+    helpers: Helpers | None = None,
     progress: Progress = silent,
 ) -> Quantized:
     """Quantize a diffusion model in place and, with `output_dir`, save it.
@@ -199,6 +235,7 @@ def quantize(
         resume: continue the job of an interrupted run; the result is the same to the byte.
         prompts: for text-to-image pipelines, instead of the built-in ones.
         resources: limits of memory.
+        helpers: do parts of the job elsewhere; see `tfmq.cluster`.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:
@@ -207,26 +244,19 @@ def quantize(
         CalibrationError: NaN or infinite values in calibration.
     """
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
-    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)))
-    module = sampler.denoiser.module
-    if hasattr(module, STEPS):
-        raise ValueError("the model is quantized already; quantize the full-precision one")
-    check_quantizable(module)
-    _check_weights(module)
-    owner = getattr(sampler, "pipeline", module)
-    if device is not None:
-        owner.to(device)
-    fingerprint = _fingerprint(sampler, recipe, seed)
+    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts)
+    module, owner = sampler.denoiser.module, _owner(sampler)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):
-        shutil.rmtree(destination.with_name(destination.name + ".job"), ignore_errors=True)
+        shutil.rmtree(job_of(destination), ignore_errors=True)
         loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module, backend="simulated")
         return Quantized(loaded, stored_manifest(destination), _read_report(destination))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
-        store = CalibrationStore(job / "calibration")
-        outcome = quantize_denoiser(sampler, recipe, seed=seed, store=store, journal=journal, resources=resources, progress=progress)
+        outcome = quantize_denoiser(
+            sampler, recipe, seed=seed, store=store_of(job), journal=journal, helpers=helpers, resources=resources, progress=progress
+        )
         manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
         mark(module, manifest)

@@ -1,7 +1,8 @@
 """The order of quantization: probe, calibrate, fit ranges, temporal block, units, pack. Nothing else knows it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 from zlib import crc32
 
 import torch
@@ -24,7 +25,7 @@ from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.reconstruction.sequence import learned, reconstruct_units, restore
 from tfmq.reconstruction.tiar import full_features, reconstruct_temporal
 from tfmq.reconstruction.unit import UnitReport, settle
-from tfmq.reconstruction.units import find_units
+from tfmq.reconstruction.units import Unit, find_units
 from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.cache import install_tables, quantized_features
@@ -41,25 +42,46 @@ class Outcome:
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
 
 
+class Helpers(Protocol):
+    """Does parts of a job elsewhere, in any order, and gives back the numbers of those that are done.
+
+    `record(batches)` leaves the calls of each batch in a part of the job's store, by the batch's number; `reconstruct(units)` leaves units, by
+    their numbers, in the job's journal. Whoever helps does both with the functions of this file.
+    """
+
+    def record(self, batches: Sequence[range]) -> Iterator[int]: ...
+
+    def reconstruct(self, units: Sequence[int]) -> Iterator[int]: ...
+
+
 def stage_seed(seed: int, name: str) -> int:
     """Return the seed of a stage: its own, so that the order and the number of stages before it do not matter."""
     return crc32(f"{name} {seed}".encode())
 
 
-def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore, *, seed: int, progress: Progress) -> None:
+def record_batch(sampler: Sampler, recipe: Recipe, sink: Callable[[Inputs], None], indices: range, *, seed: int) -> None:
+    """Run the sampler in full precision for the images `indices`, and hand every denoiser call to `sink`."""
+    with recorded_calls(sampler.denoiser, sink):
+        sampler.run(indices, steps=recipe.calibration.steps, seed=stage_seed(seed, "calibration"))
+
+
+def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore, *, seed: int, helpers: Helpers | None, progress: Progress) -> None:
     """Run the sampler in full precision and store every denoiser call."""
     config = recipe.calibration
-    starts = range(0, config.samples, config.batch_size)
-    with progress("calibration: sampling", len(starts) * config.steps) as advance:
+    batches = [range(start, min(start + config.batch_size, config.samples)) for start in range(0, config.samples, config.batch_size)]
+    with progress("calibration: sampling", len(batches) * config.steps) as advance:
 
         def sink(inputs: Inputs) -> None:
             store.append(inputs)
             advance()
 
-        with recorded_calls(sampler.denoiser, sink):
-            for start in starts:
-                indices = range(start, min(start + config.batch_size, config.samples))
-                sampler.run(indices, steps=config.steps, seed=stage_seed(seed, "calibration"))
+        if helpers is None:
+            for indices in batches:
+                record_batch(sampler, recipe, sink, indices, seed=seed)
+        else:
+            for _ in helpers.record(batches):
+                advance(config.steps)
+            store.adopt(range(len(batches)))
 
 
 def fit_activations(
@@ -108,20 +130,32 @@ def maintain_temporal(
     return learned(layers)
 
 
-def quantize_denoiser(
+@dataclass(frozen=True)
+class Prepared:
+    """A denoiser whose units are next.
+
+    With its temporal block, what that gives in full precision at the calibrated timesteps, and the measured inputs.
+    """
+
+    block: TemporalBlock
+    full: dict[str, Tensor]
+    steps: StepContext
+    units: tuple[Unit, ...]
+    inputs: Mapping[str, InputErrors]
+
+
+def prepare_units(
     sampler: Sampler,
     recipe: Recipe,
     *,
     seed: int,
     store: CalibrationStore,
     journal: Journal,
+    helpers: Helpers | None = None,
     resources: Resources = UNLIMITED,
     progress: Progress = silent,
-) -> Outcome:
-    """Quantize the sampler's denoiser in place by `recipe`; afterwards it holds packed layers only.
-
-    The stages are journalled: with a journal of an interrupted run, finished stages are read back, and the result is the same to the byte.
-    """
+) -> Prepared:
+    """Do, or read back from the journal, all stages before the units; see `quantize_denoiser`."""
     denoiser = sampler.denoiser
     denoiser.module.requires_grad_(False).eval()
     block = probe(denoiser, sampler.example())
@@ -129,7 +163,7 @@ def quantize_denoiser(
 
     def record() -> dict[str, Tensor]:
         store.clear()
-        record_calibration(sampler, recipe, store, seed=seed, progress=progress)
+        record_calibration(sampler, recipe, store, seed=seed, helpers=helpers, progress=progress)
         return {"calls": torch.tensor(len(store))}
 
     journal.stage("calibration", record)
@@ -153,18 +187,41 @@ def quantize_denoiser(
             scope = recipe.temporal.scope if recipe.temporal.maintenance == "selected" else None
             install_tables(block, {name: full[name] for name in block.cacheable}, steps, table_format=recipe.temporal.table, scope=scope)
     units = find_units(denoiser.module, [layer.name for layer in block.trace.layers if layer.name in plan.layers], exclude=maintained)
+    return Prepared(block, full, steps, units, inputs)
+
+
+def quantize_denoiser(
+    sampler: Sampler,
+    recipe: Recipe,
+    *,
+    seed: int,
+    store: CalibrationStore,
+    journal: Journal,
+    helpers: Helpers | None = None,
+    resources: Resources = UNLIMITED,
+    progress: Progress = silent,
+) -> Outcome:
+    """Quantize the sampler's denoiser in place by `recipe`; afterwards it holds packed layers only.
+
+    The stages are journalled: with a journal of an interrupted run, finished stages are read back, and the result is the same to the byte.
+    `helpers` do what they can ahead of this process: the trajectory, and units that do not wait for each other.
+    """
+    denoiser = sampler.denoiser
+    prepared = prepare_units(sampler, recipe, seed=seed, store=store, journal=journal, helpers=helpers, resources=resources, progress=progress)
+    block, steps = prepared.block, prepared.steps
     reports = reconstruct_units(
         denoiser,
-        units,
+        prepared.units,
         steps,
         store,
         recipe.rounding,
         recipe.learning,
         interval=recipe.calibration.interval,
-        seeds={unit.name: stage_seed(seed, unit.name) for unit in units},
+        seeds={unit.name: stage_seed(seed, unit.name) for unit in prepared.units},
         resources=resources,
         journal=journal,
+        ahead=None if helpers is None else helpers.reconstruct,
         progress=progress,
     )
     pack_all(denoiser.module)
-    return Outcome(reports, disturbance(steps.timesteps, full, quantized_features(block, steps, block.features)), inputs)
+    return Outcome(reports, disturbance(steps.timesteps, prepared.full, quantized_features(block, steps, block.features)), prepared.inputs)

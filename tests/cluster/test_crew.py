@@ -47,7 +47,7 @@ def test_every_task_once_with_its_number(sent_by_value: None) -> None:
 
 
 def test_an_error_is_raised_as_it_was(sent_by_value: None) -> None:
-    with connected(Cluster()) as crew, pytest.raises(ValueError, match="^3 is refused$"):
+    with connected(Cluster()) as crew, pytest.raises(ValueError, match=r"^3 is refused$"):
         list(crew.team(refuser)([3]))
 
 

@@ -1,7 +1,8 @@
 """Denoiser calls on disk, one safetensors file a call."""
 
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,26 @@ class CalibrationStore:
         return len(self._paths())
 
     def clear(self) -> None:
-        """Delete every call."""
+        """Delete every call, those in parts too."""
         self._timesteps.clear()
         for path in self._paths():
             path.unlink()
+        for part in self.directory.glob("part_*"):
+            shutil.rmtree(part)
+
+    def part(self, number: int) -> "CalibrationStore":
+        """Return an empty store that lies within this one, for calls that this one takes over later; see `adopt`."""
+        part = CalibrationStore(self.directory / f"part_{number:05d}")
+        part.clear()
+        return part
+
+    def adopt(self, numbers: Sequence[int]) -> None:
+        """Move the calls of the parts `numbers` behind those that are here, in that order."""
+        for number in numbers:
+            part = CalibrationStore(self.directory / f"part_{number:05d}")
+            for path in part._paths():
+                path.replace(self.directory / f"call_{len(self):05d}.safetensors")
+            part.directory.rmdir()
 
     def append(self, inputs: Inputs) -> None:
         """Write one call."""

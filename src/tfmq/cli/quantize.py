@@ -1,16 +1,19 @@
 """`tfmq quantize`."""
 
 import time
+import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfmq.cli.options import Device, Json, Model, OutputDir, Prompts, Seed, check_device, read_prompts
+from tfmq.cli.options import Cluster, Device, Json, Model, OutputDir, Prompts, Seed, Threads, Workers, check_cluster, check_device, read_prompts
 from tfmq.cli.outcome import emit, verb
 
 if TYPE_CHECKING:
+    from tfmq.cluster.crew import Cluster as Place
     from tfmq.recipes.recipe import Recipe
 
 DEFAULT_SCHEME = "w4a8"
@@ -36,8 +39,17 @@ def _named(scheme: str | None, path: Path | None) -> "Recipe":
         raise typer.BadParameter(str(error), param_hint="--scheme") from error
 
 
-def _adjusted(recipe: "Recipe", *, steps: int | None, calib_size: int | None, iterations: int | None) -> "Recipe":
-    """Return the recipe with the numbers that the command line gives."""
+def _adjusted(recipe: "Recipe", *, steps: int | None, calib_size: int | None, iterations: int | None, unit_inputs: str | None) -> "Recipe":
+    """Return the recipe with what the command line gives.
+
+    Raises:
+        typer.BadParameter: there are no such inputs.
+    """
+    if unit_inputs is not None:
+        try:
+            recipe = replace(recipe, rounding=replace(recipe.rounding, inputs=unit_inputs))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--unit-inputs") from error
     calibration = replace(recipe.calibration, steps=steps or recipe.calibration.steps, samples=calib_size or recipe.calibration.samples)
     if iterations is not None:
         rounding, learning = replace(recipe.rounding, solver="adaround"), replace(recipe.learning, iterations=iterations)
@@ -56,6 +68,13 @@ def quantize(
     seed: Seed = 0,
     device: Device = None,
     prompts: Prompts = None,
+    unit_inputs: Annotated[
+        str | None,
+        typer.Option("--unit-inputs", metavar="KIND", help="quantized: units one after the other; full: side by side, on full-precision inputs."),
+    ] = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
+    threads: Threads = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted job; the result is the same to the byte.")] = False,
     json: Json = False,
 ) -> None:
@@ -63,9 +82,12 @@ def quantize(
     began = time.perf_counter()
     hint = f"the same command with --resume continues from {output_dir}.job"
     with verb(interrupted=hint):
-        chosen = _adjusted(_named(scheme, recipe), steps=steps, calib_size=calib_size, iterations=iterations)
+        chosen = _adjusted(_named(scheme, recipe), steps=steps, calib_size=calib_size, iterations=iterations, unit_inputs=unit_inputs)
         check_device(device)
-        report = _quantized(model, chosen, output_dir, seed=seed, device=device, prompts=read_prompts(prompts), resume=resume)
+        place = check_cluster(cluster, workers, threads, device=device)
+        if place is not None and chosen.rounding.inputs != "full":
+            warnings.warn("units wait for each other, so the cluster shares the trajectory alone; --unit-inputs full shares them too", stacklevel=2)
+        report = _quantized(model, chosen, output_dir, place, resume=resume, seed=seed, device=device, prompts=read_prompts(prompts))
         name = chosen.name if recipe else scheme or DEFAULT_SCHEME
         result = {"output_dir": str(output_dir), "scheme": name, "seconds": round(time.perf_counter() - began, 3), **report}
     if json:
@@ -76,14 +98,18 @@ def quantize(
         show_quantized(result)
 
 
-def _quantized(model: str, recipe: "Recipe", output_dir: Path, **options: Any) -> dict[str, Any]:
-    """Run the job; return its report, with the bytes that are on disk."""
+def _quantized(model: str, recipe: "Recipe", output_dir: Path, place: "Place | None", *, resume: bool, **options: Any) -> dict[str, Any]:
+    """Run the job, with help where there is a `place`; return its report, with the bytes that are on disk."""
     import tfmq
     from tfmq.artifact import stored_bytes
+    from tfmq.cli.models import located
     from tfmq.cli.progress import shown_progress
+    from tfmq.cluster.crew import connected
+    from tfmq.cluster.quantization import Helpers
     from tfmq.integrations.diffusers.quiet import quiet
 
-    with quiet(), shown_progress() as progress:
-        report = tfmq.quantize(model, recipe, output_dir=output_dir, progress=progress, **options).report
-    keys = ("units", "temporal", "sha256")
+    with quiet(), shown_progress() as progress, ExitStack() as stack:
+        helpers = None if place is None else Helpers(stack.enter_context(connected(place)), located(model), recipe, output_dir, **options)
+        found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, progress=progress, **options)
+    report, keys = found.report, ("units", "temporal", "sha256")
     return {"bytes": {**report["bytes"], "quantized": stored_bytes(output_dir)}, **{key: report[key] for key in keys}}

@@ -1,6 +1,7 @@
-"""The units of a denoiser one after the other, each on inputs from the network quantized so far."""
+"""The units of a denoiser: one of them, and all in execution order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
-from tfmq.progress import Progress
+from tfmq.progress import Advance, Progress
 from tfmq.quantizers.steps import StepContext
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.resources import Resources
@@ -20,6 +21,9 @@ from tfmq.reconstruction.solvers import SOLVERS, Rounding, work
 from tfmq.reconstruction.unit import UnitReport, full_precision, reconstruct_unit, settle
 from tfmq.reconstruction.units import Unit
 from tfmq.storage.journal import Journal
+
+# Units by their numbers; those that are done come back.
+Ahead = Callable[[Sequence[int]], Iterator[int]]
 
 
 def learned(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
@@ -31,6 +35,34 @@ def restore(layers: Mapping[str, CalibratedLayer], tensors: Mapping[str, Tensor]
     """Set in `layers` what `learned` returned."""
     for name, layer in layers.items():
         layer.restore({key: tensors[f"{name}.{key}"] for key in layer.learned()})
+
+
+def unit_file(number: int) -> str:
+    """Return the journal's name of a unit."""
+    return f"unit_{number:04d}"
+
+
+def reconstructed(
+    denoiser: Denoiser,
+    unit: Unit,
+    store: CalibrationStore,
+    upstream: Upstream,
+    steps: StepContext,
+    rounding: Rounding,
+    learning: Learning,
+    *,
+    interval: int,
+    seed: int,
+    resources: Resources,
+    advance: Advance,
+) -> dict[str, Tensor]:
+    """Reconstruct one unit on every `interval`-th timestep of `store`; return what was learned, and its figures as `report`."""
+    layers = calibrated_layers(denoiser.module)
+    spool = Spool(store.directory / "calls", resources.captured)
+    batches = StoredBatches(store, interval)
+    report = reconstruct_unit(denoiser, unit, batches, upstream, steps, rounding, learning, seed=seed, advance=advance, spool=spool)
+    figures = torch.tensor([report.error_before, report.error_after, report.iterations, report.seconds], dtype=torch.float64)
+    return {"report": figures, **learned({name: layers[name] for name in unit.layers})}
 
 
 def reconstruct_units(
@@ -45,33 +77,35 @@ def reconstruct_units(
     seeds: Mapping[str, int],
     resources: Resources,
     journal: Journal,
+    ahead: Ahead | None,
     progress: Progress,
 ) -> tuple[UnitReport, ...]:
-    """Reconstruct the units in execution order on every `interval`-th timestep of `store`; journal each.
+    """Reconstruct the units in execution order, each on inputs as `rounding` has them; journal each.
 
-    `seeds` has one for each unit.
+    `seeds` has one for each unit. Where no unit waits for another, `ahead` leaves those that it is given in the journal, in any order.
     """
     module, layers = denoiser.module, calibrated_layers(denoiser.module)
     for unit in units:
         resources.check(unit.name, SOLVERS[rounding.solver].memory([layers[name] for name in unit.layers], rounding))
     with full_precision(module):
         readers = find_readers(denoiser, [unit.name for unit in units], store.read(0))
-    batches, upstream = StoredBatches(store, interval), Upstream(store.directory / "outputs", readers=readers)
+    upstream = Upstream(store.directory / "outputs", readers=readers)
     reports = []
     amounts = [work(rounding, learning, len(unit.layers)) for unit in units]
     # Each unit counts one more, for its calls.
     with progress("units: reconstruction", sum(amounts) + len(units)) as advance:
+        helped = set()
+        if ahead is not None and rounding.inputs == "full":
+            for number in ahead([number for number in range(len(units)) if not journal.done(unit_file(number))]):
+                helped.add(number)
+                advance(amounts[number])
         for number, unit in enumerate(units):
-
-            def compute(unit: Unit = unit) -> dict[str, Tensor]:
-                spool = Spool(store.directory / "calls", resources.captured)
-                seed = seeds[unit.name]
-                report = reconstruct_unit(denoiser, unit, batches, upstream, steps, rounding, learning, seed=seed, advance=advance, spool=spool)
-                figures = torch.tensor([report.error_before, report.error_after, report.iterations, report.seconds], dtype=torch.float64)
-                return {"report": figures, **learned({name: layers[name] for name in unit.layers})}
-
-            skipped = journal.done(f"unit_{number:04d}")
-            tensors = journal.stage(f"unit_{number:04d}", compute)
+            skipped = journal.done(unit_file(number)) and number not in helped
+            compute = partial(
+                reconstructed, denoiser, unit, store, upstream, steps, rounding, learning,
+                interval=interval, seed=seeds[unit.name], resources=resources, advance=advance,
+            )  # fmt: skip
+            tensors = journal.stage(unit_file(number), compute)
             before, after, iterations, seconds = tensors.pop("report").tolist()
             reports.append(UnitReport(unit.name, before, after, int(iterations), seconds))
             restore({name: layers[name] for name in unit.layers}, tensors)

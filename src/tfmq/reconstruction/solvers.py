@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ LEAN = 0.1
 SMALLEST_DAMPING = 1e-12
 
 SolverName = Literal["nearest", "adaround", "gptq", "gptq_adaround"]
+UnitInputs = Literal["quantized", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Rounding:
 
     Attributes:
         solver: one of the four; the paper's is `adaround`.
+        inputs: of a unit while its codes are found: from the network `quantized` so far (the paper), so that units come one after the other, or from
+            the `full`-precision network, so that no unit waits for another.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
         positions: output positions (pixels, tokens) of a calibration sample that count.
         sweeps: most sweeps of coordinate descent.
@@ -36,6 +39,7 @@ class Rounding:
     """
 
     solver: SolverName = "adaround"
+    inputs: UnitInputs = "quantized"
     damping: float = 0.1
     positions: int = 64
     sweeps: int = 6
@@ -44,6 +48,8 @@ class Rounding:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"rounding.solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
+        if self.inputs not in get_args(UnitInputs):
+            raise ValueError(f"rounding.inputs is {self.inputs!r}; it must be one of {', '.join(get_args(UnitInputs))}")
         if not self.damping > 0:
             raise ValueError(f"rounding.damping must be > 0, got {self.damping}")
         for name in ("positions", "sweeps", "widest"):

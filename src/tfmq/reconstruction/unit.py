@@ -20,7 +20,7 @@ from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance
 from tfmq.quantizers.steps import StepContext
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.solvers import SOLVERS, Rounding, UnitProblem
+from tfmq.reconstruction.solvers import SOLVERS, Rounding, UnitInputs, UnitProblem
 from tfmq.reconstruction.units import Unit
 
 
@@ -41,17 +41,24 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def capture_unit(
-    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], upstream: Upstream, *, full_inputs: bool = True, spool: Spool | None = None
+    denoiser: Denoiser,
+    unit: nn.Module,
+    batches: Iterable[Inputs],
+    upstream: Upstream,
+    *,
+    inputs: UnitInputs = "quantized",
+    full_inputs: bool = True,
+    spool: Spool | None = None,
 ) -> tuple[UnitCalls, UnitCalls]:
-    """Return the unit's calls in the full-precision network, and those in the quantized network so far with the outputs of the former.
+    """Return the unit's calls in the full-precision network, and those with the same outputs whose inputs are as `inputs` says.
 
     The former come without their inputs, unless `full_inputs` are asked for.
     """
     with full_precision(denoiser.module):
-        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs, spool=spool)
-    calls = capture(denoiser, unit, batches, around=upstream.around("quantized"), spool=spool)
+        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs or inputs == "full", spool=spool)
+    calls = full if inputs == "full" else capture(denoiser, unit, batches, around=upstream.around("quantized"), spool=spool)
     if (_undefined(full) or _undefined(calls)) and upstream.revive():
-        return capture_unit(denoiser, unit, batches, upstream, full_inputs=full_inputs, spool=spool)
+        return capture_unit(denoiser, unit, batches, upstream, inputs=inputs, full_inputs=full_inputs, spool=spool)
     return full, UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
 
 
@@ -112,7 +119,7 @@ def reconstruct_unit(
     """
     began, solver = time.perf_counter(), SOLVERS[rounding.solver]
     module = denoiser.module.get_submodule(unit.name)
-    full, calls = capture_unit(denoiser, module, batches, upstream, full_inputs=solver.runs_full, spool=spool)
+    full, calls = capture_unit(denoiser, module, batches, upstream, inputs=rounding.inputs, full_inputs=solver.runs_full, spool=spool)
     settle(module)
     loss = _unit_loss(module, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]

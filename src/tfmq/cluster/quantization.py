@@ -1,0 +1,98 @@
+"""Quantize with many workers: the trajectory by batches, and units side by side where their inputs allow."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from tfmq.api import job_of, open_target, store_of
+from tfmq.calibration.replay import Upstream
+from tfmq.cluster.crew import Crew, Team
+from tfmq.models.sampler import Sampler
+from tfmq.progress import Advance, silent
+from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.resources import UNLIMITED
+from tfmq.reconstruction.sequence import reconstructed, unit_file
+from tfmq.storage.journal import Journal
+from tfmq.workflow import Prepared, prepare_units, record_batch, stage_seed
+
+# A batch of the trajectory with its number, or a unit.
+Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int, None]
+
+
+class _Job:
+    """The job as a worker sees it: an interrupted one, which it reads back as far as it is, to do one more stage of it."""
+
+    def __init__(self, sampler: Sampler, recipe: Recipe, seed: int, folder: Path, journal: Journal) -> None:
+        self.sampler = sampler
+        self.recipe = recipe
+        self.seed = seed
+        self.store = store_of(folder)
+        self.journal = journal
+
+    def __call__(self, task: Task) -> None:
+        kind, number, indices = task
+        if indices is not None:
+            record_batch(self.sampler, self.recipe, self.store.part(number).append, indices, seed=self.seed)
+        else:
+            with silent(kind, 0) as advance:
+                self.journal.stage(unit_file(number), partial(self._reconstructed, number, advance))
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        """The model with everything that stands in the journal before the units."""
+        return prepare_units(self.sampler, self.recipe, seed=self.seed, store=self.store, journal=self.journal)
+
+    def _reconstructed(self, number: int, advance: Advance) -> dict[str, Tensor]:
+        prepared, recipe = self._prepared, self.recipe
+        unit = prepared.units[number]
+        return reconstructed(
+            self.sampler.denoiser, unit, self.store, Upstream(None), prepared.steps, recipe.rounding, recipe.learning,
+            interval=recipe.calibration.interval, seed=stage_seed(self.seed, unit.name), resources=UNLIMITED, advance=advance,
+        )  # fmt: skip
+
+
+def _make(target: str, recipe: Recipe, folder: Path, seed: int, device: str | None, prompts: tuple[str, ...]) -> Callable[[Task], None]:
+    """Open the job in a worker; refuse where the worker would compute something else."""
+    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts)
+    return _Job(sampler, recipe, seed, folder, Journal(folder, fingerprint, resume=True))
+
+
+class Helpers:
+    """Workers that help `tfmq.quantize`; see `tfmq.workflow.Helpers`.
+
+    Args:
+        crew: does it.
+        target: what is quantized: a pipeline directory or a hub id, which each worker opens, or "default".
+        recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
+        output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
+        seed, device, prompts: as `tfmq.quantize` has them.
+
+    Raises (where parts are asked for):
+        JobMismatchError: a worker has another model, or other versions.
+        CalibrationError: NaN or infinite values.
+        WorkerError: a part could not be done.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        target: str,
+        recipe: Recipe,
+        output_dir: Path,
+        *,
+        seed: int = 0,
+        device: str | None = None,
+        prompts: tuple[str, ...] = (),
+    ) -> None:
+        self._team: Team[Task, None] = crew.team(partial(_make, target, recipe, job_of(output_dir.absolute()), seed, device, prompts))
+
+    def record(self, batches: Sequence[range]) -> Iterator[int]:
+        for number, _ in self._team([("record", number, indices) for number, indices in enumerate(batches)]):
+            yield number
+
+    def reconstruct(self, units: Sequence[int]) -> Iterator[int]:
+        for number, _ in self._team([("reconstruct", unit, None) for unit in units]):
+            yield units[number]
