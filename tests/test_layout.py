@@ -78,6 +78,7 @@ OPTIONAL = {
     "optimum": ("evaluation/cost/variants/quanto.py",),
     "openvino": ("export/*", "backends/openvino*"),
     "ray": ("cluster/*",),
+    "pyarrow": ("report/*",),
     "typer": ("cli/*",),
     "rich": ("cli/*", "progress.py"),
     "yaml": ("recipes/*", "recipes.py"),

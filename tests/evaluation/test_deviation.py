@@ -1,13 +1,14 @@
 """How far a trajectory strays: nowhere for the same model, by a known amount for a known change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tfmq.evaluation.deviation import Walk, deviation, follow, summarized
+from tfmq.evaluation.deviation import Walk, deviation, follow, in_words, latent_error, summarized
 from tfmq.evaluation.sampling import SamplingError, draw
 from tfmq.models.sampler import LoopSampler
 
@@ -56,7 +57,7 @@ def test_another_schedule_is_refused() -> None:
 def test_summary() -> None:
     found = summarized(torch.tensor([9.0, 1.0]), torch.tensor([[0.0, 0.0], [0.2, 0.4]]))
     assert found.timesteps == (9.0, 1.0) and found.mean == pytest.approx((0, 0.3)) and found.worst == pytest.approx((0, 0.4))
-    assert found.latent_error == found.mean[-1]
+    assert found.values()["latent_error"] is None
 
 
 def test_a_broken_model_is_named_and_left_without_hooks(sampler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +70,14 @@ def test_a_broken_model_is_named_and_left_without_hooks(sampler: Make, monkeypat
     with pytest.raises(SamplingError, match="image 5"):
         follow(made, range(5, 6), steps=1, seed=0)
     assert not made.denoiser.module._forward_pre_hooks
+
+
+def test_the_latent_error_is_that_of_what_is_decoded() -> None:
+    latent = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
+    reference, other = (replace(walk([latent]), latent=value) for value in (latent, latent + torch.tensor([0.0, 1.0])))
+    found = latent_error(reference, other)
+    assert found is not None and found.tolist() == pytest.approx([0.2, 0.02])
+    assert latent_error(reference, walk([latent])) is None
+    values = summarized(reference.timesteps, deviation(reference, other), found).values()
+    assert values["latent_error"] == {"mean": pytest.approx(0.11), "worst": pytest.approx(0.2)}
+    assert [name for name, _ in in_words(values)] == ["trajectory", "latent error"]

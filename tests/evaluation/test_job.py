@@ -90,7 +90,7 @@ def test_every_comparison_once_full_precision_first(run: Callable[..., Any], mod
     assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-6)
     assert found.paired.count == 5 and np.array_equal(found.paired.reference, full[:5]) and np.array_equal(found.paired.quantized, low[:5])
     assert found.paired.metrics["psnr"].mean == pytest.approx(psnr(full[:5], low[:5]).mean())
-    assert found.paired.trajectory.mean[0] == 0 < found.paired.trajectory.latent_error
+    assert found.paired.trajectory.mean[0] == 0 < found.paired.trajectory.mean[-1] and found.paired.trajectory.latent_mean is None
 
 
 def test_without_a_reference_only_real_images_compare(run: Callable[..., Any], real: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
@@ -14,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 
 import tfmq
 from tfmq.api import open_sampler
+from tfmq.evaluation.deviation import follow
 from tfmq.integrations.diffusers.pipelines import PipelineSampler, find_denoiser, open_pipeline
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes.recipe import Calibration, Recipe, Temporal
@@ -89,3 +91,25 @@ def test_quiet_silences_and_restores() -> None:
         assert diffusers_logging.get_verbosity() == logging.INFO and diffusers_logging.is_progress_bar_enabled()
     finally:
         diffusers_logging.set_verbosity(logging.WARNING)
+
+
+def test_what_is_decoded_is_noted() -> None:
+    """A latent diffusion pipeline: its images are the decoder's of what was noted, which the last step left."""
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+    torch.manual_seed(0)
+    first_stage = diffusers.VQModel(**levels, norm_num_groups=4, sample_size=16, latent_channels=3, num_vq_embeddings=16).eval()
+    shape = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    unet = diffusers.UNet2DModel(**shape, **kinds).eval()
+    sampler = PipelineSampler(diffusers.LDMPipeline(first_stage, unet, diffusers.DDIMScheduler(clip_sample=False)))
+    with sampler.noted_latents() as noted:
+        images = sampler.run(range(2), steps=3, seed=1)
+    (latent,) = noted
+    assert latent.shape == (2, 3, 8, 8) and "decode" not in vars(first_stage)
+    with torch.no_grad():
+        assert torch.equal((first_stage.decode(latent).sample / 2 + 0.5).clamp(0, 1), images)
+    walked = follow(sampler, range(2), steps=3, seed=1)
+    assert walked.latent is not None and torch.equal(walked.latent, latent.flatten(1))
+    assert not any(torch.equal(state, latent) for state in walked.states)
+    # Pixels have no latent.
+    assert follow(PipelineSampler(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())), range(1), steps=2, seed=0).latent is None

@@ -92,7 +92,9 @@ def write_model(tmp_path: Path, analysis: Callable[..., Analysis]) -> Callable[.
         }
         (folder / "tfmq_report.json").write_text(json.dumps(report))
         pixels = np.zeros((2, 8, 8, 3), dtype=np.uint8) if images is None else images
-        paired = Paired(len(pixels), {"psnr": Spread(30.0, 20.0, 40.0)}, Trajectory((9.0, 1.0), (0.0, 0.1), (0.0, 0.2)), pixels, 255 - pixels)
+        paired = Paired(
+            len(pixels), {"psnr": Spread(30.0, 20.0, 40.0)}, Trajectory((9.0, 1.0), (0.0, 0.1), (0.0, 0.2), 0.05, 0.07), pixels, 255 - pixels
+        )
         rows = (
             Row("fid", "full precision", "real", 3.25, None),
             Row("fid", "quantized", "real", 3.5, None),

@@ -23,7 +23,7 @@ def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
     assert facts["seed of the quantization"] == "5" and f"({on_disk / 10_000:.3f}x)" in facts["size of the denoiser"]
     assert "100 images of 4 steps, seed 7" in facts["evaluated on"] and "torch-fidelity" not in facts["evaluated by"]
     assert [(row.name, row.values) for row in found.metrics] == [("fid", ("3.25", "3.5", "0.75")), ("is", ("9 ± 0.5", "", ""))]
-    assert dict(found.pairs)["latent error"].startswith("0.1 relative") and found.units == (("mid", 0.2, 0.1),)
+    assert dict(found.pairs)["latent error"].startswith("relative error 0.05 mean, 0.07 worst") and found.units == (("mid", 0.2, 0.1),)
     first, last = found.layers
     assert (first.name, first.weight_bits, first.activation_bits, first.error) == ("mid.a", 4, 8, 0.1)
     assert first.scheme == "weight asymmetric, input per timestep, split in 2"

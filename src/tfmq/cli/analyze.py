@@ -7,6 +7,7 @@ import typer
 
 from tfmq.cli.options import Backend, Device, Json, Prompts, Seed, Steps, Weights, beside, check_device, check_execution, read_prompts
 from tfmq.cli.outcome import emit, verb
+from tfmq.errors import require
 
 SUFFIX = ".analysis"
 
@@ -22,6 +23,7 @@ def analyze(
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write the values as analysis.parquet too, one a row.")] = False,
     json: Json = False,
 ) -> None:
     """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity of units, errors of layers."""
@@ -31,10 +33,14 @@ def analyze(
         from tfmq.cli.progress import shown_progress
         from tfmq.evaluation.analysis.analyze import analyze as run
         from tfmq.integrations.diffusers.quiet import quiet
-        from tfmq.report.analysis import ANALYSIS_FILES, analysis_values, write_analysis
+        from tfmq.report.analysis import ANALYSIS_FILES, PARQUET_FILE, analysis_values, write_analysis
         from tfmq.report.directory import completed_directory
+        from tfmq.report.parquet import write_parquet
         from tfmq.storage.digest import tensor_digest
 
+        if parquet:
+            # Said now, and not after minutes of work.
+            require("pyarrow", extra="parquet")
         check_device(device)
         execution = check_execution(backend, weights)
         source = quantized_directory(directory)
@@ -48,6 +54,8 @@ def analyze(
             values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})
             title = manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized")
             write_analysis(folder, found, values, title=title)
+            if parquet:
+                write_parquet(folder / PARQUET_FILE, values)
         result = {"output_dir": str(target), **values}
     if json:
         emit(result)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from tfmq.evaluation.deviation import in_words
 from tfmq.report.summary import megabytes
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:
         spreads = {name: f"{s['mean']:.4g} mean, {s['min']:.4g} to {s['max']:.4g}" for name, s in paired["metrics"].items()}
         rows += [(f"{name}, {paired['count']} pairs", text) for name, text in spreads.items()]
         if trajectory := paired["trajectory"]:
-            rows.append(("trajectory", f"relative error {trajectory['latent_error']:.3g} at the last of {len(trajectory['mean'])} steps"))
+            rows += in_words(trajectory)
     for figure in values["baseline"]:
         found = f"not compared: {figure['not_compared']}" if figure["not_compared"] else f"measured {figure['measured']:.4g}"
         rows.append((f"published {figure['metric']}", f"{figure['value']:g} ({figure['source']}); {found}"))
@@ -245,7 +246,7 @@ def show_analysis(values: Mapping[str, Any], output_dir: Path) -> None:
     rows = [
         ("everything quantized", f"output error {sum(found['whole']) / len(found['whole']):.3g}"),
         ("temporal features", f"{disturbed['mismatches']} of {features * len(disturbed['timesteps'])} nearest to another timestep's"),
-        ("trajectory", f"relative error {values['trajectory']['latent_error']:.3g} at the last of {len(values['trajectory']['mean'])} steps"),
+        *in_words(values["trajectory"]),
         ("data and pictures", str(output_dir)),
     ]
     console.print(_figures(rows))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tfmq.evaluation.baseline import check_baseline
-from tfmq.evaluation.deviation import Trajectory, deviation, follow, summarized
+from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
 from tfmq.evaluation.distribution.extractor import labelled
 from tfmq.evaluation.distribution.features import Moments
 from tfmq.evaluation.distribution.metrics import SET_METRICS
@@ -229,7 +229,9 @@ class Evaluator:
         values = {name: torch.from_numpy(metric(*images)) for name, metric in self.tools.pairs.items()}
         kept = max(0, min(len(indices), KEPT - indices.start))
         pixels = {f"{name} images": torch.from_numpy(array[:kept]) for name, array in zip((FULL, QUANTIZED), images, strict=True)}
-        return {**values, **pixels, "deviation": deviation(full, low), "timesteps": full.timesteps}
+        latent = latent_error(full, low)
+        decoded = {} if latent is None else {"latent": latent}
+        return {**values, **pixels, **decoded, "deviation": deviation(full, low), "timesteps": full.timesteps}
 
 
 def _check_size(images: Images, real: Real | None) -> None:
@@ -250,6 +252,8 @@ def _paired(stored: Stored, settings: Settings) -> Paired:
         metrics[name] = Spread(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
     trajectory = None
     if TRAJECTORY in settings.metrics:
-        trajectory = summarized(next(stored.parts())["timesteps"], stored.joined("deviation", dim=1))
+        first = next(stored.parts())
+        latent = stored.joined("latent") if "latent" in first else None
+        trajectory = summarized(first["timesteps"], stored.joined("deviation", dim=1), latent)
     pixels = (stored.joined(f"{name} images").numpy() for name in (FULL, QUANTIZED))
     return Paired(stored.count, metrics, trajectory, *pixels)

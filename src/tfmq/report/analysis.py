@@ -17,7 +17,8 @@ from tfmq.storage.atomic import write_json
 from tfmq.temporal.disturbance import Disturbance
 
 ANALYSIS_FILE = "analysis.json"
-ANALYSIS_FILES = (ANALYSIS_FILE, "temporal.png", "mismatch.png", "ranges.png", "trajectory.png", "sensitivity.png")
+PARQUET_FILE = "analysis.parquet"
+ANALYSIS_FILES = (ANALYSIS_FILE, PARQUET_FILE, "temporal.png", "mismatch.png", "ranges.png", "trajectory.png", "sensitivity.png")
 _FIELDS = ("disturbance", "ranges", "trajectory", "sensitivity", "layers", "settings")
 
 

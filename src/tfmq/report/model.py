@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq.artifact import stored_bytes, stored_manifest
+from tfmq.evaluation.deviation import in_words
 from tfmq.nn.structure import input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
@@ -122,7 +123,7 @@ def _pairs(paired: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
         return ()
     rows = [(f"{name}, {paired['count']} pairs", f"{s['mean']:.4g} mean, {s['min']:.4g} to {s['max']:.4g}") for name, s in paired["metrics"].items()]
     if trajectory := paired["trajectory"]:
-        rows.append(("latent error", f"{trajectory['latent_error']:.3g} relative, at the last of {len(trajectory['mean'])} steps"))
+        rows += in_words(trajectory)
     return tuple(rows)
 
 

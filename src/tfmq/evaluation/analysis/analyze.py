@@ -9,7 +9,7 @@ from tfmq.calibration.trajectory import recorded_calls
 from tfmq.evaluation.analysis.layers import LayerError, layer_errors
 from tfmq.evaluation.analysis.ranges import Ranges, temporal_ranges
 from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, Sensitivity, sensitivity
-from tfmq.evaluation.deviation import Trajectory, deviation, follow, summarized
+from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
 from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
@@ -73,7 +73,7 @@ def analyze(reference: Sampler, quantized: Sampler, *, num_images: int = 4, step
     return Analysis(
         disturbed,
         temporal_ranges(block, getattr(twin, STEPS).timesteps),
-        summarized(full.timesteps, deviation(full, low)),
+        summarized(full.timesteps, deviation(full, low), latent_error(full, low)),
         sensitivity(reference.denoiser, quantized.denoiser, parts, chosen, progress=progress),
         layer_errors(reference.denoiser, quantized.denoiser, names, chosen),
     )

@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ def accepted_options(pipeline: DiffusionPipeline, options: Mapping[str, Any]) ->
     return {name: value for name, value in options.items() if name in parameters}
 
 
+@contextmanager
+def _noted_decoding(component: Any, noted: list[Tensor]) -> Iterator[None]:
+    """Append the first argument of every call of `component.decode` while the context is open."""
+    decode = component.decode
+
+    def note(latent: Tensor, *args: Any, **kwargs: Any) -> Any:
+        noted.append(latent.detach().clone())
+        return decode(latent, *args, **kwargs)
+
+    component.decode = note
+    try:
+        yield
+    finally:
+        del component.decode
+
+
 class PipelineSampler:
     """Draws images with a pipeline; see `tfmq.models.sampler.Sampler`.
 
@@ -113,6 +130,16 @@ class PipelineSampler:
             # A video `[N, F, H, W, C]` is looked at as one image, its frames side by side.
             return torch.from_numpy(np.asarray(output.frames)).permute(0, 4, 2, 1, 3).flatten(3)
         return torch.from_numpy(np.asarray(output.images)).permute(0, 3, 1, 2)
+
+    @contextmanager
+    def noted_latents(self) -> Iterator[list[Tensor]]:
+        """Collect what the pipeline's autoencoder decodes while the context is open; nothing where it has none."""
+        noted: list[Tensor] = []
+        with ExitStack() as stack:
+            for component in self.pipeline.components.values():
+                if isinstance(component, nn.Module) and hasattr(component, "decode"):
+                    stack.enter_context(_noted_decoding(component, noted))
+            yield noted
 
     def describe(self) -> dict[str, Any]:
         """Return what the drawn images depend on beside the denoiser's weights; see `Sampler`."""
