@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import Reference, environment
+from reference import Reference, environment, machine
 from torch import Tensor, nn
 
 import tfmq
@@ -42,7 +42,7 @@ PARTS = ("gptq", "tfmq_cache_fp16")
 ROWS = ("rtn", "brecq", "gptq", "tfmq_block", "tfmq_cache", "tfmq_cache_fp16", "tfmq_selected")
 STEPS = 50
 AVERAGED = ("psnr_db", "ssim", "output_sqnr_db", "frechet_to_full_precision")
-# None where a cell was not measured: without real images, or beside other work.
+# None where a cell was not measured: without real images, or on another machine than the table is made on.
 OPTIONAL = ("frechet_to_real", "cpu_seconds")
 
 
@@ -127,6 +127,7 @@ def measure(cell: Cell, reference: Reference, real: np.ndarray | None, iteration
         "solver": recipe.rounding.solver,
         "iterations": recipe.learning.iterations if recipe.rounding.solver == "adaround" else 0,
         "temporal_iterations": recipe.temporal.learning.iterations if cell.method.startswith("tfmq") else 0,
+        "machine": machine(),
         "cpu_seconds": seconds,
         "bytes": report["bytes"],
         "psnr_db": fidelity.mean_psnr_db,
@@ -155,8 +156,12 @@ def read_cells(directory: Path) -> list[dict[str, Any]]:
 
 
 def aggregate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each scheme and method: means over seeds, and the standard deviation of PSNR over them."""
+    """Return one row for each scheme and method: means over seeds, and the standard deviation of PSNR over them.
+
+    Processor time is that of cells measured on this machine.
+    """
     result = []
+    rows = [row if row["machine"] == machine() else {**row, "cpu_seconds": None} for row in rows]
     for key in dict.fromkeys((row["scheme"], row["method"]) for row in rows):
         group = [row for row in rows if (row["scheme"], row["method"]) == key]
         mean: dict[str, Any] = {name: float(np.mean([row[name] for row in group])) for name in AVERAGED}

@@ -80,11 +80,16 @@ class Reference:
         return [sqnr_db(self.sampler.denoiser(inputs), quantized(inputs)) for inputs in calls]
 
 
+def machine() -> str:
+    """Return the name of the processor, and on how many threads torch runs."""
+    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return f"{processor or platform.processor()}, {torch.get_num_threads()} threads"
+
+
 def environment(command: str) -> dict[str, Any]:
     """Return what figures were measured with."""
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     return {
-        "machine": f"{processor or platform.processor()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "tfmq": tfmq.__version__},
         "command": command,
     }
