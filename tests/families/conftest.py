@@ -35,9 +35,13 @@ AUTOENCODER: dict[str, Any] = {
 }
 
 
-def quick() -> Recipe:
-    """Return W8A8 with all stages and next to no learning."""
-    recipe = tfmq.scheme("w8a8")
+# What computes token by token has its own scheme.
+TRANSFORMERS = ("dit", "pixart", "sd3", "sd3_without_t5", "flux", "wan")
+
+
+def quick(name: str) -> Recipe:
+    """Return W8A8 for a family with all stages and next to no learning."""
+    recipe = tfmq.scheme("transformer_w8a8" if name in TRANSFORMERS else "w8a8")
     return replace(
         recipe,
         weights=replace(recipe.weights, ranges="min_max"),
@@ -173,6 +177,15 @@ def video_unet(parts: Parts) -> Any:
     return diffusers.TextToVideoSDPipeline(**parts_, unet=unet, scheduler=diffusers.DDIMScheduler())
 
 
+def animatediff(parts: Parts) -> Any:
+    tokenizer, encoder = parts.clip()
+    kinds = {"down_block_types": ("CrossAttnDownBlockMotion",), "up_block_types": ("CrossAttnUpBlockMotion",), "block_out_channels": (8,)}
+    heads = {"num_attention_heads": 2, "motion_num_attention_heads": 2, "motion_max_seq_length": 4}
+    parts_ = {"vae": parts.vae(), "text_encoder": encoder, "tokenizer": tokenizer, "motion_adapter": None}
+    unet = diffusers.UNetMotionModel(**(UNET | kinds), cross_attention_dim=8, **heads)
+    return diffusers.AnimateDiffPipeline(**parts_, unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1))
+
+
 def wan(parts: Parts) -> Any:
     tokenizer, encoder = parts.t5(multilingual=True)
     stages = {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
@@ -199,6 +212,7 @@ BUILDERS: dict[str, tuple[Callable[[Parts], Any], dict[str, Any]]] = {
     "sd3_without_t5": (lambda parts: sd3(parts, t5=False), {}),
     "flux": (flux, SMALL),
     "video_unet": (video_unet, {**SMALL, "num_frames": 2}),
+    "animatediff": (animatediff, {**SMALL, "num_frames": 2}),
     "wan": (wan, {"height": 16, "width": 16, "num_frames": 1}),
 }
 
@@ -244,7 +258,7 @@ def _make(name: str, directory: Path) -> Family:
         build(Parts(directory)).save_pretrained(stock)
         reference, sampler = (PipelineSampler(open_pipeline(stock), prompts=("a",), options=options) for _ in range(2))
         inspection = inspect(reference)
-        tfmq.quantize(sampler, quick(), output_dir=quantized)
+        tfmq.quantize(sampler, quick(name), output_dir=quantized)
         calls = []
         handle = reference.denoiser.module.register_forward_pre_hook(
             lambda _, args, kwargs: calls.append(reference.denoiser.bind(args, kwargs)), with_kwargs=True

@@ -1,14 +1,19 @@
 """A quantized denoiser in the place of the original: other pipelines, ControlNet residuals, guidance in one call or two."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor
+
+import tfmq
+from tfmq.recipes import Calibration
 
 Make = Callable[[str], Any]
 pytestmark = pytest.mark.filterwarnings("default")
@@ -54,6 +59,25 @@ def controlled(components: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return pipeline, {"image": picture()}
 
 
+def image_prompted(components: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Stable Diffusion with an IP-Adapter, loaded by diffusers from a state dict in the released layout: keys and values of an image's tokens."""
+    unet = copy.deepcopy(components["unet"])
+    pipeline = diffusers.StableDiffusionPipeline(**{**components, "unet": unet}, requires_safety_checker=False)
+    width, tokens, generator = unet.config.cross_attention_dim, 4, torch.Generator().manual_seed(2)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    crossing = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    sizes = [unet.get_submodule(f"{name}.to_q").out_features for name in crossing]
+    layers = {f"{2 * i + 1}.{kind}.weight": weight(size, width) for i, size in enumerate(sizes) for kind in ("to_k_ip", "to_v_ip")}
+    projection = {"proj.weight": weight(tokens * width, 6), "proj.bias": torch.zeros(tokens * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    pipeline.load_ip_adapter({"image_proj": projection, "ip_adapter": layers}, subfolder="", weight_name="", image_encoder_folder=None)
+    pipeline.set_ip_adapter_scale(1.0)
+    return pipeline, {"ip_adapter_image_embeds": [torch.cat([torch.zeros(1, 1, 6), 3 * torch.ones(1, 1, 6)])]}
+
+
 def draw(pipeline: Any, **options: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
@@ -71,6 +95,20 @@ def test_other_pipelines_take_the_quantized_unet(family: Make, build: Callable[[
     plain = draw(made.reference.pipeline)
     error, effect = ((images - expected).square().mean(), (plain - expected).square().mean())
     assert images.shape == expected.shape and 0 < float(error) < 0.25 * float(effect)
+
+
+@pytest.mark.parametrize(("tokens", "bound"), [("static", 0.6), ("dynamic", 0.25)])
+def test_an_ip_adapter_is_loaded_onto_the_quantized_unet(family: Make, tokens: Any, bound: float) -> None:
+    """What it adds was not there in calibration: fitted ranges cut some of it off, grids of each token do not."""
+    made = family("sd1")
+    full, options = image_prompted(parts(made.reference))
+    sampler = made.sampler(made.stock)
+    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=STEPS, batch_size=2))
+    tfmq.quantize(sampler, replace(recipe, activations=replace(recipe.activations, tokens=tokens)))
+    quantized, _ = image_prompted(parts(sampler))
+    expected, images, plain = draw(full, **options), draw(quantized, **options), draw(made.reference.pipeline)
+    error, effect = ((images - expected).square().mean(), (plain - expected).square().mean())
+    assert 0 < float(error) < bound * float(effect)
 
 
 def test_guidance_in_one_call_is_guidance_in_two(family: Make) -> None:

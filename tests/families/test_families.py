@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tfmq.evaluation.inspection import inspect
+
 Make = Callable[[str], Any]
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -25,6 +27,7 @@ FAMILIES: dict[str, tuple[str, set[tuple[str, ...]]]] = {
     "sd3_without_t5": ("SD3Transformer2DModel", {T, ("pooled_projections", "timestep")}),
     "flux": ("FluxTransformer2DModel", {T, ("guidance", "pooled_projections", "timestep")}),
     "video_unet": ("UNet3DConditionModel", {T}),
+    "animatediff": ("UNetMotionModel", {T}),
     "wan": ("WanTransformer3DModel", {T}),
 }
 
@@ -53,6 +56,18 @@ def test_the_quantized_pipeline_comes_back_and_predicts_nearly_the_same(family: 
     assert 10 ** (10 / 10) * noise < signal
 
 
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan"])
+def test_the_transformer_scheme_measures_every_linear_layer_and_inspection_shows_it(family: Make, name: str) -> None:
+    made = family(name)
+    assert {"transformer_w8a8", "transformer_w4a8"} <= set(made.inspection.schemes)
+    found = inspect(made.sampler(made.quantized), directory=made.quantized)
+    temporal = {layer.name for layer in found.temporal}
+    kinds = {layer.name: layer.input for layer in found.layers}
+    measured = {entry.name: entry.kept for entry in found.inputs}
+    assert {name for name, kind in kinds.items() if kind == "dynamic"} == {name for name, kept in measured.items() if kept == "dynamic"}
+    assert measured and not temporal & measured.keys() and {kinds[name] for name in kinds.keys() - measured.keys()} == {"per_step"}
+
+
 # What a reader knows each family by.
 NAMES = {
     "ddpm": "DDPM, DDIM",
@@ -68,6 +83,7 @@ NAMES = {
     "sd3_without_t5": "Stable Diffusion 3 without T5",
     "flux": "FLUX.1",
     "video_unet": "text-to-video UNet",
+    "animatediff": "AnimateDiff",
     "wan": "Wan, a video transformer",
 }
 

@@ -114,3 +114,13 @@ def test_every_tensor_of_an_output_is_found() -> None:
     x, y = torch.ones(2), torch.zeros(2)
     assert [id(found) for found in output_tensors((x, None, [y]))] == [id(x), id(y)]
     assert output_tensors(x) == (x,)
+
+
+def test_tokens_of_frames_follow_their_video() -> None:
+    video, tokens = torch.randn(3, 4, 2, 8, 8), torch.randn(6, 5, 8)
+    inputs = Inputs(video, torch.zeros(3), {"encoder_hidden_states": tokens, "image_ids": torch.randn(6, 3)})
+    part = inputs.rows(1, 3)
+    assert torch.equal(part.conditions["encoder_hidden_states"], tokens[2:]) and part.conditions["image_ids"].shape == (6, 3)
+    copies = inputs.resized(2)
+    assert torch.equal(copies.conditions["encoder_hidden_states"], torch.cat([tokens[:2], tokens[:2]])) and len(copies) == 2
+    assert torch.equal(copies.sample, video[:1].expand(2, -1, -1, -1, -1))

@@ -159,3 +159,22 @@ def test_a_packed_layer_has_the_sizes_of_a_stock_one() -> None:
     source = nn.Linear(6, 4)
     packed = pack(calibrated(source, IntegerFormat(4)))
     assert (packed.in_features, packed.out_features) == (source.in_features, source.out_features)
+
+
+def test_the_input_may_be_passed_by_the_name_it_has_in_torch() -> None:
+    layer, x = calibrated(nn.Linear(4, 3), IntegerFormat(4)), torch.randn(2, 4)
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    assert torch.equal(layer(input=x), layer(x)) and all(value is x for value in seen)
+    packed = pack(layer)
+    assert torch.equal(packed(input=x), packed(x))
+
+
+@pytest.mark.parametrize("fmt", [IntegerFormat(4), IntegerFormat(8, symmetric=True)])
+@pytest.mark.parametrize("segments", [(), (3, 1)])
+def test_another_weight_is_rounded_to_nearest_on_its_own_grid(fmt: IntegerFormat, segments: tuple[int, ...]) -> None:
+    source, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    layer, expected = (pack(calibrated(module, fmt, segments=segments)) for module in (source, other))
+    layer.round(other.weight.detach())
+    assert torch.equal(layer.weight, expected.weight) and torch.equal(layer.codes, expected.codes)
+    assert torch.equal(layer.bias, source.bias)

@@ -139,3 +139,27 @@ def test_full_precision_is_the_stock_computation_and_quantized_is_not() -> None:
     for change in ({"weights": "quantized"}, {"inputs": "quantized"}):
         with precision(model, **change):
             assert not torch.allclose(model.layers(x), stock)
+
+
+class Picky(nn.Module):
+    """Refuses a dtype, as diffusers' quantized models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.layer(sample)
+
+    def to(self, *args: object, **kwargs: object) -> "Picky":
+        if "dtype" in kwargs:
+            raise ValueError("casting a quantized model is unsupported")
+        return super().to(*args, **kwargs)
+
+
+def test_a_cast_to_the_dtype_that_it_has_is_none() -> None:
+    model = Picky()
+    attach_steps(model, StepContext(torch.tensor([1.0])), timestep="timestep")
+    assert model.to(dtype=torch.float32, device="cpu") is model and model.to("cpu") is model
+    with pytest.raises(ValueError, match="unsupported"):
+        model.to(dtype=torch.float16)

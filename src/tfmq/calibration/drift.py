@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser
+from tfmq.nn.operation import operand
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 
@@ -55,12 +56,12 @@ def extremes(denoiser: Denoiser, quantizers: Mapping[str, ActivationQuantizer], 
         running[:] = [steps.lookup(denoiser.bind(args, kwargs).timestep)[0].cpu()]
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _, args: _update(seen[name], quantizers[name], args[0], running[0])
+        return lambda _, args, kwargs: _update(seen[name], quantizers[name], operand(args, kwargs), running[0])
 
     with ExitStack() as stack:
         stack.callback(denoiser.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for name in quantizers:
-            stack.callback(denoiser.module.get_submodule(name).register_forward_pre_hook(note(name)).remove)
+            stack.callback(denoiser.module.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True).remove)
         yield seen
 
 

@@ -18,7 +18,7 @@ from tfmq.kernels.onednn import OnednnKernel, available, supports
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
-from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.operation import operand, operation_of, weight_of
 from tfmq.nn.swap import STEPS
 from tfmq.numerics.operations import Operation
 from tfmq.progress import Progress, silent
@@ -73,12 +73,12 @@ def _sites(module: nn.Module, names: set[str]) -> Iterator[Counter[Site]]:
     """Count what the layers `names` are called with while the context is open."""
     found: Counter[Site] = Counter()
 
-    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         operation = operation_of(layer)
         if operation is not None:
-            found[Site(operation, tuple(weight_of(layer).shape), tuple(args[0].shape), layer.bias is not None)] += 1
+            found[Site(operation, tuple(weight_of(layer).shape), tuple(operand(args, kwargs).shape), layer.bias is not None)] += 1
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(note) for name in names]
+    handles = [module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True) for name in names]
     try:
         yield found
     finally:

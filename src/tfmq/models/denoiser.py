@@ -15,7 +15,10 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 
 @dataclass(frozen=True)
 class Inputs:
-    """One batched denoiser call: `sample` `[B, ...]`, `timestep` `[B]`, and the other arguments by name (tensors with `B` rows or values)."""
+    """One batched denoiser call: `sample` `[B, ...]`, `timestep` `[B]`, and the other arguments by name (tensors with `B` rows or values).
+
+    Beside a video `[B, C, F, H, W]`, tokens `[B * F, N, C]` have a row for each frame, sample by sample (AnimateDiff's prompt).
+    """
 
     sample: Tensor
     timestep: Tensor
@@ -30,14 +33,26 @@ class Inputs:
             function(self.sample), function(self.timestep), tree_map(lambda v: function(v) if isinstance(v, Tensor) else v, dict(self.conditions))
         )
 
+    def _rows_each(self, tensor: Tensor) -> int:
+        """Return how many rows of `tensor` belong to a sample; none where it has no batch axis."""
+        if not tensor.ndim or tensor.shape[0] == len(self):
+            return min(1, tensor.ndim)
+        frames = self.sample.shape[2] if self.sample.ndim == 5 else 1
+        return frames if tensor.ndim == 3 and tensor.shape[0] == len(self) * frames else 0
+
     def rows(self, start: int, stop: int) -> "Inputs":
         """Return the samples `start` to `stop`; condition tensors without a batch axis are kept whole."""
-        size = len(self)
-        return self.map(lambda tensor: tensor[start:stop] if tensor.ndim and tensor.shape[0] == size else tensor)
+
+        def cut(tensor: Tensor) -> Tensor:
+            each = self._rows_each(tensor)
+            return tensor[start * each : stop * each] if each else tensor
+
+        return self.map(cut)
 
     def resized(self, size: int) -> "Inputs":
         """Return `size` copies of the first sample."""
-        return self.rows(0, 1).map(lambda tensor: tensor.expand(size, *tensor.shape[1:]).clone() if tensor.ndim and tensor.shape[0] == 1 else tensor)
+        first = self.rows(0, 1)
+        return first.map(lambda tensor: tensor.repeat(size, *[1] * (tensor.ndim - 1)) if first._rows_each(tensor) else tensor)
 
     def chunks(self, size: int) -> Iterator["Inputs"]:
         """Yield the samples in batches of at most `size`."""

@@ -63,8 +63,13 @@ class CalibratedLayer(nn.Module):
         for name, tensor in self.learned().items():
             tensor.copy_(learned[name])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.entering(x)
+    def __call__(self, input: Tensor) -> Tensor:
+        """Compute; by position, so that hooks see the input however a model passes it."""
+        output: Tensor = super().__call__(input)
+        return output
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.entering(input)
         if self.weight_precision == "full":
             return self.operation(x, self.weight, self.bias)
         return self.operation(x, self.quantized_weight().to(x.dtype), self.quantized_bias())
@@ -172,11 +177,10 @@ class PackedLayer(nn.Module):
         if self.zero_point is not None:
             self.zero_point.copy_(grid.zero_point)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.kernel is not None:
-            return self.kernel(x, None if self.input_quantizer is None else self.input_quantizer.rows(x))
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+            return self.kernel(input, None if self.input_quantizer is None else self.input_quantizer.rows(input))
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
         weight = self.weight if self.unpacked is None else self.unpacked
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -1,6 +1,7 @@
 """Which operation a module computes, by its type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,6 +43,12 @@ def weight_of(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor")
     return weight
+
+
+def operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a weighted layer's call, which a model may pass by position or by name."""
+    given: Tensor = (*args, *kwargs.values())[0]
+    return given
 
 
 def operation_of(module: nn.Module) -> Operation | None:

@@ -47,6 +47,12 @@ class _Stepped:
                 return self.tfmq_executor(self, bound.arguments)  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the denoiser. A `dtype` that it has already is left out: diffusers refuses to cast quantized models, and its loaders ask for that."""
+        if {kwargs.get("dtype")} == {parameter.dtype for parameter in self.parameters()}:  # type: ignore[attr-defined]
+            del kwargs["dtype"]
+        return super().to(*args, **kwargs)  # type: ignore[misc]
+
 
 _STEPPED: dict[type[nn.Module], type[nn.Module]] = {}
 

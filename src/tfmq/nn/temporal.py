@@ -86,8 +86,8 @@ class CachedFeature(nn.Module):
         """The weight of the layer behind the table."""
         return weight_of(self.block)
 
-    def forward(self, x: Tensor) -> Tensor:
-        (steps,) = self._steps
+    def forward(self, input: Tensor) -> Tensor:
+        x, (steps,) = input, self._steps
         if not self.enabled:
             return self.block(x)
         index, exact = _for_rows(steps.index, x), _for_rows(steps.exact, x)
@@ -113,7 +113,8 @@ class SkippedLayer(nn.Module):
         """The weight of the skipped layer."""
         return weight_of(self.block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if self.enabled and self._steps[0].all_exact:
             # Of `x` only what a graph knows without computing it.
             return torch.zeros(1, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], self.width)

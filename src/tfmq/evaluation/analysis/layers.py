@@ -1,7 +1,7 @@
 """Each quantized layer by itself: how far its output is off on full-precision inputs, and how long it takes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import mean, median
@@ -44,16 +44,16 @@ def layer_errors(denoiser: Denoiser, quantized: Denoiser, names: Sequence[str], 
     def compare(name: str) -> Callable[..., None]:
         twin = quantized.module.get_submodule(name)
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            _, full = _timed(lambda: type(layer).forward(layer, *args))
-            other, low = _timed(lambda: twin(*args))
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            _, full = _timed(lambda: type(layer).forward(layer, *args, **kwargs))
+            other, low = _timed(lambda: twin(*args, **kwargs))
             seen[name].append((float(relative_error(output.flatten(1), other.flatten(1)).mean()), full, low))
 
         return hook
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(denoiser.module.get_submodule(name).register_forward_hook(compare(name)).remove)
+            stack.callback(denoiser.module.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True).remove)
         for call in calls:
             with steps.at(call.timestep):
                 denoiser(call)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tfmq.nn.operation import operand
 from tfmq.temporal.block import TemporalBlock
 
 
@@ -33,14 +34,14 @@ def _inputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = args[0]
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            found[name] = operand(args, kwargs)
 
         return hook
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(module.get_submodule(name).register_forward_pre_hook(keep(name)).remove)
+            stack.callback(module.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True).remove)
         yield found
 
 
