@@ -156,6 +156,7 @@ def prepare_units(
     progress: Progress = silent,
 ) -> Prepared:
     """Do, or read back from the journal, all stages before the units; see `quantize_denoiser`."""
+    resources.prepare()
     denoiser = sampler.denoiser
     denoiser.module.requires_grad_(False).eval()
     block = probe(denoiser, sampler.example())
