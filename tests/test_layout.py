@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "tfmq"
 LAYERS = (
     "cli",
     "tfmq",  # `from tfmq import name`: the public names, which lead to any layer below
+    "studio",
     "report",
     "cluster",
     "evaluation",
@@ -79,6 +80,7 @@ OPTIONAL = {
     "openvino": ("export/*", "backends/openvino*"),
     "ray": ("cluster/*",),
     "pyarrow": ("report/*",),
+    "gradio": ("studio/*",),
     "typer": ("cli/*",),
     "rich": ("cli/*", "progress.py"),
     "yaml": ("recipes/*", "recipes.py"),

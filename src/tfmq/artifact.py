@@ -34,6 +34,13 @@ def is_quantized(path: Path) -> bool:
     return path.is_dir() and ((path / MANIFEST_FILE).exists() or bool(_components(path)))
 
 
+def calibrated_steps(manifest: Mapping[str, Any]) -> int | None:
+    """Return the number of steps that a quantized model was moved to or calibrated on; None where the manifest has none."""
+    provenance = manifest.get("provenance", {})
+    steps = (provenance.get("recipe", {}).get("calibration", {}) | provenance.get("rebaked", {})).get("steps")
+    return None if steps is None else int(steps)
+
+
 def stored_manifest(directory: Path) -> Mapping[str, Any]:
     """Return the manifest of the quantized model in `directory`.
 

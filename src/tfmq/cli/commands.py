@@ -20,12 +20,13 @@ from tfmq.cli.outcome import INTERRUPTED, USAGE, complain
 from tfmq.cli.quantize import quantize
 from tfmq.cli.report import report
 from tfmq.cli.sample import sample
+from tfmq.cli.studio import studio
 from tfmq.version import __version__
 
 EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
 
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
-for verb in (quantize, sample, compare, evaluate, analyze, report, inspect, export, bench):
+for verb in (quantize, sample, compare, evaluate, analyze, report, studio, inspect, export, bench):
     app.command()(verb)
 # Not a name that a Python function can have.
 app.command("import")(import_checkpoint)

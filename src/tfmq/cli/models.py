@@ -92,9 +92,9 @@ def manifest(sampler: "Sampler") -> Mapping[str, Any]:
 
 def default_steps(sampler: "Sampler") -> int:
     """Return the number of steps that a quantized model was moved to or calibrated on, else 50."""
-    provenance = manifest(sampler).get("provenance", {})
-    calibration = provenance.get("recipe", {}).get("calibration", {})
-    return int((calibration | provenance.get("rebaked", {})).get("steps", STEPS))
+    from tfmq.artifact import calibrated_steps
+
+    return calibrated_steps(manifest(sampler)) or STEPS
 
 
 def published_figures(sampler: "Sampler") -> "tuple[Published, ...]":

@@ -93,13 +93,22 @@ class PipelineSampler:
         pipeline: unconditional, class-conditional (`class_labels`) or text-to-image (`prompt`).
         prompts: used in turn by text-to-image pipelines.
         options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`.
+        labels: classes that class-conditional pipelines draw in turn; by default they are spread over all there are.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, *, prompts: tuple[str, ...] = DEFAULT_PROMPTS, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        prompts: tuple[str, ...] = DEFAULT_PROMPTS,
+        options: dict[str, Any] | None = None,
+        labels: tuple[int, ...] = (),
+    ) -> None:
         self.pipeline = pipeline
         self.component, self.denoiser = find_denoiser(pipeline)
         self.prompts = prompts
         self.options = dict(options or {})
+        self.labels = labels
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -117,6 +126,10 @@ class PipelineSampler:
             return {"prompt": self.prompts_of(indices)}
         if "class_labels" in parameters:
             classes = getattr(self.pipeline, "num_classes", None) or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
+            if self.labels:
+                if max(self.labels) >= classes:
+                    raise ValueError(f"there is no class {max(self.labels)}: the model has the classes 0 to {classes - 1}")
+                return {"class_labels": [self.labels[index % len(self.labels)] for index in indices]}
             # Spread over the classes, the same for an image whatever its batch.
             return {"class_labels": [index * 367 % classes for index in indices]}
         return {"batch_size": len(indices)}
@@ -147,7 +160,8 @@ class PipelineSampler:
         settings = {"class": type(scheduler).__name__, **{k: repr(v) for k, v in scheduler.config.items() if not k.startswith("_")}}
         prompts = list(self.prompts) if self.takes_prompts else []
         options = {name: repr(value) for name, value in self.options.items()}
-        return {"pipeline": type(self.pipeline).__name__, "scheduler": settings, "prompts": prompts, "options": options}
+        described = {"pipeline": type(self.pipeline).__name__, "scheduler": settings, "prompts": prompts, "options": options}
+        return {**described, "labels": list(self.labels)} if self.labels else described
 
     def example(self) -> Inputs:
         """Return the inputs of the pipeline's first denoiser call, one sample; the denoiser itself is not run."""

@@ -1,0 +1,34 @@
+"""`tfmq studio`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfmq.cli.options import Backend, Device, check_device, check_execution
+from tfmq.cli.outcome import verb
+
+
+def studio(
+    models: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]...", help="Quantized models, or folders of them. Default: those in this folder.")
+    ] = None,
+    reference: Annotated[str, typer.Option("--reference", metavar="MODEL", help="The original to begin with.")] = "default",
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Of the page. Default: the first free one from 7860.")] = None,
+    device: Device = None,
+    backend: Backend = "auto",
+) -> None:
+    """Open a page on this machine that draws the same image with a quantized model and its original, with time and memory."""
+    with verb(interrupted="the page is closed"):
+        from tfmq.studio.page import Studio, find_models
+
+        check_device(device)
+        check_execution(backend, "unpacked")
+        found = [model for folder in models or [Path()] for model in find_models(folder)]
+        made = Studio(found, reference, backend=backend, device=device)
+        try:
+            page = made.launch(port=port)
+            typer.echo(f"{page.local_url} shows {len(found)} quantized models; Ctrl-C closes it", err=True)
+            page.block_thread()
+        finally:
+            made.close()

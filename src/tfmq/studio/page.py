@@ -1,0 +1,121 @@
+"""The page, made with Gradio; the only file that knows it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfmq.artifact import calibrated_steps, is_quantized, stored_manifest
+from tfmq.errors import require
+from tfmq.report.pictures import enlarged
+from tfmq.report.summary import megabytes
+from tfmq.studio.side import Drawn, Side, Wish
+
+LOOPBACK = "127.0.0.1"
+# The width that tiny images are enlarged to.
+WIDTH = 512
+STEPS = 50
+# Fonts of the system: the usual theme fetches its own from elsewhere.
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+
+
+def find_models(folder: Path, *, depth: int = 2) -> list[str]:
+    """Return the quantized models in a folder and, down to `depth`, in the folders below it."""
+    if is_quantized(folder):
+        return [str(folder)]
+    below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if depth else []
+    return [model for path in below for model in find_models(path, depth=depth - 1)]
+
+
+def figures(drawn: Drawn) -> str:
+    """Return what is said below an image."""
+    backend = f", backend {drawn.backend}" if drawn.backend else ""
+    lines = [f"{drawn.seconds:.2f} s, {megabytes(drawn.memory_bytes)} of memory at most{backend}", *drawn.warnings]
+    return "\n\n".join(lines)
+
+
+def steps_of(model: str | None) -> int:
+    """Return the number of steps that a model was calibrated on, as far as that is known."""
+    if not model or not is_quantized(Path(model)):
+        return STEPS
+    return calibrated_steps(stored_manifest(Path(model))) or STEPS
+
+
+class Studio:
+    """What the page does.
+
+    Args:
+        models: quantized ones, to choose from.
+        reference: the original, as it is chosen at first.
+        backend: what the quantized model computes with.
+        device: of both models.
+    """
+
+    def __init__(self, models: Sequence[str], reference: str, *, backend: str = "auto", device: str | None = None) -> None:
+        self.models = list(models)
+        self.reference = reference
+        self.sides = {"reference": Side(device=device), "quantized": Side(backend=backend, device=device)}
+
+    def draw(self, quantized: str, reference: str, prompt: str, label: float, seed: float, steps: float) -> Iterator[tuple[Any, str, Any, str]]:
+        """Yield image and figures of both sides, one after the other: drawn together, each would take the other's time."""
+        gradio = require("gradio", extra="studio")
+        wish = Wish(prompt=prompt.strip(), label=int(label), seed=int(seed), steps=int(steps))
+        shown: list[Any] = [None, "drawing ...", None, ""]
+        for place, (side, model) in enumerate((("reference", reference), ("quantized", quantized))):
+            if not model:
+                raise gradio.Error(f"Choose a {side} model first.", print_exception=False)
+            shown[2 * place + 1] = "drawing ..."
+            yield tuple(shown)
+            try:
+                drawn = self.sides[side].draw(model, wish)
+            except (ValueError, RuntimeError, OSError, ImportError) as error:
+                raise gradio.Error(f"{model}: {error}", print_exception=False) from error
+            image = enlarged(drawn.image[None], width=WIDTH)[0]
+            shown[2 * place : 2 * place + 2] = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image, figures(drawn)
+        yield tuple(shown)
+
+    def page(self) -> Any:
+        """Return the Gradio page.
+
+        Raises:
+            MissingExtraError: Gradio is not installed.
+        """
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        gradio = require("gradio", extra="studio")
+        with gradio.Blocks(title="tfmq studio", analytics_enabled=False) as page:
+            gradio.Markdown("# tfmq studio\nThe same noise through a quantized model and its original.")
+            with gradio.Row():
+                chosen = self.models[0] if self.models else None
+                quantized = gradio.Dropdown(self.models, value=chosen, allow_custom_value=True, label="Quantized model")
+                originals = list(dict.fromkeys((self.reference, "default")))
+                reference = gradio.Dropdown(originals, value=self.reference, allow_custom_value=True, label="Reference")
+            with gradio.Row():
+                prompt = gradio.Textbox(label="Prompt", info="for text-to-image models", scale=3)
+                label = gradio.Number(0, label="Class", info="for class-conditional models", precision=0, minimum=0)
+                seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
+                steps = gradio.Slider(1, 250, value=steps_of(chosen), step=1, label="Steps")
+            button = gradio.Button("Draw", variant="primary")
+            outputs = []
+            with gradio.Row():
+                for title in ("Full precision", "Quantized"):
+                    with gradio.Column():
+                        outputs += [
+                            gradio.Image(label=title, interactive=False, format="png", buttons=[], elem_classes="drawn"),
+                            gradio.Markdown(min_height=24),
+                        ]
+            quantized.change(steps_of, quantized, steps)
+            button.click(self.draw, [quantized, reference, prompt, label, seed, steps], outputs, concurrency_limit=1)
+        return page
+
+    def launch(self, *, port: int | None = None) -> Any:
+        """Start the page on this machine alone, and return it with its `local_url`; `port` None is the first free one from 7860."""
+        page = self.page()
+        theme = require("gradio", extra="studio").themes.Default(**FONTS)
+        local = {"server_name": LOOPBACK, "server_port": port, "share": False}
+        page.launch(**local, inbrowser=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme)
+        return page
+
+    def close(self) -> None:
+        """End the models' processes."""
+        for side in self.sides.values():
+            side.close()

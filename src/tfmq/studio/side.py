@@ -1,0 +1,144 @@
+"""One side of the page: a model in a process of its own, so that the memory it takes is its own."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from tfmq.api import open_sampler
+from tfmq.backends.execution import AUTO, choose, execute
+from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
+from tfmq.evaluation.sampling import Images, draw_batch
+from tfmq.integrations.diffusers.quiet import quiet
+from tfmq.nn.swap import STEPS
+
+
+class SideError(RuntimeError):
+    """A model's process ended; most likely it was out of memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """An image: the first of the stream `seed`. Text-to-image models heed `prompt`, class-conditional ones `label`."""
+
+    prompt: str = ""
+    label: int = 0
+    seed: int = 0
+    steps: int = 50
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image, uint8 `[H, W, C]`, and what drawing it took.
+
+    Args:
+        image: as it was drawn.
+        seconds: of drawing; the model was open before.
+        memory_bytes: the most that the model's process has held beyond its libraries.
+        backend: what a quantized model computes with.
+        warnings: of drawing.
+    """
+
+    image: Images
+    seconds: float
+    memory_bytes: int
+    backend: str | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Open:
+    """What a process holds: the model, and the memory that the process had before."""
+
+    sampler: Any
+    backend: str | None
+    before: int
+
+
+# The one model of this process.
+_open: dict[str, _Open] = {}
+
+
+def _opened(model: str, backend: str, device: str | None) -> _Open:
+    """Open the model of this process, and draw once so that nothing is done for the first time later."""
+    before = resident_bytes()
+    with quiet():
+        sampler: Any = open_sampler(model)
+    if device is not None:
+        sampler.pipeline.to(device)
+    module, name = sampler.denoiser.module, None
+    if hasattr(module, STEPS):
+        name = choose(backend, module)
+        execute(module, name)
+    with warnings.catch_warnings():
+        # That these two steps were not calibrated is no news.
+        warnings.simplefilter("ignore")
+        sampler.run(range(1), steps=2, seed=0)
+    return _Open(sampler, name, before)
+
+
+def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn:
+    """Draw in this process, which opens `model` the first time.
+
+    Raises:
+        ValueError: there is no such model.
+        SamplingError: it draws no image.
+    """
+    if model not in _open:
+        _open[model] = _opened(model, backend, device)
+    held = _open[model]
+    if wish.prompt and held.sampler.takes_prompts:
+        held.sampler.prompts = (wish.prompt,)
+    held.sampler.labels = (wish.label,)
+    steps = getattr(held.sampler.denoiser.module, STEPS, None)
+    if steps is not None:
+        # The same set: what is not in it is warned about anew.
+        steps.replace(steps.timesteps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        began = time.perf_counter()
+        image = draw_batch(held.sampler, range(1), steps=wish.steps, seed=wish.seed)[0]
+        seconds = time.perf_counter() - began
+    said = tuple(dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning))
+    return Drawn(image, seconds, peak_bytes() - held.before, held.backend, said)
+
+
+class Side:
+    """Draws with whatever model it is asked for; each model gets a new process, and the last one's ends."""
+
+    def __init__(self, *, backend: str = AUTO, device: str | None = None) -> None:
+        self.backend = backend
+        self.device = device
+        self._model: str | None = None
+        self._process: ProcessPoolExecutor | None = None
+
+    def draw(self, model: str, wish: Wish) -> Drawn:
+        """Draw; see `draw_here`.
+
+        Raises:
+            SideError: the process ended; the next call starts another.
+        """
+        if self._process is None or model != self._model:
+            self.close()
+            self._process, self._model = ProcessPoolExecutor(1, mp_context=get_context("spawn")), model
+        call: Callable[..., Drawn] = draw_here
+        try:
+            return self._process.submit(call, model, self.backend, self.device, wish).result()
+        except BrokenProcessPool as error:
+            self.close()
+            raise SideError(f"the process of {model} ended; most likely it was out of memory") from error
+
+    def process_ids(self) -> list[int]:
+        """Return the number of the process, if there is one."""
+        return [] if self._process is None else [self._process.submit(os.getpid).result()]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.shutdown(cancel_futures=True)
+            self._process = None

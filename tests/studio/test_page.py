@@ -1,0 +1,73 @@
+"""The page in a real browser: pick, draw, look; from this machine alone, and without a word of complaint."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tfmq.studio.page import LOOPBACK, Studio, find_models
+
+CHROMIUM = os.environ.get("TFMQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 120_000
+
+
+def test_models_are_found_where_they_are(quantized: Path, original: Path, tmp_path: Path) -> None:
+    assert find_models(quantized) == [str(quantized)] == find_models(quantized.parent) and find_models(original) == []
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    shutil.copytree(quantized, tmp_path / "a" / "b" / "c")
+    assert find_models(tmp_path) == [] and find_models(tmp_path / "a") == [str(tmp_path / "a" / "b" / "c")]
+
+
+@pytest.fixture
+def address(original: Path, quantized: Path) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="gradio is not installed; pip install 'tfmq[studio]' has it")
+    studio = Studio([str(quantized)], str(original), backend="simulated")
+    with warnings.catch_warnings():
+        # Gradio and what it stands on deprecate each other's names from release to release.
+        warnings.simplefilter("ignore")
+        page = studio.launch()
+        yield page.local_url
+        page.close()
+    studio.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path; install the package chromium, or name one by TFMQ_CHROMIUM")
+def test_both_images_appear(address: str, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    assert address.startswith(f"http://{LOOPBACK}:")
+    complaints: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"], timeout=PATIENCE)
+        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else complaints.append(request.url))
+        page.goto(address, timeout=PATIENCE)
+        check_drawing(page)
+        page.screenshot(path=tmp_path / "studio.png")
+        browser.close()
+    assert complaints == []
+
+
+def check_drawing(page: Any) -> None:
+    """Two images of the size that people can see, each with its time and memory; what cannot be drawn is said."""
+    page.get_by_label("Steps").first.wait_for(timeout=PATIENCE)
+    page.get_by_label("Seed").fill("7")
+    # Those that the model was calibrated on.
+    assert page.get_by_role("spinbutton", name="Steps").input_value() == "3"
+    page.get_by_role("button", name="Draw").click()
+    page.wait_for_function(
+        "document.querySelectorAll('.drawn img').length >= 2 && document.body.innerText.match(/of memory at most/g)?.length === 2", timeout=PATIENCE
+    )
+    sizes = page.evaluate("Promise.all([...document.querySelectorAll('.drawn img')].map(image => image.decode().then(() => image.naturalWidth)))")
+    assert sizes == [512, 512]
+    text = page.inner_text("body")
+    assert "backend simulated" in text and "was not calibrated" not in text and "Full precision" in text and "Quantized" in text
+    page.get_by_label("Reference").fill("/no/such/model")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("does not exist").wait_for(timeout=PATIENCE)
