@@ -145,14 +145,17 @@ class OperatorKernel(Integers):
         self.channel_axis = source.operation.channel_axis
         self._keep("first", torch.zeros(1, dtype=torch.int64, device=source.values.device))
 
-    def _index(self, rows: Rows) -> Tensor:
+    def _grid(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+        """Return the tables as the operators have them, `[S, G]`, the row of each sample or token, and the segments."""
         if rows.index is not None:
-            return rows.index
-        return self.first if len(rows.scales) == 1 else torch.arange(len(rows.scales), device=rows.scales.device)
+            return rows.scales, rows.zero_points, rows.index, self.segments
+        scales, zero_points = rows.scales.flatten(0, -2), rows.zero_points.flatten(0, -2)
+        index = self.first if len(scales) == 1 else torch.arange(len(scales), device=scales.device)
+        return scales, zero_points, index, self.segments
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
         assert rows is not None
-        grid = (rows.scales, rows.zero_points, self._index(rows), self.segments)
+        grid = self._grid(rows)
         values = (self.weight, self.weight_zero, self.scale, self.sums, self.bias)
         last = channels_last(x, self.channel_axis)
         if self.geometry is None:
