@@ -1,7 +1,6 @@
 """The openvino backend: the whole denoiser as one OpenVINO model on the CPU, its layers fused to INT8 with our scales."""
 
 import os
-from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -14,10 +13,12 @@ from tfmq.backends.backend import Coverage, Options, by_input, register
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.errors import require
-from tfmq.export.capture import Call, Graph, capture
+from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.storage.digest import tensor_digest
 
+# Changes with what a converted model looks like, so that nobody reads one of another form.
+CONVERSION = "2"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
 
@@ -63,6 +64,8 @@ class _Builder:
         self.digest = tensor_digest(module.state_dict())
 
     def __call__(self, graph: Graph, call: Call) -> Run:
+        from tfmq.export.openvino import sizes
+
         core = shared_core()
         path = self._converted(graph, call)
         try:
@@ -71,10 +74,9 @@ class _Builder:
             # A file that was cut off or changed: nothing is lost by making it again.
             path.unlink()
             model = core.read_model(self._converted(graph, call))
-        names = {name: index for index, name in enumerate(["bins", *(f"tensors_{i}" for i in range(len(call.tensors)))])}
-        order = [next(names[name] for name in port.get_names() if name in names) for port in model.inputs]
-        shapes = [(call.batch,), *((call.batch, *s) if b else s for s, b in zip(call.signature.shapes, call.signature.batched, strict=True))]
-        model.reshape({position: list(shapes[index]) for position, index in enumerate(order)})
+        shapes = sizes(graph, call, call.batch)
+        order = [graph.names.index(port.get_any_name()) for port in model.inputs]
+        model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         threads = self.options.threads or torch.get_num_threads()
         # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the other backends.
         settings = {
@@ -100,13 +102,9 @@ class _Builder:
             if path.exists():
                 return path
         with graph_kernels(graph.module):
-            model = convert(capture(graph, call, dynamic=True))
-            if any(port.partial_shape.rank.get_length() and port.partial_shape[0].is_static for port in _batched(model, call)):
-                # The model's own code fixes the batch, so that the graph serves this one alone.
-                model = convert(capture(graph, call, dynamic=False))
-                path = self._path(call, str(call.batch))
-            else:
-                path = self._path(call, "any")
+            model = convert(graph, call)
+        fixed = all(port.partial_shape.is_static for port in model.inputs)
+        path = self._path(call, str(call.batch) if fixed else "any")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.xml")
         ov.save_model(model, partial, compress_to_fp16=False)
@@ -117,10 +115,5 @@ class _Builder:
     def _path(self, call: Call, batch: str) -> Path:
         import openvino as ov
 
-        text = "\n".join([self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
+        text = "\n".join([CONVERSION, self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
         return cache_directory("openvino") / f"{sha256(text.encode()).hexdigest()[:32]}.xml"
-
-
-def _batched(model: Any, call: Call) -> Iterator[Any]:
-    names = {"bins", *(f"tensors_{index}" for index, batched in enumerate(call.signature.batched) if batched)}
-    return (port for port in model.inputs if names & port.get_names())

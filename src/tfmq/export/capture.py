@@ -1,5 +1,6 @@
-"""One call of a denoiser as a graph: captured by `torch.export` with its step bins as an input, so that nothing in it branches on values."""
+"""One call of a denoiser as a graph, with its step bins as an input, so that nothing in it branches on values."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, 
 
 from tfmq.export.quiet import quiet_tools
 from tfmq.nn.swap import STEPS, TIMESTEP, plain_forward
+from tfmq.numerics.errors import sqnr_db
 
 # Stands for a tensor among the constants of a signature.
 TENSOR = "<tensor>"
+# Far below what two runs of the same arithmetic differ by, far above what another branch would give.
+SAME_DB = 40.0
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,48 @@ class Graph(nn.Module):
         with getattr(self.module, STEPS).at_bins(bins):
             return plain_forward(self.module, tree_unflatten(leaves, self.signature.structure))
 
-    def forward(self, bins: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the inputs are called, in the order of `arguments`."""
+        return ("bins", *self.signature.names)
+
+    @property
+    def batched(self) -> tuple[bool, ...]:
+        """Whether the first axis of an input is the batch, in the order of `arguments`."""
+        return (True, *self.signature.batched)
+
+    def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the inputs of the graph for `tensors` at the timesteps of `bins` `[B]`."""
+        return (bins, *tensors)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        bins, *tensors = inputs
         return tuple(tree_flatten(self.output(bins, tensors))[0])
 
 
 class KeyedGraph(Graph):
     """A denoiser as a function `tensors -> tensors` that finds the bins from the timesteps itself: nearest calibrated one, tables included."""
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.signature.names
+
+    @property
+    def batched(self) -> tuple[bool, ...]:
+        return self.signature.batched
+
+    def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        timestep = self.signature.timestep
+        at = getattr(self.module, STEPS).timesteps[bins].to(tensors[timestep].dtype)
+        return (*tensors[:timestep], at, *tensors[timestep + 1 :])
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         steps = getattr(self.module, STEPS)
-        timestep = tensors[self.signature.timestep].to(torch.float32)
+        timestep = inputs[self.signature.timestep].to(torch.float32)
         edges = (steps.timesteps[1:] + steps.timesteps[:-1]) / 2
         # What `torch.bucketize` counts, in operators that every engine has.
         bins = (edges[None] < timestep[:, None]).to(torch.long).sum(dim=1)
-        return tuple(tree_flatten(self.output(bins, tensors))[0])
+        return tuple(tree_flatten(self.output(bins, inputs))[0])
 
 
 @torch.no_grad()
@@ -105,13 +137,35 @@ def capture(graph: Graph, call: Call, *, dynamic: bool) -> torch.export.Exported
     """Return the graph of `call`, for its batch or with `dynamic` for any."""
     batch = max(2, call.batch) if dynamic else call.batch
     tensors = call.resized(batch) if dynamic else call.tensors
-    axes: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} if varies else None for varies in call.signature.batched)
-    shapes: tuple[Any, ...]
-    if isinstance(graph, KeyedGraph):
-        arguments, shapes = tensors, (axes,)
-    else:
-        bins = torch.zeros(batch, dtype=torch.long, device=tensors[0].device)
-        arguments, shapes = (bins, *tensors), ({0: torch.export.Dim.AUTO}, axes)
+    arguments = graph.arguments(torch.zeros(batch, dtype=torch.long, device=tensors[0].device), tensors)
+    shapes = (tuple({0: torch.export.Dim.AUTO} if varies else None for varies in graph.batched),)
     graph(*arguments)  # Kernels make their constants.
     with quiet_tools():
         return torch.export.export(graph, arguments, dynamic_shapes=shapes if dynamic else None, strict=False)
+
+
+@torch.no_grad()
+def trace(graph: Graph, call: Call) -> Any | None:
+    """Return the graph for any batch as one run shows it, several times faster than `capture`; None where one run does not show all of it.
+
+    A branch on values or on the batch would be frozen as that run took it. So the traced graph has to give what the model gives for another
+    batch, other values and other timesteps.
+    """
+    device, count = call.tensors[0].device, len(getattr(graph.module, STEPS).timesteps)
+
+    def arguments(batch: int, first: int, factor: float) -> tuple[Tensor, ...]:
+        tensors = [tensor * factor if tensor.is_floating_point() else tensor for tensor in call.resized(batch)]
+        return graph.arguments((first + torch.arange(batch, device=device)) % count, tensors)
+
+    example, other = arguments(2, 0, 1.0), arguments(3, 1, 0.5)
+    expected = graph(*other)  # Kernels make their constants.
+    with quiet_tools(), warnings.catch_warnings():
+        # It warns of every branch; which of them matter is seen below.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        try:
+            traced = torch.jit.trace(lambda *inputs: graph(*inputs), example, check_trace=False)
+            found = traced(*other)
+        except RuntimeError:
+            return None
+    same = all(one.shape == two.shape and sqnr_db(one, two) > SAME_DB for one, two in zip(expected, found, strict=True))
+    return traced if same else None

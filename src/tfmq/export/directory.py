@@ -17,30 +17,27 @@ from tfmq.version import __version__
 
 DESCRIPTION = "tfmq_export.json"
 FILES = (DESCRIPTION, "denoiser.*")
-Write = Callable[[torch.export.ExportedProgram, KeyedGraph, tuple[str, ...], Path], list[str]]
+Write = Callable[[KeyedGraph, Call, tuple[str, ...], Path], list[str]]
 
 
-def _openvino(program: torch.export.ExportedProgram, graph: KeyedGraph, outputs: tuple[str, ...], directory: Path) -> list[str]:
+def _openvino(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], directory: Path) -> list[str]:
     import openvino as ov
 
     from tfmq.export.openvino import convert
 
-    model = convert(program)
-    for port in model.inputs:
-        index = next(i for i in range(len(graph.signature.names)) if f"tensors_{i}" in port.get_names())
-        port.set_names({graph.signature.names[index]})
+    model = convert(graph, call)
     for port, name in zip(model.outputs, outputs, strict=True):
         port.set_names({name})
     ov.save_model(model, directory / "denoiser.xml", compress_to_fp16=False)
     return ["denoiser.xml", "denoiser.bin"]
 
 
-def _onnx(program: torch.export.ExportedProgram, graph: KeyedGraph, outputs: tuple[str, ...], directory: Path) -> list[str]:
+def _onnx(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], directory: Path) -> list[str]:
     import onnx
 
     from tfmq.export.onnx import convert
 
-    model = convert(program, inputs=graph.signature.names, outputs=outputs)
+    model = convert(capture(graph, call, dynamic=True), inputs=graph.signature.names, outputs=outputs)
     onnx.save_model(model, directory / "denoiser.onnx")
     return ["denoiser.onnx"]
 
@@ -82,8 +79,7 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
         names = tuple(output.keys()) if hasattr(output, "keys") else tuple(str(index) for index in range(len(output_tensors(output))))
         # Inputs and outputs share one name space, and both are often called `sample`.
         outputs = tuple(f"out_{name}" for name in names)
-        program = capture(graph, call, dynamic=True)
-        files = write(program, graph, outputs, directory)
+        files = write(graph, call, outputs, directory)
     shapes = [["batch", *shape] if batched else list(shape) for shape, batched in zip(call.signature.shapes, call.signature.batched, strict=True)]
     dtypes = [str(dtype).removeprefix("torch.") for dtype in call.signature.dtypes]
     description = {

@@ -66,15 +66,15 @@ class FakeQuantizeKernel:
             partials = [operation(segment, integer_weight(*part), None) for segment, part in zip(self.weight.split(x), self.parts, strict=True)]
             return combined(partials, self.weight.bias, operation).to(x.dtype)
         for index, (segment, (values, weight_scale)) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
-            scale, zero_point = column(rows.scale[..., index], x.ndim), column(rows.zero_point[..., index], x.ndim).float()
-            centre, shifts = self.centres[index], self.shifts[index]
-            normal = segment * scale.reciprocal()
-            shift = zero_point - centre
-            u = codes(normal + shift if shifts else normal, centre, rows.levels)
-            y = operation(u, integer_weight(values, weight_scale), None)
-            if shifts:
-                y = y - shift * self._map(index, segment, values, weight_scale)
-            partials.append(y * scale)
+            centre, scales = self.centres[index], rows.scales[..., index]
+            scale, inverse = (column(rows.looked_up(table), x.ndim) for table in (scales, scales.reciprocal()))
+            if not self.shifts[index]:
+                u = codes(segment * inverse, centre, rows.levels)
+                partials.append(operation(u, integer_weight(values, weight_scale), None) * scale)
+                continue
+            shift = column(rows.looked_up(rows.zero_points[..., index].float() - centre), x.ndim)
+            y = operation(codes(segment * inverse + shift, centre, rows.levels), integer_weight(values, weight_scale), None)
+            partials.append((y - shift * self._map(index, segment, values, weight_scale)) * scale)
         return combined(partials, self.weight.bias, operation).to(x.dtype)
 
     def _map(self, index: int, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """OpenVINO models of captured graphs: fake-quantizers as the plug-in fuses them to INT8."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import openvino as ov
 import torch
 from openvino import opset13 as ops
 
+from tfmq.export.capture import Call, Graph, capture, trace
 from tfmq.export.quiet import quiet_tools
 
 
@@ -26,10 +28,46 @@ def _integer_weight(node: Any) -> list[Any]:
     return ops.fake_quantize(ops.multiply(values, wide), low, high, low, high, 256).outputs()
 
 
-def convert(program: torch.export.ExportedProgram) -> ov.Model:
-    """Return the OpenVINO model of a captured graph."""
+def convert(graph: Graph, call: Call) -> ov.Model:
+    """Return the OpenVINO model of a graph: for any batch, or for the batch of `call` if the model's code fixes it.
+
+    Its inputs are called by the graph's names; one that the graph does not read may be missing.
+    """
+    traced = trace(graph, call)
+    if traced is not None:
+        model = _named(_converted(traced), dict(zip((value.debugName() for value in traced.graph.inputs()), graph.names, strict=True)))
+        shapes = sizes(graph, call, -1)
+        model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
+        return model
+    captured = {f"inputs_{index}": name for index, name in enumerate(graph.names)}
+    for dynamic in (True, False):
+        model = _named(_converted(capture(graph, call, dynamic=dynamic)), captured)
+        fixed = any(port.partial_shape[0].is_static for port in model.inputs if graph.batched[graph.names.index(port.get_any_name())])
+        if not fixed:
+            break
+    return model
+
+
+def _named(model: ov.Model, names: Mapping[str, str]) -> ov.Model:
+    """Call the inputs of a model as `names` has it for their names in the source."""
+    for port in model.inputs:
+        port.set_names({next(name for own, name in names.items() if own in port.get_names())})
+    return model
+
+
+def _converted(source: Any) -> ov.Model:
     with quiet_tools():
         from openvino.frontend.pytorch import ConversionExtension
 
-        extensions = [ConversionExtension("tfmq.codes.default", _codes), ConversionExtension("tfmq.integer_weight.default", _integer_weight)]
-        return ov.convert_model(program, extension=extensions)
+        kinds = {"codes": _codes, "integer_weight": _integer_weight}
+        names = {f"tfmq.{name}.default": convert for name, convert in kinds.items()} | {f"tfmq::{name}": convert for name, convert in kinds.items()}
+        return ov.convert_model(source, extension=[ConversionExtension(name, convert) for name, convert in names.items()])
+
+
+def sizes(graph: Graph, call: Call, batch: int) -> dict[str, list[int]]:
+    """Return the shape of each input of a graph by name, for a batch (-1 for any)."""
+    own = graph.arguments(torch.zeros(call.batch, dtype=torch.long), call.tensors)
+    return {
+        name: [batch, *tensor.shape[1:]] if batched else list(tensor.shape)
+        for name, tensor, batched in zip(graph.names, own, graph.batched, strict=True)
+    }

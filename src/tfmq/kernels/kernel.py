@@ -32,12 +32,16 @@ class Rows:
     @cached_property
     def scale(self) -> Tensor:
         """The scale of each sample or of all, float32 `[B or 1, G]`."""
-        return self.scales if self.index is None else self.scales[self.index]
+        return self.looked_up(self.scales)
 
     @cached_property
     def zero_point(self) -> Tensor:
         """The zero-point of each sample or of all, uint8 `[B or 1, G]`."""
-        return self.zero_points if self.index is None else self.zero_points[self.index]
+        return self.looked_up(self.zero_points)
+
+    def looked_up(self, table: Tensor) -> Tensor:
+        """Return the rows of `table` `[S, ...]` that count, so that a graph computes what depends on the table alone once and for all."""
+        return table if self.index is None else table[self.index]
 
 
 class LayerKernel(Protocol):

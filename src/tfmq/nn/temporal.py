@@ -93,7 +93,8 @@ class CachedFeature(nn.Module):
         index, exact = _for_rows(steps.index, x), _for_rows(steps.exact, x)
         cached = self.table(index).to(x.dtype)
         if self.everywhere and steps.all_exact:
-            return cached.expand(x.shape[0], -1)
+            # Of `x` nothing where that will do: a traced graph would compute it for its shape.
+            return cached if cached.shape[0] == x.shape[0] else cached.expand(x.shape[0], -1)
         use = self.use_table[index].bool() & exact
         return torch.where(use[:, None], cached, self.block(x))
 
