@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfmq.cli.options import Json, Prompts, Steps, read_prompts
+from tfmq.cli.options import Device, Json, Prompts, Steps, check_device, read_prompts
 from tfmq.cli.outcome import complain, emit, verb
 
 if TYPE_CHECKING:
     from tfmq.evaluation.cost.variant import Kind
 
-BACKENDS = "simulated,torch,torch-compile,openvino"
+# Measured unless others are named, by kind of device.
+BACKENDS = {"cpu": "simulated,torch,torch-compile,openvino", "cuda": "simulated,cuda,cuda-compile"}
 
 
 def bench(
@@ -21,7 +22,12 @@ def bench(
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from: SQNR is against it.")
     ] = None,
-    backends: Annotated[str, typer.Option("--backends", metavar="A,B", help="simulated, reference, torch, torch-compile, openvino.")] = BACKENDS,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            "--backends", metavar="A,B", help="simulated, reference, torch, torch-compile, openvino, cuda, cuda-compile. Default: the device's."
+        ),
+    ] = None,
     peers: Annotated[
         str, typer.Option("--peers", metavar="A,B", help="all, none, or some of: fp32-compile, openvino-nncf, onnxruntime-int8, ...")
     ] = "none",
@@ -29,6 +35,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds without foreign load behind each median.")] = 10,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of each variant. Default: one for each processor.")] = None,
     steps: Steps = None,
+    device: Device = None,
     prompts: Prompts = None,
     json: Json = False,
 ) -> None:
@@ -36,10 +43,13 @@ def bench(
     with verb():
         from tfmq.evaluation.cost.system import describe_machine, processors
 
+        check_device(device)
+        device = device or "cpu"
+        backends = backends or BACKENDS.get(device.partition(":")[0], "simulated")
         variants = [*_chosen(backends, "backend", "--backends"), *_chosen(peers, "peer", "--peers")]
         sizes = _sizes(batch)
         threads = threads or len(processors())
-        options = {"variants": variants, "batches": sizes, "rounds": rounds, "threads": threads}
+        options = {"variants": variants, "batches": sizes, "rounds": rounds, "threads": threads, "device": device}
         rows = _measured(directory, reference, steps=steps, prompts=read_prompts(prompts), **options)
         result = {"machine": describe_machine(threads), "rows": rows}
     if json:

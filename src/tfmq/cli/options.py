@@ -26,7 +26,9 @@ Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Such 
 Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Text file with one prompt a line, for text-to-image models.")]
 Backend = Annotated[
     str,
-    typer.Option("--backend", metavar="NAME", help="What a quantized model computes with: auto, simulated, reference, torch or openvino."),
+    typer.Option(
+        "--backend", metavar="NAME", help="What a quantized model computes with: auto, simulated, reference, operators, torch, openvino or cuda."
+    ),
 ]
 Weights = Annotated[str, typer.Option("--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller.")]
 Cluster = Annotated[

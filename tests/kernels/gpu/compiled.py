@@ -82,6 +82,7 @@ def compiled(name: str, capability: int) -> dict[str, Any]:
         "cubin": len(built.asm["cubin"]),
         "shared": built.metadata.shared,
         "integer": bool(integer),
+        "warpgroup": "wgmma.mma_async" in ptx,
         "floating": bool(floating),
         "asynchronous": bool(asynchronous),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),

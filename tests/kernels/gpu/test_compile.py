@@ -41,6 +41,7 @@ def test_products_run_on_tensor_cores_with_loads_in_flight(compiled: dict[str, d
     assert integer == {name for name in made if name.endswith("a8") or " w4a8" in name or " w8a8" in name}
     products = {name: one for name, one in made.items() if name in integer or name.endswith("a16")}
     assert all(one["asynchronous"] for one in products.values()), products
+    assert all(made[name]["warpgroup"] == (capability == 90) for name in integer), "Hopper's own instructions on Hopper, and only there"
     assert all(one["floating"] for name, one in products.items() if name.endswith("a16"))
 
 

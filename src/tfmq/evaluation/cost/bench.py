@@ -35,6 +35,7 @@ class Plan:
         batches: rows of one denoiser call.
         rounds: rounds without foreign work that are wanted.
         threads: of every variant.
+        device: of every variant that runs in torch.
         steps: denoising steps of a sampling run.
         rows_per_image: rows that one image adds to a call, 2 under guidance.
         exact: whether `source` holds the true original. Otherwise accuracy against it means nothing and is not stated.
@@ -47,6 +48,7 @@ class Plan:
     batches: Sequence[int]
     rounds: int
     threads: int
+    device: str = "cpu"
     steps: int
     rows_per_image: int = 1
     exact: bool = True
@@ -84,7 +86,7 @@ def measure(plan: Plan, *, around: Around, folder: Path, note: Note, progress: P
         note(line)
     for batch in plan.batches:
         settings = {
-            name: Setting(source=plan.source, folder=folder / f"{name}-{batch}", batch=batch, threads=plan.threads)
+            name: Setting(source=plan.source, folder=folder / f"{name}-{batch}", batch=batch, threads=plan.threads, device=plan.device)
             for name in plan.names()
             if name not in missing
         }

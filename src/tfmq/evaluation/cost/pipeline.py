@@ -33,6 +33,7 @@ class Request:
     batches: Sequence[int]
     rounds: int
     threads: int
+    device: str = "cpu"
     steps: int
     architecture: str | None = None
 
@@ -71,6 +72,7 @@ def bench(request: Request, *, folder: Path, note: Note, progress: Progress = si
         batches=request.batches,
         rounds=request.rounds,
         threads=request.threads,
+        device=request.device,
         steps=request.steps,
         rows_per_image=len(calls[0]),
         exact=request.exact,

@@ -37,6 +37,7 @@ class Worker:
         setting.folder.mkdir(parents=True, exist_ok=True)
         source = setting.source.to_json()
         job = {"variant": variant, "source": source, "folder": str(setting.folder), "batch": setting.batch, "threads": setting.threads}
+        job["device"] = setting.device
         command = [sys.executable, "-m", "tfmq.evaluation.cost.worker", json.dumps({**job, "build": build})]
         self.log = setting.folder / "log.txt"
         with self.log.open("w") as log:

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq.evaluation.cost.source import Source
-from tfmq.models.denoiser import Inputs
+from tfmq.models.denoiser import Denoiser, Inputs
 
 Kind = Literal["backend", "peer"]
 Step = Callable[[Inputs], Tensor]
@@ -22,16 +22,26 @@ BASE = "fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a variant is prepared for: models and calls, a folder of its own for files, the rows of each call, and threads."""
+    """What a variant is prepared for: models and calls, a folder of its own for files, the rows of each call, and threads.
+
+    `device` is where variants run that are torch's; other libraries stay on the CPU.
+    """
 
     source: Source
     folder: Path
     batch: int
     threads: int
+    device: str = "cpu"
 
     def calls(self) -> list[Inputs]:
         """Return the calls that libraries calibrate on, and that accuracy is measured on."""
         return self.source.calls(self.batch)
+
+
+def placed(module: nn.Module, setting: Setting) -> Step:
+    """Move a model to the setting's device and return its step, which waits for the device: the output comes back to the host."""
+    denoiser = Denoiser(module.to(setting.device))
+    return lambda call: denoiser(call).cpu()
 
 
 @dataclass(frozen=True)

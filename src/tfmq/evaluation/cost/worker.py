@@ -63,7 +63,8 @@ def main(job: Mapping[str, Any]) -> None:
         replies.flush()
 
     torch.set_num_threads(job["threads"])
-    setting = Setting(source=Source.from_json(job["source"]), folder=Path(job["folder"]), batch=job["batch"], threads=job["threads"])
+    given = {name: job[name] for name in ("batch", "threads", "device")}
+    setting = Setting(source=Source.from_json(job["source"]), folder=Path(job["folder"]), **given)
     with torch.no_grad():
         if job["build"]:
             VARIANTS[job["variant"]].build(setting)

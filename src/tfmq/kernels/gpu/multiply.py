@@ -53,10 +53,10 @@ def segment_sum(
             beyond = tl.load(place + length, mask=(k + length < width)[None, :], other=0)
             low = ((b & 15).to(tl.int8) - weight_zero).to(a.dtype)
             high = ((b >> 4).to(tl.int8) - weight_zero).to(a.dtype)
-            acc = tl.dot(a, low, acc, input_precision="ieee")
-            acc = tl.dot(beyond, high, acc, input_precision="ieee")
+            acc = tl.dot(a, low, acc, input_precision="ieee", out_dtype=acc.dtype)
+            acc = tl.dot(beyond, high, acc, input_precision="ieee", out_dtype=acc.dtype)
         else:
-            acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+            acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tfmq.evaluation.cost.variant import BASE, Prepared, Setting, add
-from tfmq.models.denoiser import Denoiser
+from tfmq.evaluation.cost.variant import BASE, Prepared, Setting, add, placed
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class FullPrecision:
     def prepare(self, setting: Setting) -> Prepared:
         """Load the original."""
         module = setting.source.original()
-        denoiser = Denoiser(module)
         if self.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
@@ -31,7 +29,7 @@ class FullPrecision:
 
             inductor.freezing = True
             module.compile(dynamic=False)
-        return Prepared(denoiser, setting.source.original_bytes())
+        return Prepared(placed(module, setting), setting.source.original_bytes())
 
 
 add(BASE, "peer", FullPrecision())

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from tfmq.artifact import stored_bytes
 from tfmq.backends.backend import Options
-from tfmq.evaluation.cost.variant import Prepared, Setting, add
-from tfmq.models.denoiser import Denoiser
+from tfmq.evaluation.cost.variant import Prepared, Setting, add, placed
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,13 @@ class Executed:
         """Load the checkpoint, ready to run."""
         module = setting.source.executed(self.backend, Options(compile=self.compiled, threads=setting.threads))
         assert setting.source.quantized is not None
-        return Prepared(Denoiser(module), stored_bytes(setting.source.quantized))
+        return Prepared(placed(module, setting), stored_bytes(setting.source.quantized))
 
 
 add("simulated", "backend", Executed("simulated"))
 add("reference", "backend", Executed("reference"))
 add("torch", "backend", Executed("torch"))
 add("torch-compile", "backend", Executed("torch", compiled=True))
+add("cuda", "backend", Executed("cuda"))
+add("cuda-compile", "backend", Executed("cuda", compiled=True))
 add("openvino", "backend", Executed("openvino", needs=("openvino",)))
