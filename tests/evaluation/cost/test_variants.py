@@ -43,7 +43,7 @@ def setting(source: Source, batch: int = 2) -> Setting:
 
 
 def test_names() -> None:
-    assert names_of("backend") == ("simulated", "reference", "torch", "torch-compile", "openvino")
+    assert names_of("backend") == ("simulated", "reference", "torch", "torch-compile", "openvino", "cuda", "cuda-compile")
     assert set(names_of("peer")) == {
         *("fp32", "fp32-channels-last", "fp32-compile", "openvino-fp32", "openvino-nncf"),
         *("onnxruntime-int8", "torchao-pt2e", "sdnq-int8", "quanto-int8"),
@@ -128,3 +128,12 @@ def test_openvino_converts_and_computes(source: Source) -> None:
     prepared, full = (VARIANTS[each].prepare(setting(source)) for each in ("openvino-fp32", "fp32"))
     for call in source.calls(2):
         assert sqnr_db(full.step(call), prepared.step(call)) > 80
+
+
+def test_what_runs_in_torch_is_placed_on_the_device_and_its_output_comes_back(source: Source) -> None:
+    call = source.calls(2)[0]
+    module = source.original()
+    expected = Denoiser(module)(call)
+    assert torch.equal(variant.placed(module, setting(source))(call), expected)
+    variant.placed(module, replace(setting(source), device="meta"))
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
