@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tfmq
 from tfmq.backends.backend import Options, release
 from tfmq.backends.execution import choose, execute
+from tfmq.backends.operators import Program, attach_operators, build
 from tfmq.kernels.device import OperatorKernel, WeightOnlyKernel
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -58,7 +59,7 @@ def peak_signal_to_noise(exact: Tensor, other: Tensor) -> float:
     return float(10 * torch.log10(exact.double().abs().max() ** 2 / error))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["unet", "dit"])
 def test_the_images_are_the_references(made: Made, name: str) -> None:
     sampler = made(name)
     drawn = {}
@@ -89,6 +90,24 @@ def test_fused_graphs_compute_the_same_bits(made: Made, name: str, monkeypatch: 
     assert torch.equal(outputs(module, inputs), expected)
     ((before, alone, *normed),) = counts
     assert before > alone + sum(normed) and sum(normed) > 0
+
+
+def test_a_fused_model_compiles_as_one_graph_for_all_timesteps(made: Made) -> None:
+    sampler = made("dit")
+    module, inputs = sampler.denoiser.module, example(sampler)
+    execute(module, "operators")
+    steps = module.tfmq_steps.timesteps
+    others = [Inputs(inputs.sample, steps[rows].long(), inputs.conditions) for rows in ([0, 2], [1, 1], [2, 0])]
+    expected = [outputs(module, other) for other in others]
+    programs = []
+
+    def compiled(program: Program) -> Program:
+        programs.append(program)
+        return torch.compile(program, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    attach_operators(module, Options(compile=True), build(compiled))
+    assert all(torch.equal(outputs(module, other), exact) for other, exact in zip(others, expected, strict=True))
+    assert len(programs) == 1
 
 
 def calls(program: torch.fx.GraphModule, name: str) -> list[torch.fx.Node]:
@@ -130,6 +149,18 @@ def test_kernels_follow_the_model_and_packed_codes_stay(made: Made) -> None:
     layers = packed_layers(module).values()
     assert layers and all(buffer.is_meta for layer in layers for buffer in layer.kernel.buffers())  # type: ignore[union-attr]
     assert all(layer.scale.is_meta and not layer.packed.is_meta for layer in layers)
+
+
+def test_group_offloading_moves_what_kernels_compute_with(made: Made) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    sampler = made("unet")
+    module, inputs = copy.deepcopy(sampler.denoiser.module), example(sampler)
+    execute(module, "operators")
+    expected = outputs(module, inputs)
+    here = torch.device("cpu")
+    apply_group_offloading(module, onload_device=here, offload_device=here, offload_type="leaf_level")
+    assert torch.equal(outputs(module, inputs), expected)
 
 
 def test_release_brings_packed_codes_back(made: Made) -> None:
