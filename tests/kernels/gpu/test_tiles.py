@@ -41,6 +41,11 @@ def test_few_rows_measure_small_tiles(measured: list[Any]) -> None:
     assert measured and all(tile.m == 16 for tile in measured)
 
 
+def test_many_rows_measure_large_tiles(measured: list[Any]) -> None:
+    tiles.chosen("kernel", 4096, (512, 64), launch)
+    assert len(measured) > 3 and all(tile.m >= 64 for tile in measured)
+
+
 @pytest.mark.parametrize("kept", [[], [64], [64, 64, 64, 4, 3, 8, 1], [1, 2, 3, 4, 5, 6], ["64"] * 6])
 def test_what_is_no_tile_is_measured_again(measured: list[Any], kept: Sequence[Any]) -> None:
     tiles.choices["kernel 1024 512 64"] = kept

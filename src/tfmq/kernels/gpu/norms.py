@@ -58,7 +58,7 @@ def group_moments(means, deviations, centre, rate, PIXELS, C, SLICE, SLICES, GRO
     place = (image * SLICES + part)[:, None] * C + (group * WIDTH + channel)[None, :]
     mean = tl.load(means + place, mask=inside, other=0.0)
     count = tl.where(inside, tl.minimum(PIXELS - part * SLICE, SLICE).to(tl.float32)[:, None], 0.0)
-    number = (PIXELS * WIDTH).to(tl.float32)
+    number = tl.full((), 1.0, dtype=tl.float32) * PIXELS * WIDTH
     common = tl.sum(tl.sum(mean * count, axis=1), axis=0) / number
     away = mean - common
     spread = tl.load(deviations + place, mask=inside, other=0.0) + away * away * count

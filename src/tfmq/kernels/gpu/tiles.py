@@ -50,9 +50,12 @@ def keep_in(mapping: MutableMapping[str, Sequence[int]]) -> None:
 
 
 def _fitting(tiles: Sequence[Tile], rows: int, columns: int) -> list[Tile]:
-    """Return the tiles that are not much larger than the product; the first of all where none is left."""
+    """Return the tiles that are neither much larger nor much smaller than the product; the first of all where none is left.
+
+    What is left out would cost seconds of compilation.
+    """
     high, wide = max(16, triton.next_power_of_2(rows)), max(32, triton.next_power_of_2(columns))
-    return [tile for tile in tiles if tile.m <= high and tile.n <= wide] or [tiles[0]]
+    return [tile for tile in tiles if min(high, 512) // 8 <= tile.m <= high and tile.n <= wide] or [tiles[0]]
 
 
 def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
