@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.operators import multiply, norms, quantize  # noqa: F401 - registers the operators
 
 ATEN = torch.ops.aten
@@ -31,8 +33,24 @@ ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
 }
 
 
+def fused(captured: ExportedProgram) -> GraphModule:
+    """Return the graph of a captured call with its operators fused.
+
+    A rewrite lets a tensor be read later than before, so operators that write to one in place are replaced first.
+    """
+    if _mutates(captured.graph_module):
+        with quiet_tools():
+            captured = captured.run_decompositions({})
+    return fuse(captured.module())
+
+
+def _mutates(program: GraphModule) -> bool:
+    schemas = (getattr(node.target, "_schema", None) for node in program.graph.nodes)
+    return any(schema.is_mutable for schema in schemas if schema is not None)
+
+
 def fuse(program: GraphModule) -> GraphModule:
-    """Return a captured graph with its operators fused, in place."""
+    """Return a graph that writes to no tensor in place with its operators fused, in place."""
     for rewrite in (_drop_identity, _merge_quantizer, _fuse_group_norm, _fuse_layer_norm, _fuse_activation, _fuse_residual):
         for node in list(program.graph.nodes):
             rewrite(program, node)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
-from tfmq.backends.fusion import fuse
+from tfmq.backends.fusion import fused
 from tfmq.backends.graph import Build, GraphExecutor, Run
 from tfmq.backends.tuned import StoredTiles
 from tfmq.errors import require
@@ -91,7 +91,7 @@ def build(finish: Callable[[Program], Program]) -> Build:
 
     def make(graph: Graph, call: Call) -> Run:
         with torch.no_grad():
-            program = finish(fuse(capture(graph, call, dynamic=False).module()))
+            program = finish(fused(capture(graph, call, dynamic=False)))
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             with torch.no_grad(), quiet_tools():
