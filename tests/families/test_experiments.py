@@ -23,7 +23,7 @@ def test_the_page_has_the_published_experiments(documented: Callable[[str, list[
         run = protocol.calibration
         settings = [f"{run.steps} steps of {protocol.sampler}", f"{run.samples} samples"]
         settings.append(f"every {run.interval}th step learned from" if run.interval > 1 else "all steps learned from")
-        settings += [f"{name.replace('_', ' ')} {value:g}" for name, value in call_options(asdict(run)).items()]
+        settings += [f"{name.replace('_', ' ')} {value:g}" for name, value in call_options(asdict(run)).items() if name != "spacing"]
         figures = [shown(protocol.results.get(column)) for column in columns]
         rows.append(f"| `{protocol.name}` | {protocol.model} | {', '.join(settings)} | {' | '.join(figures)} |")
     documented("experiments", rows)

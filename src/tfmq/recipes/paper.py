@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tfmq.recipes.recipe import Activations, Calibration, Published, Recipe, Rule, Temporal, Weights
+from tfmq.recipes.recipe import Activations, Calibration, Published, Recipe, Rule, Spacing, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 
 # Weight and activation bits of the columns of the published tables.
@@ -47,8 +47,10 @@ class Protocol:
     num_images: int = 50_000
 
 
-def _calibration(steps: int, interval: int, *, samples: int = 256, eta: float | None = None, guidance: float | None = None) -> Calibration:
-    return Calibration(samples=samples, steps=steps, interval=interval, batch_size=32, eta=eta, guidance_scale=guidance)
+def _calibration(
+    steps: int, interval: int, *, samples: int = 256, eta: float | None = None, guidance: float | None = None, spacing: Spacing | None = None
+) -> Calibration:
+    return Calibration(samples=samples, steps=steps, interval=interval, batch_size=32, eta=eta, guidance_scale=guidance, spacing=spacing)
 
 
 def _results(rows: Mapping[str, tuple[float, ...]], *further: str) -> dict[str, Result]:
@@ -62,7 +64,7 @@ PROTOCOLS = (
         name="cifar10_ddim",
         model="DDIM, CIFAR-10, 32x32",
         sampler="DDIM, quadratic spacing of the timesteps",
-        calibration=_calibration(100, 5, eta=0.0),
+        calibration=_calibration(100, 5, eta=0.0, spacing="quadratic"),
         results=_results({"w4a32": (4.73,), "w4a8": (4.78,)}),
     ),
     Protocol(

@@ -1,7 +1,7 @@
 """The recipe value and its parts; every field is checked when it is made."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import inf
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from tfmq.reconstruction.solvers import Rounding
 
 RangeMethod = Literal["search", "min_max"]
 PerStep = Literal["none", "temporal", "all"]
+Spacing = Literal["quadratic"]
 Maintenance = Literal["none", "block", "cache", "selected"]
 SelectionScope = Literal["key", "feature", "step", "global"]
 ROLES = ("role:first", "role:last", "role:temporal")
@@ -103,9 +104,9 @@ class Temporal:
         _choice("temporal.scope", self.scope, ("key", "feature", "step", "global"))
 
 
-def call_options(calibration: Mapping[str, Any]) -> dict[str, float]:
-    """Return the arguments of a pipeline's call that the fields of a calibration set."""
-    return {name: calibration[name] for name in ("eta", "guidance_scale") if calibration.get(name) is not None}
+def call_options(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a pipeline is to be called by the fields of a calibration: `eta`, `guidance_scale` and `spacing`, as far as they are set."""
+    return {name: calibration[name] for name in ("eta", "guidance_scale", "spacing") if calibration.get(name) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class Calibration:
     """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from every `interval`-th step.
 
     `eta` (of DDIM) and `guidance_scale` are passed to the pipeline's call, in calibration and when the quantized model is opened again; None
-    leaves them to the pipeline.
+    leaves them to the pipeline. `spacing` is that of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even steps.
     """
 
     samples: int = 32
@@ -122,14 +123,17 @@ class Calibration:
     batch_size: int = 16
     eta: float | None = None
     guidance_scale: float | None = None
+    spacing: Spacing | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "interval", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
-        for name, value in call_options(asdict(self)).items():
-            if not 0 <= value < inf:
+        for name, value in (("eta", self.eta), ("guidance_scale", self.guidance_scale)):
+            if value is not None and not 0 <= value < inf:
                 raise ValueError(f"calibration.{name} must be finite and not negative, got {value}")
+        if self.spacing is not None:
+            _choice("calibration.spacing", self.spacing, ("quadratic",))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from tfmq.errors import require
@@ -49,7 +48,8 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
     if isinstance(hint, type):
         return (hint,)
     parts = get_args(hint)
-    return tuple({part if isinstance(part, type) else NoneType if part is None else type(part): None for part in parts})
+    # The values of a Literal, or the members of a union, which may be Literals.
+    return tuple(dict.fromkeys(kind for part in parts for kind in _plain_types(part))) if parts else (type(hint),)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

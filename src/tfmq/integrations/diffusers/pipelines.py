@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tfmq.integrations.diffusers.saved import absent_components
+from tfmq.integrations.diffusers.spacing import spaced
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator
 
@@ -37,6 +38,10 @@ DEFAULT_PROMPTS = (
     "a yellow tram climbing a steep street",
     "an oil painting of sunflowers in a blue vase",
 )
+
+
+# Among the options, though no argument of a pipeline's call.
+SPACING = "spacing"
 
 
 class _Reached(Exception):
@@ -65,9 +70,10 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, Denoiser]:
 def accepted_options(pipeline: DiffusionPipeline, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `options` that the pipeline's call has an argument for; warn about the others."""
     parameters = inspect.signature(pipeline.__call__).parameters
-    for name in options.keys() - parameters.keys():
+    known = parameters.keys() | {SPACING}
+    for name in options.keys() - known:
         warnings.warn(f"{name} has no effect: {type(pipeline).__name__} takes none", stacklevel=3)
-    return {name: value for name, value in options.items() if name in parameters}
+    return {name: value for name, value in options.items() if name in known}
 
 
 @contextmanager
@@ -92,7 +98,7 @@ class PipelineSampler:
     Args:
         pipeline: unconditional, class-conditional (`class_labels`) or text-to-image (`prompt`).
         prompts: used in turn by text-to-image pipelines.
-        options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`.
+        options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`; and `spacing` of the timesteps, see `spaced`.
         labels: classes that class-conditional pipelines draw in turn; by default they are spread over all there are.
     """
 
@@ -109,6 +115,7 @@ class PipelineSampler:
         self.prompts = prompts
         self.options = dict(options or {})
         self.labels = labels
+        self.spacing = self.options.pop(SPACING, None)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -138,7 +145,8 @@ class PipelineSampler:
     def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
         """Draw images `[N, C, H, W]` in [0, 1]; see `Sampler`."""
         generators = [image_generator(seed, index) for index in indices]
-        output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
+        with spaced(self.pipeline, self.spacing):
+            output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
         if "frames" in output:
             # A video `[N, F, H, W, C]` is looked at as one image, its frames side by side.
             return torch.from_numpy(np.asarray(output.frames)).permute(0, 4, 2, 1, 3).flatten(3)
@@ -159,7 +167,7 @@ class PipelineSampler:
         scheduler = self.pipeline.scheduler
         settings = {"class": type(scheduler).__name__, **{k: repr(v) for k, v in scheduler.config.items() if not k.startswith("_")}}
         prompts = list(self.prompts) if self.takes_prompts else []
-        options = {name: repr(value) for name, value in self.options.items()}
+        options = {name: repr(value) for name, value in self.options.items()} | ({SPACING: self.spacing} if self.spacing else {})
         described = {"pipeline": type(self.pipeline).__name__, "scheduler": settings, "prompts": prompts, "options": options}
         return {**described, "labels": list(self.labels)} if self.labels else described
 
