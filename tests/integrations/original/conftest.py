@@ -131,24 +131,30 @@ class Ddim(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block of `openaimodel`, with or without a scale beside the shift."""
+    """Residual block of `openaimodel`, with or without a scale beside the shift; `resample` "down" averages, "up" repeats pixels."""
 
-    def __init__(self, inner: int, outer: int, embedding: int, *, scaled: bool) -> None:
+    def __init__(self, inner: int, outer: int, embedding: int, *, scaled: bool, resample: str = "") -> None:
         super().__init__()
-        self.scaled = scaled
+        self.scaled, self.resample = scaled, resample
         self.in_layers = nn.Sequential(nn.GroupNorm(32, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outer * (2 if scaled else 1)))
         self.out_layers = nn.Sequential(nn.GroupNorm(32, outer), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outer, outer, 3, padding=1))
         self.skip_connection = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        hidden, shift = self.in_layers(x), self.emb_layers(embedding)[:, :, None, None]
+        hidden, x = (self.resampled(values) for values in (self.in_layers[:-1](x), x))
+        hidden, shift = self.in_layers[-1](hidden), self.emb_layers(embedding)[:, :, None, None]
         if self.scaled:
             scale, shift = shift.chunk(2, dim=1)
             hidden = self.out_layers[1:](self.out_layers[0](hidden) * (1 + scale) + shift)
         else:
             hidden = self.out_layers(hidden + shift)
         return self.skip_connection(x) + hidden
+
+    def resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample else x
 
 
 class AttentionBlock(nn.Module):
@@ -245,7 +251,8 @@ class Openai(nn.Module):
                 last = width
                 skips.append(width)
             if level < len(widths) - 1:
-                self.input_blocks.append(nn.Sequential(holder(op=nn.Conv2d(width, width, 3, stride=2, padding=1))))
+                by_block = ResBlock(width, width, ch * 4, scaled=scaled, resample="down") if params.get("resblock_updown") else None
+                self.input_blocks.append(nn.Sequential(by_block or holder(op=nn.Conv2d(width, width, 3, stride=2, padding=1))))
                 skips.append(width)
         middle = ResBlock(last, last, ch * 4, scaled=scaled), attention(last), ResBlock(last, last, ch * 4, scaled=scaled)
         self.middle_block = nn.Sequential(*middle)
@@ -255,7 +262,8 @@ class Openai(nn.Module):
                 parts = block(last + skips.pop(), width, level)
                 last = width
                 if level and index == params["num_res_blocks"]:
-                    parts.append(holder(conv=nn.Conv2d(width, width, 3, padding=1)))
+                    by_block = ResBlock(width, width, ch * 4, scaled=scaled, resample="up") if params.get("resblock_updown") else None
+                    parts.append(by_block or holder(conv=nn.Conv2d(width, width, 3, padding=1)))
                 self.output_blocks.append(nn.Sequential(*parts))
         self.out = nn.Sequential(nn.GroupNorm(32, last), nn.SiLU(), nn.Conv2d(last, params["out_channels"], 3, padding=1))
 
@@ -296,11 +304,13 @@ class Coder(nn.Module):
         self.conv_in = nn.Conv2d(inputs, last, 3, padding=1)
         stages: list[nn.Module] = []
         for level, width in reversed(list(enumerate(widths))) if decode else enumerate(widths):
-            blocks = nn.ModuleList()
+            blocks, attentions = nn.ModuleList(), nn.ModuleList()
             for _ in range(sizes["num_res_blocks"] + decode):
                 blocks.append(Resnet(last, width))
                 last = width
-            stage = holder(block=blocks)
+                if sizes["resolution"] // 2**level in sizes["attn_resolutions"]:
+                    attentions.append(Attention(width))
+            stage = holder(block=blocks, attn=attentions)
             if decode and level:
                 stage.upsample = holder(conv=nn.Conv2d(width, width, 3, padding=1))
             if not decode and level < len(widths) - 1:
@@ -318,8 +328,9 @@ class Coder(nn.Module):
         x = self.conv_in(x)
         x = self._middle(x) if self.decode else x
         for stage in reversed(self.up) if self.decode else self.down:
-            for block in stage.block:
+            for index, block in enumerate(stage.block):
                 x = block(x)
+                x = stage.attn[index](x) if len(stage.attn) else x
             if hasattr(stage, "upsample"):
                 x = doubled(stage.upsample, x)
             if hasattr(stage, "downsample"):

@@ -30,6 +30,17 @@ SIZES: dict[str, Any] = {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "in_c
 VQ = {"embed_dim": 3, "n_embed": 16, "ddconfig": {**SIZES, "z_channels": 3, "double_z": False}}
 KL = {"embed_dim": 4, "ddconfig": {**SIZES, "z_channels": 4, "double_z": True}}
 PLAIN: dict[str, Any] = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [1, 2], "num_head_channels": 16}
+# Residual blocks that resample, behind levels with and without attention; a first stage that attends at its levels.
+UPDOWN = {**PLAIN, "channel_mult": [1, 2, 2], "attention_resolutions": [2], "resblock_updown": True}
+UNCONDITIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "vq": (PLAIN, VQ),
+    "kl": ({**PLAIN, "use_scale_shift_norm": True}, KL),
+    "resampling blocks, vq with attention": (UPDOWN, {**VQ, "ddconfig": {**VQ["ddconfig"], "attn_resolutions": [8]}}),
+    "resampling blocks everywhere, kl with attention": (
+        {**UPDOWN, "attention_resolutions": [1, 2, 4], "use_scale_shift_norm": True, "num_res_blocks": 2},
+        {**KL, "ddconfig": {**KL["ddconfig"], "attn_resolutions": [8, 16], "ch_mult": [1, 1, 2]}},
+    ),
+}
 CROSS: dict[str, Any] = {"use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 8}
 
 
@@ -87,7 +98,7 @@ def test_ddim(original: SimpleNamespace, randomized: Fill, tmp_path: Path, layou
 
 
 @pytest.mark.parametrize("averages", [False, True])
-@pytest.mark.parametrize(("unet", "first"), [(PLAIN, VQ), ({**PLAIN, "use_scale_shift_norm": True}, KL)], ids=["vq", "kl"])
+@pytest.mark.parametrize(("unet", "first"), UNCONDITIONAL.values(), ids=UNCONDITIONAL)
 def test_unconditional_latent_diffusion(
     original: SimpleNamespace, randomized: Fill, tmp_path: Path, unet: dict[str, Any], first: dict[str, Any], averages: bool
 ) -> None:
@@ -106,7 +117,7 @@ def test_unconditional_latent_diffusion(
         close(pipeline.unet(x, TIMESTEPS).sample, reference(x, TIMESTEPS))
         close(pipeline.vqvae.decode(x).sample, stage.decode(x))
         encoded = pipeline.vqvae.encode(image)
-        close(encoded.latents if first is VQ else encoded.latent_dist.parameters, stage.encode(image))
+        close(encoded.latents if "n_embed" in first else encoded.latent_dist.parameters, stage.encode(image))
 
 
 @pytest.fixture
@@ -231,8 +242,7 @@ def test_what_does_not_fit_is_listed(original: SimpleNamespace, randomized: Fill
         ({"epoch": 3}, DDIM, "model.ckpt holds a dict without named tensors"),
         ({"w": torch.zeros(1)}, {"model": {"ch": 3}}, "config.yaml describes neither a DDIM model"),
         ({"w": torch.zeros(1)}, {**DDIM, "data": {}}, "the configuration has no data.image_size"),
-        ({"w": torch.zeros(1)}, latent({**PLAIN, "resblock_updown": True}, VQ), "does not fit the VQModel"),
-        ({"w": torch.zeros(1)}, latent(PLAIN, {**VQ, "ddconfig": {**VQ["ddconfig"], "attn_resolutions": [8]}}), "attn_resolutions"),
+        ({"w": torch.zeros(1)}, latent(PLAIN, VQ), "does not fit the VQModel"),
     ],
 )
 def test_foreign_files_are_refused_by_name(tmp_path: Path, states: Any, config: dict[str, Any], message: str) -> None:
@@ -251,9 +261,15 @@ def test_damaged_and_missing_files_are_one_error_that_names_them(tmp_path: Path,
         import_checkpoint(*paths)
 
 
-@pytest.mark.parametrize("change", [{"resblock_updown": True}, {"num_head_channels": -1, "num_heads": 2}])
-def test_what_diffusers_cannot_compute_is_refused_by_the_option(original: SimpleNamespace, tmp_path: Path, change: dict[str, Any]) -> None:
-    config = latent({**PLAIN, **change}, VQ)
+CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 8, "n_classes": 11}}
+UNKNOWN = [({**CROSS, "resblock_updown": True}, {"condition": CLASSES}), ({"num_head_channels": -1, "num_heads": 2}, {})]
+
+
+@pytest.mark.parametrize(("change", "more"), UNKNOWN)
+def test_what_diffusers_cannot_compute_is_refused_by_the_option(
+    original: SimpleNamespace, tmp_path: Path, change: dict[str, Any], more: dict[str, Any]
+) -> None:
+    config = latent({**PLAIN, **change}, VQ, **more)
     unet = original.Openai({**PLAIN, "in_channels": 3, "out_channels": 3})
     tensors = prefixed(unet, "model.diffusion_model.") | prefixed(original.FirstStage(VQ), "first_stage_model.")
     with pytest.raises(ValueError, match=f"{list(change)[-1]}: .* cannot be converted"):

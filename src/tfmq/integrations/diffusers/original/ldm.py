@@ -13,6 +13,7 @@ from tfmq.integrations.diffusers.class_conditional import ClassEmbedder, LatentC
 from tfmq.integrations.diffusers.original.clip import text_encoder
 from tfmq.integrations.diffusers.original.files import section, tensors_of
 from tfmq.integrations.diffusers.original.fit import fit
+from tfmq.integrations.diffusers.original.layout import rename_downsamplers, take_level_attention, take_upsamplers
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 GROUPS = 32
@@ -49,7 +50,6 @@ def _refuse(params: Mapping[str, Any], **unsupported: str) -> None:
 def _shared_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[bool]]:
     """Return what both kinds of UNet have in common, and which levels attend."""
     params = section(config, "model", "params", "unet_config", "params")
-    _refuse(params, resblock_updown="residual blocks that resample have no counterpart with these names in diffusers")
     widths = tuple(params["model_channels"] * factor for factor in params["channel_mult"])
     shared = {
         "sample_size": section(config, "model", "params", "image_size"),
@@ -98,15 +98,21 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
     shared, attends = _shared_config(config)
     widths = shared["block_out_channels"]
     head = _head_channels(params, [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]])
+    resampling = bool(params.get("resblock_updown"))
+    kind, plain = ("resnet", ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")) if resampling else ("conv", ("DownBlock2D", "UpBlock2D"))
     model = UNet2DModel(
         **shared,
-        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
-        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
+        downsample_type=kind,
+        upsample_type=kind,
         attention_head_dim=head,
         # Left out, the middle has no norm where blocks scale and shift.
         attn_norm_num_groups=GROUPS,
     )
-    named = convert_ldm_unet_checkpoint(dict(weights), model.config)
+    layers = shared["layers_per_block"]
+    rest, upsamplers = take_upsamplers(weights, layers) if resampling else (dict(weights), {})
+    named = rename_downsamplers(convert_ldm_unet_checkpoint(rest, model.config), layers) | upsamplers
     tensors = _self_attention(named, head, interleaved=not params.get("use_new_attention_order", False))
     return fit(model, tensors, original={name: tensor for name, tensor in weights.items() if ".qkv." not in name})
 
@@ -114,6 +120,7 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
 def conditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> ConditionalUNet:
     """Return the UNet of a model with cross-attention, to a class or to text."""
     params = section(config, "model", "params", "unet_config", "params")
+    _refuse(params, resblock_updown="diffusers' blocks with cross-attention resample by convolutions")
     shared, attends = _shared_config(config)
     head = params.get("num_head_channels", -1)
     heads = params["num_heads"] if head == -1 else tuple(width // head for width in shared["block_out_channels"])
@@ -134,15 +141,15 @@ def first_stage(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Aut
     """Return the autoencoder; the loss that it was trained with is left out."""
     params = section(config, "model", "params", "first_stage_config", "params")
     sizes = section(params, "ddconfig")
-    _refuse(sizes, attn_resolutions="diffusers' converter knows attention in the middle of an autoencoder alone")
     weights = {name: tensor for name, tensor in _below(tensors, FIRST_STAGE).items() if not name.startswith(f"{FIRST_STAGE}loss.")}
     levels = len(sizes["ch_mult"])
+    attends = [sizes["resolution"] // 2**level in sizes.get("attn_resolutions", ()) for level in range(levels)]
     scale = tensors.get("scale_factor", section(config, "model", "params").get("scale_factor", 1.0))
     shared = {
         "in_channels": sizes["in_channels"],
         "out_channels": sizes["out_ch"],
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "down_block_types": tuple("AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends),
+        "up_block_types": tuple("AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends)),
         "block_out_channels": tuple(sizes["ch"] * factor for factor in sizes["ch_mult"]),
         "layers_per_block": sizes["num_res_blocks"],
         "latent_channels": sizes["z_channels"],
@@ -154,7 +161,8 @@ def first_stage(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Aut
         model: AutoencoderKL | VQModel = VQModel(**shared, num_vq_embeddings=params["n_embed"], vq_embed_dim=params["embed_dim"])
     else:
         model = AutoencoderKL(**shared)
-    converted = convert_ldm_vae_checkpoint(weights, model.config)
+    rest, attention = take_level_attention(weights, levels)
+    converted = convert_ldm_vae_checkpoint(rest, model.config) | attention
     codebook = f"{FIRST_STAGE}quantize.embedding.weight"
     if codebook in weights:
         converted["quantize.embedding.weight"] = weights[codebook]
