@@ -10,6 +10,8 @@ from tfmq.export.fake_quantize import FakeQuantizeKernel
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.reference import ReferenceKernel
 from tfmq.nn.operation import operation_of
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.dynamic import DynamicQuantizer
 
 
 @st.composite
@@ -45,6 +47,22 @@ def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.T
     difference = (exact - through).abs()
     assert difference.max() <= step * 1.001 + 1e-3
     assert (difference > 1e-3).float().mean() < 0.2
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(), (2, 4)]), st.integers(4, 8), st.booleans())
+def test_tokens_with_grids_of_their_own(seed: int, segments: tuple[int, ...], bits: int, symmetric: bool) -> None:
+    torch.manual_seed(seed)
+    operation = operation_of(nn.Linear(6, 5))
+    assert operation is not None
+    weight = IntegerWeight(
+        operation, torch.randint(-127, 128, (5, 6)).to(torch.int16), torch.rand(5, max(1, len(segments))), torch.randn(5), segments
+    )
+    quantizer, x = DynamicQuantizer(IntegerFormat(bits, symmetric), segments=segments), torch.randn(3, 4, 6) * torch.tensor([1.0, 100, 1, 5])[:, None]
+    rows = quantizer.rows(x)
+    exact, through = ReferenceKernel(weight, rows.levels)(x, rows), FakeQuantizeKernel(weight, quantizer.zero_points())(x, rows)
+    step = rows.scale.amax(dim=-1, keepdim=True) * weight.scale.max() * 127
+    assert bool(((exact - through).abs() <= step * 1.001 + 1e-3).all())
+    assert ((exact - through).abs() > 1e-3 * step).float().mean() < 0.2
 
 
 def test_rows_that_share_a_zero_point_need_no_correction() -> None:
