@@ -20,14 +20,19 @@ if TYPE_CHECKING:
     from tfmq.models.denoiser import Denoiser
     from tfmq.models.sampler import LoopSampler
     from tfmq.recipes import Recipe, scheme
+    from tfmq.reconstruction.resources import Resources
 
-__all__ = ["Denoiser", "LoopSampler", "Options", "Recipe", "__version__", "execute", "fuse_lora", "load", "quantize", "rebake", "scheme"]
+__all__ = [
+    "Denoiser", "LoopSampler", "Options", "Recipe", "Resources", "__version__",
+    "execute", "fuse_lora", "load", "quantize", "rebake", "scheme",
+]  # fmt: skip
 
 _HOMES = {
     "Denoiser": "tfmq.models.denoiser",
     "LoopSampler": "tfmq.models.sampler",
     "Options": "tfmq.backends.backend",
     "Recipe": "tfmq.recipes",
+    "Resources": "tfmq.reconstruction.resources",
     "execute": "tfmq.backends.execution",
     "fuse_lora": "tfmq.api",
     "load": "tfmq.artifact",

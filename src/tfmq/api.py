@@ -132,13 +132,14 @@ def state_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
-def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Return everything that the result depends on."""
+def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int, resources: Resources) -> dict[str, Any]:
+    """Return everything that the result depends on; with a budget of time it also depends on the shares that the journal keeps."""
     module = sampler.denoiser.module
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     versions = {"tfmq": __version__, "torch": torch.__version__}
     model = {"model": tensor_digest(module.state_dict()), "sampler": sampler.describe(), "device": device}
-    return {"recipe": to_dict(recipe), "seed": seed, **model, **versions}
+    budget = {} if resources.time_budget is None else {"time_budget": resources.time_budget}
+    return {"recipe": to_dict(recipe), "seed": seed, **budget, **model, **versions}
 
 
 def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> bool:
@@ -185,7 +186,13 @@ def _job_directory(destination: Path | None) -> Iterator[Path]:
 
 
 def open_target(
-    target: Any, recipe: Recipe, *, seed: int, device: str | torch.device | None = None, prompts: tuple[str, ...] = ()
+    target: Any,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str | torch.device | None = None,
+    prompts: tuple[str, ...] = (),
+    resources: Resources = UNLIMITED,
 ) -> tuple[Sampler, dict[str, Any]]:
     """Return the sampler of a model that is to be quantized, on its device, and everything that the result depends on.
 
@@ -201,7 +208,7 @@ def open_target(
     _check_weights(module)
     if device is not None:
         _owner(sampler).to(device)
-    return sampler, _fingerprint(sampler, recipe, seed)
+    return sampler, _fingerprint(sampler, recipe, seed, resources)
 
 
 def _owner(sampler: Sampler) -> Any:
@@ -234,8 +241,8 @@ def quantize(
         device: moves the model there first.
         resume: continue the job of an interrupted run; the result is the same to the byte.
         prompts: for text-to-image pipelines, instead of the built-in ones.
-        resources: limits of memory.
-        helpers: do parts of the job elsewhere; see `tfmq.cluster`.
+        resources: limits of memory and of time.
+        helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:
@@ -244,7 +251,9 @@ def quantize(
         CalibrationError: NaN or infinite values in calibration.
     """
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
-    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts)
+    if helpers is not None and resources.time_budget is not None:
+        raise ValueError("a budget of time is kept by one process alone: leave out the cluster (--cluster) or the budget (--time-budget)")
+    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, resources=resources)
     module, owner = sampler.denoiser.module, _owner(sampler)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):

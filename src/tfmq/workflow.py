@@ -1,5 +1,6 @@
 """The order of quantization: probe, calibrate, fit ranges, temporal block, units, pack. Nothing else knows it."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -84,6 +85,30 @@ def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore
             store.adopt(range(len(batches)))
 
 
+def check_time(sampler: Sampler, recipe: Recipe, resources: Resources) -> None:
+    """Refuse a budget of time that is gone before the first unit.
+
+    Raises:
+        ValueError: says what the calibration takes by the time of one call of its batch.
+    """
+    if resources.time_budget is None:
+        return
+    config = recipe.calibration
+    example = sampler.example().resized(min(config.batch_size, config.samples))
+    with torch.no_grad():
+        sampler.denoiser(example)
+        began = time.perf_counter()
+        sampler.denoiser(example)
+    calls = -(-config.samples // config.batch_size) * config.steps
+    # Drawn once, and once more looked at for the ranges of activations.
+    needed = 2 * calls * (time.perf_counter() - began)
+    if needed > resources.time_budget:
+        raise ValueError(
+            f"a time budget of {resources.time_budget:.0f} s is gone before the first unit: the calibration alone takes about {needed:.0f} s; "
+            "raise it, or lower the steps, samples (--calib-size) or batch size of the calibration"
+        )
+
+
 def fit_activations(
     sampler: Sampler, plan: Plan, steps: StepContext, store: CalibrationStore, *, resources: Resources, progress: Progress
 ) -> dict[str, Tensor]:
@@ -163,6 +188,7 @@ def prepare_units(
     plan = make_plan(recipe, block.trace)
 
     def record() -> dict[str, Tensor]:
+        check_time(sampler, recipe, resources)
         store.clear()
         record_calibration(sampler, recipe, store, seed=seed, helpers=helpers, progress=progress)
         return {"calls": torch.tensor(len(store))}
@@ -207,7 +233,7 @@ def quantize_denoiser(
     The stages are journalled: with a journal of an interrupted run, finished stages are read back, and the result is the same to the byte.
     `helpers` do what they can ahead of this process: the trajectory, and units that do not wait for each other.
     """
-    denoiser = sampler.denoiser
+    began, denoiser = time.perf_counter(), sampler.denoiser
     prepared = prepare_units(sampler, recipe, seed=seed, store=store, journal=journal, helpers=helpers, resources=resources, progress=progress)
     block, steps = prepared.block, prepared.steps
     reports = reconstruct_units(
@@ -220,6 +246,7 @@ def quantize_denoiser(
         interval=recipe.calibration.interval,
         seeds={unit.name: stage_seed(seed, unit.name) for unit in prepared.units},
         resources=resources,
+        elapsed=lambda: journal.seconds_before + time.perf_counter() - began,
         journal=journal,
         ahead=None if helpers is None else helpers.reconstruct,
         progress=progress,

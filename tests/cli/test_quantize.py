@@ -17,7 +17,7 @@ import torch
 from tfmq.storage.journal import Journal
 
 Run = Callable[..., Any]
-KEYS = {"output_dir", "scheme", "seconds", "bytes", "units", "temporal", "sha256"}
+KEYS = {"output_dir", "scheme", "seconds", "time_budget", "memory", "bytes", "units", "temporal", "sha256"}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -34,12 +34,28 @@ def test_report(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
     assert report["bytes"] == {"fp32": 4 * sum(p.numel() for p in unet), "quantized": on_disk}
     assert len(report["units"]) > 8
     for unit in report["units"]:
-        assert unit.keys() == {"name", "error_before", "error_after", "seconds"}
+        assert unit.keys() == {"name", "error_before", "error_after", "iterations", "seconds"}
         assert unit["error_after"] >= 0 and unit["seconds"] > 0
     config = json.loads((tmp_path / "q" / "unet" / "config.json").read_text())
     assert report["sha256"] == config["quantization_config"]["digest"]
     assert "calibration: sampling" in result.err and "units: reconstruction" in result.err and "Loading" not in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_limits_are_kept_and_reported(tfmq: Run, model: Path, recipe: Path, quantized: Path, tmp_path: Path) -> None:
+    limits = ("--max-memory", "256MiB", "--time-budget", "30m")
+    result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe, "--json", *limits)
+    assert result.status == 0 and result.json["time_budget"] == 1800
+    assert result.json["memory"]["limit_bytes"] == 256 * 2**20 and result.json["memory"]["peak_bytes"] > 10**7
+    assert all(unit["error_after"] <= unit["error_before"] for unit in result.json["units"])
+    free = tfmq("quantize", model, "--output-dir", tmp_path / "f", "--recipe", recipe, "--json", "--max-memory", "256MiB")
+    assert free.json["sha256"] == json.loads((quantized / "tfmq_report.json").read_text())["sha256"]
+
+
+@pytest.mark.parametrize("wrong", [("--max-memory", "4 sheep"), ("--max-memory", "0"), ("--time-budget", "soon"), ("--time-budget", "-1m")])
+def test_limits_that_say_nothing_are_refused(tfmq: Run, model: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
+    result = tfmq("quantize", model, "--output-dir", tmp_path / "q", *wrong)
+    assert result.status == 2 and wrong[0] in result.err and not (tmp_path / "q").exists()
 
 
 def _unet(model: Path) -> torch.nn.Module:
@@ -70,7 +86,7 @@ def test_schemes_by_name(tfmq: Run, model: Path, tmp_path: Path) -> None:
     numbers = ("--steps", 2, "--calib-size", 1)
     result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--scheme", "rtn_w8a8", *numbers)
     assert result.status == 0
-    for word in ("rtn_w8a8", "conv_in", "error, learned", "mismatches", "sha256"):
+    for word in ("rtn_w8a8", "conv_in", "error, found", "mismatches", "sha256"):
         assert word in result.out
     layers = tfmq("inspect", tmp_path / "q", "--json").json["layers"]
     assert {(layer["weight_bits"], layer["activation_bits"]) for layer in layers} == {(8, 8)}

@@ -69,6 +69,41 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     return prompts
 
 
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SECONDS = {"": 1, "S": 1, "M": 60, "MIN": 60, "H": 3600}
+
+
+def _measured(text: str, units: dict[str, int], hint: str, example: str) -> float:
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in units or not float(found[1]) > 0:
+        raise typer.BadParameter(f"{text!r} is not above 0 in {', '.join(unit for unit in units if unit)}; give it like {example}", param_hint=hint)
+    return float(found[1]) * units[found[2].upper()]
+
+
+def parse_bytes(text: str, hint: str) -> int:
+    """Return the bytes that a text like `4GiB` or `500MB` names.
+
+    >>> parse_bytes("1.5GiB", "--max-memory")
+    1610612736
+
+    Raises:
+        typer.BadParameter: it names none.
+    """
+    return int(_measured(text, SIZES, hint, "4GiB"))
+
+
+def parse_seconds(text: str, hint: str) -> float:
+    """Return the seconds that a text like `10m` or `90s` names.
+
+    >>> parse_seconds("10m", "--time-budget")
+    600.0
+
+    Raises:
+        typer.BadParameter: it names none.
+    """
+    return _measured(text, SECONDS, hint, "10m")
+
+
 def check_device(name: str | None) -> None:
     """Refuse a device that torch does not know or does not have.
 

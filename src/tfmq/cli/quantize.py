@@ -9,12 +9,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfmq.cli.options import Cluster, Device, Json, Model, OutputDir, Prompts, Seed, Threads, Workers, check_cluster, check_device, read_prompts
+from tfmq.cli.options import (
+    Cluster,
+    Device,
+    Json,
+    Model,
+    OutputDir,
+    Prompts,
+    Seed,
+    Threads,
+    Workers,
+    check_cluster,
+    check_device,
+    parse_bytes,
+    parse_seconds,
+    read_prompts,
+)
 from tfmq.cli.outcome import emit, verb
 
 if TYPE_CHECKING:
     from tfmq.cluster.crew import Cluster as Place
     from tfmq.recipes.recipe import Recipe
+    from tfmq.reconstruction.resources import Resources
 
 DEFAULT_SCHEME = "w4a8"
 
@@ -75,6 +91,8 @@ def quantize(
     cluster: Cluster = None,
     workers: Workers = None,
     threads: Threads = 1,
+    max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="What calibration may hold beside the model: 4GiB.")] = None,
+    time_budget: Annotated[str | None, typer.Option("--time-budget", metavar="TIME", help="What all of it may take: 10m. Units share it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted job; the result is the same to the byte.")] = False,
     json: Json = False,
 ) -> None:
@@ -87,9 +105,11 @@ def quantize(
         place = check_cluster(cluster, workers, threads, device=device)
         if place is not None and chosen.rounding.inputs != "full":
             warnings.warn("units wait for each other, so the cluster shares the trajectory alone; --unit-inputs full shares them too", stacklevel=2)
-        report = _quantized(model, chosen, output_dir, place, resume=resume, seed=seed, device=device, prompts=read_prompts(prompts))
+        limits, read = _limits(max_memory, time_budget), read_prompts(prompts)
+        report = _quantized(model, chosen, output_dir, place, limits, resume=resume, seed=seed, device=device, prompts=read)
         name = chosen.name if recipe else scheme or DEFAULT_SCHEME
-        result = {"output_dir": str(output_dir), "scheme": name, "seconds": round(time.perf_counter() - began, 3), **report}
+        taken = {"seconds": round(time.perf_counter() - began, 3), "time_budget": limits.time_budget, "memory": _memory(limits)}
+        result = {"output_dir": str(output_dir), "scheme": name, **taken, **report}
     if json:
         emit(result)
     else:
@@ -98,7 +118,28 @@ def quantize(
         show_quantized(result)
 
 
-def _quantized(model: str, recipe: "Recipe", output_dir: Path, place: "Place | None", *, resume: bool, **options: Any) -> dict[str, Any]:
+def _limits(max_memory: str | None, time_budget: str | None) -> "Resources":
+    from tfmq.reconstruction.resources import Resources
+
+    return Resources(
+        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+        time_budget=None if time_budget is None else parse_seconds(time_budget, "--time-budget"),
+    )
+
+
+def _memory(limits: "Resources") -> dict[str, int | None]:
+    """Return the most that this process has held, on the GPU too where one was used, and the limit that was set."""
+    import torch
+
+    from tfmq.evaluation.cost.system import peak_bytes
+
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return {"peak_bytes": peak_bytes(), "peak_gpu_bytes": torch.cuda.max_memory_allocated() if used else None, "limit_bytes": limits.max_memory}
+
+
+def _quantized(
+    model: str, recipe: "Recipe", output_dir: Path, place: "Place | None", resources: "Resources", *, resume: bool, **options: Any
+) -> dict[str, Any]:
     """Run the job, with help where there is a `place`; return its report, with the bytes that are on disk."""
     import tfmq
     from tfmq.artifact import stored_bytes
@@ -110,6 +151,6 @@ def _quantized(model: str, recipe: "Recipe", output_dir: Path, place: "Place | N
 
     with quiet(), shown_progress() as progress, ExitStack() as stack:
         helpers = None if place is None else Helpers(stack.enter_context(connected(place)), located(model), recipe, output_dir, **options)
-        found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, progress=progress, **options)
+        found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, resources=resources, progress=progress, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
     return {"bytes": {**report["bytes"], "quantized": stored_bytes(output_dir)}, **{key: report[key] for key in keys}}

@@ -49,7 +49,8 @@ def show_quantized(result: Mapping[str, Any]) -> None:
     for heading in ("error, nearest", "error, found", "steps", "seconds"):
         table.add_column(heading, justify="right")
     for unit in result["units"]:
-        table.add_row(unit["name"], f"{unit['error_before']:.3g}", f"{unit['error_after']:.3g}", str(unit["iterations"]), f"{unit['seconds']:.1f}")
+        errors = ["" if unit[key] is None else f"{unit[key]:.3g}" for key in ("error_before", "error_after")]
+        table.add_row(unit["name"], *errors, str(unit["iterations"]), f"{unit['seconds']:.1f}")
     console.print(table)
     console.print()
     size = result["bytes"]
@@ -58,6 +59,7 @@ def show_quantized(result: Mapping[str, Any]) -> None:
         ("size", _size(size["fp32"], size["quantized"])),
         ("temporal features", _disturbance(result["temporal"])),
         ("time", f"{result['seconds']:.0f} s"),
+        ("most memory", megabytes(result["memory"]["peak_bytes"])),
         ("sha256", result["sha256"]),
         ("saved in", result["output_dir"]),
     ]

@@ -11,10 +11,11 @@ from tfmq.api import job_of, open_target, store_of
 from tfmq.calibration.replay import Upstream
 from tfmq.cluster.crew import Crew, Team
 from tfmq.models.sampler import Sampler
+from tfmq.nn.plan import calibrated_layers
 from tfmq.progress import Advance, silent
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.resources import UNLIMITED
-from tfmq.reconstruction.sequence import reconstructed, unit_file
+from tfmq.reconstruction.sequence import reconstructed, unit_file, unit_result
 from tfmq.storage.journal import Journal
 from tfmq.workflow import Prepared, prepare_units, record_batch, stage_seed
 
@@ -48,10 +49,11 @@ class _Job:
     def _reconstructed(self, number: int, advance: Advance) -> dict[str, Tensor]:
         prepared, recipe = self._prepared, self.recipe
         unit = prepared.units[number]
-        return reconstructed(
-            self.sampler.denoiser, unit, self.store, Upstream(None), prepared.steps, recipe.rounding, recipe.learning,
-            interval=recipe.calibration.interval, seed=stage_seed(self.seed, unit.name), resources=UNLIMITED, advance=advance,
-        )  # fmt: skip
+        config = {"interval": recipe.calibration.interval, "seed": stage_seed(self.seed, unit.name), "resources": UNLIMITED, "advance": advance}
+        denoiser, steps = self.sampler.denoiser, prepared.steps
+        report = reconstructed(denoiser, unit, self.store, Upstream(None), steps, recipe.rounding, recipe.learning, **config)  # type: ignore[arg-type]
+        layers = calibrated_layers(denoiser.module)
+        return unit_result(report, {name: layers[name] for name in unit.layers})
 
 
 def _make(target: str, recipe: Recipe, folder: Path, seed: int, device: str | None, prompts: tuple[str, ...]) -> Callable[[Task], None]:

@@ -3,6 +3,7 @@
 import ctypes
 import sys
 from dataclasses import dataclass
+from math import inf
 
 # Blocks from this size on go back to the system as soon as they are freed.
 RETURNED = 2**20
@@ -17,13 +18,18 @@ class Resources:
 
     Attributes:
         max_memory: bytes that calibration may hold beyond what the process held before, the model included. The result does not depend on it.
+        time_budget: seconds of the whole job, which units share; the result is that of the shares that were decided.
     """
 
     max_memory: int | None = None
+    time_budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_memory is not None and self.max_memory < 1:
             raise ValueError(f"max_memory is a number of bytes, at least 1, got {self.max_memory}")
+
+        if self.time_budget is not None and not 0 < self.time_budget < inf:
+            raise ValueError(f"time_budget is a number of seconds above 0, got {self.time_budget}")
 
     @property
     def captured(self) -> int | None:

@@ -1,7 +1,7 @@
 """The units of a denoiser: one of them, and all in execution order."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from math import isnan, nan
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tfmq.nn.plan import calibrated_layers
 from tfmq.progress import Advance, Progress
 from tfmq.quantizers.steps import StepContext
 from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.pace import Noted, Pace, Unhurried, paced
 from tfmq.reconstruction.resources import Resources
 from tfmq.reconstruction.solvers import SOLVERS, Rounding, work
 from tfmq.reconstruction.unit import UnitReport, full_precision, reconstruct_unit, settle
@@ -55,14 +56,17 @@ def reconstructed(
     seed: int,
     resources: Resources,
     advance: Advance,
-) -> dict[str, Tensor]:
-    """Reconstruct one unit on every `interval`-th timestep of `store`; return what was learned, and its figures as `report`."""
-    layers = calibrated_layers(denoiser.module)
+) -> UnitReport:
+    """Reconstruct one unit on every `interval`-th timestep of `store`."""
     spool = Spool(store.directory / "calls", resources.captured)
-    batches = StoredBatches(store, interval)
-    report = reconstruct_unit(denoiser, unit, batches, upstream, steps, rounding, learning, seed=seed, advance=advance, spool=spool)
-    figures = torch.tensor([report.error_before, report.error_after, report.iterations, report.seconds], dtype=torch.float64)
-    return {"report": figures, **learned({name: layers[name] for name in unit.layers})}
+    return reconstruct_unit(
+        denoiser, unit, StoredBatches(store, interval), upstream, steps, rounding, learning, seed=seed, advance=advance, spool=spool
+    )
+
+
+def unit_result(report: UnitReport, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+    """Return what the journal keeps of a unit: what was learned, and its figures as `report`."""
+    return {"report": _figures(report), **learned(layers)}
 
 
 def reconstruct_units(
@@ -76,13 +80,15 @@ def reconstruct_units(
     interval: int,
     seeds: Mapping[str, int],
     resources: Resources,
+    elapsed: Callable[[], float],
     journal: Journal,
     ahead: Ahead | None,
     progress: Progress,
 ) -> tuple[UnitReport, ...]:
     """Reconstruct the units in execution order, each on inputs as `rounding` has them; journal each.
 
-    `seeds` has one for each unit. Where no unit waits for another, `ahead` leaves those that it is given in the journal, in any order.
+    `seeds` has one for each unit; `elapsed` tells the seconds that the job has taken, of which `resources` may limit the number. Where no unit
+    waits for another, `ahead` leaves those that it is given in the journal, in any order.
     """
     module, layers = denoiser.module, calibrated_layers(denoiser.module)
     for unit in units:
@@ -90,6 +96,10 @@ def reconstruct_units(
     with full_precision(module):
         readers = find_readers(denoiser, [unit.name for unit in units], store.read(0))
     upstream = Upstream(store.directory / "outputs", readers=readers)
+    pace: Pace = Unhurried(learning)
+    if resources.time_budget is not None:
+        budget = {"interval": interval, "seconds": resources.time_budget, "elapsed": elapsed, "journal": journal}
+        pace = paced(denoiser, units, store, rounding, learning, **budget)  # type: ignore[arg-type]
     reports = []
     amounts = [work(rounding, learning, len(unit.layers)) for unit in units]
     # Each unit counts one more, for its calls.
@@ -100,16 +110,34 @@ def reconstruct_units(
                 helped.add(number)
                 advance(amounts[number])
         for number, unit in enumerate(units):
+            own = {name: layers[name] for name in unit.layers}
+
+            def compute(number: int = number, unit: Unit = unit, own: dict[str, CalibratedLayer] = own) -> dict[str, Tensor]:
+                granted, noted = pace.learning(number), Noted(advance)
+                report = UnitReport(unit.name, None, None, 0, 0.0)
+                if granted is not None:
+                    shared = {"interval": interval, "seed": seeds[unit.name], "resources": resources}
+                    report = reconstructed(denoiser, unit, store, upstream, steps, rounding, granted, advance=noted, **shared)  # type: ignore[arg-type]
+                    pace.took(number, report, noted.moments)
+                advance(amounts[number] - noted.amount)
+                return unit_result(report, own)
+
             skipped = journal.done(unit_file(number)) and number not in helped
-            compute = partial(
-                reconstructed, denoiser, unit, store, upstream, steps, rounding, learning,
-                interval=interval, seed=seeds[unit.name], resources=resources, advance=advance,
-            )  # fmt: skip
             tensors = journal.stage(unit_file(number), compute)
-            before, after, iterations, seconds = tensors.pop("report").tolist()
-            reports.append(UnitReport(unit.name, before, after, int(iterations), seconds))
-            restore({name: layers[name] for name in unit.layers}, tensors)
+            reports.append(_report(unit.name, tensors.pop("report")))
+            restore(own, tensors)
             settle(module.get_submodule(unit.name))
             upstream.add(unit.name, module.get_submodule(unit.name))
             advance(1 + (amounts[number] if skipped else 0))
     return tuple(reports)
+
+
+def _figures(report: UnitReport) -> Tensor:
+    """Return a report as the journal keeps it: NaN is no error."""
+    errors = [nan if error is None else error for error in (report.error_before, report.error_after)]
+    return torch.tensor([*errors, report.iterations, report.seconds], dtype=torch.float64)
+
+
+def _report(name: str, figures: Tensor) -> UnitReport:
+    before, after, iterations, seconds = figures.tolist()
+    return UnitReport(name, None if isnan(before) else before, None if isnan(after) else after, int(iterations), seconds)

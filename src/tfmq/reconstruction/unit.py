@@ -26,11 +26,14 @@ from tfmq.reconstruction.units import Unit
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Mean squared error of a unit's outputs with the nearest and with the found codes, the learning steps taken, and the time it took."""
+    """Mean squared error of a unit's outputs with the nearest and with the found codes, the learning steps taken, and the time it took.
+
+    A unit that was left with its nearest codes unseen, for want of time, has no errors.
+    """
 
     name: str
-    error_before: float
-    error_after: float
+    error_before: float | None
+    error_after: float | None
     iterations: int
     seconds: float
 

@@ -207,7 +207,7 @@ def gather(
             pairs=_pairs(evaluated["paired"]) if evaluated else (),
             speed=_speed(bench),
             layers=_layers(manifest["structure"], analysed),
-            units=tuple((unit["name"], unit["error_before"], unit["error_after"]) for unit in report["units"]),
+            units=tuple((unit["name"], unit["error_before"], unit["error_after"]) for unit in report["units"] if unit["error_before"] is not None),
             evaluation=evaluated,
             analysis=analysed,
             images=evaluation / PAIRS_FILE if evaluation is not None and (evaluation / PAIRS_FILE).exists() else None,

@@ -1,6 +1,7 @@
 """A resumable job: a directory with a fingerprint and one file for each finished stage."""
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .errors import JobMismatchError, MissingFileError
 __all__ = ["Journal"]
 
 FINGERPRINT = "job.json"
+SECONDS = "seconds"
 
 
 def _difference(before: Any, now: Any, path: str) -> str:
@@ -31,12 +33,16 @@ class Journal:
         fingerprint: everything that the result depends on, as JSON values.
         resume: continue what is there; otherwise start over.
 
+    Attributes:
+        seconds_before: what the stages took that earlier runs finished, as far as they have been read back.
+
     Raises:
         JobMismatchError: `resume` with another fingerprint.
     """
 
     def __init__(self, directory: Path | None, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         self.directory = directory
+        self.seconds_before = 0.0
         if directory is None:
             return
         if resume and directory.exists():
@@ -76,8 +82,13 @@ class Journal:
             return compute()
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
-            write_tensors(path, compute())
-        return read_tensors(path)[0]
+            began = time.perf_counter()
+            tensors = compute()
+            write_tensors(path, tensors, metadata={SECONDS: repr(time.perf_counter() - began)})
+            return read_tensors(path)[0]
+        tensors, metadata = read_tensors(path)
+        self.seconds_before += float(metadata.get(SECONDS, 0.0))
+        return tensors
 
     def remove(self) -> None:
         """Delete the job's files."""

@@ -1,0 +1,123 @@
+"""How much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from tfmq.calibration.store import CalibrationStore, StoredBatches
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.progress import Advance
+from tfmq.reconstruction.budget import Budget, Cost, Grant
+from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.sensitivity import ROWS, output_sensitivity, predicted_costs
+from tfmq.reconstruction.solvers import SOLVERS, Rounding
+from tfmq.reconstruction.unit import UnitReport
+from tfmq.reconstruction.units import Unit
+from tfmq.storage.journal import Journal
+
+# A rate times its steps at which roundings cross over.
+REACH = 4.0
+
+
+class Pace(Protocol):
+    """Says what a unit gets before it is reconstructed, and is told what it took.
+
+    `learning` returns the hyper-parameters of the unit with this number, or None where it keeps its nearest codes.
+    """
+
+    def learning(self, number: int) -> Learning | None: ...
+
+    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Unhurried:
+    """Every unit gets what the recipe says."""
+
+    config: Learning
+
+    def learning(self, number: int) -> Learning | None:
+        return self.config
+
+    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None: ...
+
+
+def within(config: Learning, iterations: int) -> Learning:
+    """Return the learning of so many steps, at a rate that lets roundings cross over in them."""
+    return replace(config, iterations=iterations, learning_rate=max(config.learning_rate, REACH / max(1, iterations)))
+
+
+class Paced:
+    """A budget's grants, each recorded in the journal before its unit begins: a resumed job goes on with the same."""
+
+    def __init__(self, budget: Budget, units: Sequence[Unit], rounding: Rounding, config: Learning, journal: Journal) -> None:
+        self.budget, self.units, self.config, self.journal = budget, units, config, journal
+        self.closed_form = SOLVERS[rounding.solver].runs_full
+        self.grants: dict[int, Grant] = {}
+
+    def learning(self, number: int) -> Learning | None:
+        def decide() -> dict[str, torch.Tensor]:
+            grant = self.budget.grant([unit.name for unit in self.units[number:]])
+            return {"solved": torch.tensor(grant.solved), "iterations": torch.tensor(grant.iterations)}
+
+        decided = self.journal.stage(f"grant_{number:04d}", decide)
+        grant = self.grants[number] = Grant(bool(decided["solved"]), int(decided["iterations"]))
+        return within(self.config, grant.iterations) if grant.solved else None
+
+    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None:
+        """Tell the budget; `moments` are when the solver advanced: once for each layer in closed form, once for each step."""
+        first = len(self.units[number].layers) if self.closed_form else 0
+        steps = moments[first : first + report.iterations]
+        learned = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1) if len(steps) > 1 else 0.0
+        iterations = report.iterations if learned else 0
+        self.budget.took(self.units[number].name, self.grants[number], base=report.seconds - learned, steps=learned, iterations=iterations)
+
+
+class Noted:
+    """Passes on how far a solver is, and notes when it said so."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+        self.moments: list[float] = []
+        self.amount = 0
+
+    def __call__(self, amount: int = 1) -> None:
+        self.moments.append(time.perf_counter())
+        self.amount += amount
+        self.advance(amount)
+
+
+def paced(
+    denoiser: Denoiser,
+    units: Sequence[Unit],
+    store: CalibrationStore,
+    rounding: Rounding,
+    config: Learning,
+    *,
+    interval: int,
+    seconds: float,
+    elapsed: Callable[[], float],
+    journal: Journal,
+) -> Paced:
+    """Measure sensitivity and costs, once for a job, and divide `seconds`."""
+    device = next(denoiser.module.parameters()).device
+
+    def probes() -> list[Inputs]:
+        # From the noisier and from the cleaner half of the schedule.
+        return [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
+
+    def measure() -> dict[str, torch.Tensor]:
+        calls = probes()
+        samples = sum(len(batch) for batch in StoredBatches(store, interval))
+        costs = predicted_costs(denoiser, units, calls[0], samples=samples, rounding=rounding, learning=config)
+        rows = torch.tensor([[costs[unit.name].base, costs[unit.name].step] for unit in units], dtype=torch.float64)
+        return {"sensitivity": output_sensitivity(denoiser, units, calls), "costs": rows.reshape(-1, 2)}
+
+    measured = journal.stage("sensitivity", measure)
+    sensitivity = {unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)}
+    costs = {unit.name: Cost(*row) for unit, row in zip(units, measured["costs"].tolist(), strict=True)}
+    most = config.iterations if SOLVERS[rounding.solver].work(config, 0) else 0
+    return Paced(Budget(seconds, elapsed, sensitivity, costs, most=most), units, rounding, config, journal)

@@ -1,0 +1,97 @@
+"""What a unit means to the output, and what it will cost: what a budget of time is divided by."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.swap import precision
+from tfmq.reconstruction.budget import Cost
+from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import SOLVERS, Rounding
+from tfmq.reconstruction.unit import full_precision
+from tfmq.reconstruction.units import Unit
+
+# Samples of a call that is looked at.
+ROWS = 8
+# Runs of a unit that its calls and errors take whatever the solver: twice captured, twice measured.
+RUNS = 4
+# A step of learning in forward runs of its batch, and seconds that it takes for each weight.
+STEP_RUNS, SECONDS_A_WEIGHT = 4.0, 4e-8
+
+
+@torch.no_grad()
+def output_sensitivity(denoiser: Denoiser, units: Sequence[Unit], calls: Sequence[Inputs]) -> Tensor:
+    """Return the mean squared error of the denoiser's output with each unit alone quantized, its codes the nearest, `[U]`."""
+    errors = torch.zeros(len(units), dtype=torch.float64)
+    for call in calls:
+        with full_precision(denoiser.module):
+            expected = denoiser(call)
+            for number, unit in enumerate(units):
+                with precision(denoiser.module.get_submodule(unit.name), weights="quantized", inputs="quantized"):
+                    errors[number] += float((denoiser(call) - expected).double().square().mean())
+    return errors / max(1, len(calls))
+
+
+@contextmanager
+def _timed(modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
+    """Add up the seconds of calls of `modules`."""
+    seconds, began = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0.0)
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def before(name: str) -> Any:
+        return lambda *_: began.__setitem__(name, now())
+
+    def after(name: str) -> Any:
+        return lambda *_: seconds.__setitem__(name, seconds[name] + now() - began[name])
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(before(name)).remove)
+            stack.callback(module.register_forward_hook(after(name)).remove)
+        yield seconds
+
+
+def _products_a_second() -> float:
+    """Return how many multiplications and additions of float64 matrices this machine does in a second."""
+    matrix = torch.ones(384, 384, dtype=torch.float64)
+    began = time.perf_counter()
+    _ = matrix @ matrix
+    return 2 * 384**3 / max(time.perf_counter() - began, 1e-6)
+
+
+def _closed_form(layer: CalibratedLayer, samples: int, rounding: Rounding) -> float:
+    """Return about how many operations a layer's solution in closed form takes: moments, factors, feedback, sweeps."""
+    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+    moments = 2.0 * samples * rounding.positions * columns * (columns + rows)
+    return moments + 4.0 * columns**3 + (4.0 + 4.0 * rounding.sweeps) * rows * columns**2
+
+
+@torch.no_grad()
+def predicted_costs(
+    denoiser: Denoiser, units: Sequence[Unit], call: Inputs, *, samples: int, rounding: Rounding, learning: Learning
+) -> dict[str, Cost]:
+    """Return what each unit will cost for `samples` samples, from the time of its part in one call, its sizes and this machine's speed."""
+    solver, rate = SOLVERS[rounding.solver], _products_a_second()
+    with full_precision(denoiser.module):
+        denoiser(call)
+        with _timed({unit.name: denoiser.module.get_submodule(unit.name) for unit in units}) as seconds:
+            denoiser(call)
+    costs = {}
+    for unit in units:
+        layers: list[CalibratedLayer] = [denoiser.module.get_submodule(name) for name in unit.layers]  # type: ignore[misc]
+        a_sample = seconds[unit.name] / len(call)
+        runs = RUNS + (1 + len(layers) if solver.runs_full else 0)
+        solved = sum(_closed_form(layer, samples, rounding) for layer in layers) / rate if solver.runs_full else 0.0
+        weights = sum(layer.weight.numel() for layer in layers)
+        costs[unit.name] = Cost(samples * a_sample * runs + solved, STEP_RUNS * learning.batch_size * a_sample + SECONDS_A_WEIGHT * weights)
+    return costs
