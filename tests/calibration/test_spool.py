@@ -1,4 +1,5 @@
 import errno
+import io
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,24 @@ def test_memory_is_used_first_and_then_left(tmp_path: Path) -> None:
     joined = one.joined()
     assert isinstance(joined, Column) and joined[torch.tensor([1, 0])][:, 0].tolist() == [2.0, 0.0]
     assert list(tmp_path.iterdir()) == [], "the files have no names to be left behind"
+
+
+def test_a_system_that_moves_a_few_bytes_at_a_time_moves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.BytesIO):
+        def write(self, octets: Any) -> int:
+            return super().write(octets[:5])
+
+        def readinto(self, octets: Any) -> int:
+            return super().readinto(octets[:3])
+
+    monkeypatch.setattr(Spool, "file", lambda self: Slow())
+    column = Spool(None, 0).column(torch.zeros(3, 4))
+    values = torch.randn(3, 4)
+    column.add(values)
+    assert torch.equal(column[torch.tensor([2, 0, 1])], values[[2, 0, 1]])
+    column._file.truncate(20)
+    with pytest.raises(OSError, match="12 bytes too early"):
+        column[torch.tensor([1])]
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

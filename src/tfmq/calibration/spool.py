@@ -2,6 +2,7 @@
 
 import tempfile
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,13 @@ class Column:
 
     def flush(self) -> None:
         """Move what is in memory to the file."""
-        if self._file is None:
-            self._file = self._spool.file()
-            weakref.finalize(self, self._file.close)
-        self._file.seek(0, 2)
-        for part in self._parts:
-            octets = raw_bytes(part.detach().permute(self._order))
-            with full_disk_named(self._spool.directory, needed_bytes=len(octets)):
-                self._file.write(octets)
+        with full_disk_named(self._spool.directory, needed_bytes=sum(part.numel() * part.element_size() for part in self._parts)):
+            if self._file is None:
+                self._file = self._spool.file()
+                weakref.finalize(self, self._file.close)
+            self._file.seek(0, 2)
+            for part in self._parts:
+                _whole(self._file.write, raw_bytes(part.detach().permute(self._order)))
         self._parts.clear()
 
     def joined(self) -> "Tensor | Column":
@@ -75,8 +75,17 @@ class Column:
         cuts = [0, *(index.diff() != 1).nonzero().flatten().add(1).tolist(), len(index)]
         for start, stop in pairwise(cuts):
             self._file.seek(int(index[start]) * size)
-            self._file.readinto(octets[start * size : stop * size])
+            _whole(self._file.readinto, octets[start * size : stop * size])
         return buffer.to(self._like.device).permute([self._order.index(axis) for axis in range(len(shape))])
+
+
+def _whole(move: Callable[[memoryview], int], octets: memoryview) -> None:
+    """Read or write all of `octets`: the system may stop before."""
+    while len(octets):
+        moved = move(octets)
+        if not moved:
+            raise OSError(f"a temporary file ends {len(octets)} bytes too early")
+        octets = octets[moved:]
 
 
 class Spool:
