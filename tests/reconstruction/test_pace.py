@@ -114,6 +114,15 @@ def test_a_budget_that_calibration_alone_exceeds_is_refused(sampler: Callable[..
         run(sampler("plain"), recipe, tmp_path / "job", 1e-6)
 
 
+def test_a_budget_that_is_gone_on_the_way_is_told_and_leaves_nearest_codes(
+    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tfmq.workflow.check_time", lambda *_: None)
+    with pytest.warns(UserWarning, match=r"is gone after \d+ s of calibration: units keep their nearest codes"):
+        outcome, _ = run(sampler("plain"), recipe, tmp_path / "job", 1e-3)
+    assert {(unit.error_after, unit.iterations, unit.seconds) for unit in outcome.units} == {(None, 0, 0.0)}
+
+
 def test_another_budget_is_another_job(sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt

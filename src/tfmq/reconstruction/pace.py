@@ -1,6 +1,7 @@
 """How much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -116,6 +117,9 @@ def paced(
         rows = torch.tensor([[costs[unit.name].base, costs[unit.name].step] for unit in units], dtype=torch.float64)
         return {"sensitivity": output_sensitivity(denoiser, units, calls), "costs": rows.reshape(-1, 2)}
 
+    if elapsed() > seconds:
+        text = f"the time budget of {seconds:.0f} s is gone after {elapsed():.0f} s of calibration: units keep their nearest codes"
+        warnings.warn(text + "; raise it, or calibrate on fewer samples or steps", stacklevel=2)
     measured = journal.stage("sensitivity", measure)
     sensitivity = {unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)}
     costs = {unit.name: Cost(*row) for unit, row in zip(units, measured["costs"].tolist(), strict=True)}
