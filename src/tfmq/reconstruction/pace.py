@@ -111,6 +111,9 @@ def paced(
         return [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
 
     def measure() -> dict[str, torch.Tensor]:
+        if elapsed() > seconds:
+            # There is nothing to divide, and measuring would only add to it.
+            return {"sensitivity": torch.zeros(len(units), dtype=torch.float64), "costs": torch.zeros(len(units), 2, dtype=torch.float64)}
         calls = probes()
         samples = sum(len(batch) for batch in StoredBatches(store, interval))
         costs = predicted_costs(denoiser, units, calls[0], samples=samples, rounding=rounding, learning=config)
