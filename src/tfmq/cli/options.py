@@ -149,7 +149,7 @@ def with_addresses(arguments: Sequence[str]) -> list[str]:
     ['sample', '--cluster', 'local', 'DIR']
     """
     found: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         found.append(argument)
         if argument == "--cluster" and not ADDRESS.fullmatch(following):
             found.append(LOCAL)
