@@ -28,7 +28,7 @@ def studio(
         made = Studio(found, reference, backend=backend, device=device)
         try:
             page = made.launch(port=port)
-            typer.echo(f"{page.local_url} shows {len(found)} quantized models; Ctrl-C closes it", err=True)
+            typer.echo(f"{page.local_url} (Ctrl-C closes it); quantized models to choose from: {len(found)}", err=True)
             page.block_thread()
         finally:
             made.close()

@@ -93,7 +93,7 @@ class Studio:
                 prompt = gradio.Textbox(label="Prompt", info="for text-to-image models", scale=3)
                 label = gradio.Number(0, label="Class", info="for class-conditional models", precision=0, minimum=0)
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
-                steps = gradio.Slider(1, 250, value=steps_of(chosen), step=1, label="Steps")
+                steps = gradio.Slider(1, 250, value=steps_of(chosen), step=1, label="Steps", scale=2)
             button = gradio.Button("Draw", variant="primary")
             outputs = []
             with gradio.Row():

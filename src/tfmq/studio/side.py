@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
@@ -66,6 +67,8 @@ _open: dict[str, _Open] = {}
 
 def _opened(model: str, backend: str, device: str | None) -> _Open:
     """Open the model of this process, and draw once so that nothing is done for the first time later."""
+    # The libraries that every model needs are not the model's.
+    import_module("tfmq.integrations.diffusers.pipelines")
     before = resident_bytes()
     with quiet():
         sampler: Any = open_sampler(model)
