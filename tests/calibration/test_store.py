@@ -108,3 +108,22 @@ def test_every_finds_timesteps_of_any_dtype(tmp_path: Path, dtype: torch.dtype) 
     for timestep in (999.9, 333.3, 0.1):
         store.append(call(torch.tensor(timestep, dtype=torch.float64).to(dtype)))
     assert len(list(store.every(1))) == 3
+
+
+def test_parts_are_taken_over_in_their_order(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calls")
+    store.append(call(9.0))
+    for number in (1, 0):
+        part = store.part(number)
+        part.append(call(float(number)))
+        # Whoever was given the part after this one died begins it again.
+        part = store.part(number)
+        for timestep in (number + 5.0, number + 3.0):
+            part.append(call(timestep))
+    assert len(store) == 1
+    store.adopt(range(2))
+    assert [float(inputs.timestep[0]) for inputs in store] == [9, 5, 3, 6, 4]
+    assert not list(store.directory.glob("part_*"))
+    store.part(0).append(call(1.0))
+    store.clear()
+    assert not list(store.directory.iterdir())

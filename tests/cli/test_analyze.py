@@ -5,6 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed; pip install 'tfmq[parquet]' has it")
 Run = Callable[..., Any]
 
 
@@ -20,9 +23,12 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     assert found >= {unit["name"] for unit in report["units"]} and "temporal layers" in found
     stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
     assert {"output_dir": str(tmp_path / "a"), **stored} == result.json
-    shown = tfmq(*command)
+    assert not (tmp_path / "a" / "analysis.parquet").exists()
+    shown = tfmq(*command, "--parquet")
     assert shown.status == 0 and "everything quantized" in shown.out and "conv_in" in shown.out
     assert len(list((tmp_path / "a").glob("*.png"))) == 5
+    table = parquet.read_table(tmp_path / "a" / "analysis.parquet")
+    assert json.loads(table.schema.metadata[b"tfmq"]) == stored["settings"] and {"layers", "sensitivity"} < set(table["part"].to_pylist())
 
 
 def test_what_is_refused(tfmq: Run, model: Path, grey_model: Path, quantized: Path, tmp_path: Path) -> None:

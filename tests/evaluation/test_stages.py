@@ -1,6 +1,6 @@
 """Batches of work: once each, in order, shared among shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,3 +66,19 @@ def test_shards_share_the_work(stages: Callable[..., Stages]) -> None:
 def test_impossible_shards(index: int, count: int) -> None:
     with pytest.raises(ValueError, match=f"{index}/{count}"):
         Shard(index, count)
+
+
+def test_helpers_come_first_and_the_rest_is_done_here(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "job", {"job": 1}, resume=True)
+    asked: list[tuple[str, list[range]]] = []
+
+    def help_with(name: str, todo: Sequence[range]) -> Iterator[range]:
+        asked.append((name, list(todo)))
+        Stages(journal, 3, Shard(), silent).batch(name, todo[1], numbers)
+        yield todo[1]
+
+    here: list[range] = []
+    helped = Stages(journal, 3, Shard(), silent, help_with)
+    stored = helped.run("real", 8, lambda indices: here.append(indices) or numbers(indices))  # type: ignore[func-returns-value]
+    assert asked == [("real", [range(0, 3), range(3, 6), range(6, 8)])] and here == [range(0, 3), range(6, 8)]
+    assert stored.joined("pool").flatten().tolist() == list(range(8))

@@ -113,3 +113,19 @@ def test_what_is_decoded_is_noted() -> None:
     assert not any(torch.equal(state, latent) for state in walked.states)
     # Pixels have no latent.
     assert follow(PipelineSampler(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())), range(1), steps=2, seed=0).latent is None
+
+
+def test_the_classes_of_images_can_be_chosen() -> None:
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_embeds_ada_norm": 10, "norm_num_groups": 4}
+    transformer = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=4, sample_size=8, patch_size=2, **heads)
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+    vae = diffusers.AutoencoderKL(**levels, norm_num_groups=4, sample_size=16, latent_channels=4)
+    pipeline = diffusers.DiTPipeline(transformer, vae, DDIMScheduler())
+    sampler = PipelineSampler(pipeline, labels=(7, 2), options={"guidance_scale": 1.0})
+    seen: list[list[int]] = []
+    transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True)
+    sampler.run(range(1, 4), steps=1, seed=0)
+    assert seen == [[2, 7, 2]] and sampler.describe()["labels"] == [7, 2]
+    sampler.labels = (10,)
+    with pytest.raises(ValueError, match="the classes 0 to 9"):
+        sampler.run(range(1), steps=1, seed=0)

@@ -148,7 +148,9 @@ def test_inputs_that_never_vary_leave_finite_weights() -> None:
     assert bool(layer.quantized_weight().isfinite().all())
 
 
-@pytest.mark.parametrize("wrong", [{"solver": "best"}, {"damping": 0.0}, {"damping": float("nan")}, {"positions": 0}, {"sweeps": 0}, {"widest": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"solver": "best"}, {"inputs": "some"}, {"damping": 0.0}, {"damping": float("nan")}, {"positions": 0}, {"sweeps": 0}, {"widest": 0}]
+)
 def test_impossible_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"rounding\.{next(iter(wrong))}"):
         Rounding(**wrong)  # type: ignore[arg-type]

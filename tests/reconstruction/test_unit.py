@@ -116,6 +116,8 @@ def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
     assert torch.equal(calls.args[0], quantized_input) and not torch.allclose(quantized_input, stock_input)
     torch.testing.assert_close(calls.outputs[0], stock_output)
     torch.testing.assert_close(full.args[0], stock_input)
+    alone, same = capture_unit(denoiser, unit, data[:1], Upstream(None), inputs="full")
+    assert torch.equal(alone.args[0], full.args[0]) and same is alone
 
 
 class TwoStreams(nn.Module):
