@@ -162,7 +162,8 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
 def load(directory: str | Path, *, module: nn.Module | None = None, backend: str = AUTO, options: Options | None = None) -> Any:
     """Load a model from a directory, ready to run: a pipeline, a diffusers component, or with `module` a bare checkpoint.
 
-    What a backend prepares stays where the model was loaded to: after moving the model to another device, call `tfmq.execute` again.
+    What `cuda` and `operators` prepare moves with the model; what another backend prepares stays where the model was loaded to: after moving the
+    model to another device, call `tfmq.execute` again.
 
     Args:
         directory: written by `tfmq.quantize` or `save_pretrained`.
