@@ -1,6 +1,7 @@
 """Tasks on workers: each once, errors as they were, and an end to retrying."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tfmq.cluster import crew as module
-from tfmq.cluster.crew import Cluster, WorkerError, connected
+from tfmq.cluster.crew import Cluster, WorkerError, check_reachable, connected
 
 
 def doubler() -> Callable[[int], int]:
@@ -72,3 +73,14 @@ def test_a_worker_has_the_threads_that_it_is_given(ray: Any) -> None:
 def test_impossible_clusters(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         Cluster(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}"):
+            check_reachable(f"127.0.0.1:{port}")
+        taken.listen()
+        check_reachable(f"127.0.0.1:{port}")
+    check_reachable("auto")

@@ -1,6 +1,7 @@
 """Workers of a Ray cluster, on this machine unless told otherwise; the only file that knows Ray."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 # Does tasks, and gives their numbers and results in whatever order they end.
 Team = Callable[[Sequence[Task]], Iterator[tuple[int, Result]]]
+
+# Seconds until a machine that does not answer counts as absent.
+PATIENCE = 10.0
 
 # What this worker process has opened, by the team that it is for; one thing at a time.
 _opened: dict[str, Callable[[Any], Any]] = {}
@@ -123,6 +127,21 @@ class Crew:
             ) from error
 
 
+def check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would go on asking for minutes.
+
+    Raises:
+        ConnectionError: there is no cluster at `host:port`.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except OSError as error:
+        raise ConnectionError(f"there is no Ray cluster at {address} ({error}); start one with: ray start --head") from error
+
+
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[Crew]:
     """Yield the crew of `cluster`. A program that is connected to Ray already goes on with that connection.
@@ -142,6 +161,7 @@ def connected(cluster: Cluster) -> Iterator[Crew]:
         size = {"num_cpus": cluster.workers * cluster.threads} if cluster.workers else {}
         ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **size, **quiet)
     else:
+        check_reachable(cluster.address)
         ray.init(address=cluster.address, **quiet)
     try:
         yield Crew(ray, cluster)
