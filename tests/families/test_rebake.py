@@ -20,11 +20,12 @@ Make = Callable[[str], Any]
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def test_another_schedule_is_exact_after_one_call_and_survives_saving(family: Make, tmp_path: Path) -> None:
-    made = family("sd1")
+@pytest.mark.parametrize("name", ["sd1", "pixart"])
+def test_another_schedule_is_exact_after_one_call_and_survives_saving(family: Make, name: str, tmp_path: Path) -> None:
+    made = family(name)
     moved = made.sampler(made.quantized)
     moved.pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(moved.pipeline.scheduler.config)
-    tfmq.rebake(moved.pipeline, made.stock, steps=7)
+    tfmq.rebake(moved, made.reference, steps=7)
     steps = getattr(moved.denoiser.module, STEPS)
     assert len(steps.timesteps) == 7
     with warnings.catch_warnings():
