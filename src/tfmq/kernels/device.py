@@ -149,7 +149,8 @@ class OperatorKernel(Integers):
         """Return the tables as the operators have them, `[S, G]`, the row of each sample or token, and the segments."""
         if rows.index is not None:
             return rows.scales, rows.zero_points, rows.index, self.segments
-        scales, zero_points = rows.scales.flatten(0, -2), rows.zero_points.flatten(0, -2)
+        # A table as it is, so that a graph sees equal tables to be equal.
+        scales, zero_points = (table if table.ndim == 2 else table.flatten(0, -2) for table in (rows.scales, rows.zero_points))
         index = self.first if len(scales) == 1 else torch.arange(len(scales), device=scales.device)
         return scales, zero_points, index, self.segments
 
