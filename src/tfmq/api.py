@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -250,6 +251,7 @@ def quantize(
         CheckpointError: `output_dir` is taken or full, or the job in it is another one.
         CalibrationError: NaN or infinite values in calibration.
     """
+    began = time.perf_counter()
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
     if helpers is not None and resources.time_budget is not None:
         raise ValueError("a budget of time is kept by one process alone: leave out the cluster (--cluster) or the budget (--time-budget)")
@@ -263,9 +265,8 @@ def quantize(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
-        outcome = quantize_denoiser(
-            sampler, recipe, seed=seed, store=store_of(job), journal=journal, helpers=helpers, resources=resources, progress=progress
-        )
+        limits = {"helpers": helpers, "resources": resources, "began": began}
+        outcome = quantize_denoiser(sampler, recipe, seed=seed, store=store_of(job), journal=journal, progress=progress, **limits)  # type: ignore[arg-type]
         manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
         mark(module, manifest)

@@ -227,13 +227,16 @@ def quantize_denoiser(
     helpers: Helpers | None = None,
     resources: Resources = UNLIMITED,
     progress: Progress = silent,
+    began: float | None = None,
 ) -> Outcome:
     """Quantize the sampler's denoiser in place by `recipe`; afterwards it holds packed layers only.
 
     The stages are journalled: with a journal of an interrupted run, finished stages are read back, and the result is the same to the byte.
     `helpers` do what they can ahead of this process: the trajectory, and units that do not wait for each other.
+    A budget of time counts from `began`, a value of `time.perf_counter`, else from now.
     """
-    began, denoiser = time.perf_counter(), sampler.denoiser
+    began = time.perf_counter() if began is None else began
+    denoiser = sampler.denoiser
     prepared = prepare_units(sampler, recipe, seed=seed, store=store, journal=journal, helpers=helpers, resources=resources, progress=progress)
     block, steps = prepared.block, prepared.steps
     reports = reconstruct_units(
