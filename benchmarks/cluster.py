@@ -29,7 +29,6 @@ import torch
 
 import tfmq
 from tfmq.api import open_sampler, open_target, store_of
-from tfmq.calibration.replay import Upstream
 from tfmq.calibration.store import StoredBatches
 from tfmq.cluster.crew import Cluster, connected
 from tfmq.cluster.sampling import draw
@@ -37,8 +36,9 @@ from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.nn.swap import precision
 from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance, silent
+from tfmq.reconstruction.sequence import unit_file
 from tfmq.storage.journal import Journal
-from tfmq.workflow import prepare_units, reconstructed, unit_file
+from tfmq.workflow import prepare_units, reconstruct_alone
 
 STEPS = 50
 
@@ -118,7 +118,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
         _, reading = timed(lambda: prepare_units(again, recipe, seed=0, store=store, journal=Journal(folder, fingerprint, resume=True)))
         rows = []
         for number, unit in enumerate(prepared.units):
-            compute = partial(reconstructed, sampler, unit, batches, Upstream(None), prepared.steps, recipe, seed=0, advance=lambda amount=1: None)
+            compute = partial(reconstruct_alone, sampler, recipe, prepared, number, seed=0, store=store, advance=lambda amount=1: None)
             _, seconds = timed(partial(journal.stage, unit_file(number), compute))
             written = (folder / f"{unit_file(number)}.safetensors").stat().st_size
             rows.append({"unit": unit.name, "seconds": seconds, "bytes_written": written})

@@ -29,6 +29,7 @@ LAYERS = (
     "integrations",
     "export",
     "workflow",
+    "stages",
     "recipes",
     "reconstruction",
     "temporal",

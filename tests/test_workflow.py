@@ -20,10 +20,11 @@ from tfmq.recipes.presets import scheme
 from tfmq.recipes.recipe import Calibration, Recipe, Rule, Temporal, Weights
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.learning import Learning
+from tfmq.stages import stage_seed
 from tfmq.storage import tensor_digest
 from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
-from tfmq.workflow import Outcome, quantize_denoiser, stage_seed
+from tfmq.workflow import Outcome, quantize_denoiser
 
 Sampling = Callable[..., LoopSampler]
 FEW = Learning(iterations=3, learning_rate=1e-2, batch_size=4)

@@ -28,6 +28,7 @@ from tfmq.recipes import scheme
 from tfmq.recipes.recipe import Recipe, call_options
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
+from tfmq.stages import Helpers
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.digest import tensor_digest
@@ -36,7 +37,7 @@ from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables, visited
 from tfmq.version import __version__
-from tfmq.workflow import Helpers, Outcome, quantize_denoiser
+from tfmq.workflow import Outcome, quantize_denoiser
 
 DEFAULT = "default"
 ASSETS = Path(__file__).parent / "assets"

@@ -118,7 +118,7 @@ def test_a_resumed_job_reads_back_what_was_measured(build: Callable[..., Any], t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tfmq.workflow.reconstruct_temporal", interrupted)
+        patch.setattr("tfmq.stages.reconstruct_temporal", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q")
     with monkeypatch.context() as patch:

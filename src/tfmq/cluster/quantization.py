@@ -8,16 +8,14 @@ from typing import Literal
 from torch import Tensor
 
 from tfmq.api import job_of, open_target, store_of
-from tfmq.calibration.replay import Upstream
 from tfmq.cluster.crew import Crew, Team
 from tfmq.models.sampler import Sampler
-from tfmq.nn.plan import calibrated_layers
 from tfmq.progress import Advance, silent
 from tfmq.recipes.recipe import Recipe
-from tfmq.reconstruction.resources import UNLIMITED
-from tfmq.reconstruction.sequence import reconstructed, unit_file, unit_result
+from tfmq.reconstruction.sequence import unit_file
+from tfmq.stages import record_batch
 from tfmq.storage.journal import Journal
-from tfmq.workflow import Prepared, prepare_units, record_batch, stage_seed
+from tfmq.workflow import Prepared, prepare_units, reconstruct_alone
 
 # A batch of the trajectory with its number, or a unit.
 Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int, None]
@@ -47,13 +45,7 @@ class _Job:
         return prepare_units(self.sampler, self.recipe, seed=self.seed, store=self.store, journal=self.journal)
 
     def _reconstructed(self, number: int, advance: Advance) -> dict[str, Tensor]:
-        prepared, recipe = self._prepared, self.recipe
-        unit = prepared.units[number]
-        config = {"interval": recipe.calibration.interval, "seed": stage_seed(self.seed, unit.name), "resources": UNLIMITED, "advance": advance}
-        denoiser, steps = self.sampler.denoiser, prepared.steps
-        report = reconstructed(denoiser, unit, self.store, Upstream(None), steps, recipe.rounding, recipe.learning, **config)  # type: ignore[arg-type]
-        layers = calibrated_layers(denoiser.module)
-        return unit_result(report, {name: layers[name] for name in unit.layers})
+        return reconstruct_alone(self.sampler, self.recipe, self._prepared, number, seed=self.seed, store=self.store, advance=advance)
 
 
 def _make(target: str, recipe: Recipe, folder: Path, seed: int, device: str | None, prompts: tuple[str, ...]) -> Callable[[Task], None]:
@@ -63,7 +55,7 @@ def _make(target: str, recipe: Recipe, folder: Path, seed: int, device: str | No
 
 
 class Helpers:
-    """Workers that help `tfmq.quantize`; see `tfmq.workflow.Helpers`.
+    """Workers that help `tfmq.quantize`; see `tfmq.stages.Helpers`.
 
     Args:
         crew: does it.

@@ -1,0 +1,137 @@
+"""The stages before the units, each a function of a sampler, a recipe and what earlier stages stored."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from tfmq.calibration.ranges import SITE_BYTES, collect, fit_site
+from tfmq.calibration.store import CalibrationStore
+from tfmq.calibration.trajectory import recorded_calls
+from tfmq.models.denoiser import Inputs
+from tfmq.models.sampler import Sampler
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.plan import Plan, activation_sites
+from tfmq.nn.swap import precision
+from tfmq.progress import Progress
+from tfmq.quantizers.steps import StepContext
+from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.resources import Resources
+from tfmq.reconstruction.sequence import learned
+from tfmq.reconstruction.tiar import reconstruct_temporal
+from tfmq.temporal.block import TemporalBlock
+
+
+class Helpers(Protocol):
+    """Does parts of a job elsewhere, in any order, and gives back the numbers of those that are done.
+
+    `record(batches)` leaves the calls of each batch in a part of the job's store, by the batch's number; `reconstruct(units)` leaves units, by
+    their numbers, in the job's journal. Whoever helps does both with the functions that the job itself would call.
+    """
+
+    def record(self, batches: Sequence[range]) -> Iterator[int]: ...
+
+    def reconstruct(self, units: Sequence[int]) -> Iterator[int]: ...
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """Return the seed of a stage: its own, so that the order and the number of stages before it do not matter."""
+    return crc32(f"{name} {seed}".encode())
+
+
+def record_batch(sampler: Sampler, recipe: Recipe, sink: Callable[[Inputs], None], indices: range, *, seed: int) -> None:
+    """Run the sampler in full precision for the images `indices`, and hand every denoiser call to `sink`."""
+    with recorded_calls(sampler.denoiser, sink):
+        sampler.run(indices, steps=recipe.calibration.steps, seed=stage_seed(seed, "calibration"))
+
+
+def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore, *, seed: int, helpers: Helpers | None, progress: Progress) -> None:
+    """Run the sampler in full precision and store every denoiser call."""
+    config = recipe.calibration
+    batches = [range(start, min(start + config.batch_size, config.samples)) for start in range(0, config.samples, config.batch_size)]
+    with progress("calibration: sampling", len(batches) * config.steps) as advance:
+
+        def sink(inputs: Inputs) -> None:
+            store.append(inputs)
+            advance()
+
+        if helpers is None:
+            for indices in batches:
+                record_batch(sampler, recipe, sink, indices, seed=seed)
+        else:
+            for _ in helpers.record(batches):
+                advance(config.steps)
+            store.adopt(range(len(batches)))
+
+
+def check_time(sampler: Sampler, recipe: Recipe, resources: Resources) -> None:
+    """Refuse a budget of time that is gone before the first unit.
+
+    Raises:
+        ValueError: says what the calibration takes by the time of one call of its batch.
+    """
+    if resources.time_budget is None:
+        return
+    config = recipe.calibration
+    example = sampler.example().resized(min(config.batch_size, config.samples))
+    with torch.no_grad():
+        sampler.denoiser(example)
+        began = time.perf_counter()
+        sampler.denoiser(example)
+    calls = -(-config.samples // config.batch_size) * config.steps
+    # Drawn once, and once more looked at for the ranges of activations.
+    needed = 2 * calls * (time.perf_counter() - began)
+    if needed > resources.time_budget:
+        raise ValueError(
+            f"a time budget of {resources.time_budget:.0f} s is gone before the first unit: the calibration alone takes about {needed:.0f} s; "
+            "raise it, or lower the steps, samples (--calib-size) or batch size of the calibration"
+        )
+
+
+def fit_activations(
+    sampler: Sampler, plan: Plan, steps: StepContext, store: CalibrationStore, *, resources: Resources, progress: Progress
+) -> dict[str, Tensor]:
+    """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors.
+
+    The trajectory is run again for each group of quantizers that fits the memory.
+    """
+    module = sampler.denoiser.module
+    sites = activation_sites(module)
+    if not sites:
+        return {}
+    methods = {f"{name}.input_quantizer": layer.input.ranges for name, layer in plan.layers.items() if layer.input}
+    methods |= {owner: quantizer.ranges for owner, (_, quantizer) in plan.products.items() if quantizer}
+    names, size = list(sites), resources.sites_at_once(SITE_BYTES) or len(sites)
+    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    amount = len(groups) * len(store) + len(sites)
+    with progress("calibration: activation ranges", amount) as advance, precision(module, weights="full", inputs="quantized"):
+        for group in groups:
+            seen = {name: sites[name] for name in group}
+            others = [quantizer for name, quantizer in sites.items() if name not in seen]
+            statistics = collect(sampler.denoiser, seen, steps, store, calls=len(store), advance=advance, passing=others)
+            for name in group:
+                if name in statistics:
+                    method = methods.get(name) or methods[name.rpartition(".tfmq_products")[0]]
+                    fit_site(sites[name], statistics[name], method=method)  # type: ignore[arg-type]
+                advance()
+    return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
+
+
+def maintain_temporal(
+    block: TemporalBlock,
+    layers: dict[str, CalibratedLayer],
+    steps: StepContext,
+    store: CalibrationStore,
+    recipe: Recipe,
+    *,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Learn the roundings of the temporal block (TIAR); return what was learned."""
+    config = recipe.temporal.learning
+    with progress("temporal block: TIAR", config.iterations) as advance:
+        reconstruct_temporal(block, layers, steps, config, batches=store, seed=stage_seed(seed, "temporal"), advance=advance)
+    return learned(layers)
