@@ -62,7 +62,7 @@ def capture_unit(
     calls = full if inputs == "full" else capture(denoiser, unit, batches, around=upstream.around("quantized"), spool=spool)
     if (_undefined(full) or _undefined(calls)) and upstream.revive():
         return capture_unit(denoiser, unit, batches, upstream, inputs=inputs, full_inputs=full_inputs, spool=spool)
-    return full, UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
+    return full, full if calls is full else UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
 
 
 def _undefined(calls: UnitCalls) -> bool:
