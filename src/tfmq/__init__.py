@@ -39,6 +39,9 @@ _HOMES = {
     "quantize": "tfmq.api",
     "rebake": "tfmq.api",
     "scheme": "tfmq.recipes",
+    # Not in `__all__`, since they need diffusers: components that pipeline directories name.
+    "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",
+    "UNet2DHeadsModel": "tfmq.integrations.diffusers.heads",
 }
 
 
@@ -56,4 +59,9 @@ def _register_with_diffusers() -> None:
     import tfmq.integrations.diffusers.quantizer  # noqa: F401
 
 
+def _register_components() -> None:
+    import tfmq.integrations.diffusers.components  # noqa: F401
+
+
 when_imported("diffusers.quantizers.auto", _register_with_diffusers)
+when_imported("diffusers.pipelines.pipeline_loading_utils", _register_components)

@@ -108,6 +108,13 @@ def ldm(parts: Parts) -> Any:
     return diffusers.LDMPipeline(first_stage, unconditional(), diffusers.DDIMScheduler(clip_sample=False))
 
 
+def ldm_heads(parts: Parts) -> Any:
+    kinds = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2, "num_attention_heads": 2}
+    resampling = {"downsample_type": "resnet", "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4}
+    unet = tfmq.UNet2DHeadsModel(**UNET, **kinds, **resampling, in_channels=4, out_channels=4)
+    return diffusers.LDMPipeline(parts.vae(), unet, diffusers.DDIMScheduler(clip_sample=False))
+
+
 def sd1(parts: Parts) -> Any:
     return parts.stable_diffusion(diffusers.DDIMScheduler(clip_sample=False, steps_offset=1))
 
@@ -201,6 +208,7 @@ def wan(parts: Parts) -> Any:
 BUILDERS: dict[str, tuple[Callable[[Parts], Any], dict[str, Any]]] = {
     "ddpm": (ddpm, {}),
     "ldm": (ldm, {}),
+    "ldm_heads": (ldm_heads, {}),
     "sd1": (sd1, {}),
     "sd2": (sd2, {}),
     "turbo": (turbo, {"guidance_scale": 0.0}),

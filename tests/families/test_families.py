@@ -16,6 +16,7 @@ T = ("timestep",)
 FAMILIES: dict[str, tuple[str, set[tuple[str, ...]]]] = {
     "ddpm": ("UNet2DModel", {T}),
     "ldm": ("UNet2DModel", {T}),
+    "ldm_heads": ("UNet2DHeadsModel", {T}),
     "sd1": ("UNet2DConditionModel", {T}),
     "sd2": ("UNet2DConditionModel", {T}),
     "turbo": ("UNet2DConditionModel", {T}),
@@ -72,6 +73,7 @@ def test_the_transformer_scheme_measures_every_linear_layer_and_inspection_shows
 NAMES = {
     "ddpm": "DDPM, DDIM",
     "ldm": "latent diffusion, VQ first stage",
+    "ldm_heads": "latent diffusion, KL first stage, one number of heads at all widths",
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x, v-prediction",
     "turbo": "SD-Turbo",

@@ -8,10 +8,28 @@ import diffusers
 import pytest
 import torch
 
+import tfmq
 from tfmq.evaluation.inspection import Inspection, inspect
 from tfmq.models.denoiser import Denoiser, Inputs
 
 pytestmark = pytest.mark.filterwarnings("default")
+
+
+def churches() -> tuple[Any, Inputs]:
+    unet = tfmq.UNet2DHeadsModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(192, 384, 384, 768, 768),
+        down_block_types=("AttnDownBlock2D",) * 4 + ("ResnetDownsampleBlock2D",),
+        up_block_types=("ResnetUpsampleBlock2D",) + ("AttnUpBlock2D",) * 4,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=32,
+        num_attention_heads=8,
+    )
+    return unet, Inputs(torch.zeros(1, 4, 32, 32), torch.ones(1), {})
 
 
 def sd15() -> tuple[Any, Inputs]:
@@ -50,8 +68,9 @@ def flux() -> tuple[Any, Inputs]:
     return transformer, Inputs(torch.zeros(1, 4096, 64), torch.ones(1), conditions)
 
 
-# Parameters as their publishers count them.
+# Parameters as their publishers count them; of LDM-8, as its original layout has (tests/integrations/original).
 SIZES: dict[str, tuple[Callable[[], tuple[Any, Inputs]], int]] = {
+    "LDM-8, LSUN-Churches": (churches, 294_966_916),
     "Stable Diffusion 1.5": (sd15, 859_520_964),
     "SDXL": (sdxl, 2_567_463_684),
     "FLUX.1-dev": (flux, 11_901_408_320),

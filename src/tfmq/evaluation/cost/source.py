@@ -54,10 +54,11 @@ class Source:
     def import_needs(self) -> None:
         """Import what loading either model imports, so that the time and memory of loading are the model's own."""
         if self.architecture is None:
-            import tfmq.integrations.diffusers.saved  # noqa: F401
+            require("diffusers", extra="diffusers")
+            from tfmq.integrations.diffusers.saved import component_class
             from tfmq.storage.atomic import read_json
 
-            getattr(require("diffusers", extra="diffusers"), str(read_json(self.folder / "original" / "config.json").get("_class_name")))
+            component_class(str(read_json(self.folder / "original" / "config.json").get("_class_name")))
 
     def original(self) -> nn.Module:
         """Load the full-precision denoiser."""

@@ -7,8 +7,11 @@ import diffusers
 
 # Imported so that directories which name its pipeline can be opened.
 from tfmq.integrations.diffusers import class_conditional  # noqa: F401
+from tfmq.integrations.diffusers.heads import UNet2DHeadsModel
 from tfmq.integrations.diffusers.quantizer import register
 from tfmq.storage.atomic import read_json
+
+OWN = {kind.__name__: kind for kind in (UNet2DHeadsModel,)}
 
 
 def absent_components(directory: Path) -> dict[str, None]:
@@ -23,13 +26,18 @@ def load_pipeline(directory: Path) -> diffusers.DiffusionPipeline:
     return diffusers.DiffusionPipeline.from_pretrained(str(directory), **absent_components(directory))
 
 
+def component_class(name: str) -> Any:
+    """Return the model class of tfmq or of diffusers with this name; None if there is none."""
+    return OWN.get(name) or getattr(diffusers, name, None)
+
+
 def load_component(directory: Path, class_name: str) -> Any:
-    """Load one model of diffusers' class `class_name`.
+    """Load one model of the class `class_name`.
 
     Raises:
         ValueError: this diffusers has no such class.
     """
-    kind = getattr(diffusers, class_name, None)
+    kind = component_class(class_name)
     if kind is None:
         raise ValueError(f"{directory} holds a {class_name}, which this diffusers does not have; load it with tfmq.load(directory, module=...)")
     register()
