@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tfmq
 from tfmq.api import open_sampler
+from tfmq.evaluation.inspection import inspect
+from tfmq.integrations.diffusers.original import ldm
 from tfmq.integrations.diffusers.original.convert import import_checkpoint
+from tfmq.integrations.diffusers.pipelines import PipelineSampler
 from tfmq.recipes import Calibration
 
 yaml = pytest.importorskip("yaml")
@@ -32,6 +37,7 @@ KL = {"embed_dim": 4, "ddconfig": {**SIZES, "z_channels": 4, "double_z": True}}
 PLAIN: dict[str, Any] = {"model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [1, 2], "num_head_channels": 16}
 # Residual blocks that resample, behind levels with and without attention; a first stage that attends at its levels.
 UPDOWN = {**PLAIN, "channel_mult": [1, 2, 2], "attention_resolutions": [2], "resblock_updown": True}
+HEADS = {**UPDOWN, "attention_resolutions": [1, 2], "num_head_channels": -1, "num_heads": 2, "use_scale_shift_norm": True}
 UNCONDITIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vq": (PLAIN, VQ),
     "kl": ({**PLAIN, "use_scale_shift_norm": True}, KL),
@@ -40,6 +46,8 @@ UNCONDITIONAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**UPDOWN, "attention_resolutions": [1, 2, 4], "use_scale_shift_norm": True, "num_res_blocks": 2},
         {**KL, "ddconfig": {**KL["ddconfig"], "attn_resolutions": [8, 16], "ch_mult": [1, 1, 2]}},
     ),
+    "one number of heads at several widths": ({**PLAIN, "num_head_channels": -1, "num_heads": 2}, VQ),
+    "the same, as in LSUN-Churches": (HEADS, KL),
 }
 CROSS: dict[str, Any] = {"use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 8}
 
@@ -159,6 +167,75 @@ def test_an_imported_pipeline_goes_through_the_whole_of_tfmq(class_conditional: 
     assert 0 < float((images - expected).abs().mean()) < 0.5 * float((others - expected).abs().mean())
 
 
+def import_heads(original: SimpleNamespace, randomized: Fill, directory: Path) -> tuple[Any, nn.Module]:
+    """Return the imported pipeline of a model with one number of heads at several widths, and its reference UNet."""
+    config = latent(HEADS, KL, scale_factor=0.5)
+    reference, stage = randomized(original.Openai(config["model"]["params"]["unet_config"]["params"])), randomized(original.FirstStage(KL))
+    tensors = prefixed(reference, "model.diffusion_model.") | prefixed(stage, "first_stage_model.")
+    return import_checkpoint(*write(directory, {"state_dict": tensors}, config)), reference
+
+
+def test_one_number_of_heads_goes_through_the_whole_of_tfmq(original: SimpleNamespace, randomized: Fill, tmp_path: Path) -> None:
+    pipeline, reference = import_heads(original, randomized, tmp_path)
+    assert type(pipeline.unet) is tfmq.UNet2DHeadsModel
+    pipeline.save_pretrained(tmp_path / "stock")
+    stored = DiffusionPipeline.from_pretrained(tmp_path / "stock")
+    with torch.no_grad():
+        close(stored.unet(NOISE, TIMESTEPS).sample, reference(NOISE, TIMESTEPS))
+    recipe = tfmq.scheme("rtn_w8a8")
+    ranges = {"weights": replace(recipe.weights, ranges="min_max"), "activations": replace(recipe.activations, ranges="min_max")}
+    recipe = replace(recipe, **ranges, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1))
+    tfmq.quantize(tmp_path / "stock", recipe, output_dir=tmp_path / "q")
+    quantized, full = PipelineSampler(DiffusionPipeline.from_pretrained(tmp_path / "q")), open_sampler(tmp_path / "stock")
+    found, before = inspect(quantized, directory=tmp_path / "q"), inspect(full)
+    assert found.family == before.family == "UNet2DHeadsModel" and found.parameters == before.parameters
+    images, expected = (each.run(range(2), steps=2, seed=0) for each in (quantized, full))
+    others = full.run(range(2, 4), steps=2, seed=0)
+    assert 0 < float((images - expected).abs().mean()) < 0.5 * float((others - expected).abs().mean())
+    executed = PipelineSampler(tfmq.load(tmp_path / "q"))
+    assert float((executed.run(range(2), steps=2, seed=0) - images).abs().mean()) < 0.5 * float((images - expected).abs().mean())
+
+
+# The published configuration of LDM-8 for LSUN-Churches.
+CHURCHES: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 192,
+    "attention_resolutions": [1, 2, 4, 8],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 2, 4, 4],
+    "num_heads": 8,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+KL_F8: dict[str, Any] = {
+    "embed_dim": 4,
+    "ddconfig": {**SIZES, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "resolution": 256, "z_channels": 4, "double_z": True},
+}
+
+
+def test_every_tensor_of_the_published_churches_model_has_its_place(original: SimpleNamespace) -> None:
+    config = latent(CHURCHES, KL_F8)
+    with torch.device("meta"):
+        reference, stage = original.Openai(CHURCHES), original.FirstStage(KL_F8)
+        unet = ldm.unconditional_unet(prefixed(reference, "model.diffusion_model."), config)
+        autoencoder = ldm.first_stage(prefixed(stage, "first_stage_model."), config)
+    assert type(unet) is tfmq.UNet2DHeadsModel and unet.config.num_attention_heads == 8
+    widths = {(module.to_q.out_features, module.heads) for module in unet.modules() if isinstance(module, Attention)}
+    assert widths == {(192, 8), (384, 8), (768, 8)}
+    for made, wanted in ((unet, reference), (autoencoder, stage)):
+        assert sum(parameter.numel() for parameter in made.parameters()) == sum(parameter.numel() for parameter in wanted.parameters())
+
+
+@pytest.mark.parametrize("change", [{}, {"num_head_channels": -1, "num_heads": 2, "attention_resolutions": [2]}])
+def test_heads_of_one_width_need_no_model_of_our_own(original: SimpleNamespace, change: dict[str, Any]) -> None:
+    config = latent({**PLAIN, **change}, VQ)
+    with torch.device("meta"):
+        reference = original.Openai(config["model"]["params"]["unet_config"]["params"])
+        assert type(ldm.unconditional_unet(prefixed(reference, "model.diffusion_model."), config)) is UNet2DModel
+
+
 def test_stable_diffusion(original: SimpleNamespace, randomized: Fill, tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -262,15 +339,20 @@ def test_damaged_and_missing_files_are_one_error_that_names_them(tmp_path: Path,
 
 
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 8, "n_classes": 11}}
-UNKNOWN = [({**CROSS, "resblock_updown": True}, {"condition": CLASSES}), ({"num_head_channels": -1, "num_heads": 2}, {})]
 
 
-@pytest.mark.parametrize(("change", "more"), UNKNOWN)
-def test_what_diffusers_cannot_compute_is_refused_by_the_option(
-    original: SimpleNamespace, tmp_path: Path, change: dict[str, Any], more: dict[str, Any]
-) -> None:
-    config = latent({**PLAIN, **change}, VQ, **more)
+def test_what_diffusers_cannot_compute_is_refused_by_the_option(original: SimpleNamespace, tmp_path: Path) -> None:
+    config = latent({**PLAIN, **CROSS, "resblock_updown": True}, VQ, condition=CLASSES)
     unet = original.Openai({**PLAIN, "in_channels": 3, "out_channels": 3})
     tensors = prefixed(unet, "model.diffusion_model.") | prefixed(original.FirstStage(VQ), "first_stage_model.")
-    with pytest.raises(ValueError, match=f"{list(change)[-1]}: .* cannot be converted"):
+    with pytest.raises(ValueError, match=r"resblock_updown: .* cannot be converted"):
         import_checkpoint(*write(tmp_path, tensors, config))
+
+
+@pytest.mark.parametrize("change", [{"num_head_channels": -1, "num_heads": 3}, {"num_head_channels": 24}])
+def test_heads_that_do_not_divide_an_attention_are_refused_by_the_option(original: SimpleNamespace, tmp_path: Path, change: dict[str, int]) -> None:
+    unet = original.Openai({**PLAIN, "in_channels": 3, "out_channels": 3})
+    tensors = prefixed(unet, "model.diffusion_model.") | prefixed(original.FirstStage(VQ), "first_stage_model.")
+    name, value = list(change.items())[-1]
+    with pytest.raises(ValueError, match=f"{name}: {value} does not divide (32|64), the width of an attention"):
+        import_checkpoint(*write(tmp_path, tensors, latent({**PLAIN, **change}, VQ)))

@@ -1,6 +1,7 @@
 """Latent-diffusion and Stable Diffusion v1 checkpoints: a UNet of `input_blocks`, `middle_block` and `output_blocks`, and a first stage."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import Tensor
 
 from tfmq.integrations.diffusers.class_conditional import ClassEmbedder, LatentClassPipeline
+from tfmq.integrations.diffusers.heads import UNet2DHeadsModel
 from tfmq.integrations.diffusers.original.clip import text_encoder
 from tfmq.integrations.diffusers.original.files import section, tensors_of
 from tfmq.integrations.diffusers.original.fit import fit
@@ -62,18 +64,31 @@ def _shared_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[bool
     return shared, [2**level in params["attention_resolutions"] for level in range(len(widths))]
 
 
-def _head_channels(params: Mapping[str, Any], widths: list[int]) -> int:
-    """Return the width of a head, which `UNet2DModel` has one of."""
-    if params.get("num_head_channels", -1) != -1:
-        return int(params["num_head_channels"])
-    sizes = {width // params["num_heads"] for width in widths}
-    if len(sizes) > 1:
-        raise ValueError(f"num_heads: {params['num_heads']} at attention of widths {widths} cannot be converted: UNet2DModel has heads of one width")
-    return sizes.pop()
+def _head_width(params: Mapping[str, Any], width: int) -> int:
+    """Return the width of a head in an attention of this width."""
+    name = "num_heads" if params.get("num_head_channels", -1) == -1 else "num_head_channels"
+    quotient, rest = divmod(width, params[name])
+    if rest:
+        raise ValueError(f"{name}: {params[name]} does not divide {width}, the width of an attention")
+    return quotient if name == "num_heads" else int(params[name])
 
 
-def _self_attention(tensors: Mapping[str, Tensor], head: int, *, interleaved: bool) -> dict[str, Tensor]:
-    """Return the tensors of attention blocks by diffusers' names; `qkv` is cut in three, head by head where heads are `interleaved`."""
+def _unet(params: Mapping[str, Any], widths: set[int], **arguments: Any) -> UNet2DModel:
+    """Return a model that attends at these widths: diffusers' own where all heads are as wide as each other."""
+    sizes = {_head_width(params, width) for width in widths}
+    if len(sizes) == 1:
+        return UNet2DModel(**arguments, attention_head_dim=sizes.pop())
+    return UNet2DHeadsModel(**arguments, num_attention_heads=params["num_heads"])
+
+
+def _self_attention(tensors: Mapping[str, Tensor], head_width: Callable[[int], int], *, interleaved: bool) -> dict[str, Tensor]:
+    """Return the tensors of attention blocks by diffusers' names; `qkv` is cut in three, head by head where heads are `interleaved`.
+
+    Args:
+        tensors: by the names that diffusers' converter gave them.
+        head_width: gives that of a head in an attention of some width.
+        interleaved: whether rows are ordered by head, then by q, k, v, or the other way around.
+    """
     cut: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition(".")
@@ -82,10 +97,9 @@ def _self_attention(tensors: Mapping[str, Tensor], head: int, *, interleaved: bo
         elif stem.endswith(".qkv"):
             width = tensor.shape[0] // 3
             parts = tensor.flatten(1) if kind == "weight" else tensor
-            heads = parts.reshape(width // head, 3, head, *parts.shape[1:]) if interleaved else parts.reshape(3, width, *parts.shape[1:])
+            rows = parts.unflatten(0, (-1, 3, head_width(width) if interleaved else width))
             for index, letter in enumerate("qkv"):
-                part = heads[:, index].flatten(0, 1) if interleaved else heads[index]
-                cut[f"{stem.removesuffix('.qkv')}.to_{letter}.{kind}"] = part
+                cut[f"{stem.removesuffix('.qkv')}.to_{letter}.{kind}"] = rows[:, index].flatten(0, 1)
         else:
             renamed = stem.replace(".norm", ".group_norm").replace(".proj_out", ".to_out.0")
             cut[f"{renamed}.{kind}"] = tensor[:, :, 0] if tensor.ndim == 3 else tensor
@@ -97,23 +111,24 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
     params = section(config, "model", "params", "unet_config", "params")
     shared, attends = _shared_config(config)
     widths = shared["block_out_channels"]
-    head = _head_channels(params, [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]])
     resampling = bool(params.get("resblock_updown"))
     kind, plain = ("resnet", ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")) if resampling else ("conv", ("DownBlock2D", "UpBlock2D"))
-    model = UNet2DModel(
+    model = _unet(
+        params,
+        # The middle attends too.
+        {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]},
         **shared,
         down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
         downsample_type=kind,
         upsample_type=kind,
-        attention_head_dim=head,
         # Left out, the middle has no norm where blocks scale and shift.
         attn_norm_num_groups=GROUPS,
     )
     layers = shared["layers_per_block"]
     rest, upsamplers = take_upsamplers(weights, layers) if resampling else (dict(weights), {})
     named = rename_downsamplers(convert_ldm_unet_checkpoint(rest, model.config), layers) | upsamplers
-    tensors = _self_attention(named, head, interleaved=not params.get("use_new_attention_order", False))
+    tensors = _self_attention(named, partial(_head_width, params), interleaved=not params.get("use_new_attention_order", False))
     return fit(model, tensors, original={name: tensor for name, tensor in weights.items() if ".qkv." not in name})
 
 
