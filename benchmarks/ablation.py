@@ -27,12 +27,12 @@ from reference import Reference, environment, machine
 from torch import Tensor, nn
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.cli.progress import shown_progress
 from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.progress import Progress
 from tfmq.recipes.recipe import Recipe, Temporal
+from tfmq.targets import open_sampler
 
 SCHEMES = ("w4a8", "w8a8", "w4a32")
 METHODS = ("rtn", "brecq", "tfmq_cache", "tfmq_block", "tfmq_selected")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import tfmq
-from tfmq.api import open_sampler, open_target, store_of
+from tfmq.api import store_of
 from tfmq.calibration.store import StoredBatches
 from tfmq.cluster.crew import Cluster, connected
 from tfmq.cluster.sampling import draw
@@ -38,6 +38,7 @@ from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance, silent
 from tfmq.reconstruction.sequence import unit_file
 from tfmq.storage.journal import Journal
+from tfmq.targets import open_sampler, open_target
 from tfmq.workflow import prepare_units, reconstruct_alone
 
 STEPS = 50

@@ -12,13 +12,13 @@ import time
 import torch
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.backends.execution import BACKENDS
 from tfmq.cli.models import default_steps
 from tfmq.errors import MissingExtraError
 from tfmq.evaluation.paired import paired_fidelity
 from tfmq.evaluation.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
+from tfmq.targets import open_sampler
 
 
 def main() -> None:

@@ -27,7 +27,6 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.artifact import is_quantized, stored_bytes
 from tfmq.cli.progress import shown_progress
 from tfmq.evaluation.cost.pipeline import Request, bench
@@ -38,6 +37,7 @@ from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.models.sampler import LoopSampler, Sampler
 from tfmq.progress import Progress
 from tfmq.recipes.recipe import Calibration
+from tfmq.targets import open_sampler
 
 STEPS = 10
 SCHEMES = ("w8a8", "w4a8")

@@ -36,7 +36,6 @@ from solver_table import PAPER, aggregate, conclusions, draw_curves, table
 from torch import Tensor
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.calibration.store import CalibrationStore
 from tfmq.cli.progress import shown_progress
 from tfmq.integrations.diffusers.quiet import quiet
@@ -47,6 +46,7 @@ from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.learning import Learning
 from tfmq.storage.atomic import read_json, write_json
 from tfmq.storage.journal import Journal
+from tfmq.targets import open_sampler
 from tfmq.workflow import Outcome, quantize_denoiser
 
 BUDGETS = (100, 400, 1000, 2500, 5000)

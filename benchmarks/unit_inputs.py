@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.cli.progress import shown_progress
 from tfmq.evaluation.paired import paired_fidelity
 from tfmq.evaluation.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.progress import Progress
+from tfmq.targets import open_sampler
 
 STEPS = 50
 # The noise of the measured images is none that calibration saw.

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tfmq.api import ASSETS, DEFAULT, open_sampler
 from tfmq.evaluation.sampling import draw
+from tfmq.targets import ASSETS, DEFAULT, open_sampler
 
 LARGEST = 8_000_000
 

@@ -24,6 +24,8 @@ LAYERS = (
     "cluster",
     "evaluation",
     "api",
+    "adapt",
+    "targets",
     "artifact",
     "backends",
     "integrations",

@@ -13,7 +13,8 @@ from tfmq.lazy import when_imported
 from tfmq.version import __version__
 
 if TYPE_CHECKING:
-    from tfmq.api import fuse_lora, quantize, rebake
+    from tfmq.adapt import fuse_lora, rebake
+    from tfmq.api import quantize
     from tfmq.artifact import load
     from tfmq.backends.backend import Options
     from tfmq.backends.execution import execute
@@ -34,10 +35,10 @@ _HOMES = {
     "Recipe": "tfmq.recipes",
     "Resources": "tfmq.reconstruction.resources",
     "execute": "tfmq.backends.execution",
-    "fuse_lora": "tfmq.api",
+    "fuse_lora": "tfmq.adapt",
     "load": "tfmq.artifact",
     "quantize": "tfmq.api",
-    "rebake": "tfmq.api",
+    "rebake": "tfmq.adapt",
     "scheme": "tfmq.recipes",
     # Not in `__all__`, since they need diffusers: components that pipeline directories name.
     "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.backends.execution import execute
 from tfmq.evaluation.paired import paired_fidelity
 from tfmq.evaluation.sampling import draw
 from tfmq.kernels.onednn import available
 from tfmq.models.sampler import Sampler
 from tfmq.recipes.recipe import Calibration
+from tfmq.targets import open_sampler
 
 STEPS, IMAGES = 50, 4
 

@@ -41,6 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def open_model(model: Path) -> OpenModel:
     """Return what opens the tiny pipeline, in any process."""
-    from tfmq.api import open_sampler
+    from tfmq.targets import open_sampler
 
     return partial(open_sampler, str(model))

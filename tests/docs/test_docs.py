@@ -85,8 +85,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _export(folders: Path) -> None:
     """Write the quantized pipeline's denoiser for OpenVINO."""
     pytest.importorskip("openvino")
-    from tfmq.api import open_sampler
     from tfmq.export.directory import export
+    from tfmq.targets import open_sampler
 
     sampler = open_sampler(folders / "model")
     (folders / "exported").mkdir()

@@ -7,11 +7,11 @@ import pytest
 from torch import nn
 
 import tfmq
-from tfmq.api import state_bytes
 from tfmq.evaluation import inspection
 from tfmq.evaluation.inspection import inspect
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.structure import state_bytes
 from tfmq.nn.temporal import CachedFeature
 from tfmq.recipes.paper import PAPER
 from tfmq.recipes.presets import rtn

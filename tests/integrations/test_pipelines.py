@@ -14,12 +14,12 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.evaluation.deviation import follow
 from tfmq.integrations.diffusers.pipelines import PipelineSampler, find_denoiser, open_pipeline
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes.recipe import Calibration, Recipe, Temporal
 from tfmq.reconstruction.learning import Learning
+from tfmq.targets import open_sampler
 
 Build = Callable[..., Any]
 QUICK = Recipe(

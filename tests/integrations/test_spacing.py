@@ -13,10 +13,10 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import Tensor
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.integrations.diffusers.pipelines import PipelineSampler
 from tfmq.integrations.diffusers.spacing import QuadraticDDIMScheduler, spaced
 from tfmq.recipes.recipe import Calibration
+from tfmq.targets import open_sampler
 
 
 def visited(steps: int) -> list[int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfmq.api import open_sampler
 from tfmq.evaluation.sampling import draw
 from tfmq.studio.side import Side, SideError, Wish
+from tfmq.targets import open_sampler
 
 
 @pytest.fixture

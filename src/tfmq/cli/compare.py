@@ -42,12 +42,12 @@ def compare(
 ) -> None:
     """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
     with verb():
-        from tfmq.api import calibrated_options
         from tfmq.artifact import stored_bytes
         from tfmq.cli.models import execute_model, manifest, open_model, quantized_directory
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.summary import COMPARISON_FILES
+        from tfmq.targets import calibrated_options
 
         check_device(device)
         execution = check_execution(backend, weights)

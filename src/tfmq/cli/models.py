@@ -15,13 +15,13 @@ STEPS = 50
 
 
 def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None = None, options: Mapping[str, Any] | None = None) -> "Sampler":
-    """Return the sampler of MODEL on `device`; `options` as in `tfmq.api.open_sampler`.
+    """Return the sampler of MODEL on `device`; `options` as in `tfmq.targets.open_sampler`.
 
     Raises:
         ValueError: there is no such model, or it cannot be sampled from.
         CheckpointError: it is damaged.
     """
-    from tfmq.api import open_sampler
+    from tfmq.targets import open_sampler
 
     sampler = open_sampler(model, prompts=prompts, options=options)
     if device is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tfmq.api import job_of, open_target, store_of
+from tfmq.api import job_of, store_of
 from tfmq.cluster.crew import Crew, Team
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Advance, silent
@@ -15,6 +15,7 @@ from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.sequence import unit_file
 from tfmq.stages import record_batch
 from tfmq.storage.journal import Journal
+from tfmq.targets import open_target
 from tfmq.workflow import Prepared, prepare_units, reconstruct_alone
 
 # A batch of the trajectory with its number, or a unit.

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tfmq.api import state_bytes
 from tfmq.artifact import stored_bytes
 from tfmq.evaluation.cost.system import describe_machine
 from tfmq.kernels.onednn import available
@@ -17,7 +16,7 @@ from tfmq.models.program import LayerTrace, Trace
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.operation import weight_of
-from tfmq.nn.structure import InputKind, describe, input_kind, named_specs
+from tfmq.nn.structure import InputKind, describe, input_kind, named_specs, state_bytes
 from tfmq.nn.swap import STEPS
 from tfmq.numerics.packing import packed_shape
 from tfmq.recipes import scheme

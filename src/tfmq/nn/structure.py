@@ -135,3 +135,14 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
         return module.get_submodule(name)
     except AttributeError:
         raise ValueError(f"the checkpoint names {name}, which {type(module).__name__} does not have") from None
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Return the bytes of the tensors of a state dict, parts of tensor subclasses included."""
+    return sum(_bytes(value) for value in module.state_dict().values() if isinstance(value, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()

@@ -11,12 +11,12 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-from tfmq.api import open_sampler
 from tfmq.backends.execution import AUTO, choose, execute
 from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
 from tfmq.evaluation.sampling import Images, draw_batch
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.nn.swap import STEPS
+from tfmq.targets import open_sampler
 
 
 class SideError(RuntimeError):

@@ -12,12 +12,13 @@ import torch
 import tfmq
 import tfmq.evaluation.cost.variants
 from tfmq.evaluation.cost import variant
-from tfmq.evaluation.cost.flat import Flat, state_bytes, tensors_of
+from tfmq.evaluation.cost.flat import Flat, tensors_of
 from tfmq.evaluation.cost.source import Source, dequantized, fitted
 from tfmq.evaluation.cost.variant import VARIANTS, Setting, absent, names_of
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.structure import state_bytes
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tfmq
-from tfmq.api import open_sampler
 from tfmq.evaluation.inspection import inspect
 from tfmq.integrations.diffusers.original import ldm
 from tfmq.integrations.diffusers.original.convert import import_checkpoint
 from tfmq.integrations.diffusers.pipelines import PipelineSampler
 from tfmq.recipes import Calibration
+from tfmq.targets import open_sampler
 
 yaml = pytest.importorskip("yaml")
 pytestmark = pytest.mark.filterwarnings("default")

@@ -30,14 +30,3 @@ class Flat(nn.Module):
         leaves: list[Any] = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         conditions = tree_unflatten(leaves, self.shape)
         return first_tensor(self.module(**{self.names[0]: sample, self.names[1]: timestep, **conditions}))
-
-
-def state_bytes(module: nn.Module) -> int:
-    """Return the bytes of the tensors of a state dict, parts of tensor subclasses included."""
-    return sum(_bytes(value) for value in module.state_dict().values() if isinstance(value, Tensor))
-
-
-def _bytes(tensor: Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()

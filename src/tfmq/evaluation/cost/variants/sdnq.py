@@ -3,9 +3,9 @@
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.flat import state_bytes
 from tfmq.evaluation.cost.variant import Prepared, Setting, register
 from tfmq.models.denoiser import Denoiser
+from tfmq.nn.structure import state_bytes
 
 
 @register("sdnq-int8", "peer")

@@ -1,0 +1,73 @@
+"""Adapt a quantized model, in place, without calibrating again: to another schedule, to a LoRA."""
+
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+from tfmq.artifact import remark
+from tfmq.backends.backend import release
+from tfmq.calibration.drift import LayerDrift, complaint
+from tfmq.models.sampler import Sampler
+from tfmq.nn.swap import STEPS
+from tfmq.targets import open_sampler
+from tfmq.temporal.block import TemporalBlock
+from tfmq.temporal.rebake import rebake_tables, visited
+
+
+def _pair(target: Any, reference: Any, *, verb: str) -> tuple[Sampler, Sampler]:
+    """Return samplers of a quantized model, which computes in simulated arithmetic from now on, and of its full-precision reference."""
+    sampler, full = open_sampler(target), open_sampler(reference)
+    if not hasattr(sampler.denoiser.module, STEPS) or hasattr(full.denoiser.module, STEPS):
+        raise ValueError(f"{verb} takes a quantized model and the full-precision model that it was made from")
+    release(sampler.denoiser.module)
+    return sampler, full
+
+
+def rebake(target: Any, reference: Any, *, steps: int) -> None:
+    """Move a quantized model, in place, to the schedule that its sampler now steps through: another scheduler, another number of steps.
+
+    One image is drawn to see the timesteps. Temporal features are tabulated anew from the full-precision reference; the grids of all other
+    activations follow the nearest calibrated timestep, so a schedule far from the calibrated one is better quantized again. Save the pipeline
+    afterwards as any other. Call `tfmq.execute` again where a backend was chosen.
+
+    Args:
+        target: a quantized pipeline with the scheduler to move to, or a `Sampler` of a quantized model.
+        reference: the full-precision model that it was made from, as `quantize` takes it.
+        steps: denoising steps to sample with from now on.
+
+    Raises:
+        ValueError: the target is not quantized, or the reference is another model.
+    """
+    sampler, full = _pair(target, reference, verb="rebake")
+    module = sampler.denoiser.module
+    rebake_tables(module, TemporalBlock(full.denoiser, full.example()), visited(sampler, steps))
+    remark(module, rebaked={"steps": steps})
+
+
+def fuse_lora(target: Any, reference: Any, *, scale: float = 1.0, steps: int | None = None) -> tuple[LayerDrift, ...]:
+    """Fuse the LoRA that a full-precision model carries into the quantized model that was made from it, without calibrating again.
+
+    The layers that it changes are rounded to nearest; activation ranges stay, so this measures how far the LoRA leaves them and warns where it
+    does. Both models are changed in place, and the full-precision one ends with the LoRA fused. Call `tfmq.execute` again afterwards.
+
+    Args:
+        target: a quantized pipeline, or a `Sampler` of a quantized model.
+        reference: the full-precision model that it was made from, with the LoRA loaded (`pipeline.load_lora_weights`) and not fused.
+        scale: of the LoRA.
+        steps: of the two images that ranges are measured on; by default one for each calibrated timestep.
+
+    Returns:
+        The layers whose inputs leave their range, the furthest first.
+
+    Raises:
+        ValueError: the target is not quantized, or the reference carries no LoRA or is another model.
+    """
+    from tfmq.integrations.diffusers.adapters import fuse_adapters
+
+    sampler, full = _pair(target, reference, verb="fuse_lora")
+    module = sampler.denoiser.module
+    found = fuse_adapters(module, full, steps=steps or len(getattr(module, STEPS).timesteps), scale=scale)
+    remark(module, lora={"scale": scale, "drift": [asdict(entry) for entry in found]})
+    if text := complaint(found):
+        warnings.warn(f"the LoRA {text}; for full quality quantize the fused pipeline again", stacklevel=2)
+    return found

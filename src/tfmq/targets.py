@@ -1,0 +1,106 @@
+"""Open what a caller names: a sampler of any target, and of one that is to be quantized all that its result depends on."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tfmq.artifact import check_quantizable, is_quantized, load, stored_manifest
+from tfmq.calibration.trajectory import CalibrationError
+from tfmq.errors import require
+from tfmq.models.sampler import Sampler
+from tfmq.nn.swap import STEPS
+from tfmq.recipes.recipe import Recipe, call_options
+from tfmq.recipes.yaml import to_dict
+from tfmq.reconstruction.resources import UNLIMITED, Resources
+from tfmq.storage.digest import tensor_digest
+from tfmq.version import __version__
+
+DEFAULT = "default"
+ASSETS = Path(__file__).parent / "assets"
+
+
+def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None) -> Sampler:
+    """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or "default", the embedded model.
+
+    `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
+    computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device.
+
+    Raises:
+        ValueError: nothing that can be sampled from.
+    """
+    if hasattr(target, "run") and hasattr(target, "denoiser"):
+        if options:
+            warnings.warn(f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options", stacklevel=3)
+        return target
+    require("diffusers", extra="diffusers")
+    from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, accepted_options, open_pipeline
+
+    if isinstance(target, str | Path):
+        path = ASSETS / DEFAULT if str(target) == DEFAULT else Path(target)
+        if options is None and is_quantized(path):
+            options = calibrated_options(stored_manifest(path))
+        target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)
+    if not hasattr(target, "components"):
+        raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
+    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}))
+    if prompts and not sampler.takes_prompts:
+        warnings.warn(f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2)
+    return sampler
+
+
+def calibrated_options(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the arguments of the pipeline's call that a quantized model was calibrated with."""
+    return call_options(manifest.get("provenance", {}).get("recipe", {}).get("calibration", {}))
+
+
+def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int, resources: Resources) -> dict[str, Any]:
+    """Return everything that the result depends on; with a budget of time it also depends on the shares that the journal keeps."""
+    module = sampler.denoiser.module
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    versions = {"tfmq": __version__, "torch": torch.__version__}
+    model = {"model": tensor_digest(module.state_dict()), "sampler": sampler.describe(), "device": device}
+    budget = {} if resources.time_budget is None else {"time_budget": resources.time_budget}
+    return {"recipe": to_dict(recipe), "seed": seed, **budget, **model, **versions}
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Raise `CalibrationError` where a weight is NaN or infinite."""
+    for name, tensor in module.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CalibrationError(f"{name} holds NaN or infinite values: the full-precision model is damaged; download or save it again")
+
+
+def open_target(
+    target: Any,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str | torch.device | None = None,
+    prompts: tuple[str, ...] = (),
+    resources: Resources = UNLIMITED,
+) -> tuple[Sampler, dict[str, Any]]:
+    """Return the sampler of a model that is to be quantized, on its device, and everything that the result depends on.
+
+    Raises:
+        ValueError: it is quantized already, or cannot be.
+        CalibrationError: NaN or infinite weights.
+    """
+    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)))
+    module = sampler.denoiser.module
+    if hasattr(module, STEPS):
+        raise ValueError("the model is quantized already; quantize the full-precision one")
+    check_quantizable(module)
+    _check_weights(module)
+    if device is not None:
+        owner_of(sampler).to(device)
+    return sampler, _fingerprint(sampler, recipe, seed, resources)
+
+
+def owner_of(sampler: Sampler) -> Any:
+    """Return what is moved and saved: the pipeline, where there is one."""
+    return getattr(sampler, "pipeline", sampler.denoiser.module)
