@@ -102,8 +102,8 @@ def fit_activations(
     sites = activation_sites(module)
     if not sites:
         return {}
-    methods = {f"{name}.input_quantizer": layer.input.ranges for name, layer in plan.layers.items() if layer.input}
-    methods |= {owner: quantizer.ranges for owner, (_, quantizer) in plan.products.items() if quantizer}
+    plans = {f"{name}.input_quantizer": layer.input for name, layer in plan.layers.items() if layer.input}
+    plans |= {owner: quantizer for owner, (_, quantizer) in plan.products.items() if quantizer}
     names, size = list(sites), resources.sites_at_once(SITE_BYTES) or len(sites)
     groups = [names[start : start + size] for start in range(0, len(names), size)]
     amount = len(groups) * len(store) + len(sites)
@@ -114,8 +114,8 @@ def fit_activations(
             statistics = collect(sampler.denoiser, seen, steps, store, calls=len(store), advance=advance, passing=others)
             for name in group:
                 if name in statistics:
-                    method = methods.get(name) or methods[name.rpartition(".tfmq_products")[0]]
-                    fit_site(sites[name], statistics[name], method=method)  # type: ignore[arg-type]
+                    chosen = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
+                    fit_site(sites[name], statistics[name], method=chosen.ranges, shared=chosen.shared)  # type: ignore[arg-type]
                 advance()
     return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
 

@@ -85,6 +85,19 @@ def test_extremes_are_exact_for_each_step_and_segment(build: Callable[..., Any],
                 assert torch.equal(site.scale[index, segment], scale[0]) and int(site.zero_point[index, segment]) == int(zero)
 
 
+@pytest.mark.parametrize("method", ["search", "min_max"])
+def test_shared_zero_points_cover_what_those_of_each_step_do(build: Callable[..., Any], method: Any) -> None:
+    denoiser, steps, sites = prepared(build, "plain")
+    found = statistics(denoiser, sites, steps, batches(2, mixed=False))
+    for name, site in sites.items():
+        fit_site(site, found[name], method=method)
+        scale, zero, top = site.scale.clone(), site.zero_point.float(), site.format.levels - 1
+        fit_site(site, found[name], method=method, shared=True)
+        assert (site.zero_point == site.zero_point[:1]).all()
+        chosen = site.zero_point.float()
+        assert (chosen * site.scale >= zero * scale * 0.999999).all() and ((top - chosen) * site.scale >= (top - zero) * scale * 0.999999).all()
+
+
 def test_a_static_range_covers_all_steps(build: Callable[..., Any]) -> None:
     denoiser, steps, sites = prepared(build, "plain", per_step="none")
     data = batches(2, mixed=True)

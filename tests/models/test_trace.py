@@ -73,6 +73,8 @@ def check(name: str, found: Trace) -> None:
     assert {layer.name for layer in found.temporal if layer.cacheable} == {key for key, sources in TEMPORAL[name].items() if sources == {T}}
     assert dict(found.products) == PRODUCTS[name]
     assert {layer.name: layer.segments for layer in found.layers if layer.segments} == SEGMENTS.get(name, {})
+    # Behind the norm of a residual block a concatenation is no longer the tensor that was concatenated; its shortcut and the plain model read that.
+    assert {layer.name for layer in found.layers if layer.direct} == {key for key in SEGMENTS.get(name, {}) if not key.endswith("conv1")}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -206,6 +208,16 @@ SEGMENT_CASES: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]
 def test_channel_concatenations(case: str) -> None:
     run, expected = SEGMENT_CASES[case]
     assert {layer.name: layer.segments for layer in small(run).layers if layer.segments} == expected
+
+
+def test_a_layer_reads_a_concatenation_itself_through_what_computes_nothing() -> None:
+    def direct(run: Callable[..., Tensor]) -> set[str]:
+        return {layer.name for layer in small(run).layers if layer.direct}
+
+    assert direct(lambda m, x, emb: m.wide(cat(x).clone(memory_format=torch.channels_last))) == {"wide"}
+    assert direct(lambda m, x, emb: m.wide(F.interpolate(cat(x.flatten(2).view_as(x)), scale_factor=2.0))) == {"wide"}
+    assert direct(lambda m, x, emb: m.wide(cat(x) * 2)) == direct(lambda m, x, emb: m.wide(m.norm(cat(x)))) == set()
+    assert direct(lambda m, x, emb: m.conv(x)) == set(), "there is nothing to split"
 
 
 def test_a_linear_layer_reads_a_concatenation_of_its_last_axis() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.formats import IntegerFormat
-from tfmq.numerics.ranges import from_range, min_max, search
+from tfmq.numerics.ranges import SMALLEST_SCALE, from_range, min_max, search, share_zero_point
 
 FORMATS = st.builds(IntegerFormat, st.integers(2, 8), symmetric=st.booleans())
 BOUNDS = st.floats(-1e4, 1e4, width=32)
@@ -96,3 +96,56 @@ def test_rows_are_fitted_apart() -> None:
     for row in range(3):
         alone = search(values[row : row + 1], IntegerFormat(4))
         assert torch.equal(together[0][row : row + 1], alone[0]) and torch.equal(together[1][row : row + 1], alone[1])
+
+
+def growth(low: float, high: float, scale: float, zero: int, top: int) -> float:
+    """How much wider than `scale` the steps of a grid must be that covers `[low, high]` around `zero`; by the definition, in Python's floats."""
+    below = 0.0 if low == 0 else float("inf") if zero == 0 else -low / zero
+    above = 0.0 if high == 0 else float("inf") if zero == top else high / (top - zero)
+    return max(below, above) / scale
+
+
+@given(st.integers(0, 2**31), st.integers(2, 8), st.integers(1, 6), SHIFTS)
+def test_no_shared_zero_point_costs_less_than_the_chosen_one(seed: int, bits: int, rows: int, shift: float) -> None:
+    fmt = IntegerFormat(bits)
+    scale, zero = min_max(draw(seed, spread=1.0, shift=shift, rows=rows), fmt)
+    shared, chosen = share_zero_point(scale, zero, fmt)
+    top, grids = fmt.levels - 1, list(zip(scale.tolist(), zero.tolist(), strict=True))
+    costs = [sum(growth(-z * s, (top - z) * s, s, candidate, top) ** 2 for s, z in grids) for candidate in range(fmt.levels)]
+    assert len(set(chosen.tolist())) == 1 and 0 <= int(chosen[0]) <= top
+    assert costs[int(chosen[0])] <= min(costs) * (1 + 1e-9)
+    assert torch.allclose((shared / scale).double().square().sum(), torch.tensor(min(costs), dtype=torch.float64), rtol=1e-5)
+    # Nothing that the rows covered is cut off.
+    assert (-chosen * shared <= -zero * scale * (1 - 1e-6)).all() and ((top - chosen) * shared >= (top - zero) * scale * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ([(-1.0, 1.02), (-10.0, 10.2)], [126, 126]),
+        ([(0.0, 5.0), (0.0, 1.0)], [0, 0]),
+        ([(-5.0, 0.0), (-1.0, 0.0)], [255, 255]),
+        ([(-64.0, 191.0), (-6.4, 19.1)], [64, 64]),
+        # One row needs one side, the other the other: the cost (255 / z)**2 + (255 / (255 - z))**2 is least in the middle, the lower of two.
+        ([(-1.0, 0.0), (0.0, 1.0)], [127, 127]),
+    ],
+)
+def test_the_shared_zero_point_in_closed_form(ranges: list[tuple[float, float]], expected: list[int]) -> None:
+    low, high = (torch.tensor(column) for column in zip(*ranges, strict=True))
+    assert share_zero_point(*from_range(low, high, IntegerFormat(8)), IntegerFormat(8))[1].tolist() == expected
+
+
+def test_rows_that_agree_keep_their_grids() -> None:
+    for fmt, zero in ((IntegerFormat(8), 37.0), (IntegerFormat(8, symmetric=True), 128.0), (IntegerFormat(4), 0.0), (IntegerFormat(4), 15.0)):
+        scale = torch.tensor([0.5, 0.01, 3.0])
+        shared, chosen = share_zero_point(scale, torch.full((3,), zero), fmt)
+        assert torch.equal(shared, scale) and chosen.tolist() == [zero] * 3
+
+
+def test_a_row_of_zeros_has_no_say_and_no_other_scale() -> None:
+    low, high = torch.tensor([-3.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
+    scale, zero = from_range(low, high, IntegerFormat(8))
+    shared, chosen = share_zero_point(scale, zero, IntegerFormat(8))
+    assert chosen.tolist() == [191.0] * 3 and torch.allclose(shared, torch.tensor([4 / 255, SMALLEST_SCALE, SMALLEST_SCALE]))
+    nothing = share_zero_point(scale[1:], torch.tensor([0.0, 7.0]), IntegerFormat(8))
+    assert nothing[1].tolist() == [0.0, 0.0] and torch.equal(nothing[0], scale[1:])

@@ -67,6 +67,24 @@ def test_switches_turn_products_and_splitting_off(plain: Trace) -> None:
     assert all(layer.input is None for layer in plan.layers.values()) and dict(plan.products) == {"": (2, None)}
 
 
+def test_concatenations_are_split_where_they_are_read_directly(build: Callable[..., Any]) -> None:
+    traced = trace(*build("unet"))
+
+    def split(where: Any) -> set[str]:
+        layers = make_plan(Recipe(name="r", activations=Activations(split=where)), traced).layers
+        return {name for name, layer in layers.items() if layer.segments}
+
+    assert split("direct") == {name for name in split(True) if name.endswith("conv_shortcut")}
+    assert len(split("direct")) == 4 and len(split(True)) == 8 and not split(False)
+
+
+@pytest.mark.parametrize("zero_points", ["per_step", "shared"])
+def test_zero_points_are_shared_by_the_grids_of_every_quantizer_or_of_none(plain: Trace, zero_points: Any) -> None:
+    plan = make_plan(Recipe(name="r", activations=Activations(zero_points=zero_points)), plain)
+    inputs = [layer.input for layer in plan.layers.values()] + [product for _, product in plan.products.values()]
+    assert {entry is not None and entry.shared for entry in inputs} == {zero_points == "shared"}
+
+
 def test_layers_that_a_rule_keeps_in_full_precision_are_not_planned(plain: Trace) -> None:
     recipe = replace(tfmq_w4a8(), rules=(rule("*.block"), rule("role:temporal", 8, None)))
     layers = make_plan(recipe, plain).layers

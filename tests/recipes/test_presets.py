@@ -18,7 +18,7 @@ def test_a_preset_goes_by_its_name(name: str) -> None:
 
 def test_the_presets_are_these() -> None:
     general = [f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")]
-    assert sorted(PRESETS) == sorted([*general, "transformer_w4a8", "transformer_w8a8"])
+    assert sorted(PRESETS) == sorted([*general, *(f"{kind}_{name}" for kind in ("fast", "transformer") for name in ("w4a8", "w8a8"))])
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])
@@ -26,6 +26,14 @@ def test_the_transformer_schemes_differ_in_the_grids_of_tokens_alone(name: str) 
     recipe = scheme(f"transformer_{name}")
     assert recipe.activations.tokens == "measured"
     assert replace(recipe, name=f"tfmq_{name}", activations=replace(recipe.activations, tokens="static")) == scheme(name)
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w8a8"])
+def test_the_fast_schemes_differ_in_zero_points_and_splits_alone(name: str) -> None:
+    recipe = scheme(f"fast_{name}")
+    assert (recipe.activations.zero_points, recipe.activations.split) == ("shared", "direct")
+    slow = replace(recipe.activations, zero_points="per_step", split=True)
+    assert replace(recipe, name=f"tfmq_{name}", activations=slow) == scheme(name)
 
 
 @pytest.mark.parametrize(

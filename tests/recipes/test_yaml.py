@@ -38,7 +38,8 @@ recipes = st.builds(
         ranges=RANGES,
         per_step=st.sampled_from(["none", "temporal", "all"]),
         products=st.booleans(),
-        split=st.booleans(),
+        zero_points=st.sampled_from(["per_step", "shared"]),
+        split=st.booleans() | st.just("direct"),
     ),
     temporal=st.builds(
         Temporal,

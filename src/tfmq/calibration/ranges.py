@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.numerics.ranges import from_range, search
+from tfmq.numerics.ranges import from_range, search, share_zero_point
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -110,8 +110,11 @@ def _stack(site: SiteStatistics, segment: int) -> Tensor:
     return torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
 
 
-def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod) -> None:
-    """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search within them."""
+def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod, shared: bool = False) -> None:
+    """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search within them.
+
+    With `shared` the grids of a segment get one zero-point.
+    """
     columns = []
     for segment in range(site.low.shape[1]):
         low, high = site.low[:, segment], site.high[:, segment]
@@ -119,5 +122,7 @@ def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: Ra
             columns.append(from_range(low, high, quantizer.format))
         else:
             columns.append(search(_stack(site, segment), quantizer.format, low=low, high=high, shrinks=40))
+        if shared:
+            columns[-1] = share_zero_point(*columns[-1], quantizer.format)
     scale, zero_point = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     quantizer.fit(scale, zero_point)

@@ -9,17 +9,19 @@ TIMESTEP = "timestep"
 
 @dataclass(frozen=True)
 class Segments:
-    """The widths of concatenated sources along `axis`."""
+    """The widths of concatenated sources along `axis`; `direct` as long as nothing was computed from them."""
 
     widths: tuple[int, ...]
     axis: int
+    direct: bool = True
 
 
 @dataclass(frozen=True)
 class LayerTrace:
     """A weighted layer: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads.
 
-    `tokenwise` says that it computes each token by itself: a linear layer, with channels on the last axis.
+    `direct` says that what it reads is the concatenated tensor itself, copied, viewed or enlarged at most, and not computed from it. `tokenwise` says
+    that the layer computes each token by itself: a linear layer, with channels on the last axis.
     """
 
     name: str
@@ -27,6 +29,7 @@ class LayerTrace:
     temporal: bool
     segments: tuple[int, ...] = ()
     tokenwise: bool = False
+    direct: bool = False
 
     @property
     def cacheable(self) -> bool:

@@ -7,7 +7,7 @@ weights are still zero.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.products import SITES
 
+# What leaves the values of a tensor as they are: each is one of the input's, in whatever place, number or dtype.
+ATEN = torch.ops.aten
+COPIES = frozenset({ATEN.clone, ATEN._to_copy, ATEN.upsample_nearest1d, ATEN.upsample_nearest2d, ATEN.upsample_nearest3d})
+NO_SEGMENTS = Segments((), 0, direct=False)
 # Inputs with finitely many values: a computation on these alone can be tabulated.
 FINITE = frozenset({TIMESTEP, "class_labels"})
 
@@ -95,7 +99,7 @@ def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], outpu
     for tensor in inputs:
         segments = record.label(tensor).segments
         if segments and tensor.ndim == output.ndim and tensor.shape[segments.axis] == output.shape[segments.axis]:
-            return segments
+            return segments if func.is_view or func.overloadpacket in COPIES else replace(segments, direct=False)
     return None
 
 
@@ -177,8 +181,8 @@ def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwarg
         known = record.layers.get(name)
         sources = combined.sources | (known.depends_on if known else frozenset())
         temporal = TIMESTEP in sources and not sources & record.spatial
-        tokenwise = operation.channel_axis == -1
-        record.layers[name] = LayerTrace(name, sources, temporal, segments.widths if reads and segments else (), tokenwise)
+        read = segments if reads and segments else NO_SEGMENTS
+        record.layers[name] = LayerTrace(name, sources, temporal, read.widths, operation.channel_axis == -1, read.direct)
     producers = {name} & {layer.name for layer in (record.layers.get(name),) if layer and layer.temporal}
     label = _Label(combined.sources, frozenset(producers))
     record.record(Call(None, name, args, kwargs), args, kwargs, output, label)

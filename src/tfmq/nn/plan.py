@@ -25,6 +25,8 @@ Tokens = Literal["static", "dynamic", "measured"]
 class QuantizerPlan:
     """An activation quantizer: its grid, whether it has one per timestep, and whether its range is exact (`min_max`) or searched.
 
+    `shared` says that the grids of all timesteps have one zero-point.
+
     `tokens` says how it comes by its grids: `static` ones are fitted in calibration, `dynamic` ones are those of each token at each call, and
     `measured` are static until calibration has compared the two.
     """
@@ -33,6 +35,7 @@ class QuantizerPlan:
     per_step: bool
     ranges: str
     tokens: Tokens = "static"
+    shared: bool = False
 
     def build(self, steps: StepContext, *, segments: tuple[int, ...] = (), axis: int = 1) -> InputQuantizer:
         """Return the quantizer, unfitted."""

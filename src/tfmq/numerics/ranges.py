@@ -47,3 +47,26 @@ def search(
         best = torch.where(better, error, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+    """Return grids `(scale, zero_point)` `[S]` with one zero-point that cover what the given ones do, at the least cost in resolution.
+
+    Row `t` covers `[-z_t s_t, (L - 1 - z_t) s_t]`. Around another zero-point `z` that takes the scale
+
+        s_t(z) = max(z_t s_t / z, (L - 1 - z_t) s_t / (L - 1 - z))
+
+    with 0 / 0 = 0, and the rounding error of the row grows by `(s_t(z) / s_t)**2`. The `z` with the least mean of that over rows is taken, the
+    lowest of equals. Rows that saw nothing but zeros have no say: any grid holds zero.
+    """
+    seen = scale > SMALLEST_SCALE
+    if fmt.symmetric or not bool(seen.any()):
+        return scale, zero_point[:1].expand_as(zero_point).clone()
+    top = fmt.levels - 1
+    below, above = zero_point.double()[:, None], top - zero_point.double()[:, None]
+    candidates = torch.arange(fmt.levels, device=scale.device, dtype=torch.float64)
+    # What a row needs on a side where the candidate has no codes: all of it, unless it needs nothing.
+    growth = torch.maximum(*((need / room).nan_to_num(nan=0.0) for need, room in ((below, candidates), (above, top - candidates))))
+    best = int(growth[seen].square().mean(dim=0).argmin())
+    shared = (scale.double() * growth[:, best]).to(scale.dtype)
+    return torch.where(seen, shared, scale), torch.full_like(zero_point, best)

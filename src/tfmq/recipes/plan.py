@@ -20,12 +20,13 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
     per_step = recipe.activations.per_step == "all" or (layer.temporal and recipe.activations.per_step == "temporal")
     # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM, section 4.3).
     ranges = "min_max" if temporal else recipe.activations.ranges
+    shared = recipe.activations.zero_points == "shared"
     tokens = recipe.activations.tokens if layer.tokenwise and not layer.temporal else "static"
     return LayerPlan(
         weight=weight,
         ranges=recipe.weights.ranges,
-        segments=layer.segments if recipe.activations.split else (),
-        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges, tokens=tokens) if activation else None,
+        segments=recipe.activations.segments(layer.segments, direct=layer.direct),
+        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges, tokens=tokens, shared=shared) if activation else None,
     )
 
 
@@ -48,9 +49,9 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     layers = {name: plan for name, plan in plans.items() if plan}
     if not layers:
         raise ValueError(f"recipe {recipe.name} quantizes no layer of this model")
-    per_step = recipe.activations.per_step == "all"
+    per_step, shared = recipe.activations.per_step == "all", recipe.activations.zero_points == "shared"
     products = {}
     for owner, sites in trace.products.items():
         fmt = recipe.activations.format(recipe.bits(owner, frozenset())[1]) if recipe.activations.products else None
-        products[owner] = (sites, QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges) if fmt else None)
+        products[owner] = (sites, QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges, shared=shared) if fmt else None)
     return Plan(layers, products)

@@ -52,6 +52,11 @@ def brecq(recipe: Recipe) -> Recipe:
     )
 
 
+def fast(recipe: Recipe) -> Recipe:
+    """A recipe whose grids suit engines with static ranges: one zero-point for all timesteps, concatenations split in shortcuts alone."""
+    return replace(recipe, name=recipe.name.replace("tfmq", "fast"), activations=replace(recipe.activations, zero_points="shared", split="direct"))
+
+
 def transformer(recipe: Recipe) -> Recipe:
     """A recipe for DiT, PixArt, SD3, FLUX and their like: each linear layer's input grids static per timestep or dynamic per token, as measured."""
     return replace(recipe, name=recipe.name.replace("tfmq", "transformer"), activations=replace(recipe.activations, tokens="measured"))
@@ -61,6 +66,7 @@ _METHODS: dict[str, Callable[[Recipe], Recipe]] = {"rtn": rtn, "brecq": brecq}
 _SCHEMES: dict[str, Callable[[], Recipe]] = {"w4a8": tfmq_w4a8, "w8a8": tfmq_w8a8, "w4a32": tfmq_w4a32}
 PRESETS: dict[str, Callable[[], Recipe]] = {f"tfmq_{name}": build for name, build in _SCHEMES.items()}
 PRESETS |= {f"{method}_{name}": (lambda f=f, b=b: f(b())) for method, f in _METHODS.items() for name, b in _SCHEMES.items()}  # type: ignore[misc]
+PRESETS |= {f"fast_{name}": (lambda b=_SCHEMES[name]: fast(b())) for name in ("w4a8", "w8a8")}  # type: ignore[misc]
 PRESETS |= {f"transformer_{name}": (lambda b=_SCHEMES[name]: transformer(b())) for name in ("w4a8", "w8a8")}  # type: ignore[misc]
 
 

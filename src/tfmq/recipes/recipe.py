@@ -14,15 +14,17 @@ from tfmq.reconstruction.solvers import Rounding
 
 RangeMethod = Literal["search", "min_max"]
 PerStep = Literal["none", "temporal", "all"]
+ZeroPoints = Literal["per_step", "shared"]
+Split = bool | Literal["direct"]
 Spacing = Literal["quadratic"]
 Maintenance = Literal["none", "block", "cache", "selected"]
 SelectionScope = Literal["key", "feature", "step", "global"]
 ROLES = ("role:first", "role:last", "role:temporal")
 
 
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
 def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
@@ -55,8 +57,12 @@ class Activations:
 
     Attributes:
         per_step: the scope of finite set calibration: no quantizer, those of the temporal block (the paper), or all (the released code).
+        zero_points: of the grids of one quantizer: each timestep its own (`per_step`), or one for all timesteps (`shared`), whose scales are then
+            as large as that zero-point needs to cover the same range. Integer engines that want the zero-point as a constant run faster with it.
         products: quantize attention's q, k, v and post-softmax map.
-        split: give each source of a channel concatenation its own grid, in activations and weights (Q-Diffusion).
+        split: give each source of a channel concatenation its own grid, in activations and weights: in every layer that reads one (True), in none
+            (False), or in those that read the concatenated tensor itself (`direct`), a shortcut for one, as Q-Diffusion and the code released
+            with TFMQ-DM do. Behind a normalisation the parts are alike already.
         tokens: grids of the linear layers outside of the temporal block: `static` ones from calibration, `dynamic` ones of each token at each
             call, or `measured`: for each layer whichever of the two gives less output error on the calibration calls. Convolutions, temporal
             layers and attention products are static: sums over places have no grid of each place, and finite sets have exact ranges.
@@ -66,19 +72,26 @@ class Activations:
     symmetric: bool = False
     ranges: RangeMethod = "search"
     per_step: PerStep = "all"
+    zero_points: ZeroPoints = "per_step"
     products: bool = True
-    split: bool = True
+    split: Split = True
     tokens: Tokens = "static"
 
     def __post_init__(self) -> None:
         _choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
         _choice("activations.ranges", self.ranges, ("search", "min_max"))
         _choice("activations.per_step", self.per_step, ("none", "temporal", "all"))
+        _choice("activations.zero_points", self.zero_points, ("per_step", "shared"))
+        _choice("activations.split", self.split, (True, False, "direct"))
         self.format(self.bits)
 
     def format(self, bits: int | None) -> IntegerFormat | None:
         """Return the format of an input that gets `bits`."""
         return _format(bits, self.symmetric)
+
+    def segments(self, widths: tuple[int, ...], *, direct: bool) -> tuple[int, ...]:
+        """Return the `widths` of a concatenation that get grids of their own; `direct` says that a layer reads the concatenated tensor itself."""
+        return widths if self.split is True or (self.split == "direct" and direct) else ()
 
 
 @dataclass(frozen=True, kw_only=True)
