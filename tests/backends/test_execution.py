@@ -140,6 +140,27 @@ def test_any_batch(quantized: Quantized, backend: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize(("name", "where"), [("unet", "sample"), ("conditional", "encoder_hidden_states")])
+def test_a_sample_with_nan_comes_out_as_nan_and_the_others_as_ever(quantized: Quantized, name: str, where: str, backend: str) -> None:
+    module, inputs = quantized(name)
+    execute(module, backend)
+    expected = run(module, inputs)
+    given = {"sample": inputs.sample, **inputs.conditions}
+    given[where] = given[where].clone()
+    given[where][2].view(-1)[5] = torch.nan
+    y = run(module, Inputs(given.pop("sample"), inputs.timestep, given))
+    assert y[2].isnan().all() and torch.equal(y[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_model_that_holds_nan_is_refused(quantized: Quantized, backend: str) -> None:
+    module, _ = quantized("unet")
+    module.conv_norm_out.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"conv_norm_out.weight holds NaN"):
+        execute(module, backend)
+
+
+@pytest.mark.parametrize("backend", EVERY)
 def test_packed_weights_change_no_value(quantized: Quantized, backend: str) -> None:
     module, inputs = quantized("unet")
     execute(module, backend)

@@ -160,6 +160,18 @@ def test_a_timestep_that_no_table_knows_runs_layer_by_layer(cached: tuple[nn.Mod
     assert not own_cache.exists()
 
 
+def test_nan_passes_a_compiled_graph(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    execute(module, "openvino")
+    expected = outputs(module, inputs)[0]
+    broken = Inputs(inputs.sample.clone(), inputs.timestep, inputs.conditions)
+    broken.sample[1, 0, 3, 3] = torch.nan
+    with torch.no_grad():
+        y = Denoiser(module)(broken)
+    assert y[1].isnan().all() and torch.equal(y[0], expected[0])
+
+
 def test_a_damaged_cache_is_made_anew(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
     pytest.importorskip("openvino")
     module, inputs = copy.deepcopy(cached[0]), cached[1]

@@ -57,6 +57,13 @@ def quantized_modules(target: Any) -> tuple[nn.Module, ...]:
     return found
 
 
+def _check_values(module: nn.Module) -> None:
+    """Raise `ValueError` for a NaN among the model's own values, which integers would hide."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise ValueError(f"{name} holds NaN: the model is damaged, and integer arithmetic would turn that into plausible numbers")
+
+
 def execute(target: Any, backend: str = AUTO, *, options: Options | None = None) -> Coverage:
     """Make a quantized pipeline or denoiser compute by `backend` from now on, in place.
 
@@ -72,12 +79,13 @@ def execute(target: Any, backend: str = AUTO, *, options: Options | None = None)
         Which layers compute in integers.
 
     Raises:
-        ValueError: no such backend, nothing quantized, or the machine lacks what it needs.
+        ValueError: no such backend, nothing quantized, the machine lacks what it needs, or the model holds NaN.
         MissingExtraError: the backend's library is not installed.
     """
     covered: dict[str, str | None] = {}
     for module in quantized_modules(target):
         name = choose(backend, module)
+        _check_values(module)
         release(module)
         with ExitStack() as undo:
             undo.callback(release, module)

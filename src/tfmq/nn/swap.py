@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tfmq.nn.layer import CalibratedLayer, Precision
+from tfmq.nn.poison import poisoned
 from tfmq.nn.products import ProductQuantizers
 from tfmq.quantizers.steps import StepContext
 
@@ -43,9 +44,9 @@ class _Stepped:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
         with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
-            if self.tfmq_executor is not None:
-                return self.tfmq_executor(self, bound.arguments)  # type: ignore[arg-type]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            run = self.tfmq_executor
+            output = super().forward(*args, **kwargs) if run is None else run(self, bound.arguments)  # type: ignore[arg-type, misc]
+        return poisoned(output, bound.arguments)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move the denoiser. A `dtype` that it has already is left out: diffusers refuses to cast quantized models, and its loaders ask for that."""
