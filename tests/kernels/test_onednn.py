@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
-from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, product, quantize_u8, supports
+from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, constants, product, quantize_u8, supports
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
@@ -93,6 +93,44 @@ def test_mixed_rows_are_each_sample_alone(layer_cases: Cases, data: st.DataObjec
         alone = Rows(rows.scale[row : row + 1], rows.zero_point[row : row + 1], rows.levels)
         own = x[sample : sample + 1]
         assert agree(together[sample : sample + 1], kernel(own, alone), weight, own, alone)
+
+
+@given(st.data(), st.booleans())
+def test_a_zero_point_that_all_rows_share_is_a_constant_that_changes_nothing(layer_cases: Cases, data: st.DataObject, static: bool) -> None:
+    weight, x, drawn = data.draw(layer_cases(offset=clear_of_ties, narrow=True))
+    assume(drawn.scale.ndim == 2)
+    scale = drawn.scale[:1] if static else drawn.scale
+    rows = Rows(scale, drawn.zero_point[:1].expand_as(scale), drawn.levels)
+    kernel = OnednnKernel(weight, rows.zero_point)
+    assert kernel.constants == rows.zero_point[0].tolist()
+    assert agree(kernel(x, rows), ReferenceKernel(weight, rows.levels)(x, rows), weight, x, rows)
+    assert torch.equal(UnpackingKernel(lambda: weight, rows.zero_point)(x, rows), kernel(x, rows))
+
+
+def test_only_what_never_varies_is_a_constant() -> None:
+    assert constants(None, 2) == [None, None]
+    assert constants(torch.tensor([[3, 7, 9], [3, 8, 9]], dtype=torch.uint8), 3) == [3, None, 9]
+
+
+def test_with_a_constant_zero_point_a_compiled_layer_has_no_term_in_it() -> None:
+    weight = IntegerWeight(Convolution((1, 1), (1, 1), (1, 1), 1), torch.randint(-9, 9, (3, 4, 3, 3)).to(torch.int16), torch.ones(3, 1), None)
+    table, index = torch.rand(5, 1), torch.tensor([1, 3])
+
+    def operators(zero_points: Tensor) -> list[str]:
+        kernel = OnednnKernel(weight, zero_points)
+
+        class Layer(torch.nn.Module):
+            """A layer as a backend's compiler sees it."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                return kernel(x, Rows(table, zero_points, 256, index))
+
+        graph = torch.export.export(Layer(), (torch.rand(2, 4, 6, 6),)).graph
+        return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+    varying, constant = operators(torch.tensor([[3], [3], [4], [3], [3]], dtype=torch.uint8)), operators(torch.full((5, 1), 3, dtype=torch.uint8))
+    assert "aten.pad.default" in varying and "aten.sub.Tensor" in varying
+    assert not {"aten.pad.default", "aten.sub.Tensor"} & set(constant) and varying.count("aten.index.Tensor") > constant.count("aten.index.Tensor")
 
 
 @given(st.data())

@@ -31,7 +31,9 @@ class Torch:
             if not supports(weight, layer.input_quantizer.format.levels):
                 floating[name] = _reason(weight)
                 continue
-            layer.kernel = OnednnKernel(weight) if options.weights == "unpacked" else UnpackingKernel(layer.integer_weight)
+            zero_points = layer.input_quantizer.zero_points()
+            unpacked = options.weights == "unpacked"
+            layer.kernel = OnednnKernel(weight, zero_points) if unpacked else UnpackingKernel(layer.integer_weight, zero_points)
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.kernel = product

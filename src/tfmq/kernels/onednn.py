@@ -6,6 +6,8 @@ neighbours, and the integer operation runs on a grid of scale one and zero-point
 
     y = (sum q v - z sum v) s s_w + bias
 
+Where all timesteps share one zero-point it is a constant: the library takes it, pads with it and leaves no term in `z` to compute.
+
 A batch of mixed timesteps, or of tokens with a grid each, takes that path in eager mode too. Both equal the reference bit for bit while sums stay
 below 2**24, beyond which float32 rounds `sum q v` (the tests hold them to it).
 """
@@ -63,6 +65,13 @@ def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor
     return plain if levels == 256 else plain.clamp_(max=levels - 1)
 
 
+def constants(zero_points: Tensor | None, groups: int) -> list[int | None]:
+    """Return the zero-point of each of `groups` segments, None for one that varies over `zero_points` `[any, G]`."""
+    if zero_points is None:
+        return [None] * groups
+    return [int(codes[0]) if bool((codes == codes[0]).all()) else None for codes in zero_points.unbind(1)]
+
+
 class _Part:
     """One input segment of a layer: its packed weight, and the sums of its integers over everything but the output channel."""
 
@@ -92,6 +101,10 @@ class _Part:
         """Return `sum q v` over codes `q` that are padded already, float32."""
         return self._run(codes, 1.0, 0, self.ones, None, pad=False)
 
+    def centred_sums_of(self, codes: Tensor, zero_point: int) -> Tensor:
+        """Return `sum (q - z) v`, float32."""
+        return self._run(codes, 1.0, zero_point, self.ones, None, pad=True)
+
     def _run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, *, pad: bool) -> Tensor:
         tail: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
         if isinstance(self.operation, Linear):
@@ -109,9 +122,13 @@ class _Part:
 
 
 class OnednnKernel:
-    """A layer through oneDNN. `supports` says which layers it takes. It never changes, so that copies of a model share it."""
+    """A layer through oneDNN. `supports` says which layers it takes. It never changes, so that copies of a model share it.
 
-    def __init__(self, weight: IntegerWeight) -> None:
+    `zero_points` `[any, G]` are all that can occur; None where nothing is known of them.
+    """
+
+    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None = None) -> None:
+        self.constants = constants(zero_points, max(1, len(weight.segments)))
         # The integers themselves are in the parts alone, in the library's layout.
         self.layout = replace(weight, values=weight.values.new_empty(0))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
@@ -130,9 +147,10 @@ class OnednnKernel:
         return total.to(x.dtype)
 
     def _on_one_grid(self, x: Tensor, rows: Rows) -> Tensor:
-        grids = zip(rows.scale.flatten().tolist(), rows.zero_point.flatten().tolist(), strict=True)
+        known = [constant for constant in self.constants if constant is not None]
+        zero_points = known if len(known) == len(self.parts) else rows.zero_point.flatten().tolist()
         bias, partials = self.bias, []
-        for segment, part, (scale, zero_point) in zip(self.layout.split(x), self.parts, grids, strict=True):
+        for segment, part, scale, zero_point in zip(self.layout.split(x), self.parts, rows.scale.flatten().tolist(), zero_points, strict=True):
             partials.append(part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias))
             bias = None
         return combined(partials, None, self.layout.operation)
@@ -140,13 +158,21 @@ class OnednnKernel:
     def _on_grids(self, x: Tensor, rows: Rows) -> Tensor:
         operation, partials = self.layout.operation, []
         for index, (segment, part) in enumerate(zip(self.layout.split(x), self.parts, strict=True)):
-            scale, zero_point = rows.scale[..., index], rows.zero_point[..., index].float()
-            wide_zero = column(zero_point, x.ndim)
-            codes = quantize(segment, column(scale, x.ndim), wide_zero, rows.levels) - wide_zero
-            codes = (F.pad(codes, part.border()) if part.border() else codes).add(wide_zero).to(torch.uint8)
-            sums = part.sums_of(codes) - channels(zero_point[..., None] * part.sums, operation, x.ndim)
-            partials.append(sums * column(scale, x.ndim) * channels(part.scale, operation, x.ndim))
+            scale, constant = column(rows.scale[..., index], x.ndim), self.constants[index]
+            if constant is None:
+                sums = self._shifted_sums(part, segment, scale, rows.zero_point[..., index].float(), rows.levels)
+            else:
+                codes = quantize(segment, scale, constant, rows.levels).to(torch.uint8)
+                sums = part.centred_sums_of(codes, constant)
+            partials.append(sums * scale * channels(part.scale, operation, x.ndim))
         return combined(partials, self.bias, operation)
+
+    def _shifted_sums(self, part: _Part, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+        """Return `sum (q - z) v` where each row has a zero-point of its own, float32."""
+        wide_zero = column(zero_point, x.ndim)
+        codes = quantize(x, scale, wide_zero, levels) - wide_zero
+        codes = (F.pad(codes, part.border()) if part.border() else codes).add(wide_zero).to(torch.uint8)
+        return part.sums_of(codes) - channels(zero_point[..., None] * part.sums, self.layout.operation, x.ndim)
 
 
 def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
@@ -165,8 +191,9 @@ def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> T
 class UnpackingKernel:
     """A layer whose weight is unpacked and laid out at each call: as small as the checkpoint, slower."""
 
-    def __init__(self, weight: Callable[[], IntegerWeight]) -> None:
+    def __init__(self, weight: Callable[[], IntegerWeight], zero_points: Tensor | None = None) -> None:
         self.weight = weight
+        self.zero_points = zero_points
 
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
-        return OnednnKernel(self.weight())(x, rows)
+        return OnednnKernel(self.weight(), self.zero_points)(x, rows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: int) -> Tensor:
     """Return the codes of `x` as a float tensor of integers in `[0, levels - 1]`."""
     return torch.round(x * scale.reciprocal()).add_(zero_point).clamp_(0, levels - 1)
 
