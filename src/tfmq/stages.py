@@ -115,7 +115,7 @@ def fit_activations(
             for name in group:
                 if name in statistics:
                     chosen = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
-                    fit_site(sites[name], statistics[name], method=chosen.ranges, shared=chosen.shared)  # type: ignore[arg-type]
+                    fit_site(sites[name], statistics[name], method=chosen.ranges, shared=chosen.zero_points(name))  # type: ignore[arg-type]
                 advance()
     return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
 

@@ -92,7 +92,7 @@ def test_shared_zero_points_cover_what_those_of_each_step_do(build: Callable[...
     for name, site in sites.items():
         fit_site(site, found[name], method=method)
         scale, zero, top = site.scale.clone(), site.zero_point.float(), site.format.levels - 1
-        fit_site(site, found[name], method=method, shared=True)
+        fit_site(site, found[name], method=method, shared=range(site.format.levels))
         assert (site.zero_point == site.zero_point[:1]).all()
         chosen = site.zero_point.float()
         assert (chosen * site.scale >= zero * scale * 0.999999).all() and ((top - chosen) * site.scale >= (top - zero) * scale * 0.999999).all()

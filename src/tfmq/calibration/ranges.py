@@ -1,6 +1,6 @@
 """What activation quantizers see on a trajectory, and the ranges that follow (finite set calibration; TFMQ-DM section 4.3)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -110,10 +110,10 @@ def _stack(site: SiteStatistics, segment: int) -> Tensor:
     return torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
 
 
-def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod, shared: bool = False) -> None:
+def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod, shared: Sequence[int] = ()) -> None:
     """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search within them.
 
-    With `shared` the grids of a segment get one zero-point.
+    With `shared` the grids of a segment get one zero-point, one of these.
     """
     columns = []
     for segment in range(site.low.shape[1]):
@@ -123,6 +123,6 @@ def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: Ra
         else:
             columns.append(search(_stack(site, segment), quantizer.format, low=low, high=high, shrinks=40))
         if shared:
-            columns[-1] = share_zero_point(*columns[-1], quantizer.format)
+            columns[-1] = share_zero_point(*columns[-1], quantizer.format, allowed=shared)
     scale, zero_point = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     quantizer.fit(scale, zero_point)

@@ -7,7 +7,10 @@ folded back after the operation. With the row `(s, z)` of a sample, a fixed zero
     y = (operation(u, v s_w) - d m) s + bias,    m = operation(1, v s_w)
 
 `m` differs from its inner value only where zero padding is seen, so a padded convolution keeps it as a map of its output. In exact arithmetic
-`y` is the layer's own formula.
+`y` is the layer's own formula. Where all timesteps share `z`, `c` is that and `d` is gone.
+
+An attention product has such an operand on either side. OpenVINO computes it in integers if the right one has the middle code for its zero-point and
+the left one that or 0, for all timesteps; other products stay in floating point, on quantized values.
 
 Two operators stand for what an engine has by other names: `tfmq::codes`, the quantizer, and `tfmq::integer_weight`, the integers of a weight
 times their scale. Each exporter says what they become.
@@ -21,7 +24,9 @@ from torch import Tensor, nn
 
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.products import ProductKernel, ProductQuantizers
 from tfmq.numerics.operations import Convolution
+from tfmq.quantizers.activation import ActivationQuantizer
 
 
 @torch.library.custom_op("tfmq::codes", mutates_args=())
@@ -92,21 +97,52 @@ class FakeQuantizeKernel:
         return operation(torch.ones(1, *[int(size) for size in x.shape[1:]]), real, None)
 
 
+class FakeQuantizeProduct:
+    """An attention product as two fixed fake-quantizers, the product of what they put out, and a rescale; zero-points are constants."""
+
+    def __init__(self, left_zero: int, right_zero: int) -> None:
+        self.zeros = left_zero, right_zero
+
+    def __call__(self, left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
+        operands, scales = [], []
+        for x, rows, zero in ((left, left_rows, self.zeros[0]), (right, right_rows, self.zeros[1])):
+            scale, inverse = (column(rows.looked_up(table)[:, 0], x.ndim) for table in (rows.scales, rows.scales.reciprocal()))
+            operands.append(codes(x * inverse, zero, rows.levels))
+            scales.append(scale)
+        return ((operands[0] @ operands[1]) * (scales[0] * scales[1])).to(left.dtype)
+
+
+def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
+    """Return the kernels of the sites whose product an engine computes in integers, by site."""
+    kernels: dict[int, ProductKernel] = {}
+    for site, grids in enumerate(zip(products.left, products.right, strict=True)):
+        zeros = [grid.zero_points().unique().tolist() if isinstance(grid, ActivationQuantizer) else [] for grid in grids]
+        middles = [grid.format.middle if isinstance(grid, ActivationQuantizer) else None for grid in grids]
+        if zeros[0] in ([0], [middles[0]]) and zeros[1] == [middles[1]]:
+            kernels[site] = FakeQuantizeProduct(*zeros[0], *zeros[1])
+    return kernels
+
+
 def _pads(operation: Convolution) -> bool:
     return operation.padding == "same" or any(amount not in (0, "valid") for amount in operation.padding)
 
 
 @contextmanager
 def graph_kernels(module: nn.Module) -> Iterator[None]:
-    """Let the layers of a packed denoiser compute as fake-quantizer graphs for a while."""
+    """Let the layers and attention products of a packed denoiser compute as fake-quantizer graphs for a while."""
     layers = list(packed_layers(module).values())
+    products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
     before = [layer.kernel for layer in layers]
     for layer in layers:
         weight = layer.integer_weight()
         quantizer = layer.input_quantizer
         layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_points()) if weight.narrow else None
+    for child in products:
+        child.site_kernels = product_kernels(child)
     try:
         yield
     finally:
         for layer, kernel in zip(layers, before, strict=True):
             layer.kernel = kernel
+        for child in products:
+            child.site_kernels = {}

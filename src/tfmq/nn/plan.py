@@ -37,6 +37,17 @@ class QuantizerPlan:
     tokens: Tokens = "static"
     shared: bool = False
 
+    def zero_points(self, site: str) -> tuple[int, ...]:
+        """Return the codes that the one zero-point of the quantizer called `site` may be; none where each timestep has its own.
+
+        A product of two activations is an integer product in engines if the right one has signed codes, and the left one signed or unsigned ones.
+        """
+        if not self.shared:
+            return ()
+        middle = self.format.middle
+        sides = {".tfmq_products.left.": (0, middle), ".tfmq_products.right.": (middle,)}
+        return next((codes for side, codes in sides.items() if side in f".{site}."), tuple(range(self.format.levels)))
+
     def build(self, steps: StepContext, *, segments: tuple[int, ...] = (), axis: int = 1) -> InputQuantizer:
         """Return the quantizer, unfitted."""
         if self.tokens == "dynamic":

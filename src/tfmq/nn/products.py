@@ -6,7 +6,7 @@ The owner is the module whose own `forward` calls the product. Products are coun
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -130,7 +130,7 @@ class ProductMode(TorchFunctionMode):
 class ProductQuantizers(nn.Module):
     """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision.
 
-    With a `kernel` the products are computed in integers; it is no part of the state.
+    With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own; neither is part of the state.
     """
 
     def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
@@ -139,12 +139,14 @@ class ProductQuantizers(nn.Module):
         self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
         self.enabled = True
         self.kernel: ProductKernel | None = None
+        self.site_kernels: Mapping[int, ProductKernel] = {}
 
     def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
         """Return the product of site `site` by the kernel, or on quantized operands where one of them stays in full precision."""
         grids = (self.left[site], self.right[site]) if self.enabled and site < len(self.left) else ()
-        if self.kernel is not None and grids and all(isinstance(grid, ActivationQuantizer) for grid in grids):
-            return self.kernel(left, grids[0].rows(left), right, grids[1].rows(right))  # type: ignore[operator]
+        kernel = self.site_kernels.get(site, self.kernel)
+        if kernel is not None and grids and all(isinstance(grid, ActivationQuantizer) for grid in grids):
+            return kernel(left, grids[0].rows(left), right, grids[1].rows(right))  # type: ignore[operator]
         left, right = self(site, left, right)
         return left @ right
 
@@ -161,7 +163,7 @@ class _Owner:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         products = self.tfmq_products
-        with ProductMode(products, products.multiply if products.kernel is not None else None):
+        with ProductMode(products, products.multiply if products.kernel is not None or products.site_kernels else None):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -1,5 +1,7 @@
 """Scale and zero-point from a range or from values."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def search(
     return best_scale, best_zero
 
 
-def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat, *, allowed: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """Return grids `(scale, zero_point)` `[S]` with one zero-point that cover what the given ones do, at the least cost in resolution.
 
     Row `t` covers `[-z_t s_t, (L - 1 - z_t) s_t]`. Around another zero-point `z` that takes the scale
@@ -57,16 +59,24 @@ def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat) -> t
         s_t(z) = max(z_t s_t / z, (L - 1 - z_t) s_t / (L - 1 - z))
 
     with 0 / 0 = 0, and the rounding error of the row grows by `(s_t(z) / s_t)**2`. The `z` with the least mean of that over rows is taken, the
-    lowest of equals. Rows that saw nothing but zeros have no say: any grid holds zero.
+    first of equals. Rows that saw nothing but zeros have no say: any grid holds zero.
+
+    `allowed` are the codes to choose from, all by default. A symmetric format has its zero-point already.
+
+    Raises:
+        ValueError: no allowed zero-point leaves codes on each side where a row has values.
     """
     seen = scale > SMALLEST_SCALE
-    if fmt.symmetric or not bool(seen.any()):
-        return scale, zero_point[:1].expand_as(zero_point).clone()
+    if fmt.symmetric:
+        return scale, zero_point
     top = fmt.levels - 1
     below, above = zero_point.double()[:, None], top - zero_point.double()[:, None]
-    candidates = torch.arange(fmt.levels, device=scale.device, dtype=torch.float64)
+    candidates = torch.tensor(allowed or range(fmt.levels), device=scale.device, dtype=torch.float64)
     # What a row needs on a side where the candidate has no codes: all of it, unless it needs nothing.
     growth = torch.maximum(*((need / room).nan_to_num(nan=0.0) for need, room in ((below, candidates), (above, top - candidates))))
-    best = int(growth[seen].square().mean(dim=0).argmin())
+    cost = growth[seen].square().sum(dim=0)
+    best = int(cost.argmin())
+    if not bool(cost[best].isfinite()):
+        raise ValueError(f"no zero-point of {list(allowed)} has codes on both sides")
     shared = (scale.double() * growth[:, best]).to(scale.dtype)
-    return torch.where(seen, shared, scale), torch.full_like(zero_point, best)
+    return torch.where(seen, shared, scale), torch.full_like(zero_point, float(candidates[best]))

@@ -58,7 +58,8 @@ class Activations:
     Attributes:
         per_step: the scope of finite set calibration: no quantizer, those of the temporal block (the paper), or all (the released code).
         zero_points: of the grids of one quantizer: each timestep its own (`per_step`), or one for all timesteps (`shared`), whose scales are then
-            as large as that zero-point needs to cover the same range. Integer engines that want the zero-point as a constant run faster with it.
+            as large as that zero-point needs to cover the same range; in attention products the middle code, or 0 on the left. Integer engines
+            that want the zero-point as a constant run faster with it, and some compute products of activations in integers with such alone.
         products: quantize attention's q, k, v and post-softmax map.
         split: give each source of a channel concatenation its own grid, in activations and weights: in every layer that reads one (True), in none
             (False), or in those that read the concatenated tensor itself (`direct`), a shortcut for one, as Q-Diffusion and the code released
