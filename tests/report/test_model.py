@@ -22,7 +22,11 @@ def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
     on_disk = sum(path.stat().st_size for path in folder.iterdir())
     assert facts["seed of the quantization"] == "5" and f"({on_disk / 10_000:.3f}x)" in facts["size of the denoiser"]
     assert "100 images of 4 steps, seed 7" in facts["evaluated on"] and "torch-fidelity" not in facts["evaluated by"]
-    assert [(row.name, row.values) for row in found.metrics] == [("fid", ("3.25", "3.5", "0.75")), ("is", ("9 ± 0.5", "", ""))]
+    assert [(row.name, row.full, row.quantized) for row in found.metrics] == [
+        ("fid against real", "3.25", "3.5"),
+        ("fid against full precision", "", "0.75"),
+        ("is", "9 ± 0.5", ""),
+    ]
     assert dict(found.pairs)["latent error"].startswith("relative error 0.05 mean, 0.07 worst") and found.units == (("mid", 0.2, 0.1),)
     first, last = found.layers
     assert (first.name, first.weight_bits, first.activation_bits, first.error) == ("mid.a", 4, 8, 0.1)
@@ -87,7 +91,13 @@ def test_the_card_has_the_numbers_and_the_hubs_metadata(write_model: Write, gath
     _, metadata, text = (tmp_path / "card.md").read_text().split("---\n", 2)
     values: dict[str, Any] = yaml.safe_load(metadata)
     assert values["base_model"] == "google/ddpm-cifar10-32" and values["base_model_relation"] == "quantized" and "tfmq" in values["tags"]
-    for expected in ("| fid | 3.25 | 3.5 | 0.75 |", "| psnr, 2 pairs | 30 mean, 20 to 40 |", "scheme w4a8"):
+    for expected in (
+        "| metric | full precision | quantized |",
+        "| fid against real | 3.25 | 3.5 |",
+        "| fid against full precision |  | 0.75 |",
+        "| psnr, 2 pairs | 30 dB mean, 20 to 40 dB |",
+        "from google/ddpm-cifar10-32, scheme w4a8",
+    ):
         assert expected in text
     for name, value in found.facts:
         assert f"| {name} | {value} |" in text

@@ -52,7 +52,7 @@ def report(
         )
         with completed_directory(target, owned=("report.html", "card.md")) as folder:
             write_html(folder / "report.html", found)
-            write_card(folder / "card.md", found)
+            write_card(folder / "card.md", found, place=push_to_hub)
         size = (target / "report.html").stat().st_size
         address = None if push_to_hub is None else _pushed(source, push_to_hub, found, private=private)
         result = {"report": str(target / "report.html"), "card": str(target / "card.md"), "bytes": size, "pushed_to": address}
@@ -73,7 +73,7 @@ def _pushed(directory: Path, repository: str, found: "ModelReport", *, private: 
     from tfmq.report.card import render_card
 
     verify_files(directory)
-    return push_folder(directory, repository, card=render_card(found), private=private)
+    return push_folder(directory, repository, card=render_card(found, place=repository), private=private)
 
 
 def _made(folder: Path) -> Path | None:

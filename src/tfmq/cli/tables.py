@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tfmq.evaluation.deviation import in_words
+from tfmq.report.metrics import pair_rows, published_rows
 from tfmq.report.summary import megabytes
 
 if TYPE_CHECKING:
@@ -222,15 +223,7 @@ def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:
             table.add_row(escape(row["metric"]), row["model"], row["against"] or "", f"{row['value']:.4g}{spread}")
         console.print(table)
         console.print()
-    rows = []
-    if paired := values["paired"]:
-        spreads = {name: f"{s['mean']:.4g} mean, {s['min']:.4g} to {s['max']:.4g}" for name, s in paired["metrics"].items()}
-        rows += [(f"{name}, {paired['count']} pairs", text) for name, text in spreads.items()]
-        if trajectory := paired["trajectory"]:
-            rows += in_words(trajectory)
-    for figure in values["baseline"]:
-        found = f"not compared: {figure['not_compared']}" if figure["not_compared"] else f"measured {figure['measured']:.4g}"
-        rows.append((f"published {figure['metric']}", f"{figure['value']:g} ({figure['source']}); {found}"))
+    rows = [*pair_rows(values["paired"]), *published_rows(values["baseline"])]
     rows.append(("protocol and values", str(output_dir / "evaluation.json")))
     console.print(_figures(rows))
 

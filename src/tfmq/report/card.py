@@ -21,16 +21,33 @@ def _metadata(report: ModelReport) -> list[str]:
     return ["---", "library_name: diffusers", *base, "tags:", "- tfmq", "- quantized", "---", ""]
 
 
-def render_card(report: ModelReport) -> str:
-    """Return the card."""
-    lines = [*_metadata(report), f"# {report.name}", "", f"Quantized by tfmq, scheme {report.scheme}.", ""]
+USE = """\
+```python
+import tfmq  # lets diffusers open the packed weights
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PLACE")
+tfmq.execute(pipeline)  # computes in integers where this machine can
+```
+"""
+
+
+def render_card(report: ModelReport, *, place: str | None = None) -> str:
+    """Return the card; `place` is the hub id that it is for."""
+    origin = f" from {report.base_model}" if report.base_model else ""
+    lines = [*_metadata(report), f"# {report.name}", "", f"Quantized by tfmq{origin}, scheme {report.scheme}.", ""]
+    lines += [USE.replace("PLACE", place or report.name)]
     lines += _table(("", ""), list(report.facts))
     if report.metrics:
         lines += ["## Images as sets", ""]
-        heading = ("metric", "full precision / real", "quantized / real", "quantized / full precision")
-        lines += _table(heading, [(row.name, *row.values) for row in report.metrics])
+        if any(row.full for row in report.metrics):
+            lines += _table(("metric", "full precision", "quantized"), [(row.name, row.full, row.quantized) for row in report.metrics])
+        else:
+            lines += _table(("metric", "quantized"), [(row.name, row.quantized) for row in report.metrics])
     if report.pairs:
         lines += ["## Pairs from the same noise", "", *_table(("metric", "value"), list(report.pairs))]
+    if report.published:
+        lines += ["## Published figures", "", *_table(("figure", "value"), list(report.published))]
     if report.speed:
         lines += ["## Speed", ""]
         speed = [(row["backend"], row["batch"], f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x") for row in report.speed]
@@ -40,7 +57,7 @@ def render_card(report: ModelReport) -> str:
     return "\n".join(lines)
 
 
-def write_card(path: Path, report: ModelReport) -> None:
-    """Write the card atomically."""
+def write_card(path: Path, report: ModelReport, *, place: str | None = None) -> None:
+    """Write the card for the hub id `place` atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(render_card(report), encoding="utf-8")
+        temporary.write_text(render_card(report, place=place), encoding="utf-8")

@@ -1,16 +1,16 @@
 """Everything a report says of a quantized model, as one value that both the page and the card are made from."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfmq.artifact import stored_bytes, stored_manifest
-from tfmq.evaluation.deviation import in_words
 from tfmq.nn.structure import input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
+from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_rows
 from tfmq.report.summary import megabytes
 from tfmq.storage.atomic import read_json
 from tfmq.storage.errors import ForeignFileError
@@ -18,7 +18,6 @@ from tfmq.storage.errors import ForeignFileError
 MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 INPUTS = {"full": "input in full precision", "static": "input static", "per_step": "input per timestep", "dynamic": "input dynamic by token"}
-COMPARISONS = (("full precision", "real"), ("quantized", "real"), ("quantized", "full precision"))
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,6 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class MetricRow:
-    """A metric of sets of images: full precision against real images, quantized against them, and quantized against full precision."""
-
-    name: str
-    values: tuple[str, str, str]
-
-
-@dataclass(frozen=True)
 class ModelReport:
     """What is known of a quantized model.
 
@@ -54,6 +45,7 @@ class ModelReport:
         recipe: every field of the recipe, flat.
         metrics: of sets of images; empty where they were not evaluated.
         pairs: metrics of pairs and of the trajectory, in words.
+        published: what was published of full precision, beside what was measured.
         speed: rows of `tfmq bench`.
         layers: one row a quantized layer.
         units: reconstruction errors: `(unit, rounded to nearest, learned)`.
@@ -69,6 +61,7 @@ class ModelReport:
     recipe: tuple[tuple[str, str], ...]
     metrics: tuple[MetricRow, ...]
     pairs: tuple[tuple[str, str], ...]
+    published: tuple[tuple[str, str], ...]
     speed: tuple[Mapping[str, Any], ...]
     layers: tuple[LayerRow, ...]
     units: tuple[tuple[str, float, float], ...]
@@ -106,24 +99,6 @@ def _layers(structure: Mapping[str, Any], analysis: Mapping[str, Any] | None) ->
         found = measured.get(name, {})
         activation = spec["input"]["bits"] if spec["input"] else None
         rows.append(LayerRow(name, spec["bits"], activation, _scheme(spec), *(found.get(key) for key in ("error", "full_ms", "quantized_ms"))))
-    return tuple(rows)
-
-
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> tuple[MetricRow, ...]:
-    """Return values by metric, the baseline beside the quantized model; a metric that compares with nothing stands where real images would."""
-    table: dict[str, dict[tuple[str, str], str]] = {}
-    for row in rows:
-        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2g}"
-        table.setdefault(row["metric"], {})[(row["model"], row["against"] or "real")] = f"{row['value']:.4g}{spread}"
-    return tuple(MetricRow(name, tuple(values.get(key, "") for key in COMPARISONS)) for name, values in table.items())  # type: ignore[arg-type]
-
-
-def _pairs(paired: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
-    if paired is None:
-        return ()
-    rows = [(f"{name}, {paired['count']} pairs", f"{s['mean']:.4g} mean, {s['min']:.4g} to {s['max']:.4g}") for name, s in paired["metrics"].items()]
-    if trajectory := paired["trajectory"]:
-        rows += in_words(trajectory)
     return tuple(rows)
 
 
@@ -203,8 +178,9 @@ def gather(
             base_model=base_model,
             facts=tuple(_facts(directory, manifest, report, evaluated)),
             recipe=tuple(_flat(manifest["provenance"]["recipe"])),
-            metrics=_metrics(evaluated["rows"]) if evaluated else (),
-            pairs=_pairs(evaluated["paired"]) if evaluated else (),
+            metrics=metric_rows(evaluated["rows"]) if evaluated else (),
+            pairs=pair_rows(evaluated["paired"]) if evaluated else (),
+            published=published_rows(evaluated["baseline"]) if evaluated else (),
             speed=_speed(bench),
             layers=_layers(manifest["structure"], analysed),
             units=tuple((unit["name"], unit["error_before"], unit["error_after"]) for unit in report["units"] if unit["error_before"] is not None),
