@@ -167,3 +167,22 @@ def test_without_clip_it_says_how_to_get_it(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ForeignFileError, match="empty holds no CLIP model"):
         open_clip(str(tmp_path / "empty"))
+
+
+def test_clip_weights_in_a_file_of_torchs_are_read_as_tensors_alone(tmp_path: Path) -> None:
+    """The CLIP of the papers' tables is published without safetensors."""
+    from safetensors.torch import load_file
+
+    from tfmq.integrations.clip import open_clip
+    from tfmq.storage.errors import ForeignFileError
+
+    save_clip(tmp_path / "clip")
+    (safe,) = (tmp_path / "clip").glob("*.safetensors")
+    before = open_clip(str(tmp_path / "clip"))[0].state_dict()
+    torch.save(load_file(safe), tmp_path / "clip" / "pytorch_model.bin")
+    safe.unlink()
+    after = open_clip(str(tmp_path / "clip"))[0].state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    torch.save({"weight": Path("x")}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(ForeignFileError, match=r"clip holds no CLIP model \(a file has Python objects"):
+        open_clip(str(tmp_path / "clip"))

@@ -48,7 +48,7 @@ class Weights:
         path = self.hub / "checkpoints" / file.name
         if not path.is_file():
             raise MissingFileError(
-                f"{path} does not exist: download {file.origin} and put it there, or name its folder with --weights-dir; {instead}"
+                f"{path} does not exist: download {file.origin} and put it there, or into DIR/checkpoints and pass --weights-dir DIR; {instead}"
             )
         if not file_digest(path).startswith(file.digest):
             raise ForeignFileError(f"{path} has another sha256 than published ({file.digest}...); download {file.origin} again")

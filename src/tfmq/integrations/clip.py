@@ -6,6 +6,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
+
+# What torch raises where a file holds more than tensors; it has no public name without the module of that name.
+from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 from transformers import CLIPModel, CLIPProcessor
 
 from tfmq.storage.errors import ForeignFileError, MissingFileError
@@ -37,7 +40,7 @@ def clip_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        advice = f"run: hf download {model}, or name the folder that has its config.json with --clip"
+        advice = f"run: hf download {model}, or name a folder with its files (config.json, weights, preprocessor and tokenizer) with --clip"
         raise MissingFileError(f"{model} is neither a folder nor in the Hugging Face cache; {advice}") from error
 
 
@@ -50,7 +53,10 @@ def open_clip(model: str) -> tuple[Any, Any]:
     """
     folder = clip_folder(model)
     try:
-        network = ClipFeatures.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        # Some published copies have no safetensors; of a file of torch's, nothing but tensors is unpickled.
+        network = ClipFeatures.from_pretrained(folder, local_files_only=True, weights_only=True).eval()
         return network, CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except UnpicklingError as error:
+        raise ForeignFileError(f"{folder} holds no CLIP model (a file has Python objects beside tensors); download it again") from error
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
         raise ForeignFileError(f"{folder} holds no CLIP model ({str(error).strip().splitlines()[0]}); download it again") from error

@@ -1,10 +1,12 @@
-"""The figure of temporal disturbance: how large it is at each timestep, and where a feature looks like another timestep's."""
+"""The figure of temporal disturbance: error and cosine at each timestep, and where a feature looks like another timestep's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tfmq.errors import require
 from tfmq.temporal.disturbance import Disturbance
@@ -14,21 +16,35 @@ FLOOR = 1e-7
 NAMED = 28
 
 
-def _draw_errors(axes: Any, disturbed: Disturbance) -> None:
-    """Draw one thin line a feature, and the mean."""
+def _draw_lines(axes: Any, disturbed: Disturbance, found: Mapping[str, Tensor], *, floor: float) -> None:
+    """Draw one thin line a feature, and the mean; nothing lies below `floor`."""
     timesteps = disturbed.timesteps.cpu().numpy()
-    errors = torch.stack([error.cpu().double() for error in disturbed.relative_error.values()]).numpy()
+    values = torch.stack([value.cpu().double() for value in found.values()]).numpy()
     marker = "o" if len(timesteps) < 3 else None
-    for error in errors:
-        axes.plot(timesteps, np.maximum(error, FLOOR), color="#3b6ea5", alpha=0.35, linewidth=0.8, marker=marker, markersize=3)
-    axes.plot(timesteps, np.maximum(errors.mean(axis=0), FLOOR), color="#c0392b", linewidth=2.2, label="mean", marker=marker)
-    axes.plot([], [], color="#3b6ea5", alpha=0.6, linewidth=0.8, label=f"{len(errors)} features, one line each")
-    axes.set_yscale("log")
+    for value in values:
+        axes.plot(timesteps, np.maximum(value, floor), color="#3b6ea5", alpha=0.35, linewidth=0.8, marker=marker, markersize=3)
+    axes.plot(timesteps, np.maximum(values.mean(axis=0), floor), color="#c0392b", linewidth=2.2, label="mean", marker=marker)
+    axes.plot([], [], color="#3b6ea5", alpha=0.6, linewidth=0.8, label=f"{len(values)} features, one line each")
     axes.set_xlabel("timestep")
-    axes.set_ylabel("relative error")
-    axes.set_title("disturbance of temporal features", fontsize=11, loc="left")
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7)
     axes.legend(frameon=False, fontsize=9, loc="best")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_errors(axes: Any, disturbed: Disturbance) -> None:
+    """Draw the relative error of each feature."""
+    _draw_lines(axes, disturbed, disturbed.relative_error, floor=FLOOR)
+    axes.set_yscale("log")
+    axes.set_ylabel("relative error")
+    axes.set_title("disturbance of temporal features", fontsize=11, loc="left")
+
+
+def _draw_cosines(axes: Any, disturbed: Disturbance) -> None:
+    """Draw the cosine between each feature and the full-precision one."""
+    _draw_lines(axes, disturbed, disturbed.cosine, floor=-1)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_title("cosine to the full-precision feature", fontsize=11, loc="left")
 
 
 def _draw_mismatches(figure: Any, axes: Any, disturbed: Disturbance) -> None:
@@ -53,19 +69,18 @@ def _draw_mismatches(figure: Any, axes: Any, disturbed: Disturbance) -> None:
 
 
 def write_temporal(path: Path, disturbed: Disturbance, *, title: str) -> None:
-    """Draw errors by timestep and the map of mismatches; a model without such features gives a figure that says so.
+    """Draw errors and cosines by timestep and the map of mismatches; a model without such features gives a figure that says so.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     figures = require("matplotlib.figure", extra="report")
-    figure = figures.Figure(figsize=(12, 4.6), dpi=110, facecolor="white", layout="constrained")
+    figure = figures.Figure(figsize=(17, 4.6), dpi=110, facecolor="white", layout="constrained")
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     if disturbed.relative_error:
-        left, right = figure.subplots(1, 2)
-        for side in ("top", "right"):
-            left.spines[side].set_visible(False)
+        left, middle, right = figure.subplots(1, 3)
         _draw_errors(left, disturbed)
+        _draw_cosines(middle, disturbed)
         _draw_mismatches(figure, right, disturbed)
     else:
         figure.text(0.5, 0.45, "no temporal feature found", ha="center", fontsize=12, color="#666666")

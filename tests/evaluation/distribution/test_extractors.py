@@ -55,6 +55,7 @@ def test_without_inceptions_weights_it_says_which_file_goes_where(tmp_path: Path
         inception(Weights(tmp_path))
     text = str(error.value)
     assert str(tmp_path / "checkpoints" / module.FILE.name) in text and module.FILE.origin in text and "--extractor pooled-pixels" in text
+    assert "into DIR/checkpoints and pass --weights-dir DIR" in text
 
 
 def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, value: Any) -> Weights:
