@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 PAPER = 20_000
+# The settings of the presets, which are held against the longest AdaRound.
+FAST = ("gptq", "gptq-interval2")
 # All budgets and settings of a family are one line of the picture.
 FAMILIES = ("nearest", "adaround", "gptq", "gptq_adaround")
 MEASURED = ("unit_gain_db", "noise_sqnr_db", "psnr_db")
@@ -53,16 +55,14 @@ def extrapolated(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def paired_difference(rows: list[Mapping[str, Any]], model: str) -> dict[str, Any] | None:
-    """Return the bar's two figures on the seeds that both have: PSNR of `gptq` less that of the longest AdaRound, and the ratio of their times.
+def paired_difference(rows: list[Mapping[str, Any]], model: str, fast: str) -> dict[str, Any] | None:
+    """Return the bar's two figures on the seeds that both have: PSNR of `fast` less that of the longest AdaRound, and the ratio of their times.
 
     `ratio_units` compares the units, `ratio_job` everything from the calibration on.
     """
     own = [row for row in rows if row["model"] == model]
     longest = max((row["iterations"] for row in own if family(row["solver"]) == "adaround"), default=0)
-    found = {
-        name: {row["seed"]: row for row in own if row["solver"] == solver} for name, solver in (("fast", "gptq"), ("slow", f"adaround-{longest}"))
-    }
+    found = {name: {row["seed"]: row for row in own if row["solver"] == solver} for name, solver in (("fast", fast), ("slow", f"adaround-{longest}"))}
     seeds = sorted(found["fast"].keys() & found["slow"].keys())
     if not seeds:
         return None
@@ -98,10 +98,12 @@ def conclusions(rows: list[Mapping[str, Any]], summary: list[dict[str, Any]]) ->
     """Return what the table says about the bar, and what of it is extrapolated."""
     lines = []
     for model in dict.fromkeys(row["model"] for row in summary):
-        bar, line = paired_difference(rows, model), extrapolated([row for row in summary if row["model"] == model])
-        if bar is not None:
+        line = extrapolated([row for row in summary if row["model"] == model])
+        for fast in FAST:
+            if (bar := paired_difference(rows, model, fast)) is None:
+                continue
             lines.append(
-                f"* {model}: `gptq` is {bar['psnr_difference_db']:+.2f} dB of PSNR from AdaRound with {bar['iterations']} iterations "
+                f"* {model}: `{fast}` is {bar['psnr_difference_db']:+.2f} dB of PSNR from AdaRound with {bar['iterations']} iterations "
                 f"({len(bar['seeds'])} seeds), in 1/{bar['ratio_units']:.1f} of its processor time for the units and 1/{bar['ratio_job']:.1f} "
                 "for the whole job."
             )

@@ -5,7 +5,7 @@
 A cell is a model, a solver with its budget, and a seed. It quantizes the model to W4A8 and measures, against full precision: the error of the
 units' outputs (how many dB below that of nearest codes), the SQNR of the predicted noise along the full-precision trajectory, and the PSNR of
 final images from the same noise. Cells of one model and seed share their calibration, activation ranges and temporal block, which the cell of
-`nearest` computes; all else is equal too, so that they differ by the solver alone.
+`nearest` computes; all else is equal too, so that they differ by the solver alone, or by the calls that it learns from (`interval`).
 
 Time is what the stages of the job took, as the journal keeps it: processor seconds of a CPU run on one thread, and wall seconds. A cell can be
 killed at any time and goes on at the unit that it had reached (which then captures its inputs anew, at its own expense); finished cells are
@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 from reference import Reference, environment
-from solver_table import PAPER, aggregate, conclusions, draw_curves, table
+from solver_table import FAST, PAPER, aggregate, conclusions, draw_curves, table
 from torch import Tensor
 
 import tfmq
@@ -58,6 +58,16 @@ def _rounding(**fields: Any) -> Change:
     return lambda recipe: replace(recipe, rounding=replace(recipe.rounding, **fields))
 
 
+def _interval(interval: int, change: Change) -> Change:
+    """Return the change with units that learn from every `interval`-th step; the stages before them see all steps anyway."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        recipe = change(recipe)
+        return replace(recipe, calibration=replace(recipe.calibration, interval=interval))
+
+    return changed
+
+
 def _learned(solver: str, iterations: int) -> Change:
     learning = Learning(iterations=iterations, learning_rate=max(1e-3, 4 / iterations))
     return lambda recipe: replace(
@@ -70,6 +80,9 @@ SOLVERS: dict[str, Change] = {
     "gptq": _rounding(solver="gptq"),
     **{f"adaround-{budget}": _learned("adaround", budget) for budget in (*BUDGETS, PAPER)},
     **{f"gptq_adaround-{budget}": _learned("gptq_adaround", budget) for budget in POLISHES},
+    "gptq-interval2": _interval(2, _rounding(solver="gptq")),
+    "gptq-interval1": _interval(1, _rounding(solver="gptq")),
+    "gptq_adaround-interval2-100": _interval(2, _learned("gptq_adaround", 100)),
     "gptq-positions16": _rounding(solver="gptq", positions=16),
     "gptq-positions256": _rounding(solver="gptq", positions=256),
     "gptq-sweeps1": _rounding(solver="gptq", sweeps=1),
@@ -134,14 +147,14 @@ def known_models(num_images: int, folder: Path | None) -> dict[str, Model]:
 def cells() -> Iterator[Cell]:
     """Yield the table's cells: what decides the bar first, what costs most last; each seed's `nearest` before what builds on it."""
     longest = f"adaround-{BUDGETS[-1]}"
-    for solver in ("nearest", "gptq", longest, "adaround-400"):
+    for solver in ("nearest", *FAST, longest, "adaround-400"):
         yield Cell("default", solver, 0)
     for solver in ("nearest", "gptq", "gptq_adaround-100", "adaround-100"):
         yield Cell("ddpm64", solver, 0)
     for seed in (1, 2):
-        for solver in ("nearest", "gptq", longest):
+        for solver in ("nearest", *FAST, longest):
             yield Cell("default", solver, seed)
-    shorter = [name for name in SOLVERS if name not in ("nearest", "gptq", longest, f"adaround-{PAPER}")]
+    shorter = [name for name in SOLVERS if name not in ("nearest", *FAST, longest, f"adaround-{PAPER}")]
     for seed in (0, 1, 2):
         for solver in shorter:
             if (solver, seed) != ("adaround-400", 0):
@@ -171,6 +184,12 @@ class TimedJournal(Journal):
         assert self.directory is not None
         parts = [read_json(path) for path in sorted(self.directory.glob("*.time.json")) if path.name.startswith("unit_") == units]
         return {key: sum(part[key] for part in parts) for key in ("seconds", "cpu_seconds")}
+
+
+def same_stages(recipe: Recipe, base: Recipe) -> bool:
+    """Whether all stages before the units are the same with both recipes."""
+    interval = base.calibration.interval
+    return replace(recipe, rounding=base.rounding, learning=base.learning, calibration=replace(recipe.calibration, interval=interval)) == base
 
 
 def share_stages(base: Path, job: Path) -> None:
@@ -204,10 +223,10 @@ def gain_db(outcome: Outcome) -> float:
 def measure(cell: Cell, model: Model, reference: Reference, jobs: Path, progress: Progress) -> dict[str, Any]:
     """Quantize and measure one cell."""
     base, job = (jobs / Cell(cell.model, solver, cell.seed).name for solver in ("nearest", cell.solver))
-    if cell.solver != "nearest":
+    recipe = SOLVERS[cell.solver](model.recipe)
+    if cell.solver != "nearest" and same_stages(recipe, model.recipe):
         share_stages(base, job)
     sampler = reference.fresh()
-    recipe = SOLVERS[cell.solver](model.recipe)
     outcome, journal = quantized(sampler, recipe, cell.seed, job, progress)
     module = sampler.denoiser.module
     tfmq.execute(module, "auto")
@@ -223,6 +242,7 @@ def measure(cell: Cell, model: Model, reference: Reference, jobs: Path, progress
         "noise_sqnr_by_step": sqnr,
         "psnr_db": fidelity.mean_psnr_db,
         "psnr_min_db": fidelity.min_psnr_db,
+        "psnr_by_image": fidelity.psnr_db.tolist(),
         "ssim": fidelity.mean_ssim,
         "num_images": reference.num_images,
     }

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,17 +83,29 @@ def test_the_bar_compares_equal_seeds_and_extrapolates_time_alone(solvers: Modul
         row("gptq", 0, 0, psnr=38.0, seconds=10), row("gptq", 0, 1, psnr=50.0, seconds=10),
         row("adaround-100", 100, 0, psnr=36.0, seconds=5), row("adaround-5000", 5000, 0, psnr=37.5, seconds=201),
     ]  # fmt: skip
-    bar = solver_table.paired_difference(rows, "m")
+    bar = solver_table.paired_difference(rows, "m", "gptq")
     assert bar == {"iterations": 5000, "seeds": [0], "psnr_difference_db": 0.5, "ratio_units": 20.1, "ratio_job": 211 / 20}
+    assert solver_table.paired_difference(rows, "m", "gptq-interval2") is None
     line = solver_table.extrapolated(solver_table.aggregate(rows))
     assert line is not None and line["cpu_seconds_an_iteration"] == pytest.approx(0.04) and line["cpu_seconds"] == pytest.approx(801)
     assert line["gain_of_last_step_db"] == 1.5 and line["before_it"] == 100
-    assert solver_table.paired_difference(rows[:2], "m") is None and solver_table.extrapolated(solver_table.aggregate(rows[:2])) is None
+    assert solver_table.paired_difference(rows[:2], "m", "gptq") is None and solver_table.extrapolated(solver_table.aggregate(rows[:2])) is None
+
+
+def test_cells_share_the_stages_that_they_would_repeat(solvers: ModuleType, models: Any) -> None:
+    base = models["tiny"].recipe
+    assert all(solvers.same_stages(change(base), base) for change in solvers.SOLVERS.values())
+    assert solvers.SOLVERS["gptq-interval2"](base).calibration == replace(base.calibration, interval=2)
+    assert not solvers.same_stages(replace(base, calibration=replace(base.calibration, samples=3)), base)
+    assert not solvers.same_stages(replace(base, activations=replace(base.activations, per_step="none")), base)
 
 
 def test_the_bar_is_decided_first(solvers: ModuleType) -> None:
     order = [cell.name for cell in solvers.all_cells()]
-    assert order[:3] == ["default-nearest-0", "default-gptq-0", "default-adaround-5000-0"] and order[-1] == "default-adaround-20000-0"
+    assert (
+        order[:4] == ["default-nearest-0", "default-gptq-0", "default-gptq-interval2-0", "default-adaround-5000-0"]
+        and order[-1] == "default-adaround-20000-0"
+    )
     assert len(set(order)) == len(order)
     for seed in (0, 1, 2):
         assert {f"default-{name}-{seed}" for name in solvers.SOLVERS if name not in ("adaround-20000", *TINY[2:])} <= set(order)
