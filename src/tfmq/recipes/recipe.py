@@ -133,7 +133,7 @@ class Calibration:
 
     samples: int = 32
     steps: int = 50
-    interval: int = 5
+    interval: int = 2
     batch_size: int = 16
     eta: float | None = None
     guidance_scale: float | None = None
