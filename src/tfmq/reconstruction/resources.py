@@ -4,17 +4,34 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
 # Blocks from this size on go back to the system as soon as they are freed.
 RETURNED = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Of the memory: for captured calls and targets; the rest is the solvers' and the network's own.
 CAPTURED = 0.25
+# Of the memory that is free, where no limit was given.
+UNASKED = 0.5
+
+MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_bytes() -> int | None:
+    """Return the memory that this process could still take: the machine's, or what its control group (a container's) leaves. None where unknown."""
+    if not MEMINFO.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
+    free = [int(fields["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in fields else []
+    limit, used = ((GROUP / name).read_text().strip() if (GROUP / name).exists() else "" for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        free.append(max(0, int(limit) - int(used)))
+    return min(free, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Limits of a job; None sets none.
+    """Limits of a job; None sets none, but for captured calls, which go to files before they fill the machine.
 
     Attributes:
         max_memory: bytes that calibration may hold beyond what the process held before, the model included. The result does not depend on it.
@@ -33,8 +50,11 @@ class Resources:
 
     @property
     def captured(self) -> int | None:
-        """Return the bytes of captured calls that may stay in memory."""
-        return None if self.max_memory is None else int(CAPTURED * self.max_memory)
+        """Return the bytes of captured calls that may stay in memory; without a limit half of what is free, and None where nobody knows that."""
+        if self.max_memory is not None:
+            return int(CAPTURED * self.max_memory)
+        free = free_bytes()
+        return None if free is None else int(UNASKED * free)
 
     def sites_at_once(self, bytes_each: int) -> int | None:
         """Return the number of activation quantizers whose inputs may be looked at in one pass."""
