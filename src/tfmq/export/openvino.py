@@ -9,6 +9,7 @@ import torch
 from openvino import opset13 as ops
 
 from tfmq.export.capture import Call, Graph, capture, trace
+from tfmq.export.channels_last import rewrite
 from tfmq.export.quiet import quiet_tools
 
 
@@ -33,6 +34,12 @@ def convert(graph: Graph, call: Call) -> ov.Model:
 
     Its inputs are called by the graph's names; one that the graph does not read may be missing.
     """
+    model = _shaped(graph, call)
+    rewrite(model)
+    return model
+
+
+def _shaped(graph: Graph, call: Call) -> ov.Model:
     traced = trace(graph, call)
     if traced is not None:
         model = _named(_converted(traced), dict(zip((value.debugName() for value in traced.graph.inputs()), graph.names, strict=True)))
