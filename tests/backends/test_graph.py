@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,17 @@ from tfmq.storage.digest import tensor_digest
 @pytest.fixture(scope="module")
 def cached(sampler: Callable[..., LoopSampler]) -> tuple[nn.Module, Inputs]:
     """A plain denoiser in W8A8 whose temporal features come from tables, and a batch of two at a calibrated timestep."""
-    made = sampler("plain")
-    recipe = tfmq.scheme("w8a8")
+    return quantized(sampler("plain"), "w8a8")
+
+
+@pytest.fixture(scope="module")
+def fast(sampler: Callable[..., LoopSampler]) -> tuple[nn.Module, Inputs]:
+    """The same with one zero-point for all timesteps."""
+    return quantized(sampler("plain"), "fast_w8a8")
+
+
+def quantized(made: LoopSampler, scheme: str) -> tuple[nn.Module, Inputs]:
+    recipe = tfmq.scheme(scheme)
     recipe = replace(recipe, calibration=replace(recipe.calibration, steps=3, samples=2), learning=replace(recipe.learning, iterations=0))
     tfmq.quantize(made, replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))))
     module = made.denoiser.module
@@ -109,6 +119,57 @@ def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module
         pytest.skip("this processor has no integer convolution")
     kinds = kinds_of("Convolution", own_cache)
     assert kinds and set(kinds) <= {"u8", "i8"}
+
+
+def shifted(cache: Path) -> int:
+    """Return how many operations of the one model of the cache have a term subtracted from what they put out."""
+    model = shared_core().read_model(next(cache.glob("*.xml")))
+    products = [node for node in model.get_ops() if node.get_type_name() in ("Convolution", "MatMul")]
+    return sum(target.get_node().get_type_name() == "Subtract" for node in products for target in node.output(0).get_target_inputs())
+
+
+def test_a_shared_zero_point_leaves_a_rescale_behind_each_operation(
+    cached: tuple[nn.Module, Inputs], fast: tuple[nn.Module, Inputs], own_cache: Path
+) -> None:
+    pytest.importorskip("openvino")
+    found = []
+    for module, inputs in (cached, fast):
+        module = copy.deepcopy(module)
+        execute(module, "openvino")
+        outputs(module, inputs)
+        found.append(shifted(own_cache))
+        for path in own_cache.glob("*.xml"):
+            path.unlink()
+    assert found[0] > 3 and found[1] == 0
+
+
+def test_every_backend_computes_the_same_with_shared_zero_points(fast: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(fast[0]), fast[1]
+    execute(module, "reference")
+    exact = outputs(module, inputs)
+    backends = [("simulated", Options()), ("operators", Options()), ("openvino", Options())]
+    if available():
+        backends += [("torch", Options()), ("torch", Options(weights="packed")), ("torch", Options(compile=True))]
+    for backend, options in backends:
+        execute(module, backend, options=options)
+        for expected, through in zip(exact, outputs(module, inputs), strict=True):
+            assert sqnr_db(expected, through) > (35 if backend == "simulated" else 40), backend
+
+
+def test_attention_products_are_integer_products_where_zero_points_are_shared(fast: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(fast[0]), fast[1]
+    execute(module, "openvino")
+    outputs(module, inputs)
+    model = shared_core().read_model(next(own_cache.glob("*.xml")))
+    operands = [[value.get_node() for value in node.input_values()] for node in model.get_ops() if node.get_type_name() == "MatMul"]
+
+    def quantizer(node: Any) -> bool:
+        """Whether a node puts out what a quantizer did, transposed at most."""
+        return node.get_type_name() == "FakeQuantize" or (node.get_type_name() == "Transpose" and quantizer(node.input_value(0).get_node()))
+
+    assert [[quantizer(node) for node in pair] for pair in operands] == [[True, True]] * 2
 
 
 SIGNAL_AFTER_TWO_MODELS = """

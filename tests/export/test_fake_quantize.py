@@ -6,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tfmq.export.fake_quantize import FakeQuantizeKernel
+from tfmq.export.fake_quantize import FakeQuantizeKernel, product_kernels
 from tfmq.kernels.kernel import IntegerWeight, Rows
-from tfmq.kernels.reference import ReferenceKernel
+from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.nn.operation import operation_of
+from tfmq.nn.products import ProductQuantizers
 from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
+from tfmq.quantizers.steps import StepContext
 
 
 @st.composite
@@ -71,6 +74,33 @@ def test_rows_that_share_a_zero_point_need_no_correction() -> None:
     weight = IntegerWeight(operation, torch.ones(3, 4, dtype=torch.int16), torch.ones(3, 1), None)
     assert FakeQuantizeKernel(weight, torch.full((5, 1), 7)).shifts == [False]
     assert FakeQuantizeKernel(weight, torch.tensor([[7], [8]])).shifts == [True]
+
+
+def product_quantizers(left: list[int], right: list[int], *, bits: int = 8, symmetric: bool = False) -> ProductQuantizers:
+    """One product with these zero-points at two timesteps."""
+    quantizers = []
+    for zeros in (left, right):
+        quantizer = ActivationQuantizer(IntegerFormat(bits, symmetric), steps=StepContext(torch.tensor([1.0, 2.0])))
+        quantizer.fit(torch.tensor([[0.02], [0.03]]), torch.tensor(zeros, dtype=torch.uint8)[:, None])
+        quantizers.append(quantizer)
+    return ProductQuantizers(quantizers[:1], quantizers[1:])
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "integer"),
+    [([0, 0], [128, 128], True), ([128, 128], [128, 128], True), ([0, 128], [128, 128], False), ([7, 7], [128, 128], False), ([0, 0], [0, 0], False)],
+)
+def test_products_with_the_zero_points_of_integer_products(left: list[int], right: list[int], integer: bool) -> None:
+    kernels = product_kernels(product_quantizers(left, right))
+    assert set(kernels) == ({0} if integer else set())
+    if integer:
+        x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 7, 4)
+        rows = [Rows(torch.tensor([[0.02], [0.03]]), torch.tensor(zeros, dtype=torch.uint8)[:, None], 256) for zeros in (left, right)]
+        torch.testing.assert_close(kernels[0](x, rows[0], y, rows[1]), reference_product(x, rows[0], y, rows[1]))
+
+
+def test_products_in_full_precision_have_no_kernel() -> None:
+    assert product_kernels(ProductQuantizers([None], [None])) == {}
 
 
 def test_weights_alone() -> None:

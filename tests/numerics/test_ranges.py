@@ -149,3 +149,14 @@ def test_a_row_of_zeros_has_no_say_and_no_other_scale() -> None:
     assert chosen.tolist() == [191.0] * 3 and torch.allclose(shared, torch.tensor([4 / 255, SMALLEST_SCALE, SMALLEST_SCALE]))
     nothing = share_zero_point(scale[1:], torch.tensor([0.0, 7.0]), IntegerFormat(8))
     assert nothing[1].tolist() == [0.0, 0.0] and torch.equal(nothing[0], scale[1:])
+
+
+def test_a_shared_zero_point_is_one_of_those_allowed() -> None:
+    low, high = torch.tensor([-1.0, -3.0]), torch.tensor([4.0, 1.0])
+    scale, zero = from_range(low, high, IntegerFormat(8))
+    for allowed in ((128,), (0, 128), (40, 90, 200)):
+        shared, chosen = share_zero_point(scale, zero, IntegerFormat(8), allowed=allowed)
+        assert int(chosen[0]) in allowed and (chosen * shared >= zero * scale * 0.999).all()
+    assert share_zero_point(*from_range(torch.zeros(2), high, IntegerFormat(8)), IntegerFormat(8), allowed=(0, 128))[1].tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"no zero-point of \[0\]"):
+        share_zero_point(scale, zero, IntegerFormat(8), allowed=(0,))
