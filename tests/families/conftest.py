@@ -72,12 +72,17 @@ class Parts:
         return tokenizer, kind(CLIPTextConfig(**ids, **size, projection_dim=8)).eval()
 
     def t5(self, *, width: int = 8, multilingual: bool = False) -> tuple[Any, Any]:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
         from transformers import T5Config, T5EncoderModel, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0), *((letter, -2.0) for letter in LETTERS)]
         size = {"vocab_size": len(pieces), "d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
         encoder = UMT5EncoderModel(UMT5Config(**size)) if multilingual else T5EncoderModel(T5Config(**size))
-        return T5TokenizerFast(vocab=pieces, extra_ids=0), encoder.eval()
+        # Built here, because T5's class makes it from pieces in recent transformers alone.
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0), encoder.eval()
 
     def vae(self, **changes: Any) -> Any:
         return diffusers.AutoencoderKL(**AUTOENCODER, latent_channels=4, shift_factor=0.0, **changes)

@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +76,14 @@ def check_drawing(page: Any) -> None:
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Draw").click()
     page.get_by_text("does not exist").wait_for(timeout=PATIENCE)
+
+
+def test_a_port_that_is_taken_is_named(original: Path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed; pip install 'tfmq[studio]' has it")
+    with socket.socket() as taken, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} of {LOOPBACK} is taken; name a free one with --port"):
+            Studio([], str(original)).launch(port=port)

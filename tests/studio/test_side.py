@@ -2,15 +2,21 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tfmq
 from tfmq.evaluation.sampling import draw
 from tfmq.studio.side import Side, SideError, Wish
 from tfmq.targets import open_sampler
+
+SOURCE = str(Path(tfmq.__file__).parent.parent)
 
 
 @pytest.fixture
@@ -45,3 +51,39 @@ def test_a_process_that_dies_is_named_and_replaced(side: Side, original: Path) -
     with pytest.raises(SideError, match="out of memory"):
         side.draw(str(original), Wish(steps=2))
     assert np.array_equal(side.draw(str(original), Wish(steps=2)).image, drawn.image)
+
+
+PAGE = """
+import time
+from tfmq.studio import side
+
+if __name__ == "__main__":
+    process = side._new_process()
+    print(process.submit(side.os.getpid).result(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_models_process_does_not_outlive_the_page(tmp_path: Path, end: signal.Signals) -> None:
+    (tmp_path / "page.py").write_text(PAGE)
+    page = subprocess.Popen([sys.executable, tmp_path / "page.py"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": SOURCE})
+    with page:
+        assert page.stdout is not None
+        process = int(page.stdout.readline())
+        os.kill(process, 0)
+        page.send_signal(end)
+    for _ in range(600):
+        if not alive(process):
+            return
+        time.sleep(0.05)
+    os.kill(process, signal.SIGKILL)
+    pytest.fail("the process of the model is still there")
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that ended and that nobody has asked after does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -108,11 +108,18 @@ class Studio:
         return page
 
     def launch(self, *, port: int | None = None) -> Any:
-        """Start the page on this machine alone, and return it with its `local_url`; `port` None is the first free one from 7860."""
+        """Start the page on this machine alone, and return it with its `local_url`; `port` None is the first free one from 7860.
+
+        Raises:
+            ValueError: the port is taken, or all that are tried are.
+        """
         page = self.page()
         theme = require("gradio", extra="studio").themes.Default(**FONTS)
         local = {"server_name": LOOPBACK, "server_port": port, "share": False}
-        page.launch(**local, inbrowser=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme)
+        try:
+            page.launch(**local, inbrowser=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme)
+        except OSError as error:
+            raise ValueError(f"port {port or '7860 and those after it'} of {LOOPBACK} is taken; name a free one with --port") from error
         return page
 
     def close(self) -> None:

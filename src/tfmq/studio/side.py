@@ -8,7 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 from tfmq.backends.execution import AUTO, choose, execute
@@ -111,6 +112,22 @@ def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn
     return Drawn(image, seconds, peak_bytes() - held.before, held.backend, said)
 
 
+def _end_with_parent() -> None:
+    """Let this process end when the page's does, however that ends: it would go on holding a model."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
+def _new_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
 class Side:
     """Draws with whatever model it is asked for; each model gets a new process, and the last one's ends."""
 
@@ -128,7 +145,7 @@ class Side:
         """
         if self._process is None or model != self._model:
             self.close()
-            self._process, self._model = ProcessPoolExecutor(1, mp_context=get_context("spawn")), model
+            self._process, self._model = _new_process(), model
         call: Callable[..., Drawn] = draw_here
         try:
             return self._process.submit(call, model, self.backend, self.device, wish).result()
