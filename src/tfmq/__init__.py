@@ -40,8 +40,9 @@ _HOMES = {
     "quantize": "tfmq.api",
     "rebake": "tfmq.adapt",
     "scheme": "tfmq.recipes",
-    # Not in `__all__`, since they need diffusers: components that pipeline directories name.
+    # Not in `__all__`, since they need diffusers: what pipeline directories name.
     "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",
+    "LatentClassPipeline": "tfmq.integrations.diffusers.class_conditional",
     "UNet2DHeadsModel": "tfmq.integrations.diffusers.heads",
 }
 
@@ -64,5 +65,11 @@ def _register_components() -> None:
     import tfmq.integrations.diffusers.components  # noqa: F401
 
 
+def _register_pipeline() -> None:
+    import tfmq.integrations.diffusers.class_conditional  # noqa: F401
+
+
 when_imported("diffusers.quantizers.auto", _register_with_diffusers)
 when_imported("diffusers.pipelines.pipeline_loading_utils", _register_components)
+# Whoever has `DiffusionPipeline` has the models that this pipeline is made of.
+when_imported("diffusers.pipelines.pipeline_utils", _register_pipeline)

@@ -184,5 +184,5 @@ def test_clip_weights_in_a_file_of_torchs_are_read_as_tensors_alone(tmp_path: Pa
     after = open_clip(str(tmp_path / "clip"))[0].state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     torch.save({"weight": Path("x")}, tmp_path / "clip" / "pytorch_model.bin")
-    with pytest.raises(ForeignFileError, match=r"clip holds no CLIP model \(a file has Python objects"):
+    with pytest.raises(ForeignFileError, match="clip holds no CLIP model"):
         open_clip(str(tmp_path / "clip"))

@@ -1,6 +1,9 @@
 """Original checkpoints become pipelines that compute the same: state dicts of reference modules, written to files and read back."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +168,35 @@ def test_an_imported_pipeline_goes_through_the_whole_of_tfmq(class_conditional: 
     images, expected = (each.run(range(2), steps=2, seed=0) for each in (sampler, full))
     others = full.run(range(2, 4), steps=2, seed=0)
     assert 0 < float((images - expected).abs().mean()) < 0.5 * float((others - expected).abs().mean())
+
+
+# Opens a directory in a process of its own, where nothing but tfmq's and diffusers' front doors has been imported.
+ELSEWHERE = """
+pipeline = kind.from_pretrained(sys.argv[1])
+assert type(pipeline) is tfmq.LatentClassPipeline and type(pipeline.class_embedder) is tfmq.ClassEmbedder
+from tfmq.nn.swap import STEPS
+assert hasattr(pipeline.unet, STEPS) == (sys.argv[2] == "quantized")
+pipeline.save_pretrained(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import sys, tfmq; from diffusers import DiffusionPipeline as kind", "import sys; from diffusers import DiffusionPipeline as kind; import tfmq"],
+)
+def test_from_pretrained_opens_class_conditional_pipelines_after_import_tfmq(
+    class_conditional: tuple[Any, nn.Module, nn.Module], tmp_path: Path, imports: str
+) -> None:
+    class_conditional[0].save_pretrained(tmp_path / "stock")
+    recipe = tfmq.scheme("rtn_w8a8")
+    tfmq.quantize(
+        tmp_path / "stock", replace(recipe, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)), output_dir=tmp_path / "q"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(tfmq.__file__).parents[1])}
+    for folder, kind in (("stock", "original"), ("q", "quantized")):
+        command = [sys.executable, "-c", f"{imports}\n{ELSEWHERE}", tmp_path / folder, kind, tmp_path / f"{folder} again"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def import_heads(original: SimpleNamespace, randomized: Fill, directory: Path) -> tuple[Any, nn.Module]:
