@@ -1,8 +1,11 @@
 """`tfmq inspect`."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 Run = Callable[..., Any]
 KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes", "temporal_parameters", "table_bytes", "schemes", "speed"}
@@ -45,3 +48,15 @@ def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
             *words,
         ):
             assert word in out
+
+
+@pytest.mark.parametrize(("height", "rows"), [(24, 3), (60, 12), (10, 1)])
+def test_what_is_shown_fits_on_one_screen(tfmq: Run, monkeypatch: pytest.MonkeyPatch, height: int, rows: int) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "xterm"), ("LINES", str(height)), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", tfmq("inspect", "default").out).splitlines()
+    # Each list: as many rows as fit, the count of the rest.
+    for heading in ("temporal layer", "unit  "):
+        (start,) = (number for number, line in enumerate(lines) if line.startswith(heading))
+        assert lines[start + rows + 1].startswith("... and ")
+    assert len(lines) < height or rows == 1

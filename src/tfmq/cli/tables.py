@@ -107,12 +107,21 @@ def _inputs(inspection: "Inspection") -> str:
     return f"{text}; measured, dynamic is better for {len(gains)} of {len(inspection.inputs)}{most}"
 
 
-def _shortened(table: Table, rows: Sequence[tuple[str, ...]]) -> Table:
-    for row in rows[:LISTED]:
+def _shortened(table: Table, rows: Sequence[tuple[str, ...]], listed: int = LISTED) -> Table:
+    for row in rows[:listed]:
         table.add_row(*row)
-    if len(rows) > LISTED:
-        table.add_row(f"... and {len(rows) - LISTED} more (--json lists all)")
+    if len(rows) > listed:
+        table.add_row(f"... and {len(rows) - listed} more (--json lists all)")
     return table
+
+
+def _rows_left(console: Console, above: Table) -> int:
+    """Return how many rows each of two tables may have so that both fit on the screen below a third, each with space, heading and remainder."""
+    if not console.is_terminal:
+        return LISTED
+    # The last line is the prompt's.
+    left = console.height - len(console.render_lines(above)) - 2 * 3 - 1
+    return max(1, min(LISTED, left // 2))
 
 
 def _temporal(inspection: "Inspection") -> str:
@@ -151,14 +160,16 @@ def show_inspection(inspection: "Inspection") -> None:
         rows.insert(4, ("schemes", _schemes(inspection.schemes)))
     if quantized is not None:
         rows.insert(4, ("inputs", _inputs(inspection)))
-    console.print(_figures(rows))
+    figures = _figures(rows)
+    shown = _rows_left(console, figures)
+    console.print(figures)
     console.print()
     table = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")
     listed = [(layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no") for layer in inspection.temporal]
-    console.print(_shortened(table, listed))
+    console.print(_shortened(table, listed, shown))
     console.print()
     table = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
-    console.print(_shortened(table, [(unit.name, str(len(unit.layers))) for unit in inspection.units]))
+    console.print(_shortened(table, [(unit.name, str(len(unit.layers))) for unit in inspection.units], shown))
 
 
 def show_forecast(expected: "Forecast") -> None:
