@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tfmq.evaluation.distribution.features import Moments
+from tfmq.evaluation.distribution.frechet import Fid
 from tfmq.evaluation.distribution.inception_score import InceptionScore
 from tfmq.evaluation.distribution.kernel import Kid
 from tfmq.evaluation.distribution.manifold import PrecisionRecall
@@ -77,6 +79,34 @@ def test_kid_is_the_librarys_value_on_the_same_arrays(held: Make, monkeypatch: p
     subsets = Kid()(images, others, seed=0)["kid"]
     assert subsets.deviation is not None and subsets.deviation > 0
     assert abs(subsets.value - score.value) < 3 * subsets.deviation
+
+
+def test_the_inception_score_is_its_formula_on_the_same_arrays(held: Make) -> None:
+    scores = held(0, count=40)
+    probabilities = scores.values.double()[permuted(40)].softmax(dim=1).numpy()
+    parts = [np.exp((part * (np.log(part) - np.log(part.mean(axis=0)))).sum(axis=1).mean()) for part in np.split(probabilities, 10)]
+    found = InceptionScore()(scores, None, seed=0)["is"]
+    assert found.value == pytest.approx(np.mean(parts)) and found.deviation == pytest.approx(np.std(parts, ddof=1))
+
+
+def permuted(count: int) -> torch.Tensor:
+    """Return the order in which the images of a seed, 0, are split."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.randperm(count)
+
+
+def test_torch_fidelity_finds_the_same_values_on_the_same_arrays(held: Make) -> None:
+    """Another implementation than the one that computes: of FID, and of KID where each subset is the whole set."""
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
+    kid = pytest.importorskip("torch_fidelity.metric_kid", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
+    images, others = held(0, count=50), held(1, count=50, shift=0.5)
+    a, b = images.values.double(), others.values.double()
+    expected = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(values) for values in (a, b)), False)["frechet_inception_distance"]
+    assert Fid()(images, others, seed=0)["fid"].value == pytest.approx(float(expected), rel=1e-5)
+    whole = {"kid_subsets": 1, "kid_subset_size": 50, "verbose": False}
+    expected = kid.kid_features_to_metric(a, b, **whole)["kernel_inception_distance_mean"]
+    assert Kid()(images, others, seed=0)["kid"].value == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_identical_images_have_the_inception_score_one(held: Make) -> None:
