@@ -41,6 +41,9 @@ def test_a_whole_model_is_pushed_with_its_card(tfmq: Run, quantized: Path, tmp_p
     assert (directory, repository) == (tmp_path / "q", "me/q") and not options["private"]
     assert options["card"] == Path(result.json["card"]).read_text() and "base_model_relation: quantized" in options["card"]
     assert 'DiffusionPipeline.from_pretrained("me/q")' in options["card"] and "from owner/name" in options["card"]
+    nameless = tfmq(*command[:2], *command[-2:])
+    assert nameless.status == 0 and "name it with --base-model" in nameless.err and "name it" not in result.err
+    assert "base_model" not in pushed.pop()[1]["card"]
     weights = next((tmp_path / "q").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])
     assert tfmq(*command).status == 1 and not pushed

@@ -1,5 +1,6 @@
 """`tfmq report`."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,6 +54,8 @@ def report(
         with completed_directory(target, owned=("report.html", "card.md")) as folder:
             write_html(folder / "report.html", found)
             write_card(folder / "card.md", found, place=push_to_hub)
+        if push_to_hub is not None and base_model is None:
+            warnings.warn("the card does not say what this model was made from; name it with --base-model", stacklevel=1)
         size = (target / "report.html").stat().st_size
         address = None if push_to_hub is None else _pushed(source, push_to_hub, found, private=private)
         result = {"report": str(target / "report.html"), "card": str(target / "card.md"), "bytes": size, "pushed_to": address}
