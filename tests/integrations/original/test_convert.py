@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,8 +322,55 @@ def test_the_verb_writes_a_pipeline_that_every_verb_opens(
     assert json.loads(capsys.readouterr().out)["parameters"] == sum(parameter.numel() for parameter in reference.parameters())
 
 
-class Callback:
-    """An object that a training checkpoint holds beside its tensors."""
+class Command:
+    """An object whose reading runs a command, unless the reader knows better."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def lightning(monkeypatch: pytest.MonkeyPatch) -> type:
+    """Return a class that goes by the name of Lightning's callback, which can be imported while the test runs."""
+    names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    kind = type("ModelCheckpoint", (), {"__module__": names[-1]})
+    sys.modules[names[-1]].ModelCheckpoint = kind  # type: ignore[attr-defined]
+    return kind
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_what_a_training_keeps_beside_the_weights_is_left_out(
+    original: SimpleNamespace, randomized: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    """The released Stable Diffusion v1 files are like that: the class of a callback is the key of its state."""
+    described = latent(PLAIN, VQ)
+    unet, stage = randomized(original.Openai(described["model"]["params"]["unet_config"]["params"])), randomized(original.FirstStage(VQ))
+    tensors = prefixed(unet, "model.diffusion_model.") | prefixed(stage, "first_stage_model.")
+    states: dict[str, Any] = {"state_dict": tensors, "epoch": 3, "pytorch-lightning_version": "1.4.2"}
+    checkpoint, config = write(tmp_path, states, described)
+    expected = import_checkpoint(checkpoint, config).unet.state_dict()
+    with monkeypatch.context() as patched:
+        kind = lightning(patched)
+        made = kind()
+        made.best = torch.ones(1)  # type: ignore[attr-defined]
+        beside = {"callbacks": {kind: {"monitor": "val/loss"}}, "hooks": [made]} if zipped else {}
+        torch.save({**states, **beside}, checkpoint, _use_new_zipfile_serialization=zipped)
+    found = import_checkpoint(checkpoint, config).unet.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("function", [os.system, eval], ids=["of the system", "of Python"])
+def test_nothing_that_a_file_names_is_called(tmp_path: Path, function: Callable[..., Any]) -> None:
+    sign = tmp_path / "called"
+    text = f"touch {sign}" if function is os.system else f"__import__('pathlib').Path({str(sign)!r}).touch()"
+    checkpoint, config = write(tmp_path, {"w": torch.zeros(1), "command": Command(function, text)}, DDIM)
+    with pytest.raises(ValueError, match=r"model\.ckpt holds Python objects that could run code|missing: conv_in"):
+        import_checkpoint(checkpoint, config)
+    assert not sign.exists()
 
 
 def test_what_does_not_fit_is_listed(original: SimpleNamespace, randomized: Fill, tmp_path: Path) -> None:
@@ -347,7 +394,7 @@ def test_what_does_not_fit_is_listed(original: SimpleNamespace, randomized: Fill
 @pytest.mark.parametrize(
     ("states", "config", "message"),
     [
-        ({"w": torch.zeros(1), "callback": Callback()}, DDIM, "model.ckpt holds Python objects beside tensors"),
+        ({"w": torch.zeros(1), "command": Command(os.system, "true")}, DDIM, "model.ckpt holds Python objects that could run code"),
         ({"epoch": 3}, DDIM, "model.ckpt holds a dict without named tensors"),
         ({"w": torch.zeros(1)}, {"model": {"ch": 3}}, "config.yaml describes neither a DDIM model"),
         ({"w": torch.zeros(1)}, {**DDIM, "data": {}}, "the configuration has no data.image_size"),

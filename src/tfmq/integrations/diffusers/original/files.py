@@ -34,19 +34,42 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+class LeftOut:
+    """Stands where a checkpoint names a class or a function that is not torch's: it takes whatever it is given, and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take what the original would be made of."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Take what the original would hold."""
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """Return the classes and functions that a torch file names beside torch's own; checkpoints of trainings name callbacks."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (UnpicklingError, *DAMAGED):
+        # An old or damaged file, of which `torch.load` says more.
+        return []
+
+
 def read_checkpoint(path: Path) -> Any:
     """Return what a checkpoint holds: the tensors of a `.safetensors` file, or the tensors, lists and mappings of a torch file.
 
+    Nothing that a file names is imported or called: objects of foreign classes, such as the callbacks of the training that the released Stable
+    Diffusion files hold, are left out.
+
     Raises:
-        ValueError: the file is missing or damaged, or holds Python objects.
+        ValueError: the file is missing or damaged, or its objects are made by more than classes and their state.
         CheckpointError: the same of a `.safetensors` file.
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(LeftOut, name) for name in _foreign_names(path)]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        reason = "holds Python objects beside tensors, and reading those could run code (save its tensors as .safetensors), or is damaged"
+        reason = "holds Python objects that could run code (save its tensors as .safetensors), or is damaged"
         raise ValueError(f"{path} {reason}") from error
     except DAMAGED as error:
         raise ValueError(f"cannot read the checkpoint {path}: {' '.join(str(error).split()[:40]) or 'it ends too early'}") from error
