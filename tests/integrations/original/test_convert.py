@@ -199,6 +199,22 @@ def test_from_pretrained_opens_class_conditional_pipelines_after_import_tfmq(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("said", [None, True, False])
+def test_the_average_is_taken_unless_the_configuration_says_otherwise(original: SimpleNamespace, randomized: Fill, said: bool | None) -> None:
+    config = latent(PLAIN, VQ, **({} if said is None else {"use_ema": said}))
+    params = config["model"]["params"]["unet_config"]["params"]
+    trained, other = (prefixed(randomized(original.Openai(params)), "model.diffusion_model.") for _ in range(2))
+    tensors = trained | averaged(other)
+    chosen = ldm.choose_weights(tensors, config)
+    expected = trained if said is False else other
+    assert chosen.keys() == trained.keys() and all(torch.equal(chosen[name], expected[name]) for name in trained)
+    assert ldm.choose_weights(trained, config).keys() == trained.keys()
+    if said is not False:
+        del tensors[next(name for name in tensors if name.startswith("model_ema.") and name.endswith("outbias"))]
+        with pytest.raises(ValueError, match=r"averaged weights in the checkpoint lack model\.diffusion_model\..*bias"):
+            ldm.choose_weights(tensors, config)
+
+
 def import_heads(original: SimpleNamespace, randomized: Fill, directory: Path) -> tuple[Any, nn.Module]:
     """Return the imported pipeline of a model with one number of heads at several widths, and its reference UNet."""
     config = latent(HEADS, KL, scale_factor=0.5)
@@ -268,7 +284,8 @@ def test_heads_of_one_width_need_no_model_of_our_own(original: SimpleNamespace, 
         assert type(ldm.unconditional_unet(prefixed(reference, "model.diffusion_model."), config)) is UNet2DModel
 
 
-def test_stable_diffusion(original: SimpleNamespace, randomized: Fill, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_stable_diffusion(original: SimpleNamespace, randomized: Fill, tmp_path: Path, suffix: str) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     tokens = [*"abcdefgh", *(f"{letter}</w>" for letter in "abcdefgh"), "<|startoftext|>", "<|endoftext|>"]
@@ -291,8 +308,11 @@ def test_stable_diffusion(original: SimpleNamespace, randomized: Fill, tmp_path:
     tensors = prefixed(reference, "model.diffusion_model.") | prefixed(stage, "first_stage_model.")
     tensors |= {f"cond_stage_model.transformer.{name}": tensor.contiguous() for name, tensor in encoder.items()}
     _, config_file = write(tmp_path, {}, config)
-    save_file(tensors, tmp_path / "v1.safetensors")
-    pipeline = import_checkpoint(tmp_path / "v1.safetensors", config_file, tokenizer=str(tmp_path / "tokenizer"))
+    if suffix == "ckpt":
+        torch.save({"state_dict": tensors, "global_step": 470_000}, tmp_path / "v1.ckpt")
+    else:
+        save_file(tensors, tmp_path / "v1.safetensors")
+    pipeline = import_checkpoint(tmp_path / f"v1.{suffix}", config_file, tokenizer=str(tmp_path / "tokenizer"))
     numbers = torch.tensor([[16, 1, 2, 17, 17, 17, 17, 17]])
     with torch.no_grad():
         context = text(numbers).last_hidden_state
