@@ -20,7 +20,9 @@ def batches(example: Inputs, *, count: int = 3) -> list[Inputs]:
 
 
 def equal(one: UnitCalls, other: UnitCalls) -> bool:
-    leaves = [tree_leaves((calls.args, calls.kwargs, calls.timestep, calls.outputs)) for calls in (one, other)]
+    """Whether two sets of calls are the same, row by row."""
+    rows = [calls.rows(torch.arange(len(calls))) for calls in (one, other)]
+    leaves = [tree_leaves((calls.args, calls.kwargs, calls.timestep, calls.outputs)) for calls in rows]
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*leaves, strict=True))
 
 

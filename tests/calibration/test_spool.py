@@ -1,5 +1,6 @@
 import errno
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tfmq.calibration.spool import Column, Spool
+from tfmq.calibration.spool import Spool
 from tfmq.storage.errors import StorageFullError
 
 FORMS = {
@@ -24,22 +24,36 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @given(sizes=st.lists(st.integers(2, 4), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_rows_from_a_file_are_those_from_memory_to_the_stride(form: str, sizes: list[int], seed: int) -> None:
+def test_rows_are_those_of_the_joined_batches_to_the_stride(form: str, sizes: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     batches = [FORMS[form](n) for n in sizes]
-    found = []
+    joined = torch.cat(batches)
     for most in (None, 0):
         column = Spool(None, most).column(batches[0])
         for batch in batches:
             column.add(batch)
-        found.append(column.joined())
-    held, filed = found
-    assert isinstance(held, Tensor) and isinstance(filed, Column) and filed.shape == tuple(held.shape)
-    for index in (torch.arange(sum(sizes)), torch.randint(sum(sizes), (7,))):
-        assert torch.equal(filed[index], held[index]) and filed[index].dtype == held.dtype
-        assert filed[index].stride() == held[index].stride()
-    for number, batch in enumerate(batches):
-        assert torch.equal(filed.batch(number), batch)
+        assert column.shape == tuple(joined.shape)
+        for index in (torch.arange(sum(sizes)), torch.randint(sum(sizes), (7,)), torch.tensor([1]), torch.tensor([], dtype=torch.int64)):
+            assert torch.equal(column[index], joined[index]) and column[index].dtype == joined.dtype
+            assert column[index].stride() == joined[index].stride()
+        for number, batch in enumerate(batches):
+            assert torch.equal(column.batch(number), batch)
+
+
+def test_what_is_read_is_no_part_of_what_is_held() -> None:
+    column = Spool().column(torch.zeros(2, 3))
+    column.add(torch.zeros(2, 3))
+    column[torch.tensor([0, 1])].add_(1)
+    assert column[torch.tensor([0, 1])].sum() == 0
+
+
+def test_what_nobody_reads_any_more_is_not_held() -> None:
+    spool = Spool()
+    column = spool.column(torch.zeros(2, 3))
+    column.add(part := torch.zeros(2, 3))
+    gone = weakref.ref(part)
+    del column, part
+    assert gone() is None
 
 
 def test_memory_is_used_first_and_then_left(tmp_path: Path) -> None:
@@ -51,8 +65,7 @@ def test_memory_is_used_first_and_then_left(tmp_path: Path) -> None:
     other.add(torch.ones(1, 100))
     assert not one._parts and not other._parts, "all go to files once they do not fit together"
     one.add(torch.full((1, 100), 2.0))
-    joined = one.joined()
-    assert isinstance(joined, Column) and joined[torch.tensor([1, 0])][:, 0].tolist() == [2.0, 0.0]
+    assert one[torch.tensor([1, 0])][:, 0].tolist() == [2.0, 0.0]
     assert list(tmp_path.iterdir()) == [], "the files have no names to be left behind"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tfmq.calibration.capture import UnitCalls
 from tfmq.calibration.replay import Upstream
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
@@ -48,6 +49,10 @@ def reconstruct(
     return reconstruct_unit(denoiser, units[name], data, Upstream(None), steps, Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None)
 
 
+def whole(calls: UnitCalls) -> UnitCalls:
+    return calls.rows(torch.arange(len(calls)))
+
+
 @pytest.mark.parametrize(("model", "unit"), [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")])
 @pytest.mark.parametrize("activation_bits", [None, 8])
 @pytest.mark.parametrize("solver", ["adaround", "gptq", "gptq_adaround"])
@@ -58,7 +63,7 @@ def test_the_outputs_error_falls_and_is_reported(
     steps, data = prepared(denoiser, example, activation_bits=activation_bits), batches(example)
     with precision(denoiser.module, weights="full", inputs="full"):
         module = denoiser.module.get_submodule(unit)
-        _, calls = capture_unit(denoiser, module, data, Upstream(None))
+        calls = whole(capture_unit(denoiser, module, data, Upstream(None))[1])
     report = reconstruct(denoiser, unit, data, steps, solver=solver)
     assert report.name == unit and report.error_after < 0.9 * report.error_before and report.seconds > 0
     with torch.no_grad(), steps.at(calls.timestep):
@@ -111,13 +116,13 @@ def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
     table.fit(torch.full((3, 8), 100.0))
     replace_module(denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True))
     watched()
-    full, calls = capture_unit(denoiser, unit, data[:1], Upstream(None))
+    full, calls = map(whole, capture_unit(denoiser, unit, data[:1], Upstream(None)))
     stock_input, stock_output, quantized_input, _ = seen
     assert torch.equal(calls.args[0], quantized_input) and not torch.allclose(quantized_input, stock_input)
     torch.testing.assert_close(calls.outputs[0], stock_output)
     torch.testing.assert_close(full.args[0], stock_input)
     alone, same = capture_unit(denoiser, unit, data[:1], Upstream(None), inputs="full")
-    assert torch.equal(alone.args[0], full.args[0]) and same is alone
+    assert torch.equal(whole(alone).args[0], full.args[0]) and same is alone
 
 
 class TwoStreams(nn.Module):

@@ -20,7 +20,7 @@ Around = Callable[[int], AbstractContextManager[None]]
 class UnitCalls:
     """Calls of a unit: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each `[N, ...]`, for `N` samples.
 
-    A `capture` may have left some of them in files, as columns of its spool; `rows` returns tensors.
+    Tensors of a `capture` are columns of its spool; `rows` returns tensors.
 
     Where a video model folds frames into the batch axis, tensors have a row for each frame, `[N * F, ...]`, sample by sample; the frames of a
     sample stay together.
@@ -72,20 +72,20 @@ class _Leaves:
             self.column.add(leaf)
 
     def joined(self) -> Any:
-        return self.first if self.column is None else self.column.joined()
+        return self.first if self.column is None else self.column
 
 
 class _Calls:
     """Gathers what goes in and out of a unit, call by call."""
 
-    def __init__(self, spool: Spool, inputs: bool) -> None:
-        self.spool, self.inputs, self.count = spool, inputs, 0
+    def __init__(self, spool: Spool, inputs: bool, outputs: bool) -> None:
+        self.spool, self.inputs, self.outputs, self.count = spool, inputs, outputs, 0
         self.spec: TreeSpec | None = None
         self.leaves: list[_Leaves] = []
 
     def add(self, args: Any, kwargs: Any, output: Any, samples: int) -> None:
         outputs = output_tensors(output)
-        leaves, spec = tree_flatten((*((args, kwargs) if self.inputs else ((), {})), outputs))
+        leaves, spec = tree_flatten((*((args, kwargs) if self.inputs else ((), {})), outputs if self.outputs else ()))
         if self.spec is None:
             self.spec, self.leaves = spec, [_Leaves(self.spool) for _ in leaves]
         for place, leaf in zip(self.leaves, leaves, strict=True):
@@ -105,16 +105,23 @@ def alone(batch: int) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def capture(
-    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, around: Around = alone, inputs: bool = True, spool: Spool | None = None
+    denoiser: Denoiser,
+    unit: nn.Module,
+    batches: Iterable[Inputs],
+    *,
+    around: Around = alone,
+    inputs: bool = True,
+    outputs: bool = True,
+    spool: Spool | None = None,
 ) -> UnitCalls:
-    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or without `inputs` only the latter.
+    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or only its `inputs` or its `outputs`.
 
     The call of batch `n` runs inside of the context `around(n)`. What is captured is kept in `spool`, by default in memory.
 
     Raises:
         ValueError: the unit was never called.
     """
-    calls = _Calls(spool or Spool(), inputs)
+    calls = _Calls(spool or Spool(), inputs, outputs)
     timesteps: list[Tensor] = []
 
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

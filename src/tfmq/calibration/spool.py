@@ -1,8 +1,9 @@
-"""Tensors that grow batch by batch: in memory as long as they fit, then in a file, from which any of their rows can be read."""
+"""Tensors that grow batch by batch, in memory as long as they fit, then in a file; any of their rows can be read from either."""
 
 import tempfile
 import weakref
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tfmq.storage.raw import raw_bytes
 class Column:
     """Batches `[n_i, ...]` of one tensor, one after the other; rows are numbered through.
 
-    What is read has the order of axes in memory that `torch.cat` of the batches gives: kernels sum otherwise over another.
+    What is read has the order of axes in memory that `torch.cat` of the batches gives: kernels sum otherwise over another. They are not joined
+    by it: that would hold them twice for a moment.
     """
 
     def __init__(self, spool: "Spool", first: Tensor) -> None:
@@ -46,14 +48,6 @@ class Column:
                 _whole(self._file.write, raw_bytes(part.detach().permute(self._order)))
         self._parts.clear()
 
-    def joined(self) -> "Tensor | Column":
-        """Return all batches as one tensor, or this column where they are in a file."""
-        if self._file is not None:
-            return self
-        self._spool.left(self)
-        parts, self._parts = self._parts, []
-        return torch.cat(parts)
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole, `[N, ...]`."""
@@ -66,17 +60,32 @@ class Column:
         return self[torch.arange(self._starts[number], self._starts[number + 1])]
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Return the rows `index` `[n]` of what is in the file."""
-        shape = (len(index), *self._row)
-        buffer = torch.empty([shape[axis] for axis in self._order], dtype=self._like.dtype)
-        octets = buffer.flatten().view(torch.uint8).numpy().data
-        size = len(octets) // max(1, len(index))
+        """Return the rows `index` `[n]`."""
         # Rows that follow each other are read at once.
         cuts = [0, *(index.diff() != 1).nonzero().flatten().add(1).tolist(), len(index)]
-        for start, stop in pairwise(cuts):
-            self._file.seek(int(index[start]) * size)
+        runs = [(start, stop, int(index[start])) for start, stop in pairwise(cuts) if start < stop]
+        shape = (len(index), *self._row)
+        # A file is read into host memory.
+        device = self._like.device if self._file is None else None
+        buffer = torch.empty([shape[axis] for axis in self._order], dtype=self._like.dtype, device=device)
+        rows = buffer.permute([self._order.index(axis) for axis in range(len(shape))])
+        if self._file is None:
+            torch.cat([self._like, *(piece for start, stop, first in runs for piece in self._held(first, first + stop - start))], out=rows)
+            return rows
+        octets = buffer.flatten().view(torch.uint8).numpy().data
+        size = len(octets) // max(1, len(index))
+        for start, stop, first in runs:
+            self._file.seek(first * size)
             _whole(self._file.readinto, octets[start * size : stop * size])
-        return buffer.to(self._like.device).permute([self._order.index(axis) for axis in range(len(shape))])
+        return rows.to(self._like.device)
+
+    def _held(self, first: int, end: int) -> Iterator[Tensor]:
+        """Yield the rows from `first` up to `end` from the batches in memory that hold them."""
+        number = bisect_right(self._starts, first) - 1
+        while first < end:
+            start, stop = self._starts[number], min(end, self._starts[number + 1])
+            yield self._parts[number][first - start : stop - start]
+            first, number = stop, number + 1
 
 
 def _whole(move: Callable[[memoryview], int], octets: memoryview) -> None:
@@ -97,12 +106,13 @@ class Spool:
     def __init__(self, directory: Path | None = None, most_bytes: int | None = None) -> None:
         self.directory = Path(tempfile.gettempdir()) if directory is None else directory
         self._left = most_bytes
-        self._columns: list[Column] = []
+        # What is not read any more is not held here either.
+        self._columns: weakref.WeakSet[Column] = weakref.WeakSet()
 
     def column(self, first: Tensor) -> Column:
         """Return a new column for tensors like `first`, which is not in it yet."""
         column = Column(self, first)
-        self._columns.append(column)
+        self._columns.add(column)
         return column
 
     def took(self, column: Column, size: int) -> None:
@@ -112,12 +122,8 @@ class Spool:
         full = self._left < 0
         self._left -= size
         if self._left < 0:
-            for other in [column] if full else self._columns:
+            for other in [column] if full else list(self._columns):
                 other.flush()
-
-    def left(self, column: Column) -> None:
-        """Note that what a column holds is not the spool's any more."""
-        self._columns.remove(column)
 
     def file(self) -> Any:
         """Return a new nameless file."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,13 @@ def capture_unit(
     """
     with full_precision(denoiser.module):
         full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs or inputs == "full", spool=spool)
-    calls = full if inputs == "full" else capture(denoiser, unit, batches, around=upstream.around("quantized"), spool=spool)
+    calls = full
+    if inputs != "full":
+        read = capture(denoiser, unit, batches, around=upstream.around("quantized"), outputs=False, spool=spool)
+        calls = replace(read, outputs=full.outputs)
     if (_undefined(full) or _undefined(calls)) and upstream.revive():
         return capture_unit(denoiser, unit, batches, upstream, inputs=inputs, full_inputs=full_inputs, spool=spool)
-    return full, full if calls is full else UnitCalls(calls.args, calls.kwargs, calls.timestep, full.outputs)
+    return full, calls
 
 
 def _undefined(calls: UnitCalls) -> bool:
