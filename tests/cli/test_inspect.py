@@ -60,3 +60,10 @@ def test_what_is_shown_fits_on_one_screen(tfmq: Run, monkeypatch: pytest.MonkeyP
         (start,) = (number for number, line in enumerate(lines) if line.startswith(heading))
         assert lines[start + rows + 1].startswith("... and ")
     assert len(lines) < height or rows == 1
+
+
+def test_folded_names_count_as_the_lines_that_they_take(tfmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "xterm"), ("LINES", "40"), ("COLUMNS", "48")):
+        monkeypatch.setenv(name, value)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", tfmq("inspect", "default").out).splitlines()
+    assert 34 < len(lines) < 40

@@ -115,13 +115,24 @@ def _shortened(table: Table, rows: Sequence[tuple[str, ...]], listed: int = LIST
     return table
 
 
-def _rows_left(console: Console, above: Table) -> int:
-    """Return how many rows each of two tables may have so that both fit on the screen below a third, each with space, heading and remainder."""
+def _lists(inspection: "Inspection", listed: int) -> tuple[Table, Table]:
+    """Return the tables of temporal layers and of units, with at most `listed` rows each."""
+    temporal = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")
+    layers = [(layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no") for layer in inspection.temporal]
+    units = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
+    return _shortened(temporal, layers, listed), _shortened(units, [(unit.name, str(len(unit.layers))) for unit in inspection.units], listed)
+
+
+def _fitting_lists(console: Console, above: Table, inspection: "Inspection") -> tuple[Table, Table]:
+    """Return both lists with as many rows as fit on the screen below `above`, long names folded."""
     if not console.is_terminal:
-        return LISTED
-    # The last line is the prompt's.
-    left = console.height - len(console.render_lines(above)) - 2 * 3 - 1
-    return max(1, min(LISTED, left // 2))
+        return _lists(inspection, LISTED)
+
+    def height(listed: int) -> int:
+        # A space before each list; the last line is the prompt's.
+        return sum(len(console.render_lines(table)) for table in (above, *_lists(inspection, listed))) + 2 + 1
+
+    return _lists(inspection, next((listed for listed in range(LISTED, 1, -1) if height(listed) <= console.height), 1))
 
 
 def _temporal(inspection: "Inspection") -> str:
@@ -161,15 +172,11 @@ def show_inspection(inspection: "Inspection") -> None:
     if quantized is not None:
         rows.insert(4, ("inputs", _inputs(inspection)))
     figures = _figures(rows)
-    shown = _rows_left(console, figures)
+    lists = _fitting_lists(console, figures, inspection)
     console.print(figures)
-    console.print()
-    table = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")
-    listed = [(layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no") for layer in inspection.temporal]
-    console.print(_shortened(table, listed, shown))
-    console.print()
-    table = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
-    console.print(_shortened(table, [(unit.name, str(len(unit.layers))) for unit in inspection.units], shown))
+    for table in lists:
+        console.print()
+        console.print(table)
 
 
 def show_forecast(expected: "Forecast") -> None:
