@@ -35,7 +35,10 @@ def test_quantized(tfmq: Run, model: Path, quantized: Path) -> None:
 
 
 def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
-    for source, words in ((model, ("full precision", "w4 about", "w8a8, w4a8, w4a32; rules of 7")), (quantized, ("w4a8", "->"))):
+    for source, words in (
+        (model, ("full precision", "w4 about", "begin with w8a8 or, smaller, w4a8; w4a32, rules of 7")),
+        (quantized, ("w4a8", "->")),
+    ):
         out = tfmq("inspect", source).out
         assert len(out.splitlines()) <= 50
         for word in (

@@ -39,9 +39,14 @@ AUTOENCODER: dict[str, Any] = {
 TRANSFORMERS = ("dit", "pixart", "sd3", "sd3_without_t5", "flux", "wan")
 
 
+def scheme_of(name: str) -> str:
+    """Return the scheme of W8A8 for a family."""
+    return "transformer_w8a8" if name in TRANSFORMERS else "w8a8"
+
+
 def quick(name: str) -> Recipe:
     """Return W8A8 for a family with all stages and next to no learning."""
-    recipe = tfmq.scheme("transformer_w8a8" if name in TRANSFORMERS else "w8a8")
+    recipe = tfmq.scheme(scheme_of(name))
     return replace(
         recipe,
         weights=replace(recipe.weights, ranges="min_max"),
@@ -232,10 +237,11 @@ BUILDERS: dict[str, tuple[Callable[[Parts], Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline before and after: where both are stored, what was seen of it, and samplers of the stored full-precision and the quantized one."""
+    """A pipeline before and after: where both are stored, the scheme between, what was seen of it, and samplers of both."""
 
     stock: Path
     quantized: Path
+    scheme: str
     inspection: Inspection
     pipeline: str
     reference: PipelineSampler
@@ -280,7 +286,7 @@ def _make(name: str, directory: Path) -> Family:
         handle.remove()
         with torch.no_grad():
             outputs = tuple((inputs, reference.denoiser(inputs)) for inputs in calls)
-    return Family(stock, quantized, inspection, type(reference.pipeline).__name__, reference, sampler, outputs)
+    return Family(stock, quantized, scheme_of(name), inspection, type(reference.pipeline).__name__, reference, sampler, outputs)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ def test_inspection_says_what_temporal_features_depend_on(family: Make, name: st
     features = [layer for layer in found.temporal if layer.role == "feature"]
     assert found.family == denoiser and {layer.depends_on for layer in features} == depends_on
     assert all(layer.cacheable == (layer.depends_on == T) for layer in features)
+    assert family(name).scheme == found.schemes[0], "what inspection says to begin with is what was run here"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -91,12 +92,12 @@ NAMES = {
 
 
 def test_the_page_has_a_row_for_each_family(family: Make, documented: Callable[[str, list[str]], None]) -> None:
-    rows = ["| family | pipeline | denoiser | temporal features depend on | tabulated |", "|---|---|---|---|---|"]
+    rows = ["| family | pipeline | denoiser | scheme | temporal features depend on | tabulated |", "|---|---|---|---|---|---|"]
     for name in FAMILIES:
         made = family(name)
         features = [layer for layer in made.inspection.temporal if layer.role == "feature"]
         kinds = sorted({layer.depends_on for layer in features}, key=lambda kind: (kind != T, kind))
         served = "all" if kinds == [T] else "$`h(t)`$" if T in kinds else "none"
         depends = "; ".join(", ".join(sorted(kind, key=lambda source: source != "timestep")) for kind in kinds)
-        rows.append(f"| {NAMES[name]} | `{made.pipeline}` | `{made.inspection.family}` | {depends} | {served} |")
+        rows.append(f"| {NAMES[name]} | `{made.pipeline}` | `{made.inspection.family}` | `{made.scheme}` | {depends} | {served} |")
     documented("families", rows)

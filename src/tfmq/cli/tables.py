@@ -144,11 +144,12 @@ def _temporal(inspection: "Inspection") -> str:
 
 
 def _schemes(names: Sequence[str]) -> str:
-    """Return the general schemes, and the number of published experiments, whatever their bits."""
+    """Return what to begin with, the other general schemes, and the number of published experiments, whatever their bits."""
     own = {name for name in names if "_" not in name or name.startswith("transformer_")}
-    general = [name for name in names if name in own]
+    first, smaller, *others = [name for name in names if name in own]
     published = {name.rpartition("_")[0] for name in names if name not in own}
-    return ", ".join(general) + (f"; rules of {len(published)} published experiments fit too" if published else "")
+    also = [*others, *([f"rules of {len(published)} published experiments"] if published else [])]
+    return f"begin with {first} or, smaller, {smaller}; {', '.join(also)} fit too"
 
 
 def show_inspection(inspection: "Inspection") -> None:

@@ -96,7 +96,7 @@ def speed_class() -> Speed:
 
 
 def _fitting_schemes(traced: Trace) -> tuple[str, ...]:
-    """Return the names of the recipes whose every rule matches a layer."""
+    """Return the names of the recipes whose every rule matches a layer: what to begin with, the same with 4-bit weights, and others."""
 
     def fits(name: str) -> bool:
         try:
@@ -106,7 +106,7 @@ def _fitting_schemes(traced: Trace) -> tuple[str, ...]:
         return True
 
     tokenwise = sum(layer.tokenwise for layer in traced.layers) > 0.9 * len(traced.layers)
-    return tuple(name for name in (*SCHEMES, *(TRANSFORMER_SCHEMES if tokenwise else ()), *PAPER) if fits(name))
+    return tuple(name for name in (*(TRANSFORMER_SCHEMES if tokenwise else ()), *SCHEMES, *PAPER) if fits(name))
 
 
 def _temporal_figures(module: nn.Module, traced: Trace) -> tuple[int, dict[str, int]]:
