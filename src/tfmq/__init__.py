@@ -40,7 +40,8 @@ _HOMES = {
     "quantize": "tfmq.api",
     "rebake": "tfmq.adapt",
     "scheme": "tfmq.recipes",
-    # Not in `__all__`, since they need diffusers: what pipeline directories name.
+    # Not in `__all__`, since they need diffusers: a pipeline with options of its own, and what pipeline directories name.
+    "PipelineSampler": "tfmq.integrations.diffusers.pipelines",
     "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",
     "LatentClassPipeline": "tfmq.integrations.diffusers.class_conditional",
     "UNet2DHeadsModel": "tfmq.integrations.diffusers.heads",

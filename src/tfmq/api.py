@@ -129,6 +129,7 @@ def quantize(
     device: str | torch.device | None = None,
     resume: bool = False,
     prompts: tuple[str, ...] = (),
+    component: str | None = None,
     resources: Resources = UNLIMITED,
     helpers: Helpers | None = None,
     progress: Progress = silent,
@@ -145,6 +146,8 @@ def quantize(
         device: moves the model there first.
         resume: continue the job of an interrupted run; the result is the same to the byte.
         prompts: for text-to-image pipelines, instead of the built-in ones.
+        component: which denoiser of a pipeline that calls two in turn, such as "transformer_2"; without it `unet`, `transformer` or what else
+            there is, with a warning that names the others. They are quantized one after the other.
         resources: limits of memory and of time.
         helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
         progress: shows bars; see `tfmq.progress`.
@@ -158,7 +161,7 @@ def quantize(
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
     if helpers is not None and resources.time_budget is not None:
         raise ValueError("a budget of time is kept by one process alone: leave out the cluster (--cluster) or the budget (--time-budget)")
-    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, resources=resources)
+    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, component=component, resources=resources)
     module, owner = sampler.denoiser.module, owner_of(sampler)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):

@@ -56,8 +56,11 @@ def stored_manifest(directory: Path) -> Mapping[str, Any]:
 
 
 def stored_bytes(directory: Path) -> int:
-    """Return the bytes on disk of the quantized model in `directory`: tensors, manifest and configuration."""
-    folders = [directory] if (directory / MANIFEST_FILE).exists() else list(_components(directory))
+    """Return the bytes on disk of the quantized model in `directory`: tensors, manifest and configuration.
+
+    Of two in one pipeline those of the first, whose manifest `stored_manifest` gives; pass the component's own directory for the other.
+    """
+    folders = [directory] if (directory / MANIFEST_FILE).exists() else list(_components(directory))[:1]
     return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
 
 

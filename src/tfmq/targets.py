@@ -24,16 +24,19 @@ DEFAULT = "default"
 ASSETS = Path(__file__).parent / "assets"
 
 
-def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None) -> Sampler:
+def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None, component: str | None = None) -> Sampler:
     """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or "default", the embedded model.
 
     `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
-    computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device.
+    computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the denoiser of a pipeline that calls
+    two in turn.
 
     Raises:
-        ValueError: nothing that can be sampled from.
+        ValueError: nothing that can be sampled from, or no such component.
     """
     if hasattr(target, "run") and hasattr(target, "denoiser"):
+        if component is not None:
+            raise ValueError(f"component={component!r} is for pipelines; a sampler brings its own denoiser")
         if options:
             warnings.warn(f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options", stacklevel=3)
         return target
@@ -47,7 +50,7 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
         target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)
     if not hasattr(target, "components"):
         raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
-    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}))
+    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}), component=component)
     if prompts and not sampler.takes_prompts:
         warnings.warn(f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2)
     return sampler
@@ -82,6 +85,7 @@ def open_target(
     seed: int,
     device: str | torch.device | None = None,
     prompts: tuple[str, ...] = (),
+    component: str | None = None,
     resources: Resources = UNLIMITED,
 ) -> tuple[Sampler, dict[str, Any]]:
     """Return the sampler of a model that is to be quantized, on its device, and everything that the result depends on.
@@ -90,10 +94,14 @@ def open_target(
         ValueError: it is quantized already, or cannot be.
         CalibrationError: NaN or infinite weights.
     """
-    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)))
-    module = sampler.denoiser.module
+    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)), component=component)
+    module, others = sampler.denoiser.module, getattr(sampler, "others", ())
     if hasattr(module, STEPS):
-        raise ValueError("the model is quantized already; quantize the full-precision one")
+        rest = f", or its {others[0]} (--component {others[0]})" if others else ""
+        raise ValueError(f"the model is quantized already; quantize the full-precision one{rest}")
+    if others:
+        text = f"the pipeline also calls {', '.join(others)}, which stays in full precision"
+        warnings.warn(f"{text}; quantize the result again with --component {others[0]} (component={others[0]!r})", stacklevel=3)
     check_quantizable(module)
     _check_weights(module)
     if device is not None:

@@ -102,3 +102,8 @@ def test_other_inputs(tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp
     ):
         result = tfmq(*arguments)
         assert result.status == 1 and result.out == "" and cause in result.err and result.err.count("\n") == 1, (arguments, result)
+
+
+def test_a_component_that_is_no_denoiser(tfmq: Run, tmp_path: Path) -> None:
+    result = tfmq("quantize", "default", "--output-dir", tmp_path / "q", "--component", "transformer")
+    assert result.status == 1 and "has no denoiser transformer; it has unet" in result.err and not list(tmp_path.iterdir())

@@ -88,6 +88,7 @@ def draw(pipeline: Any, **options: Any) -> Tensor:
 def test_other_pipelines_take_the_quantized_unet(family: Make, build: Callable[[dict[str, Any]], tuple[Any, dict[str, Any]]]) -> None:
     made = family("sd1")
     full, options = build(parts(made.reference))
+    assert tfmq.PipelineSampler(full).others == (), "a ControlNet is no denoiser"
     quantized, _ = build(parts(made.sampler(made.quantized)))
     expected = draw(full, **options)
     with calibrated_steps_only():

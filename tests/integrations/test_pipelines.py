@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 
 import tfmq
 from tfmq.evaluation.deviation import follow
-from tfmq.integrations.diffusers.pipelines import PipelineSampler, find_denoiser, open_pipeline
+from tfmq.integrations.diffusers.pipelines import PipelineSampler, find_denoisers, open_pipeline
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes.recipe import Calibration, Recipe, Temporal
 from tfmq.reconstruction.learning import Learning
@@ -48,7 +48,7 @@ def test_a_quantized_pipeline_is_a_sampler_again(pipeline: DDIMPipeline, tmp_pat
     arguments = inspect.signature(pipeline.unet.forward)
     tfmq.quantize(pipeline, QUICK, output_dir=tmp_path / "q")
     assert inspect.signature(pipeline.unet.forward) == arguments
-    assert find_denoiser(pipeline)[0] == "unet"
+    assert list(find_denoisers(pipeline)) == ["unet"]
     in_memory = PipelineSampler(pipeline).run(range(2), steps=3, seed=0)
     assert torch.equal(open_sampler(tmp_path / "q").run(range(2), steps=3, seed=0), in_memory)
     # The tables keep their own dtype whichever way the directory is opened.

@@ -48,7 +48,8 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options") -> str |
             warnings.warn("--weights has no effect: the model is not quantized", stacklevel=2)
         return None
     name = choose(backend, module)
-    execute(module, name, options=options)
+    # All of a pipeline that calls two quantized denoisers in turn.
+    execute(getattr(sampler, "pipeline", module), name, options=options)
     return name
 
 

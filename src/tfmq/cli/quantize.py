@@ -84,6 +84,9 @@ def quantize(
     seed: Seed = 0,
     device: Device = None,
     prompts: Prompts = None,
+    component: Annotated[
+        str | None, typer.Option("--component", metavar="NAME", help="Which denoiser of a pipeline that calls two in turn: transformer_2.")
+    ] = None,
     unit_inputs: Annotated[
         str | None,
         typer.Option("--unit-inputs", metavar="KIND", help="quantized: units one after the other; full: side by side, on full-precision inputs."),
@@ -106,7 +109,8 @@ def quantize(
         if place is not None and chosen.rounding.inputs != "full":
             warnings.warn("units wait for each other, so the cluster shares the trajectory alone; --unit-inputs full shares them too", stacklevel=2)
         limits, read = _limits(max_memory, time_budget), read_prompts(prompts)
-        report = _quantized(model, chosen, output_dir, place, limits, resume=resume, seed=seed, device=device, prompts=read)
+        options: dict[str, Any] = {"seed": seed, "device": device, "prompts": read, "component": component}
+        report = _quantized(model, chosen, output_dir, place, limits, resume=resume, **options)
         name = chosen.name if recipe else scheme or DEFAULT_SCHEME
         taken = {"seconds": round(time.perf_counter() - began, 3), "time_budget": limits.time_budget, "memory": _memory(limits)}
         result = {"output_dir": str(output_dir), "scheme": name, **taken, **report}
@@ -153,4 +157,4 @@ def _quantized(
         helpers = None if place is None else Helpers(stack.enter_context(connected(place)), located(model), recipe, output_dir, **options)
         found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, resources=resources, progress=progress, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
-    return {"bytes": {**report["bytes"], "quantized": stored_bytes(output_dir)}, **{key: report[key] for key in keys}}
+    return {"bytes": {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}, **{key: report[key] for key in keys}}

@@ -49,9 +49,11 @@ class _Job:
         return reconstruct_alone(self.sampler, self.recipe, self._prepared, number, seed=self.seed, store=self.store, advance=advance)
 
 
-def _make(target: str, recipe: Recipe, folder: Path, seed: int, device: str | None, prompts: tuple[str, ...]) -> Callable[[Task], None]:
+def _make(
+    target: str, recipe: Recipe, folder: Path, seed: int, device: str | None, prompts: tuple[str, ...], component: str | None
+) -> Callable[[Task], None]:
     """Open the job in a worker; refuse where the worker would compute something else."""
-    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts)
+    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, component=component)
     return _Job(sampler, recipe, seed, folder, Journal(folder, fingerprint, resume=True))
 
 
@@ -63,7 +65,7 @@ class Helpers:
         target: what is quantized: a pipeline directory or a hub id, which each worker opens, or "default".
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
         output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
-        seed, device, prompts: as `tfmq.quantize` has them.
+        seed, device, prompts, component: as `tfmq.quantize` has them.
 
     Raises (where parts are asked for):
         JobMismatchError: a worker has another model, or other versions.
@@ -81,8 +83,9 @@ class Helpers:
         seed: int = 0,
         device: str | None = None,
         prompts: tuple[str, ...] = (),
+        component: str | None = None,
     ) -> None:
-        self._team: Team[Task, None] = crew.team(partial(_make, target, recipe, job_of(output_dir.absolute()), seed, device, prompts))
+        self._team: Team[Task, None] = crew.team(partial(_make, target, recipe, job_of(output_dir.absolute()), seed, device, prompts, component))
 
     def record(self, batches: Sequence[range]) -> Iterator[int]:
         for number, _ in self._team([("record", number, indices) for number, indices in enumerate(batches)]):

@@ -16,6 +16,7 @@ from tfmq.integrations.diffusers.saved import absent_components
 from tfmq.integrations.diffusers.spacing import spaced
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator
+from tfmq.nn.swap import STEPS
 
 # Where a pipeline has more than one module that takes a timestep (ControlNets), these are the denoiser.
 COMPONENTS = ("unet", "transformer", "prior")
@@ -48,8 +49,8 @@ class _Reached(Exception):
     """Ends a pipeline call at its first denoiser call."""
 
 
-def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, Denoiser]:
-    """Return the component name and the denoiser of a pipeline: the module whose `forward` takes a sample and a timestep.
+def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, Denoiser]:
+    """Return every component whose `forward` takes a sample and a timestep, by name, the one that is quantized by default first.
 
     Raises:
         ValueError: there is none.
@@ -61,10 +62,10 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, Denoiser]:
                 found[name] = Denoiser(component)
             except TypeError:
                 continue
-    for name in (*COMPONENTS, *found):
-        if name in found:
-            return name, found[name]
-    raise ValueError(f"{type(pipeline).__name__} has no component that takes a sample and a timestep; it has {', '.join(pipeline.components)}")
+    if not found:
+        raise ValueError(f"{type(pipeline).__name__} has no component that takes a sample and a timestep; it has {', '.join(pipeline.components)}")
+    order = sorted(found, key=lambda name: (*COMPONENTS, name).index(name))
+    return {name: found[name] for name in order}
 
 
 def accepted_options(pipeline: DiffusionPipeline, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +101,10 @@ class PipelineSampler:
         prompts: used in turn by text-to-image pipelines.
         options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`; and `spacing` of the timesteps, see `spaced`.
         labels: classes that class-conditional pipelines draw in turn; by default they are spread over all there are.
+        component: name of the denoiser, for pipelines that call two in turn; by default `unet`, `transformer` or what else there is.
+
+    Raises:
+        ValueError: the pipeline has no denoiser, or none of that name.
     """
 
     def __init__(
@@ -109,9 +114,15 @@ class PipelineSampler:
         prompts: tuple[str, ...] = DEFAULT_PROMPTS,
         options: dict[str, Any] | None = None,
         labels: tuple[int, ...] = (),
+        component: str | None = None,
     ) -> None:
         self.pipeline = pipeline
-        self.component, self.denoiser = find_denoiser(pipeline)
+        found = find_denoisers(pipeline)
+        if component is not None and component not in found:
+            raise ValueError(f"{type(pipeline).__name__} has no denoiser {component}; it has {', '.join(found)}")
+        self.component = component or next(iter(found))
+        self.denoiser = found[self.component]
+        self._chosen = component is not None
         self.prompts = prompts
         self.options = dict(options or {})
         self.labels = labels
@@ -122,6 +133,12 @@ class PipelineSampler:
     def takes_prompts(self) -> bool:
         """Whether the pipeline draws from text."""
         return "prompt" in inspect.signature(self.pipeline.__call__).parameters
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names of further full-precision denoisers that the pipeline calls in turn with this one; none where this one was chosen by name."""
+        found = () if self._chosen else find_denoisers(self.pipeline).items()
+        return tuple(n for n, other in found if n != self.component and not n.startswith("controlnet") and not hasattr(other.module, STEPS))
 
     def prompts_of(self, indices: range) -> list[str]:
         """Return the texts that a text-to-image pipeline draws these images from."""
@@ -169,10 +186,15 @@ class PipelineSampler:
         prompts = list(self.prompts) if self.takes_prompts else []
         options = {name: repr(value) for name, value in self.options.items()} | ({SPACING: self.spacing} if self.spacing else {})
         described = {"pipeline": type(self.pipeline).__name__, "scheduler": settings, "prompts": prompts, "options": options}
-        return {**described, "labels": list(self.labels)} if self.labels else described
+        chosen = {"labels": list(self.labels)} if self.labels else {}
+        return described | chosen | ({"component": self.component} if self._chosen else {})
 
     def example(self) -> Inputs:
-        """Return the inputs of the pipeline's first denoiser call, one sample; the denoiser itself is not run."""
+        """Return the inputs of the denoiser's first call, one sample; the denoiser itself is not run.
+
+        Raises:
+            ValueError: the pipeline does not call it.
+        """
         calls: list[Inputs] = []
 
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
