@@ -133,3 +133,20 @@ def test_another_scheduler_or_number_of_steps_is_served_and_warned_about(family:
         images = changed.run(range(1), steps=7, seed=0)
     expected = full.run(range(1), steps=7, seed=0)
     assert torch.isfinite(images).all() and 0 < float((images - expected).abs().mean()) < 0.1
+
+
+def test_a_pipeline_that_draws_from_an_image_says_how_to_give_it_one(family: Make) -> None:
+    """As the refiner of SDXL does."""
+    made = family("sd1")
+    pipeline, _ = image_to_image(parts(made.sampler(made.stock)))
+    with pytest.raises(
+        ValueError, match=r"StableDiffusionImg2ImgPipeline could not be called without an image .*PipelineSampler\(pipeline, options="
+    ):
+        tfmq.quantize(pipeline, "rtn_w8a8")
+    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=STEPS, batch_size=1))
+    sampler = tfmq.PipelineSampler(pipeline, prompts=("a",), options={"image": picture()})
+    expected = sampler.run(range(1), steps=STEPS, seed=0)
+    tfmq.quantize(sampler, recipe)
+    with calibrated_steps_only():
+        images = sampler.run(range(1), steps=STEPS, seed=0)
+    assert 0 < float((images - expected).abs().mean()) < 0.05

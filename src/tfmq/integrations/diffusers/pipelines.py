@@ -193,7 +193,7 @@ class PipelineSampler:
         """Return the inputs of the denoiser's first call, one sample; the denoiser itself is not run.
 
         Raises:
-            ValueError: the pipeline does not call it.
+            ValueError: the pipeline does not call it, or draws from an image and was given none.
         """
         calls: list[Inputs] = []
 
@@ -206,6 +206,11 @@ class PipelineSampler:
             self.run(range(1), steps=2, seed=0)
         except _Reached:
             return calls[0].rows(0, 1)
+        except (AttributeError, TypeError, ValueError) as error:
+            if "image" not in inspect.signature(self.pipeline.__call__).parameters or "image" in self.options:
+                raise
+            lack = f"{type(self.pipeline).__name__} could not be called without an image ({str(error).strip().splitlines()[0]})"
+            raise ValueError(f"{lack}; give it one: tfmq.PipelineSampler(pipeline, options={{'image': ...}})") from error
         finally:
             handle.remove()
         raise ValueError(f"{type(self.pipeline).__name__} drew an image without calling its {self.component}")
