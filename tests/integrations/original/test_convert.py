@@ -426,6 +426,16 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path, states: Any, config: 
         import_checkpoint(*write(tmp_path, states, config))
 
 
+@pytest.mark.parametrize(
+    "values", [{"ch_mult": 3}, {"ch_mult": "1,2"}, {"ch_mult": []}, {"ch": -8}, {"attn_resolutions": 4}, {"num_res_blocks": None}]
+)
+def test_values_of_another_kind_are_one_error_that_names_the_configuration(tmp_path: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml has a value of another kind than the originals have"):
+        import_checkpoint(*write(tmp_path, {"w": torch.zeros(1)}, {**DDIM, "model": DDIM["model"] | values}))
+    with pytest.raises(ValueError, match=r"config\.yaml describes neither"):
+        import_checkpoint(*write(tmp_path, {"w": torch.zeros(1)}, {**DDIM, "model": list(values)}))
+
+
 @pytest.mark.parametrize("name", ["model.ckpt", "config.yaml"])
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x02 garbage: [", b"PK\x03\x04cut"])
 def test_damaged_and_missing_files_are_one_error_that_names_them(tmp_path: Path, name: str, content: bytes | None) -> None:

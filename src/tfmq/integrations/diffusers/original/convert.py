@@ -9,15 +9,20 @@ from diffusers import DiffusionPipeline
 from tfmq.integrations.diffusers.original import ddim, ldm
 from tfmq.integrations.diffusers.original.files import read_checkpoint, read_config
 
+# What a value of another kind than the originals' ends in: text for a number, a number for a list, a negative width.
+ILL_FITTING = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
 CLIP = "openai/clip-vit-large-patch14"
 
 
 def _is_ddim(config: Mapping[str, Any]) -> bool:
-    return "diffusion" in config and "ch_mult" in (config.get("model") or {})
+    model = config.get("model")
+    return "diffusion" in config and isinstance(model, Mapping) and "ch_mult" in model
 
 
 def _is_ldm(config: Mapping[str, Any]) -> bool:
-    return "unet_config" in ((config.get("model") or {}).get("params") or {})
+    model = config.get("model")
+    params = model.get("params") if isinstance(model, Mapping) else None
+    return isinstance(params, Mapping) and "unet_config" in params
 
 
 def import_checkpoint(checkpoint: Path, config_file: Path, *, tokenizer: str = CLIP) -> DiffusionPipeline:
@@ -43,3 +48,5 @@ def import_checkpoint(checkpoint: Path, config_file: Path, *, tokenizer: str = C
         raise ValueError(f"{config_file} lacks {error.args[0]}") from error
     except ValueError as error:
         raise ValueError(f"{checkpoint} with {config_file}: {error}") from error
+    except ILL_FITTING as error:
+        raise ValueError(f"{config_file} has a value of another kind than the originals have: {error}") from error
