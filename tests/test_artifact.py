@@ -1,6 +1,8 @@
 """Saved models: what they compute with once they are loaded."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
+from tfmq.storage.errors import ChecksumError
 
 INTEGER = ["reference", pytest.param("torch", marks=pytest.mark.skipif(not available(), reason="no integer operators of oneDNN"))]
 
@@ -86,6 +89,27 @@ def test_a_bare_checkpoint(sampler: Callable[..., LoopSampler], tmp_path: Path, 
     assert kernels(module) != {"NoneType"} and sqnr_db(expected, module(x, t)) > 35
     tfmq.execute(module, "simulated")
     assert torch.equal(module(x, t), expected)
+
+
+@pytest.mark.parametrize("open_it", [DDIMPipeline.from_pretrained, tfmq.load, lambda path: tfmq.load(path, module=nn.Identity())])
+def test_a_changed_architecture_is_refused(original: tuple[DDIMPipeline, Path], tmp_path: Path, open_it: Callable[[Path], Any]) -> None:
+    shutil.copytree(original[1] / "quantized", tmp_path / "q")
+    path = tmp_path / "q" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"act_fn": "relu"}))
+    with pytest.raises(ChecksumError, match="act_fn is 'relu', was 'silu'"):
+        open_it(tmp_path / "q")
+    del config["act_fn"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ChecksumError, match="act_fn is missing"):
+        open_it(tmp_path / "q")
+
+
+def test_entries_that_a_later_diffusers_adds_are_no_change(original: tuple[DDIMPipeline, Path], tmp_path: Path) -> None:
+    shutil.copytree(original[1] / "quantized", tmp_path / "q")
+    path = tmp_path / "q" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_option": None, "_diffusers_version": "9.0"}))
+    assert torch.equal(output(tfmq.load(tmp_path / "q", backend="simulated").unet), output(original[0].unet))
 
 
 def test_a_full_precision_pipeline_has_no_backend(original: tuple[DDIMPipeline, Path]) -> None:

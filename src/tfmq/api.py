@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfmq.artifact import load, mark, save, stored_manifest
+from tfmq.artifact import load, mark, save, stored_architecture, stored_manifest
 from tfmq.calibration.store import CalibrationStore
 from tfmq.nn.structure import describe, state_bytes
 from tfmq.progress import Progress, silent
@@ -52,6 +52,8 @@ def _manifest(module: nn.Module, recipe: Recipe, seed: int, outcome: Outcome) ->
     if outcome.inputs:
         provenance["inputs"] = _inputs(outcome)
     fields = {"quant_method": "tfmq", "structure": describe(module), "provenance": provenance}
+    if architecture := stored_architecture(module):
+        fields["architecture"] = architecture
     return seal(module.state_dict(), fields, table=False)
 
 

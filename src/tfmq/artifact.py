@@ -14,8 +14,9 @@ from tfmq.backends.backend import Options
 from tfmq.backends.execution import AUTO, execute
 from tfmq.nn.structure import assemble, describe
 from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, tensor_names, write_json
-from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, seal, verify
+from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, seal, verify, verify_architecture
 from tfmq.storage.errors import ForeignFileError, MissingFileError, StorageFullError
+from tfmq.storage.listing import verify_listed, write_listing
 
 PIPELINE_FILE = "model_index.json"
 METHOD = "tfmq"
@@ -64,6 +65,18 @@ def stored_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
 
 
+def refuse_orphans(directory: Path) -> None:
+    """Refuse packed weights whose configuration has lost its manifest: diffusers would take them for a damaged full-precision model.
+
+    Raises:
+        ForeignFileError: there are such.
+    """
+    components = _components(directory)
+    for path in sorted(directory.rglob("*.safetensors")):
+        if path.parent not in components and any(name.endswith(".packed") for name in tensor_names(path)):
+            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / 'config.json'} has no tfmq manifest; copy it again")
+
+
 def _verified(directory: Path) -> Iterator[tuple[dict[str, Tensor], Mapping[str, Any]]]:
     """Yield the tensors and the manifest of every quantized component, checked against each other.
 
@@ -71,25 +84,24 @@ def _verified(directory: Path) -> Iterator[tuple[dict[str, Tensor], Mapping[str,
         CheckpointError: see `tfmq.storage.errors`.
     """
     components = _components(directory)
-    for path in sorted(directory.rglob("*.safetensors")):
-        packed = any(name.endswith(".packed") for name in tensor_names(path))
-        if packed and path.parent not in components:
-            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / 'config.json'} has no tfmq manifest; copy it again")
     for folder, manifest in components.items():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise MissingFileError(f"{folder} has a tfmq configuration and no .safetensors file")
         tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
         verify(tensors, manifest, source=folder / "config.json")
+        verify_architecture(read_json(folder / "config.json"), manifest, source=folder / "config.json")
         yield tensors, manifest
 
 
 def verify_files(directory: Path) -> None:
-    """Check the files of every quantized component against its manifest.
+    """Check the files of every quantized component against its manifest, and the others of a pipeline against their list.
 
     Raises:
         CheckpointError: see `tfmq.storage.errors`.
     """
+    refuse_orphans(directory)
+    verify_listed(directory)
     for _ in _verified(directory):
         pass
 
@@ -100,6 +112,15 @@ def check_quantizable(module: nn.Module) -> None:
         from tfmq.integrations.diffusers.adapters import check_fused
 
         check_fused(module)
+
+
+def stored_architecture(module: nn.Module) -> Mapping[str, Any]:
+    """Return what a diffusers model saves of its architecture, for its manifest to seal; nothing of any other module."""
+    if "diffusers" not in sys.modules:
+        return {}
+    from tfmq.integrations.diffusers.architecture import configuration
+
+    return configuration(module)
 
 
 def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
@@ -149,6 +170,8 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
             if hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(str(partial))
                 _forget_origin(partial)
+                if (partial / PIPELINE_FILE).exists():
+                    write_listing(partial, sealed=_components(partial))
             else:
                 save_checkpoint(partial, owner.state_dict(), manifest)
             for name, value in extra.items():
@@ -217,6 +240,7 @@ def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
 
 
 def _load_only_component(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    refuse_orphans(path)
     components = list(_verified(path))
     if len(components) != 1:
         raise ForeignFileError(f"{path} holds {len(components)} models quantized by tfmq; pass the directory of one")

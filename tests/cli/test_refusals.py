@@ -50,6 +50,31 @@ def _no_json(directory: Path) -> None:
     (directory / "unet" / "config.json").write_text("{")
 
 
+def _other_architecture(directory: Path) -> None:
+    path = directory / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_eps": 0.01}))
+
+
+def _lost_manifest(directory: Path) -> None:
+    path = directory / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+
+
+def _other_scheduler(directory: Path) -> None:
+    path = directory / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.03}))
+
+
+def _no_scheduler(directory: Path) -> None:
+    (directory / "scheduler" / "scheduler_config.json").unlink()
+
+
+def _no_index(directory: Path) -> None:
+    (directory / "model_index.json").unlink()
+
+
 DAMAGES = {
     "header|bytes": _truncate,
     "damaged": _flip_a_bit,
@@ -58,6 +83,11 @@ DAMAGES = {
     "version": _other_version,
     "changed": _edit,
     "JSON": _no_json,
+    "norm_eps is 0.01, was 1e-05": _other_architecture,
+    "tensors of unet, such as conv_in.weight": _lost_manifest,
+    "scheduler_config.json is not the file": _other_scheduler,
+    "scheduler_config.json is missing": _no_scheduler,
+    "model_index.json is missing": _no_index,
 }
 
 

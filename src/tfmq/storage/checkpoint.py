@@ -21,7 +21,17 @@ from .digest import tensor_digest
 from .errors import ChecksumError, ForeignFileError, OutputExistsError, TensorMismatchError, VersionError
 from .raw import dtype_name
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_FILE", "TENSORS_FILE", "load_checkpoint", "prepare_output", "save_checkpoint", "seal", "verify"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_FILE",
+    "TENSORS_FILE",
+    "load_checkpoint",
+    "prepare_output",
+    "save_checkpoint",
+    "seal",
+    "verify",
+    "verify_architecture",
+]
 
 FORMAT_VERSION = 2
 # Version 1 is version 2 without dynamic input quantizers.
@@ -105,6 +115,20 @@ def verify(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, source
         raise ChecksumError(f"{source} seals tensors of digest {manifest['digest']}, these have {digest}; the data is damaged: copy or save it again")
     if manifest.get("seal") != _manifest_digest(manifest):
         raise ChecksumError(f"{source} was changed since it was sealed; copy or save the checkpoint again")
+
+
+def verify_architecture(configuration: Mapping[str, Any], manifest: Mapping[str, Any], *, source: str | Path) -> None:
+    """Check that a component's `configuration` still has what `manifest` seals of it as `architecture`; `source` names it in messages.
+
+    What it has beyond that, as later libraries add it, is left alone. Manifests of earlier releases seal no architecture.
+
+    Raises:
+        ChecksumError: an entry is missing or has another value.
+    """
+    for name, value in manifest.get("architecture", {}).items():
+        if name not in configuration or configuration[name] != value:
+            found = repr(configuration[name])[:200] if name in configuration else "missing"
+            raise ChecksumError(f"{source} was changed since it was sealed: {name} is {found}, was {repr(value)[:200]}; copy or save it again")
 
 
 def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:

@@ -1,5 +1,6 @@
 """What a diffusers model is apart from its weights: its stock architecture, and the manifest that a quantized one carries."""
 
+import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,14 @@ def stock_architecture(module: Any) -> nn.Module:
     with torch.device("meta"):
         stock: nn.Module = stock_class(module).from_config(config)  # type: ignore[attr-defined]
     return stock
+
+
+def configuration(module: nn.Module) -> dict[str, Any]:
+    """Return the architecture of a diffusers model as its `config.json` has it, without the manifest and notes of diffusers; {} for other modules."""
+    if not isinstance(module, ModelMixin):
+        return {}
+    stored = json.loads(module.to_json_string())  # type: ignore[attr-defined]
+    return {name: value for name, value in stored.items() if name != QUANTIZATION and not name.startswith("_")}
 
 
 def manifest_of(module: nn.Module) -> Mapping[str, Any] | None:

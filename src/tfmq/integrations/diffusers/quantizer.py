@@ -20,8 +20,8 @@ from tfmq.nn.structure import assemble
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
-from tfmq.storage.atomic import read_tensors
-from tfmq.storage.checkpoint import verify
+from tfmq.storage.atomic import read_json, read_tensors
+from tfmq.storage.checkpoint import verify, verify_architecture
 from tfmq.storage.errors import CheckpointError
 
 METHOD = "tfmq"
@@ -74,7 +74,9 @@ class TFMQQuantizer(DiffusersQuantizer):
         tensors: dict[str, Tensor] = {}
         for path in checkpoint_files:
             tensors |= read_tensors(path)[0]
-        verify(tensors, self.quantization_config.to_dict(), source=Path(checkpoint_files[0]).parent / "config.json")
+        manifest, source = self.quantization_config.to_dict(), Path(checkpoint_files[0]).parent / "config.json"
+        verify(tensors, manifest, source=source)
+        verify_architecture(read_json(source), manifest, source=source)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
