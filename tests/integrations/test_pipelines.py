@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
 
 import tfmq
 from tfmq.evaluation.deviation import follow
@@ -55,6 +56,14 @@ def test_a_quantized_pipeline_is_a_sampler_again(pipeline: DDIMPipeline, tmp_pat
     opened = open_pipeline(tmp_path / "q").unet.state_dict()
     assert {name: value.dtype for name, value in opened.items()} == {name: value.dtype for name, value in pipeline.unet.state_dict().items()}
     assert torch.float16 in {value.dtype for value in opened.values()}
+
+
+def test_a_pipeline_without_its_weights_is_refused(pipeline: DDIMPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "p")
+    path = tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith("conv_in")}, path, metadata={"format": "pt"})
+    with quiet(), pytest.raises(ValueError, match="lacks 2 tensors of unet, such as conv_in"):
+        open_pipeline(tmp_path / "p")
 
 
 def test_a_component_is_no_pipeline(pipeline: DDIMPipeline) -> None:

@@ -216,11 +216,22 @@ class PipelineSampler:
         raise ValueError(f"{type(self.pipeline).__name__} drew an image without calling its {self.component}")
 
 
+def _check_whole(pipeline: DiffusionPipeline, source: str | Path) -> None:
+    """Refuse a pipeline that lacks weights, which diffusers leaves on the meta device: a quantized model that lost its manifest is one."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            absent = [key for key, tensor in component.state_dict().items() if tensor.is_meta]
+            if absent:
+                raise ValueError(
+                    f"{source} lacks {len(absent)} tensors of {name}, such as {absent[0]}: its files are not those of its config.json; copy it again"
+                )
+
+
 def open_pipeline(source: str | Path) -> DiffusionPipeline:
     """Load a pipeline from a directory or a hub id, in float32.
 
     Raises:
-        ValueError: there is no pipeline.
+        ValueError: there is no pipeline, or it lacks weights.
     """
     path = Path(source)
     if path.is_dir() and not (path / "model_index.json").exists():
@@ -231,6 +242,7 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
         pipeline = DiffusionPipeline.from_pretrained(str(source), **(absent_components(path) if path.is_dir() else {}))
     except OSError as error:
         raise ValueError(f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}") from error
+    _check_whole(pipeline, source)
     for component in pipeline.components.values():
         # Only where needed: a quantized component has float32 parameters, and tables in their own dtype.
         if isinstance(component, nn.Module) and any(parameter.dtype != torch.float32 for parameter in component.parameters()):
