@@ -108,6 +108,7 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
         ({"activations": {"products": 1}}, r"activations\.products must be of type bool; got 1"),
         ({"activations": {"products": "yes"}}, r"activations\.products .*got 'yes'"),
         ({"learning": {"learning_rate": "fast"}}, r"learning\.learning_rate .*got 'fast'"),
+        ({"learning": {"learning_rate": float("nan")}}, r"learning_rate must be > 0"),
         ({"weights": {"bits": 1}}, r"2\.\.8, got 1"),
         ({"temporal": {"maintenance": "hope"}}, r"temporal\.maintenance is 'hope'"),
         ({"rules": [{"match": "role:middle", "weight_bits": 8, "activation_bits": 8}]}, r"unknown role 'role:middle'"),
@@ -125,7 +126,9 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
         ("- a", "must be a mapping"),
         ("", "must be a mapping"),
         ("weights: {bits: 4}", "name"),
-        ("name: r\nrules: [{match: '*'}]", "weight_bits"),
+        ("name: r\nrules: [{match: '*'}]", r"rules\[0\] lacks weight_bits, activation_bits"),
+        ("name: r\nweights: {bits: 4}\nweights: {}", r"the key weights stands there twice\n.*line 3"),
+        ("name: r\nlearning: {warmup: 0.1, warmup: 0.2}", "the key warmup stands there twice"),
         ("name: r\n4: x\nb: y", "unknown key"),
     ],
 )

@@ -127,7 +127,13 @@ def test_a_failing_loss_takes_the_roundings_away_and_keeps_the_codes() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"iterations": -1}, {"batch_size": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"learning_rate": 0.0}, {"penalty": -1.0}, {"held_out": 1.0}]
+    "wrong",
+    [
+        *({"iterations": -1}, {"batch_size": 0}, {"warmup": 1.0}, {"warmup": -0.1}, {"held_out": 1.0}),
+        *({"learning_rate": value} for value in (0.0, math.nan, math.inf)),
+        *({"penalty": value} for value in (-1.0, math.nan, math.inf)),
+        *({"beta_start": math.nan}, {"beta_end": 0.0}, {"beta_end": math.inf}),
+    ],
 )
 def test_impossible_hyper_parameters_are_refused_by_value(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -149,7 +150,17 @@ def test_inputs_that_never_vary_leave_finite_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"solver": "best"}, {"inputs": "some"}, {"damping": 0.0}, {"damping": float("nan")}, {"positions": 0}, {"sweeps": 0}, {"widest": 0}]
+    "wrong",
+    [
+        {"solver": "best"},
+        {"inputs": "some"},
+        {"damping": 0.0},
+        {"damping": math.nan},
+        {"damping": math.inf},
+        {"positions": 0},
+        {"sweeps": 0},
+        {"widest": 0},
+    ],
 )
 def test_impossible_settings_are_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"rounding\.{next(iter(wrong))}"):

@@ -193,7 +193,7 @@ class Published:
     source: str
 
     def __post_init__(self) -> None:
-        if self.tolerance <= 0 or self.num_images < 1 or self.steps < 1:
+        if not 0 < self.tolerance < inf or self.num_images < 1 or self.steps < 1:
             numbers = f"{self.tolerance}, {self.num_images} and {self.steps}"
             raise ValueError(f"published tolerance, num_images and steps must be positive, got {numbers} for {self.metric}")
 

@@ -25,7 +25,7 @@ def _build(kind: Any, values: Any, path: str) -> Any:
         raise ValueError(f"unknown key {path}{unknown[0]}; {path.rstrip('.') or 'a recipe'} has {', '.join(hints)}")
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
     if missing:
-        raise ValueError(f"{path or 'the recipe '}lacks {', '.join(missing)}")
+        raise ValueError(f"{path.rstrip('.') or 'the recipe'} lacks {', '.join(missing)}")
     return kind(**{name: _value(hints[name], value, f"{path}{name}") for name, value in values.items()})
 
 
@@ -68,6 +68,20 @@ def dumps(recipe: Recipe) -> str:
     return text
 
 
+def _parse(yaml: Any, text: str) -> Any:
+    """Return the values of a YAML text; a key that a mapping has twice is an error, where YAML's reader takes the last one."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            for place, (key, _) in enumerate(node.value):
+                if key.value in keys[:place]:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands there twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader=Loader)
+
+
 def load(path: Path) -> Recipe:
     """Read a recipe from a YAML file. Needs the `cli` extra.
 
@@ -76,7 +90,7 @@ def load(path: Path) -> Recipe:
     """
     yaml = require("yaml", extra="cli")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = _parse(yaml, Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {path}: {error}") from error
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -49,8 +50,10 @@ class Learning:
             raise ValueError(f"warmup is a share of the iterations in [0, 1), got {self.warmup}")
         if not 0.0 <= self.held_out < 1.0:
             raise ValueError(f"held_out is a share of the samples in [0, 1), got {self.held_out}")
-        if self.learning_rate <= 0 or self.penalty < 0:
-            raise ValueError(f"learning_rate must be > 0 and penalty >= 0, got {self.learning_rate} and {self.penalty}")
+        if not (0 < self.learning_rate < inf and 0 <= self.penalty < inf):
+            raise ValueError(f"learning_rate must be > 0 and penalty >= 0, both finite, got {self.learning_rate} and {self.penalty}")
+        if not (0 < self.beta_start < inf and 0 < self.beta_end < inf):
+            raise ValueError(f"beta_start and beta_end must be > 0 and finite, got {self.beta_start} and {self.beta_end}")
 
 
 def full_precision(layer: CalibratedLayer) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
 
 import torch
@@ -50,8 +51,8 @@ class Rounding:
             raise ValueError(f"rounding.solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
         if self.inputs not in get_args(UnitInputs):
             raise ValueError(f"rounding.inputs is {self.inputs!r}; it must be one of {', '.join(get_args(UnitInputs))}")
-        if not self.damping > 0:
-            raise ValueError(f"rounding.damping must be > 0, got {self.damping}")
+        if not 0 < self.damping < inf:
+            raise ValueError(f"rounding.damping must be > 0 and finite, got {self.damping}")
         for name in ("positions", "sweeps", "widest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rounding.{name} must be at least 1, got {getattr(self, name)}")
