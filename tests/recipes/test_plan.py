@@ -122,6 +122,12 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_it(plain: Trace, mat
     assert repr(match) in str(caught.value) and "mine" in str(caught.value)
 
 
+def test_a_rule_behind_others_that_match_all_its_layers_warns(plain: Trace) -> None:
+    with pytest.warns(UserWarning, match=r"'entry' of recipe mine has no effect"):
+        plan = make_plan(Recipe(name="mine", rules=(rule("e*", 8, 8), rule("entry", 3, 8))), plain)
+    assert plan.layers["entry"].weight.bits == 8
+
+
 def test_a_recipe_that_quantizes_nothing_is_an_error(plain: Trace) -> None:
     for recipe in (Recipe(name="mine", weights=Weights(bits=None)), Recipe(name="mine", rules=(rule("*"),))):
         with pytest.raises(ValueError, match="mine quantizes no layer"):

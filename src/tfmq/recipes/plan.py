@@ -1,5 +1,7 @@
 """Turn a recipe and a trace into a plan: the only place where rules meet layers."""
 
+import warnings
+
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan
 from tfmq.recipes.recipe import Recipe
@@ -31,9 +33,14 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
 
 
 def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
+    open_names = set(roles)
     for rule in recipe.rules:
-        if not any(rule.matches(name, played) for name, played in roles.items()):
+        matched = {name for name, played in roles.items() if rule.matches(name, played)}
+        if not matched:
             raise ValueError(f"the rule {rule.match!r} of recipe {recipe.name} matches no layer; `tfmq inspect` lists their names")
+        if not matched & open_names:
+            warnings.warn(f"the rule {rule.match!r} of recipe {recipe.name} has no effect: rules before it match all its layers", stacklevel=3)
+        open_names -= matched
 
 
 def make_plan(recipe: Recipe, trace: Trace) -> Plan:
