@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tfmq.backends.backend import Options
@@ -15,7 +14,7 @@ from tfmq.backends.execution import AUTO, execute
 from tfmq.nn.structure import assemble, describe
 from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, tensor_names, write_json
 from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, seal, verify, verify_architecture
-from tfmq.storage.errors import ForeignFileError, MissingFileError, StorageFullError
+from tfmq.storage.errors import ForeignFileError, MissingFileError
 from tfmq.storage.listing import verify_listed, write_listing
 
 PIPELINE_FILE = "model_index.json"
@@ -177,10 +176,6 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
             for name, value in extra.items():
                 write_json(partial / name, value)
             partial.replace(directory)
-    except SafetensorError as error:
-        if "No space left" not in str(error) and "os error 28" not in str(error):
-            raise
-        raise StorageFullError(f"cannot write to {partial}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tfmq.storage import (
     CheckpointError,
@@ -20,6 +21,7 @@ from tfmq.storage import (
     write_json,
     write_tensors,
 )
+from tfmq.storage.atomic import full_disk_named
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2, 3], dtype=torch.uint8), "c": torch.tensor(1.5), "d": torch.zeros(0, 2)}
 
@@ -88,6 +90,17 @@ def test_full_disk_is_named_and_leaves_the_old_file(old: Path, monkeypatch: pyte
     assert isinstance(caught.value.__cause__, OSError)
     assert old.read_bytes() == b"old"
     assert names(old.parent) == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_that_the_library_puts_into_words(code: int) -> None:
+    with pytest.raises(StorageFullError, match=rf"file needs 80 bytes \({os.strerror(code)}\)"), full_disk_named(Path("file"), needed_bytes=80):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+
+def test_other_failures_of_the_library_pass(tmp_path: Path) -> None:
+    with pytest.raises(SafetensorError), full_disk_named(tmp_path):
+        save_file({"x": torch.zeros(20)}, tmp_path / "nowhere" / "file")
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")

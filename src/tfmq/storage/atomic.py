@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,11 +49,18 @@ def full_disk_named(path: Path, *, needed_bytes: int | None = None) -> Iterator[
     """Turn "no space left" and "quota exceeded" within the block into `StorageFullError`, naming `path`; let any other exception pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _system_error(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT):
             raise
         needed = "more bytes than are left" if needed_bytes is None else f"{needed_bytes} bytes"
-        raise StorageFullError(f"{path} needs {needed} ({error.strerror}); free space, raise the quota, or choose another disk") from error
+        raise StorageFullError(f"{path} needs {needed} ({os.strerror(number)}); free space, raise the quota, or choose another disk") from error
+
+
+def _system_error(error: SafetensorError) -> int | None:
+    """Return the number of the system's error that the safetensors library, which has one exception for everything, put into words."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:

@@ -147,7 +147,7 @@ def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:
         except (FileExistsError, NotADirectoryError) as error:
             raise OutputExistsError(f"{target} is not a directory, or lies below a file; choose another output directory") from error
         if names and not overwrite:
-            raise OutputExistsError(f"{target} already holds {_listing(names)}; choose an empty directory, or allow overwriting")
+            raise OutputExistsError(f"{target} already holds {_listing(names)}; choose another output directory, or delete them")
         _check_writable(target)
     return target
 
