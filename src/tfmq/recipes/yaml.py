@@ -71,7 +71,7 @@ def dumps(recipe: Recipe) -> str:
 def _parse(yaml: Any, text: str) -> Any:
     """Return the values of a YAML text; a key that a mapping has twice is an error, where YAML's reader takes the last one."""
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value]
             for place, (key, _) in enumerate(node.value):

@@ -36,7 +36,7 @@ def configuration(module: nn.Module) -> dict[str, Any]:
     """Return the architecture of a diffusers model as its `config.json` has it, without the manifest and notes of diffusers; {} for other modules."""
     if not isinstance(module, ModelMixin):
         return {}
-    stored = json.loads(module.to_json_string())  # type: ignore[attr-defined]
+    stored = json.loads(module.to_json_string())
     return {name: value for name, value in stored.items() if name != QUANTIZATION and not name.startswith("_")}
 
 
