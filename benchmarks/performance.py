@@ -4,9 +4,9 @@
 
 The models are the embedded one, a 63 M parameter DDPM of 64x64 pixels (`--ddpm64`, a folder whose `load.py` has `build_unet`, `load_unet` and
 `scheduler`; skipped without), and architectures with random weights: google/ddpm-cifar10-32's, a small Stable Diffusion's, a small DiT. Each is
-quantized to W8A8 as by default (a range for every timestep, temporal features from tables) but with a short calibration and no learned rounding,
-which costs no time at inference, and once more to W4A8 for its bytes. Random weights serve for speed and memory: their SQNR is in the JSON
-file and not in the table.
+quantized to W8A8 (a range for every timestep, temporal features from tables; `--scheme fast_w8a8` for zero-points that all timesteps share) but
+with a short calibration and no learned rounding, which costs no time at inference, and once more to W4A8 for its bytes. Random weights serve for
+speed and memory: their SQNR is in the JSON file and not in the table.
 
 Quantized models and finished measurements (one for each model and batch size) stay in the output directory; the script goes on with what is
 missing, so it can run in pieces.
@@ -40,7 +40,7 @@ from tfmq.recipes.recipe import Calibration
 from tfmq.targets import open_sampler
 
 STEPS = 10
-SCHEMES = ("w8a8", "w4a8")
+SMALLEST = "w4a8"
 BACKENDS = ("simulated", "torch", "torch-compile", "openvino")
 FLOATING = ("simulated",)
 
@@ -135,17 +135,17 @@ def quantized(model: Model, scheme: str, directory: Path, progress: Progress) ->
         recipe = tfmq.scheme(scheme)
         temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
         calibration = Calibration(samples=2, steps=STEPS, interval=2, batch_size=2)
-        recipe = replace(recipe, calibration=calibration, learning=replace(recipe.learning, iterations=0), temporal=temporal)
+        recipe = replace(recipe, calibration=calibration, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal)
         tfmq.quantize(model.make(), recipe, output_dir=target, progress=progress, resume=True)
     return target / "unet" if (target / "model_index.json").exists() else target
 
 
 def measured(model: Model, batch: int, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Return the rows of one model and batch size, with what its ceilings need."""
-    folders = {scheme: quantized(model, scheme, options.output_dir, progress) for scheme in SCHEMES}
+    folders = {scheme: quantized(model, scheme, options.output_dir, progress) for scheme in (options.scheme, SMALLEST)}
     sampler = model.make()
     request = Request(
-        directory=folders["w8a8"],
+        directory=folders[options.scheme],
         sampler=sampler,
         model=model.name,
         variants=options.variants,
@@ -187,8 +187,8 @@ def with_share(result: Mapping[str, Any], ceiling: Mapping[str, float | None]) -
 def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) -> str:
     """Return the results as a Markdown table."""
     lines = [
-        "| model | variant | batch | ms/step | speedup | images/s | SQNR dB | peak MB | disk MB | load s | first step s | share of ceiling |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | variant | recipe | batch | ms/step | speedup | images/s | SQNR dB | peak MB | disk MB | load s | first step s | of ceiling |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         for row in with_share(result, ceiling):
@@ -197,13 +197,13 @@ def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) ->
             name = row["backend"] if row["scheme"] is None else f"**{row['backend']}**"
             loaded = "" if row["clean"] else " (loaded)"
             lines.append(
-                f"| {result['model']} | {name} | {row['batch']} | {row['ms_per_step']:.1f}{loaded} | {row['speedup']:.2f} "
+                f"| {result['model']} | {name} | {row['scheme'] or ''} | {row['batch']} | {row['ms_per_step']:.1f}{loaded} | {row['speedup']:.2f} "
                 f"| {row['images_per_second']:.3g} | {accuracy} | {row['peak_rss_bytes'] / 1e6:.0f} | {row['disk_bytes'] / 1e6:.1f} "
                 f"| {row['load_s']:.1f} | {row['compile_s']:.1f} | {share} |"
             )
     lines += ["", "| model | parameters | operations a step | fp32 MB | W8A8 MB | W4A8 MB |", "|---|---|---|---|---|---|"]
     for result in {result["model"]: result for result in results}.values():
-        sizes = " | ".join(f"{result['bytes'][scheme] / 1e6:.1f}" for scheme in SCHEMES)
+        sizes = " | ".join(f"{size / 1e6:.1f}" for size in result["bytes"].values())
         lines.append(
             f"| {result['model']} | {result['parameters'] / 1e6:.1f} M | {result['operations'] / 1e9:.2f} G "
             f"| {4 * result['parameters'] / 1e6:.1f} | {sizes} |"
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--peers", default="all")
+    parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(processors()))
@@ -252,7 +253,7 @@ def main() -> None:
     with quiet(), shown_progress() as progress:
         for number, model in enumerate(models(options.ddpm64)):
             for batch in (int(part) for part in options.batch.split(",")):
-                path = finished / f"{number}-{model.name}-{batch:03d}.json"
+                path = finished / f"{number}-{model.name}-{batch:03d}-{options.scheme}.json"
                 if options.only not in model.name or path.exists():
                     continue
                 path.write_text(json.dumps(measured(model, batch, options, progress), indent=1) + "\n")
