@@ -34,6 +34,17 @@ def test_an_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], e
     assert capsys.readouterr() == ("", line)
 
 
+def test_a_torchvision_that_does_not_fit_is_named_below_whatever_failed_because_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), verb():
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise RuntimeError("Failed to import diffusers.pipelines.pipeline_utils (look up to see its traceback)") from error
+    said = capsys.readouterr().err
+    assert said.startswith("error: the torchvision that is installed does not fit this torch") and "..." not in said
+    assert "https://download.pytorch.org/whl/cpu" in said and "or remove it" in said
+
+
 def test_a_long_message_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     complain("x" * 10_000)
     assert len(capsys.readouterr().err) < 1000

@@ -16,6 +16,13 @@ import typer
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST = 600
+# What torchvision says where its compiled part does not load, and what lies under whatever a library that imports it says then.
+MISFIT_SIGN = "operator torchvision::"
+MISFIT = (
+    "the torchvision that is installed does not fit this torch: it is of another version, or of another index (CPU, CUDA). Install one that fits, "
+    "for a torch from PyTorch's CPU index: pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu, "
+    "in the version that belongs to the torch; or remove it: only inception, precision-recall and lpips of tfmq evaluate need it"
+)
 
 
 def complain(message: str, *, kind: str = "error") -> None:
@@ -29,8 +36,17 @@ def emit(result: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _cause(error: Exception) -> str:
     """Return what to say about an error: its own words, and its kind where the words alone say little."""
+    if any(str(link).startswith(MISFIT_SIGN) for link in _chain(error)):
+        return MISFIT
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error).strip():
