@@ -20,6 +20,7 @@ from tfmq.evaluation.paired import psnr
 from tfmq.evaluation.sampling import draw
 from tfmq.evaluation.settings import Settings
 from tfmq.evaluation.stages import Shard
+from tfmq.evaluation.weights import Weights
 from tfmq.models.sampler import LoopSampler
 from tfmq.recipes import Published
 from tfmq.storage.errors import JobMismatchError
@@ -173,6 +174,13 @@ def test_what_cannot_work_is_refused_first(run: Callable[..., Any], tmp_path: Pa
     with pytest.raises(ValueError, match=cause):
         run(settings=replace(SETTINGS, metrics=metrics), **options)
     assert not (tmp_path / "job").exists()
+
+
+def test_a_metric_that_the_model_does_not_have_asks_for_no_weights(models: tuple[LoopSampler, LoopSampler], tmp_path: Path) -> None:
+    """Without text there is no clip score, whatever is downloaded."""
+    settings = replace(SETTINGS, metrics=("lpips", "clip"), extractor="inception", clip=str(tmp_path / "no folder"))
+    with pytest.raises(ValueError, match="does not draw from text; leave clip out"):
+        evaluate(models[1], models[0], Request(settings=settings, job=tmp_path / "job", weights=Weights(tmp_path)))
 
 
 def test_models_that_do_not_belong_together(models: tuple[LoopSampler, LoopSampler], sampler: Callable[..., LoopSampler], tmp_path: Path) -> None:

@@ -86,8 +86,9 @@ def open_job(
 ) -> tuple[Evaluator, dict[str, Any]]:
     """Return what does the job, and the protocol; see `evaluate`."""
     images = None if request.real is None else open_real(request.real)
-    tools = prepare(request.settings, request.weights)
+    # First what no weight file would mend: nobody is to fetch one for nothing.
     check_request(quantized, reference, images, request.settings)
+    tools = prepare(request.settings, request.weights)
     protocol = _protocol(quantized, reference, images, settings=request.settings, tools=tools, backend=request.backend)
     going_on = resume or shard is not None
     if going_on:
