@@ -20,8 +20,8 @@ LONGEST = 600
 MISFIT_SIGN = "operator torchvision::"
 MISFIT = (
     "the torchvision that is installed does not fit this torch: it is of another version, or of another index (CPU, CUDA). Install one that fits, "
-    "for a torch from PyTorch's CPU index: pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu, "
-    "in the version that belongs to the torch; or remove it: only inception, precision-recall and lpips of tfmq evaluate need it"
+    "the version that belongs to the torch, from where the torch came (pip install --force-reinstall --no-deps torchvision, with the same "
+    "--index-url); or remove it: only inception, precision-recall and lpips of tfmq evaluate need it"
 )
 
 
