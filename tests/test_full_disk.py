@@ -22,7 +22,7 @@ from tfmq.storage import atomic
 from tfmq.storage.errors import CheckpointError, JobMismatchError, StorageFullError
 
 # How much later each attempt breaks than the one before, in files.
-STRIDE = 2
+STRIDE = 1
 
 
 @pytest.fixture
