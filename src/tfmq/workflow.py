@@ -101,11 +101,19 @@ def prepare_units(
 
 
 def reconstruct_alone(
-    sampler: Sampler, recipe: Recipe, prepared: Prepared, number: int, *, seed: int, store: CalibrationStore, advance: Advance
+    sampler: Sampler,
+    recipe: Recipe,
+    prepared: Prepared,
+    number: int,
+    *,
+    seed: int,
+    store: CalibrationStore,
+    resources: Resources = UNLIMITED,
+    advance: Advance,
 ) -> dict[str, Tensor]:
     """Reconstruct one unit that waits for no other, by its number; return what the journal keeps of it."""
     unit, denoiser = prepared.units[number], sampler.denoiser
-    config = {"interval": recipe.calibration.interval, "seed": stage_seed(seed, unit.name), "resources": UNLIMITED, "advance": advance}
+    config = {"interval": recipe.calibration.interval, "seed": stage_seed(seed, unit.name), "resources": resources, "advance": advance}
     report = reconstructed(denoiser, unit, store, Upstream(None), prepared.steps, recipe.rounding, recipe.learning, **config)  # type: ignore[arg-type]
     layers = calibrated_layers(denoiser.module)
     return unit_result(report, {name: layers[name] for name in unit.layers})

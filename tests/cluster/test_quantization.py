@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 
 import tfmq
+from tfmq.api import job_of
+from tfmq.calibration.spool import Spool
 from tfmq.cluster.crew import Cluster, connected
-from tfmq.cluster.quantization import Helpers
+from tfmq.cluster.quantization import Helpers, _make
 from tfmq.recipes.recipe import Calibration, Recipe
+from tfmq.reconstruction import resources
+from tfmq.reconstruction.resources import UNLIMITED, Resources
+from tfmq.reconstruction.sequence import unit_file
 from tfmq.reconstruction.solvers import UnitInputs
+from tfmq.storage.atomic import read_tensors
 from tfmq.storage.errors import JobMismatchError
 
 
@@ -62,3 +68,34 @@ def test_a_worker_with_another_model_refuses(ray: Any, model: Path, tmp_path: Pa
         with pytest.raises(JobMismatchError, match="model was"):
             tfmq.quantize(str(model), recipe, output_dir=tmp_path / "m", helpers=helpers)
     assert not content(tmp_path / "m")
+
+
+def test_a_worker_keeps_to_the_limit_of_memory_itself(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, job, files = quick("full"), job_of(tmp_path / "m"), 0
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tfmq.workflow.reconstruct_units", stop)
+        tfmq.quantize(str(model), recipe, output_dir=tmp_path / "m")
+    real = Spool.file
+
+    def file(own: Spool) -> Any:
+        nonlocal files
+        files += 1
+        return real(own)
+
+    def codes(limits: Resources) -> dict[str, list[Any]]:
+        _make(str(model), recipe, job, 0, None, (), None, limits)(("reconstruct", 0, None))
+        path = job / f"{unit_file(0)}.safetensors"
+        found = {name: tensor.tolist() for name, tensor in read_tensors(path)[0].items() if name != "report"}
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(Spool, "file", file)
+    free = codes(UNLIMITED)
+    assert not files
+    # So little that all calls of a unit go to files.
+    monkeypatch.setattr(resources, "CAPTURED", 1e-9)
+    assert codes(Resources(max_memory=2**28)) == free and files

@@ -154,7 +154,8 @@ def _quantized(
     from tfmq.integrations.diffusers.quiet import quiet
 
     with quiet(), shown_progress() as progress, ExitStack() as stack:
-        helpers = None if place is None else Helpers(stack.enter_context(connected(place)), located(model), recipe, output_dir, **options)
+        crew = None if place is None else stack.enter_context(connected(place))
+        helpers = None if crew is None else Helpers(crew, located(model), recipe, output_dir, resources=resources, **options)
         found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, resources=resources, progress=progress, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
     return {"bytes": {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}, **{key: report[key] for key in keys}}

@@ -12,6 +12,7 @@ from tfmq.cluster.crew import Crew, Team
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Advance, silent
 from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.reconstruction.sequence import unit_file
 from tfmq.stages import record_batch
 from tfmq.storage.journal import Journal
@@ -25,12 +26,13 @@ Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int,
 class _Job:
     """The job as a worker sees it: an interrupted one, which it reads back as far as it is, to do one more stage of it."""
 
-    def __init__(self, sampler: Sampler, recipe: Recipe, seed: int, folder: Path, journal: Journal) -> None:
+    def __init__(self, sampler: Sampler, recipe: Recipe, seed: int, folder: Path, journal: Journal, resources: Resources) -> None:
         self.sampler = sampler
         self.recipe = recipe
         self.seed = seed
         self.store = store_of(folder)
         self.journal = journal
+        self.resources = resources
 
     def __call__(self, task: Task) -> None:
         kind, number, indices = task
@@ -43,18 +45,27 @@ class _Job:
     @cached_property
     def _prepared(self) -> Prepared:
         """The model with everything that stands in the journal before the units."""
-        return prepare_units(self.sampler, self.recipe, seed=self.seed, store=self.store, journal=self.journal)
+        return prepare_units(self.sampler, self.recipe, seed=self.seed, store=self.store, journal=self.journal, resources=self.resources)
 
     def _reconstructed(self, number: int, advance: Advance) -> dict[str, Tensor]:
-        return reconstruct_alone(self.sampler, self.recipe, self._prepared, number, seed=self.seed, store=self.store, advance=advance)
+        given = {"seed": self.seed, "store": self.store, "resources": self.resources, "advance": advance}
+        return reconstruct_alone(self.sampler, self.recipe, self._prepared, number, **given)  # type: ignore[arg-type]
 
 
 def _make(
-    target: str, recipe: Recipe, folder: Path, seed: int, device: str | None, prompts: tuple[str, ...], component: str | None
+    target: str,
+    recipe: Recipe,
+    folder: Path,
+    seed: int,
+    device: str | None,
+    prompts: tuple[str, ...],
+    component: str | None,
+    resources: Resources,
 ) -> Callable[[Task], None]:
     """Open the job in a worker; refuse where the worker would compute something else."""
     sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, component=component)
-    return _Job(sampler, recipe, seed, folder, Journal(folder, fingerprint, resume=True))
+    resources.prepare()
+    return _Job(sampler, recipe, seed, folder, Journal(folder, fingerprint, resume=True), resources)
 
 
 class Helpers:
@@ -66,6 +77,7 @@ class Helpers:
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
         output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
         seed, device, prompts, component: as `tfmq.quantize` has them.
+        resources: its limit of memory is that of each worker.
 
     Raises (where parts are asked for):
         JobMismatchError: a worker has another model, or other versions.
@@ -84,8 +96,10 @@ class Helpers:
         device: str | None = None,
         prompts: tuple[str, ...] = (),
         component: str | None = None,
+        resources: Resources = UNLIMITED,
     ) -> None:
-        self._team: Team[Task, None] = crew.team(partial(_make, target, recipe, job_of(output_dir.absolute()), seed, device, prompts, component))
+        make = partial(_make, target, recipe, job_of(output_dir.absolute()), seed, device, prompts, component, resources)
+        self._team: Team[Task, None] = crew.team(make)
 
     def record(self, batches: Sequence[range]) -> Iterator[int]:
         for number, _ in self._team([("record", number, indices) for number, indices in enumerate(batches)]):
