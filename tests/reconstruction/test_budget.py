@@ -13,12 +13,14 @@ NAMES = [f"u{i}" for i in range(20)]
 class Job:
     """Units that take `off` times what is predicted, each by its own luck."""
 
-    def __init__(self, seconds: float, *, off: float = 1.0, before: float = 0.0, most: int = 20_000, seed: int = 0, step: float = 0.01) -> None:
+    def __init__(
+        self, seconds: float, *, off: float = 1.0, before: float = 0.0, least: int = 0, most: int = 20_000, seed: int = 0, step: float = 0.01
+    ) -> None:
         draw = random.Random(seed)
         self.now, self.off, self.draw = before, off, draw
         self.sensitivity = {name: draw.uniform(0, 1) ** 3 for name in NAMES}
         self.costs = {name: Cost(draw.uniform(0.5, 2), step * draw.uniform(0.5, 2)) for name in NAMES}
-        self.budget = Budget(seconds, lambda: self.now, self.sensitivity, self.costs, most=most)
+        self.budget = Budget(seconds, lambda: self.now, self.sensitivity, self.costs, least=least, most=most)
 
     def run(self) -> dict[str, Grant]:
         grants = {}
@@ -32,9 +34,9 @@ class Job:
         return grants
 
 
-@given(seconds=st.floats(20, 2000), off=st.floats(0.3, 2.0), seed=st.integers(0, 50), before=st.floats(0, 0.5))
-def test_a_job_ends_within_a_tenth_of_its_budget(seconds: float, off: float, seed: int, before: float) -> None:
-    job = Job(seconds, off=off, seed=seed, before=before * seconds)
+@given(seconds=st.floats(20, 2000), off=st.floats(0.3, 2.0), seed=st.integers(0, 50), before=st.floats(0, 0.5), least=st.sampled_from([0, 100]))
+def test_a_job_ends_within_a_tenth_of_its_budget(seconds: float, off: float, seed: int, before: float, least: int) -> None:
+    job = Job(seconds, off=off, seed=seed, before=before * seconds, least=least)
     job.run()
     assert job.now <= 1.1 * seconds
 
@@ -53,6 +55,13 @@ def test_where_time_is_short_the_most_sensitive_for_their_seconds_are_solved() -
     grants = job.run()
     worth = {solved: [job.sensitivity[n] / job.costs[n].base for n in NAMES if grants[n].solved == solved] for solved in (True, False)}
     assert 2 <= len(worth[True]) <= 12 and mean(worth[True]) > 4 * mean(worth[False])
+
+
+def test_no_unit_is_run_for_fewer_steps_than_are_worth_it() -> None:
+    bare, worth = Job(40).run(), Job(40, least=100).run()
+    assert 0 < min(grant.iterations for grant in bare.values() if grant.solved) < 100, "without, units get what is left"
+    taken = [grant.iterations for grant in worth.values() if grant.solved]
+    assert 2 <= len(taken) < len(NAMES) and min(taken) >= 100
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(1e9, 400), (1e9, 0)])

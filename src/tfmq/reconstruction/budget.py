@@ -43,37 +43,46 @@ class _Correction:
 class Budget:
     """Divides what is left of the time anew before every unit.
 
-    Units are solved in closed form as far as the time reaches, those first that disturb the output most for their seconds; what then is left
-    goes to the learning of each in proportion to its sensitivity. A unit that gets neither keeps its nearest codes and takes no time.
+    Units are solved as far as the time reaches, in closed form or by `least` steps of learning, those first that disturb the output most for
+    their seconds; what then is left goes to the learning of each in proportion to its sensitivity. A unit that gets neither keeps its nearest
+    codes and takes no time.
 
     Args:
         seconds: of the whole job.
         elapsed: tells the seconds that the job has taken.
         sensitivity: of the output to each unit, on any scale.
         costs: of each unit.
-        most: steps of learning that a unit gets at most.
+        least, most: steps of learning that a unit which is solved gets at least and at most.
     """
 
     def __init__(
-        self, seconds: float, elapsed: Callable[[], float], sensitivity: Mapping[str, float], costs: Mapping[str, Cost], *, most: int
+        self,
+        seconds: float,
+        elapsed: Callable[[], float],
+        sensitivity: Mapping[str, float],
+        costs: Mapping[str, Cost],
+        *,
+        least: int = 0,
+        most: int,
     ) -> None:
         self.seconds, self.elapsed = seconds * (1 - RESERVE), elapsed
-        self.sensitivity, self.costs, self.most = sensitivity, costs, most
+        self.sensitivity, self.costs, self.least, self.most = sensitivity, costs, least, most
         self.base, self.step = _Correction(), _Correction()
 
     def grant(self, waiting: Sequence[str]) -> Grant:
         """Return what the first of the units `waiting` gets."""
         name, left = waiting[0], self.seconds - self.elapsed()
-        chosen, base = set(), {unit: self.costs[unit].base * self.base.factor for unit in waiting}
-        for unit in sorted(waiting, key=lambda unit: self.sensitivity[unit] / max(base[unit], 1e-9), reverse=True):
-            if base[unit] <= left:
+        step = {unit: self.costs[unit].step * self.step.factor for unit in waiting}
+        chosen, solved = set(), {unit: self.costs[unit].base * self.base.factor + self.least * step[unit] for unit in waiting}
+        for unit in sorted(waiting, key=lambda unit: self.sensitivity[unit] / max(solved[unit], 1e-9), reverse=True):
+            if solved[unit] <= left:
                 chosen.add(unit)
-                left -= base[unit]
+                left -= solved[unit]
         if name not in chosen:
             return Grant(False, 0)
         whole = sum(self.sensitivity[unit] for unit in chosen)
         share = left * (self.sensitivity[name] / whole if whole > 0 else 1 / len(chosen))
-        return Grant(True, min(self.most, int(share / max(self.costs[name].step * self.step.factor, 1e-9))))
+        return Grant(True, min(self.most, self.least + int(share / max(step[name], 1e-9))))
 
     def took(self, name: str, grant: Grant, *, base: float, steps: float, iterations: int) -> None:
         """Note what a unit took: seconds for its calls and closed form, and for the steps of learning that it made."""

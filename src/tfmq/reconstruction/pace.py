@@ -21,6 +21,8 @@ from tfmq.storage.journal import Journal
 
 # A rate times its steps at which roundings cross over.
 REACH = 4.0
+# Steps that a unit gets from a solver which does nothing but learn: with fewer it would cost its calls and bring next to nothing.
+LEAST = 100
 
 
 class Pace(Protocol):
@@ -127,4 +129,5 @@ def paced(
     sensitivity = {unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)}
     costs = {unit.name: Cost(*row) for unit, row in zip(units, measured["costs"].tolist(), strict=True)}
     most = config.iterations if SOLVERS[rounding.solver].work(config, 0) else 0
-    return Paced(Budget(seconds, elapsed, sensitivity, costs, most=most), units, rounding, config, journal)
+    least = 0 if SOLVERS[rounding.solver].runs_full else min(LEAST, most)
+    return Paced(Budget(seconds, elapsed, sensitivity, costs, least=least, most=most), units, rounding, config, journal)
