@@ -2,27 +2,33 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from tfmq.calibration.ranges import SITE_BYTES, collect, fit_site
+from tfmq.calibration.ranges import KEPT, SHRINKS, SITE_BYTES, collect, fit_site
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.operation import weight_of
 from tfmq.nn.plan import Plan, activation_sites
 from tfmq.nn.swap import precision
+from tfmq.numerics.ranges import search
 from tfmq.progress import Progress
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.resources import Resources
+from tfmq.reconstruction.sensitivity import SECONDS_A_WEIGHT, STEP_RUNS
 from tfmq.reconstruction.sequence import learned
 from tfmq.reconstruction.tiar import reconstruct_temporal
 from tfmq.temporal.block import TemporalBlock
+
+# A call whose quantizers look at their inputs, in calls.
+OBSERVED = 2.0
 
 
 class Helpers(Protocol):
@@ -67,23 +73,45 @@ def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore
             store.adopt(range(len(batches)))
 
 
-def check_time(sampler: Sampler, recipe: Recipe, resources: Resources) -> None:
+def _seconds_of(call: Callable[[], Any]) -> float:
+    """Return what a call takes, the second time: the first one prepares kernels and memory."""
+    call()
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def _calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBlock, resources: Resources) -> float:
+    """Return about what the stages before the units take: by the time of one call, of one search for a range and of one pass of the block."""
+    config, learning = recipe.calibration, recipe.temporal.learning
+    example = sampler.example().resized(min(config.batch_size, config.samples))
+    a_call = _seconds_of(lambda: sampler.denoiser(example)) * -(-config.samples // config.batch_size) * config.steps
+    inputs = [layer.input for layer in plan.layers.values()]
+    operands = [quantizer for count, quantizer in plan.products.values() for _ in range(2 * count)]
+    quantizers = [quantizer for quantizer in (*inputs, *operands) if quantizer and quantizer.tokens != "dynamic"]
+    passes = -(-len(quantizers) // (resources.sites_at_once(SITE_BYTES) or max(1, len(quantizers))))
+    searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search"]
+    values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
+    a_range = _seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
+    maintained = [layer.name for layer in block.trace.temporal if layer.name in plan.layers] if recipe.temporal.maintenance != "none" else []
+    a_step = 0.0
+    if maintained:
+        timesteps = block.at(torch.zeros(1))
+        weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
+        a_step = STEP_RUNS * _seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
+    return (1 + OBSERVED * passes) * a_call + len(searched) * a_range + learning.iterations * a_step
+
+
+def check_time(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBlock, resources: Resources) -> None:
     """Refuse a budget of time that is gone before the first unit.
 
     Raises:
-        ValueError: says what the calibration takes by the time of one call of its batch.
+        ValueError: says about what the calibration takes.
     """
     if resources.time_budget is None:
         return
-    config = recipe.calibration
-    example = sampler.example().resized(min(config.batch_size, config.samples))
-    with torch.no_grad():
-        sampler.denoiser(example)
-        began = time.perf_counter()
-        sampler.denoiser(example)
-    calls = -(-config.samples // config.batch_size) * config.steps
-    # Drawn once, and once more looked at for the ranges of activations.
-    needed = 2 * calls * (time.perf_counter() - began)
+    needed = _calibration_seconds(sampler, recipe, plan, block, resources)
     if needed > resources.time_budget:
         raise ValueError(
             f"a time budget of {resources.time_budget:.0f} s is gone before the first unit: the calibration alone takes about {needed:.0f} s; "

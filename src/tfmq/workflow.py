@@ -71,7 +71,7 @@ def prepare_units(
     plan = make_plan(recipe, block.trace)
 
     def record() -> dict[str, Tensor]:
-        check_time(sampler, recipe, resources)
+        check_time(sampler, recipe, plan, block, resources)
         store.clear()
         record_calibration(sampler, recipe, store, seed=seed, helpers=helpers, progress=progress)
         return {"calls": torch.tensor(len(store))}

@@ -109,9 +109,39 @@ def test_the_clock_and_the_sensitivity_reach_the_budget(
     assert seen[1].elapsed() > 0.5 * before, "what earlier runs took counts"
 
 
+@pytest.mark.parametrize(("solver", "least"), [("adaround", 12), ("gptq_adaround", 0), ("gptq", 0)])
+def test_a_solver_that_only_learns_does_not_begin_what_it_cannot_learn(
+    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: Any, least: int
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(Budget, "grant", lambda self, waiting: found.append(self.least) or pace.Grant(False, 0))  # type: ignore[func-returns-value]
+    run(sampler("plain"), replace(recipe, rounding=replace(recipe.rounding, solver=solver)), tmp_path / "job", 500.0)
+    assert set(found) == {least}
+
+
 def test_a_budget_that_calibration_alone_exceeds_is_refused(sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone before the first unit: the calibration alone takes about .* lower the steps"):
         run(sampler("plain"), recipe, tmp_path / "job", 1e-6)
+
+
+def test_all_stages_before_the_units_count_against_a_budget(
+    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A call, a search and a pass of the temporal block take a second each.
+    monkeypatch.setattr("tfmq.stages._seconds_of", lambda call: 1.0)
+    longer = replace(recipe, temporal=replace(recipe.temporal, learning=Learning(iterations=1000)))
+    exact = replace(recipe, activations=replace(recipe.activations, ranges="min_max"))
+    needed = {}
+    cases = {"base": (recipe, None), "longer": (longer, None), "exact": (exact, None), "passes": (recipe, 2**24)}
+    for name, (changed, memory) in cases.items():
+        journal, store = Journal(tmp_path / name, {}, resume=True), CalibrationStore(tmp_path / name / "calibration")
+        with pytest.raises(ValueError, match="gone before the first unit") as error:
+            quantize_denoiser(sampler("plain"), changed, seed=0, store=store, journal=journal, resources=Resources(time_budget=1, max_memory=memory))
+        needed[name] = float(str(error.value).partition("takes about ")[2].split()[0])
+    assert needed["longer"] - needed["base"] == pytest.approx(4 * 998, abs=2)
+    # Four calls: once drawn, and looked at for twice their time.
+    assert needed["base"] - needed["exact"] > 4 and needed["exact"] == pytest.approx(4 * 3 + 4 * 2, abs=1)
+    assert needed["passes"] > needed["base"]
 
 
 def test_a_budget_that_is_gone_on_the_way_is_told_and_leaves_nearest_codes(

@@ -18,7 +18,9 @@ from tfmq.quantizers.steps import StepContext
 RangeMethod = Literal["search", "min_max"]
 # Values kept for the range search of one site, over all of its steps and segments.
 KEPT = 2**18
-# About what these and their search take.
+# Shrunk ranges that the search tries.
+SHRINKS = 40
+# About what the values and their search take.
 SITE_BYTES = 4 * KEPT * 2
 
 
@@ -121,7 +123,7 @@ def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: Ra
         if method == "min_max":
             columns.append(from_range(low, high, quantizer.format))
         else:
-            columns.append(search(_stack(site, segment), quantizer.format, low=low, high=high, shrinks=40))
+            columns.append(search(_stack(site, segment), quantizer.format, low=low, high=high, shrinks=SHRINKS))
         if shared:
             columns[-1] = share_zero_point(*columns[-1], quantizer.format, allowed=shared)
     scale, zero_point = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
