@@ -1,21 +1,22 @@
 """What many workers bring: the speed-up of sampling, and the costs that a plan for more machines follows from.
 
     python benchmarks/cluster.py sampling --workers 1,2          # images a second, by number of workers; runs alone on a quiet machine
-    python benchmarks/cluster.py units --workers 1,2,10,100      # seconds and bytes of each stage and unit, and what follows for many workers
+    python benchmarks/cluster.py units --workers 1,2,10,100      # time and bytes of each stage and unit, and what follows for many workers
 
 `sampling` draws the same images of the embedded model with each number of workers, one thread each, and checks that they are the same bytes.
 Workers are warm: each has drawn a batch before the clock starts, since importing and opening take seconds once.
 
-`units` quantizes the embedded model with `rounding.inputs: full` in this process, with one thread, and measures by stage: the seconds, and the
-bytes that a worker reads and writes. From these it computes the time with W workers: the stages that one process does, the trajectory in
-batches, and units given to whoever is free, in order; each worker opens the model and reads the finished stages once. That is a schedule of
-measured costs, and no measurement of W workers. Prints one JSON object.
+`units` quantizes the embedded model with `rounding.inputs: full` in this process, with one thread, and measures by stage: the processor
+seconds, which a busy machine changes little, and the bytes that a worker reads and writes. From these it computes the time with W workers: the
+stages that one process does, the trajectory in batches, and units given to whoever is free, in order; each worker opens the model and reads the
+finished stages once. That is a schedule of measured costs, and no measurement of W workers.
+
+Prints one JSON object; with `--output-dir` it is also kept there, as `sampling.json` or `units.json`.
 """
 
 import argparse
 import heapq
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from reference import environment
 
 import tfmq
 from tfmq.api import store_of
@@ -37,6 +39,7 @@ from tfmq.nn.swap import precision
 from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance, silent
 from tfmq.reconstruction.sequence import unit_file
+from tfmq.storage.atomic import write_json
 from tfmq.storage.journal import Journal
 from tfmq.targets import open_sampler, open_target
 from tfmq.workflow import prepare_units, reconstruct_alone
@@ -74,23 +77,24 @@ def size(folder: Path, pattern: str = "*") -> int:
 
 
 class Stopwatch:
-    """Notes the seconds of every stage that reports its progress."""
+    """Notes the processor seconds of every stage that reports its progress."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, description: str, total: int) -> Iterator[Advance]:
-        began = time.perf_counter()
+        began = time.process_time()
         with silent(description, total) as advance:
             yield advance
-        self.seconds[description] = time.perf_counter() - began
+        self.seconds[description] = time.process_time() - began
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    began = time.perf_counter()
+    """Return what a call returns, and the processor seconds that it took."""
+    began = time.process_time()
     result = call()
-    return result, time.perf_counter() - began
+    return result, time.process_time() - began
 
 
 def scheduled(costs: Sequence[float], workers: int, *, ready: float) -> float:
@@ -122,12 +126,12 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
             compute = partial(reconstruct_alone, sampler, recipe, prepared, number, seed=0, store=store, advance=lambda amount=1: None)
             _, seconds = timed(partial(journal.stage, unit_file(number), compute))
             written = (folder / f"{unit_file(number)}.safetensors").stat().st_size
-            rows.append({"unit": unit.name, "seconds": seconds, "bytes_written": written})
+            rows.append({"unit": unit.name, "cpu_seconds": seconds, "bytes_written": written})
         with torch.no_grad(), precision(sampler.denoiser.module, weights="full", inputs="full"), without_tables(sampler.denoiser.module):
             _, network = timed(lambda: [sampler.denoiser(call) for call in batches])
         trajectory = watch.seconds["calibration: sampling"]
         count = -(-recipe.calibration.samples // recipe.calibration.batch_size)
-        costs, serial = [row["seconds"] for row in rows], before - trajectory
+        costs, serial = [row["cpu_seconds"] for row in rows], before - trajectory
         plan = [
             {
                 "workers": workers,
@@ -146,7 +150,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
                 "finished_stages": stages,
                 "calls_of_a_unit": calls,
             },
-            "seconds": {
+            "cpu_seconds": {
                 "opening": opening,
                 "trajectory": trajectory,
                 "before_the_units_in_one_process": serial,
@@ -165,6 +169,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("sampling", "units"))
+    parser.add_argument("--output-dir", type=Path, help="where the JSON object is kept")
     parser.add_argument("--model", default="default", help="pipeline directory or hub id")
     parser.add_argument("--workers", type=numbers, default=[1, 2])
     parser.add_argument("--num-images", type=int, default=128)
@@ -176,7 +181,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with quiet():
         found = {"sampling": sampling, "units": units}[options.what](options)
-    print(json.dumps({"versions": {"torch": torch.__version__, "python": platform.python_version()}, **found}, indent=1))
+    found = {**environment(f"python benchmarks/cluster.py {options.what} --workers {','.join(map(str, options.workers))}"), **found}
+    print(json.dumps(found, indent=1))
+    if options.output_dir is not None:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(options.output_dir / f"{options.what}.json", found)
 
 
 if __name__ == "__main__":
