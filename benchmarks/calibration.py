@@ -2,8 +2,9 @@
 
     python benchmarks/calibration.py --output-dir benchmarks/results/calibration --ddpm64 .../ddpm64
 
-A cell quantizes a model in a process of its own, with a limit of memory or without. Memory is what the process held at most beyond what it
-held with the model loaded and run once. Time is by stage, in wall and processor seconds on one thread. Equal digests say that a limit changes
+A cell quantizes a model in a process of its own, with a limit of memory or without. `held` is what the process held at most beyond what it
+held with the model loaded and run once, which the limit bounds; `beside the model` is its peak without the model's weights, Python and
+libraries included. Time is by stage, in wall and processor seconds on one thread. Equal digests say that a limit changes
 nothing but time. Finished cells are kept; the script goes on with what is missing. Models and settings are those of `solvers.py`, with the
 solver of the presets.
 """
@@ -80,17 +81,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the cells as a Markdown table."""
     names = " | ".join(f"{name}, CPU s" for name in STAGES.values())
     lines = [
-        f"| model | parameters | limit | held at most | {names} | all, CPU s | all, s | same bytes |",
-        f"|---|---|---|---|{'---|' * len(STAGES)}---|---|---|",
+        f"| model | parameters | limit | held | peak | beside the model | {names} | all, CPU s | same bytes |",
+        f"|---|---|---|---|---|---|{'---|' * len(STAGES)}---|---|",
     ]
     free = {row["model"]: row["digest"] for row in rows if row["limit_mib"] is None}
     for row in rows:
         stages = " | ".join(f"{row['stages'][name]:.0f}" for name in STAGES.values())
         limit = "" if row["limit_mib"] is None else f"{row['limit_mib']} MiB"
+        peak = row["before_mib"] + row["held_mib"]
         same = {True: "yes", False: "NO"}[free[row["model"]] == row["digest"]] if row["limit_mib"] and row["model"] in free else ""
         lines.append(
-            f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {limit} | {row['held_mib']:.0f} MiB | {stages} "
-            f"| {row['cpu_seconds']:.0f} | {row['seconds']:.0f} | {same} |"
+            f"| {row['model']} | {row['parameters'] / 1e6:.1f} M | {limit} | {row['held_mib']:.0f} MiB "
+            f"| {peak:.0f} MiB | {peak - 4 * row['parameters'] / MIB:.0f} MiB | {stages} | {row['cpu_seconds']:.0f} | {same} |"
         )
     return "\n".join(lines) + "\n"
 
