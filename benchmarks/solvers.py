@@ -5,7 +5,8 @@
 A cell is a model, a solver with its budget, and a seed. It quantizes the model to W4A8 and measures, against full precision: the error of the
 units' outputs (how many dB below that of nearest codes), the SQNR of the predicted noise along the full-precision trajectory, and the PSNR of
 final images from the same noise. Cells of one model and seed share their calibration, activation ranges and temporal block, which the cell of
-`nearest` computes; all else is equal too, so that they differ by the solver alone, or by the calls that it learns from (`interval`).
+`nearest` computes; all else is equal too, so that they differ by the solver alone, or by the calls that it learns from (`interval`). Cells of
+`samples` have a calibration of their own, of so many images instead of 32.
 
 Time is what the stages of the job took, as the journal keeps it: processor seconds of a CPU run on one thread, and wall seconds. A cell can be
 killed at any time and goes on at the unit that it had reached (which then captures its inputs anew, at its own expense); finished cells are
@@ -70,6 +71,16 @@ def _interval(interval: int, change: Change) -> Change:
     return changed
 
 
+def _samples(samples: int, change: Change) -> Change:
+    """Return the change with a calibration of so many images."""
+
+    def changed(recipe: Recipe) -> Recipe:
+        recipe = change(recipe)
+        return replace(recipe, calibration=replace(recipe.calibration, samples=samples))
+
+    return changed
+
+
 def _learned(solver: str, iterations: int) -> Change:
     learning = Learning(iterations=iterations, learning_rate=max(1e-3, 4 / iterations))
     return lambda recipe: replace(
@@ -84,6 +95,7 @@ SOLVERS: dict[str, Change] = {
     **{f"gptq_adaround-{budget}": _learned("gptq_adaround", budget) for budget in POLISHES},
     "gptq-interval2": _interval(2, _rounding(solver="gptq")),
     "gptq-interval1": _interval(1, _rounding(solver="gptq")),
+    **{f"gptq-samples{samples}": _samples(samples, _rounding(solver="gptq")) for samples in (8, 16, 64)},
     "gptq_adaround-interval2-100": _interval(2, _learned("gptq_adaround", 100)),
     "gptq-positions16": _rounding(solver="gptq", positions=16),
     "gptq-positions256": _rounding(solver="gptq", positions=256),

@@ -94,7 +94,8 @@ def test_the_bar_compares_equal_seeds_and_extrapolates_time_alone(solvers: Modul
 
 def test_cells_share_the_stages_that_they_would_repeat(solvers: ModuleType, models: Any) -> None:
     base = models["tiny"].recipe
-    assert all(solvers.same_stages(change(base), base) for change in solvers.SOLVERS.values())
+    shared = {name: solvers.same_stages(change(base), base) for name, change in solvers.SOLVERS.items()}
+    assert all(same != ("samples" in name) for name, same in shared.items()), "with other images there is another calibration"
     assert solvers.SOLVERS["gptq-interval2"](base).calibration == replace(base.calibration, interval=2)
     assert not solvers.same_stages(replace(base, calibration=replace(base.calibration, samples=3)), base)
     assert not solvers.same_stages(replace(base, activations=replace(base.activations, per_step="none")), base)
