@@ -29,6 +29,8 @@ from tfmq.temporal.block import TemporalBlock
 
 # A call whose quantizers look at their inputs, in calls.
 OBSERVED = 2.0
+# Seconds for which a call is timed at least: a moment alone says little on a machine that is busy with other things.
+LOOKED = 0.25
 
 
 class Helpers(Protocol):
@@ -74,11 +76,13 @@ def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore
 
 
 def _seconds_of(call: Callable[[], Any]) -> float:
-    """Return what a call takes, the second time: the first one prepares kernels and memory."""
+    """Return what a call takes on average, after a first one that prepares kernels and memory."""
     call()
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    began, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - began < LOOKED:
+        call()
+        calls += 1
+    return (time.perf_counter() - began) / calls
 
 
 @torch.no_grad()
