@@ -56,10 +56,21 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "Worker", InProcess)
 
 
+@pytest.fixture(scope="module")
+def other_quantized(tmp_path_factory: pytest.TempPathFactory, model: Path, recipe: Path) -> Path:
+    """Return the directory of the tiny pipeline quantized from another seed."""
+    import tfmq
+    from tfmq.recipes.yaml import load
+
+    directory = tmp_path_factory.mktemp("quantized") / "other"
+    tfmq.quantize(str(model), load(recipe), output_dir=directory, seed=1)
+    return directory
+
+
 def bench_json(tfmq: Run, *arguments: object) -> dict[tuple[str, int], dict[str, Any]]:
     result = tfmq("bench", *arguments, "--rounds", 1, "--threads", 1, "--json")
     assert result.status == 0, result.err
-    assert result.json.keys() == {"machine", "rows"} and result.json["machine"]["threads"] == 1
+    assert result.json.keys() == {"machine", "weights", "rows"} and result.json["machine"]["threads"] == 1
     assert all(row.keys() == KEYS for row in result.json["rows"])
     return {(row["backend"], row["batch"]): row for row in result.json["rows"]}
 
@@ -77,6 +88,19 @@ def test_rows(tfmq: Run, model: Path, quantized: Path) -> None:
     # Four steps of 2 ms, and what the pipeline takes around them.
     assert 0 < fast["images_per_second"] < 1 / (4 * 0.002)
     assert rows["torch", 2]["images_per_second"] < 2 / (4 * 0.002)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_report_takes_what_was_measured_of_its_own_weights(tfmq: Run, quantized: Path, other_quantized: Path, tmp_path: Path) -> None:
+    """Two models that differ in their weights alone."""
+    (tmp_path / "b.json").write_text(tfmq("bench", quantized, "--backends", "torch", "--rounds", 1, "--json").out)
+    report = ("--bench", tmp_path / "b.json", "--output-dir", tmp_path / "r", "--json")
+    taken = tfmq("report", quantized, *report)
+    assert taken.status == 0, taken.err
+    for name in ("report", "card"):
+        assert "easured on " in Path(taken.json[name]).read_text()
+    refused = tfmq("report", other_quantized, *report)
+    assert refused.status == 1 and "b.json is of a model with sha256" in refused.err and refused.err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("in_process")

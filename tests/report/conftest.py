@@ -67,6 +67,21 @@ PROTOCOL = {
 
 
 @pytest.fixture
+def bench_file(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that writes what `tfmq bench --json` prints of the model of `write_model`, with other values of the given fields."""
+    machine = {"processor": "A 1", "instructions": ["avx2"], "threads": 2, "processors": 4, "accelerator": None, "versions": {"torch": "2"}}
+    row = {"backend": "torch", "batch": 1, "ms_per_step": 1234.25, "speedup": 2.5, "peak_rss_bytes": 1.25e9, "clean": True}
+
+    def write(*, without: str = "", of_row: Any = None, **fields: Any) -> Path:
+        values = {"machine": machine, "weights": "d1", "rows": [{**row, **(of_row or {})}], **fields}
+        values.pop(without, None)
+        (tmp_path / "bench.json").write_text(json.dumps(values))
+        return tmp_path / "bench.json"
+
+    return write
+
+
+@pytest.fixture
 def write_model(tmp_path: Path, analysis: Callable[..., Analysis]) -> Callable[..., Path]:
     """Return a function that writes `model`, `model.evaluation` and `model.analysis` and returns the first."""
 

@@ -57,6 +57,14 @@ def test_the_numbers_are_those_of_the_card(write_model: Any, gathered: Any) -> N
     assert "Not evaluated" not in text
 
 
+def test_speed_is_that_of_the_card(write_model: Any, gathered: Any, bench_file: Any) -> None:
+    found = gathered(write_model(), bench=bench_file(of_row={"clean": False}))
+    text = Page(render(found)).text
+    assert found.speed.machine in text and "kept the processors busy" in text and "Not measured" not in text
+    for value in ("1234.2", "2.50", "1250"):
+        assert value in text and value in render_card(found)
+
+
 def test_without_evaluation_and_analysis_there_is_a_page_too(write_model: Any, gathered: Any) -> None:
     text = render(gathered(write_model(), evaluation=None, analysis=None))
     assert 'id="library"' not in text and len(text) < 50_000

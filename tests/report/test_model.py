@@ -1,6 +1,5 @@
 """What a report knows, and the model card that says it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,12 @@ def test_what_was_not_measured_is_absent(write_model: Write) -> None:
     assert "Not evaluated" in render_card(found)
 
 
-def test_speed_is_what_bench_printed(write_model: Write, gathered: Read, tmp_path: Path) -> None:
-    row = {"backend": "torch", "batch": 1, "ms_per_step": 8.25, "speedup": 2.5, "peak_rss_bytes": 1e9}
-    (tmp_path / "b.json").write_text(json.dumps({"rows": [row]}))
+def test_speed_stands_with_the_machine_it_was_measured_on(write_model: Write, gathered: Read, bench_file: Write) -> None:
     folder = write_model()
-    assert gathered(folder, bench=tmp_path / "b.json").speed == (row,)
-    assert "| torch | 1 | 8.2 | 2.50x |" in render_card(gathered(folder, bench=tmp_path / "b.json"))
-    (tmp_path / "b.json").write_text(json.dumps({"rows": [{"backend": "torch"}]}))
-    with pytest.raises(CheckpointError, match=r"b\.json holds no rows"):
-        gathered(folder, bench=tmp_path / "b.json")
+    assert gathered(folder).speed is None and "## Speed" not in render_card(gathered(folder))
+    card = render_card(gathered(folder, bench=bench_file()))
+    assert "Measured on A 1 (avx2), 2 threads on 4 processors, torch 2.\n" in card and "| torch | 1 | 1234.2 | 2.50x | 1250 |" in card
+    assert "kept the processors busy" in render_card(gathered(folder, bench=bench_file(of_row={"clean": False})))
 
 
 @pytest.mark.parametrize("part", ["evaluation", "analysis"])
@@ -60,6 +56,29 @@ def test_values_of_another_model_are_refused(write_model: Write, gathered: Read,
     path.write_text(path.read_text().replace('"d1"', '"d2"'))
     with pytest.raises(CheckpointError, match=f"model.{part} is of a model with sha256 d2, this one has d1"):
         gathered(folder)
+
+
+def test_a_benchmark_of_other_weights_is_refused(write_model: Write, gathered: Read, bench_file: Write) -> None:
+    with pytest.raises(CheckpointError, match=r"bench\.json is of a model with sha256 d2, this one has d1; measure again"):
+        gathered(write_model(), bench=bench_file(weights="d2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"without": "weights"}, "lacks weights; it is not from tfmq bench --json: run that again"),
+        ({"without": "machine"}, "lacks machine"),
+        ({"without": "rows"}, "lacks rows"),
+        ({"rows": []}, "holds no rows"),
+        ({"rows": [{"backend": "torch"}]}, "holds no rows"),
+        ({"of_row": {"ms_per_step": "fast"}}, "holds no rows"),
+        ({"machine": {"processor": "A 1"}}, "does not describe the machine"),
+        ({"machine": "mine"}, "does not describe the machine"),
+    ],
+)
+def test_what_is_no_benchmark_is_refused(write_model: Write, gathered: Read, bench_file: Write, changes: dict[str, Any], cause: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"bench\.json {cause}"):
+        gathered(write_model(), bench=bench_file(**changes))
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def bench(
         sizes = _sizes(batch)
         threads = threads or len(processors())
         options = {"variants": variants, "batches": sizes, "rounds": rounds, "threads": threads, "device": device}
-        rows = _measured(directory, reference, steps=steps, prompts=read_prompts(prompts), **options)
-        result = {"machine": describe_machine(threads), "rows": rows}
+        measured = _measured(directory, reference, steps=steps, prompts=read_prompts(prompts), **options)
+        result = {"machine": describe_machine(threads, device=device), **measured}
     if json:
         emit(result)
     else:
@@ -91,8 +91,8 @@ def _sizes(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _measured(directory: str, reference: str | None, *, steps: int | None, prompts: tuple[str, ...], **options: Any) -> list[dict[str, Any]]:
-    """Run the benchmark in a temporary folder and return its rows."""
+def _measured(directory: str, reference: str | None, *, steps: int | None, prompts: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """Run the benchmark in a temporary folder; return the sha256 of the quantized tensors, and the rows."""
     import torch
 
     from tfmq.artifact import PIPELINE_FILE, stored_manifest
@@ -116,4 +116,5 @@ def _measured(directory: str, reference: str | None, *, steps: int | None, promp
         def note(line: str) -> None:
             complain(line, kind="skipped")
 
-        return [asdict(row) for row in bench(request, folder=Path(folder), note=note, progress=progress)]
+        rows = [asdict(row) for row in bench(request, folder=Path(folder), note=note, progress=progress)]
+        return {"weights": stored_manifest(component)["digest"], "rows": rows}

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from tfmq.evaluation.cost.system import machine_in_words
 from tfmq.evaluation.deviation import in_words
 from tfmq.report.metrics import pair_rows, published_rows
+from tfmq.report.speed import BUSY
 from tfmq.report.summary import megabytes
 
 if TYPE_CHECKING:
@@ -210,7 +212,6 @@ def show_forecast(expected: "Forecast") -> None:
 
 def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
     """Print the rows of `tfmq bench`, and what they were measured on."""
-    machine = result["machine"]
     console = Console()
     table = Table(Column("backend", no_wrap=True), box=None, pad_edge=False, header_style="dim")
     for heading in ("batch", "ms/step", "speedup", "img/s", "SQNR dB", "peak MB", "disk MB", "start s"):
@@ -222,13 +223,11 @@ def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
         table.add_row(row["backend"], str(row["batch"]), *figures, *sizes)
     console.print(table)
     console.print()
-    console.print(
-        _figures([("machine", f"{machine['processor']}, {machine['threads']} threads"), ("speedup", "against eager fp32 torch in the same rounds")])
-    )
+    console.print(_figures([("machine", machine_in_words(result["machine"])), ("speedup", "against eager fp32 torch in the same rounds")]))
     if not exact:
         console.print("Without --reference there is no SQNR; fp32 has the dequantized weights.")
     if not all(row["clean"] for row in result["rows"]):
-        console.print("Other processes kept the processors busy: the least loaded rounds are shown.")
+        console.print(BUSY)
 
 
 def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:

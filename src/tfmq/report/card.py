@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tfmq.report.model import ModelReport
+from tfmq.report.speed import BUSY
 from tfmq.storage.atomic import atomic_write
 
 
@@ -49,9 +50,12 @@ def render_card(report: ModelReport, *, place: str | None = None) -> str:
     if report.published:
         lines += ["## Published figures", "", *_table(("figure", "value"), list(report.published))]
     if report.speed:
-        lines += ["## Speed", ""]
-        speed = [(row["backend"], row["batch"], f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x") for row in report.speed]
-        lines += _table(("backend", "batch", "ms a step", "against eager float32"), list(speed))
+        lines += ["## Speed", "", f"Measured on {report.speed.machine}.{'' if report.speed.clean else f' {BUSY}'}", ""]
+        speed = [
+            (row["backend"], row["batch"], f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x", f"{row['peak_rss_bytes'] / 1e6:.0f}")
+            for row in report.speed.rows
+        ]
+        lines += _table(("backend", "batch", "ms a step", "against eager float32", "peak MB"), list(speed))
     if not report.evaluation:
         lines += ["Not evaluated.", ""]
     return "\n".join(lines)

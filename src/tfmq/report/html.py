@@ -9,6 +9,7 @@ from typing import Any
 from tfmq.errors import require
 from tfmq.report.charts import charts
 from tfmq.report.model import ModelReport
+from tfmq.report.speed import BUSY
 from tfmq.report.wall import build_wall
 from tfmq.storage.atomic import atomic_write
 
@@ -34,6 +35,7 @@ def render(report: ModelReport) -> str:
     figures = charts(report.analysis) if report.analysis is not None else ()
     values: dict[str, Any] = {
         "report": report,
+        "busy": BUSY,
         "charts": figures,
         "library": _plotting_library() if figures else "",
         "style": (PAGE / "style.css").read_text(encoding="utf-8"),

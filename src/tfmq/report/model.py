@@ -11,6 +11,7 @@ from tfmq.nn.structure import input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
 from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_rows
+from tfmq.report.speed import Speed, read_speed
 from tfmq.report.summary import megabytes
 from tfmq.storage.atomic import read_json
 from tfmq.storage.errors import ForeignFileError
@@ -46,7 +47,7 @@ class ModelReport:
         metrics: of sets of images; empty where they were not evaluated.
         pairs: metrics of pairs and of the trajectory, in words.
         published: what was published of full precision, beside what was measured.
-        speed: rows of `tfmq bench`.
+        speed: what `tfmq bench` measured.
         layers: one row a quantized layer.
         units: reconstruction errors: `(unit, rounded to nearest, learned)`.
         evaluation: what `tfmq evaluate` wrote.
@@ -62,7 +63,7 @@ class ModelReport:
     metrics: tuple[MetricRow, ...]
     pairs: tuple[tuple[str, str], ...]
     published: tuple[tuple[str, str], ...]
-    speed: tuple[Mapping[str, Any], ...]
+    speed: Speed | None
     layers: tuple[LayerRow, ...]
     units: tuple[tuple[str, float, float], ...]
     evaluation: Mapping[str, Any] | None
@@ -128,17 +129,6 @@ def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, An
     return facts
 
 
-def _speed(path: Path | None) -> tuple[Mapping[str, Any], ...]:
-    """Return the rows that `tfmq bench --json` printed."""
-    if path is None:
-        return ()
-    rows = read_json(path).get("rows")
-    keys = ("backend", "batch", "ms_per_step", "speedup", "peak_rss_bytes")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and all(key in row for key in keys) for row in rows):
-        raise ForeignFileError(f"{path} holds no rows of a benchmark; pass what tfmq bench --json printed")
-    return tuple(rows)
-
-
 def _check_same(source: Path | None, weights: str, manifest: Mapping[str, Any]) -> None:
     """Refuse values that were measured on another model."""
     if weights != manifest["digest"]:
@@ -167,11 +157,14 @@ def gather(
     report = read_json(directory / MODEL_REPORT)
     evaluated = None if evaluation is None else read_evaluation(evaluation)
     analysed = None if analysis is None else read_analysis(analysis)
+    speed = None if bench is None else read_speed(bench)
     try:
         if evaluated is not None:
             _check_same(evaluation, evaluated["protocol"]["quantized"]["weights"], manifest)
         if analysed is not None:
             _check_same(analysis, analysed["settings"]["weights"], manifest)
+        if speed is not None:
+            _check_same(bench, speed.weights, manifest)
         return ModelReport(
             name=directory.resolve().name,
             scheme=str(report["scheme"]),
@@ -181,7 +174,7 @@ def gather(
             metrics=metric_rows(evaluated["rows"]) if evaluated else (),
             pairs=pair_rows(evaluated["paired"]) if evaluated else (),
             published=published_rows(evaluated["baseline"]) if evaluated else (),
-            speed=_speed(bench),
+            speed=speed,
             layers=_layers(manifest["structure"], analysed),
             units=tuple((unit["name"], unit["error_before"], unit["error_after"]) for unit in report["units"] if unit["error_before"] is not None),
             evaluation=evaluated,

@@ -34,6 +34,14 @@ def test_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.describe_machine(3)["threads"] == 3
 
 
+def test_a_machine_in_words_names_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = system.describe_machine(1)
+    words = system.machine_in_words(found)
+    assert words.startswith(found["processor"]) and ", 1 thread on " in words and words.endswith(f"torch {found['versions']['torch']}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Accelerator at {device}")
+    assert system.machine_in_words(system.describe_machine(1, device="cuda:1")) == f"Accelerator at cuda:1 beside {words}"
+
+
 def test_operations_are_those_of_products_and_convolutions() -> None:
     class Two(torch.nn.Module):
         def __init__(self) -> None:

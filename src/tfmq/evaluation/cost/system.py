@@ -3,9 +3,12 @@
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 STATUS, STAT, CPUINFO = Path("/proc/self/status"), Path("/proc/stat"), Path("/proc/cpuinfo")
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "onnxruntime", "torchao", "sdnq", "optimum-quanto")
@@ -64,8 +67,8 @@ def foreign_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Return what figures depend on: processor, instructions, memory, versions, and the number of threads."""
+def describe_machine(threads: int, *, device: str = "cpu") -> dict[str, Any]:
+    """Return what figures depend on: processor, instructions, memory, versions, the number of threads, and the device beside the processor."""
     info = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     parts = (line.partition(":") for line in reversed(info))
     fields = {name.strip(): value.strip() for name, _, value in parts}
@@ -77,9 +80,31 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "processors": len(processors()),
         "threads": threads,
         "memory_bytes": pages,
+        "accelerator": _accelerator(device),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: version for name in PACKAGES if (version := _version(name))}},
     }
+
+
+def machine_in_words(machine: Mapping[str, Any]) -> str:
+    """Return in a line what `describe_machine` found.
+
+    >>> processor = {"processor": "A 1", "instructions": ["avx2"], "threads": 2, "processors": 4, "versions": {"torch": "2"}}
+    >>> machine_in_words({**processor, "accelerator": None})
+    'A 1 (avx2), 2 threads on 4 processors, torch 2'
+    """
+    beside = f"{machine['accelerator']} beside " if machine["accelerator"] else ""
+    instructions = f" ({', '.join(machine['instructions'])})" if machine["instructions"] else ""
+    threads, processors = (f"{machine[name]} {name if machine[name] != 1 else name[:-1]}" for name in ("threads", "processors"))
+    return f"{beside}{machine['processor']}{instructions}, {threads} on {processors}, torch {machine['versions']['torch']}"
+
+
+def _accelerator(device: str) -> str | None:
+    """Return the name of a device beside the processor, None for the processor itself."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return None
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
 
 
 def _version(name: str) -> str | None:
