@@ -48,6 +48,8 @@ async function plot() {
     return { ...layout, paper_bgcolor: clear, plot_bgcolor: clear, font: { color: text }, xaxis: { ...layout.xaxis, ...axis }, yaxis: { ...layout.yaxis, ...axis } };
   };
   const figures = [...document.querySelectorAll("script[data-chart]")].map((source) => [document.getElementById(source.dataset.chart), JSON.parse(source.textContent)]);
+  // Otherwise a figure that is drawn anew for another width loses its height, and what follows moves up under it.
+  for (const [place, figure] of figures) place.style.height = `${figure.layout.height}px`;
   const options = { responsive: true, displaylogo: false, displayModeBar: false };
   const draw = () => Promise.all(figures.map(([place, figure]) => Plotly.react(place, figure.data, themed(figure.layout), options)));
   await draw();
