@@ -28,9 +28,10 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, write_model: Any, gathered: Any, tmp_path: Path) -> Iterator[Any]:
+def page(browser: Any, write_model: Any, gathered: Any, bench_file: Any, tmp_path: Path) -> Iterator[Any]:
     """Open a report from disk, offline; whatever the browser complains of fails the test."""
-    write_html(tmp_path / "report.html", gathered(write_model(layers=("mid.a", "mid.b", "mid.c", "mid.d", "mid.e", "mid.f", "out"))))
+    layers = ("mid.a", "mid.b", "mid.c", "mid.d", "down_blocks.1.attentions.0.to_q", "mid.f", "out")
+    write_html(tmp_path / "report.html", gathered(write_model(layers=layers), bench=bench_file()))
     context = browser.new_context(offline=True, color_scheme="light", viewport={"width": 1200, "height": 900})
     opened = context.new_page()
     complaints: list[str] = []
@@ -55,11 +56,43 @@ def test_the_page(page: Any, tmp_path: Path) -> None:
     check_sorting(page)
     check_names(page)
     check_colours(page)
-    page.set_viewport_size({"width": 400, "height": 800})
-    # Figures are drawn anew for the width a moment later.
-    page.wait_for_function("document.documentElement.scrollWidth <= 400", timeout=PATIENCE)
+    for width in (800, 400):
+        check_width(page, width)
     page.screenshot(path=tmp_path / "narrow.png")
     assert (tmp_path / "narrow.png").stat().st_size > 1000
+
+
+BROKEN = """() => [...document.querySelectorAll('td.number, thead th, .facts th, tbody th, caption')].flatMap(cell => {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), words = [];
+    while (walker.nextNode()) for (const word of walker.currentNode.data.matchAll(/[^\\s.,-]+|-?[\\d.]+/g)) {
+        const range = document.createRange();
+        range.setStart(walker.currentNode, word.index);
+        range.setEnd(walker.currentNode, word.index + word[0].length);
+        if (new Set([...range.getClientRects()].filter(box => box.width).map(box => Math.round(box.top))).size > 1) words.push(word[0]);
+    }
+    return words;
+})"""
+HIDDEN = """() => [...document.querySelectorAll('.chart')].flatMap(chart => {
+    const room = chart.getBoundingClientRect(), title = chart.querySelector('.xtitle').getBoundingClientRect();
+    const outside = box => box.left < room.left - 1 || box.right > room.right + 1 || box.top < room.top - 1 || box.bottom > room.bottom + 1;
+    const cut = [...chart.querySelectorAll('text')].filter(text => text.textContent && outside(text.getBoundingClientRect()));
+    const under = [...chart.querySelectorAll('.xtick text')].filter(text => text.getBoundingClientRect().bottom > title.top + 1);
+    return [...cut, ...under].map(text => `${chart.id}: ${text.textContent}`);
+})"""
+CAPTIONS = "[...document.querySelectorAll('caption span')].map(caption => caption.getBoundingClientRect().right)"
+
+
+def check_width(page: Any, width: int) -> None:
+    """Nothing but a table scrolls, no number or word is broken, no label is cut or covered."""
+    page.set_viewport_size({"width": width, "height": 800})
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    # Figures are drawn anew for the width a moment later.
+    page.wait_for_function(f"document.documentElement.scrollWidth <= {width} && !({HIDDEN})().length", timeout=PATIENCE)
+    assert page.evaluate(BROKEN) == [] and max(page.evaluate(CAPTIONS)) <= width
+    table = page.get_by_role("region", name="Table of layers")
+    table.evaluate("region => { region.scrollLeft = region.scrollWidth; }")
+    name = table.locator("tbody th").first.bounding_box()
+    assert table.bounding_box()["x"] <= name["x"] < name["x"] + name["width"] < width / 2
 
 
 def check_slider(page: Any) -> None:

@@ -47,7 +47,7 @@ def test_the_page_needs_no_network(write_model: Any, gathered: Any) -> None:
 
 def test_the_numbers_are_those_of_the_card(write_model: Any, gathered: Any) -> None:
     found = gathered(write_model())
-    text = Page(render(found)).text
+    text = Page(render(found)).text.replace("\N{NO-BREAK SPACE}", " ")
     card = render_card(found).replace("\\", "")
     values = {value for row in found.metrics for value in (row.name, row.full, row.quantized)} | {
         text for row in (*found.facts, *found.pairs) for text in row
@@ -101,6 +101,17 @@ def test_charts_hold_the_analysis(write_model: Any, gathered: Any) -> None:
     assert made["trajectory"]["data"][1]["y"] == analysis["trajectory"]["mean"]
     assert made["sensitivity"]["data"][0]["x"] == pytest.approx([0.15, 0.2]) and made["sensitivity"]["data"][0]["y"] == ["out", "mid"]
     assert np.array(made["mismatch"]["data"][0]["z"]).sum(axis=1) == pytest.approx(1)
+
+
+def test_bars_have_the_ends_of_long_names(write_model: Any, gathered: Any) -> None:
+    analysis = gathered(write_model()).analysis
+    long = [f"transformer_blocks.{number}.attentions.0.transformer_blocks.{number}" for number in range(2)]
+    for part, name in zip(analysis["sensitivity"]["parts"], long, strict=True):
+        part["name"] = name
+    made = next(json.loads(chart.json) for chart in charts(analysis) if chart.name == "sensitivity")
+    labels = made["layout"]["yaxis"]["ticktext"]
+    assert made["data"][0]["y"] == made["layout"]["yaxis"]["tickvals"] == long[::-1]
+    assert [label[0] for label in labels] == ["…", "…"] and all(name.endswith(label[1:]) for name, label in zip(long[::-1], labels, strict=True))
 
 
 @pytest.mark.parametrize("part", ["disturbance", "ranges", "trajectory", "sensitivity"])

@@ -11,6 +11,8 @@ from tfmq.storage.errors import ForeignFileError
 # Readable on light and on dark ground.
 BLUE, RED, GREY = "#4a86c5", "#d9534f", "#8a8f98"
 FLOOR = 1e-7
+# Characters of a bar's label.
+LABEL = 32
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Chart:
 
 
 def _layout(x: str, y: str, **more: Any) -> dict[str, Any]:
-    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}, **more.pop("yaxis", {})}}
+    axes = {"xaxis": {"title": {"text": x}, "automargin": True, **more.pop("xaxis", {})}, "yaxis": {"title": {"text": y}, **more.pop("yaxis", {})}}
     return {**axes, "margin": {"l": 70, "r": 20, "t": 20, "b": 50}, "height": 380, "showlegend": False, "hovermode": "closest", **more}
 
 
@@ -46,7 +48,6 @@ def _disturbance(found: Mapping[str, Any]) -> list[tuple[str, str, str, list[dic
     labels = [f"{step:g}" for step in steps]
     table = [[value / max(1, count) for value in row] for row in found["mismatch"]]
     heat = {"type": "heatmap", "x": labels, "y": labels, "z": table, "colorscale": "Viridis", "zmin": 0, "zmax": 1, "name": "share of features"}
-    categories = {"xaxis": {"type": "category", "title": {"text": "timestep t' of the nearest feature"}}}
     return [
         (
             "error",
@@ -68,7 +69,7 @@ def _disturbance(found: Mapping[str, Any]) -> list[tuple[str, str, str, list[dic
             f"Share of the features at timestep t that are nearest to the full-precision feature at t'; {found['mismatches']} of "
             f"{count * len(steps)} are off the diagonal.",
             [heat],
-            {**_layout("", "timestep t", yaxis={"type": "category"}), **categories},
+            _layout("timestep t' of the nearest feature", "timestep t", xaxis={"type": "category"}, yaxis={"type": "category"}),
         ),
     ]
 
@@ -85,20 +86,36 @@ def _ranges(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any
 
 
 def _trajectory(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
-    calls = [f"{number}: t = {step:g}" for number, step in enumerate(found["timesteps"])]
+    steps = found["timesteps"]
+    common = {"type": "scatter", "mode": "lines+markers", "x": list(range(len(steps))), "customdata": steps}
+    shown = {"hovertemplate": "call %{x}, t = %{customdata}: %{y:.3g}"}
     traces = [
-        {"type": "scatter", "mode": "lines+markers", "x": calls, "y": found[key], "name": name, "line": {"color": colour, "width": width}}
+        {**common, **shown, "y": found[key], "name": name, "line": {"color": colour, "width": width}}
         for key, name, colour, width in (("worst", "image that strays most", BLUE, 1.5), ("mean", "mean", RED, 3))
     ]
     text = "Relative error of the state at each denoiser call, from noise to image, from the same noise: mean over images and the worst image."
-    return "trajectory", "Deviation from the full-precision trajectory", text, traces, _layout("call", "relative error", showlegend=True)
+    above = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    return (
+        "trajectory",
+        "Deviation from the full-precision trajectory",
+        text,
+        traces,
+        _layout("call", "relative error", xaxis={"dtick": max(1, len(steps) // 10)}, showlegend=True, legend=above),
+    )
+
+
+def _ending(name: str) -> str:
+    """Return a name that leaves room for bars on a narrow page: the end of a long one, which tells it from its neighbours."""
+    return name if len(name) <= LABEL else f"…{name[1 - LABEL :]}"
 
 
 def _sensitivity(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
     means = sorted(((sum(row) / len(row), part["name"]) for row, part in zip(found["error"], found["parts"], strict=True)))
     whole = sum(found["whole"]) / len(found["whole"])
-    bars = {"type": "bar", "orientation": "h", "x": [mean for mean, _ in means], "y": [name for _, name in means], "marker": {"color": BLUE}}
-    layout = _layout("relative error of the output", "", height=max(260, 90 + 20 * len(means)), yaxis={"automargin": True})
+    names = [name for _, name in means]
+    bars = {"type": "bar", "orientation": "h", "x": [mean for mean, _ in means], "y": names, "marker": {"color": BLUE}}
+    labels = {"tickmode": "array", "tickvals": names, "ticktext": [_ending(name) for name in names]}
+    layout = _layout("relative error of the output", "", height=max(260, 90 + 20 * len(means)), yaxis={"automargin": True, **labels})
     text = f"Error of the output with one unit quantized and the rest in full precision; with everything quantized it is {whole:.3g}."
     return "sensitivity", "Sensitivity of units", text, [bars], layout
 

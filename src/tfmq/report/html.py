@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,22 @@ from tfmq.storage.atomic import atomic_write
 
 PAGE = Path(__file__).parent / "page"
 LIMIT = 5_000_000
+UNIT = re.compile(r"(?<=\d) (?=(dB|[kMG]?B)\b)")
 
 
 def _plotting_library() -> str:
     """Return plotly's script, compressed: as it is, it would take the whole size that a report may have."""
     source: Callable[[], str] = require("plotly.offline", extra="report").get_plotlyjs
     return base64.b64encode(gzip.compress(source().encode(), compresslevel=9, mtime=0)).decode()
+
+
+def whole(text: str) -> str:
+    r"""Return text in which no line breaks between a number and its unit.
+
+    >>> whole("30 dB mean of 3 images")
+    '30\xa0dB mean of 3 images'
+    """
+    return UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def render(report: ModelReport) -> str:
@@ -32,6 +43,7 @@ def render(report: ModelReport) -> str:
     """
     jinja = require("jinja2", extra="report")
     environment = jinja.Environment(loader=jinja.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["whole"] = whole
     figures = charts(report.analysis) if report.analysis is not None else ()
     values: dict[str, Any] = {
         "report": report,
