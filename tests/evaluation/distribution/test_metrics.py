@@ -89,6 +89,16 @@ def test_the_inception_score_is_its_formula_on_the_same_arrays(held: Make) -> No
     assert found.value == pytest.approx(np.mean(parts)) and found.deviation == pytest.approx(np.std(parts, ddof=1))
 
 
+def test_torch_fidelity_finds_the_same_inception_score_on_the_same_arrays(held: Make) -> None:
+    """Another implementation than the one that computes; it takes the deviation of all splits, not of a sample of them."""
+    library = pytest.importorskip("torch_fidelity.metric_isc", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
+    scores = held(0, count=200)
+    expected = library.isc_features_to_metric(scores.values[permuted(200)], splits=10, shuffle=False)
+    found = InceptionScore()(scores, None, seed=0)["is"]
+    assert found.value == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert found.deviation == pytest.approx(expected["inception_score_std"] * (10 / 9) ** 0.5, rel=1e-6)
+
+
 def permuted(count: int) -> torch.Tensor:
     """Return the order in which the images of a seed, 0, are split."""
     with torch.random.fork_rng():
