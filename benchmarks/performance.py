@@ -3,10 +3,10 @@
     python benchmarks/performance.py --output-dir runs/performance --peers all --batch 1,4,16
 
 The models are the embedded one, a 63 M parameter DDPM of 64x64 pixels (`--ddpm64`, a folder whose `load.py` has `build_unet`, `load_unet` and
-`scheduler`; skipped without), and architectures with random weights: google/ddpm-cifar10-32's, a small Stable Diffusion's, a small DiT. Each is
-quantized to W8A8 (a range for every timestep, temporal features from tables; `--scheme fast_w8a8` for zero-points that all timesteps share) but
-with a short calibration and no learned rounding, which costs no time at inference, and once more to W4A8 for its bytes. Random weights serve for
-speed and memory: their SQNR is in the JSON file and not in the table.
+`scheduler`; skipped without), and architectures with random weights: google/ddpm-cifar10-32's, a small Stable Diffusion's, a small DiT and, with
+`--large`, the UNet of Stable Diffusion 1.5. Each is quantized to W8A8 (a range for every timestep, temporal features from tables; `--scheme
+fast_w8a8` for zero-points that all timesteps share) but with a short calibration and no learned rounding, which costs no time at inference, and
+once more to W4A8 for its bytes. Random weights serve for speed and memory: their SQNR is in the JSON file and not in the table.
 
 Quantized models and finished measurements (one for each model and batch size) stay in the output directory; the script goes on with what is
 missing, so it can run in pieces.
@@ -54,12 +54,21 @@ class NoiseOnly(DDIMScheduler):
 
 @dataclass(frozen=True)
 class Model:
-    """One denoiser of the table: how its sampler is made, whether its weights are trained, and where its architecture is if diffusers lacks it."""
+    """One denoiser of the table.
+
+    Attributes:
+        name: in the table.
+        make: builds its sampler.
+        trained: whether its weights are.
+        architecture: where it is, if diffusers lacks it.
+        samples: of the short calibration.
+    """
 
     name: str
     make: Callable[[], Sampler]
     trained: bool
     architecture: str | None = None
+    samples: int = 2
 
 
 def _looped(module: nn.Module, shape: tuple[int, ...], **conditions: Tensor) -> LoopSampler:
@@ -97,6 +106,12 @@ def latent() -> Sampler:
     return _looped(module, (4, 32, 32), encoder_hidden_states=torch.randn(1, 77, 384))
 
 
+def stable_diffusion() -> Sampler:
+    torch.manual_seed(0)
+    module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return _looped(module, (4, 64, 64), encoder_hidden_states=torch.randn(1, 77, 768))
+
+
 def dit() -> Sampler:
     torch.manual_seed(0)
     module = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, num_layers=12, sample_size=32, patch_size=2, out_channels=8)
@@ -112,7 +127,7 @@ def _loaded(path: Path) -> Any:
     return module
 
 
-def models(ddpm64: Path | None) -> Iterator[Model]:
+def models(ddpm64: Path | None, *, large: bool = False) -> Iterator[Model]:
     """Yield the models of the table."""
     yield Model("default", lambda: open_sampler("default"), trained=True)
     if ddpm64 is not None and (ddpm64 / "load.py").exists():
@@ -126,6 +141,8 @@ def models(ddpm64: Path | None) -> Iterator[Model]:
     yield Model("ddpm-cifar10-32", cifar, trained=False)
     yield Model("small-sd-unet", latent, trained=False)
     yield Model("small-dit", dit, trained=False)
+    if large:
+        yield Model("sd15-unet", stable_diffusion, trained=False, samples=1)
 
 
 def quantized(model: Model, scheme: str, directory: Path, progress: Progress) -> Path:
@@ -134,7 +151,7 @@ def quantized(model: Model, scheme: str, directory: Path, progress: Progress) ->
     if not is_quantized(target):
         recipe = tfmq.scheme(scheme)
         temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
-        calibration = Calibration(samples=2, steps=STEPS, interval=2, batch_size=2)
+        calibration = Calibration(samples=model.samples, steps=STEPS, interval=2, batch_size=2)
         recipe = replace(recipe, calibration=calibration, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal)
         tfmq.quantize(model.make(), recipe, output_dir=target, progress=progress, resume=True)
     return target / "unet" if (target / "model_index.json").exists() else target
@@ -186,10 +203,9 @@ def with_share(result: Mapping[str, Any], ceiling: Mapping[str, float | None]) -
 
 def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) -> str:
     """Return the results as a Markdown table."""
-    lines = [
-        "| model | variant | recipe | batch | ms/step | speedup | images/s | SQNR dB | peak MB | disk MB | load s | first step s | of ceiling |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    headings = ("model", "variant", "recipe", "batch", "ms/step", "speedup", "images/s", "SQNR dB")
+    headings += ("peak MB", "first peak MB", "disk MB", "start s", "later start s", "of ceiling")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for result in results:
         for row in with_share(result, ceiling):
             accuracy = "" if row["sqnr_db"] is None or result["weights"] == "random" else f"{row['sqnr_db']:.1f}"
@@ -198,8 +214,9 @@ def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) ->
             loaded = "" if row["clean"] else " (loaded)"
             lines.append(
                 f"| {result['model']} | {name} | {row['scheme'] or ''} | {row['batch']} | {row['ms_per_step']:.1f}{loaded} | {row['speedup']:.2f} "
-                f"| {row['images_per_second']:.3g} | {accuracy} | {row['peak_rss_bytes'] / 1e6:.0f} | {row['disk_bytes'] / 1e6:.1f} "
-                f"| {row['load_s']:.1f} | {row['compile_s']:.1f} | {share} |"
+                f"| {row['images_per_second']:.3g} | {accuracy} | {row['peak_rss_bytes'] / 1e6:.0f} "
+                f"| {row['first_peak_rss_bytes'] / 1e6:.0f} | {row['disk_bytes'] / 1e6:.1f} | {row['load_s'] + row['compile_s']:.1f} "
+                f"| {row['restart_s']:.1f} | {share} |"
             )
     lines += ["", "| model | parameters | operations a step | fp32 MB | W8A8 MB | W4A8 MB |", "|---|---|---|---|---|---|"]
     for result in {result["model"]: result for result in results}.values():
@@ -244,6 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(processors()))
     parser.add_argument("--ddpm64", type=Path, help="folder of the 64x64 DDPM")
+    parser.add_argument("--large", action="store_true", help="with Stable Diffusion 1.5's UNet too: minutes and 15 GB to quantize it")
     parser.add_argument("--only", default="", help="measure only models whose name contains this")
     options = parser.parse_args()
     options.variants = [*_names(options.backends, names_of("backend")), *_names(options.peers, names_of("peer"))]
@@ -251,7 +269,7 @@ def main() -> None:
     finished.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     with quiet(), shown_progress() as progress:
-        for number, model in enumerate(models(options.ddpm64)):
+        for number, model in enumerate(models(options.ddpm64, large=options.large)):
             for batch in (int(part) for part in options.batch.split(",")):
                 path = finished / f"{number}-{model.name}-{batch:03d}-{options.scheme}.json"
                 if options.only not in model.name or path.exists():

@@ -214,12 +214,17 @@ def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
     """Print the rows of `tfmq bench`, and what they were measured on."""
     console = Console()
     table = Table(Column("backend", no_wrap=True), box=None, pad_edge=False, header_style="dim")
-    for heading in ("batch", "ms/step", "speedup", "img/s", "SQNR dB", "peak MB", "disk MB", "start s"):
+    for heading in ("batch", "ms/step", "speedup", "img/s", "SQNR dB", "peak MB", "disk MB", "start s", "again"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
         accuracy = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
         figures = (f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x", f"{row['images_per_second']:.3g}", accuracy)
-        sizes = (f"{row['peak_rss_bytes'] / 1e6:.0f}", f"{row['disk_bytes'] / 1e6:.1f}", f"{row['load_s'] + row['compile_s']:.1f}")
+        sizes = (
+            f"{row['peak_rss_bytes'] / 1e6:.0f}",
+            f"{row['disk_bytes'] / 1e6:.1f}",
+            f"{row['load_s'] + row['compile_s']:.1f}",
+            f"{row['restart_s']:.1f}",
+        )
         table.add_row(row["backend"], str(row["batch"]), *figures, *sizes)
     console.print(table)
     console.print()

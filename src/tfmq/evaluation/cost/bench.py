@@ -116,15 +116,21 @@ def _measured(plan: Plan, settings: Mapping[str, Setting], batch: int, *, around
 
 
 def _started(name: str, setting: Setting, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
-    """Return the worker of a variant, which `stack` ends, and what loading took."""
+    """Return the worker of a variant, which `stack` ends, and what its first start and a later one took."""
     if VARIANTS[name].builds:
         with Worker(name, setting, build=True) as builder:
             builder.answer()
+    first = None
+    if VARIANTS[name].caches:
+        with Worker(name, setting) as starter:
+            first = starter.answer()
     with ExitStack() as own:
         worker = own.enter_context(Worker(name, setting))
-        spent = worker.answer()
+        later = worker.answer()
         stack.push(own.pop_all())
-    return worker, spent
+    first = first or later
+    spent = {**later, "load_s": first["load_s"], "compile_s": first["compile_s"], "first_peak_rss_bytes": first["peak_rss_bytes"]}
+    return worker, {**spent, "restart_s": later["load_s"] + later["compile_s"]}
 
 
 def _outputs(worker: Worker, path: Path) -> list[Tensor]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tfmq.backends.caching import CACHE
 from tfmq.evaluation.cost.timing import Slice
 from tfmq.evaluation.cost.variant import Setting
 
@@ -25,8 +26,9 @@ class WorkerError(RuntimeError):
 
 def _environment(setting: Setting) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
-    # A compiler's cache of its own, so that the first step compiles.
-    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(setting.threads), "TORCHINDUCTOR_CACHE_DIR": str(setting.folder / "inductor")}
+    # Caches of its own, so that the first start converts and compiles.
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(setting.threads)}
+    own |= {"TORCHINDUCTOR_CACHE_DIR": str(setting.folder / "inductor"), CACHE: str(setting.folder / "cache")}
     return {**os.environ, **own, "PYTHONWARNINGS": "ignore"}
 
 

@@ -18,7 +18,8 @@ class Row:
         sqnr_db: mean over calls of the output's SQNR against the original; None for the original itself, or where there is no original.
         load_s: until a step can be asked for, in a fresh process, with what a library quantizes or compiles by then.
         compile_s: the first step after that.
-        peak_rss_bytes: most memory that the process held from its start to the second step.
+        restart_s: both, in a later process that finds on disk what the first one converted or compiled.
+        peak_rss_bytes: most memory that this later process held from its start to the second step; `first_peak_rss_bytes` is the first one's.
         baseline_rss_bytes: what it held after imports, before the model was loaded.
         disk_bytes: of the stored model; of the state dict's tensors for a library that quantizes when it loads.
         rounds: rounds behind the median; `rounds_dropped` showed foreign work on the processors.
@@ -35,7 +36,9 @@ class Row:
     sqnr_db: float | None
     load_s: float
     compile_s: float
+    restart_s: float
     peak_rss_bytes: int
+    first_peak_rss_bytes: int
     baseline_rss_bytes: int
     disk_bytes: int
     rounds: int

@@ -56,7 +56,8 @@ class Variant(Protocol):
     """A way to compute the step.
 
     `needs` are the modules that must be importable. `build` writes what `prepare` reads, in a process of its own; a variant without files of
-    its own does nothing there. `prepare` loads the model for calls of exactly `setting.batch` rows.
+    its own does nothing there. `prepare` loads the model for calls of exactly `setting.batch` rows. A variant that `caches` keeps what its first
+    start made (a converted or compiled model) for later starts.
     """
 
     @property
@@ -64,6 +65,9 @@ class Variant(Protocol):
 
     @property
     def builds(self) -> bool: ...
+
+    @property
+    def caches(self) -> bool: ...
 
     def build(self, setting: Setting) -> None: ...
 

@@ -15,6 +15,7 @@ class FullPrecision:
     compiled: bool = False
     needs: tuple[str, ...] = ()
     builds: bool = False
+    caches: bool = False
 
     def build(self, setting: Setting) -> None:
         """Write nothing: the original is stored already."""
@@ -34,4 +35,4 @@ class FullPrecision:
 
 add(BASE, "peer", FullPrecision())
 add("fp32-channels-last", "peer", FullPrecision(channels_last=True))
-add("fp32-compile", "peer", FullPrecision(compiled=True))
+add("fp32-compile", "peer", FullPrecision(compiled=True, caches=True))

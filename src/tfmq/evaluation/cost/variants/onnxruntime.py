@@ -24,6 +24,7 @@ class OnnxRuntime:
 
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     builds = True
+    caches = False
 
     def build(self, setting: Setting) -> None:
         """Export, calibrate and quantize the original."""

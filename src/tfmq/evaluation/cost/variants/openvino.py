@@ -51,6 +51,7 @@ class FullPrecision:
 
     needs: tuple[str, ...] = ("openvino",)
     builds = True
+    caches = False
 
     def build(self, setting: Setting) -> None:
         """Convert the original."""
@@ -67,6 +68,7 @@ class Nncf:
 
     needs: tuple[str, ...] = ("openvino", "nncf")
     builds = True
+    caches = False
 
     def build(self, setting: Setting) -> None:
         """Convert, calibrate and quantize the original."""

@@ -15,6 +15,7 @@ class Executed:
     compiled: bool = False
     needs: tuple[str, ...] = ()
     builds: bool = False
+    caches: bool = False
 
     def build(self, setting: Setting) -> None:
         """Write nothing: a backend reads the checkpoint itself."""
@@ -29,7 +30,7 @@ class Executed:
 add("simulated", "backend", Executed("simulated"))
 add("reference", "backend", Executed("reference"))
 add("torch", "backend", Executed("torch"))
-add("torch-compile", "backend", Executed("torch", compiled=True))
-add("openvino", "backend", Executed("openvino", needs=("openvino",)))
-add("cuda", "backend", Executed("cuda"))
-add("cuda-compile", "backend", Executed("cuda", compiled=True))
+add("torch-compile", "backend", Executed("torch", compiled=True, caches=True))
+add("openvino", "backend", Executed("openvino", needs=("openvino",), caches=True))
+add("cuda", "backend", Executed("cuda", caches=True))
+add("cuda-compile", "backend", Executed("cuda", compiled=True, caches=True))

@@ -14,6 +14,7 @@ class Quanto:
 
     needs: tuple[str, ...] = ("optimum.quanto",)
     builds = False
+    caches = False
 
     def build(self, setting: Setting) -> None:
         """Write nothing: quantizing takes as long as reading a file."""

@@ -14,6 +14,7 @@ class Sdnq:
 
     needs: tuple[str, ...] = ("sdnq",)
     builds = False
+    caches = True
 
     def build(self, setting: Setting) -> None:
         """Write nothing: quantizing takes as long as reading a file."""

@@ -17,6 +17,7 @@ class Pt2e:
 
     needs: tuple[str, ...] = ("torchao",)
     builds = False
+    caches = True
 
     def build(self, setting: Setting) -> None:
         """Write nothing: there is no file format but pickled graphs."""
