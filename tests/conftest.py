@@ -65,7 +65,7 @@ class PlainDenoiser(nn.Module):
 
 
 class ResidualAfterNorm:
-    """An attention processor in terms of `torch.bmm` and `torch.baddbmm`, whose residual is the normalised input."""
+    """An attention processor in terms of `torch.baddbmm` and `torch.einsum`, whose residual is the normalised input."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, temb: Any = None) -> Tensor:
         batch, channels, height, width = hidden_states.shape
@@ -73,7 +73,7 @@ class ResidualAfterNorm:
         tokens = normed.view(batch, channels, height * width).transpose(1, 2)
         query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
         scores = torch.baddbmm(query.new_zeros(1), query, key.transpose(1, 2), beta=0, alpha=channels**-0.5)
-        out = attn.to_out[0](torch.bmm(torch.softmax(scores, dim=-1), value))
+        out = attn.to_out[0](torch.einsum("bij,bjd->bid", torch.softmax(scores, dim=-1), value))
         return out.transpose(1, 2).reshape(batch, channels, height, width) + normed
 
 

@@ -88,6 +88,8 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "keyword baddbmm": lambda a, b: torch.baddbmm(torch.zeros(1), batch1=a, batch2=b, beta=0),
     "method keyword": lambda a, b: a.bmm(mat2=b),
     "method keyword matmul": lambda a, b: a.matmul(other=b),
+    "einsum": lambda a, b: torch.einsum("b i d, b d j -> b i j", a, b),
+    "einsum of a list": lambda a, b: torch.einsum("bid,bdj->bij", [a, b]),
 }
 
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace
 from tfmq.nn.operation import operation_of, weight_of
-from tfmq.nn.products import SITES
+from tfmq.nn.products import sites
 
 # What leaves the values of a tensor as they are: each is one of the input's, in whatever place, number or dtype.
 ATEN = torch.ops.aten
@@ -129,9 +129,9 @@ class _Products(TorchFunctionMode):
         self.state = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SITES and self.state.owners and not self.state.inside:
+        if self.state.owners and not self.state.inside and (count := sites(func, args)):
             owner = self.state.owners[-1]
-            self.state.products[owner] = self.state.products.get(owner, 0) + SITES[func]
+            self.state.products[owner] = self.state.products.get(owner, 0) + count
         return func(*args, **(kwargs or {}))
 
 

@@ -7,7 +7,7 @@ The owner is the module whose own `forward` calls the product. Products are coun
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tfmq.kernels.kernel import Rows
+from tfmq.nn.contraction import contraction, operands_of
 from tfmq.quantizers.activation import ActivationQuantizer
 
 ATTENTION = F.scaled_dot_product_attention
@@ -32,11 +33,18 @@ PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
     torch.baddbmm: _BADDBMM,
     Tensor.baddbmm: _BADDBMM,
 }
-SITES = {ATTENTION: 2, **dict.fromkeys(PRODUCTS, 1)}
+_SITES = {ATTENTION: 2, **dict.fromkeys(PRODUCTS, 1)}
 
 Operands = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 Multiply = Callable[[int, Tensor, Tensor], Tensor]
 ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
+
+
+def sites(func: Callable[..., Any], arguments: Sequence[Any]) -> int:
+    """Return how many products a call of a torch function is."""
+    if func is torch.einsum:
+        return int(contraction(arguments) is not None)
+    return _SITES.get(func, 0)
 
 
 def attention(
@@ -106,11 +114,17 @@ class ProductMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in SITES or self._stack()[-1] is not self:
+        count = sites(func, args) if self._stack()[-1] is self else 0
+        if not count:
             return func(*args, **kwargs)
-        first, self.site = self.site, self.site + SITES[func]
+        first, self.site = self.site, self.site + count
+        multiply = self.multiply or self._multiply
         if func is ATTENTION:
-            return attention(self.multiply or self._multiply, first, *args, **kwargs)
+            return attention(multiply, first, *args, **kwargs)
+        if func is torch.einsum:
+            found = contraction(args)
+            assert found is not None
+            return found.multiply(*operands_of(args), partial(multiply, first))
         given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         left, right = (name if name in given else position for position, name in PRODUCTS[func])
         if self.multiply is not None:
