@@ -122,9 +122,9 @@ class ProductMode(TorchFunctionMode):
         if func is ATTENTION:
             return attention(multiply, first, *args, **kwargs)
         if func is torch.einsum:
-            found = contraction(args)
+            found, (left, right) = contraction(args), operands_of(args)
             assert found is not None
-            return found.multiply(*operands_of(args), partial(multiply, first))
+            return found.multiply(left, right, partial(multiply, first))
         given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         left, right = (name if name in given else position for position, name in PRODUCTS[func])
         if self.multiply is not None:
