@@ -61,14 +61,14 @@ class Model:
         make: builds its sampler.
         trained: whether its weights are.
         architecture: where it is, if diffusers lacks it.
-        samples: of the short calibration.
+        large: whether quantizing it takes so long that it is done once, not for the bytes of four-bit weights too.
     """
 
     name: str
     make: Callable[[], Sampler]
     trained: bool
     architecture: str | None = None
-    samples: int = 2
+    large: bool = False
 
 
 def _looped(module: nn.Module, shape: tuple[int, ...], **conditions: Tensor) -> LoopSampler:
@@ -142,7 +142,7 @@ def models(ddpm64: Path | None, *, large: bool = False) -> Iterator[Model]:
     yield Model("small-sd-unet", latent, trained=False)
     yield Model("small-dit", dit, trained=False)
     if large:
-        yield Model("sd15-unet", stable_diffusion, trained=False, samples=1)
+        yield Model("sd15-unet", stable_diffusion, trained=False, large=True)
 
 
 def quantized(model: Model, scheme: str, directory: Path, progress: Progress) -> Path:
@@ -151,7 +151,7 @@ def quantized(model: Model, scheme: str, directory: Path, progress: Progress) ->
     if not is_quantized(target):
         recipe = tfmq.scheme(scheme)
         temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
-        calibration = Calibration(samples=model.samples, steps=STEPS, interval=2, batch_size=2)
+        calibration = Calibration(samples=1 if model.large else 2, steps=STEPS, interval=2, batch_size=2)
         recipe = replace(recipe, calibration=calibration, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal)
         tfmq.quantize(model.make(), recipe, output_dir=target, progress=progress, resume=True)
     return target / "unet" if (target / "model_index.json").exists() else target
@@ -159,7 +159,10 @@ def quantized(model: Model, scheme: str, directory: Path, progress: Progress) ->
 
 def measured(model: Model, batch: int, options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Return the rows of one model and batch size, with what its ceilings need."""
-    folders = {scheme: quantized(model, scheme, options.output_dir, progress) for scheme in (options.scheme, SMALLEST)}
+    folders = {
+        scheme: quantized(model, scheme, options.output_dir, progress)
+        for scheme in ((options.scheme,) if model.large else (options.scheme, SMALLEST))
+    }
     sampler = model.make()
     request = Request(
         directory=folders[options.scheme],
@@ -220,7 +223,7 @@ def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) ->
             )
     lines += ["", "| model | parameters | operations a step | fp32 MB | W8A8 MB | W4A8 MB |", "|---|---|---|---|---|---|"]
     for result in {result["model"]: result for result in results}.values():
-        sizes = " | ".join(f"{size / 1e6:.1f}" for size in result["bytes"].values())
+        sizes = " | ".join(f"{size / 1e6:.1f}" for size in result["bytes"].values()) + " |" * (2 - len(result["bytes"]))
         lines.append(
             f"| {result['model']} | {result['parameters'] / 1e6:.1f} M | {result['operations'] / 1e9:.2f} G "
             f"| {4 * result['parameters'] / 1e6:.1f} | {sizes} |"
