@@ -78,7 +78,8 @@ def evaluate(
     with verb(interrupted=f"the same command with --resume continues from {target}.job"):
         from tfmq.cli.models import default_steps, execute_model, located, open_model, published_figures, quantized_directory, ready_models
         from tfmq.evaluation.job import Request
-        from tfmq.evaluation.settings import Settings
+        from tfmq.evaluation.settings import CLIP_METRIC, Settings
+        from tfmq.evaluation.text import draws_from_text
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet
 
@@ -97,7 +98,7 @@ def evaluate(
                 seed=seed,
                 batch_size=batch_size,
                 num_pairs=num_pairs,
-                metrics=names,
+                metrics=names if metrics != "all" or draws_from_text(quantized) else tuple(name for name in names if name != CLIP_METRIC),
                 extractor=extractor,
                 clip=clip,
             )

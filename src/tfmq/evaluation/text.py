@@ -33,15 +33,20 @@ def clip_score(model: str = CLIP) -> ClipScore:
     return score
 
 
+def draws_from_text(sampler: Sampler) -> bool:
+    """Whether images are drawn from prompts."""
+    require("diffusers", extra="diffusers")
+    from tfmq.integrations.diffusers.pipelines import PipelineSampler
+
+    return isinstance(sampler, PipelineSampler) and sampler.takes_prompts
+
+
 def prompts_of(sampler: Sampler, indices: range) -> list[str]:
     """Return the texts that images are drawn from.
 
     Raises:
         ValueError: the sampler does not draw from text.
     """
-    require("diffusers", extra="diffusers")
-    from tfmq.integrations.diffusers.pipelines import PipelineSampler
-
-    if not isinstance(sampler, PipelineSampler) or not sampler.takes_prompts:
+    if not draws_from_text(sampler):
         raise ValueError("the clip score is for text-to-image models, and this one does not draw from text; leave clip out of --metrics")
-    return sampler.prompts_of(indices)
+    return sampler.prompts_of(indices)  # type: ignore[attr-defined]
