@@ -51,8 +51,9 @@ def compiled(graph: Graph, call: Call) -> Run:
         program = torch.compile(capture(graph, call, dynamic=False).module(), dynamic=False)
 
     def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Freezing makes constants of the weights; without it every call would lay them out again.
-        with torch.no_grad(), config.patch(freezing=True), quiet_tools():
+        # Freezing makes constants of the weights; without it every call would lay them out again. From C++ the hundreds of calls of a step
+        # take a few per cent less of it than from Python.
+        with torch.no_grad(), config.patch(freezing=True, cpp_wrapper=True), quiet_tools():
             return tuple(program(bins.contiguous(), *(tensor.contiguous() for tensor in tensors)))
 
     return run
