@@ -33,6 +33,7 @@ from tfmq.evaluation.cost.pipeline import Request, bench
 from tfmq.evaluation.cost.roofline import ceilings, operations
 from tfmq.evaluation.cost.system import describe_machine, processors
 from tfmq.evaluation.cost.variant import KINDS, names_of
+from tfmq.evaluation.forecast import forecast
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.models.sampler import LoopSampler, Sampler
 from tfmq.progress import Progress
@@ -175,6 +176,7 @@ def measured(model: Model, batch: int, options: argparse.Namespace, progress: Pr
         steps=STEPS,
         architecture=model.architecture,
     )
+    expected = forecast(sampler, batch=batch, progress=progress)
     work = options.output_dir / "work"
     shutil.rmtree(work, ignore_errors=True)
 
@@ -189,6 +191,7 @@ def measured(model: Model, batch: int, options: argparse.Namespace, progress: Pr
         "parameters": sum(parameter.numel() for parameter in sampler.denoiser.module.parameters()),
         "operations": operations(sampler.denoiser, sampler.example()),
         "bytes": {scheme: stored_bytes(folder) for scheme, folder in folders.items()},
+        "forecast": {"batch": batch, "fp32_ms": expected.fp32_ms, "predicted_ms": expected.predicted_ms, "speedup": expected.speedup},
         "rows": rows,
     }
 
@@ -228,6 +231,14 @@ def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) ->
             f"| {result['model']} | {result['parameters'] / 1e6:.1f} M | {result['operations'] / 1e9:.2f} G "
             f"| {4 * result['parameters'] / 1e6:.1f} | {sizes} |"
         )
+    lines += ["", "| model | batch | torch, forecast ms | measured ms | speedup, forecast | measured |", "|---|---|---|---|---|---|"]
+    for result in results:
+        expected, row = result["forecast"], next((row for row in result["rows"] if row["backend"] == "torch"), None)
+        if row is not None and expected["predicted_ms"] is not None:
+            lines.append(
+                f"| {result['model']} | {row['batch']} | {expected['predicted_ms']:.1f} | {row['ms_per_step']:.1f} "
+                f"| {expected['speedup']:.2f} | {row['speedup']:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -264,7 +275,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(processors()))
     parser.add_argument("--ddpm64", type=Path, help="folder of the 64x64 DDPM")
-    parser.add_argument("--large", action="store_true", help="with Stable Diffusion 1.5's UNet too: minutes and 15 GB to quantize it")
+    parser.add_argument("--large", action="store_true", help="with Stable Diffusion 1.5's UNet too: 20 minutes of one core and 20 GB to quantize it")
     parser.add_argument("--only", default="", help="measure only models whose name contains this")
     options = parser.parse_args()
     options.variants = [*_names(options.backends, names_of("backend")), *_names(options.peers, names_of("peer"))]
