@@ -18,7 +18,7 @@ from tfmq.export.fake_quantize import graph_kernels
 from tfmq.storage.digest import tensor_digest
 
 # Changes with what a converted model looks like, so that nobody reads one of another form.
-CONVERSION = "4"
+CONVERSION = "5"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
 

@@ -18,6 +18,7 @@ times their scale. Each exporter says what they become.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,13 @@ def _(x: Tensor, zero_point: int, levels: int) -> Tensor:
 
 @torch.library.custom_op("tfmq::integer_weight", mutates_args=())
 def integer_weight(values: Tensor, scale: Tensor) -> Tensor:
-    """Return integers `values` `[C_out, ...]` (s8, held in float32) times `scale` `[C_out]`."""
-    return values * column(scale, values.ndim)
+    """Return integers `values` int8 `[C_out, ...]` times `scale` float32 `[C_out]`."""
+    return values.to(scale.dtype) * column(scale, values.ndim)
 
 
 @integer_weight.register_fake
 def _(values: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(values)
+    return torch.empty_like(values, dtype=scale.dtype)
 
 
 class FakeQuantizeKernel:
@@ -58,8 +59,9 @@ class FakeQuantizeKernel:
     """
 
     def __init__(self, weight: IntegerWeight, zero_points: Tensor | None) -> None:
-        self.weight = weight
-        self.parts = [(values.float(), scale.float().contiguous()) for values, scale in weight.parts()]
+        # The integers are in the parts alone, a byte each: a model is in memory several times while it is converted.
+        self.weight = replace(weight, values=weight.values.new_empty(0))
+        self.parts = [(values.to(torch.int8), scale.float().contiguous()) for values, scale in weight.parts()]
         self.maps: dict[tuple[int, ...], Tensor] = {}
         columns = [] if zero_points is None else zero_points.int().unbind(1)
         self.centres = [int(values.median()) for values in columns]

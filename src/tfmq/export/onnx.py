@@ -25,7 +25,7 @@ def _codes(x: Any, zero_point: int, levels: int) -> Any:
 
 
 def _integer_weight(values: Any, scale: Any) -> Any:
-    return op.DequantizeLinear(op.Cast(values, to=onnx.TensorProto.INT8), scale, axis=0)
+    return op.DequantizeLinear(values, scale, axis=0)
 
 
 def convert(program: torch.export.ExportedProgram, *, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:

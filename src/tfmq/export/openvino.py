@@ -26,7 +26,7 @@ def _integer_weight(node: Any) -> list[Any]:
     wide = ops.reshape(scale, axes, special_zero=False)
     low, high = ops.multiply(wide, np.float32(-128)), ops.multiply(wide, np.float32(127))
     # Integers of four bits lie on the eight-bit grid too, which is what executes fastest.
-    return ops.fake_quantize(ops.multiply(values, wide), low, high, low, high, 256).outputs()
+    return ops.fake_quantize(ops.multiply(ops.convert(values, "f32"), wide), low, high, low, high, 256).outputs()
 
 
 def convert(graph: Graph, call: Call) -> ov.Model:
