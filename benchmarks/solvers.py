@@ -61,22 +61,15 @@ def _rounding(**fields: Any) -> Change:
     return lambda recipe: replace(recipe, rounding=replace(recipe.rounding, **fields))
 
 
-def _interval(interval: int, change: Change) -> Change:
-    """Return the change with units that learn from every `interval`-th step; the stages before them see all steps anyway."""
+def _calibration(change: Change, **fields: Any) -> Change:
+    """Return the change with another calibration.
+
+    Units that learn from every `interval`-th step leave the stages before them as they are, since those see all steps anyway.
+    """
 
     def changed(recipe: Recipe) -> Recipe:
         recipe = change(recipe)
-        return replace(recipe, calibration=replace(recipe.calibration, interval=interval))
-
-    return changed
-
-
-def _samples(samples: int, change: Change) -> Change:
-    """Return the change with a calibration of so many images."""
-
-    def changed(recipe: Recipe) -> Recipe:
-        recipe = change(recipe)
-        return replace(recipe, calibration=replace(recipe.calibration, samples=samples))
+        return replace(recipe, calibration=replace(recipe.calibration, **fields))
 
     return changed
 
@@ -93,10 +86,10 @@ SOLVERS: dict[str, Change] = {
     "gptq": _rounding(solver="gptq"),
     **{f"adaround-{budget}": _learned("adaround", budget) for budget in (*BUDGETS, PAPER)},
     **{f"gptq_adaround-{budget}": _learned("gptq_adaround", budget) for budget in POLISHES},
-    "gptq-interval2": _interval(2, _rounding(solver="gptq")),
-    "gptq-interval1": _interval(1, _rounding(solver="gptq")),
-    **{f"gptq-samples{samples}": _samples(samples, _rounding(solver="gptq")) for samples in (8, 16, 64)},
-    "gptq_adaround-interval2-100": _interval(2, _learned("gptq_adaround", 100)),
+    "gptq-interval2": _calibration(_rounding(solver="gptq"), interval=2),
+    "gptq-interval1": _calibration(_rounding(solver="gptq"), interval=1),
+    **{f"gptq-samples{samples}": _calibration(_rounding(solver="gptq"), samples=samples) for samples in (8, 16, 64)},
+    "gptq_adaround-interval2-100": _calibration(_learned("gptq_adaround", 100), interval=2),
     "gptq-positions16": _rounding(solver="gptq", positions=16),
     "gptq-positions256": _rounding(solver="gptq", positions=256),
     "gptq-sweeps1": _rounding(solver="gptq", sweeps=1),

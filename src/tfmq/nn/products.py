@@ -114,17 +114,19 @@ class ProductMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        count = sites(func, args) if self._stack()[-1] is self else 0
+        if self._stack()[-1] is not self:
+            return func(*args, **kwargs)
+        einsum = contraction(args) if func is torch.einsum else None
+        count = 1 if einsum is not None else _SITES.get(func, 0)
         if not count:
             return func(*args, **kwargs)
         first, self.site = self.site, self.site + count
         multiply = self.multiply or self._multiply
         if func is ATTENTION:
             return attention(multiply, first, *args, **kwargs)
-        if func is torch.einsum:
-            found, (left, right) = contraction(args), operands_of(args)
-            assert found is not None
-            return found.multiply(left, right, partial(multiply, first))
+        if einsum is not None:
+            left, right = operands_of(args)
+            return einsum.multiply(left, right, partial(multiply, first))
         given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         left, right = (name if name in given else position for position, name in PRODUCTS[func])
         if self.multiply is not None:
