@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tfmq.nn.products import ProductMode, ProductQuantizers, attach_products, attention
+from tfmq.nn.products import ProductMode, ProductQuantizers, attach_products, attention, sites
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 
@@ -100,6 +100,15 @@ def test_both_operands_of_every_spelling_of_a_product_are_replaced(name: str) ->
         out = CALLS[name](left, right)
     assert mode.site == 1
     torch.testing.assert_close(out, torch.bmm(left * 2, right + 1))
+
+
+def test_an_einsum_with_a_weight_is_no_product_of_activations() -> None:
+    """The rows of a weight are no samples, which a batch of several timesteps would take them for."""
+    x, weight = torch.randn(2, 3, 4), torch.randn(4, 5)
+    with ProductMode(lambda site, a, b: (a * 2, b + 1)) as mode:
+        out = torch.einsum("bnd,de->bne", x, weight)
+    assert mode.site == 0 and sites(torch.einsum, ("bnd,de->bne", x, weight)) == 0
+    torch.testing.assert_close(out, x @ weight)
 
 
 class Product(nn.Module):

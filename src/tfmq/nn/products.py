@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tfmq.kernels.kernel import Rows
-from tfmq.nn.contraction import contraction, operands_of
+from tfmq.nn.contraction import Contraction, contraction, operands_of
 from tfmq.quantizers.activation import ActivationQuantizer
 
 ATTENTION = F.scaled_dot_product_attention
@@ -40,11 +40,15 @@ Multiply = Callable[[int, Tensor, Tensor], Tensor]
 ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
 
 
+def _einsum(func: Callable[..., Any], arguments: Sequence[Any]) -> Contraction | None:
+    """Return the product that a call is if it is an einsum of activations; what shares no batch with the other operand is a weight."""
+    found = contraction(arguments) if func is torch.einsum else None
+    return found if found is not None and found.batch else None
+
+
 def sites(func: Callable[..., Any], arguments: Sequence[Any]) -> int:
     """Return how many products a call of a torch function is."""
-    if func is torch.einsum:
-        return int(contraction(arguments) is not None)
-    return _SITES.get(func, 0)
+    return _SITES.get(func, 0) or int(_einsum(func, arguments) is not None)
 
 
 def attention(
@@ -116,7 +120,7 @@ class ProductMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._stack()[-1] is not self:
             return func(*args, **kwargs)
-        einsum = contraction(args) if func is torch.einsum else None
+        einsum = _einsum(func, args)
         count = 1 if einsum is not None else _SITES.get(func, 0)
         if not count:
             return func(*args, **kwargs)
