@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tfmq.nn.products import ProductMode, ProductQuantizers, attach_products, attention, sites
+from tfmq.kernels.kernel import Rows
+from tfmq.nn.products import ProductMode, ProductQuantizers, attach_products, sites
+from tfmq.numerics.attention import Attention
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 
@@ -46,14 +48,14 @@ def test_attention_in_full_precision_is_torchs(options: dict[str, Any]) -> None:
     query, key, value = heads(key_heads=2 if options.get("enable_gqa") else 4)
     with sdpa_kernel(SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(attention(plain, 0, query, key, value, **options), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Attention.of(query, key, value, **options).by(plain, 0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_is_the_formula_in_float64() -> None:
     query, key, value = (tensor.double() for tensor in heads())
     weights = (torch.einsum("bhqd,bhkd->bhqk", query, key) / math.sqrt(8)).exp()
     expected = torch.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdim=True), value)
-    torch.testing.assert_close(attention(plain, 0, query, key, value), expected)
+    torch.testing.assert_close(Attention.of(query, key, value).by(plain, 0), expected)
 
 
 def test_attention_quantizes_q_k_and_then_probabilities_and_v() -> None:
@@ -64,7 +66,7 @@ def test_attention_quantizes_q_k_and_then_probabilities_and_v() -> None:
         return left @ right
 
     query, key, value = heads()
-    attention(watch, 3, query, key, value)
+    Attention.of(query, key, value).by(watch, 3)
     assert list(seen) == [3, 4]
     assert seen[3][0] is query and torch.equal(seen[3][1], key.transpose(-2, -1)) and seen[4][1] is value
     torch.testing.assert_close(seen[4][0].sum(-1), torch.ones(2, 4, 5))
@@ -72,7 +74,7 @@ def test_attention_quantizes_q_k_and_then_probabilities_and_v() -> None:
 
 def test_dropout_is_refused_by_value() -> None:
     with pytest.raises(ValueError, match=r"dropout must be 0 .* 0\.1"):
-        attention(plain, 0, *heads(), dropout_p=0.1)
+        Attention.of(*heads(), dropout_p=0.1)
 
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -220,3 +222,46 @@ def test_a_site_beyond_those_fitted_stays_in_full_precision() -> None:
     q = module.tfmq_products
     after = (q.left[0](x) @ q.right[0](x.transpose(-2, -1))) @ x
     torch.testing.assert_close(module(x), F.scaled_dot_product_attention(after, after, after))
+
+
+class Attends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x * 2, x * 3)
+
+
+def test_a_kernel_of_attention_gets_the_call_with_the_grids_of_all_four_operands() -> None:
+    module, q, x = Attends(), quantizers(2), torch.randn(1, 2, 3, 4)
+    seen: list[tuple[Attention, tuple[Rows, ...]]] = []
+
+    def kernel(call: Attention, rows: tuple[Rows, ...]) -> Tensor:
+        seen.append((call, rows))
+        return torch.full_like(call.value, 7.0)
+
+    attach_products(module, q)
+    q.kernel, q.attention_kernel = lambda left, _, right, __: left @ right, kernel
+    assert bool((module(x) == 7).all())
+    ((call, rows),) = seen
+    assert torch.equal(call.query, x) and torch.equal(call.key, x * 2) and torch.equal(call.value, x * 3)
+    assert [row.scales is grid.scale for row, grid in zip(rows, (q.left[0], q.right[0], q.left[1], q.right[1]), strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("reason", ["it declines", "a site is in full precision", "a graph is captured", "sites have kernels"])
+def test_without_a_kernel_of_attention_the_products_are_computed_one_by_one(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, q, x = Attends(), quantizers(1 if "full" in reason else 2), torch.randn(1, 2, 3, 4)
+    attach_products(module, q)
+    calls: list[str] = []
+
+    def product(left: Tensor, _: Rows, right: Tensor, __: Rows) -> Tensor:
+        calls.append("product")
+        return left @ right
+
+    def declines(call: Attention, rows: tuple[Rows, ...]) -> None:
+        calls.append("attention")
+
+    q.kernel, q.attention_kernel = product, declines
+    if "graph" in reason:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if "sites" in reason:
+        q.site_kernels = {0: product, 1: product}
+    torch.testing.assert_close(module(x), Attends()(x))
+    assert calls == {"it declines": ["attention", "product", "product"], "a site is in full precision": ["product"]}.get(reason, ["product"] * 2)

@@ -77,7 +77,7 @@ def release(module: nn.Module) -> None:
             child.kernel = child.unpacked = None
             child.unshelve()
         elif isinstance(child, ProductQuantizers):
-            child.kernel = None
+            child.kernel = child.attention_kernel = None
 
 
 def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:

@@ -9,6 +9,7 @@ from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, re
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.quiet import quiet_tools
+from tfmq.kernels import attention
 from tfmq.kernels.kernel import IntegerWeight
 from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, product, supports
 from tfmq.nn.products import ProductQuantizers
@@ -16,7 +17,7 @@ from tfmq.nn.products import ProductQuantizers
 
 @register("torch")
 class Torch:
-    """u8 x s8 linear layers and convolutions by oneDNN, attention products on integers in float registers."""
+    """u8 x s8 linear layers and convolutions by oneDNN, attention u8 x s8, other products on integers in float registers."""
 
     def missing(self) -> str:
         """Return what this machine lacks."""
@@ -37,6 +38,7 @@ class Torch:
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.kernel = product
+                child.attention_kernel = attention.integer_attention if attention.available() else None
         keep_unpacked(module, options)
         if options.compile:
             module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]

@@ -185,7 +185,7 @@ def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> T
         scale, zero_point = column(rows.scale[:, 0], x.ndim), column(rows.zero_point[:, 0], x.ndim).float()
         operands.append(quantize(x.float(), scale, zero_point, rows.levels).sub_(zero_point))
     sums = operands[0] @ operands[1]
-    return (sums * column(left_rows.scale[:, 0], sums.ndim) * column(right_rows.scale[:, 0], sums.ndim)).to(left.dtype)
+    return sums.mul_(column(left_rows.scale[:, 0], sums.ndim)).mul_(column(right_rows.scale[:, 0], sums.ndim)).to(left.dtype)
 
 
 class UnpackingKernel:

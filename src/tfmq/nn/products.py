@@ -4,7 +4,6 @@ The owner is the module whose own `forward` calls the product. Products are coun
 `scaled_dot_product_attention` as two. No attention class or processor is known here: a function mode sees the calls.
 """
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from tfmq.kernels.kernel import Rows
 from tfmq.nn.contraction import Contraction, contraction, operands_of
+from tfmq.numerics.attention import Attention, Multiply
 from tfmq.quantizers.activation import ActivationQuantizer
 
 ATTENTION = F.scaled_dot_product_attention
@@ -36,8 +36,10 @@ PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
 _SITES = {ATTENTION: 2, **dict.fromkeys(PRODUCTS, 1)}
 
 Operands = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-Multiply = Callable[[int, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Attention], Tensor]
 ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
+# Both products of an attention at once, on the grids of query, key, probabilities and value; None where that is no gain.
+AttentionKernel = Callable[[Attention, tuple[Rows, Rows, Rows, Rows]], Tensor | None]
 
 
 def _einsum(func: Callable[..., Any], arguments: Sequence[Any]) -> Contraction | None:
@@ -51,53 +53,20 @@ def sites(func: Callable[..., Any], arguments: Sequence[Any]) -> int:
     return _SITES.get(func, 0) or int(_einsum(func, arguments) is not None)
 
 
-def attention(
-    multiply: Multiply,
-    first: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Compute `softmax(q k^T scale + mask) v` with two calls of `multiply(site, left, right)`; the rest of the signature is torch's.
-
-    Raises:
-        ValueError: dropout, which has no place in a quantized model.
-    """
-    if dropout_p:
-        raise ValueError(f"attention dropout must be 0 in a quantized model, got {dropout_p}")
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = multiply(first, query, key.transpose(-2, -1)) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    probabilities = torch.softmax(scores, dim=-1)
-    if attn_mask is not None:
-        # A query that may look nowhere attends to nothing, as in torch.
-        probabilities = probabilities.masked_fill((scores == -torch.inf).all(dim=-1, keepdim=True), 0.0)
-    return multiply(first + 1, probabilities, value)
-
-
 class ProductMode(TorchFunctionMode):
     """Computes every attention product of one module's forward on the operands that `operands(site, left, right)` returns.
 
-    With `multiply(site, left, right)` that computes the product itself. Modes nest with the modules that own them; only the innermost acts,
-    so a product belongs to exactly one owner.
+    With `multiply(site, left, right)` that computes the product itself, and `attend(site, call)` a fused attention. Modes nest with the modules
+    that own them; only the innermost acts, so a product belongs to exactly one owner.
     """
 
     _running = threading.local()
 
-    def __init__(self, operands: Operands, multiply: Multiply | None = None) -> None:
+    def __init__(self, operands: Operands, multiply: Multiply | None = None, attend: Attend | None = None) -> None:
         super().__init__()
         self.operands = operands
         self.multiply = multiply
+        self.attend = attend
         self.site = 0
 
     @classmethod
@@ -127,7 +96,8 @@ class ProductMode(TorchFunctionMode):
         first, self.site = self.site, self.site + count
         multiply = self.multiply or self._multiply
         if func is ATTENTION:
-            return attention(multiply, first, *args, **kwargs)
+            call = Attention.of(*args, **kwargs)
+            return call.by(multiply, first) if self.attend is None else self.attend(first, call)
         if einsum is not None:
             left, right = operands_of(args)
             return einsum.multiply(left, right, partial(multiply, first))
@@ -150,7 +120,8 @@ class ProductMode(TorchFunctionMode):
 class ProductQuantizers(nn.Module):
     """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision.
 
-    With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own; neither is part of the state.
+    With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own, and the two of a fused attention by
+    `attention_kernel`, which takes the place of `kernel` alone; none is part of the state.
     """
 
     def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
@@ -159,6 +130,7 @@ class ProductQuantizers(nn.Module):
         self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
         self.enabled = True
         self.kernel: ProductKernel | None = None
+        self.attention_kernel: AttentionKernel | None = None
         self.site_kernels: Mapping[int, ProductKernel] = {}
 
     def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
@@ -169,6 +141,19 @@ class ProductQuantizers(nn.Module):
             return kernel(left, grids[0].rows(left), right, grids[1].rows(right))  # type: ignore[operator]
         left, right = self(site, left, right)
         return left @ right
+
+    def attend(self, first: int, call: Attention) -> Tensor:
+        """Return an attention whose products are the sites `first` and the next."""
+        # A kernel reads the values of grids, which a graph must not branch on.
+        if self.attention_kernel is not None and not self.site_kernels and not torch.compiler.is_compiling():
+            # Probabilities are as many as queries.
+            samples = call.query, call.key, call.query, call.value
+            grids = [grid for site in (first, first + 1) if site < len(self.left) for grid in (self.left[site], self.right[site])]
+            if self.enabled and len(grids) == 4 and all(isinstance(grid, ActivationQuantizer) for grid in grids):
+                found = self.attention_kernel(call, tuple(grid.rows(x) for grid, x in zip(grids, samples, strict=True)))  # type: ignore[operator]
+                if found is not None:
+                    return found
+        return call.by(self.multiply, first)
 
     def forward(self, site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         if not self.enabled or site >= len(self.left):
@@ -183,7 +168,8 @@ class _Owner:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         products = self.tfmq_products
-        with ProductMode(products, products.multiply if products.kernel is not None or products.site_kernels else None):
+        executed = products.kernel is not None or products.site_kernels
+        with ProductMode(products, *((products.multiply, products.attend) if executed else ())):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
