@@ -125,12 +125,30 @@ def test_with_a_constant_zero_point_a_compiled_layer_has_no_term_in_it() -> None
             def forward(self, x: Tensor) -> Tensor:
                 return kernel(x, Rows(table, zero_points, 256, index))
 
-        graph = torch.export.export(Layer(), (torch.rand(2, 4, 6, 6),)).graph
+        x = torch.rand(2, 4, 6, 6)
+        # A backend calls a model before it captures it.
+        Layer()(x)
+        graph = torch.export.export(Layer(), (x,)).graph
         return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
     varying, constant = operators(torch.tensor([[3], [3], [4], [3], [3]], dtype=torch.uint8)), operators(torch.full((5, 1), 3, dtype=torch.uint8))
     assert "aten.pad.default" in varying and "aten.sub.Tensor" in varying
     assert not {"aten.pad.default", "aten.sub.Tensor"} & set(constant) and varying.count("aten.index.Tensor") > constant.count("aten.index.Tensor")
+
+
+def test_a_convolution_is_packed_for_the_sizes_it_is_called_with() -> None:
+    weight = IntegerWeight(Convolution((1, 1), (1, 1), (1, 1), 1), torch.randint(-9, 9, (96, 96, 3, 3)).to(torch.int16), torch.ones(96, 1), None)
+    rows, unpacked = Rows(torch.full((1, 1), 0.02), torch.full((1, 1), 9, dtype=torch.uint8), 256), []
+
+    def again() -> IntegerWeight:
+        unpacked.append(1)
+        return weight
+
+    kernel = OnednnKernel(weight, again=again)
+    for size in (4, 8, 16, 8, 16, 4):
+        x = torch.rand(2, 96, size, size)
+        assert torch.equal(kernel(x, rows), ReferenceKernel(weight, 256)(x, rows))
+    assert len(kernel.packed) == 2 and len(unpacked) == 4, "two sizes are kept, the last used ones"
 
 
 @given(st.data())

@@ -33,8 +33,10 @@ class Torch:
                 floating[name] = _reason(weight)
                 continue
             zero_points = layer.input_quantizer.zero_points()
-            unpacked = options.weights == "unpacked"
-            layer.kernel = OnednnKernel(weight, zero_points) if unpacked else UnpackingKernel(layer.integer_weight, zero_points)
+            if options.weights == "unpacked":
+                layer.kernel = OnednnKernel(weight, zero_points, again=layer.integer_weight)
+            else:
+                layer.kernel = UnpackingKernel(layer.integer_weight, zero_points)
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.kernel = product

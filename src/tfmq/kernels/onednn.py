@@ -13,7 +13,8 @@ below 2**24, beyond which float32 rounds `sum q v` (the tests hold them to it).
 """
 
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,9 +74,9 @@ def constants(zero_points: Tensor | None, groups: int) -> list[int | None]:
 
 
 class _Part:
-    """One input segment of a layer: its packed weight, and the sums of its integers over everything but the output channel."""
+    """One input segment of a layer: its weight, packed for inputs of `size` `(B, ...)`, and the sums of its integers for each output channel."""
 
-    def __init__(self, operation: Linear | Convolution, values: Tensor, scale: Tensor) -> None:
+    def __init__(self, operation: Linear | Convolution, values: Tensor, scale: Tensor, size: Sequence[int]) -> None:
         self.operation = operation
         self.scale = scale.float().contiguous()
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
@@ -91,7 +92,10 @@ class _Part:
             self.stride, self.dilation = [[1, *v][-2:] for v in (operation.stride, operation.dilation)]
             self.padding = [0, *operation.padding][-2:]
             # With a zero-point, so that the packed weight holds what any zero-point needs.
-            self.packed = torch.ops.onednn.qconv_prepack(narrow, self.scale, 1.0, 1, self.stride, self.padding, self.dilation, operation.groups, None)
+            geometry = self.stride, self.padding, self.dilation, operation.groups
+            batch, *places = size
+            shape = [batch, narrow.shape[1] * operation.groups, *[1, *places][-2:]]
+            self.packed = torch.ops.onednn.qconv_prepack(narrow, self.scale, 1.0, 1, *geometry, shape)
 
     def fused(self, codes: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         """Return `(sum (q - z) v) s s_w + bias` in float32."""
@@ -122,17 +126,38 @@ class _Part:
 
 
 class OnednnKernel:
-    """A layer through oneDNN. `supports` says which layers it takes. It never changes, so that copies of a model share it.
+    """A layer through oneDNN. `supports` says which layers it takes. What it computes never changes, so that copies of a model share it.
 
-    `zero_points` `[any, G]` are all that can occur; None where nothing is known of them.
+    The library wants the weight of a convolution in a layout that depends on the size of the input. In another one it would be rearranged at each
+    call, which can take several times as long as the convolution. So the first input of a size has the weight packed for it.
+
+    Args:
+        weight: of the layer.
+        zero_points: `[any, G]`, all that can occur; None where nothing is known of them.
+        again: returns the weight when it is packed for another size. Without it the kernel keeps the integers of its own.
     """
 
-    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None = None) -> None:
+    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None = None, *, again: Callable[[], IntegerWeight] | None = None) -> None:
         self.constants = constants(zero_points, max(1, len(weight.segments)))
-        # The integers themselves are in the parts alone, in the library's layout.
         self.layout = replace(weight, values=weight.values.new_empty(0))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
-        self.parts = [_Part(weight.operation, values, scale) for values, scale in weight.parts()]
+        self.again = again or (lambda: weight)
+        # The last two sizes: a smaller batch may come and go.
+        self.packed: OrderedDict[tuple[int, ...], list[_Part]] = OrderedDict()
+
+    def parts(self, x: Tensor) -> list[_Part]:
+        """Return the segments of the weight as the library wants them for an input like `x`."""
+        size = () if isinstance(self.layout.operation, Linear) else (x.shape[0], *x.shape[2:])
+        if torch.compiler.is_compiling() and self.packed:
+            # What is packed within a capture would belong to it.
+            return self.packed.get(size) or next(reversed(self.packed.values()))
+        if size not in self.packed:
+            weight = self.again()
+            self.packed[size] = [_Part(weight.operation, values, scale, size) for values, scale in weight.parts()]
+            if len(self.packed) > 2:
+                self.packed.popitem(last=False)
+        self.packed.move_to_end(size)
+        return self.packed[size]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnednnKernel":
         return self
@@ -147,17 +172,18 @@ class OnednnKernel:
         return total.to(x.dtype)
 
     def _on_one_grid(self, x: Tensor, rows: Rows) -> Tensor:
+        parts = self.parts(x)
         known = [constant for constant in self.constants if constant is not None]
-        zero_points = known if len(known) == len(self.parts) else rows.zero_point.flatten().tolist()
+        zero_points = known if len(known) == len(parts) else rows.zero_point.flatten().tolist()
         bias, partials = self.bias, []
-        for segment, part, scale, zero_point in zip(self.layout.split(x), self.parts, rows.scale.flatten().tolist(), zero_points, strict=True):
+        for segment, part, scale, zero_point in zip(self.layout.split(x), parts, rows.scale.flatten().tolist(), zero_points, strict=True):
             partials.append(part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias))
             bias = None
         return combined(partials, None, self.layout.operation)
 
     def _on_grids(self, x: Tensor, rows: Rows) -> Tensor:
         operation, partials = self.layout.operation, []
-        for index, (segment, part) in enumerate(zip(self.layout.split(x), self.parts, strict=True)):
+        for index, (segment, part) in enumerate(zip(self.layout.split(x), self.parts(x), strict=True)):
             scale, constant = column(rows.scale[..., index], x.ndim), self.constants[index]
             if constant is None:
                 sums = self._shifted_sums(part, segment, scale, rows.zero_point[..., index].float(), rows.levels)
@@ -189,7 +215,7 @@ def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> T
 
 
 class UnpackingKernel:
-    """A layer whose weight is unpacked and laid out at each call: as small as the checkpoint, slower."""
+    """A layer whose weight is unpacked and packed for the library at each call: as small as the checkpoint, slower."""
 
     def __init__(self, weight: Callable[[], IntegerWeight], zero_points: Tensor | None = None) -> None:
         self.weight = weight
