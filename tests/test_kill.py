@@ -2,11 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -74,13 +75,16 @@ class Nursery:
         assert process.stdin is not None and process.stdout is not None
         self.commands, self.answers = process.stdin, process.stdout
 
-    def run(self, directory: Path, *, kill_after: float | None = None) -> int:
-        """Run a job and return its exit status; with `kill_after` seconds it is killed then, if it still runs."""
+    def run(self, directory: Path, *, kill_after: float | None = None, kill_when: Callable[[], bool] | None = None) -> int:
+        """Run a job and return its exit status; it is killed after `kill_after` seconds or `kill_when` something holds, if it still runs."""
         self.commands.write(f"{directory}\n")
         self.commands.flush()
         child = int(self.answers.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
+        if kill_when is not None:
+            while not kill_when():
+                pass
+        if kill_after is not None or kill_when is not None:
+            time.sleep(kill_after or 0)
             # Its parent waits for it, so that the number cannot belong to another process yet, unless the job is over.
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
@@ -121,3 +125,31 @@ def test_jobs_killed_at_random_moments_end_in_the_same_bytes(nursery: Nursery, t
             assert checksums(directory) == expected
             finished += 1
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "again", *map(str, range(finished))}, "no job and no half-written file is left"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_recording_that_was_killed_begins_anew(nursery: Nursery, tmp_path: Path) -> None:
+    """What an unfinished recording left would else be calibrated on too, or in the place of what belongs there."""
+    assert nursery.run(tmp_path / "whole") == 0
+    job = tmp_path / "job.job"
+
+    def stages() -> list[Path]:
+        return list(job.glob("calibration.*"))
+
+    def recording() -> bool:
+        return len(list(job.glob("calibration/call_*"))) > 1 or bool(stages())
+
+    kills = 0
+    while kills < 3:
+        status = nursery.run(tmp_path / "job", kill_when=recording)
+        assert status in (0, -signal.SIGKILL)
+        if stages() or status == 0:
+            # Too late: the recording was over before it was seen.
+            shutil.rmtree(job, ignore_errors=True)
+            shutil.rmtree(tmp_path / "job", ignore_errors=True)
+        kills += not stages() and status != 0
+        for call in job.glob("calibration/call_*"):
+            # What is left of an unfinished recording may be anything.
+            call.write_bytes(b"half")
+    assert nursery.run(tmp_path / "job") == 0
+    assert checksums(tmp_path / "job") == checksums(tmp_path / "whole")
