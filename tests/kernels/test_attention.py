@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tfmq.kernels import attention
-from tfmq.kernels.attention import available, integer_attention
+from tfmq.kernels.attention import integer_attention
 from tfmq.kernels.kernel import Rows, column
+from tfmq.kernels.onednn import multiplies
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.attention import Attention
 
-pytestmark = pytest.mark.skipif(not available(), reason="this torch multiplies no u8 by s8")
+pytestmark = pytest.mark.skipif(not multiplies(), reason="this torch multiplies no u8 by s8")
 NEVER = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) > 0.5
 NEVER[2] = False
 

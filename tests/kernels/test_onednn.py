@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tfmq.kernels import onednn
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
 from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, constants, product, quantize_u8, supports
 from tfmq.kernels.reference import ReferenceKernel, reference_product
@@ -232,5 +233,11 @@ def test_a_product_is_the_references(seed: int, batch: tuple[int, ...], mixed: b
     left, right = torch.randn(4, *batch, 5, 7, dtype=dtype), torch.randn(4, *batch, 7, 3, dtype=dtype)
     rows = 4 if mixed else 1
     grids = [Rows(0.01 + torch.rand(rows, 1), torch.randint(2**bits, (rows, 1)).to(torch.uint8), 2**bits) for _ in range(2)]
+    expected = reference_product(left, grids[0], right, grids[1])
     y = product(left, grids[0], right, grids[1])
-    assert y.dtype == dtype and torch.equal(y, reference_product(left, grids[0], right, grids[1]))
+    assert y.dtype == dtype and torch.equal(y, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        # As in a captured graph, where large products of integers are unrolled.
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(onednn, "LARGE", 1)
+        assert torch.equal(product(left, grids[0], right, grids[1]), expected)

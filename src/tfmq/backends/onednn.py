@@ -1,6 +1,7 @@
 """The torch backend: integer layers through the library inside torch on x86, eager or compiled; no other dependency."""
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,9 @@ from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, re
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.quiet import quiet_tools
-from tfmq.kernels import attention
+from tfmq.kernels.attention import integer_attention
 from tfmq.kernels.kernel import IntegerWeight
-from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, product, supports
+from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, multiplies, product, supports
 from tfmq.nn.products import ProductQuantizers
 
 
@@ -40,7 +41,7 @@ class Torch:
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.kernel = product
-                child.attention_kernel = attention.integer_attention if attention.available() else None
+                child.attention_kernel = integer_attention if multiplies() else None
         keep_unpacked(module, options)
         if options.compile:
             module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]
@@ -52,7 +53,9 @@ def compiled(graph: Graph, call: Call) -> Run:
     with quiet_tools():
         from torch._inductor import config
 
-        program = torch.compile(capture(graph, call, dynamic=False).module(), dynamic=False)
+        # The executor has a program for each kind of call, so there is nothing to guard, which would take a millisecond a step.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        program = torch.compile(capture(graph, call, dynamic=False).module(), dynamic=False, options=options)
 
     def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Freezing makes constants of the weights; without it every call would lay them out again. From C++ the hundreds of calls of a step

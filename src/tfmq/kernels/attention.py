@@ -14,33 +14,20 @@ the sum of a query's codes comes from a column of ones behind the values. Intege
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tfmq.kernels.kernel import ACCUMULATOR, Rows
-from tfmq.kernels.onednn import quantize_u8
+from tfmq.kernels.onednn import MIDDLE, quantize_u8
 from tfmq.numerics.attention import Attention, probabilities
 
 # The scores of a block, which should stay in the processor's caches until they are the codes of probabilities.
 BLOCK = 2**19
 # Smaller maps are computed faster as batched products in floating point: here each head is two calls.
 SMALLEST = 2**14
-# What moves an unsigned code of eight bits into a signed one.
-MIDDLE = 128
 HIGHEST = 255
-
-
-@cache
-def available() -> bool:
-    """Whether this torch multiplies matrices of u8 and s8 on the CPU, and gets the largest sums right."""
-    codes, values = torch.full((17, 64), HIGHEST, dtype=torch.uint8), torch.full((64, 16), -MIDDLE, dtype=torch.int8)
-    try:
-        return bool((torch._int_mm(codes, values) == -64 * HIGHEST * MIDDLE).all())
-    except (AttributeError, RuntimeError):
-        return False
 
 
 class Grid(NamedTuple):

@@ -12,10 +12,12 @@ A batch of mixed timesteps, or of tokens with a grid each, takes that path in ea
 below 2**24, beyond which float32 rounds `sum q v` (the tests hold them to it).
 """
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, colu
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
 
+# Products of a captured graph are computed one by one if they are at most so many, and of at least so many multiplications each.
+UNROLLED, LARGE = 16, 2**21
+# What moves an unsigned code of eight bits into a signed one.
+MIDDLE = 128
+
 
 def available() -> bool:
     """Whether this torch executes integers through oneDNN."""
@@ -34,6 +41,16 @@ def available() -> bool:
         and hasattr(torch.ops.onednn, "qconv2d_pointwise")
         and "onednn" in torch.backends.quantized.supported_engines
     )
+
+
+@cache
+def multiplies() -> bool:
+    """Whether this torch has products of u8 and s8 matrices on the CPU, and gets the largest sums right."""
+    codes, values = torch.full((17, 64), 255, dtype=torch.uint8), torch.full((64, 16), -MIDDLE, dtype=torch.int8)
+    try:
+        return bool((torch._int_mm(codes, values) == -64 * 255 * MIDDLE).all())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def supports(weight: IntegerWeight, levels: int) -> bool:
@@ -205,13 +222,36 @@ def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> T
     """Return `left_hat @ right_hat` through integers held in float32, exact while sums stay below 2**24; the dtype is that of `left`.
 
     torch has no batched product of unsigned operands; at the sizes of attention in a denoiser, a float product of integers loses nothing.
+    In a captured graph large matrices are multiplied as u8 and s8, one by one.
     """
-    operands = []
-    for x, rows in ((left, left_rows), (right, right_rows)):
-        scale, zero_point = column(rows.scale[:, 0], x.ndim), column(rows.zero_point[:, 0], x.ndim).float()
-        operands.append(quantize(x.float(), scale, zero_point, rows.levels).sub_(zero_point))
-    sums = operands[0] @ operands[1]
-    return sums.mul_(column(left_rows.scale[:, 0], sums.ndim)).mul_(column(right_rows.scale[:, 0], sums.ndim)).to(left.dtype)
+    grids = [
+        (x.float(), column(rows.scale[:, 0], x.ndim), column(rows.zero_point[:, 0], x.ndim).float(), rows.levels)
+        for x, rows in ((left, left_rows), (right, right_rows))
+    ]
+    if torch.compiler.is_compiling() and _worth_unrolling(left, right) and max(left_rows.levels, right_rows.levels) <= 256:
+        sums = _unrolled(*(quantize(*grid) for grid in grids), *(grid[2] for grid in grids))
+    else:
+        operands = [quantize(*grid).sub_(grid[2]) for grid in grids]
+        sums = operands[0] @ operands[1]
+    return sums.mul_(grids[0][1]).mul_(grids[1][1]).to(left.dtype)
+
+
+def _worth_unrolling(left: Tensor, right: Tensor) -> bool:
+    """Whether products are few and large, so that integers save more than calling them costs."""
+    many = math.prod(left.shape[:-2])
+    return left.shape[:-2] == right.shape[:-2] and many <= UNROLLED and left.shape[-2] * left.shape[-1] * right.shape[-1] >= LARGE and multiplies()
+
+
+def _unrolled(left: Tensor, right: Tensor, left_zero: Tensor, right_zero: Tensor) -> Tensor:
+    """Return `(left - left_zero) @ (right - right_zero)` of codes in float32, by integer products of each matrix.
+
+    With `r = right - 128`, which is s8, and `d = right_zero - 128`, it is `sum l r - d sum l - z_l (sum r - K d)`.
+    """
+    signed, shift = right - MIDDLE, right_zero - MIDDLE
+    codes, values = left.to(torch.uint8).flatten(0, -3), signed.to(torch.int8).flatten(0, -3)
+    sums = torch.stack([torch._int_mm(a, b) for a, b in zip(codes.unbind(), values.unbind(), strict=True)]).unflatten(0, left.shape[:-2]).float()
+    columns = signed.sum(dim=-2, keepdim=True) - left.shape[-1] * shift
+    return sums - shift * left.sum(dim=-1, keepdim=True) - left_zero * columns
 
 
 class UnpackingKernel:
