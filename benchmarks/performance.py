@@ -176,7 +176,7 @@ def measured(model: Model, batch: int, options: argparse.Namespace, progress: Pr
         steps=STEPS,
         architecture=model.architecture,
     )
-    expected = forecast(sampler, batch=batch, progress=progress)
+    expected = forecast(sampler, recipe=tfmq.scheme(options.scheme), batch=batch, progress=progress)
     work = options.output_dir / "work"
     shutil.rmtree(work, ignore_errors=True)
 

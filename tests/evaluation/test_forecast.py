@@ -1,14 +1,19 @@
 """The forecast counts every layer that a quantized model would run, once, and no other."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
+import tfmq
 from tfmq.evaluation.forecast import forecast
+from tfmq.evaluation.trial import trial
 from tfmq.kernels.onednn import available
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.swap import STEPS
+from tfmq.recipes.recipe import Calibration
 
 
 def test_it_times_the_layers_that_remain(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +30,25 @@ def test_it_times_the_layers_that_remain(sampler: Callable[..., LoopSampler], mo
     if available():
         assert found.predicted_ms is not None and found.speedup == found.fp32_ms / found.predicted_ms
         assert all(timing.int8_ms is not None for timing in found.shapes)
+
+
+def test_a_trial_runs_what_a_quantized_model_runs(sampler: Callable[..., LoopSampler]) -> None:
+    """The same modules compute in the same ways as in a model that was calibrated; the sampler's own model stays as it is."""
+    recipe = tfmq.scheme("w8a8")
+    made, calibrated = sampler("unet"), sampler("unet")
+    before = {name: tensor.clone() for name, tensor in made.denoiser.module.state_dict().items()}
+    tried = trial(made, recipe, backend="auto")
+    rounding = replace(recipe.rounding, solver="nearest")
+    tfmq.quantize(calibrated, replace(recipe, rounding=rounding, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)))
+    tfmq.execute(calibrated.denoiser.module, "auto")
+
+    def anatomy(module: nn.Module) -> dict[str, tuple[str, str]]:
+        return {name: (type(child).__name__, type(getattr(child, "kernel", None)).__name__) for name, child in module.named_modules()}
+
+    assert anatomy(tried.module) == anatomy(calibrated.denoiser.module)
+    assert tried(made.example()).isfinite().all()
+    after = made.denoiser.module.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_without_integer_operators_nothing_is_predicted(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,8 @@
-"""What to expect of integers on this machine, measured in seconds, before hours of calibration: each layer's shape in float32 and in int8."""
+"""What to expect of integers on this machine, measured in seconds, before hours of calibration.
+
+Each layer's shape is timed in float32 and in int8, which shows where time goes, and a step of the model in float32 and of a copy whose layers
+compute on arbitrary grids: a step takes what layers take, and attention, and calling them all.
+"""
 
 import time
 from collections import Counter
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.evaluation.cost.system import describe_machine
+from tfmq.evaluation.trial import trial
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.onednn import OnednnKernel, available, supports
 from tfmq.models.denoiser import Inputs
@@ -22,9 +27,13 @@ from tfmq.nn.operation import operand, operation_of, weight_of
 from tfmq.nn.swap import STEPS
 from tfmq.numerics.operations import Operation
 from tfmq.progress import Progress, silent
+from tfmq.recipes.presets import scheme
+from tfmq.recipes.recipe import Recipe
 
 # Each shape is timed for so long, float32 and int8 in turns, and the medians count.
 SECONDS = 0.08
+# Steps take turns in runs, as one model's weights drive those of another out of the caches; a run's first step does not count.
+ROUNDS, RUN = 3, 4
 LEVELS = 256
 
 
@@ -52,10 +61,10 @@ class ShapeTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The machine, the shapes from slow to fast, a step in float32 (measured) and in W8A8 by the torch backend (predicted), and weight bytes.
+    """The machine, the shapes from slow to fast, a step in float32 and in W8A8 by the torch backend, and weight bytes.
 
-    `rest_ms` is the part of the float32 step outside the layers, which stays what it is. `weight_bytes` are those in memory while a W8A8 model
-    runs: packed codes and executable copy, against float32's. `instructions` that decide are in `machine`.
+    `rest_ms` is the part of the float32 step outside the layers, `predicted_ms` the step of a model without calibration. `weight_bytes` are
+    those in memory while a W8A8 model runs: packed codes and executable copy, against float32's. `instructions` that decide are in `machine`.
     """
 
     machine: Mapping[str, Any]
@@ -100,6 +109,19 @@ def _milliseconds(*calls: Callable[[], object]) -> list[float]:
     return [median(seconds) * 1e3 for seconds in slices]
 
 
+def _steps(*calls: Callable[[], object]) -> list[float]:
+    """Return the median time of a step of each model in ms; runs of them take turns."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS):
+        for call, found in zip(calls, seconds, strict=True):
+            for step in range(RUN):
+                began = time.perf_counter()
+                call()
+                if step:
+                    found.append(time.perf_counter() - began)
+    return [median(found) * 1e3 for found in seconds]
+
+
 def _kernel(site: Site) -> OnednnKernel | None:
     if not available():
         return None
@@ -125,10 +147,11 @@ def _time(site: Site, count: int) -> ShapeTiming:
 
 
 @torch.no_grad()
-def forecast(sampler: Sampler, *, batch: int = 1, progress: Progress = silent) -> Forecast:
+def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, progress: Progress = silent) -> Forecast:
     """Measure the layers of a full-precision denoiser in float32 and int8 at its own shapes, and predict a W8A8 step on this machine's CPU.
 
-    Layers whose features would come from a table are counted in float32 alone: the quantized model does not run them.
+    Layers whose features would come from a table are counted in float32 alone: the quantized model does not run them. `recipe` is what the model
+    would be quantized by, the scheme `w8a8` if it is None.
 
     Raises:
         ValueError: the model is quantized already, or is not on the CPU.
@@ -155,11 +178,15 @@ def forecast(sampler: Sampler, *, batch: int = 1, progress: Progress = silent) -
         for site, count in dropped.items():
             gone += _time(site, count).fp32_ms * count
             advance(1)
-    (step,) = _milliseconds(lambda: sampler.denoiser(inputs))
+    calls: list[Callable[[], object]] = [lambda: sampler.denoiser(inputs)]
+    if available():
+        with progress("packing weights", total=1) as advance:
+            quantized = trial(sampler, recipe or scheme("w8a8"), backend="torch")
+            advance(1)
+        calls.append(lambda: quantized(inputs))
+    step, *others = _steps(*calls)
     rest = max(0.0, step - gone - sum(timing.fp32_ms * timing.count for timing in timings))
-    predicted = None
-    if any(timing.int8_ms is not None for timing in timings):
-        predicted = rest + sum((timing.fp32_ms if timing.int8_ms is None else timing.int8_ms) * timing.count for timing in timings)
+    predicted = others[0] if others else None
     weights = sum(prod(weight_of(module.get_submodule(layer.name)).shape) for layer in traced.layers)
     return Forecast(
         machine=describe_machine(torch.get_num_threads()),
