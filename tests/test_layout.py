@@ -43,6 +43,7 @@ LAYERS = (
     "kernels",
     "numerics",
     "progress",
+    "allocator",
     "errors",
     "lazy",
     "version",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tfmq.allocator import give_back
 from tfmq.backends.backend import Coverage, Options, by_input, register
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
@@ -68,6 +69,8 @@ class _Builder:
 
         core = shared_core()
         path = self._converted(graph, call)
+        # Compilation should not come on top of what conversion has freed.
+        give_back()
         try:
             model = core.read_model(path)
         except RuntimeError:

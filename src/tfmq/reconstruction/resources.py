@@ -1,14 +1,11 @@
 """What a quantization may take of the machine."""
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-# Blocks from this size on go back to the system as soon as they are freed.
-RETURNED = 2**20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+from tfmq.allocator import return_freed
+
 # Of the memory: for captured calls and targets; the rest is the solvers' and the network's own.
 CAPTURED = 0.25
 # Of the memory that is free, where no limit was given.
@@ -61,16 +58,9 @@ class Resources:
         return None if self.max_memory is None else max(1, int(CAPTURED * self.max_memory) // bytes_each)
 
     def prepare(self) -> None:
-        """Where there is a limit, make the allocator of this process give back what is freed, from now on.
-
-        glibc learns from large blocks that come and go to keep them, among small ones that stay: most of what a calibration holds otherwise.
-        Elsewhere this does nothing.
-        """
-        if self.max_memory is not None and sys.platform.startswith("linux"):
-            allocator = ctypes.CDLL(None)
-            if hasattr(allocator, "mallopt"):
-                allocator.mallopt(M_MMAP_THRESHOLD, RETURNED)
-                allocator.mallopt(M_TRIM_THRESHOLD, RETURNED)
+        """Where there is a limit, make this process return what it frees: that it keeps is most of what a calibration holds otherwise."""
+        if self.max_memory is not None:
+            return_freed()
 
     def check(self, name: str, needed: int) -> None:
         """Refuse a solver that needs more than there is.
