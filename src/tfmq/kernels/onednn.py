@@ -239,7 +239,13 @@ def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> T
 def _worth_unrolling(left: Tensor, right: Tensor) -> bool:
     """Whether products are few and large, so that integers save more than calling them costs."""
     many = math.prod(left.shape[:-2])
-    return left.shape[:-2] == right.shape[:-2] and many <= UNROLLED and left.shape[-2] * left.shape[-1] * right.shape[-1] >= LARGE and multiplies()
+    return (
+        left.ndim > 2
+        and left.shape[:-2] == right.shape[:-2]
+        and many <= UNROLLED
+        and left.shape[-2] * left.shape[-1] * right.shape[-1] >= LARGE
+        and multiplies()
+    )
 
 
 def _unrolled(left: Tensor, right: Tensor, left_zero: Tensor, right_zero: Tensor) -> Tensor:
