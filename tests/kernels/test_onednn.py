@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tfmq.kernels import onednn
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
-from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, constants, product, quantize_u8, supports
+from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, constants, multipliable, product, quantize_u8, supports
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
@@ -241,3 +241,9 @@ def test_a_product_is_the_references(seed: int, batch: tuple[int, ...], mixed: b
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         patch.setattr(onednn, "LARGE", 1)
         assert torch.equal(product(left, grids[0], right, grids[1]), expected)
+
+
+def test_what_may_be_multiplied_stays_in_int32_and_eight_bits() -> None:
+    narrow, wide = (Rows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), levels) for levels in (256, 257))
+    longest = (2**31 - 1) // (255 * 128)
+    assert multipliable(longest, narrow, narrow) and not multipliable(longest + 1, narrow, narrow) and not multipliable(1, narrow, wide)

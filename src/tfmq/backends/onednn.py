@@ -53,8 +53,10 @@ def compiled(graph: Graph, call: Call) -> Run:
     with quiet_tools():
         from torch._inductor import config
 
-        # The executor has a program for each kind of call, so there is nothing to guard, which would take a millisecond a step.
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        # The executor has a program for each kind of call, so there is nothing to guard, which would take a millisecond a step. Older releases
+        # of torch guard all the same.
+        unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
+        options: dict[str, Any] | None = {"guard_filter_fn": unguarded} if unguarded else None
         program = torch.compile(capture(graph, call, dynamic=False).module(), dynamic=False, options=options)
 
     def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

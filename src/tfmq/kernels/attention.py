@@ -19,15 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfmq.kernels.kernel import ACCUMULATOR, Rows
-from tfmq.kernels.onednn import MIDDLE, quantize_u8
+from tfmq.kernels.kernel import Rows
+from tfmq.kernels.onednn import MIDDLE, multipliable, quantize_u8
 from tfmq.numerics.attention import Attention, probabilities
 
 # The scores of a block, which should stay in the processor's caches until they are the codes of probabilities.
 BLOCK = 2**19
 # Smaller maps are computed faster as batched products in floating point: here each head is two calls.
 SMALLEST = 2**14
-HIGHEST = 255
 
 
 class Grid(NamedTuple):
@@ -60,7 +59,7 @@ def integer_attention(call: Attention, rows: tuple[Rows, Rows, Rows, Rows]) -> T
     None where that is no gain, where codes have more than eight bits or sums could leave int32.
     """
     keys, width = call.key.shape[-2:]
-    if call.query.shape[-2] * keys < SMALLEST or any(grid.levels > HIGHEST + 1 for grid in rows) or max(keys, width) * HIGHEST * MIDDLE > ACCUMULATOR:
+    if call.query.shape[-2] * keys < SMALLEST or not multipliable(max(keys, width), *rows):
         return None
     heads = torch.broadcast_shapes(*(x.shape[:-2] for x in (call.query, call.key, call.value)))
     query, key, value = (x.float().expand(*heads, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (call.query, call.key, call.value))

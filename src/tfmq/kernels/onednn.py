@@ -53,6 +53,11 @@ def multiplies() -> bool:
         return False
 
 
+def multipliable(depth: int, *rows: Rows) -> bool:
+    """Whether codes on these grids have at most eight bits, and sums of `depth` of their products, one side moved into s8, stay in int32."""
+    return all(grid.levels <= 256 for grid in rows) and depth * 255 * MIDDLE <= ACCUMULATOR
+
+
 def supports(weight: IntegerWeight, levels: int) -> bool:
     """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, one or two spatial axes.
 
@@ -228,7 +233,7 @@ def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> T
         (x.float(), column(rows.scale[:, 0], x.ndim), column(rows.zero_point[:, 0], x.ndim).float(), rows.levels)
         for x, rows in ((left, left_rows), (right, right_rows))
     ]
-    if torch.compiler.is_compiling() and _worth_unrolling(left, right) and max(left_rows.levels, right_rows.levels) <= 256:
+    if torch.compiler.is_compiling() and multipliable(left.shape[-1], left_rows, right_rows) and _worth_unrolling(left, right):
         sums = _unrolled(*(quantize(*grid) for grid in grids), *(grid[2] for grid in grids))
     else:
         operands = [quantize(*grid).sub_(grid[2]) for grid in grids]
