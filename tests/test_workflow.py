@@ -53,7 +53,10 @@ VARIANTS = {
     "selected": quick("w4a8", temporal=Temporal(maintenance="selected")),
     "selected per feature, half table": quick("w4a8", temporal=Temporal(maintenance="selected", scope="feature", table="float16")),
     "block": quick("w4a8", temporal=Temporal(maintenance="block")),
+    "fast_w8a8": quick("fast_w8a8"),
 }
+# Scope of per-timestep grids -> rows that a quantizer may have after calibration on three timesteps.
+ROWS = {"all": {3}, "measured": {1, 3}, "none": {1}}
 
 
 # Model -> first layer, last layer, number of temporal features, number of layers that only feed them.
@@ -73,8 +76,8 @@ def test_every_variant_ends_packed_with_the_bits_of_its_recipe(sampler: Sampling
     for name, layer in packed.items():
         assert layer.format.bits == (8 if name in (first, last) and recipe.rules else recipe.weights.bits)
         assert (layer.input_quantizer is None) is (recipe.activations.bits is None)
-    steps = {site.scale.shape[0] for site in activation_sites(module).values()}
-    assert steps == ({3} if recipe.activations.per_step == "all" else {1} if recipe.activations.bits else set())
+    rows = {site.scale.shape[0] for site in activation_sites(module).values()}
+    assert rows == (ROWS[recipe.activations.per_step] if recipe.activations.bits else set())
     tables = [child for child in module.modules() if isinstance(child, CachedFeature)]
     assert len(tables) == (features if recipe.temporal.maintenance in ("cache", "selected") else 0)
     skipped = sum(isinstance(child, SkippedLayer) for child in module.modules())

@@ -95,7 +95,7 @@ def _calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: Te
     operands = [quantizer for count, quantizer in plan.products.values() for _ in range(2 * count)]
     quantizers = [quantizer for quantizer in (*inputs, *operands) if quantizer and quantizer.tokens != "dynamic"]
     passes = -(-len(quantizers) // (resources.sites_at_once(SITE_BYTES) or max(1, len(quantizers))))
-    searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search"]
+    searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search" for _ in range(1 + (quantizer.per_step == "measured"))]
     values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
     a_range = _seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
     maintained = [layer.name for layer in block.trace.temporal if layer.name in plan.layers] if recipe.temporal.maintenance != "none" else []
@@ -147,7 +147,8 @@ def fit_activations(
             for name in group:
                 if name in statistics:
                     chosen = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
-                    fit_site(sites[name], statistics[name], method=chosen.ranges, shared=chosen.zero_points(name))  # type: ignore[arg-type]
+                    options = {"method": chosen.ranges, "shared": chosen.zero_points(name), "measured": chosen.per_step == "measured"}
+                    fit_site(sites[name], statistics[name], **options)  # type: ignore[arg-type]
                 advance()
     return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
 

@@ -186,3 +186,28 @@ def test_a_site_that_sees_nan_is_named_with_its_timestep(build: Callable[..., An
     with pytest.raises(CalibrationError, match=rf"input of {name} .*timestep 800\b"):
         statistics(denoiser, sites, steps, batches(2, mixed=True)[:1])
     handle.remove()
+
+
+@pytest.mark.parametrize(("factor", "rows"), [(1.0, 1), (1.05, 1), (2.0, 2)])
+def test_one_grid_serves_all_steps_where_it_leaves_little_more_error(factor: float, rows: int) -> None:
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(2))
+    seen_at = noise, noise * factor
+    site = SiteStatistics(torch.zeros(2, 1), torch.zeros(2, 1))
+    for step, values in enumerate(seen_at):
+        site.update(step, 0, values, 10**6)
+    chosen, each, one = (ActivationQuantizer(IntegerFormat(8), steps=StepContext(torch.tensor([1.0, 2.0]))) for _ in range(3))
+    fit_site(chosen, site, method="min_max", measured=True)
+    fit_site(each, site, method="min_max")
+    low, high = torch.aminmax(torch.cat(seen_at))
+    one.fit(*(grid[:, None] for grid in from_range(low[None], high[None], one.format)))
+
+    def error(quantizer: ActivationQuantizer) -> float:
+        """The relative error in float64, a mean over timesteps."""
+        grids = zip(quantizer.scale.double().expand(2, 1), quantizer.zero_point.double().expand(2, 1), strict=True)
+        found = [fake_quantize(values.double(), *grid, 256) for values, grid in zip(seen_at, grids, strict=True)]
+        return sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, seen_at, strict=True)) / 2
+
+    assert (error(one) <= 10**0.1 * error(each)) is (rows == 1)
+    expected = {1: one, 2: each}[rows]
+    assert torch.equal(chosen.scale, expected.scale) and torch.equal(chosen.zero_point, expected.zero_point)
+    assert chosen.per_step is (rows == 2)

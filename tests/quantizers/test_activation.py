@@ -95,6 +95,15 @@ def test_a_static_quantizer_needs_no_step_and_has_one_row() -> None:
     assert torch.equal(quantizer(x), row(quantizer, x, 0))
 
 
+def test_a_table_of_one_row_makes_a_static_quantizer() -> None:
+    quantizer, x = ActivationQuantizer(FMT, steps=StepContext(TIMESTEPS), segments=(4, 2)), torch.randn(4, 6)
+    quantizer.fit(torch.tensor([[0.5, 0.25]]), torch.tensor([[7.0, 3.0]]))
+    assert not quantizer.per_step and quantizer.describe()["per_step"] is False
+    assert {name: tuple(value.shape) for name, value in quantizer.state_dict().items()} == {"scale": (1, 2), "zero_point": (1, 2)}
+    expected = torch.cat([row(quantizer, part, 0, segment) for segment, part in enumerate(x.split((4, 2), dim=1))], dim=1)
+    assert torch.equal(quantizer(x), expected)
+
+
 def test_a_step_quantizer_outside_of_a_call_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="outside of its denoiser"):
         fitted(steps=StepContext(TIMESTEPS))(torch.randn(1, 2))

@@ -6,7 +6,7 @@ import pytest
 
 from tfmq.models.program import Trace
 from tfmq.models.trace import trace
-from tfmq.nn.plan import LayerPlan
+from tfmq.nn.plan import LayerPlan, PerStep
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.presets import tfmq_w4a8, tfmq_w4a32
@@ -21,7 +21,7 @@ def plain(build: Callable[..., Any]) -> Trace:
     return trace(*build("plain"))
 
 
-def entry(plan: LayerPlan) -> tuple[bool, str]:
+def entry(plan: LayerPlan) -> tuple[PerStep, str]:
     assert plan.input is not None
     return plan.input.per_step, plan.input.ranges
 
@@ -49,6 +49,7 @@ def test_every_layer_gets_the_recipes_bits_and_the_ends_their_own(plain: Trace) 
         ("none", "cache", (False, "min_max"), (False, "search")),
         ("temporal", "none", (True, "search"), (False, "search")),
         ("all", "none", (True, "search"), (True, "search")),
+        ("measured", "cache", (True, "min_max"), ("measured", "search")),
     ],
 )
 def test_finite_set_calibration_reaches_its_scope(plain: Trace, per_step: str, maintenance: str, temporal: Any, others: Any) -> None:
@@ -57,7 +58,7 @@ def test_finite_set_calibration_reaches_its_scope(plain: Trace, per_step: str, m
     assert {entry(plan.layers[name]) for name in TEMPORAL} == {temporal}
     assert {entry(plan.layers[name]) for name in OTHERS} == {others}
     sites, product = plan.products[""]
-    assert sites == 2 and product is not None and product.per_step == (per_step == "all")
+    assert sites == 2 and product is not None and product.per_step == others[0]
 
 
 def test_switches_turn_products_and_splitting_off(plain: Trace) -> None:

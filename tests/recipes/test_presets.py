@@ -29,10 +29,10 @@ def test_the_transformer_schemes_differ_in_the_grids_of_tokens_alone(name: str) 
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])
-def test_the_fast_schemes_differ_in_zero_points_and_splits_alone(name: str) -> None:
+def test_the_fast_schemes_differ_in_how_many_grids_they_have_alone(name: str) -> None:
     recipe = scheme(f"fast_{name}")
-    assert (recipe.activations.zero_points, recipe.activations.split) == ("shared", "direct")
-    slow = replace(recipe.activations, zero_points="per_step", split=True)
+    assert (recipe.activations.per_step, recipe.activations.zero_points, recipe.activations.split) == ("measured", "shared", "direct")
+    slow = replace(recipe.activations, per_step="all", zero_points="per_step", split=True)
     assert replace(recipe, name=f"tfmq_{name}", activations=slow) == scheme(name)
 
 

@@ -15,7 +15,7 @@ from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal
         (Weights, {"ranges": "guess"}, r"weights\.ranges is 'guess'.*search, min_max"),
         (Activations, {"bits": 9}, r"2\.\.8, got 9"),
         (Activations, {"ranges": "guess"}, r"activations\.ranges is 'guess'"),
-        (Activations, {"per_step": "some"}, r"activations\.per_step is 'some'.*none, temporal, all"),
+        (Activations, {"per_step": "some"}, r"activations\.per_step is 'some'.*none, temporal, measured, all"),
         (Temporal, {"maintenance": "hope"}, r"temporal\.maintenance is 'hope'.*none, block, cache, selected"),
         (Temporal, {"table": "int4"}, r"temporal\.table is 'int4'.*int8, float16"),
         (Temporal, {"scope": "all"}, r"temporal\.scope is 'all'.*key, feature, step, global"),

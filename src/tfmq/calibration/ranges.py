@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.numerics.affine import fake_quantize
+from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.ranges import from_range, search, share_zero_point
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -20,6 +22,9 @@ RangeMethod = Literal["search", "min_max"]
 KEPT = 2**18
 # Shrunk ranges that the search tries.
 SHRINKS = 40
+# What one grid for all timesteps may leave of error, over what a grid for each leaves: 1 dB. Where the errors of layers add up, so little is all
+# that the output's grows by.
+TOLERATED = 10**0.1
 # About what the values and their search take.
 SITE_BYTES = 4 * KEPT * 2
 
@@ -112,19 +117,39 @@ def _stack(site: SiteStatistics, segment: int) -> Tensor:
     return torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
 
 
-def fit_site(quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod, shared: Sequence[int] = ()) -> None:
+def _at_once(low: Tensor, high: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a segment saw as if it were at one timestep."""
+    return low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True), values.reshape(1, -1)
+
+
+def _relative_error(grids: Sequence[tuple[Tensor, Tensor]], seen: Sequence[tuple[Tensor, Tensor, Tensor]], fmt: IntegerFormat) -> float:
+    """Return the energy of what `grids` do to the kept values over the energy of these, a mean over timesteps."""
+    error, energy = torch.zeros(2, seen[0][0].shape[0], dtype=torch.float64)
+    for (scale, zero_point), (_, _, values) in zip(grids, seen, strict=True):
+        found = fake_quantize(values, scale[:, None], zero_point[:, None], fmt.levels)
+        error += (found - values).square().sum(dim=1, dtype=torch.float64)
+        energy += values.square().sum(dim=1, dtype=torch.float64)
+    return float((error[energy > 0] / energy[energy > 0]).mean().nan_to_num())
+
+
+def fit_site(
+    quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod, shared: Sequence[int] = (), measured: bool = False
+) -> None:
     """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search within them.
 
-    With `shared` the grids of a segment get one zero-point, one of these.
+    With `shared` the grids of a segment get one zero-point, one of these. With `measured` one grid serves all steps if it leaves little more
+    error in the kept values, see `TOLERATED`.
     """
-    columns = []
-    for segment in range(site.low.shape[1]):
-        low, high = site.low[:, segment], site.high[:, segment]
-        if method == "min_max":
-            columns.append(from_range(low, high, quantizer.format))
-        else:
-            columns.append(search(_stack(site, segment), quantizer.format, low=low, high=high, shrinks=SHRINKS))
-        if shared:
-            columns[-1] = share_zero_point(*columns[-1], quantizer.format, allowed=shared)
-    scale, zero_point = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    quantizer.fit(scale, zero_point)
+
+    def fitted(low: Tensor, high: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        grid = from_range(low, high, fmt) if method == "min_max" else search(values, fmt, low=low, high=high, shrinks=SHRINKS)
+        return share_zero_point(*grid, fmt, allowed=shared) if shared else grid
+
+    fmt = quantizer.format
+    seen = [(site.low[:, segment], site.high[:, segment], _stack(site, segment)) for segment in range(site.low.shape[1])]
+    columns = [fitted(*column) for column in seen]
+    if measured:
+        static = [fitted(*_at_once(*column)) for column in seen]
+        if _relative_error(static, seen, fmt) <= TOLERATED * _relative_error(columns, seen, fmt):
+            columns = static
+    quantizer.fit(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))

@@ -19,11 +19,14 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
 
 Tokens = Literal["static", "dynamic", "measured"]
+PerStep = bool | Literal["measured"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerPlan:
     """An activation quantizer: its grid, whether it has one per timestep, and whether its range is exact (`min_max`) or searched.
+
+    With `per_step` `measured` it has, until calibration finds that one for all does as well.
 
     `shared` says that the grids of all timesteps have one zero-point.
 
@@ -32,7 +35,7 @@ class QuantizerPlan:
     """
 
     format: IntegerFormat
-    per_step: bool
+    per_step: PerStep
     ranges: str
     tokens: Tokens = "static"
     shared: bool = False

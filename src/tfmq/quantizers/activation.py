@@ -41,7 +41,10 @@ class ActivationQuantizer(InputQuantizer):
 
     @torch.no_grad()
     def fit(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Store fitted parameters, each `[S, G]`."""
+        """Store fitted parameters, each `[S, G]`; with one row the quantizer is a static one from then on."""
+        if len(scale) == 1 and len(self.scale) > 1:
+            self._steps = (None,)
+            self.scale, self.zero_point = self.scale[:1].clone(), self.zero_point[:1].clone()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 

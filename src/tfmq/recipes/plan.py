@@ -3,13 +3,21 @@
 import warnings
 
 from tfmq.models.program import LayerTrace, Trace
-from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan
+from tfmq.nn.plan import LayerPlan, PerStep, Plan, QuantizerPlan
 from tfmq.recipes.recipe import Recipe
 
 
 def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
     played = {"role:first": layer.name == first, "role:last": layer.name == last, "role:temporal": layer.temporal}
     return frozenset(role for role, plays in played.items() if plays)
+
+
+def _per_step(recipe: Recipe, *, temporal: bool) -> PerStep:
+    """Return whether a quantizer has a grid for each timestep; those of the temporal block have in every scope but `none`."""
+    scope = recipe.activations.per_step
+    if temporal:
+        return scope != "none"
+    return "measured" if scope == "measured" else scope == "all"
 
 
 def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPlan | None:
@@ -19,7 +27,7 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
         return None
     activation = recipe.activations.format(activation_bits)
     temporal = layer.temporal and recipe.temporal.maintenance != "none"
-    per_step = recipe.activations.per_step == "all" or (layer.temporal and recipe.activations.per_step == "temporal")
+    per_step = _per_step(recipe, temporal=layer.temporal)
     # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM, section 4.3).
     ranges = "min_max" if temporal else recipe.activations.ranges
     shared = recipe.activations.zero_points == "shared"
@@ -56,7 +64,7 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     layers = {name: plan for name, plan in plans.items() if plan}
     if not layers:
         raise ValueError(f"recipe {recipe.name} quantizes no layer of this model")
-    per_step, shared = recipe.activations.per_step == "all", recipe.activations.zero_points == "shared"
+    per_step, shared = _per_step(recipe, temporal=False), recipe.activations.zero_points == "shared"
     products = {}
     for owner, sites in trace.products.items():
         fmt = recipe.activations.format(recipe.bits(owner, frozenset())[1]) if recipe.activations.products else None

@@ -13,7 +13,7 @@ from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
 
 RangeMethod = Literal["search", "min_max"]
-PerStep = Literal["none", "temporal", "all"]
+PerStep = Literal["none", "temporal", "measured", "all"]
 ZeroPoints = Literal["per_step", "shared"]
 Split = bool | Literal["direct"]
 Spacing = Literal["quadratic"]
@@ -56,7 +56,8 @@ class Activations:
     """Activation grids, per tensor. `bits` None keeps full precision.
 
     Attributes:
-        per_step: the scope of finite set calibration: no quantizer, those of the temporal block (the paper), or all (the released code).
+        per_step: the scope of finite set calibration: no quantizer (`none`), those of the temporal block (`temporal`, the paper), all (`all`, the
+            released code), or beside the temporal block those that one grid for all timesteps costs more than 1 dB of accuracy (`measured`).
         zero_points: of the grids of one quantizer: each timestep its own (`per_step`), or one for all timesteps (`shared`), whose scales are then
             as large as that zero-point needs to cover the same range; in attention products the middle code, or 0 on the left. Integer engines
             that want the zero-point as a constant run faster with it, and some compute products of activations in integers with such alone.
@@ -81,7 +82,7 @@ class Activations:
     def __post_init__(self) -> None:
         _choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
         _choice("activations.ranges", self.ranges, ("search", "min_max"))
-        _choice("activations.per_step", self.per_step, ("none", "temporal", "all"))
+        _choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
         _choice("activations.zero_points", self.zero_points, ("per_step", "shared"))
         _choice("activations.split", self.split, (True, False, "direct"))
         self.format(self.bits)
