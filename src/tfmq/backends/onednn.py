@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
 from tfmq.backends.graph import GraphExecutor, Run
+from tfmq.backends.inductor import rewrite
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.attention import integer_attention
@@ -57,7 +58,9 @@ def compiled(graph: Graph, call: Call) -> Run:
         # of torch guard all the same.
         unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
         options: dict[str, Any] | None = {"guard_filter_fn": unguarded} if unguarded else None
-        program = torch.compile(capture(graph, call, dynamic=False).module(), dynamic=False, options=options)
+        captured = capture(graph, call, dynamic=False).module()
+        rewrite(captured)
+        program = torch.compile(captured, dynamic=False, options=options)
 
     def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # Freezing makes constants of the weights; without it every call would lay them out again. From C++ the hundreds of calls of a step
