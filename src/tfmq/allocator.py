@@ -1,12 +1,17 @@
-"""Give freed memory back to the system, where the C library would keep it for later (glibc); elsewhere nothing happens."""
+"""Give memory back to the system that the C library (glibc) or the process would keep for later; where the system is another, nothing happens."""
 
 import ctypes
+import mmap
 import sys
 from typing import Any
+
+from torch import Tensor
 
 # Blocks from this size on go back to the system as soon as they are freed.
 RETURNED = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Of Linux from 5.4 on. Unlike its relatives it never loses what was written.
+MADV_PAGEOUT = 21
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -28,3 +33,15 @@ def return_freed() -> None:
 def give_back() -> None:
     """Return what has been freed."""
     _call("malloc_trim", 0)
+
+
+def page_out(tensor: Tensor) -> None:
+    """Let go of the memory of a tensor on the CPU that nothing reads soon.
+
+    A tensor that a checkpoint's file is mapped for, as safetensors does, is read from the file again when it is needed; others stay, or go to swap
+    where there is some.
+    """
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.untyped_storage().nbytes() - begin
+    if tensor.device.type == "cpu" and size > 0:
+        _call("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_PAGEOUT)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from tfmq.allocator import give_back
+
 # Registered by being imported.
 from tfmq.backends import onednn, openvino, operators, reference  # noqa: F401
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
@@ -91,6 +93,7 @@ def execute(target: Any, backend: str = AUTO, *, options: Options | None = None)
             undo.callback(release, module)
             coverage = BACKENDS[name].attach(module, options or Options())
             undo.pop_all()
+        give_back()
         covered |= dict.fromkeys(coverage.integer, None) | dict(coverage.floating)
     integer = tuple(name for name, reason in covered.items() if reason is None)
     return Coverage(integer=integer, floating={name: reason for name, reason in covered.items() if reason is not None})

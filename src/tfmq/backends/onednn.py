@@ -1,11 +1,13 @@
 """The torch backend: integer layers through the library inside torch on x86, eager or compiled; no other dependency."""
 
 import platform
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tfmq.allocator import page_out
 from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.inductor import rewrite
@@ -14,6 +16,7 @@ from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.attention import integer_attention
 from tfmq.kernels.kernel import IntegerWeight
 from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, multiplies, product, supports
+from tfmq.nn.layer import PackedLayer
 from tfmq.nn.products import ProductQuantizers
 
 
@@ -29,14 +32,14 @@ class Torch:
         """Give every layer that the library computes exactly its kernel."""
         layers, floating = by_input(module)
         for name, layer in layers.items():
-            weight = layer.integer_weight()
+            weight = _unpacked(layer)
             assert layer.input_quantizer is not None
             if not supports(weight, layer.input_quantizer.format.levels):
                 floating[name] = _reason(weight)
                 continue
             zero_points = layer.input_quantizer.zero_points()
             if options.weights == "unpacked":
-                layer.kernel = OnednnKernel(weight, zero_points, again=layer.integer_weight)
+                layer.kernel = OnednnKernel(weight, zero_points, again=partial(_unpacked, layer))
             else:
                 layer.kernel = UnpackingKernel(layer.integer_weight, zero_points)
         for child in module.modules():
@@ -69,6 +72,13 @@ def compiled(graph: Graph, call: Call) -> Run:
             return tuple(program(bins.contiguous(), *(tensor.contiguous() for tensor in tensors)))
 
     return run
+
+
+def _unpacked(layer: PackedLayer) -> IntegerWeight:
+    """Return a layer's integers; the library has its own copy soon, so nothing reads the packed codes for a while."""
+    weight = layer.integer_weight()
+    page_out(layer.packed)
+    return weight
 
 
 def _reason(weight: IntegerWeight) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq.allocator import give_back
+from tfmq.allocator import give_back, page_out
 from tfmq.backends.backend import Coverage, Options, by_input, register
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
+from tfmq.nn.plan import packed_layers
 from tfmq.storage.digest import tensor_digest
 
 # Changes with what a converted model looks like, so that nobody reads one of another form.
@@ -61,8 +62,15 @@ class _Builder:
     """Converts a captured graph, or reads it from the cache, and compiles it for the batch of the call."""
 
     def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module = module
         self.options = options
         self.digest = tensor_digest(module.state_dict())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let go of the packed codes, of which a compiled model has its own form."""
+        for layer in packed_layers(self.module).values():
+            page_out(layer.packed)
 
     def __call__(self, graph: Graph, call: Call) -> Run:
         from tfmq.export.openvino import sizes
@@ -70,6 +78,7 @@ class _Builder:
         core = shared_core()
         path = self._converted(graph, call)
         # Compilation should not come on top of what conversion has freed.
+        self._let_go()
         give_back()
         try:
             model = core.read_model(path)
@@ -87,11 +96,13 @@ class _Builder:
             "CACHE_DIR": str(cache_directory("openvino")),
         }  # fmt: skip
         request = core.compile_model(model, "CPU", settings).create_infer_request()
+        outputs = len(model.outputs)
+        self._let_go()
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given = (bins, *tensors)
             request.infer({position: given[index].detach().contiguous().numpy() for position, index in enumerate(order)}, share_inputs=True)
-            return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(len(model.outputs)))
+            return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(outputs))
 
         return run
 

@@ -12,6 +12,8 @@ from tfmq.numerics.operations import Operation
 
 # What an int32 accumulator holds.
 ACCUMULATOR = 2**31 - 1
+# Integers that are summed up at once.
+CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ class IntegerWeight:
 
     def peak(self, levels: int) -> int:
         """Return a bound of the accumulator's magnitude for inputs of `levels` codes."""
-        rows = self.values.abs().to(torch.int64).flatten(1).sum(dim=1)
-        return int(rows.max()) * (levels - 1)
+        # Some rows at a time: a wide copy of a whole weight would be what a process needs most memory for.
+        rows = self.values.flatten(1).split(max(1, CHUNK // max(1, self.values[0].numel())))
+        return max(int(part.abs().sum(dim=1, dtype=torch.int64).max()) for part in rows) * (levels - 1)
 
 
 def column(values: Tensor, ndim: int) -> Tensor:

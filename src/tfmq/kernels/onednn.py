@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfmq.allocator import give_back
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
@@ -178,6 +179,9 @@ class OnednnKernel:
             self.packed[size] = [_Part(weight.operation, values, scale, size) for values, scale in weight.parts()]
             if len(self.packed) > 2:
                 self.packed.popitem(last=False)
+            if weight.values.numel() > LARGE:
+                del weight
+                give_back()
         self.packed.move_to_end(size)
         return self.packed[size]
 
