@@ -12,6 +12,7 @@ import time
 import torch
 
 import tfmq
+from tfmq.backends.backend import Options
 from tfmq.backends.execution import BACKENDS
 from tfmq.cli.models import default_steps
 from tfmq.errors import MissingExtraError
@@ -20,25 +21,28 @@ from tfmq.evaluation.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.targets import open_sampler
 
+COMPILED = "torch-compile"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="what tfmq quantize wrote")
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    asked = parser.parse_args()
     result = {}
     with quiet():
-        sampler = open_sampler(options.directory)
+        sampler = open_sampler(asked.directory)
         images = {}
-        for backend in ("reference", *sorted(set(BACKENDS) - {"reference"})):
+        for backend in ("reference", *sorted(set(BACKENDS) - {"reference"}), COMPILED):
+            name, options = (backend, None) if backend != COMPILED else ("torch", Options(compile=True))
             try:
-                tfmq.execute(sampler.denoiser.module, backend)
+                tfmq.execute(sampler.denoiser.module, name, options=options)
             except (MissingExtraError, ValueError) as error:
                 result[backend] = {"skipped": str(error)}
                 continue
             began = time.perf_counter()
-            images[backend] = draw(sampler, options.num_images, steps=default_steps(sampler), seed=options.seed, batch_size=options.num_images)
+            images[backend] = draw(sampler, asked.num_images, steps=default_steps(sampler), seed=asked.seed, batch_size=asked.num_images)
             seconds = time.perf_counter() - began
             fidelity = paired_fidelity(images["reference"], images[backend])
             result[backend] = {"psnr_db": fidelity.mean_psnr_db, "psnr_min_db": fidelity.min_psnr_db, "ssim": fidelity.mean_ssim, "seconds": seconds}

@@ -36,12 +36,12 @@ def give_back() -> None:
 
 
 def page_out(tensor: Tensor) -> None:
-    """Let go of the memory of a tensor on the CPU that nothing reads soon.
+    """Let go of the memory of a contiguous tensor on the CPU that nothing reads soon.
 
     A tensor that a checkpoint's file is mapped for, as safetensors does, is read from the file again when it is needed; others stay, or go to swap
     where there is some.
     """
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = tensor.data_ptr() + tensor.untyped_storage().nbytes() - begin
+    size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - begin
     if tensor.device.type == "cpu" and size > 0:
         _call("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_PAGEOUT)

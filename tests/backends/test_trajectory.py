@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tfmq
+from tfmq.backends.backend import Options
 from tfmq.backends.execution import execute
 from tfmq.evaluation.paired import paired_fidelity
 from tfmq.evaluation.sampling import draw
@@ -17,8 +18,8 @@ from tfmq.targets import open_sampler
 STEPS, IMAGES = 50, 4
 
 
-def drawn(sampler: Sampler, backend: str) -> np.ndarray:
-    execute(sampler.denoiser.module, backend)
+def drawn(sampler: Sampler, backend: str, options: Options | None = None) -> np.ndarray:
+    execute(sampler.denoiser.module, backend, options=options)
     return draw(sampler, IMAGES, steps=STEPS, seed=0, batch_size=IMAGES)
 
 
@@ -30,14 +31,14 @@ def test_fifty_steps_end_in_the_same_images(tmp_path_factory: pytest.TempPathFac
     calibration = Calibration(samples=1, steps=STEPS, batch_size=1)
     tfmq.quantize(sampler, replace(recipe, calibration=calibration, learning=replace(recipe.learning, iterations=0), temporal=temporal))
     exact = drawn(sampler, "reference")
-    backends = ["simulated"]
+    backends: list[tuple[str, Options]] = [("simulated", Options())]
     if available():
-        backends.append("torch")
+        backends += [("torch", Options()), ("torch", Options(compile=True))]
     try:
         import openvino  # noqa: F401
 
-        backends.append("openvino")
+        backends.append(("openvino", Options()))
     except ImportError:
         pass
-    psnr = {backend: paired_fidelity(exact, drawn(sampler, backend)).mean_psnr_db for backend in backends}
+    psnr = {(name, options.compile): paired_fidelity(exact, drawn(sampler, name, options)).mean_psnr_db for name, options in backends}
     assert min(psnr.values()) >= 40, psnr

@@ -62,7 +62,7 @@ def _calls(node: Any, target: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
 
 
-def _makes(node: Any) -> torch.Tensor:
+def _makes(node: Any) -> Tensor:
     """Return the example of what a node makes, an empty tensor where there is none."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else torch.empty(0)

@@ -58,19 +58,19 @@ class OpenVINO:
         return Coverage(integer=integer, floating=floating)
 
 
+def _let_go(module: nn.Module) -> None:
+    """Let go of the packed codes, of which a compiled model has its own form."""
+    for layer in packed_layers(module).values():
+        page_out(layer.packed)
+
+
 class _Builder:
     """Converts a captured graph, or reads it from the cache, and compiles it for the batch of the call."""
 
     def __init__(self, module: nn.Module, options: Options) -> None:
-        self.module = module
         self.options = options
         self.digest = tensor_digest(module.state_dict())
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """Let go of the packed codes, of which a compiled model has its own form."""
-        for layer in packed_layers(self.module).values():
-            page_out(layer.packed)
+        _let_go(module)
 
     def __call__(self, graph: Graph, call: Call) -> Run:
         from tfmq.export.openvino import sizes
@@ -78,7 +78,7 @@ class _Builder:
         core = shared_core()
         path = self._converted(graph, call)
         # Compilation should not come on top of what conversion has freed.
-        self._let_go()
+        _let_go(graph.module)
         give_back()
         try:
             model = core.read_model(path)
@@ -97,7 +97,7 @@ class _Builder:
         }  # fmt: skip
         request = core.compile_model(model, "CPU", settings).create_infer_request()
         outputs = len(model.outputs)
-        self._let_go()
+        _let_go(graph.module)
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given = (bins, *tensors)
