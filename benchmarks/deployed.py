@@ -25,25 +25,13 @@ from tfmq.models.denoiser import Denoiser
 # Runs in a process of its own, which knows nothing of torch or tfmq. Kilobytes of peak memory and milliseconds a step are what it prints.
 CHILD = """
 import pathlib, re, statistics, sys, time
-import numpy as np, openvino
+from openvino_nodes import compiled
 
-folder, timestep, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-core, generator = openvino.Core(), np.random.default_rng(0)
-model = core.read_model(f"{folder}/denoiser.xml")
-inputs = {}
-for port in model.inputs:
-    shape = [1 if size.is_dynamic else size.get_length() for size in port.partial_shape]
-    real = port.element_type.is_real()
-    inputs[port.get_any_name()] = generator.standard_normal(shape).astype(np.float32) if real else np.zeros(shape, dtype=np.int64)
-inputs["timestep"] = np.full_like(inputs["timestep"], timestep)
-model.reshape({name: list(array.shape) for name, array in inputs.items()})
-hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-request = core.compile_model(model, "CPU", hints).create_infer_request()
-del model
+request, arrays = compiled(pathlib.Path(sys.argv[1]), batch=1, threads=int(sys.argv[2]))
 times = []
 for _ in range(60):
     began = time.perf_counter()
-    request.infer(inputs)
+    request.infer(arrays)
     times.append(time.perf_counter() - began)
 # Linux hands the other counter, that of resource usage, down to children.
 peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
@@ -51,14 +39,14 @@ print(peak, 1e3 * statistics.median(times[20:]))
 """
 
 
-def exported(model: Model, folder: Path, target: Path) -> int:
-    """Write the model for OpenVINO, if it is not there, and return a calibrated timestep."""
+def exported(model: Model, folder: Path, target: Path) -> Path:
+    """Return the model's file for OpenVINO, written if it is not there."""
     if not (target / "tfmq_export.json").exists():
         sampler = model.make()
         module = sampler.denoiser.module if model.architecture else None
         target.mkdir(parents=True, exist_ok=True)
         export(Denoiser(tfmq.load(folder, module=module, backend="simulated")), sampler.example(), target, to="openvino")
-    return int(json.loads((target / "tfmq_export.json").read_text())["timesteps"][-1])
+    return target / "denoiser.xml"
 
 
 def full_precision(directory: Path, name: str, scheme: str) -> tuple[float, float]:
@@ -82,6 +70,7 @@ def main() -> None:
     parser.add_argument("--ddpm64", type=Path, help="folder of the 64x64 DDPM")
     parser.add_argument("--only", default="", help="measure only models whose name contains this")
     options = parser.parse_args()
+    options.output_dir = options.output_dir.resolve()
     torch.set_num_threads(options.threads)
     lines = ["| model | fp32 peak MB | exported peak MB | share | fp32 ms/step | exported ms/step |", "|---|---|---|---|---|---|"]
     with quiet(), shown_progress() as progress:
@@ -89,9 +78,9 @@ def main() -> None:
             if options.only in model.name:
                 whole, whole_ms = full_precision(options.output_dir, model.name, options.scheme)
                 target = options.output_dir / f"{model.name}-{options.scheme}-openvino"
-                timestep = exported(model, quantized(model, options.scheme, options.output_dir, progress), target)
-                command = [sys.executable, "-c", CHILD, str(target), str(timestep), str(options.threads)]
-                ended = subprocess.run(command, capture_output=True, text=True, check=True)
+                file = exported(model, quantized(model, options.scheme, options.output_dir, progress), target)
+                command = [sys.executable, "-c", CHILD, str(file), str(options.threads)]
+                ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
                 kilobytes, milliseconds = (float(word) for word in ended.stdout.split())
                 megabytes = kilobytes * 1024 / 1e6
                 lines.append(f"| {model.name} | {whole:.0f} | {megabytes:.0f} | {megabytes / whole:.2f} | {whole_ms:.1f} | {milliseconds:.1f} |")

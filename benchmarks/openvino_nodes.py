@@ -29,18 +29,23 @@ def inputs(model: Any, batch: int) -> dict[str, np.ndarray]:
     return arrays
 
 
+def compiled(path: Path, *, batch: int, threads: int, **hints: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return a request of the model in a file, for a batch, and inputs for it."""
+    core = openvino.Core()
+    model = core.read_model(path)
+    arrays = inputs(model, batch)
+    model.reshape({name: list(array.shape) for name, array in arrays.items()})
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", **hints}
+    return core.compile_model(model, "CPU", hints).create_infer_request(), arrays
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    core = openvino.Core()
-    model = core.read_model(options.model)
-    arrays = inputs(model, options.batch)
-    model.reshape({name: list(array.shape) for name, array in arrays.items()})
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
-    request = core.compile_model(model, "CPU", hints).create_infer_request()
+    request, arrays = compiled(options.model, batch=options.batch, threads=options.threads, PERF_COUNT=True)
     for _ in range(WARM):
         request.infer(arrays)
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)

@@ -29,23 +29,22 @@ def main() -> None:
     parser.add_argument("directory", help="what tfmq quantize wrote")
     parser.add_argument("--num-images", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     result = {}
     with quiet():
-        sampler = open_sampler(asked.directory)
+        sampler = open_sampler(options.directory)
         images = {}
-        for backend in ("reference", *sorted(set(BACKENDS) - {"reference"}), COMPILED):
-            name, options = (backend, None) if backend != COMPILED else ("torch", Options(compile=True))
+        for variant in ("reference", *sorted(set(BACKENDS) - {"reference"}), COMPILED):
             try:
-                tfmq.execute(sampler.denoiser.module, name, options=options)
+                tfmq.execute(sampler.denoiser.module, variant.removesuffix("-compile"), options=Options(compile=variant == COMPILED))
             except (MissingExtraError, ValueError) as error:
-                result[backend] = {"skipped": str(error)}
+                result[variant] = {"skipped": str(error)}
                 continue
             began = time.perf_counter()
-            images[backend] = draw(sampler, asked.num_images, steps=default_steps(sampler), seed=asked.seed, batch_size=asked.num_images)
+            images[variant] = draw(sampler, options.num_images, steps=default_steps(sampler), seed=options.seed, batch_size=options.num_images)
             seconds = time.perf_counter() - began
-            fidelity = paired_fidelity(images["reference"], images[backend])
-            result[backend] = {"psnr_db": fidelity.mean_psnr_db, "psnr_min_db": fidelity.min_psnr_db, "ssim": fidelity.mean_ssim, "seconds": seconds}
+            fidelity = paired_fidelity(images["reference"], images[variant])
+            result[variant] = {"psnr_db": fidelity.mean_psnr_db, "psnr_min_db": fidelity.min_psnr_db, "ssim": fidelity.mean_ssim, "seconds": seconds}
     print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "backends": result}, indent=1))
 
 

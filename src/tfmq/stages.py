@@ -95,7 +95,9 @@ def _calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: Te
     operands = [quantizer for count, quantizer in plan.products.values() for _ in range(2 * count)]
     quantizers = [quantizer for quantizer in (*inputs, *operands) if quantizer and quantizer.tokens != "dynamic"]
     passes = -(-len(quantizers) // (resources.sites_at_once(SITE_BYTES) or max(1, len(quantizers))))
-    searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search" for _ in range(1 + (quantizer.per_step == "measured"))]
+    searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search"]
+    # One grid for all timesteps is searched for beside those of each.
+    searches = sum(2 if quantizer.per_step == "measured" else 1 for quantizer in searched)
     values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
     a_range = _seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
     maintained = [layer.name for layer in block.trace.temporal if layer.name in plan.layers] if recipe.temporal.maintenance != "none" else []
@@ -104,7 +106,7 @@ def _calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: Te
         timesteps = block.at(torch.zeros(1))
         weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
         a_step = STEP_RUNS * _seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
-    return (1 + OBSERVED * passes) * a_call + len(searched) * a_range + learning.iterations * a_step
+    return (1 + OBSERVED * passes) * a_call + searches * a_range + learning.iterations * a_step
 
 
 def check_time(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBlock, resources: Resources) -> None:
@@ -147,8 +149,13 @@ def fit_activations(
             for name in group:
                 if name in statistics:
                     chosen = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
-                    options = {"method": chosen.ranges, "shared": chosen.zero_points(name), "measured": chosen.per_step == "measured"}
-                    fit_site(sites[name], statistics[name], **options)  # type: ignore[arg-type]
+                    fit_site(
+                        sites[name],
+                        statistics[name],
+                        method=chosen.ranges,  # type: ignore[arg-type]
+                        shared=chosen.zero_points(name),
+                        measured=chosen.per_step == "measured",
+                    )
                 advance()
     return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
 

@@ -6,7 +6,7 @@ import pytest
 
 from tfmq.models.program import Trace
 from tfmq.models.trace import trace
-from tfmq.nn.plan import LayerPlan, PerStep
+from tfmq.nn.plan import LayerPlan, StepGrids
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.presets import tfmq_w4a8, tfmq_w4a32
@@ -21,7 +21,7 @@ def plain(build: Callable[..., Any]) -> Trace:
     return trace(*build("plain"))
 
 
-def entry(plan: LayerPlan) -> tuple[PerStep, str]:
+def entry(plan: LayerPlan) -> tuple[StepGrids, str]:
     assert plan.input is not None
     return plan.input.per_step, plan.input.ranges
 

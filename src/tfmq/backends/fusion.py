@@ -9,7 +9,6 @@ model: every bit):
 * an activation function and a residual behind a product move into its epilogue.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from tfmq.backends.nodes import argument, calls, given, schema, value
 from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.operators import multiply, norms, quantize  # noqa: F401 - registers the operators
 
@@ -60,35 +60,13 @@ def fuse(program: GraphModule) -> GraphModule:
     return program
 
 
-def _calls(node: Any, *targets: Any) -> bool:
-    """Whether a node calls one of `targets`."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
-
-
-def _given(node: Any) -> tuple[Any, ...]:
-    """Return the arguments of a call by position."""
-    return tuple(node.args)
-
-
 def _alone(node: Node) -> bool:
     return len(node.users) == 1
 
 
-def _schema(node: Any) -> Any:
-    return node.target._schema.arguments
-
-
-def _argument(node: Node, name: str) -> Any:
-    """Return an argument of an operator by the name that its schema has for it."""
-    for position, argument in enumerate(_schema(node)):
-        if argument.name == name:
-            return _given(node)[position] if position < len(_given(node)) else node.kwargs.get(name, argument.default_value)
-    raise ValueError(f"{node.target} has no argument {name}")
-
-
 def _changed(node: Node, **changes: Any) -> tuple[Any, ...]:
     """Return all arguments of an operator, some of them changed."""
-    return tuple(changes.get(a.name, _argument(node, a.name)) for a in _schema(node))
+    return tuple(changes.get(a.name, argument(node, a.name)) for a in schema(node))
 
 
 def _put(program: GraphModule, before: Node, target: Any, *arguments: Any) -> Node:
@@ -98,7 +76,7 @@ def _put(program: GraphModule, before: Node, target: Any, *arguments: Any) -> No
     mode = next(node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
 
     def shown(given: Node) -> Any:
-        return given.meta["val"] if "val" in given.meta else mode.from_tensor(_value(program, given))
+        return given.meta["val"] if "val" in given.meta else mode.from_tensor(value(program, given))
 
     with torch.no_grad(), mode:
         made.meta["val"] = target(*torch.fx.node.map_arg(arguments, shown))
@@ -110,38 +88,33 @@ def _replace(node: Node, by: Node) -> None:
 
 
 def _drop_identity(program: GraphModule, node: Node) -> None:
-    dropped = _calls(node, ATEN.dropout.default) and not _argument(node, "train")
-    divided = _calls(node, ATEN.div.Tensor) and _given(node)[1] == 1 and _same(node, _given(node)[0])
+    dropped = calls(node, ATEN.dropout.default) and not argument(node, "train")
+    divided = calls(node, ATEN.div.Tensor) and given(node)[1] == 1 and _same(node, given(node)[0])
     if dropped or divided:
-        _replace(node, _given(node)[0])
-
-
-def _value(program: GraphModule, node: Any) -> Any:
-    """Return the tensor that a node reads from the module, or the node itself."""
-    return operator.attrgetter(str(node.target))(program) if isinstance(node, Node) and node.op == "get_attr" else node
+        _replace(node, given(node)[0])
 
 
 def _equal(program: GraphModule, left: Any, right: Any) -> bool:
-    a, b = _value(program, left), _value(program, right)
+    a, b = value(program, left), value(program, right)
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape else left is right or left == right
 
 
 def _merge_quantizer(program: GraphModule, node: Node) -> None:
     """Let a quantizer's readers read an earlier one of the same tensor on an equal grid."""
-    if not _calls(node, QUANTIZE):
+    if not calls(node, QUANTIZE):
         return
     for other in program.graph.nodes:
         if other is node:
             return
-        if _calls(other, QUANTIZE) and all(_equal(program, a, b) for a, b in zip(_viewed(other), _viewed(node), strict=True)):
+        if calls(other, QUANTIZE) and all(_equal(program, a, b) for a, b in zip(_viewed(other), _viewed(node), strict=True)):
             _replace(node, other)
             return
 
 
 def _viewed(node: Node) -> list[Any]:
     """Return the arguments of a quantizer, a view of channels told by what it is a view of."""
-    source, *rest = _given(node)
-    return [*(_given(source) if _calls(source, ATEN.movedim.int) else (source, None, None)), *rest]
+    source, *rest = given(node)
+    return [*(given(source) if calls(source, ATEN.movedim.int) else (source, None, None)), *rest]
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -152,43 +125,43 @@ def _same(left: Any, right: Any) -> bool:
 
 def _fuse_group_norm(program: GraphModule, node: Node) -> None:
     """`quantize(channels_last([silu](group_norm(x))))`, nothing else reading in between."""
-    if not (_calls(node, QUANTIZE) and _calls(_given(node)[0], ATEN.movedim.int) and _alone(_given(node)[0])):
+    if not (calls(node, QUANTIZE) and calls(given(node)[0], ATEN.movedim.int) and _alone(given(node)[0])):
         return
-    source: Any = _given(node)[0].args[0]
-    activation = "silu" if _calls(source, ATEN.silu.default) else ""
-    norm = _given(source)[0] if activation else source
-    if not (_calls(norm, ATEN.group_norm.default) and _alone(source) and _alone(norm) and norm.meta["val"].ndim == 4):
+    source: Any = given(node)[0].args[0]
+    activation = "silu" if calls(source, ATEN.silu.default) else ""
+    norm = given(source)[0] if activation else source
+    if not (calls(norm, ATEN.group_norm.default) and _alone(source) and _alone(norm) and norm.meta["val"].ndim == 4):
         return
-    weight, bias = _argument(norm, "weight"), _argument(norm, "bias")
+    weight, bias = argument(norm, "weight"), argument(norm, "bias")
     if weight is None or bias is None:
         return
-    last = _put(program, node, ATEN.movedim.int, _given(norm)[0], 1, -1)
-    what = (_argument(norm, "num_groups"), weight, bias, _argument(norm, "eps"), activation)
-    _replace(node, _put(program, node, TFMQ.group_norm_codes.default, last, *what, *_given(node)[1:]))
+    last = _put(program, node, ATEN.movedim.int, given(norm)[0], 1, -1)
+    what = (argument(norm, "num_groups"), weight, bias, argument(norm, "eps"), activation)
+    _replace(node, _put(program, node, TFMQ.group_norm_codes.default, last, *what, *given(node)[1:]))
 
 
 def _fuse_layer_norm(program: GraphModule, node: Node) -> None:
     """`quantize(layer_norm(x) [* (1 + gain) + shift])`, nothing else reading in between."""
-    if not _calls(node, QUANTIZE) or list(_given(node)[6]):
+    if not calls(node, QUANTIZE) or list(given(node)[6]):
         return
-    source: Any = _given(node)[0]
-    norm, gain, shift = _modulated(source) if _calls(source, ATEN.add.Tensor) else (source, None, None)
-    if not (_calls(norm, ATEN.layer_norm.default) and _alone(norm) and _alone(source) and len(_argument(norm, "normalized_shape")) == 1):
+    source: Any = given(node)[0]
+    norm, gain, shift = _modulated(source) if calls(source, ATEN.add.Tensor) else (source, None, None)
+    if not (calls(norm, ATEN.layer_norm.default) and _alone(norm) and _alone(source) and len(argument(norm, "normalized_shape")) == 1):
         return
     modulation = [None if part is None else _put(program, node, ATEN.squeeze.dim, part, 1) for part in (gain, shift)]
-    affine = (_argument(norm, "weight"), _argument(norm, "bias"), _argument(norm, "eps"))
-    _replace(node, _put(program, node, TFMQ.layer_norm_codes.default, _given(norm)[0], *affine, *modulation, *_given(node)[1:6]))
+    affine = (argument(norm, "weight"), argument(norm, "bias"), argument(norm, "eps"))
+    _replace(node, _put(program, node, TFMQ.layer_norm_codes.default, given(norm)[0], *affine, *modulation, *given(node)[1:6]))
 
 
 def _modulated(node: Node) -> tuple[Any, Any, Any]:
     """Return what `x * (1 + gain) + shift` is made of, gain and shift `[B or 1, 1, C]`; thrice None where it is anything else."""
-    product, shift = _given(node)[:2]
-    if not (_calls(product, ATEN.mul.Tensor) and _alone(product)):
+    product, shift = given(node)[:2]
+    if not (calls(product, ATEN.mul.Tensor) and _alone(product)):
         return None, None, None
-    x, factor = _given(product)
-    if not (_calls(factor, ATEN.add.Tensor) and _given(factor)[1] == 1):
+    x, factor = given(product)
+    if not (calls(factor, ATEN.add.Tensor) and given(factor)[1] == 1):
         return None, None, None
-    gain = _given(factor)[0]
+    gain = given(factor)[0]
     rows: list[list[int]] = [list(part.meta["val"].shape) if isinstance(part, Node) else [] for part in (gain, shift)]
     fits = rows[0] == rows[1] and len(rows[0]) == 3 and rows[0][1] == 1
     return (x, gain, shift) if fits and x.meta["val"].ndim == 3 else (None, None, None)
@@ -198,33 +171,33 @@ def _product_behind(node: Any) -> tuple[Node | None, bool]:
     """Return the product that a node shows, and whether through a view that puts channels back; None if others read it too."""
     if not (isinstance(node, Node) and _alone(node)):
         return None, False
-    viewed = _calls(node, ATEN.movedim.int) and _given(node)[1] == -1
-    product = _given(node)[0] if viewed else node
-    fits = _calls(product, *PRODUCTS) and _alone(product)
+    viewed = calls(node, ATEN.movedim.int) and given(node)[1] == -1
+    product = given(node)[0] if viewed else node
+    fits = calls(product, *PRODUCTS) and _alone(product)
     return (product, viewed) if fits else (None, False)
 
 
 def _renew(program: GraphModule, node: Node, product: Node, view: Node, **changes: Any) -> None:
     """Put a product with other arguments in the place of a node; `view` is what showed it."""
     made = _put(program, node, product.target, *_changed(product, **changes))
-    _replace(node, made if view is product else _put(program, node, view.target, made, *_given(view)[1:]))
+    _replace(node, made if view is product else _put(program, node, view.target, made, *given(view)[1:]))
 
 
 def _fuse_activation(program: GraphModule, node: Node) -> None:
     if node.op != "call_function" or node.target not in ACTIVATIONS:
         return
-    view: Any = _given(node)[0]
+    view: Any = given(node)[0]
     product, _ = _product_behind(view)
-    if product is not None and _argument(product, "activation") == "" and _argument(product, "residual") is None:
+    if product is not None and argument(product, "activation") == "" and argument(product, "residual") is None:
         _renew(program, node, product, view, activation=ACTIVATIONS[node.target](node))
 
 
 def _fuse_residual(program: GraphModule, node: Node) -> None:
-    if not _calls(node, ATEN.add.Tensor) or _argument(node, "alpha") != 1:
+    if not calls(node, ATEN.add.Tensor) or argument(node, "alpha") != 1:
         return
-    for view, residual in (_given(node)[:2], _given(node)[1::-1]):
+    for view, residual in (given(node)[:2], given(node)[1::-1]):
         product, viewed = _product_behind(view)
-        if product is None or view is residual or not (_same(view, residual) and _same(view, node)) or _argument(product, "residual") is not None:
+        if product is None or view is residual or not (_same(view, residual) and _same(view, node)) or argument(product, "residual") is not None:
             continue
         last = _put(program, node, ATEN.movedim.int, residual, 1, -1) if viewed else residual
         _renew(program, node, product, view, residual=last)

@@ -11,13 +11,14 @@ from sums of the group at every place. `stored` makes it write such a value down
 """
 
 import math
-import operator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+
+from tfmq.backends.nodes import argument, calls, value
 
 ATEN = torch.ops.aten
 
@@ -58,14 +59,10 @@ def rewrite(program: GraphModule) -> None:
     program.recompile()
 
 
-def _calls(node: Any, target: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target is target
-
-
 def _makes(node: Any) -> Tensor:
     """Return the example of what a node makes, an empty tensor where there is none."""
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) else torch.empty(0)
+    made = node.meta.get("val")
+    return made if isinstance(made, Tensor) else torch.empty(0)
 
 
 def _owns(node: Any) -> bool:
@@ -83,9 +80,9 @@ def _constant(program: GraphModule, node: Any) -> Any:
     if not isinstance(node, Node):
         return node
     if node.op == "get_attr":
-        return operator.attrgetter(str(node.target))(program)
-    given = [_constant(program, argument) for argument in node.args] if node.op == "call_function" and not node.kwargs else [None]
-    return None if any(value is None for value in given) else node.target(*given)  # type: ignore[operator]
+        return value(program, node)
+    operands = [_constant(program, operand) for operand in node.args] if node.op == "call_function" and not node.kwargs else [None]
+    return None if any(operand is None for operand in operands) else node.target(*operands)  # type: ignore[operator]
 
 
 def join_lookups(program: GraphModule) -> None:
@@ -93,7 +90,7 @@ def join_lookups(program: GraphModule) -> None:
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     found: dict[tuple[torch.dtype, int], list[tuple[Node, Tensor]]] = {}
     for node in program.graph.nodes:
-        if _calls(node, ATEN.index.Tensor) and list(node.args[1]) == inputs[:1]:
+        if calls(node, ATEN.index.Tensor) and list(node.args[1]) == inputs[:1]:
             table = _constant(program, node.args[0])
             if isinstance(table, Tensor):
                 found.setdefault((table.dtype, len(table)), []).append((node, table))
@@ -117,8 +114,10 @@ def spread_norms(program: GraphModule) -> None:
     torch's own channels-last kernel has it; see `tfmq.export.channels_last.spread_norms` for its error.
     """
     for node in list(program.graph.nodes):
-        made, affine = _makes(node), node.args[2:4]
-        if _calls(node, ATEN.group_norm.default) and made.ndim == 4 and made.dtype == torch.float32 and len(affine) == 2 and None not in affine:
+        made = _makes(node)
+        if not calls(node, ATEN.group_norm.default) or made.ndim != 4 or made.dtype != torch.float32:
+            continue
+        if argument(node, "weight") is not None and argument(node, "bias") is not None:
             with program.graph.inserting_before(node):
                 node.replace_all_uses_with(_moments(program, node, *made.shape[:2]))
 
@@ -127,8 +126,8 @@ def _moments(program: GraphModule, node: Node, batch: int, count: int) -> Node:
     def call(target: Any, *arguments: Any) -> Node:
         return _call(program, target, *arguments)
 
-    x, groups, weight, bias, epsilon = (*node.args, 1e-5)[:5]
-    by_group = [-1, groups, count // groups]  # type: ignore[operator]
+    x, groups, weight, bias, epsilon = (argument(node, name) for name in ("input", "num_groups", "weight", "bias", "eps"))
+    by_group = [-1, groups, count // groups]
     mean, square = (
         call(ATEN.mean.dim, call(ATEN.view.default, call(ATEN.mean.dim, values, [2, 3]), by_group), [2], True)
         for values in (x, call(ATEN.mul.Tensor, x, x))
@@ -145,7 +144,7 @@ def _moments(program: GraphModule, node: Node, batch: int, count: int) -> Node:
 def store_parts(program: GraphModule) -> None:
     """Write each part of a concatenation of channels `[B, C, H, W]` in channels last, in place; views stay."""
     for node in list(program.graph.nodes):
-        if _calls(node, ATEN.cat.default) and _makes(node).ndim == 4 and node.args[1:] == (1,):
+        if calls(node, ATEN.cat.default) and _makes(node).ndim == 4 and node.args[1:] == (1,):
             for part in filter(_owns, node.args[0]):
                 with program.graph.inserting_after(part):
                     made = _call(program, STORED, part)

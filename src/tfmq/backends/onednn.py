@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq.allocator import page_out
+from tfmq.allocator import give_back, page_out
 from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.inductor import rewrite
@@ -76,6 +76,8 @@ def compiled(graph: Graph, call: Call) -> Run:
 
 def _unpacked(layer: PackedLayer) -> IntegerWeight:
     """Return a layer's integers; the library has its own copy soon, so nothing reads the packed codes for a while."""
+    # What packing the layer before this one took.
+    give_back()
     weight = layer.integer_weight()
     page_out(layer.packed)
     return weight

@@ -97,7 +97,6 @@ class _Builder:
         }  # fmt: skip
         request = core.compile_model(model, "CPU", settings).create_infer_request()
         outputs = len(model.outputs)
-        _let_go(graph.module)
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given = (bins, *tensors)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.numerics.affine import fake_quantize
+from tfmq.numerics.errors import relative_error
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.ranges import from_range, search, share_zero_point
 from tfmq.progress import Advance
@@ -122,14 +123,13 @@ def _at_once(low: Tensor, high: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
     return low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True), values.reshape(1, -1)
 
 
-def _relative_error(grids: Sequence[tuple[Tensor, Tensor]], seen: Sequence[tuple[Tensor, Tensor, Tensor]], fmt: IntegerFormat) -> float:
+def _error(grids: Sequence[tuple[Tensor, Tensor]], seen: Sequence[tuple[Tensor, Tensor, Tensor]], fmt: IntegerFormat) -> float:
     """Return the energy of what `grids` do to the kept values over the energy of these, a mean over timesteps."""
-    error, energy = torch.zeros(2, seen[0][0].shape[0], dtype=torch.float64)
-    for (scale, zero_point), (_, _, values) in zip(grids, seen, strict=True):
-        found = fake_quantize(values, scale[:, None], zero_point[:, None], fmt.levels)
-        error += (found - values).square().sum(dim=1, dtype=torch.float64)
-        energy += values.square().sum(dim=1, dtype=torch.float64)
-    return float((error[energy > 0] / energy[energy > 0]).mean().nan_to_num())
+    pairs = [
+        (values, fake_quantize(values, scale[:, None], zero[:, None], fmt.levels)) for (scale, zero), (_, _, values) in zip(grids, seen, strict=True)
+    ]
+    kept, found = (torch.cat(part, dim=1).double() for part in zip(*pairs, strict=True))
+    return float(relative_error(kept, found).square().mean())
 
 
 def fit_site(
@@ -150,6 +150,6 @@ def fit_site(
     columns = [fitted(*column) for column in seen]
     if measured:
         static = [fitted(*_at_once(*column)) for column in seen]
-        if _relative_error(static, seen, fmt) <= TOLERATED * _relative_error(columns, seen, fmt):
+        if _error(static, seen, fmt) <= TOLERATED * _error(columns, seen, fmt):
             columns = static
     quantizer.fit(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))

@@ -24,15 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tfmq.allocator import give_back
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
 
 # Products of a captured graph are computed one by one if they are at most so many, and of at least so many multiplications each.
 UNROLLED, LARGE = 16, 2**21
-# Integers of a weight whose copies are worth giving back to the system as soon as it is packed.
-HEAVY = 2**20
 # What moves an unsigned code of eight bits into a signed one.
 MIDDLE = 128
 
@@ -181,9 +178,6 @@ class OnednnKernel:
             self.packed[size] = [_Part(weight.operation, values, scale, size) for values, scale in weight.parts()]
             if len(self.packed) > 2:
                 self.packed.popitem(last=False)
-            if weight.values.numel() > HEAVY:
-                del weight
-                give_back()
         self.packed.move_to_end(size)
         return self.packed[size]
 

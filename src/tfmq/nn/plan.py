@@ -19,7 +19,7 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
 
 Tokens = Literal["static", "dynamic", "measured"]
-PerStep = bool | Literal["measured"]
+StepGrids = bool | Literal["measured"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class QuantizerPlan:
     """
 
     format: IntegerFormat
-    per_step: PerStep
+    per_step: StepGrids
     ranges: str
     tokens: Tokens = "static"
     shared: bool = False

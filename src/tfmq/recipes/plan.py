@@ -3,7 +3,7 @@
 import warnings
 
 from tfmq.models.program import LayerTrace, Trace
-from tfmq.nn.plan import LayerPlan, PerStep, Plan, QuantizerPlan
+from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan, StepGrids
 from tfmq.recipes.recipe import Recipe
 
 
@@ -12,7 +12,7 @@ def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
     return frozenset(role for role, plays in played.items() if plays)
 
 
-def _per_step(recipe: Recipe, *, temporal: bool) -> PerStep:
+def _per_step(recipe: Recipe, *, temporal: bool) -> StepGrids:
     """Return whether a quantizer has a grid for each timestep; those of the temporal block have in every scope but `none`."""
     scope = recipe.activations.per_step
     if temporal:
