@@ -1,0 +1,38 @@
+"""Whether a picture shows what its prompt says, attribute by attribute."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Judge(Protocol):
+    """Reads the attributes of pictures.
+
+    Called with images `[N, 3, H, W]` in [0, 1] and a prompt for each, it returns for each attribute one verdict a picture: True or False,
+    and None where the prompt says nothing of it. The same picture and prompt always get the same verdict.
+    """
+
+    @property
+    def attributes(self) -> tuple[str, ...]: ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, list[bool | None]]: ...
+
+
+JUDGES: dict[str, Callable[[], Judge]] = {}
+
+
+def register_judge(name: str) -> Callable[[Callable[[], Judge]], Callable[[], Judge]]:
+    """Return a decorator that registers what makes a judge under `name`, the name that a model's `judge.json` gives.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def fill(make: Callable[[], Judge]) -> Callable[[], Judge]:
+        if name in JUDGES:
+            raise ValueError(f"a judge called {name} is registered already")
+        JUDGES[name] = make
+        return make
+
+    return fill
