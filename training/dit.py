@@ -17,7 +17,7 @@ from latents import read_pool
 from loop import Run, Schedule
 from torch import Generator, Tensor
 
-from tfmq.evaluation.adherence.scenes import COLOURS, DIGITS, Figure
+from tfmq.evaluation.adherence.scenes import COLOURS, DIGITS, Figure, Scene
 
 INKS = tuple(COLOURS)
 SHOWN = (3, 18, 27, 33, 44, 54, 56, 71)
@@ -38,8 +38,9 @@ def class_of(figure: Figure) -> int:
 
 
 def class_names() -> dict[int, str]:
-    """Return the name of every class, such as "red seven"."""
-    return {digit * len(INKS) + index: f"{ink} {name}" for digit, name in enumerate(DIGITS) for index, ink in enumerate(INKS)}
+    """Return the name of every class: a caption, such as "a red seven"."""
+    figures = [Figure(digit=digit, ink=ink) for digit in range(len(DIGITS)) for ink in INKS]
+    return {class_of(figure): Scene(figures=(figure,)).caption() for figure in figures}
 
 
 def main() -> None:

@@ -20,12 +20,22 @@ from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.digest import tensor_digest
 from tfmq.version import __version__
 
-DEFAULT = "default"
-ASSETS = Path(__file__).parent / "assets"
+# Models by name: those of the package, and those that a checkout holds beside it.
+SHELVES = (Path(__file__).parent / "assets", Path(__file__).parents[2] / "models")
+
+
+def named_directory(name: str) -> Path | None:
+    """Return the directory of the model that tfmq knows by `name`; None where it knows none, or a wheel came without it.
+
+    >>> named_directory("default").name
+    'default'
+    """
+    found = (shelf / name for shelf in SHELVES if name.isidentifier() or name.replace("-", "_").isidentifier())
+    return next((path for path in found if (path / "model_index.json").is_file()), None)
 
 
 def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None, component: str | None = None) -> Sampler:
-    """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or "default", the embedded model.
+    """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or the name of a model of the project, such as "default".
 
     `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
     computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the denoiser of a pipeline that calls
@@ -44,7 +54,7 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
     from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, accepted_options, open_pipeline
 
     if isinstance(target, str | Path):
-        path = ASSETS / DEFAULT if str(target) == DEFAULT else Path(target)
+        path = named_directory(str(target)) or Path(target)
         if options is None and is_quantized(path):
             options = calibrated_options(stored_manifest(path))
         target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tfmq.evaluation.adherence.judge import JUDGES
 from tfmq.evaluation.baseline import BaselineError
 from tfmq.evaluation.distribution.frechet import frechet_distance
 from tfmq.evaluation.distribution.pixels import PooledPixels
@@ -209,3 +210,42 @@ def test_the_protocol_tells_all(models: tuple[LoopSampler, LoopSampler], tmp_pat
     protocol = json.loads(json.dumps(found[1]))
     assert protocol["settings"]["seed"] == 3 and protocol["real"]["images"] == 6 and protocol["tools"]["extractor"]["name"] == "pooled-pixels"
     assert protocol["reference"]["weights"] != protocol["quantized"]["weights"] and protocol["versions"]["torch"] == torch.__version__
+
+
+class Brightness:
+    """Says of each image whether its prompt's number is below its mean."""
+
+    attributes = ("bright", "never asked")
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, list[bool | None]]:
+        means = images.mean((1, 2, 3)).tolist()
+        return {"bright": [mean > float(prompt) for mean, prompt in zip(means, prompts, strict=True)], "never asked": [None] * len(prompts)}
+
+
+class Prompted(LoopSampler):
+    def asked(self, indices: range) -> list[str]:
+        return ["0.5" if index % 2 else "-1" for index in indices]
+
+
+def test_adherence_is_the_share_of_images_that_hold(models: tuple[LoopSampler, LoopSampler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JUDGES, "brightness", Brightness)
+    settings = replace(SETTINGS, metrics=("adherence",), judge="brightness")
+    full, low = (Prompted(model.denoiser, model.scheduler, shape=model.shape, conditions=model.conditions) for model in models)
+    found = evaluate(low, full, Request(settings=settings, job=tmp_path / "job"))
+    assert found is not None
+    rows = found[0].rows
+    assert [(row.metric, row.model, row.against) for row in rows] == [("adherence.bright", FULL, None), ("adherence.bright", QUANTIZED, None)]
+    for model, row in zip((full, low), rows, strict=True):
+        means = draw(model, 7, steps=4, seed=3, batch_size=3).reshape(7, -1).mean(1) / 255
+        assert row.value == pytest.approx((4 + (means[1::2] > 0.5).sum()) / 7)
+        assert row.deviation is not None and row.deviation > 0.1
+
+
+def test_adherence_without_words_or_judge_is_refused(
+    models: tuple[LoopSampler, LoopSampler], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="needs a judge"):
+        replace(SETTINGS, metrics=("adherence",))
+    monkeypatch.setitem(JUDGES, "brightness", Brightness)
+    with pytest.raises(ValueError, match="from prompts or from named classes"):
+        run(settings=replace(SETTINGS, metrics=("adherence",), judge="brightness"))

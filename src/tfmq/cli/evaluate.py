@@ -47,7 +47,7 @@ def evaluate(
     steps: Steps = None,
     seed: Seed = 0,
     metrics: Annotated[
-        str, typer.Option("--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, psnr, ssim, lpips, trajectory.")
+        str, typer.Option("--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, adherence, psnr, ssim, lpips, trajectory.")
     ] = METRICS,
     num_pairs: Annotated[int, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair.")] = 64,
     extractor: Annotated[
@@ -58,6 +58,9 @@ def evaluate(
         typer.Option("--weights-dir", metavar="DIR", help="Folder with checkpoints/ that has downloaded weights. Default: torch's cache."),
     ] = None,
     clip: Annotated[str, typer.Option("--clip", metavar="MODEL", help="Folder or hub id of the CLIP model.")] = "openai/clip-vit-base-patch16",
+    judge: Annotated[
+        str | None, typer.Option("--judge", metavar="NAME", help="What reads the images for adherence. Default: the one that the model brings.")
+    ] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.evaluation.")] = None,
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="Draw every N-th batch only; a run with --resume puts the shards together.")
@@ -78,7 +81,7 @@ def evaluate(
     with verb(interrupted=f"the same command with --resume continues from {target}.job"):
         from tfmq.cli.models import default_steps, execute_model, located, open_model, published_figures, quantized_directory, ready_models
         from tfmq.evaluation.job import Request
-        from tfmq.evaluation.settings import CLIP_METRIC, Settings
+        from tfmq.evaluation.settings import ADHERENCE, CLIP_METRIC, Settings
         from tfmq.evaluation.text import draws_from_text
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet
@@ -92,15 +95,18 @@ def evaluate(
         opening: dict[str, Any] = {"prompts": read_prompts(prompts), "device": device}
         with quiet():
             quantized = open_model(str(source), **opening)
+            reader = judge or _brought(source, reference)
+            absent = {*(() if draws_from_text(quantized) else (CLIP_METRIC,)), *(() if reader else (ADHERENCE,))}
             settings = Settings(
                 num_images=num_images,
                 steps=steps or default_steps(quantized),
                 seed=seed,
                 batch_size=batch_size,
                 num_pairs=num_pairs,
-                metrics=names if metrics != "all" or draws_from_text(quantized) else tuple(name for name in names if name != CLIP_METRIC),
+                metrics=names if metrics != "all" else tuple(name for name in names if name not in absent),
                 extractor=extractor,
                 clip=clip,
+                judge=reader,
             )
             name = execute_model(quantized, backend, execution)
             full = None if reference is None else open_model(reference, **opening)
@@ -126,6 +132,15 @@ def evaluate(
         from tfmq.cli.tables import show_evaluation
 
         show_evaluation(values, target)
+
+
+def _brought(directory: Path, reference: str | None) -> str | None:
+    """Return the judge that the quantized model brings, or its reference."""
+    from tfmq.evaluation.adherence.judge import brought_judge
+    from tfmq.targets import named_directory
+
+    folders = [directory, *([] if reference is None else [named_directory(reference) or Path(reference)])]
+    return next((name for name in map(brought_judge, folders) if name), None)
 
 
 def _shard(text: str | None) -> "Shard | None":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfmq.evaluation.adherence.shares import encoded, share
 from tfmq.evaluation.baseline import check_baseline
 from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
 from tfmq.evaluation.distribution.extractor import labelled
@@ -16,9 +17,9 @@ from tfmq.evaluation.distribution.features import Moments
 from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.evaluation.real import Real, RealImages, RealStatistics
 from tfmq.evaluation.sampling import Images, as_colour, draw_batch
-from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
+from tfmq.evaluation.settings import ADHERENCE, CLIP_METRIC, TRAJECTORY, Settings, Tools
 from tfmq.evaluation.stages import Stages, Stored
-from tfmq.evaluation.text import prompts_of
+from tfmq.evaluation.text import asked_of, prompts_of
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import STEPS
 from tfmq.recipes.recipe import Published
@@ -30,7 +31,10 @@ KEPT = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One value of a set of images: `metric` of the images of `model`, compared with those of `against`, if with any."""
+    """One value of a set of images: `metric` of the images of `model`, compared with those of `against`, if with any.
+
+    `deviation` is a metric's standard deviation over subsets; for shares of images, half the width of the 95 % interval.
+    """
 
     metric: str
     model: str
@@ -90,6 +94,8 @@ def check_request(quantized: Sampler, reference: Sampler | None, real: Real | No
             raise ValueError(f"the reference denoises samples of shape {shapes[0]}, the quantized model {shapes[1]}; pass its own original")
     if CLIP_METRIC in settings.metrics:
         prompts_of(quantized, range(1))
+    if ADHERENCE in settings.metrics:
+        asked_of(quantized, range(1))
 
 
 def _check_statistics(metrics: Sequence[str], real: RealStatistics) -> None:
@@ -206,6 +212,10 @@ class Evaluator:
             found = self._described(images)
         if self.tools.clip is not None:
             found["clip"] = torch.tensor([self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)], dtype=torch.float64)
+        if self.tools.judge is not None:
+            pixels = torch.from_numpy(as_colour(images)).permute(0, 3, 1, 2).float() / 255
+            verdicts = encoded(self.tools.judge(pixels, asked_of(sampler, indices)))
+            found |= {f"{ADHERENCE}.{name}": values for name, values in verdicts.items()}
         return found
 
     def _scores(self, model: str, images: Stored, others: Mapping[str, Stored | Moments | None]) -> list[Row]:
@@ -220,6 +230,16 @@ class Evaluator:
         if self.tools.clip is not None:
             means, counts = torch.stack([part["clip"] for part in images.parts()]).unbind(dim=1)
             rows.append(Row(CLIP_METRIC, model, None, float((means * counts).sum() / counts.sum()), None))
+        return [*rows, *self._adherence(model, images)]
+
+    def _adherence(self, model: str, images: Stored) -> list[Row]:
+        """Return the share of one model's images that hold each attribute that was asked for."""
+        rows = []
+        for name in () if self.tools.judge is None else self.tools.judge.attributes:
+            found = share(images.joined(f"{ADHERENCE}.{name}"))
+            if found is not None:
+                low, high = found.interval
+                rows.append(Row(f"{ADHERENCE}.{name}", model, None, found.value, (high - low) / 2))
         return rows
 
     def _pairs(self, reference: Sampler, indices: range) -> dict[str, Tensor]:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfmq.errors import require
+
+# Registered by being imported.
+from tfmq.evaluation.adherence import scene_judge  # noqa: F401
+from tfmq.evaluation.adherence.judge import JUDGES, Judge
 from tfmq.evaluation.distribution.extractor import STANDARD, Extractor
 from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.distribution.metrics import SET_METRICS
@@ -12,18 +16,21 @@ from tfmq.evaluation.pairs import PAIR_METRICS, PairMetric
 from tfmq.evaluation.text import CLIP, ClipScore, clip_score
 from tfmq.evaluation.weights import Weights
 
-CLIP_METRIC, TRAJECTORY = "clip", "trajectory"
+CLIP_METRIC, ADHERENCE, TRAJECTORY = "clip", "adherence", "trajectory"
 DEFAULT = ("fid", "kid", "psnr", "ssim", "trajectory")
 
 
 def metric_names() -> tuple[str, ...]:
-    """Return every metric's name: of sets of images, of text and image, of pairs of images, of their trajectories."""
-    return (*SET_METRICS, CLIP_METRIC, *PAIR_METRICS, TRAJECTORY)
+    """Return every metric's name: of sets of images, of text and image, of what was asked for, of pairs of images, of their trajectories."""
+    return (*SET_METRICS, CLIP_METRIC, ADHERENCE, *PAIR_METRICS, TRAJECTORY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One evaluation: the images 0 to `num_images - 1` of the stream `seed`, of which the first `num_pairs` are compared pair by pair."""
+    """One evaluation: the images 0 to `num_images - 1` of the stream `seed`, of which the first `num_pairs` are compared pair by pair.
+
+    `judge` names what reads the images for the metric adherence; a model that brings its own says which in its `judge.json`.
+    """
 
     num_images: int
     steps: int
@@ -33,6 +40,7 @@ class Settings:
     metrics: tuple[str, ...] = DEFAULT
     extractor: str = STANDARD
     clip: str = CLIP
+    judge: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_images", "steps", "batch_size", "num_pairs"):
@@ -43,6 +51,8 @@ class Settings:
             raise ValueError(f"there is no metric {', '.join(unknown) or 'to compute'}; choose some of {', '.join(metric_names())}")
         if self.extractor not in EXTRACTORS:
             raise ValueError(f"there is no extractor {self.extractor!r}; choose one of {', '.join(EXTRACTORS)}")
+        if ADHERENCE in self.metrics and self.judge not in JUDGES:
+            raise ValueError(f"adherence needs a judge of the images, one of {', '.join(JUDGES)}; this model brings {self.judge or 'none'}")
 
     @property
     def of_sets(self) -> tuple[str, ...]:
@@ -57,7 +67,7 @@ class Settings:
     @property
     def draws_sets(self) -> bool:
         """Whether images are drawn for metrics of whole sets."""
-        return bool(self.of_sets) or CLIP_METRIC in self.metrics
+        return bool(self.of_sets) or bool({CLIP_METRIC, ADHERENCE} & set(self.metrics))
 
     @property
     def draws_pairs(self) -> bool:
@@ -67,11 +77,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tools:
-    """What the metrics of one evaluation need, ready: extractor, metrics of pairs by name, CLIP score."""
+    """What the metrics of one evaluation need, ready: extractor, metrics of pairs by name, CLIP score, judge."""
 
     extractor: Extractor | None
     pairs: Mapping[str, PairMetric]
     clip: ClipScore | None
+    judge: Judge | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return what the values depend on beside the images, as JSON values."""
@@ -79,6 +90,7 @@ class Tools:
             "extractor": None if self.extractor is None else self.extractor.describe(),
             "pairs": sorted(self.pairs),
             "clip": self.clip is not None,
+            "judge": [] if self.judge is None else list(self.judge.attributes),
         }
 
 
@@ -98,4 +110,6 @@ def prepare(settings: Settings, weights: Weights) -> Tools:
             given = ", ".join(extractor.kinds)
             raise ValueError(f"{name} needs {kind} features, and the extractor {settings.extractor} gives {given}; leave it out of --metrics")
     pairs = {name: PAIR_METRICS[name](weights) for name in settings.of_pairs}
-    return Tools(extractor, pairs, clip_score(settings.clip) if CLIP_METRIC in settings.metrics else None)
+    clip = clip_score(settings.clip) if CLIP_METRIC in settings.metrics else None
+    judge = JUDGES[settings.judge]() if ADHERENCE in settings.metrics and settings.judge else None
+    return Tools(extractor, pairs, clip, judge)

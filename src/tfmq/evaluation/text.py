@@ -1,6 +1,7 @@
-"""CLIP score: how well an image fits the text it was drawn from, by torchmetrics."""
+"""What images are asked to show, and the CLIP score: how well an image fits its text, by torchmetrics."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -11,6 +12,13 @@ from tfmq.models.sampler import Sampler
 # The one of the papers' tables.
 CLIP = "openai/clip-vit-base-patch16"
 ClipScore = Callable[[Images, Sequence[str]], float]
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A sampler that says in words what each image is asked to show: its prompt, or the name of its class; None where it has no words."""
+
+    def asked(self, indices: range) -> list[str] | None: ...
 
 
 def clip_score(model: str = CLIP) -> ClipScore:
@@ -50,3 +58,15 @@ def prompts_of(sampler: Sampler, indices: range) -> list[str]:
     if not draws_from_text(sampler):
         raise ValueError("the clip score is for text-to-image models, and this one does not draw from text; leave clip out of --metrics")
     return sampler.prompts_of(indices)  # type: ignore[attr-defined]
+
+
+def asked_of(sampler: Sampler, indices: range) -> list[str]:
+    """Return what images are asked to show, in words.
+
+    Raises:
+        ValueError: the sampler has no words for it.
+    """
+    asked = sampler.asked(indices) if isinstance(sampler, Asking) else None
+    if asked is None:
+        raise ValueError("adherence is for models that draw from prompts or from named classes; leave it out of --metrics")
+    return asked

@@ -1,9 +1,15 @@
 """Whether a picture shows what its prompt says, attribute by attribute."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+from tfmq.storage.atomic import read_json
+
+# Beside a model, `{"judge": NAME}`.
+JUDGE_FILE = "judge.json"
 
 
 class Judge(Protocol):
@@ -36,3 +42,14 @@ def register_judge(name: str) -> Callable[[Callable[[], Judge]], Callable[[], Ju
         return make
 
     return fill
+
+
+def brought_judge(directory: Path) -> str | None:
+    """Return the name of the judge that the model in `directory` brings; None where it brings none.
+
+    Raises:
+        TruncatedFileError, ForeignFileError: its `judge.json` is damaged.
+    """
+    path = directory / JUDGE_FILE
+    name = read_json(path).get("judge") if path.is_file() else None
+    return None if name is None else str(name)

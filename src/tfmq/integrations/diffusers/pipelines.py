@@ -144,18 +144,39 @@ class PipelineSampler:
         """Return the texts that a text-to-image pipeline draws these images from."""
         return [self.prompts[index % len(self.prompts)] for index in indices]
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes that a class-conditional pipeline draws, where it gives them (`DiTPipeline.labels`)."""
+        return {index: name for name, index in (getattr(self.pipeline, "labels", None) or {}).items()}
+
+    def _classes(self, indices: range) -> list[int]:
+        """Return the class of each image, the same for an image whatever its batch.
+
+        Raises:
+            ValueError: a label that the model does not have.
+        """
+        named = sorted(self.class_names)
+        count = getattr(self.pipeline, "num_classes", None) or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
+        if self.labels:
+            if max(self.labels) >= count:
+                raise ValueError(f"there is no class {max(self.labels)}: the model has the classes 0 to {count - 1}")
+            return [self.labels[index % len(self.labels)] for index in indices]
+        # Spread over the classes; a table of classes may have rows without a name, which no training has seen.
+        return [named[index * 367 % len(named)] if named else index * 367 % count for index in indices]
+
+    def asked(self, indices: range) -> list[str] | None:
+        """Return what these images are asked to show: their prompts, or the names of their classes; None where there are none."""
+        if self.takes_prompts:
+            return self.prompts_of(indices)
+        names = self.class_names
+        return [names[index] for index in self._classes(indices)] if names else None
+
     def _content(self, indices: range) -> dict[str, Any]:
         parameters = inspect.signature(self.pipeline.__call__).parameters
         if self.takes_prompts:
             return {"prompt": self.prompts_of(indices)}
         if "class_labels" in parameters:
-            classes = getattr(self.pipeline, "num_classes", None) or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
-            if self.labels:
-                if max(self.labels) >= classes:
-                    raise ValueError(f"there is no class {max(self.labels)}: the model has the classes 0 to {classes - 1}")
-                return {"class_labels": [self.labels[index % len(self.labels)] for index in indices]}
-            # Spread over the classes, the same for an image whatever its batch.
-            return {"class_labels": [index * 367 % classes for index in indices]}
+            return {"class_labels": self._classes(indices)}
         return {"batch_size": len(indices)}
 
     @torch.no_grad()
