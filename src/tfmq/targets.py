@@ -35,7 +35,7 @@ def named_directory(name: str) -> Path | None:
 
 
 def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None, component: str | None = None) -> Sampler:
-    """Return the sampler of `target`: one itself, a pipeline, a pipeline directory, a hub id, or the name of a model of the project, such as "default".
+    """Return the sampler of `target`: one itself, a pipeline, its directory, a hub id, or the name of a model of the project, such as "default".
 
     `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
     computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the denoiser of a pipeline that calls

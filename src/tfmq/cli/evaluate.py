@@ -47,7 +47,10 @@ def evaluate(
     steps: Steps = None,
     seed: Seed = 0,
     metrics: Annotated[
-        str, typer.Option("--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, adherence, psnr, ssim, lpips, trajectory.")
+        str,
+        typer.Option(
+            "--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, adherence, psnr, ssim, lpips, trajectory."
+        ),
     ] = METRICS,
     num_pairs: Annotated[int, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair.")] = 64,
     extractor: Annotated[
