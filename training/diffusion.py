@@ -15,7 +15,7 @@ def build_scheduler() -> DDIMScheduler:
     """Thousand training steps, cosine betas, velocity prediction."""
     return DDIMScheduler(
         num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing", steps_offset=1,
     )  # fmt: skip
 
 

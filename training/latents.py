@@ -35,7 +35,7 @@ def encode(model: AutoencoderKL, images: Tensor) -> Tensor:
     """Return scaled latents of images `[N, 3, 64, 64]` in [0, 1]."""
     with torch.autocast("cpu", torch.bfloat16):
         pixels = (images * 2 - 1).to(memory_format=torch.channels_last)
-        return model.encode(pixels).latent_dist.mode().float() * model.config.scaling_factor
+        return model.encode(pixels).latent_dist.mode().float().contiguous() * model.config.scaling_factor
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
             if start % (CHUNK * 16) == 0:
                 print(f"{part}: {len(captions)} of {count} scenes, {time.time() - began:.0f} s", flush=True)
         partial = options.output_dir / f"{part}.partial"
-        save_file({"latents": torch.cat(latents)}, partial)
+        save_file({"latents": torch.cat(latents).contiguous()}, partial)
         (options.output_dir / f"{part}.json").write_text(json.dumps(captions), encoding="utf-8")
         os.replace(partial, options.output_dir / f"{part}.safetensors")
 

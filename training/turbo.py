@@ -8,6 +8,7 @@ from the first point is drawn to the averaged student's end from the second. Tex
 """
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def build_lcm() -> LCMScheduler:
     teacher = build_scheduler().config
     return LCMScheduler(
         num_train_timesteps=STEPS, beta_schedule=teacher.beta_schedule, prediction_type=teacher.prediction_type, clip_sample=False,
-        original_inference_steps=ORIGIN,
+        original_inference_steps=ORIGIN, steps_offset=1,
     )  # fmt: skip
 
 
@@ -116,10 +117,9 @@ def main() -> None:
     def export(run: Run) -> None:
         average = UNet2DConditionModel.from_config(pipeline.unet.config)
         run.load_average(average)
-        turbo = assemble(vae, encoder, average, build_lcm())
+        turbo = assemble(deepcopy(vae), deepcopy(encoder), average, build_lcm())
         picture([row for steps in (1, 2, 4) for row in sample(turbo, steps=steps, guidance=1.0)[:1]], run.directory / "samples.png")
-        turbo.unet.half()
-        turbo.save_pretrained(run.directory / "export")
+        turbo.to(torch.float16).save_pretrained(run.directory / "export")
 
     run.train(loss, exported=export)
 
