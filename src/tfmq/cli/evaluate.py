@@ -102,7 +102,7 @@ def evaluate(
                 extractor=extractor,
                 clip=clip,
             )
-            name = execute_model(quantized, backend, execution)
+            name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
             full = None if reference is None else open_model(reference, **opening)
             request = Request(
                 settings=settings,
