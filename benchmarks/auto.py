@@ -80,8 +80,10 @@ def medians(denoisers: dict[str, Denoiser], inputs: Inputs, rounds: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=MODELS, action="append")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tfmq").setLevel(logging.INFO)
