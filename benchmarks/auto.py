@@ -20,6 +20,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 
 import tfmq
+from tfmq.backends.auto import CANDIDATES
 from tfmq.backends.execution import computed_by
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler, Sampler
@@ -81,9 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--without", action="append", default=[], help="a backend that is left out, as where it is not installed")
     parser.add_argument("--only", choices=MODELS, action="append")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    CANDIDATES["cpu"] = tuple(name for name in CANDIDATES["cpu"] if name not in options.without)
     warnings.simplefilter("ignore")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("tfmq").setLevel(logging.INFO)
