@@ -176,5 +176,17 @@ def sampler(build: Build) -> Callable[..., LoopSampler]:
 
 
 @pytest.fixture(autouse=True)
+def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" choose `torch` where there is one, whatever else this machine does; `tests/backends/test_auto.py` has a clock of its own."""
+    from tfmq.backends.measuring import Race
+
+    def settled(names: Any, enter: Any, leave: Any) -> Race:
+        return Race({name: 1.0 if name == "torch" else 2.0 for name in names})
+
+    monkeypatch.setattr("tfmq.backends.auto.race", settled)
+    monkeypatch.setattr("tfmq.backends.auto.AutoExecutor._stored", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

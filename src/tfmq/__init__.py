@@ -4,7 +4,7 @@
     tfmq.quantize("default", "w4a8", output_dir="model")
     pipeline = tfmq.load("model")
 
-After `import tfmq`, `diffusers.DiffusionPipeline.from_pretrained("model")` works too, in simulated arithmetic until `tfmq.execute(pipeline)`.
+After `import tfmq`, `diffusers.DiffusionPipeline.from_pretrained("model")` does the same.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,8 @@ _HOMES = {
     "quantize": "tfmq.api",
     "rebake": "tfmq.adapt",
     "scheme": "tfmq.recipes",
-    # Not in `__all__`, since they need diffusers: a pipeline with options of its own, and what pipeline directories name.
+    # Not in `__all__`, since they need diffusers: what `from_pretrained` takes, a pipeline with options of its own, and what directories name.
+    "TFMQConfig": "tfmq.integrations.diffusers.quantizer",
     "PipelineSampler": "tfmq.integrations.diffusers.pipelines",
     "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",
     "LatentClassPipeline": "tfmq.integrations.diffusers.class_conditional",
@@ -57,7 +58,16 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
+def _execute_loaded(module: Any, backend: str) -> None:
+    from tfmq.backends.execution import execute
+
+    execute(module, backend)
+
+
 def _register_with_diffusers() -> None:
+    from tfmq.integrations.loaded import execute_with
+
+    execute_with(_execute_loaded)
     # Importing it registers it; where that import is what brought diffusers in, it is under way and finishes by itself.
     import tfmq.integrations.diffusers.quantizer  # noqa: F401
 

@@ -183,14 +183,14 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
 def load(directory: str | Path, *, module: nn.Module | None = None, backend: str = AUTO, options: Options | None = None) -> Any:
     """Load a model from a directory, ready to run: a pipeline, a diffusers component, or with `module` a bare checkpoint.
 
-    What `cuda` and `operators` prepare moves with the model; what another backend prepares stays where the model was loaded to: after moving the
-    model to another device, call `tfmq.execute` again.
+    What "auto", `cuda` and `operators` prepare moves with the model; what another backend prepares stays where the model was loaded to: after
+    moving the model to another device, call `tfmq.execute` again.
 
     Args:
         directory: written by `tfmq.quantize` or `save_pretrained`.
         module: the full-precision architecture (its weights do not matter), for models that diffusers cannot build by itself. It is
             changed in place and returned.
-        backend: what computes, see `tfmq.execute`. "auto" takes the fastest that this machine has and leaves a full-precision pipeline as it is;
+        backend: what computes, see `tfmq.execute`. "auto" measures at the first call, and leaves a full-precision pipeline as it is;
             "simulated" is bitwise what `tfmq.quantize` left in memory.
         options: memory and compilation; see `tfmq.Options`.
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import tfmq
 from tfmq.backends import fusion
+from tfmq.backends.auto import candidates
 from tfmq.backends.backend import Options, release
-from tfmq.backends.execution import choose, execute
+from tfmq.backends.execution import execute
 from tfmq.backends.operators import Program, attach_operators, build
 from tfmq.kernels.device import OperatorKernel, WeightOnlyKernel
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -188,12 +189,10 @@ def test_without_a_gpu_cuda_says_what_else_there_is(made: Made) -> None:
         execute(made("unet").denoiser.module, "cuda")
 
 
-def test_auto_is_cuda_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda(nn.Module):
-        def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
-            return iter([type("P", (), {"device": torch.device("cuda")})()])
-
+def test_auto_tries_cuda_where_the_model_is(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, there = made("unet").denoiser.module, torch.device("cuda")
     monkeypatch.setattr("tfmq.backends.operators.Cuda.missing", lambda self: "")
-    assert choose("auto", OnCuda()) == "cuda"
+    assert list(candidates(module, there, Options(), judged=False)[0]) == ["float", "cuda"]
+    assert "cuda" not in candidates(module, torch.device("cpu"), Options(), judged=False)[0]
     monkeypatch.setattr("tfmq.backends.operators.Cuda.missing", lambda self: "a device")
-    assert choose("auto", OnCuda()) == "simulated"
+    assert list(candidates(module, there, Options(), judged=True)[0]) == ["simulated"]

@@ -31,11 +31,12 @@ def test_metrics_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Pa
 
 def test_images_are_those_of_sample(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     numbers = ("--num-images", 2, "--seed", 2, "--steps", 4)
-    assert tfmq("compare", quantized, "--reference", model, *numbers, "--output-dir", tmp_path / "c").status == 0
+    simulated = ("--backend", "simulated")
+    assert tfmq("compare", quantized, "--reference", model, *numbers, *simulated, "--output-dir", tmp_path / "c").status == 0
     with np.load(tmp_path / "c" / "samples.npz") as both:
         compared = {"reference": both["reference"], "quantized": both["quantized"]}
-    for name, source in (("reference", model), ("quantized", quantized)):
-        assert tfmq("sample", source, *numbers, "--output-dir", tmp_path / name).status == 0
+    for name, source, backend in (("reference", model, ()), ("quantized", quantized, simulated)):
+        assert tfmq("sample", source, *numbers, *backend, "--output-dir", tmp_path / name).status == 0
         with np.load(tmp_path / name / "samples.npz") as alone:
             assert np.array_equal(alone["images"], compared[name])
 

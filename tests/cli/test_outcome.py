@@ -1,6 +1,7 @@
 """How a verb ends: one line, a status, and a stdout that holds the result alone."""
 
 import errno
+import logging
 import signal
 import sys
 import warnings
@@ -151,3 +152,18 @@ def test_bad_prompt_files(tmp_path: Path, content: bytes, error: str) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=error):
         read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_notes_are_shown_where_the_verb_succeeds_and_an_error_is_one_line(capsys: pytest.CaptureFixture[str], fails: bool) -> None:
+    log = logging.getLogger("tfmq")
+    before = log.level, list(log.handlers)
+    try:
+        with verb():
+            log.info("auto: abacus computes it")
+            if fails:
+                raise ValueError("no such model")
+    except typer.Exit:
+        assert fails
+    assert capsys.readouterr().err == ("error: no such model\n" if fails else "note: auto: abacus computes it\n")
+    assert (log.level, list(log.handlers)) == before

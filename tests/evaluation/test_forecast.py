@@ -15,6 +15,8 @@ from tfmq.models.sampler import LoopSampler
 from tfmq.nn.swap import STEPS
 from tfmq.recipes.recipe import Calibration
 
+BACKEND = "torch" if available() else "reference"
+
 
 def test_it_times_the_layers_that_remain(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
@@ -37,10 +39,10 @@ def test_a_trial_runs_what_a_quantized_model_runs(sampler: Callable[..., LoopSam
     recipe = tfmq.scheme("w8a8")
     made, calibrated = sampler("unet"), sampler("unet")
     before = {name: tensor.clone() for name, tensor in made.denoiser.module.state_dict().items()}
-    tried = trial(made, recipe, backend="auto")
+    tried = trial(made, recipe, backend=BACKEND)
     rounding = replace(recipe.rounding, solver="nearest")
     tfmq.quantize(calibrated, replace(recipe, rounding=rounding, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)))
-    tfmq.execute(calibrated.denoiser.module, "auto")
+    tfmq.execute(calibrated.denoiser.module, BACKEND)
 
     def anatomy(module: nn.Module) -> dict[str, tuple[str, str]]:
         return {name: (type(child).__name__, type(getattr(child, "kernel", None)).__name__) for name, child in module.named_modules()}

@@ -13,6 +13,10 @@ from tfmq.nn.products import ProductQuantizers
 Weights = Literal["unpacked", "packed"]
 
 
+class EngineError(RuntimeError):
+    """An engine could not compile or run a model; the message names the engine and, where known, the layer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a backend trades memory for time.
@@ -75,9 +79,11 @@ def release(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, PackedLayer):
             child.kernel = child.unpacked = None
+            child.input_precision = "quantized"
             child.unshelve()
         elif isinstance(child, ProductQuantizers):
             child.kernel = child.attention_kernel = None
+            child.idle = False
 
 
 def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:

@@ -46,7 +46,7 @@ def analyze(
         source = quantized_directory(directory)
         with quiet(), completed_directory(target, owned=ANALYSIS_FILES) as folder, shown_progress() as progress:
             quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
-            name = execute_model(quantized, backend, execution)
+            name = execute_model(quantized, backend, execution, rows=num_images, judged=True)
             full = open_model(reference, prompts=read_prompts(prompts), device=device)
             settings: dict[str, Any] = {"num_images": num_images, "steps": steps or default_steps(quantized), "seed": seed}
             found = run(full, quantized, **settings, progress=progress)

@@ -55,8 +55,9 @@ def compare(
         with quiet(), completed_directory(output_dir, owned=COMPARISON_FILES) as folder:
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
             quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
-            name = execute_model(quantized, backend, execution)
             full = open_model(reference, prompts=read_prompts(prompts), device=device, options=calibrated_options(manifest(quantized)))
+            # After all that may be refused: it may measure.
+            name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
             result = _compared(full, quantized, folder, stored_bytes(source), backend=name, **options)
     if json:
         emit(result)

@@ -111,7 +111,7 @@ def evaluate(
                 clip=clip,
                 judge=reader,
             )
-            name = execute_model(quantized, backend, execution)
+            name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
             full = None if reference is None else open_model(reference, **opening)
             request = Request(
                 settings=settings,

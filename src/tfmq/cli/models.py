@@ -29,15 +29,18 @@ def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None 
     return sampler
 
 
-def execute_model(sampler: "Sampler", backend: str, options: "Options") -> str | None:
+def execute_model(sampler: "Sampler", backend: str, options: "Options", *, rows: int = 1, judged: bool = False) -> str | None:
     """Make a quantized denoiser compute by `backend`, on the device it is on; return the backend's name, None for a full-precision model.
+
+    "auto" is measured with `rows` images at once. With `judged` it is one of the backends that compute the quantized model: `float` does not.
 
     Raises:
         ValueError: a backend for a full-precision model, or the machine lacks what it needs.
         MissingExtraError: its library is not installed.
     """
+    from tfmq.backends.auto import decide
     from tfmq.backends.backend import Options
-    from tfmq.backends.execution import AUTO, choose, execute
+    from tfmq.backends.execution import AUTO, execute
     from tfmq.nn.swap import STEPS
 
     module = sampler.denoiser.module
@@ -47,7 +50,8 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options") -> str |
         if options != Options():
             warnings.warn("--weights has no effect: the model is not quantized", stacklevel=2)
         return None
-    name = choose(backend, module)
+    # One for the whole run, whatever the size of its last batch.
+    name = backend if backend != AUTO else decide(sampler.denoiser, sampler.example().resized(rows), options, judged=judged)
     # All of a pipeline that calls two quantized denoisers in turn.
     execute(getattr(sampler, "pipeline", module), name, options=options)
     return name

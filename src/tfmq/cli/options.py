@@ -27,7 +27,9 @@ Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help=
 Backend = Annotated[
     str,
     typer.Option(
-        "--backend", metavar="NAME", help="What a quantized model computes with: auto, simulated, reference, operators, torch, openvino or cuda."
+        "--backend",
+        metavar="NAME",
+        help="What a quantized model computes with: auto, float, simulated, reference, operators, torch, openvino or cuda.",
     ),
 ]
 Weights = Annotated[str, typer.Option("--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller.")]

@@ -1,6 +1,7 @@
 """How a verb ends: its result on stdout, its one line of complaint on stderr, its exit status."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -74,6 +75,36 @@ def _own_warnings() -> Iterator[None]:
         yield
 
 
+class _Notes(logging.Handler):
+    """Keeps what tfmq logs; shows at once what says that something will take long."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.kept: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "waiting", False):
+            complain(record.getMessage(), kind="note")
+        else:
+            self.kept.append(record.getMessage())
+
+
+@contextmanager
+def _shown_notes() -> Iterator[None]:
+    """Show what tfmq has to say that is no warning, such as what was chosen by a measurement; nothing where the verb fails, which is one line."""
+    log, notes = logging.getLogger("tfmq"), _Notes()
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+        for line in notes.kept:
+            complain(line, kind="note")
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
     """Yield a list that grows with each Ctrl-C, which raises `KeyboardInterrupt` as ever.
@@ -110,7 +141,7 @@ def verb(*, interrupted: str = "nothing was written") -> Iterator[None]:
     debug = os.environ.get("TFMQ_DEBUG", "") not in ("", "0")
     with _noted_interrupts() as interrupts:
         try:
-            with redirect_stdout(sys.stderr), _own_warnings():
+            with redirect_stdout(sys.stderr), _own_warnings(), _shown_notes():
                 yield
         except (typer.Exit, typer.BadParameter):
             raise

@@ -60,7 +60,7 @@ def sample(
         with quiet(), completed_directory(output_dir, owned=SAMPLE_FILES) as directory:
             opening: dict[str, Any] = {"prompts": read_prompts(prompts), "device": device}
             sampler = open_model(model, **opening)
-            name = execute_model(sampler, backend, options)
+            name = execute_model(sampler, backend, options, rows=min(batch_size, num_images))
             steps = steps or default_steps(sampler)
             # What was chosen here is used everywhere.
             again = partial(ready_model, located(model), backend=name or "auto", options=options, **opening)

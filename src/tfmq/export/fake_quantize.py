@@ -134,17 +134,18 @@ def graph_kernels(module: nn.Module) -> Iterator[None]:
     """Let the layers and attention products of a packed denoiser compute as fake-quantizer graphs for a while."""
     layers = list(packed_layers(module).values())
     products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
-    before = [layer.kernel for layer in layers]
+    before = [(layer.kernel, layer.input_precision) for layer in layers], [child.idle for child in products]
     for layer in layers:
         weight = layer.integer_weight()
         quantizer = layer.input_quantizer
         layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_points()) if weight.narrow else None
+        layer.input_precision = "quantized"
     for child in products:
-        child.site_kernels = product_kernels(child)
+        child.site_kernels, child.idle = product_kernels(child), False
     try:
         yield
     finally:
-        for layer, kernel in zip(layers, before, strict=True):
-            layer.kernel = kernel
-        for child in products:
-            child.site_kernels = {}
+        for layer, (kernel, precision) in zip(layers, before[0], strict=True):
+            layer.kernel, layer.input_precision = kernel, precision
+        for child, idle in zip(products, before[1], strict=True):
+            child.site_kernels, child.idle = {}, idle

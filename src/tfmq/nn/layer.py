@@ -81,7 +81,8 @@ class PackedLayer(nn.Module):
     `packed` is uint8 `[C_out, ceil(bits * C_in * ... / 8)]`; `scale` float32 and `zero_point` uint8 are `[C_out, G]` (no zero-point for
     symmetric formats); the bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
     that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state; both move
-    with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are.
+    with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the
+    simulation leaves the input as it comes.
     """
 
     packed: Tensor
@@ -112,6 +113,7 @@ class PackedLayer(nn.Module):
         self.input_quantizer = input_quantizer
         self.kernel: LayerKernel | None = None
         self.register_buffer("unpacked", None, persistent=False)
+        self.input_precision: Precision = "quantized"
         self.shelved = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -180,7 +182,7 @@ class PackedLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel is not None:
             return self.kernel(input, None if self.input_quantizer is None else self.input_quantizer.rows(input))
-        x = input if self.input_quantizer is None else self.input_quantizer(input)
+        x = input if self.input_quantizer is None or self.input_precision == "full" else self.input_quantizer(input)
         weight = self.weight if self.unpacked is None else self.unpacked
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

@@ -121,7 +121,8 @@ class ProductQuantizers(nn.Module):
     """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision.
 
     With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own, and the two of a fused attention by
-    `attention_kernel`, which takes the place of `kernel` alone; none is part of the state.
+    `attention_kernel`, which takes the place of `kernel` alone; none is part of the state. While they are `idle`, the owner computes its products as
+    if it had no quantizers, a fused attention fused.
     """
 
     def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
@@ -129,6 +130,7 @@ class ProductQuantizers(nn.Module):
         self.left = nn.ModuleList([quantizer or nn.Identity() for quantizer in left])
         self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
         self.enabled = True
+        self.idle = False
         self.kernel: ProductKernel | None = None
         self.attention_kernel: AttentionKernel | None = None
         self.site_kernels: Mapping[int, ProductKernel] = {}
@@ -168,6 +170,8 @@ class _Owner:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         products = self.tfmq_products
+        if products.idle:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         executed = products.kernel is not None or products.site_kernels
         with ProductMode(products, *((products.multiply, products.attend) if executed else ())):
             return super().forward(*args, **kwargs)  # type: ignore[misc]

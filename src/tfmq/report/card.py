@@ -24,11 +24,10 @@ def _metadata(report: ModelReport) -> list[str]:
 
 USE = """\
 ```python
-import tfmq  # lets diffusers open the packed weights
+import tfmq  # lets diffusers open the packed weights, and run them by what is fastest on this machine
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("PLACE")
-tfmq.execute(pipeline)  # computes in integers where this machine can
 ```
 """
 

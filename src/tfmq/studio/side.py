@@ -12,7 +12,7 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any
 
-from tfmq.backends.execution import AUTO, choose, execute
+from tfmq.backends.execution import AUTO, computed_by, execute
 from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
 from tfmq.evaluation.sampling import Images, draw_batch
 from tfmq.integrations.diffusers.quiet import quiet
@@ -75,15 +75,15 @@ def _opened(model: str, backend: str, device: str | None) -> _Open:
         sampler: Any = open_sampler(model)
     if device is not None:
         sampler.pipeline.to(device)
-    module, name = sampler.denoiser.module, None
-    if hasattr(module, STEPS):
-        name = choose(backend, module)
-        execute(module, name)
+    module = sampler.denoiser.module
+    quantized = hasattr(module, STEPS)
+    if quantized:
+        execute(module, backend)
     with warnings.catch_warnings():
         # That these two steps were not calibrated is no news.
         warnings.simplefilter("ignore")
         sampler.run(range(1), steps=2, seed=0)
-    return _Open(sampler, name, before)
+    return _Open(sampler, computed_by(module) or backend if quantized else None, before)
 
 
 def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn:

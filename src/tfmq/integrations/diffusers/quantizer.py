@@ -1,10 +1,12 @@
 """diffusers' quantizer interface: a component whose config carries a tfmq manifest loads with `from_pretrained`.
 
-diffusers has no public registration; `register` fills its two tables in `diffusers.quantizers.auto`.
+diffusers has no public registration; `register` fills its two tables in `diffusers.quantizers.auto`, and has it heed the backend of a config that a
+model is loaded with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from tfmq.integrations.diffusers.adapters import refuse_adapters
+from tfmq.integrations.loaded import loaded
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.structure import assemble
 from tfmq.nn.temporal import CachedFeature, FeatureTable
@@ -37,16 +40,27 @@ class QuantMethod(StrEnum):
 
 
 class TFMQConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a quantized component: its sealed manifest (docs/format.md), field by field."""
+    """The `quantization_config` of a quantized component: its sealed manifest (docs/format.md), field by field.
 
-    def __init__(self, **manifest: Any) -> None:
+    Passed to `from_pretrained`, it says what the model computes with; its manifest is the stored one in any case. For a component
+    `quantization_config=TFMQConfig(backend="openvino")`, for a pipeline the same in a `PipelineQuantizationConfig(quant_mapping={"unet": ...})`.
+
+    Args:
+        backend: as in `tfmq.execute`. It is no part of the manifest, and not saved.
+        manifest: the fields.
+    """
+
+    def __init__(self, *, backend: str = "auto", **manifest: Any) -> None:
+        self.backend = backend
         self.manifest = {**manifest, "quant_method": METHOD}
         self.quant_method = QuantMethod.TFMQ
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Return the config of a manifest; diffusers' signature."""
-        config = cls(**config_dict)
+        config = cls()
+        # A field `backend` is none of a manifest: what somebody has put there has to fail its seal.
+        config.manifest |= config_dict
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +99,7 @@ class TFMQQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.requires_grad_(False)
         refuse_adapters(model)
+        loaded(model, self.quantization_config.backend)
         return model
 
     def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,6 +146,21 @@ class TFMQQuantizer(DiffusersQuantizer):
         return False
 
 
+def _heeding(merge: Callable[..., Any]) -> Callable[..., Any]:
+    """Return diffusers' choice between a stored and a given config, which drops the given one, such that a given backend counts."""
+
+    @wraps(merge)
+    def merged(stored: Any, given: Any = None) -> Any:
+        ours = isinstance(given, TFMQConfig) and (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method) == METHOD
+        config = merge(stored, None if ours else given)
+        if ours:
+            config.backend = given.backend
+        return config
+
+    setattr(merged, METHOD, True)
+    return merged
+
+
 def register() -> None:
     """Make diffusers know the method.
 
@@ -142,6 +172,9 @@ def register() -> None:
         if not isinstance(mapping, dict):
             raise RuntimeError(f"diffusers.quantizers.auto has no {table}; install a diffusers that tfmq supports: pip install 'tfmq[diffusers]'")
         mapping[METHOD] = value
+    merge = auto.DiffusersAutoQuantizer.merge_quantization_configs
+    if not getattr(merge, METHOD, False):
+        auto.DiffusersAutoQuantizer.merge_quantization_configs = staticmethod(_heeding(merge))
 
 
 def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
@@ -151,7 +184,7 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
 
     if not isinstance(model, ModelMixin):
         return
-    config = TFMQConfig(**manifest)
+    config = TFMQConfig.from_dict(manifest)
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer = TFMQQuantizer(config, pre_quantized=True)
     model.is_quantized = True

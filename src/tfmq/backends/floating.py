@@ -1,0 +1,33 @@
+"""The float backend: the dequantized weights in the model's own floating point, inputs as they come. As fast as the full-precision model."""
+
+from torch import nn
+
+from tfmq.backends.backend import Coverage, Options, register
+from tfmq.nn.plan import packed_layers
+from tfmq.nn.products import ProductQuantizers
+
+
+@register("float")
+class Float:
+    """What a small model is fastest with, where calling integer layers takes longer than computing them.
+
+    No input and no attention product is quantized. So the outputs are not those of the other backends: as a rule they are nearer to full
+    precision.
+    """
+
+    def missing(self) -> str:
+        """Return nothing: it runs wherever torch does."""
+        return ""
+
+    def attach(self, module: nn.Module, options: Options) -> Coverage:
+        """Let every layer leave its input as it comes, and keep its weight in the model's dtype, if that is wanted."""
+        dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+        layers = packed_layers(module)
+        for layer in layers.values():
+            layer.input_precision = "full"
+            if options.weights == "unpacked":
+                layer.unpacked = layer.weight.to(dtype)
+        for child in module.modules():
+            if isinstance(child, ProductQuantizers):
+                child.idle = True
+        return Coverage(integer=(), floating=dict.fromkeys(layers, "float"))
