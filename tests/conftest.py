@@ -1,13 +1,19 @@
-"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module."""
+"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module.
+
+Every test is seeded, hypothesis included. `TFMQ_TEST_SEED` is the seed, 0 if unset; `TFMQ_TEST_SEED=random` draws one and prints it.
+"""
 
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -17,10 +23,67 @@ from tfmq.models.sampler import LoopSampler
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # The models are so small that a second thread only waits.
 torch.set_num_threads(1)
-settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("tfmq")
+hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("tfmq")
+# Written back, so that the workers of pytest-xdist take the seed that was drawn here.
+if os.environ.get("TFMQ_TEST_SEED") == "random":
+    os.environ["TFMQ_TEST_SEED"] = str(random.SystemRandom().randrange(2**31))
+SEED = int(os.environ.get("TFMQ_TEST_SEED", "0"))
 
 Build = Callable[..., tuple[Denoiser, Inputs]]
+
+
+class TorchGenerator:
+    """torch's global generator as hypothesis wants it, which seeds and restores it around each example: a failing one fails when it is replayed."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(SEED + seed)
+
+    def getstate(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH = TorchGenerator()
+hypothesis.register_random(TORCH)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Seed the generators of torch, numpy and Python, and give them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if SEED:
+        terminalreporter.write_line(f"TFMQ_TEST_SEED={SEED}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With another seed than 0 hypothesis draws other examples too: its own are derived from the source of the test."""
+    for item in items:
+        if SEED and isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj):
+            hypothesis.seed(SEED)(item.obj)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+    """Seed what tests share, so that it does not depend on the test that asks first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with seeded():
+        return (yield)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -153,7 +216,7 @@ def build() -> Build:
 
     def make(name: str, *, seed: int = 0) -> tuple[Denoiser, Inputs]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED + seed)
             factory, channels, kinds = _MODELS[name]
             module = factory().eval().requires_grad_(False)
             inputs = Inputs(torch.randn(1, channels, 8, 8), torch.tensor([5]), _conditions(kinds))
@@ -176,5 +239,6 @@ def sampler(build: Build) -> Callable[..., LoopSampler]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def _seeded() -> Iterator[None]:
+    with seeded():
+        yield
