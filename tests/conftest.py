@@ -107,13 +107,13 @@ class Mixer(nn.Module):
 class PlainDenoiser(nn.Module):
     """No class or name of diffusers: arguments `x` and `t`, attention computed in its own forward, a skip read by the last layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 2) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.tensor([1.0, 0.3, 0.1, 0.03]))
         self.embed = nn.Linear(8, 16)
-        self.entry = nn.Conv2d(2, 8, 3, padding=1)
+        self.entry = nn.Conv2d(channels, 8, 3, padding=1)
         self.stages = nn.ModuleList([Mixer(8), Mixer(8)])
-        self.exit = nn.Conv2d(16, 2, 3, padding=1)
+        self.exit = nn.Conv2d(16, channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         phases = t[:, None] * self.frequencies
@@ -197,6 +197,8 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "dit": (_dit, 4, ("label",)),
     "sd3": (_sd3, 4, ("prompt", "pooled")),
     "plain": (PlainDenoiser, 2, ()),
+    # The cheapest model whose samples are images.
+    "plain_rgb": (lambda: PlainDenoiser(3), 3, ()),
 }
 
 
