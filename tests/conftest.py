@@ -65,6 +65,13 @@ def seeded() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[pytest.CollectReport]:
+    """Seed what a file draws when it is imported, so that it does not depend on the files before it."""
+    with seeded():
+        return (yield)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if SEED:
         terminalreporter.write_line(f"TFMQ_TEST_SEED={SEED}")
