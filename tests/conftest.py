@@ -77,8 +77,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"TFMQ_TEST_SEED={SEED}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With another seed than 0 hypothesis draws other examples too: its own are derived from the source of the test."""
+# What takes most of the processor, most first: begun last, it would leave one worker of pytest-xdist alone.
+SLOW = ("tests/families", "tests/backends/test_graph", "tests/cluster", "tests/test_memory", "tests/cli", "tests/integrations", "tests/test_workflow")
+# Folders whose tests share what takes long to make: one worker makes it.
+SHARED = ("tests/families", "tests/cluster")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers take files, slow ones first, or folders; with another seed than 0 let hypothesis draw others than its own examples of a test."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: [*(item.nodeid.startswith(name) for name in SLOW), True].index(True))
+        for item in items:
+            file = item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(next((name for name in SHARED if file.startswith(name)), file)))
     for item in items:
         if SEED and isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj):
             hypothesis.seed(SEED)(item.obj)
