@@ -116,7 +116,7 @@ def demo(python: Path, environment: dict[str, str]) -> None:
         print(f"picture: {picture}")
 
 
-CHECKS = ("ruff format --check .", "ruff check .", "mypy", "pytest -q -n 2 --dist loadfile")
+CHECKS = ("ruff format --check .", "ruff check .", "mypy", "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder")
 
 
 def test(python: Path, environment: dict[str, str]) -> None:

@@ -1,13 +1,19 @@
-"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module."""
+"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module.
+
+Every test is seeded, hypothesis included. `TFMQ_TEST_SEED` is the seed, 0 if unset; `TFMQ_TEST_SEED=random` draws one and prints it.
+"""
 
 import os
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -17,10 +23,85 @@ from tfmq.models.sampler import LoopSampler
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # The models are so small that a second thread only waits.
 torch.set_num_threads(1)
-settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("tfmq")
+hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("tfmq")
+# Written back, so that the workers of pytest-xdist take the seed that was drawn here.
+if os.environ.get("TFMQ_TEST_SEED") == "random":
+    os.environ["TFMQ_TEST_SEED"] = str(random.SystemRandom().randrange(2**31))
+SEED = int(os.environ.get("TFMQ_TEST_SEED", "0"))
 
 Build = Callable[..., tuple[Denoiser, Inputs]]
+
+
+class TorchGenerator:
+    """torch's global generator as hypothesis wants it, which seeds and restores it around each example: a failing one fails when it is replayed."""
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(SEED + seed)
+
+    def getstate(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+TORCH = TorchGenerator()
+hypothesis.register_random(TORCH)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Seed the generators of torch, numpy and Python, and give them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[pytest.CollectReport]:
+    """Seed what a file draws when it is imported, so that it does not depend on the files before it."""
+    with seeded():
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if SEED:
+        terminalreporter.write_line(f"TFMQ_TEST_SEED={SEED}")
+
+
+# What takes most of the processor, most first: begun last, it would leave one worker of pytest-xdist alone.
+SLOW = ("tests/families", "tests/backends/test_graph", "tests/cluster", "tests/test_memory", "tests/cli", "tests/integrations", "tests/test_workflow")
+# Folders whose tests share what takes long to make: one worker makes it.
+SHARED = ("tests/families", "tests/cluster")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers take files, slow ones first, or folders; with another seed than 0 let hypothesis draw others than its own examples of a test."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: [*(item.nodeid.startswith(name) for name in SLOW), True].index(True))
+        for item in items:
+            file = item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(next((name for name in SHARED if file.startswith(name)), file)))
+    for item in items:
+        if SEED and isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj):
+            hypothesis.seed(SEED)(item.obj)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+    """Seed what tests share, so that it does not depend on the test that asks first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with seeded():
+        return (yield)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -44,13 +125,13 @@ class Mixer(nn.Module):
 class PlainDenoiser(nn.Module):
     """No class or name of diffusers: arguments `x` and `t`, attention computed in its own forward, a skip read by the last layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 2) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.tensor([1.0, 0.3, 0.1, 0.03]))
         self.embed = nn.Linear(8, 16)
-        self.entry = nn.Conv2d(2, 8, 3, padding=1)
+        self.entry = nn.Conv2d(channels, 8, 3, padding=1)
         self.stages = nn.ModuleList([Mixer(8), Mixer(8)])
-        self.exit = nn.Conv2d(16, 2, 3, padding=1)
+        self.exit = nn.Conv2d(16, channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         phases = t[:, None] * self.frequencies
@@ -134,6 +215,8 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "dit": (_dit, 4, ("label",)),
     "sd3": (_sd3, 4, ("prompt", "pooled")),
     "plain": (PlainDenoiser, 2, ()),
+    # The cheapest model whose samples are images.
+    "plain_rgb": (lambda: PlainDenoiser(3), 3, ()),
 }
 
 
@@ -153,7 +236,7 @@ def build() -> Build:
 
     def make(name: str, *, seed: int = 0) -> tuple[Denoiser, Inputs]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(SEED + seed)
             factory, channels, kinds = _MODELS[name]
             module = factory().eval().requires_grad_(False)
             inputs = Inputs(torch.randn(1, channels, 8, 8), torch.tensor([5]), _conditions(kinds))
@@ -188,5 +271,6 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def _seeded() -> Iterator[None]:
+    with seeded():
+        yield

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,4 +43,4 @@ def models(solvers: ModuleType, sampler: Callable[..., LoopSampler]) -> dict[str
         learning=Learning(batch_size=2),
         temporal=replace(recipe.temporal, learning=Learning(iterations=2)),
     )
-    return {"tiny": solvers.Model("tiny", sampler, recipe, num_images=2, trajectories=1, batch_size=2)}
+    return {"tiny": solvers.Model("tiny", partial(sampler, "plain_rgb"), recipe, num_images=2, trajectories=1, batch_size=2)}

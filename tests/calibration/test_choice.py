@@ -42,6 +42,8 @@ def plant(module: nn.Module) -> None:
         first.ff.net[0].proj.weight[:, 5] = 50 * torch.randn(64, generator=generator)
         second.attn1.to_v.weight.zero_()
         second.attn1.to_v.bias.copy_(torch.randn(16, generator=generator))
+        # The layer's error is then that of its input, which no other weight has a part in.
+        nn.init.eye_(second.attn1.to_out[0].weight)
 
 
 @pytest.fixture

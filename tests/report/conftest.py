@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from tfmq.storage.checkpoint import MANIFEST_FILE
 from tfmq.temporal.disturbance import disturbance
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def comparison() -> Callable[..., Comparison]:
     """Return a function that gives a comparison of random images, and of features with noise of the given size."""
 
@@ -41,7 +43,7 @@ def comparison() -> Callable[..., Comparison]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
     """Return a function that gives an analysis made of numbers."""
 
@@ -81,12 +83,13 @@ def bench_file(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def write_model(tmp_path: Path, analysis: Callable[..., Analysis]) -> Callable[..., Path]:
-    """Return a function that writes `model`, `model.evaluation` and `model.analysis` and returns the first."""
+@pytest.fixture(scope="session")
+def drawn_model(tmp_path_factory: pytest.TempPathFactory, analysis: Callable[..., Analysis]) -> Callable[..., Path]:
+    """Return a function that gives a folder with `model`, `model.evaluation` and `model.analysis`; drawing takes a second, so it keeps each."""
 
-    def write(*, images: Any = None, layers: tuple[str, ...] = ("mid.a", "out"), scheme: str = "w4a8", columns: int = 3) -> Path:
-        folder, evaluated, analysed = (tmp_path / f"model{suffix}" for suffix in ("", ".evaluation", ".analysis"))
+    def write(images: Any, layers: tuple[str, ...], scheme: str, columns: int) -> Path:
+        root = tmp_path_factory.mktemp("drawn")
+        folder, evaluated, analysed = (root / f"model{suffix}" for suffix in ("", ".evaluation", ".analysis"))
         for path in (folder, evaluated, analysed):
             path.mkdir()
         entry = {"axis": 1, "bits": 8, "per_step": True, "segments": [], "symmetric": False}
@@ -120,7 +123,19 @@ def write_model(tmp_path: Path, analysis: Callable[..., Analysis]) -> Callable[.
         write_evaluation(evaluated, found, evaluation_values(found, PROTOCOL))
         made = analysis()
         write_analysis(analysed, made, analysis_values(made, {"weights": "d1"}), title=scheme)
-        return folder
+        return root
+
+    kept = cache(partial(write, None))
+    return lambda images, *rest: kept(*rest) if images is None else write(images, *rest)
+
+
+@pytest.fixture
+def write_model(tmp_path: Path, drawn_model: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a function that writes `model`, `model.evaluation` and `model.analysis` and returns the first."""
+
+    def write(*, images: Any = None, layers: tuple[str, ...] = ("mid.a", "out"), scheme: str = "w4a8", columns: int = 3) -> Path:
+        copytree(drawn_model(images, layers, scheme, columns), tmp_path, dirs_exist_ok=True)
+        return tmp_path / "model"
 
     return write
 

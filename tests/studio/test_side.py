@@ -13,7 +13,7 @@ import pytest
 
 import tfmq
 from tfmq.evaluation.sampling import draw
-from tfmq.studio.side import Side, SideError, Wish
+from tfmq.studio.side import Side, SideError, Wish, draw_here
 from tfmq.targets import open_sampler
 
 SOURCE = str(Path(tfmq.__file__).parent.parent)
@@ -26,7 +26,8 @@ def side() -> Iterator[Side]:
     made.close()
 
 
-def test_the_image_is_the_first_of_the_seed(side: Side, quantized: Path) -> None:
+def test_models_have_a_process_each_and_one_that_dies_is_replaced(side: Side, quantized: Path, original: Path) -> None:
+    """One test for all, because each process imports diffusers, which takes seconds."""
     drawn = side.draw(str(quantized), Wish(seed=3, steps=3))
     assert np.array_equal(drawn.image, draw(open_sampler(str(quantized)), 1, steps=3, seed=3, batch_size=1)[0])
     assert drawn.backend == "simulated" and drawn.seconds > 0 and 0 < drawn.memory_bytes < 2**32
@@ -38,19 +39,20 @@ def test_the_image_is_the_first_of_the_seed(side: Side, quantized: Path) -> None
         side.draw(str(quantized), Wish(steps=0))
     # Another model, another process; the first one's is gone.
     first = side.process_ids()
-    with pytest.raises(ValueError, match="does not exist"):
-        side.draw("/no/such/model", Wish())
-    assert not set(first) & set(side.process_ids())
-
-
-def test_a_process_that_dies_is_named_and_replaced(side: Side, original: Path) -> None:
     drawn = side.draw(str(original), Wish(steps=2))
     assert drawn.backend is None
     (process,) = side.process_ids()
+    assert process not in first
     os.kill(process, signal.SIGKILL)
     with pytest.raises(SideError, match="out of memory"):
         side.draw(str(original), Wish(steps=2))
     assert np.array_equal(side.draw(str(original), Wish(steps=2)).image, drawn.image)
+
+
+def test_a_model_that_is_not_there_is_named() -> None:
+    """As a process says it; that what is raised there is raised here too is seen above."""
+    with pytest.raises(ValueError, match="does not exist"):
+        draw_here("/no/such/model", "simulated", None, Wish())
 
 
 PAGE = """

@@ -25,9 +25,10 @@ from tfmq.recipes.recipe import Calibration
 Make = Callable[..., LoopSampler]
 
 
-@pytest.fixture
-def source(sampler: Make, tmp_path: Path) -> Source:
-    """Return a tiny model and its W8A8 twin on disk, with calls at two calibrated timesteps."""
+@pytest.fixture(scope="module")
+def source(sampler: Make, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Return a tiny model and its W8A8 twin on disk, with calls at two calibrated timesteps; tests add files of their own at most."""
+    tmp_path = tmp_path_factory.mktemp("source")
     reference, quantized = sampler(), sampler()
     recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=4, interval=2, batch_size=2))
     made = tfmq.quantize(quantized, recipe)
