@@ -67,7 +67,7 @@ def test_named_padding(padding: Any, kernel: tuple[int, int]) -> None:
 
 
 def test_one_axis_is_the_second_of_two() -> None:
-    geometry = Geometry.of(Convolution((2,), (1,), (3,), 1), (3,))
+    geometry = Geometry.of(Convolution((2,), (1,), (3,), 1).window((3,)))
     assert geometry == Geometry(stride=(1, 2), dilation=(1, 3), padding=(0, 1, 0, 1))
 
 

@@ -9,7 +9,7 @@ from tfmq.nn.operation import operation_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.weight import fit_grid
-from tfmq.reconstruction.regression import Moments, Regression, inputs_at, outputs_at, positions_of
+from tfmq.reconstruction.regression import Moments, Regression
 
 MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (3, 6)),
@@ -38,10 +38,10 @@ def layer(module: Any, *, bits: int = 4) -> CalibratedLayer:
 def test_the_gathered_inputs_are_what_the_outputs_are_made_of(module: Any, shape: tuple[int, ...]) -> None:
     x, op = torch.randn(shape), operation(module)
     output = module(x)
-    places = torch.randperm(positions_of(op, output))[:5]
-    read = inputs_at(op, x, module.weight.shape[2:], places)
+    places = torch.randperm(op.places(output))[:5]
+    read = op.inputs_at(x, module.weight.shape[2:], places)
     weight = module.weight.flatten(1).unflatten(0, (len(read), -1))
-    expected = outputs_at(op, output, places)
+    expected = op.outputs_at(output, places)
     torch.testing.assert_close((read @ weight.mT).transpose(0, 1).flatten(1) + module.bias, expected)
 
 

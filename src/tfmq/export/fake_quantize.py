@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductKernel, ProductQuantizers
-from tfmq.numerics.operations import Convolution
 from tfmq.quantizers.activation import ActivationQuantizer
 
 
@@ -94,7 +93,7 @@ class FakeQuantizeKernel:
         """Return `m`: for each output channel, or with zero padding for each place of one sample's output."""
         operation = self.weight.operation
         real = values * column(weight_scale, values.ndim)
-        if not isinstance(operation, Convolution) or not _pads(operation):
+        if not operation.window(values.shape[2:]).reads_zeros:
             return channels(real.flatten(1).sum(dim=1), operation, x.ndim)
         return operation(torch.ones(1, *[int(size) for size in x.shape[1:]]), real, None)
 
@@ -123,10 +122,6 @@ def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
         if zeros[0] in ([0], [middles[0]]) and zeros[1] == [middles[1]]:
             kernels[site] = FakeQuantizeProduct(*zeros[0], *zeros[1])
     return kernels
-
-
-def _pads(operation: Convolution) -> bool:
-    return operation.padding == "same" or any(amount not in (0, "valid") for amount in operation.padding)
 
 
 @contextmanager
