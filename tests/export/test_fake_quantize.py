@@ -9,7 +9,7 @@ from torch import nn
 from tfmq.export.fake_quantize import FakeQuantizeKernel, product_kernels
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.reference import ReferenceKernel, reference_product
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.products import ProductQuantizers
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -21,22 +21,26 @@ from tfmq.quantizers.steps import StepContext
 def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
     """A layer with integers of four or eight bits, an input on or off the grid, and a row for each sample or for all."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    segments = draw(st.sampled_from([(), (2, 4)]))
+    segments, outputs = draw(st.sampled_from([(), (2, 4)])), 4
     if draw(st.booleans()):
-        source: nn.Module = nn.Linear(6, 5, bias=draw(st.booleans()))
+        source: nn.Module = nn.Linear(6, outputs, bias=draw(st.booleans()))
         x = torch.randn(3, 4, 6)
     else:
         options = {"stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 2)), "dilation": draw(st.integers(1, 2))}
-        source = nn.Conv2d(6, 5, draw(st.integers(1, 3)), bias=draw(st.booleans()), **options)
+        kind, size = draw(st.sampled_from([nn.Conv2d, nn.ConvTranspose2d])), draw(st.integers(1, 3))
+        groups = draw(st.sampled_from([1, 2])) if kind is nn.ConvTranspose2d and not segments else 1
+        source = kind(6, outputs, size, groups=groups, bias=draw(st.booleans()), **options)
         x = torch.randn(3, 6, 7, 8)
     low, high = draw(st.sampled_from([(-15, 15), (-128, 127)]))
-    groups, batch = max(1, len(segments)), draw(st.sampled_from([1, 3]))
+    columns, batch = max(1, len(segments)), draw(st.sampled_from([1, 3]))
     operation = operation_of(source)
     assert operation is not None
-    values = torch.randint(low, high + 1, source.weight.shape, dtype=torch.int16)
+    values = torch.randint(low, high + 1, weight_of(source).shape, dtype=torch.int16)
     bias = None if source.bias is None else source.bias.detach()
-    weight = IntegerWeight(operation, values, torch.rand(5, groups) * 0.05 + 0.01, bias, segments)
-    rows = Rows(torch.rand(batch, groups) * 0.02 + 0.01, torch.randint(0, 256, (batch, groups), dtype=torch.uint8), draw(st.sampled_from([16, 256])))
+    weight = IntegerWeight(operation, values, torch.rand(outputs, columns) * 0.05 + 0.01, bias, segments)
+    rows = Rows(
+        torch.rand(batch, columns) * 0.02 + 0.01, torch.randint(0, 256, (batch, columns), dtype=torch.uint8), draw(st.sampled_from([16, 256]))
+    )
     return weight, x, rows
 
 

@@ -37,6 +37,9 @@ def shape_refusal(weight: IntegerWeight) -> str:
         return f"it reads a concatenation of more than {MAX_SEGMENTS} sources"
     if operation.groups != 1:
         return f"it is a grouped {operation.kind}"
+    window = operation.window(weight.values.shape[2:])
+    if window.mirrored:
+        return f"it is a {operation.kind}"
     return "" if weight.values.ndim <= 4 else f"it is a {operation.kind} over three axes"
 
 

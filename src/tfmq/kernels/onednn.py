@@ -64,12 +64,12 @@ def supports(weight: IntegerWeight, levels: int) -> bool:
 
 
 def pads(window: Window) -> bool:
-    """Whether the library pads as a window wants it: as much behind as in front.
+    """Whether the library lays an input out as a window wants it: without spaces, and with as many zeros behind it as in front.
 
     No window may lie in the padding altogether: for a single input channel the library (torch 2.13) then returns what memory happens to hold.
     """
     reach = (step * (taps - 1) for taps, step in zip(window.size, window.dilation, strict=True))
-    return all(before == after and before <= most for (before, after), most in zip(window.border, reach, strict=True))
+    return not window.spaced and all(before == after and 0 <= before <= most for (before, after), most in zip(window.border, reach, strict=True))
 
 
 def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
@@ -102,7 +102,7 @@ class _Part:
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
         self.ones = torch.ones_like(self.scale)
         self.sums = values.float().flatten(1).sum(dim=1)
-        narrow = values.to(torch.int8).contiguous()
+        narrow = self.window.slid(values).to(torch.int8).contiguous()
         if not self.window.size:
             self.packed = torch.ops.onednn.qlinear_prepack(narrow, None)
         else:
