@@ -111,6 +111,12 @@ def test_transposed_convolutions_and_embeddings_are_quantized_and_the_rest_is_na
     assert packed_layers(module)["up"].input_quantizer is not None and packed_layers(module)["up"].format.bits == 4
     assert {name: layer.format.bits for name, layer in packed_embeddings(module).items()} == {"labels": 8}
     assert any("up" in unit.name for unit in outcome.units) and not any("labels" in unit.name for unit in outcome.units)
+    assert [(entry.name, entry.kind, entry.bytes) for entry in outcome.floating] == [
+        ("exit", "Conv2d", 4 * (2 * 10 * 9 + 2)),
+        ("norm", "GroupNorm", 4 * 16),
+        ("", "Upsampler", 4 * 4),
+    ]
+    assert [entry.reason for entry in outcome.floating] == ["rule of the recipe", "norm", "tensors of its own"]
 
 
 class Tabled(torch.nn.Module):

@@ -11,6 +11,7 @@ from tfmq.calibration.choice import InputErrors, choose_inputs
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.models.sampler import Sampler
+from tfmq.nn.floating import Floating, floating
 from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers, pack_all, prepare
 from tfmq.progress import Advance, Progress, silent
 from tfmq.quantizers.steps import StepContext
@@ -33,12 +34,13 @@ from tfmq.temporal.probe import probe
 class Outcome:
     """What quantization did.
 
-    One report a unit, the disturbance of temporal features at the calibrated timesteps, and measured inputs.
+    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, and what stays in floating point.
     """
 
     units: tuple[UnitReport, ...]
     disturbance: Disturbance
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
+    floating: tuple[Floating, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,4 +166,4 @@ def quantize_denoiser(
     )
     pack_all(denoiser.module)
     disturbed = disturbance(steps.timesteps, prepared.full, quantized_features(block, steps, block.features))
-    return Outcome(reports, disturbed, prepared.inputs)
+    return Outcome(reports, disturbed, prepared.inputs, floating(denoiser.module, block.trace.quantizable))
