@@ -144,11 +144,13 @@ def test_a_table_of_timesteps_is_quantized_behind_the_tables_of_its_features(tmp
     quantize(drawn, quick("w8a8"), tmp_path)
     assert set(packed_embeddings(module)) == {"times"}
     assert isinstance(module.shift, CachedFeature) and isinstance(module.inner, SkippedLayer)
-    x, t = torch.randn(3, 2, 8, 8), module.tfmq_steps.timesteps.long()
-    expected = full.shift(torch.relu(full.inner(full.times(t))))
-    assert sqnr_db(expected, module.shift.table(torch.arange(3))) > 40
-    with torch.no_grad(), without_tables(module):
-        assert sqnr_db(full(x, t), module(x, t)) > 25
+    with torch.no_grad():
+        expected = full.shift(torch.relu(full.inner(full.times(module.tfmq_steps.timesteps.long()))))
+        assert sqnr_db(expected, module.shift.table(torch.arange(3))) > 40
+        for inputs in CalibrationStore(tmp_path / "calls"):
+            assert sqnr_db(Denoiser(full)(inputs), drawn.denoiser(inputs)) > 25
+            with without_tables(module):
+                assert sqnr_db(Denoiser(full)(inputs), drawn.denoiser(inputs)) > 25
 
 
 def test_a_rule_keeps_an_embedding_or_gives_it_other_bits(sampler: Sampling, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
             assert word in out
 
 
-@pytest.mark.parametrize(("height", "rows"), [(36, 3), (60, 12), (24, 1)])
+@pytest.mark.parametrize(("height", "rows"), [(36, 4), (60, 12), (24, 1)])
 def test_what_is_shown_fits_on_one_screen(tfmq: Run, monkeypatch: pytest.MonkeyPatch, height: int, rows: int) -> None:
     for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "xterm"), ("LINES", str(height)), ("COLUMNS", "80")):
         monkeypatch.setenv(name, value)

@@ -44,11 +44,11 @@ def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
     return weight, x, rows
 
 
-@given(cases())
-def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.Tensor, Rows]) -> None:
+@given(cases(), st.sampled_from([None, True]))
+def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.Tensor, Rows], middle: bool | None) -> None:
     weight, x, rows = case
     exact = ReferenceKernel(weight, rows.levels)(x, rows)
-    through = FakeQuantizeKernel(weight, rows.zero_point)(x, rows)
+    through = FakeQuantizeKernel(weight, rows.zero_point, middle=middle and rows.levels // 2)(x, rows)
     # The quotient is shifted before it is rounded, so a value within rounding error of a tie may fall on the other side: one code of one input.
     step = (rows.scale.max() * weight.scale.max() * weight.values.abs().max()).item()
     difference = (exact - through).abs()
@@ -78,6 +78,9 @@ def test_rows_that_share_a_zero_point_need_no_correction() -> None:
     weight = IntegerWeight(operation, torch.ones(3, 4, dtype=torch.int16), torch.ones(3, 1), None)
     assert FakeQuantizeKernel(weight, torch.full((5, 1), 7)).shifts == [False]
     assert FakeQuantizeKernel(weight, torch.tensor([[7], [8]])).shifts == [True]
+    for zeros, centre in ((0, 0), (128, 128), (7, 128)):
+        kernel = FakeQuantizeKernel(weight, torch.full((5, 1), zeros), middle=128)
+        assert kernel.centres == [centre] and kernel.shifts == [zeros != centre]
 
 
 def product_quantizers(left: list[int], right: list[int], *, bits: int = 8, symmetric: bool = False) -> ProductQuantizers:

@@ -189,7 +189,7 @@ def show_inspection(inspection: "Inspection") -> None:
         ("size", f"{megabytes(fp32)}; {predicted}" if quantized is None else _size(fp32, quantized)),
         ("layers", f"{len(inspection.layers)}: {_bits(inspection.layers)}"),
         *([("embeddings", f"{len(inspection.embeddings)}: {_bits(inspection.embeddings)}")] if inspection.embeddings else []),
-        ("stays in float", floating_in_words(_floating_of(inspection))),
+        ("stays in float", floating_in_words(_floating_of(inspection)) + (" with the smallest weights" if quantized is None else "")),
         ("units", str(len(inspection.units))),
         ("temporal", _temporal(inspection)),
         ("tables", ", ".join(f"{megabytes(count)} for {steps} steps" for steps, count in inspection.table_bytes.items())),

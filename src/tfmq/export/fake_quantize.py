@@ -27,6 +27,7 @@ from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
 from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductKernel, ProductQuantizers
 from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.input import InputQuantizer
 
 
 @torch.library.custom_op("tfmq::codes", mutates_args=())
@@ -54,10 +55,11 @@ def _(values: Tensor, scale: Tensor, axis: int) -> Tensor:
 class FakeQuantizeKernel:
     """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the input is not quantized.
 
-    The maps `m` are kept by the size of the input, so that a call before the capture makes constants of them.
+    With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed convolutions of signed and of unsigned
+    codes, and none with a zero-point between. The maps `m` are kept by the size of the input, so that a call before the capture makes constants of them.
     """
 
-    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None) -> None:
+    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None) -> None:
         # The integers are in the parts alone, a byte each: a model is in memory several times while it is converted.
         self.weight = replace(weight, values=weight.values.new_empty(0))
         # In the layout of the module, which engines know. Where that has no axis for the scales, a plug-in that moves them errs, so that they are in.
@@ -68,7 +70,7 @@ class FakeQuantizeKernel:
         ]
         self.maps: dict[tuple[int, ...], Tensor] = {}
         columns = [] if zero_points is None else zero_points.int().unbind(1)
-        self.centres = [int(values.median()) for values in columns]
+        self.centres = [int(values.median()) if middle is None else middle * bool(values.any()) for values in columns]
         self.shifts = [bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)]
 
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
@@ -133,6 +135,13 @@ def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
     return kernels
 
 
+def _kernel(weight: IntegerWeight, quantizer: InputQuantizer | None) -> FakeQuantizeKernel:
+    if quantizer is None:
+        return FakeQuantizeKernel(weight, None)
+    transposed = weight.operation.window(weight.values.shape[2:]).mirrored
+    return FakeQuantizeKernel(weight, quantizer.zero_points(), middle=quantizer.format.middle if transposed else None)
+
+
 @contextmanager
 def graph_kernels(module: nn.Module) -> Iterator[None]:
     """Let the layers, embeddings and attention products of a packed denoiser compute in terms of engines for a while."""
@@ -142,7 +151,7 @@ def graph_kernels(module: nn.Module) -> Iterator[None]:
     for layer in layers:
         weight = layer.integer_weight()
         quantizer = layer.input_quantizer
-        layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_points()) if weight.narrow else None
+        layer.kernel = _kernel(weight, quantizer) if weight.narrow else None
     for child in products:
         child.site_kernels = product_kernels(child)
     for embedding in packed_embeddings(module).values():
