@@ -56,7 +56,8 @@ class FakeQuantizeKernel:
     """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the input is not quantized.
 
     With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed convolutions of signed and of unsigned
-    codes, and none with a zero-point between. The maps `m` are kept by the size of the input, so that a call before the capture makes constants of them.
+    codes, and none with a zero-point between. The maps `m` are kept by the size of the input, so that a call before the capture makes constants of
+    them.
     """
 
     def __init__(self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None) -> None:
