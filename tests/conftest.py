@@ -145,6 +145,27 @@ class PlainDenoiser(nn.Module):
         return self.exit(torch.cat([hidden, entry], dim=1))
 
 
+class Upsampler(nn.Module):
+    """A plain module that is small in the middle: a transposed convolution up again, an embedding of labels, a norm with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.tensor([1.0, 0.3, 0.1, 0.03]))
+        self.embed = nn.Linear(8, 16)
+        self.labels = nn.Embedding(10, 16)
+        self.entry = nn.Conv2d(2, 8, 4, stride=2, padding=1)
+        self.shift = nn.Linear(16, 8)
+        self.norm = nn.GroupNorm(2, 8)
+        self.up = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1)
+        self.exit = nn.Conv2d(10, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        phases = t[:, None] * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([phases.sin(), phases.cos()], dim=1)) + self.labels(class_labels))
+        hidden = F.silu(self.norm(self.entry(x) + self.shift(embedding)[:, :, None, None]))
+        return self.exit(torch.cat([self.up(hidden), x], dim=1))
+
+
 class ResidualAfterNorm:
     """An attention processor in terms of `torch.baddbmm` and `torch.einsum`, whose residual is the normalised input."""
 
@@ -217,6 +238,7 @@ _MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "plain": (PlainDenoiser, 2, ()),
     # The cheapest model whose samples are images.
     "plain_rgb": (lambda: PlainDenoiser(3), 3, ()),
+    "upsampler": (Upsampler, 2, ("label",)),
 }
 
 

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -6,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import CalibrationError
-from tfmq.models.denoiser import Inputs
+from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.plan import activation_sites, packed_layers
+from tfmq.nn.plan import activation_sites, packed_embeddings, packed_layers
 from tfmq.nn.structure import assemble, describe
-from tfmq.nn.temporal import CachedFeature, SkippedLayer
+from tfmq.nn.temporal import CachedFeature, SkippedLayer, without_tables
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.presets import scheme
 from tfmq.recipes.recipe import Calibration, Recipe, Rule, Temporal, Weights
@@ -90,13 +92,72 @@ def test_every_variant_ends_packed_with_the_bits_of_its_recipe(sampler: Sampling
     assert torch.isfinite(images).all() and images.std() > 0
 
 
-@pytest.mark.parametrize("name", ["own_attention", "class_conditional", "dit", "sd3"])
+@pytest.mark.parametrize("name", ["own_attention", "class_conditional", "dit", "sd3", "upsampler"])
 def test_every_architecture_runs_through(sampler: Sampling, tmp_path: Path, name: str) -> None:
     drawn = sampler(name)
     full = drawn.run(range(2), steps=3, seed=5)
     recipe = quick("w8a8", temporal=Temporal(maintenance="selected"), weights=Weights(bits=8, ranges="min_max"))
     quantize(drawn, replace(recipe, learning=replace(FEW, iterations=1)), tmp_path)
     assert sqnr_db(full, drawn.run(range(2), steps=3, seed=5)) > 15
+    embeddings = {key for key, child in sampler(name).denoiser.module.named_modules() if isinstance(child, torch.nn.Embedding)}
+    assert set(packed_embeddings(drawn.denoiser.module)) == embeddings
+
+
+def test_transposed_convolutions_and_embeddings_are_quantized_and_the_rest_is_named(sampler: Sampling, tmp_path: Path) -> None:
+    drawn = sampler("upsampler")
+    recipe = quick("w4a8", rules=(Rule(match="exit", weight_bits=None, activation_bits=None),))
+    outcome = quantize(drawn, recipe, tmp_path)
+    module = drawn.denoiser.module
+    assert packed_layers(module)["up"].input_quantizer is not None and packed_layers(module)["up"].format.bits == 4
+    assert {name: layer.format.bits for name, layer in packed_embeddings(module).items()} == {"labels": 8}
+    assert any("up" in unit.name for unit in outcome.units) and not any("labels" in unit.name for unit in outcome.units)
+    assert [(entry.name, entry.kind, entry.bytes) for entry in outcome.floating] == [
+        ("exit", "Conv2d", 4 * (2 * 10 * 9 + 2)),
+        ("norm", "GroupNorm", 4 * 16),
+        ("", "Upsampler", 4 * 4),
+    ]
+    assert [entry.reason for entry in outcome.floating] == ["rule of the recipe", "norm", "tensors of its own"]
+
+
+class Tabled(torch.nn.Module):
+    """A denoiser whose time embedding is a learned table of timesteps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = torch.nn.Embedding(1000, 16)
+        self.inner = torch.nn.Linear(16, 16)
+        self.shift = torch.nn.Linear(16, 4)
+        self.entry = torch.nn.Conv2d(2, 4, 3, padding=1)
+        self.exit = torch.nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift = self.shift(torch.relu(self.inner(self.times(t))))
+        return self.exit(torch.relu(self.entry(x) + shift[:, :, None, None]))
+
+
+def test_a_table_of_timesteps_is_quantized_behind_the_tables_of_its_features(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+
+    module = Tabled().eval()
+    drawn = LoopSampler(Denoiser(module), DDIMScheduler(), shape=(2, 8, 8))
+    full = copy.deepcopy(module)
+    quantize(drawn, quick("w8a8"), tmp_path)
+    assert set(packed_embeddings(module)) == {"times"}
+    assert isinstance(module.shift, CachedFeature) and isinstance(module.inner, SkippedLayer)
+    with torch.no_grad():
+        expected = full.shift(torch.relu(full.inner(full.times(module.tfmq_steps.timesteps.long()))))
+        assert sqnr_db(expected, module.shift.table(torch.arange(3))) > 40
+        for inputs in CalibrationStore(tmp_path / "calls"):
+            assert sqnr_db(Denoiser(full)(inputs), drawn.denoiser(inputs)) > 25
+            with without_tables(module):
+                assert sqnr_db(Denoiser(full)(inputs), drawn.denoiser(inputs)) > 25
+
+
+def test_a_rule_keeps_an_embedding_or_gives_it_other_bits(sampler: Sampling, tmp_path: Path) -> None:
+    for bits in (None, 3):
+        drawn = sampler("upsampler")
+        quantize(drawn, quick("w4a8", rules=(Rule(match="labels", weight_bits=bits, activation_bits=None),)), tmp_path / str(bits))
+        assert {layer.format.bits for layer in packed_embeddings(drawn.denoiser.module).values()} == ({bits} if bits else set())
 
 
 @pytest.mark.parametrize("name", ["unet", "plain"])

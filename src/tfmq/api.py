@@ -15,6 +15,7 @@ from torch import nn
 
 from tfmq.artifact import load, mark, save, stored_architecture, stored_manifest
 from tfmq.calibration.store import CalibrationStore
+from tfmq.nn.floating import summary
 from tfmq.nn.structure import describe, state_bytes
 from tfmq.progress import Progress, silent
 from tfmq.recipes import scheme
@@ -69,6 +70,7 @@ def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], param
             "mismatches": disturbed.mismatches,
         },
         "inputs": _inputs(outcome),
+        "floating": summary(outcome.floating, quantized_bytes),
         "sha256": manifest["digest"],
     }
 

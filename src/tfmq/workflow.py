@@ -11,7 +11,8 @@ from tfmq.calibration.choice import InputErrors, choose_inputs
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.models.sampler import Sampler
-from tfmq.nn.plan import activation_sites, calibrated_layers, pack_all, prepare
+from tfmq.nn.floating import Floating, floating
+from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers, pack_all, prepare
 from tfmq.progress import Advance, Progress, silent
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
@@ -31,11 +32,15 @@ from tfmq.temporal.probe import probe
 
 @dataclass(frozen=True)
 class Outcome:
-    """What quantization did: one report a unit, the disturbance of temporal features at the calibrated timesteps, and measured inputs."""
+    """What quantization did.
+
+    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, and what stays in floating point.
+    """
 
     units: tuple[UnitReport, ...]
     disturbance: Disturbance
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
+    floating: tuple[Floating, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,9 @@ def prepare_units(
         quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
     measured = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if plan.measures(name)}
     inputs = choose_inputs(denoiser, measured, StoredBatches(store, recipe.calibration.interval), journal=journal, progress=progress)
+    for embedding in calibrated_embeddings(denoiser.module).values():
+        # Before anything learns, so that what learns makes up for it.
+        settle(embedding)
     temporal = [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
     maintained = temporal if recipe.temporal.maintenance != "none" else []
     if maintained:
@@ -157,4 +165,5 @@ def quantize_denoiser(
         progress=progress,
     )
     pack_all(denoiser.module)
-    return Outcome(reports, disturbance(steps.timesteps, prepared.full, quantized_features(block, steps, block.features)), prepared.inputs)
+    disturbed = disturbance(steps.timesteps, prepared.full, quantized_features(block, steps, block.features))
+    return Outcome(reports, disturbed, prepared.inputs, floating(denoiser.module, block.trace.quantizable))

@@ -28,7 +28,7 @@ from tfmq.storage.digest import tensor_digest
 
 # With a grid for each token of the linear layers' inputs.
 DYNAMIC = ("dit dynamic", "sd3 dynamic", "conditional dynamic")
-MODELS = ("unet", "plain", "dit", "sd3", "conditional", *DYNAMIC)
+MODELS = ("unet", "plain", "dit", "sd3", "conditional", "upsampler", *DYNAMIC)
 needs_onednn = pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
 INTEGER = ["reference", "operators", pytest.param("torch", marks=needs_onednn)]
 EVERY = ["simulated", "float", *INTEGER]
@@ -73,7 +73,8 @@ def test_outputs_are_near_the_simulation(quantized: Quantized, name: str, backen
     module, inputs = quantized(name)
     expected = run(module, inputs)
     coverage = execute(module, backend)
-    assert set(coverage.integer) == set(packed_layers(module)) and not coverage.floating
+    lacking = {"up": "it is a transposed convolution"} if (name, backend) == ("upsampler", "operators") else {}
+    assert set(coverage.integer) == set(packed_layers(module)) - lacking.keys() and coverage.floating == lacking
     # Sums that round differently move an activation across a tie now and then: one code of these tiny models costs 48 to 60 dB, none 130.
     assert sqnr_db(expected, run(module, inputs)) > 35
 
@@ -247,8 +248,8 @@ def test_what_the_library_lacks_stays_in_floating_point_with_a_reason(assorted: 
     x, t = torch.randn(2, 4, 6, 6), torch.zeros(2)
     expected = assorted(x, t)
     coverage = execute(assorted, "torch")
-    assert coverage.integer == ("plain",)
-    words = {"same": "padding", "cubic": "no integer operator", "wide": "eight signed bits", "weight_only": "its input is not quantized"}
+    assert coverage.integer == ("plain", "same")
+    words = {"cubic": "no integer operator", "wide": "eight signed bits", "weight_only": "its input is not quantized"}
     assert coverage.floating.keys() == words.keys()
     assert all(word in coverage.floating[name] for name, word in words.items())
     assert sqnr_db(expected, assorted(x, t)) > 35

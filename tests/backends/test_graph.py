@@ -109,6 +109,21 @@ def test_openvino_executes_the_grids_of_tokens_in_integers(sampler: Callable[...
     assert set(kinds_of("FullyConnected", own_cache)) <= {"u8", "i8"}
 
 
+def test_openvino_executes_transposed_convolutions_in_integers(sampler: Callable[..., LoopSampler], own_cache: Path) -> None:
+    pytest.importorskip("openvino")
+    module, inputs = quantized(sampler("upsampler"), "w8a8")
+    inputs = replace(inputs, conditions={"class_labels": torch.tensor([3, 7])})
+    execute(module, "reference")
+    exact = outputs(module, inputs)
+    assert not execute(module, "openvino").floating
+    for expected, through in zip(exact, outputs(module, inputs), strict=True):
+        assert sqnr_db(expected, through) > 40
+    if "INT8" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no integer convolution")
+    kinds = kinds_of("Deconvolution", own_cache)
+    assert kinds and set(kinds) <= {"u8", "i8"}
+
+
 def test_openvino_executes_every_convolution_in_integers(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
     pytest.importorskip("openvino")
     module, inputs = copy.deepcopy(cached[0]), cached[1]

@@ -9,7 +9,7 @@ import pytest
 
 Run = Callable[..., Any]
 KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes", "temporal_parameters", "table_bytes", "schemes", "speed"}
-KEYS |= {"inputs"}
+KEYS |= {"inputs", "floating", "embeddings"}
 
 
 def test_full_precision(tfmq: Run, model: Path) -> None:
@@ -42,6 +42,8 @@ def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
         out = tfmq("inspect", source).out
         assert len(out.splitlines()) <= 50
         for word in (
+            "stays in float",
+            "GroupNorm",
             "UNet2DModel",
             "8 of timestep (tabulated)",
             "for 20 steps",
@@ -53,7 +55,7 @@ def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
             assert word in out
 
 
-@pytest.mark.parametrize(("height", "rows"), [(24, 3), (60, 12), (10, 1)])
+@pytest.mark.parametrize(("height", "rows"), [(36, 4), (60, 12), (24, 1)])
 def test_what_is_shown_fits_on_one_screen(tfmq: Run, monkeypatch: pytest.MonkeyPatch, height: int, rows: int) -> None:
     for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "xterm"), ("LINES", str(height)), ("COLUMNS", "80")):
         monkeypatch.setenv(name, value)

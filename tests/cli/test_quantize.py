@@ -17,7 +17,7 @@ import torch
 from tfmq.storage.journal import Journal
 
 Run = Callable[..., Any]
-KEYS = {"output_dir", "scheme", "seconds", "time_budget", "memory", "bytes", "units", "temporal", "sha256"}
+KEYS = {"output_dir", "scheme", "seconds", "time_budget", "memory", "bytes", "units", "temporal", "sha256", "floating"}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -37,6 +37,8 @@ def test_report(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
         assert unit.keys() == {"name", "error_before", "error_after", "iterations", "seconds"}
         assert unit["error_after"] >= 0 and unit["seconds"] > 0
     config = json.loads((tmp_path / "q" / "unet" / "config.json").read_text())
+    assert 0 < report["floating"]["share"] < 0.5 and {module["reason"] for module in report["floating"]["modules"]} == {"norm"}
+    assert report["floating"]["bytes"] == sum(module["bytes"] for module in report["floating"]["modules"])
     assert report["sha256"] == config["quantization_config"]["digest"]
     assert "calibration: sampling" in result.err and "units: reconstruction" in result.err and "Loading" not in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["q"]

@@ -4,13 +4,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import tfmq
 from tfmq.evaluation import inspection
 from tfmq.evaluation.inspection import inspect
+from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.plan import packed_layers
+from tfmq.models.trace import trace
+from tfmq.nn.floating import floating, summary
+from tfmq.nn.plan import packed_layers, packed_weights
 from tfmq.nn.structure import state_bytes
 from tfmq.nn.temporal import CachedFeature
 from tfmq.recipes.paper import PAPER
@@ -57,6 +61,10 @@ def test_quantized_agrees_with_its_original(pair: Pair, name: str) -> None:
     assert {layer.activation_bits for layer in after.layers} == {8}
     assert after.bytes == {"fp32": 4 * before.parameters, "quantized": state_bytes(module)}
     assert not after.predicted_bytes
+    embeddings = {key for key, child in reference.denoiser.module.named_modules() if isinstance(child, nn.Embedding)}
+    assert {layer.name for layer in before.embeddings} == embeddings
+    assert {(layer.name, layer.weight_bits, layer.input) for layer in after.embeddings} == {(key, 8, "full") for key in embeddings}
+    assert before.floating == after.floating
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -68,6 +76,48 @@ def test_predicted_bytes_are_those_of_the_tensors(sampler: Callable[..., LoopSam
     made = sampler()
     tfmq.quantize(made, recipe)
     assert predicted == state_bytes(made.denoiser.module) - 4 * 2
+
+
+def test_predicted_bytes_have_transposed_convolutions_and_embeddings(sampler: Callable[..., LoopSampler]) -> None:
+    made, recipe = sampler("upsampler"), replace(rtn(tfmq.scheme("w4a32")), rules=(), calibration=Calibration(samples=1, steps=2))
+    predicted = inspect(made)
+    kept = sum(entry.bytes for entry in predicted.floating)
+    tfmq.quantize(made, recipe)
+    assert predicted.predicted_bytes["w4"] == state_bytes(made.denoiser.module) - 4 * 2 - 4 * 4  # Timesteps, and a buffer that is no parameter.
+    biases = sum(layer.bias.nbytes for layer in packed_layers(made.denoiser.module).values() if layer.bias is not None)
+    codes = sum(state_bytes(child) for child in packed_weights(made.denoiser.module).values())
+    assert kept == state_bytes(made.denoiser.module) - codes - 4 * 2 and biases > 0
+
+
+def test_what_stays_in_floating_point_is_named_with_its_reason() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+            self.reflect = nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
+            self.norm = nn.LayerNorm(8)
+            self.plain = nn.Conv2d(2, 2, 1)
+            self.sized = nn.ConvTranspose2d(2, 2, 2, stride=2)
+            self.idle = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            y = self.norm(self.plain(self.reflect(x))) * self.gain + t[:, None, None, None]
+            return self.sized(y, output_size=(16, 16))[:, :, ::2, ::2]
+
+    example = Inputs(torch.randn(1, 2, 8, 8), torch.tensor([5.0]))
+    traced = trace(Denoiser(Odd()), example)
+    assert [layer.name for layer in traced.layers] == ["plain"]
+    found = floating(Odd(), (), quantized=traced.quantizable)
+    assert {entry.name: entry.reason for entry in found} == {
+        "": "tensors of its own",
+        "reflect": "no integer operation for this kind",
+        "norm": "norm",
+        "sized": "no plain call of it",
+        "idle": "no plain call of it",
+    }
+    assert [entry.bytes for entry in found] == sorted((entry.bytes for entry in found), reverse=True)
+    assert summary(found, 4 * sum(entry.bytes for entry in found))["share"] == 0.25
+    assert {entry.name for entry in floating(Odd(), {"plain"}) if entry.reason == "rule of the recipe"} == {"plain"}
 
 
 def test_table_bytes_are_those_of_the_tables(sampler: Callable[..., LoopSampler]) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tfmq.backends.execution import execute
 from tfmq.export.capture import Call, Graph, KeyedGraph, capture
+from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
 
@@ -34,7 +36,7 @@ def call_of(module: nn.Module, inputs: Inputs) -> Call:
     return Call.of(module, {first: inputs.sample, module.tfmq_timestep: inputs.timestep, **inputs.conditions})
 
 
-@pytest.mark.parametrize("name", ["plain", "sdxl"])
+@pytest.mark.parametrize("name", ["plain", "sdxl", "upsampler"])
 def test_a_graph_equals_the_denoiser_for_any_batch(sampler: Callable[..., LoopSampler], name: str) -> None:
     module, inputs = quantized(sampler, name)
     call = call_of(module, inputs)
@@ -45,6 +47,16 @@ def test_a_graph_equals_the_denoiser_for_any_batch(sampler: Callable[..., LoopSa
     wider = call.resized(3)
     (expected,) = Graph(module, call.signature)(bins[[1, 1, 1]], *wider)
     torch.testing.assert_close(program(bins[[1, 1, 1]], *wider)[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
+def test_integer_transposed_convolutions_and_embeddings_are_captured(sampler: Callable[..., LoopSampler]) -> None:
+    module, inputs = quantized(sampler, "upsampler")
+    assert not execute(module, "torch").floating
+    call, bins = call_of(module, inputs), torch.tensor([0, 2])
+    expected = Graph(module, call.signature)(bins, *call.tensors)[0]
+    program = capture(Graph(module, call.signature), call, dynamic=False).module()
+    torch.testing.assert_close(program(bins, *call.tensors)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_the_layers_behind_a_table_are_gone_from_the_graph(sampler: Callable[..., LoopSampler]) -> None:

@@ -17,16 +17,18 @@ from tfmq.models.sampler import LoopSampler
 from tfmq.numerics.errors import sqnr_db
 
 
-@pytest.fixture(scope="module")
-def quantized(sampler: Callable[..., LoopSampler]) -> tuple[LoopSampler, dict[str, Tensor], Tensor]:
-    """A quantized plain denoiser, the inputs of a call at two timesteps, and its exact output."""
-    made = sampler("plain")
+@pytest.fixture(scope="module", params=["plain", "upsampler"])
+def quantized(sampler: Callable[..., LoopSampler], request: pytest.FixtureRequest) -> tuple[LoopSampler, dict[str, Tensor], Tensor]:
+    """A quantized denoiser, the inputs of a call at two timesteps, and its exact output."""
+    made = sampler(request.param)
     recipe = tfmq.scheme("w8a8")
     recipe = replace(recipe, calibration=replace(recipe.calibration, steps=3, samples=2), learning=replace(recipe.learning, iterations=0))
     tfmq.quantize(made, replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))))
     module: nn.Module = made.denoiser.module
     torch.manual_seed(3)
     inputs = {"x": torch.randn(3, 2, 8, 8), "t": module.tfmq_steps.timesteps[[2, 0, 1]].long()}
+    if request.param == "upsampler":
+        inputs["class_labels"] = torch.tensor([3, 0, 9])
     execute(module, "reference")
     with torch.no_grad():
         return made, inputs, module(**inputs)
@@ -54,7 +56,7 @@ def test_an_exported_model_runs_on_its_own(
     described = export(made.denoiser, replace(example, timestep=example.timestep.long()), tmp_path, to=target)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*described["files"], DESCRIPTION])
     assert json.loads((tmp_path / DESCRIPTION).read_text()) == described
-    assert [port["name"] for port in described["inputs"]] == ["x", "t"]
+    assert [port["name"] for port in described["inputs"]] == list(inputs)
     assert described["inputs"][0]["shape"] == ["batch", 2, 8, 8]
     assert sqnr_db(expected, run(tmp_path, inputs)) > 40
     first = {name: value[:1] for name, value in inputs.items()}

@@ -9,7 +9,7 @@ from torch import nn
 from tfmq.export.fake_quantize import FakeQuantizeKernel, product_kernels
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.reference import ReferenceKernel, reference_product
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.products import ProductQuantizers
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -21,30 +21,34 @@ from tfmq.quantizers.steps import StepContext
 def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
     """A layer with integers of four or eight bits, an input on or off the grid, and a row for each sample or for all."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    segments = draw(st.sampled_from([(), (2, 4)]))
+    segments, outputs = draw(st.sampled_from([(), (2, 4)])), 4
     if draw(st.booleans()):
-        source: nn.Module = nn.Linear(6, 5, bias=draw(st.booleans()))
+        source: nn.Module = nn.Linear(6, outputs, bias=draw(st.booleans()))
         x = torch.randn(3, 4, 6)
     else:
         options = {"stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 2)), "dilation": draw(st.integers(1, 2))}
-        source = nn.Conv2d(6, 5, draw(st.integers(1, 3)), bias=draw(st.booleans()), **options)
+        kind, size = draw(st.sampled_from([nn.Conv2d, nn.ConvTranspose2d])), draw(st.integers(1, 3))
+        groups = draw(st.sampled_from([1, 2])) if kind is nn.ConvTranspose2d and not segments else 1
+        source = kind(6, outputs, size, groups=groups, bias=draw(st.booleans()), **options)
         x = torch.randn(3, 6, 7, 8)
     low, high = draw(st.sampled_from([(-15, 15), (-128, 127)]))
-    groups, batch = max(1, len(segments)), draw(st.sampled_from([1, 3]))
+    columns, batch = max(1, len(segments)), draw(st.sampled_from([1, 3]))
     operation = operation_of(source)
     assert operation is not None
-    values = torch.randint(low, high + 1, source.weight.shape, dtype=torch.int16)
+    values = torch.randint(low, high + 1, weight_of(source).shape, dtype=torch.int16)
     bias = None if source.bias is None else source.bias.detach()
-    weight = IntegerWeight(operation, values, torch.rand(5, groups) * 0.05 + 0.01, bias, segments)
-    rows = Rows(torch.rand(batch, groups) * 0.02 + 0.01, torch.randint(0, 256, (batch, groups), dtype=torch.uint8), draw(st.sampled_from([16, 256])))
+    weight = IntegerWeight(operation, values, torch.rand(outputs, columns) * 0.05 + 0.01, bias, segments)
+    rows = Rows(
+        torch.rand(batch, columns) * 0.02 + 0.01, torch.randint(0, 256, (batch, columns), dtype=torch.uint8), draw(st.sampled_from([16, 256]))
+    )
     return weight, x, rows
 
 
-@given(cases())
-def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.Tensor, Rows]) -> None:
+@given(cases(), st.sampled_from([None, True]))
+def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.Tensor, Rows], middle: bool | None) -> None:
     weight, x, rows = case
     exact = ReferenceKernel(weight, rows.levels)(x, rows)
-    through = FakeQuantizeKernel(weight, rows.zero_point)(x, rows)
+    through = FakeQuantizeKernel(weight, rows.zero_point, middle=middle and rows.levels // 2)(x, rows)
     # The quotient is shifted before it is rounded, so a value within rounding error of a tie may fall on the other side: one code of one input.
     step = (rows.scale.max() * weight.scale.max() * weight.values.abs().max()).item()
     difference = (exact - through).abs()
@@ -74,6 +78,9 @@ def test_rows_that_share_a_zero_point_need_no_correction() -> None:
     weight = IntegerWeight(operation, torch.ones(3, 4, dtype=torch.int16), torch.ones(3, 1), None)
     assert FakeQuantizeKernel(weight, torch.full((5, 1), 7)).shifts == [False]
     assert FakeQuantizeKernel(weight, torch.tensor([[7], [8]])).shifts == [True]
+    for zeros, centre in ((0, 0), (128, 128), (7, 128)):
+        kernel = FakeQuantizeKernel(weight, torch.full((5, 1), zeros), middle=128)
+        assert kernel.centres == [centre] and kernel.shifts == [zeros != centre]
 
 
 def product_quantizers(left: list[int], right: list[int], *, bits: int = 8, symmetric: bool = False) -> ProductQuantizers:

@@ -145,8 +145,8 @@ SIZES: dict[str, tuple[Callable[[], tuple[Any, Inputs]], int]] = {
     "Stable Diffusion 3 medium": (sd3, 2_028_328_000),
     "FLUX.1-dev": (flux, 11_901_408_320),
 }
-# Values of tables that are looked up, which no layer multiplies: they stay in float32.
-LOOKED_UP = {"DiT-XL/2": 28 * 1001 * 1152}
+# Rows of tables that are looked up, of a width: eight bits and a scale, whatever the layers have.
+LOOKED_UP = {"DiT-XL/2": (28 * 1001, 1152)}
 EXPERIMENTS = {
     "DDIM, CIFAR-10": {"cifar10_ddim"},
     "LDM-4, LSUN-Bedrooms, CelebA-HQ, FFHQ": {"ldm4_bedrooms", "ldm4_celebahq", "ldm4_ffhq"},
@@ -170,8 +170,8 @@ def inspected() -> dict[str, Inspection]:
 def test_parameters_are_the_published_ones_and_bytes_follow(inspected: dict[str, Inspection], name: str) -> None:
     found, (_, parameters) = inspected[name], SIZES[name]
     assert found.parameters == parameters
-    kept = LOOKED_UP.get(name, 0)
-    shares = {bits: (found.predicted_bytes[bits] - 4 * kept) / (4 * (parameters - kept)) for bits in ("w8", "w4")}
+    rows, width = LOOKED_UP.get(name, (0, 0))
+    shares = {bits: (found.predicted_bytes[bits] - rows * (width + 4)) / (4 * (parameters - rows * width)) for bits in ("w8", "w4")}
     assert 0.25 < shares["w8"] < 0.26 and 0.125 < shares["w4"] < 0.14
     tabulated = any(layer.cacheable for layer in found.temporal if layer.role == "feature")
     assert tabulated == (name != "DiT-XL/2")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tfmq.kernels.kernel import IntegerWeight, Rows
-from tfmq.numerics.operations import Convolution, Linear
+from tfmq.numerics.operations import Convolution, Linear, TransposedConvolution
 
 CHANNELS = 4
 
@@ -41,7 +41,7 @@ def spread(values: Tensor, segments: tuple[int, ...], axis: int, ndim: int) -> T
 def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], narrow: bool = False) -> LayerCase:
     """A layer of 2- to 8-bit weights; its input lies `offset` steps of the grid away from codes inside and outside of the range.
 
-    `narrow` keeps to what oneDNN computes: signed bytes, at most two spatial axes, no window that lies in the padding altogether.
+    `narrow` keeps to what oneDNN computes: signed bytes, at most two spatial axes.
     """
     torch.manual_seed(draw(st.integers(0, 2**31)))
     axes, batch = draw(st.integers(0, 2 if narrow else 3)), draw(st.integers(1, 3))
@@ -52,10 +52,12 @@ def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], 
     if axes:
         stride, padding, dilation = (tuple(draw(st.integers(low, high)) for _ in range(axes)) for low, high in ((1, 2), (0, 2), (1, 2)))
         kernel = tuple(draw(st.integers(1, 3)) for _ in range(axes))
-        if narrow:
-            padding = tuple(min(p, d * (k - 1)) for p, d, k in zip(padding, dilation, kernel, strict=True))
         operation: Any = Convolution(stride, padding, dilation, groups)
-        shape: tuple[int, ...] = (batch, CHANNELS, *[6] * axes)
+        size = 6
+        if draw(st.booleans()):
+            more = tuple(draw(st.integers(0, max(pair) - 1)) for pair in zip(stride, dilation, strict=True))
+            operation, size = TransposedConvolution(stride, padding, more, dilation, groups), 5
+        shape: tuple[int, ...] = (batch, CHANNELS, *[size] * axes)
     else:
         operation, kernel = Linear(), ()
         shape = (batch, *draw(st.sampled_from([(), (5,), (2, 3)])), CHANNELS)

@@ -27,7 +27,7 @@ def anywhere(shape: tuple[int, ...]) -> Tensor:
 def test_every_bit_is_the_references(layer_cases: Cases, data: st.DataObject) -> None:
     weight, x, rows = data.draw(layer_cases(offset=anywhere))
     if reason := refusal(weight, rows.levels):
-        assert weight.values.ndim == 5 or weight.operation.groups > 1 or not weight.narrow, reason
+        assert weight.values.ndim == 5 or weight.operation.groups > 1 or not weight.narrow or "transposed" in reason
         return
     exact = ReferenceKernel(weight, rows.levels)(x, rows)
     for nibbles in {False, fits_nibbles(weight)}:
@@ -47,7 +47,8 @@ def test_the_output_has_the_dtype_of_the_input(layer_cases: Cases, data: st.Data
 def test_rows_are_looked_up_in_the_table(layer_cases: Cases, data: st.DataObject) -> None:
     """A table of more rows and the number of each sample's give what those rows alone give."""
     weight, x, rows = data.draw(layer_cases(offset=anywhere, narrow=True))
-    if refusal(weight, rows.levels):
+    if refusal(weight, rows.levels) or rows.scale.ndim != 2:
+        # Tokens with a grid each have no table.
         return
     order = torch.randperm(len(rows.scale) + 2)
     index = torch.arange(len(order))[order.argsort()][: len(rows.scale)]
@@ -67,7 +68,7 @@ def test_named_padding(padding: Any, kernel: tuple[int, int]) -> None:
 
 
 def test_one_axis_is_the_second_of_two() -> None:
-    geometry = Geometry.of(Convolution((2,), (1,), (3,), 1), (3,))
+    geometry = Geometry.of(Convolution((2,), (1,), (3,), 1).window((3,)))
     assert geometry == Geometry(stride=(1, 2), dilation=(1, 3), padding=(0, 1, 0, 1))
 
 

@@ -220,10 +220,10 @@ def test_what_the_library_cannot_compute_exactly_is_not_supported() -> None:
     assert supports(weight((3, 4), low=-128, high=127), 256)
     assert not supports(weight((3, 4), low=-129), 256) and not supports(weight((3, 4), high=128), 256)
     assert not supports(weight((3, 4)), 512)
-    assert not supports(weight((3, 4, 3, 3), Convolution((1, 1), "same", (1, 1), 1)), 256)
+    assert supports(weight((3, 4, 3, 3), Convolution((1, 1), "same", (1, 1), 1)), 256)
     assert not supports(weight((3, 4, 3, 3, 3), Convolution((1,) * 3, (1,) * 3, (1,) * 3, 1)), 256)
     assert not supports(weight((4, 2, 3, 3), Convolution((1, 1), (1, 1), (1, 1), 2), segments=(1, 1)), 256)
-    assert not supports(weight((3, 4, 3, 1), plain), 256) and supports(weight((3, 4, 3, 3), Convolution((1, 1), (2, 2), (1, 1), 1)), 256)
+    assert supports(weight((3, 4, 3, 1), plain), 256)
     assert not supports(weight((1, 2**18), low=-128, high=-128), 256)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows
 from tfmq.kernels.reference import ReferenceKernel, reference_product
-from tfmq.numerics.operations import Convolution, Linear
+from tfmq.numerics.operations import Convolution, Linear, Operation, TransposedConvolution
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Cases = Callable[..., Any]
@@ -33,12 +33,33 @@ def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Array:
     return (codes.astype(np.float64) - z) * s.astype(np.float64)
 
 
-def apply(operation: Linear | Convolution, x: Array, weight: Array) -> Array:
+def scattered(operation: TransposedConvolution, x: Array, weight: Array) -> Array:
+    """Return a transposed convolution without a bias: one tap of the window after another is added where it falls, and the rim cut off."""
+    kernel, places = weight.shape[2:], x.shape[2:]
+    sizes = [
+        (n - 1) * s + d * (k - 1) + 1 + more
+        for n, s, d, k, more in zip(places, operation.stride, operation.dilation, kernel, operation.output_padding, strict=True)
+    ]
+    parts = []
+    for part, rows in zip(np.split(x, operation.groups, axis=1), np.split(weight, operation.groups), strict=True):
+        out = np.zeros((len(x), len(rows), *sizes))
+        for tap in np.ndindex(*kernel):
+            starts = [t * d for t, d in zip(tap, operation.dilation, strict=True)]
+            where = [slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, places, operation.stride, strict=True)]
+            out[(..., *where)] += np.moveaxis(np.tensordot(part, rows[(..., *tap)], axes=(1, 1)), -1, 1)
+        parts.append(out)
+    inner = [slice(cut, size - cut) for cut, size in zip(operation.padding, sizes, strict=True)]
+    return np.concatenate(parts, axis=1)[(..., *inner)]
+
+
+def apply(operation: Operation, x: Array, weight: Array) -> Array:
     """Return the operation without a bias, in float64: explicit zeros at the borders, one window after another."""
     if isinstance(operation, Linear):
         return x @ weight.T
+    if isinstance(operation, TransposedConvolution):
+        return scattered(operation, x, weight)
     axes = tuple(range(2, x.ndim))
-    assert not isinstance(operation.padding, str)
+    assert isinstance(operation, Convolution) and not isinstance(operation.padding, str)
     x = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in operation.padding)])
     extent = tuple(d * (k - 1) + 1 for d, k in zip(operation.dilation, weight.shape[2:], strict=True))
     windows = sliding_window_view(x, extent, axis=axes)
@@ -64,7 +85,7 @@ def expected(weight: IntegerWeight, x: Tensor, rows: Rows) -> tuple[Array, Array
         magnitude = magnitude + apply(weight.operation, abs(x_hat), abs(w_hat))
     if weight.bias is not None:
         bias = weight.bias.double().numpy()
-        bias = bias.reshape(-1, *[1] * (np.ndim(total) - 2)) if isinstance(weight.operation, Convolution) else bias
+        bias = bias.reshape(-1, *[1] * (np.ndim(total) - 2)) if weight.operation.channel_axis == 1 else bias
         total, magnitude = total + bias, magnitude + abs(bias)
     return np.asarray(total), np.asarray(magnitude)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
@@ -25,7 +25,7 @@ def calibrated(source: nn.Module, fmt: IntegerFormat, *, segments: tuple[int, ..
     if quantizer is not None:
         groups = quantizer.scale.shape[1]
         quantizer.fit(torch.linspace(0.02, 0.05, groups)[None], torch.full((1, groups), 120.0))
-    layer = CalibratedLayer(source, operation, fit_grid(source.weight.detach(), fmt, segments=segments), quantizer)  # type: ignore[arg-type]
+    layer = CalibratedLayer(source, operation, fit_grid(weight_of(source).detach(), fmt, segments=segments), quantizer)
     layer.weight_precision = layer.input_precision = "quantized"
     return layer
 
@@ -41,7 +41,11 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         "bias": draw(st.booleans()),
     }
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    source = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](4, 6, groups=groups, **options)
+    kinds: list[Any] = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    if draw(st.booleans()):
+        kinds = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+        options["output_padding"] = draw(st.integers(0, max(options["stride"], options["dilation"]) - 1))
+    source = kinds[axes - 1](4, 6, groups=groups, **options)
     return source, torch.randn(2, 4, *([6] * axes))
 
 
@@ -53,10 +57,12 @@ def linears(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 def oracle(source: nn.Module, x: Tensor, fmt: IntegerFormat) -> Tensor:
     """The stock layer with a weight and an input quantized by torch."""
-    grid = fit_grid(source.weight.detach(), fmt)
-    weight = torch.fake_quantize_per_channel_affine(source.weight, grid.scale[:, 0], grid.zero_point[:, 0].to(torch.int32), 0, 0, fmt.levels - 1)
+    rows, operation = weight_of(source), operation_of(source)
+    grid = fit_grid(rows.detach(), fmt)
+    weight = torch.fake_quantize_per_channel_affine(rows, grid.scale[:, 0], grid.zero_point[:, 0].to(torch.int32), 0, 0, fmt.levels - 1)
     stock = copy.deepcopy(source)
-    stock.weight.data.copy_(weight)
+    assert operation is not None
+    stock.weight.data.copy_(operation.stored(weight))
     return stock(torch.fake_quantize_per_tensor_affine(x, float(torch.tensor(0.02)), 120, 0, 255))
 
 
@@ -115,7 +121,7 @@ def test_roundings_take_the_place_of_codes_while_they_are_learned() -> None:
 def test_the_state_of_a_packed_layer_is_complete_from_birth(case: tuple[nn.Module, Tensor], fmt: IntegerFormat) -> None:
     source, x = case
     done = pack(calibrated(source, fmt, inputs=False))
-    born = PackedLayer(done.operation, fmt, tuple(source.weight.shape), bias=None if source.bias is None else torch.float32)
+    born = PackedLayer(done.operation, fmt, tuple(weight_of(source).shape), bias=None if source.bias is None else torch.float32)
     described = {name: (tuple(value.shape), value.dtype) for name, value in done.state_dict().items()}
     assert {name: (tuple(value.shape), value.dtype) for name, value in born.state_dict().items()} == described
     expected = {"packed", "scale"} | ({"bias"} if source.bias is not None else set()) | (set() if fmt.symmetric else {"zero_point"})

@@ -17,7 +17,7 @@ from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Rule, Weights
 
 TIMESTEPS = torch.tensor([1.0, 5.0, 9.0])
-MODELS = ["unet", "own_attention", "sdxl", "dit", "sd3", "plain"]
+MODELS = ["unet", "own_attention", "sdxl", "dit", "sd3", "plain", "upsampler"]
 MIXED = (
     Recipe(name="w4a8", weights=Weights(ranges="min_max")),
     Recipe(
@@ -87,7 +87,7 @@ def test_a_stock_architecture_is_rebuilt_to_the_bit_from_json_and_tensors(build:
         assert torch.isfinite(one).all() and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3", "plain"])
+@pytest.mark.parametrize("name", ["unet", "sd3", "plain", "upsampler"])
 def test_a_meta_architecture_is_filled_by_assignment(build: Callable[..., Any], name: str) -> None:
     denoiser, example = build(name)
     quantized(denoiser, example, MIXED[0])
@@ -116,6 +116,41 @@ def test_describing_names_layers_products_tables_and_skips(build: Callable[..., 
     }
     assert structure["skipped"] == ["embed"]
     assert list(products) == [""] and [len(products[""][side]) for side in ("left", "right")] == [2, 2]
+
+
+def test_layers_beyond_linear_ones_and_convolutions_say_their_kind(build: Callable[..., Any]) -> None:
+    denoiser, example = build("upsampler")
+    quantized(denoiser, example, MIXED[0])
+    layers = dict(named_specs(describe(denoiser.module), "layers"))
+    assert {name: spec.get("kind") for name, spec in layers.items() if "kind" in spec} == {"labels": "embedding", "up": "transposed_convolution"}
+    assert (layers["labels"]["bits"], layers["labels"]["input"]) == (8, None) and layers["up"]["bits"] == 4
+    assert sorted(layers) == ["embed", "entry", "exit", "labels", "shift", "up"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("up", "butterfly", "up: the checkpoint holds a layer of kind 'butterfly', this tfmq knows 'embedding', 'transposed_convolution'; upgrade"),
+        ("up", None, "up: the checkpoint holds a quantized layer, the architecture has a ConvTranspose2d"),
+        ("entry", "transposed_convolution", "entry: the checkpoint holds a quantized transposed convolution, the architecture has a Conv2d"),
+        ("entry", "embedding", "entry: the checkpoint holds a quantized embedding, the architecture has a Conv2d"),
+        ("norm", None, "norm: the checkpoint holds a quantized layer, the architecture has a GroupNorm"),
+    ],
+)
+def test_a_kind_that_is_unknown_or_not_the_architectures_is_refused_by_name(
+    build: Callable[..., Any], name: str, kind: str | None, message: str
+) -> None:
+    spec = {"bits": 4, "symmetric": False, "segments": [], "input": None, "names": [name]}
+    structure = {
+        "steps": 1,
+        "timestep": "t",
+        "layers": [spec if kind is None else {**spec, "kind": kind}],
+        "products": [],
+        "tables": [],
+        "skipped": [],
+    }
+    with pytest.raises(ValueError, match=message):
+        assemble(build("upsampler")[0].module, structure)
 
 
 def test_tables_and_skips_over_full_precision_layers_are_rebuilt(build: Callable[..., Any]) -> None:

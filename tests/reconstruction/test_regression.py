@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.weight import fit_grid
-from tfmq.reconstruction.regression import Moments, Regression, inputs_at, outputs_at, positions_of
+from tfmq.reconstruction.regression import Moments, Regression
 
 MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (3, 6)),
@@ -20,6 +20,9 @@ MODULES: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv2d(4, 8, 3, padding="same", dilation=2, groups=4), (2, 4, 6, 6)),
     (nn.Conv2d(4, 6, 2, padding="valid"), (2, 4, 6, 5)),
     (nn.Conv3d(2, 3, (1, 3, 2), padding=(0, 1, 1)), (2, 2, 3, 5, 4)),
+    (nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1, groups=2), (3, 4, 7)),
+    (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
+    (nn.ConvTranspose2d(4, 8, (3, 2), stride=(1, 3), dilation=(2, 1), groups=4), (2, 4, 4, 5)),
 ]
 
 
@@ -30,7 +33,7 @@ def operation(module: nn.Module) -> Operation:
 
 
 def layer(module: Any, *, bits: int = 4) -> CalibratedLayer:
-    return CalibratedLayer(module, operation(module), fit_grid(module.weight.detach(), IntegerFormat(bits)), None)
+    return CalibratedLayer(module, operation(module), fit_grid(weight_of(module).detach(), IntegerFormat(bits)), None)
 
 
 @pytest.mark.parametrize(("module", "shape"), MODULES, ids=lambda value: str(value) if isinstance(value, nn.Module) else "")
@@ -38,10 +41,10 @@ def layer(module: Any, *, bits: int = 4) -> CalibratedLayer:
 def test_the_gathered_inputs_are_what_the_outputs_are_made_of(module: Any, shape: tuple[int, ...]) -> None:
     x, op = torch.randn(shape), operation(module)
     output = module(x)
-    places = torch.randperm(positions_of(op, output))[:5]
-    read = inputs_at(op, x, module.weight.shape[2:], places)
-    weight = module.weight.flatten(1).unflatten(0, (len(read), -1))
-    expected = outputs_at(op, output, places)
+    places = torch.randperm(op.places(output))[:5]
+    read = op.inputs_at(x, module.weight.shape[2:], places)
+    weight = weight_of(module).flatten(1).unflatten(0, (len(read), -1))
+    expected = op.outputs_at(output, places)
     torch.testing.assert_close((read @ weight.mT).transpose(0, 1).flatten(1) + module.bias, expected)
 
 

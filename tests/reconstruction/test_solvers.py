@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer, pack
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.reconstruction.learning import Learning
@@ -16,10 +16,10 @@ from tfmq.reconstruction.solvers import LEAN, SOLVERS, Rounding, UnitProblem, le
 GPTQ = Rounding(solver="gptq")
 
 
-def calibrated(module: nn.Linear | nn.Conv2d, *, segments: tuple[int, ...] = (), bits: int = 3) -> CalibratedLayer:
+def calibrated(module: nn.Module, *, segments: tuple[int, ...] = (), bits: int = 3) -> CalibratedLayer:
     operation = operation_of(module)
     assert operation is not None
-    grid = fit_grid(module.weight.detach(), IntegerFormat(bits), segments=segments)
+    grid = fit_grid(weight_of(module).detach(), IntegerFormat(bits), segments=segments)
     layer = CalibratedLayer(module, operation, grid, None)
     layer.weight_precision = "quantized"
     return layer
@@ -58,11 +58,13 @@ def correlated(*shape: int) -> Tensor:
     return x + 2 * torch.randn(shape[0], *([1] * (len(shape) - 1))) + x.roll(1, dims=1)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Linear | nn.Conv2d], tuple[int, ...], tuple[int, ...]]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(24, 10), (64, 24), ()),
     "tokens": (lambda: nn.Linear(24, 10, bias=False), (16, 9, 24), ()),
     "convolution": (lambda: nn.Conv2d(8, 10, 3, padding=1, stride=2), (32, 8, 7, 7), ()),
     "grouped": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4), (32, 8, 7, 7), ()),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 10, 3, padding=1, stride=2, output_padding=1), (32, 8, 5, 5), ()),
+    "transposed groups": (lambda: nn.ConvTranspose2d(8, 12, 2, stride=2, dilation=2, groups=4), (32, 8, 5, 5), ()),
     "segments": (lambda: nn.Conv2d(8, 10, 3, padding=1), (32, 8, 7, 7), (3, 5)),
 }
 

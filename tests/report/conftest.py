@@ -107,6 +107,11 @@ def drawn_model(tmp_path_factory: pytest.TempPathFactory, analysis: Callable[...
             "bytes": {"fp32": 10_000, "quantized": 1},
             "temporal": {"mean_relative_error": 0.01, "max_relative_error": 0.02, "mismatches": 0},
             "units": [{"name": "mid", "error_before": 0.2, "error_after": 0.1}],
+            "floating": {
+                "bytes": 840,
+                "share": 0.07,
+                "modules": [{"name": f"norms.{i}", "kind": "GroupNorm", "bytes": 120, "reason": "norm"} for i in range(7)],
+            },
         }
         (folder / "tfmq_report.json").write_text(json.dumps(report))
         pixels = np.zeros((2, 8, 8, 3), dtype=np.uint8) if images is None else images

@@ -1,5 +1,6 @@
 """What a report knows, and the model card that says it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
     found = gathered(folder)
     facts = dict(found.facts)
     on_disk = sum(path.stat().st_size for path in folder.iterdir())
+    assert facts["stays in floating point"] == "0.8 kB (7.0% of the size) in 7 modules"
+    assert facts["the largest of it"].startswith("norms.0 (GroupNorm, 0.1 kB): norm; norms.1") and facts["the largest of it"].endswith(
+        "norms.5 (GroupNorm, 0.1 kB): norm; and 1 more"
+    )
     assert facts["seed of the quantization"] == "5" and f"({on_disk / 10_000:.3f}x)" in facts["size of the denoiser"]
     assert "100 images of 4 steps, seed 7" in facts["evaluated on"] and "torch-fidelity" not in facts["evaluated by"]
     assert [(row.name, row.full, row.quantized) for row in found.metrics] == [
@@ -32,6 +37,13 @@ def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
     assert first.scheme == "weight asymmetric, input per timestep, split in 2"
     assert (last.activation_bits, last.scheme, last.quantized_ms) == (None, "weight symmetric, input in full precision", 0.5)
     assert dict(found.recipe)["rules[0]"] == "match: role:first, weight_bits: 8"
+
+
+def test_reports_of_releases_that_did_not_say_what_stays_in_floating_point_are_read(write_model: Write) -> None:
+    folder = write_model()
+    report = json.loads((folder / "tfmq_report.json").read_text())
+    (folder / "tfmq_report.json").write_text(json.dumps({key: value for key, value in report.items() if key != "floating"}))
+    assert not {"stays in floating point", "the largest of it"} & dict(gather(folder).facts).keys()
 
 
 def test_what_was_not_measured_is_absent(write_model: Write) -> None:

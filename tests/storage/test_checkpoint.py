@@ -53,7 +53,7 @@ def test_checkpoints_invert(saved: Path) -> None:
 
 def test_the_manifest_on_disk_has_the_documented_fields(saved: Path) -> None:
     manifest = json.loads((saved / MANIFEST_FILE).read_text())
-    assert manifest.items() >= {**MANIFEST, "format": "tfmq", "version": FORMAT_VERSION, "digest": tensor_digest(TENSORS)}.items()
+    assert manifest.items() >= {**MANIFEST, "format": "tfmq", "version": 2, "digest": tensor_digest(TENSORS)}.items()
     assert manifest["tensors"]["scale"] == {"dtype": "float32", "shape": [8]}
 
 
@@ -70,6 +70,13 @@ def test_sealing_again_renews_the_four_fields_and_keeps_the_rest() -> None:
     assert MANIFEST == {"scheme": "w4a8", "steps": [1, 2]}
 
 
+def test_the_version_is_the_lowest_that_has_all_of_the_structure() -> None:
+    plain = {"bits": 4, "symmetric": False, "segments": [], "input": None, "names": ["a"]}
+    assert seal(TENSORS, {"structure": {"layers": [plain]}})["version"] == 2
+    kinds = [{**plain, "kind": kind} for kind in ("embedding", "transposed_convolution")]
+    assert all(seal(TENSORS, {"structure": {"layers": [plain, group]}})["version"] == FORMAT_VERSION == 3 for group in kinds)
+
+
 def test_verify_takes_tensors_and_manifest_from_elsewhere() -> None:
     manifest = json.loads(json.dumps(seal(TENSORS, {**MANIFEST, "quant_method": "tfmq"})))
     verify({name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in TENSORS.items()}, manifest)
@@ -80,7 +87,7 @@ def test_verify_takes_tensors_and_manifest_from_elsewhere() -> None:
     [
         ({"format": "other"}, ForeignFileError, "'other'"),
         ({"format": None}, ForeignFileError, "None"),
-        ({"version": 3}, VersionError, "version 3, this tfmq reads 1 and 2"),
+        ({"version": 4}, VersionError, "version 4, this tfmq reads 1, 2 and 3"),
         ({"version": "1"}, VersionError, "'1'"),
         ({"version": True}, VersionError, "True"),
         ({"digest": None}, ForeignFileError, "digest"),

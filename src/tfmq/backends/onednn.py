@@ -86,4 +86,4 @@ def _unpacked(layer: PackedLayer) -> IntegerWeight:
 def _reason(weight: IntegerWeight) -> str:
     if not weight.narrow:
         return "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
-    return "its shape or padding has no integer operator"
+    return "its shape has no integer operator"

@@ -20,8 +20,10 @@ from tfmq.nn.plan import packed_layers
 from tfmq.storage.digest import tensor_digest
 
 # Changes with what a converted model looks like, so that nobody reads one of another form.
-CONVERSION = "5"
+CONVERSION = "6"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
+
+GROUPED = "it is a grouped transposed convolution, whose weight has no axis for its scales"
 
 
 @cache
@@ -53,6 +55,7 @@ class OpenVINO:
         """Let the denoiser run as OpenVINO models; a first call with a new shape converts and compiles."""
         layers, floating = by_input(module)
         floating |= {name: ASYMMETRIC for name, layer in layers.items() if not layer.integer_weight().narrow}
+        floating |= {name: GROUPED for name, layer in layers.items() if layer.operation.stored_axis is None}
         integer = tuple(name for name in layers if name not in floating)
         module.tfmq_executor = GraphExecutor(module, _Builder(module, options))  # type: ignore[assignment]
         return Coverage(integer=integer, floating=floating)

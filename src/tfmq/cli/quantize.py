@@ -158,4 +158,6 @@ def _quantized(
         helpers = None if crew is None else Helpers(crew, located(model), recipe, output_dir, resources=resources, **options)
         found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, resources=resources, progress=progress, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
-    return {"bytes": {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}, **{key: report[key] for key in keys}}
+    size = {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}
+    # A job that an earlier release finished does not say what stays in floating point.
+    return {"bytes": size, "floating": report.get("floating"), **{key: report[key] for key in keys}}

@@ -11,13 +11,14 @@ from rich.table import Column, Table
 
 from tfmq.evaluation.cost.system import machine_in_words
 from tfmq.evaluation.deviation import in_words
+from tfmq.nn.floating import summary
 from tfmq.report.metrics import pair_rows, published_rows
 from tfmq.report.speed import BUSY
-from tfmq.report.summary import megabytes
+from tfmq.report.summary import floating_in_words, megabytes
 
 if TYPE_CHECKING:
     from tfmq.evaluation.forecast import Forecast
-    from tfmq.evaluation.inspection import Inspection
+    from tfmq.evaluation.inspection import Inspection, LayerBits
 
 SPEED = {
     "integer": "this CPU has integer instructions, layers run in them; --device measures what that brings",
@@ -26,6 +27,8 @@ SPEED = {
 }
 # The rest of a long list is counted; --json has all of it.
 LISTED = 12
+# Of modules that stay in floating point the first few are worth reading.
+FLOATING = 8
 
 
 def _figures(rows: Iterable[tuple[str, str]]) -> Table:
@@ -45,6 +48,15 @@ def _disturbance(temporal: Mapping[str, Any]) -> str:
     return f"relative error {temporal['mean_relative_error']:.2e} mean, {temporal['max_relative_error']:.2e} max; {temporal['mismatches']} mismatches"
 
 
+def _floating(found: Mapping[str, Any], listed: int = LISTED) -> Table:
+    """Return the modules that stay in floating point, the largest first, with at most `listed` rows."""
+    table = Table(
+        Column("stays in float", overflow="fold"), "kind", Column("size", justify="right"), "why", box=None, pad_edge=False, header_style="dim"
+    )
+    rows = [(entry["name"] or "(the model itself)", entry["kind"], megabytes(entry["bytes"]), entry["reason"]) for entry in found["modules"]]
+    return _shortened(table, rows, listed)
+
+
 def show_quantized(result: Mapping[str, Any]) -> None:
     """Print the report of `tfmq quantize`: one row a unit, then the totals."""
     console = Console()
@@ -56,10 +68,14 @@ def show_quantized(result: Mapping[str, Any]) -> None:
         table.add_row(unit["name"], *errors, str(unit["iterations"]), f"{unit['seconds']:.1f}")
     console.print(table)
     console.print()
+    if (found := result["floating"]) and found["modules"]:
+        console.print(_floating(found, FLOATING))
+        console.print()
     size = result["bytes"]
     rows = [
         ("scheme", result["scheme"]),
         ("size", _size(size["fp32"], size["quantized"])),
+        *([("stays in float", floating_in_words(found))] if found else []),
         ("temporal features", _disturbance(result["temporal"])),
         ("time", f"{result['seconds']:.0f} s"),
         ("most memory", megabytes(result["memory"]["peak_bytes"])),
@@ -83,9 +99,9 @@ def show_comparison(result: Mapping[str, Any], output_dir: Path) -> None:
     Console().print(_figures(rows))
 
 
-def _bits(inspection: "Inspection") -> str:
+def _bits(layers: Sequence["LayerBits"]) -> str:
     """Return how many layers have which precision."""
-    kinds = Counter((layer.weight_bits, layer.activation_bits) for layer in inspection.layers)
+    kinds = Counter((layer.weight_bits, layer.activation_bits) for layer in layers)
 
     def name(bits: tuple[int | None, int | None]) -> str:
         return "full precision" if bits == (None, None) else f"w{bits[0] or 32}a{bits[1] or 32}"
@@ -117,22 +133,29 @@ def _shortened(table: Table, rows: Sequence[tuple[str, ...]], listed: int = LIST
     return table
 
 
-def _lists(inspection: "Inspection", listed: int) -> tuple[Table, Table]:
-    """Return the tables of temporal layers and of units, with at most `listed` rows each."""
+def _lists(inspection: "Inspection", listed: int) -> tuple[Table, ...]:
+    """Return the tables of temporal layers, of units and of what stays in floating point, with at most `listed` rows each."""
     temporal = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")
     layers = [(layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no") for layer in inspection.temporal]
     units = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
-    return _shortened(temporal, layers, listed), _shortened(units, [(unit.name, str(len(unit.layers))) for unit in inspection.units], listed)
+    parts = _shortened(units, [(unit.name, str(len(unit.layers))) for unit in inspection.units], listed)
+    return _shortened(temporal, layers, listed), parts, _floating(_floating_of(inspection), min(FLOATING, listed))
 
 
-def _fitting_lists(console: Console, above: Table, inspection: "Inspection") -> tuple[Table, Table]:
-    """Return both lists with as many rows as fit on the screen below `above`, long names folded."""
+def _floating_of(inspection: "Inspection") -> dict[str, Any]:
+    """Return what stays in floating point of a quantized model, or would of a full-precision one in the smallest size predicted for it."""
+    size = inspection.bytes["quantized"] or min(inspection.predicted_bytes.values(), default=0)
+    return summary(inspection.floating, size)
+
+
+def _fitting_lists(console: Console, above: Table, inspection: "Inspection") -> tuple[Table, ...]:
+    """Return the lists with as many rows as fit on the screen below `above`, long names folded."""
     if not console.is_terminal:
         return _lists(inspection, LISTED)
 
     def height(listed: int) -> int:
         # A space before each list; the last line is the prompt's.
-        return sum(len(console.render_lines(table)) for table in (above, *_lists(inspection, listed))) + 2 + 1
+        return sum(len(console.render_lines(table)) for table in (above, *_lists(inspection, listed))) + 3 + 1
 
     return _lists(inspection, next((listed for listed in range(LISTED, 1, -1) if height(listed) <= console.height), 1))
 
@@ -164,7 +187,9 @@ def show_inspection(inspection: "Inspection") -> None:
         ("family", inspection.family),
         ("parameters", f"{inspection.parameters:,}"),
         ("size", f"{megabytes(fp32)}; {predicted}" if quantized is None else _size(fp32, quantized)),
-        ("layers", f"{len(inspection.layers)}: {_bits(inspection)}"),
+        ("layers", f"{len(inspection.layers)}: {_bits(inspection.layers)}"),
+        *([("embeddings", f"{len(inspection.embeddings)}: {_bits(inspection.embeddings)}")] if inspection.embeddings else []),
+        ("stays in float", floating_in_words(_floating_of(inspection)) + (" with the smallest weights" if quantized is None else "")),
         ("units", str(len(inspection.units))),
         ("temporal", _temporal(inspection)),
         ("tables", ", ".join(f"{megabytes(count)} for {steps} steps" for steps, count in inspection.table_bytes.items())),

@@ -15,6 +15,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
+from tfmq.nn.floating import Floating, floating
 from tfmq.nn.operation import weight_of
 from tfmq.nn.structure import InputKind, describe, input_kind, named_specs, state_bytes
 from tfmq.nn.swap import STEPS
@@ -22,6 +23,7 @@ from tfmq.numerics.packing import packed_shape
 from tfmq.recipes import scheme
 from tfmq.recipes.paper import PAPER
 from tfmq.recipes.plan import make_plan
+from tfmq.recipes.recipe import Weights
 from tfmq.reconstruction.units import Unit, find_units
 
 Speed = Literal["integer", "integer-slow", "simulated"]
@@ -70,7 +72,9 @@ class Inspection:
     `bytes` has `fp32` and `quantized` (None for a full-precision model); `predicted_bytes` of the tensors of 8- and 4-bit weights for a
     full-precision model, empty for a quantized one. `temporal_parameters` are those of the temporal layers, `table_bytes` what int8 tables of
     the cacheable features take, by number of steps. `schemes` are the schemes and published experiments whose rules fit the model's layers.
-    `inputs` are the layers of a quantized model whose input grids were chosen by measured error.
+    `inputs` are the layers of a quantized model whose input grids were chosen by measured error. `floating` are the modules with tensors that
+    stay in floating point, the largest first: of a full-precision model those that no scheme quantizes. `embeddings` are the look-ups whose
+    tables can be quantized.
     `speed` is what to expect of integers on this machine's CPU: `integer` with instructions for them, `integer-slow` without, else `simulated`.
     """
 
@@ -86,6 +90,8 @@ class Inspection:
     schemes: tuple[str, ...]
     speed: Speed
     inputs: tuple[MeasuredInput, ...] = ()
+    floating: tuple[Floating, ...] = ()
+    embeddings: tuple[LayerBits, ...] = ()
 
 
 def speed_class() -> Speed:
@@ -128,16 +134,18 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _predicted_bytes(module: nn.Module, layers: tuple[LayerTrace, ...], bits: int) -> int:
-    """Return the bytes of the tensors if the weights of `layers` had `bits`, apart from activation grids and temporal tables.
+def _predicted_bytes(module: nn.Module, traced: Trace, bits: int) -> int:
+    """Return the bytes of the tensors if the weights of the layers had `bits`, apart from activation grids and temporal tables.
 
-    A weight takes its packed codes, and for each row and concatenated source a scale, below 8 bits with a zero-point.
+    A weight takes its packed codes, and for each row and concatenated source a scale, below 8 bits with a zero-point. Rows of embeddings have the
+    bits that recipes have for them.
     """
+    weights = [(layer.name, bits, max(1, len(layer.segments))) for layer in traced.layers]
+    weights += [(name, Weights().embeddings or bits, 1) for name in traced.embeddings]
     total = 4 * _parameters(module)
-    for layer in layers:
-        shape = tuple(module.get_parameter(f"{layer.name}.weight").shape)
-        grids = shape[0] * max(1, len(layer.segments))
-        total += prod(packed_shape(shape, bits=bits)) + grids * (4 if bits == 8 else 5) - 4 * prod(shape)
+    for name, own, sources in weights:
+        shape = tuple(weight_of(module.get_submodule(name)).shape)
+        total += prod(packed_shape(shape, bits=own)) + shape[0] * sources * (4 if own == 8 else 5) - 4 * prod(shape)
     return total
 
 
@@ -151,10 +159,12 @@ def _of_full_precision(module: nn.Module, traced: Trace) -> Inspection:
         find_units(module, names, exclude=[layer.name for layer in traced.temporal]),
         tuple(LayerBits(name, None, None) for name in names),
         {"fp32": 4 * parameters, "quantized": None},
-        {f"w{bits}": _predicted_bytes(module, traced.layers, bits) for bits in (8, 4)},
+        {f"w{bits}": _predicted_bytes(module, traced, bits) for bits in (8, 4)},
         *_temporal_figures(module, traced),
         _fitting_schemes(traced),
         speed_class(),
+        floating=floating(module, (), quantized=traced.quantizable),
+        embeddings=tuple(LayerBits(name, None, None) for name in traced.embeddings),
     )
 
 
@@ -182,6 +192,8 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
         (),
         speed_class(),
         tuple(MeasuredInput(**found) for found in provenance.get("inputs", ())),
+        floating(module, traced.quantizable),
+        tuple(LayerBits(name, *bits.get(name, (None, None))) for name in traced.embeddings),
     )
 
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
-from tfmq.nn.plan import packed_layers
+from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductKernel, ProductQuantizers
-from tfmq.numerics.operations import Convolution
 from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.input import InputQuantizer
 
 
 @torch.library.custom_op("tfmq::codes", mutates_args=())
@@ -42,47 +42,58 @@ def _(x: Tensor, zero_point: int, levels: int) -> Tensor:
 
 
 @torch.library.custom_op("tfmq::integer_weight", mutates_args=())
-def integer_weight(values: Tensor, scale: Tensor) -> Tensor:
-    """Return integers `values` int8 `[C_out, ...]` times `scale` float32 `[C_out]`."""
-    return values.to(scale.dtype) * column(scale, values.ndim)
+def integer_weight(values: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Return integers `values` int8 times `scale` float32 `[C_out]`, which are along `axis`."""
+    return values.to(scale.dtype) * column(scale, values.ndim - axis)
 
 
 @integer_weight.register_fake
-def _(values: Tensor, scale: Tensor) -> Tensor:
+def _(values: Tensor, scale: Tensor, axis: int) -> Tensor:
     return torch.empty_like(values, dtype=scale.dtype)
 
 
 class FakeQuantizeKernel:
     """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the input is not quantized.
 
-    The maps `m` are kept by the size of the input, so that a call before the capture makes constants of them.
+    With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed convolutions of signed and of unsigned
+    codes, and none with a zero-point between. The maps `m` are kept by the size of the input, so that a call before the capture makes constants of
+    them.
     """
 
-    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None) -> None:
+    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None) -> None:
         # The integers are in the parts alone, a byte each: a model is in memory several times while it is converted.
         self.weight = replace(weight, values=weight.values.new_empty(0))
-        self.parts = [(values.to(torch.int8), scale.float().contiguous()) for values, scale in weight.parts()]
+        # In the layout of the module, which engines know. Where that has no axis for the scales, a plug-in that moves them errs, so that they are in.
+        operation, self.axis = weight.operation, weight.operation.stored_axis
+        self.parts = [
+            (operation.stored(values.to(torch.int8) if self.axis is not None else values * column(scale, values.ndim)), scale.float().contiguous())
+            for values, scale in weight.parts()
+        ]
         self.maps: dict[tuple[int, ...], Tensor] = {}
         columns = [] if zero_points is None else zero_points.int().unbind(1)
-        self.centres = [int(values.median()) for values in columns]
+        self.centres = [int(values.median()) if middle is None else middle * bool(values.any()) for values in columns]
         self.shifts = [bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)]
 
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
         operation, partials = self.weight.operation, []
         if rows is None:
-            partials = [operation(segment, integer_weight(*part), None) for segment, part in zip(self.weight.split(x), self.parts, strict=True)]
+            partials = [self._multiply(segment, *part) for segment, part in zip(self.weight.split(x), self.parts, strict=True)]
             return combined(partials, self.weight.bias, operation).to(x.dtype)
         for index, (segment, (values, weight_scale)) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
             centre, scales = self.centres[index], rows.scales[..., index]
             scale, inverse = (column(rows.looked_up(table), x.ndim) for table in (scales, scales.reciprocal()))
             if not self.shifts[index]:
                 u = codes(segment * inverse, centre, rows.levels)
-                partials.append(operation(u, integer_weight(values, weight_scale), None) * scale)
+                partials.append(self._multiply(u, values, weight_scale) * scale)
                 continue
             shift = column(rows.looked_up(rows.zero_points[..., index].float() - centre), x.ndim)
-            y = operation(codes(segment * inverse + shift, centre, rows.levels), integer_weight(values, weight_scale), None)
+            y = self._multiply(codes(segment * inverse + shift, centre, rows.levels), values, weight_scale)
             partials.append((y - shift * self._map(index, segment, values, weight_scale)) * scale)
         return combined(partials, self.weight.bias, operation).to(x.dtype)
+
+    def _multiply(self, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        weight = values if self.axis is None else integer_weight(values, scale, self.axis)
+        return self.weight.operation.multiply(x, weight, None)
 
     def _map(self, index: int, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
         key = index, *(int(size) for size in x.shape[2:])
@@ -93,8 +104,8 @@ class FakeQuantizeKernel:
     def _ones_through(self, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
         """Return `m`: for each output channel, or with zero padding for each place of one sample's output."""
         operation = self.weight.operation
-        real = values * column(weight_scale, values.ndim)
-        if not isinstance(operation, Convolution) or not _pads(operation):
+        real = operation.rows(values) if self.axis is None else operation.rows(values) * column(weight_scale, values.ndim)
+        if not operation.window(real.shape[2:]).reads_zeros:
             return channels(real.flatten(1).sum(dim=1), operation, x.ndim)
         return operation(torch.ones(1, *[int(size) for size in x.shape[1:]]), real, None)
 
@@ -125,23 +136,28 @@ def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
     return kernels
 
 
-def _pads(operation: Convolution) -> bool:
-    return operation.padding == "same" or any(amount not in (0, "valid") for amount in operation.padding)
+def _kernel(weight: IntegerWeight, quantizer: InputQuantizer | None) -> FakeQuantizeKernel:
+    if quantizer is None:
+        return FakeQuantizeKernel(weight, None)
+    transposed = weight.operation.window(weight.values.shape[2:]).mirrored
+    return FakeQuantizeKernel(weight, quantizer.zero_points(), middle=quantizer.format.middle if transposed else None)
 
 
 @contextmanager
 def graph_kernels(module: nn.Module) -> Iterator[None]:
-    """Let the layers and attention products of a packed denoiser compute as fake-quantizer graphs for a while."""
+    """Let the layers, embeddings and attention products of a packed denoiser compute in terms of engines for a while."""
     layers = list(packed_layers(module).values())
     products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
     before = [(layer.kernel, layer.input_precision) for layer in layers], [child.idle for child in products]
     for layer in layers:
         weight = layer.integer_weight()
         quantizer = layer.input_quantizer
-        layer.kernel = FakeQuantizeKernel(weight, None if quantizer is None else quantizer.zero_points()) if weight.narrow else None
+        layer.kernel = _kernel(weight, quantizer) if weight.narrow else None
         layer.input_precision = "quantized"
     for child in products:
         child.site_kernels, child.idle = product_kernels(child), False
+    for embedding in packed_embeddings(module).values():
+        embedding.unpacked = embedding.codes
     try:
         yield
     finally:
@@ -149,3 +165,5 @@ def graph_kernels(module: nn.Module) -> Iterator[None]:
             layer.kernel, layer.input_precision = kernel, precision
         for child, idle in zip(products, before[1], strict=True):
             child.site_kernels, child.idle = {}, idle
+        for embedding in packed_embeddings(module).values():
+            embedding.unpacked = None

@@ -24,8 +24,8 @@ def _codes(x: Any, zero_point: int, levels: int) -> Any:
     return op.DequantizeLinear(op.QuantizeLinear(x, one, zero), one, zero)
 
 
-def _integer_weight(values: Any, scale: Any) -> Any:
-    return op.DequantizeLinear(values, scale, axis=0)
+def _integer_weight(values: Any, scale: Any, axis: int) -> Any:
+    return op.DequantizeLinear(values, scale, axis=axis)
 
 
 def convert(program: torch.export.ExportedProgram, *, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:

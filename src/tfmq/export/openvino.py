@@ -20,9 +20,9 @@ def _codes(node: Any) -> list[Any]:
 
 
 def _integer_weight(node: Any) -> list[Any]:
-    values, scale = node.get_input(0), node.get_input(1)
+    values, scale, axis = node.get_input(0), node.get_input(1), int(node.get_values_from_const_input(2))
     rank = len(values.get_partial_shape())
-    axes = np.array([-1] + [1] * (rank - 1))
+    axes = np.array([-1 if index == axis else 1 for index in range(rank)])
     wide = ops.reshape(scale, axes, special_zero=False)
     low, high = ops.multiply(wide, np.float32(-128)), ops.multiply(wide, np.float32(127))
     # Integers of four bits lie on the eight-bit grid too, which is what executes fastest.
@@ -36,6 +36,9 @@ def convert(graph: Graph, call: Call) -> ov.Model:
     """
     model = _shaped(graph, call)
     rewrite(model)
+    for port in model.inputs:
+        # An input that is read instead of a part of a concatenation has the part's names too.
+        port.set_names(port.get_names() & set(graph.names))
     return model
 
 

@@ -4,7 +4,6 @@ The integers of the layer lie in buffers, in the layout of the operators, so tha
 offload a model are all it takes. The buffers are no part of the state dict.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from tfmq.kernels.operators.multiply import convolution_codes, linear_codes, lin
 from tfmq.kernels.operators.product import product_codes
 from tfmq.kernels.operators.quantize import quantize_codes
 from tfmq.kernels.operators.weights import half_packed
-from tfmq.numerics.operations import Convolution, Linear, Operation
+from tfmq.numerics.operations import Operation, Window
 
 # More segments than this, and more axes, no model here has.
 MAX_SEGMENTS = 4
@@ -36,11 +35,12 @@ def shape_refusal(weight: IntegerWeight) -> str:
     operation = weight.operation
     if len(weight.segments) > MAX_SEGMENTS:
         return f"it reads a concatenation of more than {MAX_SEGMENTS} sources"
-    if isinstance(operation, Linear):
-        return ""
     if operation.groups != 1:
-        return "it is a grouped convolution"
-    return "" if weight.values.ndim in (3, 4) else "it is a convolution over three axes"
+        return f"it is a grouped {operation.kind}"
+    window = operation.window(weight.values.shape[2:])
+    if window.mirrored:
+        return f"it is a {operation.kind}"
+    return "" if weight.values.ndim <= 4 else f"it is a {operation.kind} over three axes"
 
 
 def _bounds(weight: IntegerWeight) -> tuple[Tensor, Tensor]:
@@ -64,28 +64,18 @@ class Geometry:
     padding: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, operation: Convolution, kernel: Sequence[int]) -> "Geometry":
-        """Return the geometry of a convolution with a window of `kernel`, one or two sizes."""
-        axes = len(kernel)
-        stride, dilation = ([*[1] * (2 - axes), *values] for values in (operation.stride, operation.dilation))
-        spans = [d * (k - 1) for d, k in zip(operation.dilation, kernel, strict=True)]
-        if operation.padding == "same":
-            pairs = [(span // 2, span - span // 2) for span in spans]
-        elif operation.padding == "valid":
-            pairs = [(0, 0)] * axes
-        else:
-            pairs = [(int(amount), int(amount)) for amount in operation.padding]
-        (top, bottom), (left, right) = [*[(0, 0)] * (2 - axes), *pairs]
+    def of(cls, window: Window) -> "Geometry":
+        """Return the geometry of a window over one or two axes."""
+        missing = 2 - len(window.size)
+        stride, dilation = ([*[1] * missing, *values] for values in (window.stride, window.dilation))
+        (top, bottom), (left, right) = [*[(0, 0)] * missing, *window.border]
         return cls(stride=(stride[0], stride[1]), dilation=(dilation[0], dilation[1]), padding=(top, left, bottom, right))
 
 
 def geometry_of(operation: Operation, values: Tensor) -> Geometry | None:
     """Return the geometry of a layer; None for a linear one, which a convolution of single pixels is too."""
-    if isinstance(operation, Linear):
-        return None
-    geometry = Geometry.of(operation, values.shape[2:])
-    pointwise = values[0, 0].numel() == 1 and geometry.stride == (1, 1) and not any(geometry.padding)
-    return None if pointwise else geometry
+    window = operation.window(values.shape[2:])
+    return None if window.pointwise else Geometry.of(window)
 
 
 def channels_last(x: Tensor, axis: int) -> Tensor:

@@ -21,12 +21,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
-from tfmq.numerics.operations import Convolution, Linear
+from tfmq.numerics.operations import Operation, Window
 
 # Products of a captured graph are computed one by one if they are at most so many, and of at least so many multiplications each.
 UNROLLED, LARGE = 16, 2**21
@@ -59,19 +58,18 @@ def multipliable(depth: int, *rows: Rows) -> bool:
 
 
 def supports(weight: IntegerWeight, levels: int) -> bool:
-    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, one or two spatial axes.
+    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, at most two spatial axes."""
+    fits = weight.narrow and levels <= 256 and weight.peak(levels) <= ACCUMULATOR
+    return fits and weight.values.ndim <= 4 and (weight.operation.groups == 1 or not weight.segments)
+
+
+def pads(window: Window) -> bool:
+    """Whether the library lays an input out as a window wants it: without spaces, and with as many zeros behind it as in front.
 
     No window may lie in the padding altogether: for a single input channel the library (torch 2.13) then returns what memory happens to hold.
     """
-    operation, values = weight.operation, weight.values
-    if not weight.narrow or levels > 256 or weight.peak(levels) > ACCUMULATOR:
-        return False
-    if isinstance(operation, Linear):
-        return True
-    ungrouped = operation.groups == 1 or not weight.segments
-    if values.ndim not in (3, 4) or not ungrouped or isinstance(operation.padding, str):
-        return False
-    return all(padding <= step * (size - 1) for padding, step, size in zip(operation.padding, operation.dilation, values.shape[2:], strict=True))
+    reach = (step * (taps - 1) for taps, step in zip(window.size, window.dilation, strict=True))
+    return not window.spaced and all(before == after and 0 <= before <= most for (before, after), most in zip(window.border, reach, strict=True))
 
 
 def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
@@ -98,53 +96,54 @@ def constants(zero_points: Tensor | None, groups: int) -> list[int | None]:
 class _Part:
     """One input segment of a layer: its weight, packed for inputs of `size` `(B, ...)`, and the sums of its integers for each output channel."""
 
-    def __init__(self, operation: Linear | Convolution, values: Tensor, scale: Tensor, size: Sequence[int]) -> None:
-        self.operation = operation
+    def __init__(self, operation: Operation, values: Tensor, scale: Tensor, size: Sequence[int]) -> None:
+        self.groups, self.window = operation.groups, operation.window(values.shape[2:])
         self.scale = scale.float().contiguous()
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
         self.ones = torch.ones_like(self.scale)
         self.sums = values.float().flatten(1).sum(dim=1)
-        narrow = values.to(torch.int8).contiguous()
-        if isinstance(operation, Linear):
+        narrow = self.window.slid(values).to(torch.int8).contiguous()
+        if not self.window.size:
             self.packed = torch.ops.onednn.qlinear_prepack(narrow, None)
         else:
             # One spatial axis is the second of two.
             narrow = narrow.unsqueeze(2) if narrow.ndim == 3 else narrow
-            assert not isinstance(operation.padding, str)
-            self.stride, self.dilation = [[1, *v][-2:] for v in (operation.stride, operation.dilation)]
-            self.padding = [0, *operation.padding][-2:]
+            self.stride, self.dilation = [[1, *v][-2:] for v in (self.window.stride, self.window.dilation)]
+            self.pads = pads(self.window)
+            self.padding = [0, *(before for before, _ in self.window.border)][-2:] if self.pads else [0, 0]
             # With a zero-point, so that the packed weight holds what any zero-point needs.
-            geometry = self.stride, self.padding, self.dilation, operation.groups
+            geometry = self.stride, self.padding, self.dilation, self.groups
             batch, *places = size
-            shape = [batch, narrow.shape[1] * operation.groups, *[1, *places][-2:]]
+            places = list(places if self.pads else self.window.extent(places))
+            shape = [batch, narrow.shape[1] * self.groups, *[1, *places][-2:]]
             self.packed = torch.ops.onednn.qconv_prepack(narrow, self.scale, 1.0, 1, *geometry, shape)
 
     def fused(self, codes: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         """Return `(sum (q - z) v) s s_w + bias` in float32."""
-        return self._run(codes, scale, zero_point, self.scale, bias, pad=True)
+        return self._padded_run(codes, scale, zero_point, self.scale, bias)
 
     def sums_of(self, codes: Tensor) -> Tensor:
-        """Return `sum q v` over codes `q` that are padded already, float32."""
-        return self._run(codes, 1.0, 0, self.ones, None, pad=False)
+        """Return `sum q v` over codes `q` that are laid out already, float32."""
+        return self._run(codes, 1.0, 0, self.ones, None, [0, 0])
 
     def centred_sums_of(self, codes: Tensor, zero_point: int) -> Tensor:
         """Return `sum (q - z) v`, float32."""
-        return self._run(codes, 1.0, zero_point, self.ones, None, pad=True)
+        return self._padded_run(codes, 1.0, zero_point, self.ones, None)
 
-    def _run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, *, pad: bool) -> Tensor:
+    def _padded_run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.window.size:
+            return self._run(codes, scale, zero_point, weight_scale, bias, [])
+        codes = codes if self.pads else self.window.laid_out(codes, zero_point)
+        return self._run(codes, scale, zero_point, weight_scale, bias, self.padding)
+
+    def _run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
         tail: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
-        if isinstance(self.operation, Linear):
+        if not self.window.size:
             return torch.ops.onednn.qlinear_pointwise(codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail)
-        geometry = self.stride, self.padding if pad else [0, 0], self.dilation, self.operation.groups
+        geometry = self.stride, padding, self.dilation, self.groups
         wide = codes.unsqueeze(2) if codes.ndim == 3 else codes
         y = torch.ops.onednn.qconv2d_pointwise(wide, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *geometry, *tail)
         return y.squeeze(2) if codes.ndim == 3 else y
-
-    def border(self) -> list[int]:
-        """Return the amounts that `F.pad` takes to pad an input beforehand."""
-        if isinstance(self.operation, Linear) or isinstance(self.operation.padding, str):
-            return []
-        return [amount for padding in reversed(self.operation.padding) for amount in (padding, padding)]
 
 
 class OnednnKernel:
@@ -169,7 +168,7 @@ class OnednnKernel:
 
     def parts(self, x: Tensor) -> list[_Part]:
         """Return the segments of the weight as the library wants them for an input like `x`."""
-        size = () if isinstance(self.layout.operation, Linear) else (x.shape[0], *x.shape[2:])
+        size = (x.shape[0], *x.shape[2:]) if self.layout.operation.channel_axis == 1 else ()
         if torch.compiler.is_compiling() and self.packed:
             # What is packed within a capture would belong to it.
             return self.packed.get(size) or next(reversed(self.packed.values()))
@@ -186,9 +185,7 @@ class OnednnKernel:
 
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
         assert rows is not None
-        wide = x.float()
-        if wide.ndim == 4 and isinstance(self.layout.operation, Convolution):
-            wide = wide.contiguous(memory_format=torch.channels_last)
+        wide = self.layout.operation.arranged(x.float())
         one_grid = rows.scale[..., 0].numel() == 1 and not torch.compiler.is_compiling()
         total = self._on_one_grid(wide, rows) if one_grid else self._on_grids(wide, rows)
         return total.to(x.dtype)
@@ -219,7 +216,7 @@ class OnednnKernel:
         """Return `sum (q - z) v` where each row has a zero-point of its own, float32."""
         wide_zero = column(zero_point, x.ndim)
         codes = quantize(x, scale, wide_zero, levels) - wide_zero
-        codes = (F.pad(codes, part.border()) if part.border() else codes).add(wide_zero).to(torch.uint8)
+        codes = part.window.laid_out(codes).add(wide_zero).to(torch.uint8)
         return part.sums_of(codes) - channels(zero_point[..., None] * part.sums, self.layout.operation, x.ndim)
 
 

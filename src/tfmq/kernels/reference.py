@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
-from tfmq.numerics.operations import Convolution, Operation
 
 
 def integers(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
@@ -39,12 +38,8 @@ class ReferenceKernel:
             sums = operation(codes, values.double(), None).to(torch.int32)
             partials.append(sums.float() * column(scale, x.ndim) * channels(weight_scale, operation, x.ndim))
         total = combined(partials, self.weight.bias, operation)
-        return as_produced(total, operation).to(x.dtype)
-
-
-def as_produced(y: Tensor, operation: Operation) -> Tensor:
-    """Return the output of a 2-D convolution channels-last, as integer libraries write it: what sums over it later takes the same order."""
-    return y.contiguous(memory_format=torch.channels_last) if isinstance(operation, Convolution) and y.ndim == 4 else y
+        # As integer libraries write it: what sums over it later takes the same order.
+        return operation.arranged(total).to(x.dtype)
 
 
 def reference_product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:

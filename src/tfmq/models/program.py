@@ -18,7 +18,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """A weighted layer: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads.
+    """A layer with a quantized form: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads.
 
     `direct` says that what it reads is the concatenated tensor itself, copied, viewed or enlarged at most, and not computed from it. `tokenwise` says
     that the layer computes each token by itself: a linear layer, with channels on the last axis.
@@ -61,7 +61,8 @@ class Trace:
     """What one traced call says about a denoiser.
 
     `layers` in execution order; `features` the temporal layers whose output meets something other than the timestep; `products` the number
-    of attention product sites by owner; `calls` the recorded timestep-only program with `outputs` into it, for a batch of `batch`.
+    of attention product sites by owner; `calls` the recorded timestep-only program with `outputs` into it, for a batch of `batch`; `embeddings`
+    the names of look-ups whose tables have a quantized form.
     """
 
     layers: tuple[LayerTrace, ...]
@@ -70,10 +71,16 @@ class Trace:
     calls: tuple[Call, ...]
     outputs: Mapping[str, Ref]
     batch: int
+    embeddings: tuple[str, ...] = ()
 
     def layer(self, name: str) -> LayerTrace:
         """Return the layer called `name`."""
         return next(layer for layer in self.layers if layer.name == name)
+
+    @property
+    def quantizable(self) -> frozenset[str]:
+        """The names of all layers and embeddings that a recipe decides on."""
+        return frozenset((*(layer.name for layer in self.layers), *self.embeddings))
 
     @property
     def temporal(self) -> tuple[LayerTrace, ...]:

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace
-from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.products import sites
 
 # What leaves the values of a tensor as they are: each is one of the input's, in whatever place, number or dtype.
@@ -49,6 +49,8 @@ class _Record:
     calls: list[Call | None] = field(default_factory=list)
     layers: dict[str, LayerTrace] = field(default_factory=dict)
     outputs: dict[str, Ref] = field(default_factory=dict)
+    embeddings: dict[str, None] = field(default_factory=dict)
+    unusual: set[str] = field(default_factory=set)
     features: dict[str, None] = field(default_factory=dict)
     products: dict[str, int] = field(default_factory=dict)
     owners: list[str] = field(default_factory=list)
@@ -173,6 +175,11 @@ def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwarg
     inputs = record.tensors(args, kwargs)
     combined = record.combine(inputs)
     operation = operation_of(layer)
+    if len(args) + len(kwargs) > 1:
+        # Such as the size of a transposed convolution's output, which a quantized layer does not take.
+        record.unusual.add(name)
+    if is_embedding(layer):
+        record.embeddings[name] = None
     if operation is not None:
         segments = record.label(inputs[0]).segments
         # A grouped convolution sees no source whole.
@@ -240,8 +247,8 @@ def trace(denoiser: Denoiser, example: Inputs, *, batch: int = 2) -> Trace:
         record = _run(denoiser, inputs, fake=True)
     except (DataDependentOutputException, UnsupportedFakeTensorException):
         record = _run(denoiser, inputs, fake=False)
-    layers = tuple(record.layers.values())
+    layers = tuple(layer for layer in record.layers.values() if layer.name not in record.unusual)
     temporal = {layer.name for layer in layers if layer.temporal}
-    features = tuple(name for name in record.layers if name in record.features and name in temporal)
+    features = tuple(layer.name for layer in layers if layer.name in record.features and layer.name in temporal)
     calls, outputs = _slice(record, {name: ref for name, ref in record.outputs.items() if name in temporal})
-    return Trace(layers, features, dict(record.products), calls, outputs, batch)
+    return Trace(layers, features, dict(record.products), calls, outputs, batch, tuple(record.embeddings))

@@ -1,4 +1,4 @@
-"""Quantized linear and convolution layers: one that is being fitted, one that is done."""
+"""Quantized linear, convolution and transposed convolution layers: one that is being fitted, one that is done."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.kernels.kernel import IntegerWeight, LayerKernel
+from tfmq.nn.packed import PackedWeight
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
-from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
 from tfmq.quantizers.input import InputQuantizer
-from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
+from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 
 Precision = Literal["full", "quantized"]
 
@@ -27,11 +27,11 @@ class CalibratedLayer(nn.Module):
     codes: Tensor
     correction: Tensor | None
 
-    def __init__(self, source: nn.Linear | nn.Conv2d, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None) -> None:
+    def __init__(self, source: Any, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None) -> None:
         super().__init__()
         self.operation = operation
         self.grid = grid
-        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)
+        self.weight = nn.Parameter(operation.rows(source.weight.detach()), requires_grad=False)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.detach(), requires_grad=False)
         self.input_quantizer = input_quantizer
         self.rounding: AdaptiveRounding | None = None
@@ -75,19 +75,15 @@ class CalibratedLayer(nn.Module):
         return self.operation(x, self.quantized_weight().to(x.dtype), self.quantized_bias())
 
 
-class PackedLayer(nn.Module):
-    """A layer at rest: packed codes, scales, zero-points, bias, and the quantizer of its input.
+class PackedLayer(PackedWeight):
+    """A layer at rest: packed codes `[C_out, ...]`, scales, zero-points, bias, and the quantizer of its input.
 
-    `packed` is uint8 `[C_out, ceil(bits * C_in * ... / 8)]`; `scale` float32 and `zero_point` uint8 are `[C_out, G]` (no zero-point for
-    symmetric formats); the bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
+    The bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
     that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state; both move
     with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the
     simulation leaves the input as it comes.
     """
 
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
     unpacked: Tensor | None
 
     def __init__(
@@ -100,15 +96,8 @@ class PackedLayer(nn.Module):
         segments: tuple[int, ...] = (),
         input_quantizer: InputQuantizer | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(fmt, shape, segments=segments)
         self.operation = operation
-        self.format = fmt
-        self.shape = tuple(shape)
-        self.segments = tuple(segments)
-        groups = (self.shape[0], max(1, len(self.segments)))
-        self.register_buffer("packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8))
-        self.register_buffer("scale", torch.ones(groups))
-        self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
         self.input_quantizer = input_quantizer
         self.kernel: LayerKernel | None = None
@@ -138,21 +127,13 @@ class PackedLayer(nn.Module):
             self.packed = packed
         return self
 
-    @property
-    def codes(self) -> Tensor:
-        """Unsigned weight codes, uint8, of the layer's weight shape."""
-        return unpack_unsigned(self.packed.to(self.scale.device), bits=self.format.bits, shape=self.shape)
+    def rows(self, weight: Tensor) -> Tensor:
+        return self.operation.rows(weight)
 
     @property
-    def grid(self) -> WeightGrid:
-        """The grid that the codes refer to."""
-        zero_point = torch.full_like(self.scale, self.format.middle) if self.zero_point is None else self.zero_point
-        return WeightGrid(self.format, self.scale, zero_point.to(self.scale.dtype), self.segments)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, for code that looks at a layer's weight."""
-        return self.grid.decode(self.codes.to(self.scale.dtype))
+    def stock_weight(self) -> Tensor:
+        """The dequantized weight in the layout of the stock module."""
+        return self.operation.stored(self.weight)
 
     @property
     def in_features(self) -> int:
@@ -169,15 +150,6 @@ class PackedLayer(nn.Module):
         grid = self.grid
         values = self.codes.to(torch.int16) - grid.expand(grid.zero_point, len(self.shape)).to(torch.int16)
         return IntegerWeight(self.operation, values, self.scale, None if self.bias is None else self.bias.detach().float(), self.segments)
-
-    @torch.no_grad()
-    def round(self, weight: Tensor) -> None:
-        """Take the nearest codes of another weight of the same shape, on a grid fitted to it; bias and input quantizer stay."""
-        grid = fit_grid(weight.to(self.packed.device), self.format, segments=self.segments)
-        self.packed.copy_(pack_unsigned(grid.encode(weight.float().to(self.packed.device)).to(torch.uint8), bits=self.format.bits))
-        self.scale.copy_(grid.scale)
-        if self.zero_point is not None:
-            self.zero_point.copy_(grid.zero_point)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel is not None:
@@ -202,10 +174,7 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         segments=grid.segments,
         input_quantizer=layer.input_quantizer,
     ).to(layer.weight.device)
-    packed.packed.copy_(pack_unsigned(layer.codes, bits=grid.format.bits))
-    packed.scale.copy_(grid.scale)
-    if packed.zero_point is not None:
-        packed.zero_point.copy_(grid.zero_point)
+    packed.fill(layer.codes, grid)
     if (bias := layer.quantized_bias()) is not None and packed.bias is not None:
         packed.bias.copy_(bias)
     return packed

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tfmq.numerics.operations import Convolution, Linear, Operation
+from tfmq.numerics.operations import Convolution, Linear, Operation, TransposedConvolution
 
 _OPERATIONS: dict[type[nn.Module], Callable[[nn.Module], Operation | None]] = {}
 
@@ -33,8 +33,19 @@ def _convolution(module: nn.Conv2d) -> Operation | None:
     return Convolution(module.stride, module.padding, module.dilation, module.groups)
 
 
+@_operation(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_convolution(module: nn.ConvTranspose2d) -> Operation | None:
+    assert not isinstance(module.padding, str)
+    return TransposedConvolution(module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module looks up rows of its weight and does nothing else."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None
+
+
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight `[C_out, C_in, ...]` of a weighted layer, stock or quantized.
+    """Return the weight `[C_out, C_in, ...]` of a weighted layer, stock or quantized, whatever layout a stock one keeps it in.
 
     Raises:
         TypeError: the module has none.
@@ -42,7 +53,8 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor")
-    return weight
+    operation = operation_of(module)
+    return weight if operation is None else operation.rows(weight)
 
 
 def operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

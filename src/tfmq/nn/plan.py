@@ -1,13 +1,15 @@
 """What each layer of a denoiser is to become, and making it so."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
+from tfmq.nn.embedding import CalibratedEmbedding, PackedEmbedding
 from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.nn.temporal import stock_name
@@ -68,12 +70,21 @@ class LayerPlan:
     input: QuantizerPlan | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingPlan:
+    """A quantized embedding: the grid of its rows, and how it is fitted."""
+
+    weight: IntegerFormat
+    ranges: str
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Plans by layer name, and by owner one quantizer plan for all operands of its attention products (None: full precision)."""
+    """Plans by layer name, by owner one quantizer plan for all operands of its attention products (None: full precision), and by embedding name."""
 
     layers: Mapping[str, LayerPlan]
     products: Mapping[str, tuple[int, QuantizerPlan | None]]
+    embeddings: Mapping[str, EmbeddingPlan] = field(default_factory=dict)
 
     def measures(self, name: str) -> bool:
         """Whether calibration decides on the input grids of the layer `name`."""
@@ -90,7 +101,11 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str)
             raise ValueError(f"{name} is a {type(source).__name__}, which has no quantized form")
         grid = fit_grid(weight_of(source).detach(), layer.weight, segments=layer.segments, method=layer.ranges)
         quantizer = layer.input.build(steps, segments=layer.segments, axis=operation.channel_axis) if layer.input else None
-        replace_module(module, name, CalibratedLayer(source, operation, grid, quantizer))  # type: ignore[arg-type]
+        replace_module(module, name, CalibratedLayer(source, operation, grid, quantizer))
+    for name, embedding in plan.embeddings.items():
+        table: nn.Embedding = module.get_submodule(name)  # type: ignore[assignment]
+        grid = fit_grid(table.weight.detach(), embedding.weight, method=embedding.ranges)
+        replace_module(module, name, CalibratedEmbedding(table, grid))
     for owner, (sites, quantizer_plan) in plan.products.items():
         left, right = ([quantizer_plan.build(steps) if quantizer_plan else None for _ in range(sites)] for _ in range(2))
         quantizers = ProductQuantizers(left, right)
@@ -115,8 +130,25 @@ def pack_all(module: nn.Module) -> None:
     for name, child in list(module.named_modules()):
         if isinstance(child, CalibratedLayer):
             replace_module(module, name, pack(child))
+        elif isinstance(child, CalibratedEmbedding):
+            replace_module(module, name, child.packed())
         elif isinstance(child, ProductQuantizers):
             child.enabled = True
+
+
+def calibrated_embeddings(module: nn.Module) -> dict[str, CalibratedEmbedding]:
+    """Return every calibrated embedding below `module`, by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, CalibratedEmbedding)}
+
+
+def packed_embeddings(module: nn.Module) -> dict[str, PackedEmbedding]:
+    """Return every packed embedding below `module`, by name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, PackedEmbedding)}
+
+
+def packed_weights(module: nn.Module) -> dict[str, PackedWeight]:
+    """Return every packed layer and embedding below `module` by the name of the stock module that it replaced."""
+    return {stock_name(module, name): child for name, child in module.named_modules() if isinstance(child, PackedWeight)}
 
 
 def packed_layers(module: nn.Module) -> dict[str, PackedLayer]:

@@ -6,12 +6,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.layer import PackedLayer
-from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.operation import is_embedding, operation_of, weight_of
+from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import STEPS, attach_steps, replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.operations import TransposedConvolution
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
@@ -19,6 +22,9 @@ from tfmq.quantizers.steps import StepContext
 
 Structure = Mapping[str, Any]
 InputKind = Literal["full", "static", "per_step", "dynamic"]
+# What `kind` of a layer may say; linear layers and convolutions have none.
+EMBEDDING, TRANSPOSED = "embedding", "transposed_convolution"
+KINDS = (None, EMBEDDING, TRANSPOSED)
 
 
 def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
@@ -43,13 +49,14 @@ def input_kind(spec: Mapping[str, Any] | None) -> InputKind:
     return "per_step" if spec["per_step"] else "static"
 
 
-def _describe_layer(layer: PackedLayer) -> dict[str, Any]:
-    return {
-        "bits": layer.format.bits,
-        "symmetric": layer.format.symmetric,
-        "segments": list(layer.segments),
-        "input": _describe_quantizer(layer.input_quantizer),
-    }
+def _describe_weight(child: PackedWeight) -> dict[str, Any]:
+    weight = {"bits": child.format.bits, "symmetric": child.format.symmetric, "segments": list(child.segments)}
+    if isinstance(child, PackedEmbedding):
+        return {**weight, "input": None, "kind": EMBEDDING}
+    assert isinstance(child, PackedLayer)
+    layer = {**weight, "input": _describe_quantizer(child.input_quantizer)}
+    # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
+    return {**layer, "kind": TRANSPOSED} if isinstance(child.operation, TransposedConvolution) else layer
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -62,8 +69,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {"layers": {}, "products": {}, "tables": {}}
     skipped = []
     for name, child in module.named_modules():
-        if isinstance(child, PackedLayer):
-            found["layers"][stock_name(module, name)] = _describe_layer(child)
+        if isinstance(child, PackedWeight):
+            found["layers"][stock_name(module, name)] = _describe_weight(child)
         elif isinstance(child, CachedFeature):
             found["tables"][name] = {"format": child.table.table_format, "everywhere": child.everywhere}
         elif isinstance(child, SkippedLayer):
@@ -90,13 +97,33 @@ def named_specs(structure: Structure, kind: str) -> Iterator[tuple[str, Mapping[
             yield name, group
 
 
-def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext, name: str) -> PackedLayer:
-    operation = operation_of(source)
+def kind_of(module: nn.Module) -> str | None:
+    """Return what the `kind` of a stock module's quantized form would be: None for a linear layer or a convolution.
+
+    Raises:
+        TypeError: it has no quantized form.
+    """
+    if is_embedding(module):
+        return EMBEDDING
+    operation = operation_of(module)
     if operation is None:
-        raise ValueError(f"{name}: the checkpoint holds a quantized layer, the architecture has a {type(source).__name__} there")
+        raise TypeError(f"a {type(module).__name__} has no quantized form")
+    return TRANSPOSED if isinstance(operation, TransposedConvolution) else None
+
+
+def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext, name: str) -> PackedWeight:
+    kind, fmt = spec.get("kind"), IntegerFormat(spec["bits"], spec["symmetric"])
+    if kind not in KINDS:
+        raise ValueError(f"{name}: the checkpoint holds a layer of kind {kind!r}, this tfmq knows {', '.join(map(repr, KINDS[1:]))}; upgrade tfmq")
+    operation = operation_of(source)
+    if (operation is None and not is_embedding(source)) or kind_of(source) != kind:
+        held = (kind or "layer").replace("_", " ")
+        raise ValueError(f"{name}: the checkpoint holds a quantized {held}, the architecture has a {type(source).__name__} there")
+    if operation is None:
+        return PackedEmbedding(fmt, tuple(weight_of(source).shape), dtype=weight_of(source).dtype)
     return PackedLayer(
         operation,
-        IntegerFormat(spec["bits"], spec["symmetric"]),
+        fmt,
         tuple(weight_of(source).shape),
         bias=source.bias.dtype if isinstance(source.bias, Tensor) else None,
         segments=tuple(spec["segments"]),
@@ -139,10 +166,11 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 
 def state_bytes(module: nn.Module) -> int:
     """Return the bytes of the tensors of a state dict, parts of tensor subclasses included."""
-    return sum(_bytes(value) for value in module.state_dict().values() if isinstance(value, Tensor))
+    return sum(tensor_bytes(value) for value in module.state_dict().values() if isinstance(value, Tensor))
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, of its parts if it is a subclass of them."""
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tfmq.nn.embedding import CalibratedEmbedding
 from tfmq.nn.layer import CalibratedLayer, Precision
 from tfmq.nn.poison import poisoned
 from tfmq.nn.products import ProductQuantizers
@@ -87,19 +88,23 @@ def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def precision(module: nn.Module, *, weights: Precision | None = None, inputs: Precision | None = None) -> Iterator[None]:
-    """Let every calibrated layer below `module` compute with full or quantized weights and inputs for a while; None leaves it as it is."""
-    layers = [child for child in module.modules() if isinstance(child, CalibratedLayer)]
+    """Let all that is calibrated below `module` compute with full or quantized weights and inputs for a while; None leaves it as it is."""
+    weighted = [child for child in module.modules() if isinstance(child, CalibratedLayer | CalibratedEmbedding)]
+    layers = [child for child in weighted if isinstance(child, CalibratedLayer)]
     products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
-    before = [(layer.weight_precision, layer.input_precision) for layer in layers], [product.enabled for product in products]
+    before = [child.weight_precision for child in weighted], [layer.input_precision for layer in layers], [child.enabled for child in products]
+    for child in weighted:
+        child.weight_precision = weights or child.weight_precision
     for layer in layers:
-        layer.weight_precision = weights or layer.weight_precision
         layer.input_precision = inputs or layer.input_precision
     for product in products:
         product.enabled = inputs == "quantized" if inputs else product.enabled
     try:
         yield
     finally:
-        for layer, (weight, entry) in zip(layers, before[0], strict=True):
-            layer.weight_precision, layer.input_precision = weight, entry
-        for product, enabled in zip(products, before[1], strict=True):
+        for child, weight in zip(weighted, before[0], strict=True):
+            child.weight_precision = weight
+        for layer, entry in zip(layers, before[1], strict=True):
+            layer.input_precision = entry
+        for product, enabled in zip(products, before[2], strict=True):
             product.enabled = enabled

@@ -139,7 +139,7 @@ def reproduce(protocol: Protocol, bits: str) -> Recipe:
     weight, activation = BITS[bits]
     return Recipe(
         name=f"{protocol.name}_{bits}",
-        weights=Weights(bits=weight),
+        weights=Weights(bits=weight, embeddings=None),
         activations=Activations(bits=activation, products=activation is not None, per_step="none" if activation is None else "all"),
         temporal=Temporal(maintenance="block", learning=Learning()),
         learning=Learning(),

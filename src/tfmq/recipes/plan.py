@@ -3,7 +3,7 @@
 import warnings
 
 from tfmq.models.program import LayerTrace, Trace
-from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan, StepGrids
+from tfmq.nn.plan import EmbeddingPlan, LayerPlan, Plan, QuantizerPlan, StepGrids
 from tfmq.recipes.recipe import Recipe
 
 
@@ -59,7 +59,7 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     """
     seeing = [layer.name for layer in trace.layers if "sample" in layer.depends_on]
     roles = {layer.name: _roles(layer, seeing[0], seeing[-1]) for layer in trace.layers}
-    _check_rules(recipe, roles | dict.fromkeys(trace.products, frozenset()))
+    _check_rules(recipe, roles | dict.fromkeys((*trace.products, *trace.embeddings), frozenset()))
     plans = {layer.name: _layer(recipe, layer, roles[layer.name]) for layer in trace.layers}
     layers = {name: plan for name, plan in plans.items() if plan}
     if not layers:
@@ -69,4 +69,6 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     for owner, sites in trace.products.items():
         fmt = recipe.activations.format(recipe.bits(owner, frozenset())[1]) if recipe.activations.products else None
         products[owner] = (sites, QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges, shared=shared) if fmt else None)
-    return Plan(layers, products)
+    formats = {name: recipe.weights.format(recipe.embedding_bits(name)) for name in trace.embeddings}
+    embeddings = {name: EmbeddingPlan(weight=fmt, ranges=recipe.weights.ranges) for name, fmt in formats.items() if fmt}
+    return Plan(layers, products, embeddings)

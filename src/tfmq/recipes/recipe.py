@@ -36,15 +36,18 @@ class Weights:
     """Weight grids, per output channel. `bits` None keeps full precision.
 
     `symmetric` None is symmetric at 8 bits, where `code - zero_point` must fit a signed byte, and asymmetric below, where it always does.
+    `embeddings` are the bits of the rows of embeddings, which have a grid each; a row is read as it is, so that nothing evens out its error.
     """
 
     bits: int | None = 4
     symmetric: bool | None = None
     ranges: RangeMethod = "search"
+    embeddings: int | None = 8
 
     def __post_init__(self) -> None:
         _choice("weights.ranges", self.ranges, ("search", "min_max"))
         self.format(self.bits)
+        self.format(self.embeddings)
 
     def format(self, bits: int | None) -> IntegerFormat | None:
         """Return the format of a layer that gets `bits`."""
@@ -219,3 +222,10 @@ class Recipe:
             if rule.matches(name, roles):
                 return rule.weight_bits, rule.activation_bits
         return self.weights.bits, self.activations.bits
+
+    def embedding_bits(self, name: str) -> int | None:
+        """Return the weight bits of an embedding: those of the first rule that names it, else the recipe's own; no bits of weights, none of them."""
+        for rule in self.rules:
+            if rule.matches(name, frozenset()):
+                return rule.weight_bits
+        return None if self.weights.bits is None else self.weights.embeddings

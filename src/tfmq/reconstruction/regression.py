@@ -3,16 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq.calibration.spool import Column, Spool
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.numerics.operations import Convolution, Operation
 
 Run = Callable[[Tensor], Any]
 
@@ -56,46 +53,6 @@ class Moments:
             diagonal += amount[:, None]
 
 
-def positions_of(operation: Operation, output: Tensor) -> int:
-    """Return the number of places of one sample of an output: pixels, or tokens."""
-    return prod(output.shape[2:]) if isinstance(operation, Convolution) else prod(output.shape[1:-1])
-
-
-def outputs_at(operation: Operation, output: Tensor, places: Tensor) -> Tensor:
-    """Return an output's values at `places` `[P]` of each sample, `[N * P, C_out]`."""
-    flat = output.flatten(2).mT if isinstance(operation, Convolution) else output.reshape(len(output), -1, output.shape[-1])
-    return flat[:, places].flatten(0, 1)
-
-
-def inputs_at(operation: Operation, x: Tensor, kernel: Sequence[int], places: Tensor) -> Tensor:
-    """Return what the outputs at `places` `[P]` of each sample read, `[G, N * P, n]`, in the order of the flattened weight."""
-    if not isinstance(operation, Convolution):
-        return x.reshape(len(x), -1, x.shape[-1])[:, places].flatten(0, 1)[None]
-    padded, strides = _padded(operation, x, kernel), operation.stride
-    size = padded.shape[2:]
-    counts = [(s - d * (k - 1) - 1) // step + 1 for s, k, step, d in zip(size, kernel, strides, operation.dilation, strict=True)]
-    index = torch.zeros(len(places), 1, dtype=torch.int64)
-    corners = torch.unravel_index(places, tuple(counts))
-    for axis, corner in enumerate(corners):
-        taps = torch.arange(kernel[axis]) * operation.dilation[axis]
-        along = corner[:, None] * strides[axis] + taps
-        index = (index[:, :, None] * size[axis] + along[:, None, :]).flatten(1)
-    patches = padded.flatten(2)[:, :, index.to(x.device)]
-    grouped = patches.unflatten(1, (operation.groups, -1)).permute(1, 0, 3, 2, 4)
-    return grouped.flatten(1, 2).flatten(2)
-
-
-def _padded(operation: Convolution, x: Tensor, kernel: Sequence[int]) -> Tensor:
-    if operation.padding == "valid":
-        return x
-    if operation.padding == "same":
-        spans = [d * (k - 1) for k, d in zip(kernel, operation.dilation, strict=True)]
-        sides = [(span // 2, span - span // 2) for span in spans]
-    else:
-        sides = [(int(p), int(p)) for p in operation.padding]
-    return F.pad(x, [edge for side in reversed(sides) for edge in side])
-
-
 @contextmanager
 def _watched(layers: Mapping[str, CalibratedLayer], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call `see(name, input, output)` whenever one of `layers` runs."""
@@ -137,9 +94,8 @@ class Regression:
 
         def see(name: str, _: Tensor, output: Tensor) -> None:
             operation = self.layers[name].operation
-            count = positions_of(operation, output)
-            places = torch.randperm(count, generator=self.generator)[: self.most].sort().values
-            target = outputs_at(operation, output, places)
+            places = torch.randperm(operation.places(output), generator=self.generator)[: self.most].sort().values
+            target = operation.outputs_at(output, places)
             self.places[name].append(places)
             self.targets.setdefault(name, self.spool.column(target)).add(target)
 
@@ -154,14 +110,14 @@ class Regression:
         At most `widest` columns are taken together.
         """
         layer, targets, kept = self.layers[name], self.targets.pop(name), enumerate(self.places.pop(name))
-        groups = layer.operation.groups if isinstance(layer.operation, Convolution) else 1
+        groups = layer.operation.groups
         weight = layer.weight.flatten(1).unflatten(0, (groups, -1)).float()
         sums = _zeros(weight, widest)
         reads: list[tuple[Tensor, Tensor]] = []
 
         def see(_: str, x: Tensor, __: Tensor) -> None:
             number, places = next(kept)
-            reads.append((inputs_at(layer.operation, layer.entering(x), layer.weight.shape[2:], places).float(), targets.batch(number)))
+            reads.append((layer.operation.inputs_at(layer.entering(x), layer.weight.shape[2:], places).float(), targets.batch(number)))
 
         count = 0
         for part in self.parts:

@@ -11,7 +11,6 @@ from torch import Tensor
 from tfmq.calibration.spool import Spool
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate, segment_numbers
-from tfmq.numerics.operations import Convolution
 from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
@@ -189,8 +188,7 @@ def _closed_form_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> i
 
 
 def _layer_bytes(layer: CalibratedLayer, widest: int) -> int:
-    groups = layer.operation.groups if isinstance(layer.operation, Convolution) else 1
-    columns = layer.weight[0].numel()
+    groups, columns = layer.operation.groups, layer.weight[0].numel()
     whole, rest = divmod(columns, widest)
     blocks = whole * widest**2 + rest**2
     return 8 * groups * (blocks + 5 * min(columns, widest) ** 2) + 60 * layer.weight.numel()

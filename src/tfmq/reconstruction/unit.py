@@ -13,6 +13,7 @@ from tfmq.calibration.capture import UnitCalls, capture
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.spool import Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
+from tfmq.nn.embedding import CalibratedEmbedding
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.swap import precision
@@ -164,9 +165,11 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def settle(module: nn.Module) -> None:
-    """Make the layers and products below `module` compute with quantized weights and inputs from now on."""
+    """Make the layers, embeddings and products below `module` compute with quantized weights and inputs from now on."""
     for child in module.modules():
         if isinstance(child, CalibratedLayer):
             child.weight_precision = child.input_precision = "quantized"
+        elif isinstance(child, CalibratedEmbedding):
+            child.weight_precision = "quantized"
         elif isinstance(child, ProductQuantizers):
             child.enabled = True

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from tfmq.artifact import stored_bytes, stored_manifest
-from tfmq.nn.structure import input_kind, named_specs
+from tfmq.nn.structure import EMBEDDING, input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
 from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_rows
 from tfmq.report.speed import Speed, read_speed
-from tfmq.report.summary import megabytes
+from tfmq.report.summary import floating_in_words, megabytes
 from tfmq.storage.atomic import read_json
 from tfmq.storage.errors import ForeignFileError
 
 MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Modules that stay in floating point and are named.
+FLOATING = 6
 INPUTS = {"full": "input in full precision", "static": "input static", "per_step": "input per timestep", "dynamic": "input dynamic by token"}
 
 
@@ -88,6 +90,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _scheme(spec: Mapping[str, Any]) -> str:
     """Return how a layer is quantized, in words."""
     grid = "symmetric" if spec["symmetric"] else "asymmetric"
+    if spec.get("kind") == EMBEDDING:
+        return f"rows {grid}"
     inputs = INPUTS[input_kind(spec["input"])]
     split = f", split in {len(spec['segments'])}" if spec["segments"] else ""
     return f"weight {grid}, {inputs}{split}"
@@ -103,6 +107,19 @@ def _layers(structure: Mapping[str, Any], analysis: Mapping[str, Any] | None) ->
     return tuple(rows)
 
 
+def _floating(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Return what stays in floating point and the largest of it; nothing for reports of releases that did not say."""
+    if found is None:
+        return []
+    modules = found["modules"]
+    rows = [
+        f"{module['name'] or 'the model itself'} ({module['kind']}, {megabytes(module['bytes'])}): {module['reason']}"
+        for module in modules[:FLOATING]
+    ]
+    more = [f"and {len(modules) - FLOATING} more"] if len(modules) > FLOATING else []
+    return [("stays in floating point", floating_in_words(found)), *([("the largest of it", "; ".join(rows + more))] if rows else [])]
+
+
 def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     provenance, sizes = manifest["provenance"], report["bytes"]
     full, quantized = sizes["fp32"], stored_bytes(directory)
@@ -110,6 +127,7 @@ def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, An
     facts = [
         ("scheme", str(report["scheme"])),
         ("size of the denoiser", f"{megabytes(full)} in float32, {megabytes(quantized)} on disk ({quantized / full:.3f}x)"),
+        *_floating(report.get("floating")),
         ("temporal features", f"relative error {temporal['mean_relative_error']:.3g} mean, {temporal['max_relative_error']:.3g} max"),
         ("seed of the quantization", str(provenance["seed"])),
         ("quantized with", f"tfmq {provenance['tfmq']}, torch {provenance['torch']}, on {report.get('fingerprint', {}).get('device', 'unknown')}"),

@@ -23,6 +23,11 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
+def floating_in_words(found: Mapping[str, Any]) -> str:
+    """Return how much stays in floating point, of a value of `tfmq.nn.floating.summary`."""
+    return f"{megabytes(found['bytes'])} ({found['share']:.1%} of the size) in {len(found['modules'])} modules"
+
+
 def summarize(comparison: Comparison, *, scheme: str, reference_bytes: int, quantized_bytes: int) -> dict[str, Any]:
     """Return the metrics of a comparison as values that JSON keeps."""
     fidelity, temporal = comparison.fidelity, comparison.temporal

@@ -33,9 +33,10 @@ __all__ = [
     "verify_architecture",
 ]
 
-FORMAT_VERSION = 2
-# Version 1 is version 2 without dynamic input quantizers.
-READABLE = (1, FORMAT_VERSION)
+FORMAT_VERSION = 3
+# Version 1 is version 2 without dynamic input quantizers, and that is version 3 without layers that have a `kind`.
+WITHOUT_KINDS = 2
+READABLE = (1, WITHOUT_KINDS, FORMAT_VERSION)
 MANIFEST_FILE = "tfmq.json"
 TENSORS_FILE = "tfmq_model.safetensors"
 _FORMAT = "tfmq"
@@ -85,12 +86,18 @@ def seal(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, table: b
     fields = {
         **manifest,
         "format": _FORMAT,
-        "version": FORMAT_VERSION,
+        "version": _version(manifest),
         "digest": tensor_digest(tensors),
     }
     if table:
         fields["tensors"] = _table(tensors)
     return {**fields, "seal": _manifest_digest(fields)}
+
+
+def _version(manifest: Mapping[str, Any]) -> int:
+    """Return the lowest version that has all that `manifest` says, so that no reader refuses what it understands."""
+    layers = manifest.get("structure", {}).get("layers", [])
+    return FORMAT_VERSION if any("kind" in group for group in layers) else WITHOUT_KINDS
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -169,7 +176,7 @@ def _check_format(manifest: Mapping[str, Any], *, source: str | Path) -> None:
         raise ForeignFileError(f"{source} has format {manifest.get('format')!r}, not {_FORMAT!r}; pass a tfmq checkpoint")
     version = manifest.get("version")
     if type(version) is not int or version not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         raise VersionError(f"{source} has version {version!r}, this tfmq reads {known}; install the tfmq that wrote it, or save it again")
     for field, kind in (("digest", str), ("tensors", dict)):
         if field == "tensors" and field not in manifest:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tfmq
 import tfmq.evaluation.cost.variants
@@ -17,7 +18,7 @@ from tfmq.evaluation.cost.source import Source, dequantized, fitted
 from tfmq.evaluation.cost.variant import VARIANTS, Setting, absent, names_of
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.plan import packed_layers
+from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.structure import state_bytes
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
@@ -109,6 +110,14 @@ def test_dequantized_weights_are_those_of_the_quantized_model(source: Source) ->
     call = source.calls(1)[0]
     with torch.no_grad():
         assert sqnr_db(Denoiser(source.original())(call), Denoiser(stock)(call)) > 20
+
+
+def test_dequantized_embeddings_are_those_of_the_quantized_model(sampler: Callable[..., LoopSampler]) -> None:
+    made = sampler("class_conditional")
+    tfmq.quantize(made, replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2)))
+    (name,) = packed_embeddings(made.denoiser.module)
+    table = dequantized(made.denoiser.module).get_submodule(name)
+    assert isinstance(table, nn.Embedding) and torch.equal(table.weight, packed_embeddings(made.denoiser.module)[name].weight)
 
 
 @pytest.mark.parametrize("name", ["unet", "conditional", "sdxl", "dit", "plain"])

@@ -14,7 +14,7 @@ from tfmq.backends.backend import Options
 from tfmq.calibration.store import CalibrationStore
 from tfmq.errors import require
 from tfmq.models.denoiser import Inputs
-from tfmq.nn.plan import packed_layers
+from tfmq.nn.plan import packed_weights
 from tfmq.storage.atomic import read_tensors, write_tensors
 
 WEIGHTS = "weights.safetensors"
@@ -128,12 +128,12 @@ def dequantized(module: Any) -> nn.Module:
 
     config = {name: value for name, value in module.config.items() if name != QUANTIZATION and not name.startswith("_")}
     stock: nn.Module = stock_class(module).from_config(config)  # type: ignore[attr-defined]
-    packed, known = packed_layers(module), module.state_dict()
+    packed, known = packed_weights(module), module.state_dict()
     state = {}
     for name in stock.state_dict():
         owner, _, last = name.rpartition(".")
         if owner in packed:
-            state[name] = getattr(packed[owner], last)
+            state[name] = packed[owner].stock_weight if last == "weight" else getattr(packed[owner], last)
         else:
             # A layer behind a table is its `block`.
             state[name] = known[name] if name in known else known[f"{owner}.block.{last}"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tfmq.calibration.drift import LayerDrift, drift, extremes
 from tfmq.models.sampler import Sampler
-from tfmq.nn.plan import packed_layers
+from tfmq.nn.plan import packed_layers, packed_weights
 from tfmq.nn.swap import STEPS
 from tfmq.nn.temporal import CachedFeature
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -70,9 +70,10 @@ def fuse_adapters(module: nn.Module, full: Sampler, *, steps: int, scale: float)
         raise ValueError(f"the LoRA changes {unknown[0]}, which the quantized model does not have; pass the model that it was made from")
     with extremes(full.denoiser, quantizers, context) as changed:
         full.run(range(1), steps=steps, seed=0)
+    packed = packed_weights(module)
     for name, weight in weights.items():
-        if name in layers:
-            layers[name].round(weight)
+        if name in packed:
+            packed[name].round(weight)
         else:
             module.get_parameter(f"{name}.weight").copy_(weight)
     if any(isinstance(child, CachedFeature) for child in module.modules()):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tfmq.integrations.diffusers.adapters import refuse_adapters
 from tfmq.integrations.loaded import loaded
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed import PackedWeight
 from tfmq.nn.structure import assemble
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -29,7 +29,7 @@ from tfmq.storage.errors import CheckpointError
 
 METHOD = "tfmq"
 # Tensors that diffusers must not cast to the dtype a model is loaded in: codes are integers, scales stay float32.
-OWNERS = (PackedLayer, ActivationQuantizer, FeatureTable, CachedFeature, StepContext)
+OWNERS = (PackedWeight, ActivationQuantizer, FeatureTable, CachedFeature, StepContext)
 OWN_TENSORS = ("packed", "scale", "zero_point", "values", "use_table", "timesteps")
 
 

@@ -1,0 +1,81 @@
+"""Quantized embeddings: look-ups of rows, of which a call dequantizes those that it reads."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tfmq.nn.layer import Precision
+from tfmq.nn.packed import PackedWeight
+from tfmq.numerics.affine import dequantize
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.packing import unpack_unsigned
+from tfmq.quantizers.weight import WeightGrid
+
+
+class CalibratedEmbedding(nn.Module):
+    """An embedding during calibration: the full-precision rows, their nearest codes, and a choice between the two.
+
+    No rounding is learned: a row is read as it is, so that its nearest codes are its best.
+    """
+
+    codes: Tensor
+
+    def __init__(self, source: nn.Embedding, grid: WeightGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(source.weight.detach(), requires_grad=False)
+        self.weight_precision: Precision = "full"
+        self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight_precision == "full":
+            return F.embedding(input, self.weight)
+        return dequantize(self.codes[input], self.grid.scale[input], self.grid.zero_point[input]).to(self.weight.dtype)
+
+    def packed(self) -> "PackedEmbedding":
+        """Return the packed form; it gives bitwise the same rows."""
+        packed = PackedEmbedding(self.grid.format, tuple(self.weight.shape), dtype=self.weight.dtype).to(self.weight.device)
+        packed.fill(self.codes, self.grid)
+        return packed
+
+
+class PackedEmbedding(PackedWeight):
+    """An embedding at rest: packed codes `[rows, width]`, with a scale and a zero-point for each row. Its output has the model's `dtype`.
+
+    `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with.
+    """
+
+    def __init__(self, fmt: IntegerFormat, shape: tuple[int, ...], *, dtype: torch.dtype) -> None:
+        super().__init__(fmt, shape)
+        self.dtype = dtype
+        self.unpacked: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows, as a stock embedding has them."""
+        return self.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row, as a stock embedding has it."""
+        return self.shape[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        index = input.flatten()
+        codes = self._rows(index) if self.unpacked is None else self.unpacked[index]
+        scale = self.scale[index]
+        zero_point = torch.full_like(scale, self.format.middle) if self.zero_point is None else self.zero_point[index].to(scale.dtype)
+        return dequantize(codes, scale, zero_point).reshape(*input.shape, self.shape[1]).to(self.dtype)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return unpack_unsigned(self.packed[index], bits=self.format.bits, shape=(len(index), self.shape[1]))
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, bits={self.format.bits}"

@@ -1,0 +1,70 @@
+"""A weight at rest: packed codes with their grid."""
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
+from tfmq.quantizers.weight import WeightGrid, fit_grid
+
+
+class PackedWeight(nn.Module):
+    """A module with the packed codes of a weight of `shape` `[rows, ...]`.
+
+    `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8 are `[rows, G]` for `G` `segments` of
+    axis 1 (no zero-point for symmetric formats).
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, fmt: IntegerFormat, shape: tuple[int, ...], *, segments: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.format = fmt
+        self.shape = tuple(shape)
+        self.segments = tuple(segments)
+        groups = (self.shape[0], max(1, len(self.segments)))
+        self.register_buffer("packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(groups))
+        self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
+
+    @property
+    def codes(self) -> Tensor:
+        """Unsigned codes, uint8, of the weight's shape."""
+        return unpack_unsigned(self.packed.to(self.scale.device), bits=self.format.bits, shape=self.shape)
+
+    @property
+    def grid(self) -> WeightGrid:
+        """The grid that the codes refer to."""
+        zero_point = torch.full_like(self.scale, self.format.middle) if self.zero_point is None else self.zero_point
+        return WeightGrid(self.format, self.scale, zero_point.to(self.scale.dtype), self.segments)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, for code that looks at a layer's weight."""
+        return self.grid.decode(self.codes.to(self.scale.dtype))
+
+    @property
+    def stock_weight(self) -> Tensor:
+        """The dequantized weight in the layout of the stock module."""
+        return self.weight
+
+    @torch.no_grad()
+    def fill(self, codes: Tensor, grid: WeightGrid) -> None:
+        """Take over `codes`, uint8, on a `grid` of the same format and segments."""
+        self.packed.copy_(pack_unsigned(codes, bits=self.format.bits))
+        self.scale.copy_(grid.scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(grid.zero_point)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return a weight in the layout of the stock module as this one has it, `[rows, ...]`."""
+        return weight
+
+    @torch.no_grad()
+    def round(self, weight: Tensor) -> None:
+        """Take the nearest codes of another weight of the stock module, on a grid fitted to it; all else stays."""
+        rows = self.rows(weight.float().to(self.packed.device))
+        grid = fit_grid(rows, self.format, segments=self.segments)
+        self.fill(grid.encode(rows).to(torch.uint8), grid)
