@@ -11,6 +11,7 @@ from torch import Tensor
 from tfmq.calibration.ranges import KEPT, SHRINKS, SITE_BYTES, collect, fit_site
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls
+from tfmq.calibration.variety import warn_of_single_values
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.layer import CalibratedLayer
@@ -56,8 +57,10 @@ def record_batch(sampler: Sampler, recipe: Recipe, sink: Callable[[Inputs], None
         sampler.run(indices, steps=recipe.calibration.steps, seed=stage_seed(seed, "calibration"))
 
 
-def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore, *, seed: int, helpers: Helpers | None, progress: Progress) -> None:
-    """Run the sampler in full precision and store every denoiser call."""
+def record_calibration(
+    sampler: Sampler, recipe: Recipe, block: TemporalBlock, store: CalibrationStore, *, seed: int, helpers: Helpers | None, progress: Progress
+) -> None:
+    """Run the sampler in full precision and store every denoiser call; warn of classes and the like that are one and the same in all of them."""
     config = recipe.calibration
     batches = [range(start, min(start + config.batch_size, config.samples)) for start in range(0, config.samples, config.batch_size)]
     with progress("calibration: sampling", len(batches) * config.steps) as advance:
@@ -73,6 +76,7 @@ def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore
             for _ in helpers.record(batches):
                 advance(config.steps)
             store.adopt(range(len(batches)))
+    warn_of_single_values(sampler.denoiser, sampler.example(), block.trace, store, batches)
 
 
 def _seconds_of(call: Callable[[], Any]) -> float:

@@ -73,7 +73,7 @@ def prepare_units(
     def record() -> dict[str, Tensor]:
         check_time(sampler, recipe, plan, block, resources)
         store.clear()
-        record_calibration(sampler, recipe, store, seed=seed, helpers=helpers, progress=progress)
+        record_calibration(sampler, recipe, block, store, seed=seed, helpers=helpers, progress=progress)
         return {"calls": torch.tensor(len(store))}
 
     journal.stage("calibration", record)
