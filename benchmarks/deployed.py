@@ -43,7 +43,7 @@ def exported(model: Model, folder: Path, target: Path) -> Path:
     """Return the model's file for OpenVINO, written if it is not there."""
     if not (target / "tfmq_export.json").exists():
         sampler = model.make()
-        module = sampler.denoiser.module if model.architecture else None
+        module = sampler.denoiser.module if model.module else None
         target.mkdir(parents=True, exist_ok=True)
         export(Denoiser(tfmq.load(folder, module=module, backend="simulated")), sampler.example(), target, to="openvino")
     return target / "denoiser.xml"
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     lines = ["| model | fp32 peak MB | exported peak MB | share | fp32 ms/step | exported ms/step |", "|---|---|---|---|---|---|"]
     with quiet(), shown_progress() as progress:
-        for model in models(options.ddpm64):
+        for model in models(options.ddpm64, options.output_dir):
             if options.only in model.name:
                 whole, whole_ms = full_precision(options.output_dir, model.name, options.scheme)
                 target = options.output_dir / f"{model.name}-{options.scheme}-openvino"

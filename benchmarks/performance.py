@@ -2,7 +2,7 @@
 
     python benchmarks/performance.py --output-dir runs/performance --peers all --batch 1,4,16
 
-The models are the embedded one, a 63 M parameter DDPM of 64x64 pixels (`--ddpm64`, a folder whose `load.py` has `build_unet`, `load_unet` and
+The models are the embedded one, a 63 M parameter DDPM of 64x64 pixels (`--ddpm64`, a folder whose `load.py` has `load_unet` and
 `scheduler`; skipped without), and architectures with random weights: google/ddpm-cifar10-32's, a small Stable Diffusion's, a small DiT and, with
 `--large`, the UNet of Stable Diffusion 1.5. Each is quantized to W8A8 (a range for every timestep, temporal features from tables; `--scheme
 fast_w8a8` for zero-points that all timesteps share) but with a short calibration and no learned rounding, which costs no time at inference, and
@@ -13,7 +13,6 @@ missing, so it can run in pieces.
 """
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -35,6 +34,7 @@ from tfmq.evaluation.cost.system import describe_machine, processors
 from tfmq.evaluation.cost.variant import KINDS, names_of
 from tfmq.evaluation.forecast import forecast
 from tfmq.integrations.diffusers.quiet import quiet
+from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import LoopSampler, Sampler
 from tfmq.progress import Progress
 from tfmq.recipes.recipe import Calibration
@@ -61,14 +61,14 @@ class Model:
         name: in the table.
         make: builds its sampler.
         trained: whether its weights are.
-        architecture: where it is, if diffusers lacks it.
+        module: gives it, if diffusers lacks it.
         large: whether quantizing it takes so long that it is done once, not for the bytes of four-bit weights too.
     """
 
     name: str
     make: Callable[[], Sampler]
     trained: bool
-    architecture: str | None = None
+    module: ModuleFile | None = None
     large: bool = False
 
 
@@ -119,26 +119,27 @@ def dit() -> Sampler:
     return _looped(module, (4, 32, 32), class_labels=torch.tensor([207]))
 
 
-def _loaded(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("ddpm64_load", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+TRAINED = """\
+
+import tfmq
+
+sys.path.insert(0, {folder!r})
+import load
 
 
-def models(ddpm64: Path | None, *, large: bool = False) -> Iterator[Model]:
-    """Yield the models of the table."""
+def sampler():
+    return tfmq.LoopSampler(tfmq.Denoiser(load.load_unet().requires_grad_(False)), load.scheduler(), shape=(3, 64, 64))
+"""
+
+
+def models(ddpm64: Path | None, folder: Path, *, large: bool = False) -> Iterator[Model]:
+    """Yield the models of the table; the file that gives one of them goes to `folder`."""
     yield Model("default", lambda: open_sampler("default"), trained=True)
     if ddpm64 is not None and (ddpm64 / "load.py").exists():
-        path = ddpm64.resolve() / "load.py"
-
-        def trained() -> Sampler:
-            found = _loaded(path)
-            return LoopSampler(tfmq.Denoiser(found.load_unet().requires_grad_(False)), found.scheduler(), shape=(3, 64, 64))
-
-        yield Model("ddpm64", trained, trained=True, architecture=f"{path}:build_unet")
+        folder.mkdir(parents=True, exist_ok=True)
+        module = ModuleFile(folder.resolve() / "ddpm64_module.py", "sampler")
+        module.path.write_text(TRAINED.format(folder=str(ddpm64.resolve())))
+        yield Model("ddpm64", module.sampler, trained=True, module=module)
     yield Model("ddpm-cifar10-32", cifar, trained=False)
     yield Model("small-sd-unet", latent, trained=False)
     yield Model("small-dit", dit, trained=False)
@@ -174,7 +175,7 @@ def measured(model: Model, batch: int, options: argparse.Namespace, progress: Pr
         rounds=options.rounds,
         threads=options.threads,
         steps=STEPS,
-        architecture=model.architecture,
+        module=model.module,
     )
     expected = forecast(sampler, recipe=tfmq.scheme(options.scheme), batch=batch, progress=progress)
     work = options.output_dir / "work"
@@ -283,7 +284,7 @@ def main() -> None:
     finished.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     with quiet(), shown_progress() as progress:
-        for number, model in enumerate(models(options.ddpm64, large=options.large)):
+        for number, model in enumerate(models(options.ddpm64, options.output_dir, large=options.large)):
             for batch in (int(part) for part in options.batch.split(",")):
                 path = finished / f"{number}-{model.name}-{batch:03d}-{options.scheme}.json"
                 if options.only not in model.name or path.exists():

@@ -25,6 +25,7 @@ an AdaRound iteration should take 7 to 8 s, going by the 1.25 s of a forward cal
 import argparse
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -136,7 +137,7 @@ def ddpm64(folder: Path) -> Sampler:
     from diffusers import DDIMScheduler
     from performance import models
 
-    sampler: Any = next(model for model in models(folder) if model.name == "ddpm64").make()
+    sampler: Any = next(model for model in models(folder, Path(tempfile.mkdtemp())) if model.name == "ddpm64").make()
     sampler.scheduler = DDIMScheduler.from_config(sampler.scheduler.config, timestep_spacing="leading")
     return sampler
 

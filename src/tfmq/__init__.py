@@ -19,21 +19,23 @@ if TYPE_CHECKING:
     from tfmq.backends.backend import Options
     from tfmq.backends.execution import execute
     from tfmq.models.denoiser import Denoiser
-    from tfmq.models.sampler import LoopSampler
+    from tfmq.models.sampler import Guidance, LoopSampler, Sampler
     from tfmq.recipes import Recipe, scheme
     from tfmq.reconstruction.resources import Resources
 
 __all__ = [
-    "Denoiser", "LoopSampler", "Options", "Recipe", "Resources", "__version__",
+    "Denoiser", "Guidance", "LoopSampler", "Options", "Recipe", "Resources", "Sampler", "__version__",
     "execute", "fuse_lora", "load", "quantize", "rebake", "scheme",
 ]  # fmt: skip
 
 _HOMES = {
     "Denoiser": "tfmq.models.denoiser",
+    "Guidance": "tfmq.models.sampler",
     "LoopSampler": "tfmq.models.sampler",
     "Options": "tfmq.backends.backend",
     "Recipe": "tfmq.recipes",
     "Resources": "tfmq.reconstruction.resources",
+    "Sampler": "tfmq.models.sampler",
     "execute": "tfmq.backends.execution",
     "fuse_lora": "tfmq.adapt",
     "load": "tfmq.artifact",

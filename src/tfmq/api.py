@@ -22,7 +22,7 @@ from tfmq.recipes import scheme
 from tfmq.recipes.recipe import Recipe
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
-from tfmq.stages import Helpers
+from tfmq.stages import Foretold, Helpers
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.errors import JobMismatchError
@@ -136,6 +136,7 @@ def quantize(
     component: str | None = None,
     resources: Resources = UNLIMITED,
     helpers: Helpers | None = None,
+    foretold: Foretold | None = None,
     progress: Progress = silent,
 ) -> Quantized:
     """Quantize a diffusion model in place and, with `output_dir`, save it.
@@ -143,7 +144,8 @@ def quantize(
     The model in memory computes in simulated arithmetic, the one that it was calibrated in; `tfmq.execute` makes it compute in integers.
 
     Args:
-        target: a diffusers pipeline, a pipeline directory, a hub id, "default", or any `Sampler` (a denoiser with a loop around it).
+        target: a diffusers pipeline, a pipeline directory, a hub id, "default", a `Sampler` (a denoiser with a loop around it), or a
+            `ModuleFile` that gives one.
         recipe: a `Recipe`, or the name of a scheme such as "w4a8".
         output_dir: where the quantized pipeline goes. It appears when it is complete; until then the job lives in `output_dir` + ".job".
         seed: of calibration noise and of every learning stage.
@@ -154,10 +156,11 @@ def quantize(
             there is, with a warning that names the others. They are quantized one after the other.
         resources: limits of memory and of time.
         helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
+        foretold: is told about how many seconds everything before the units takes, before it begins.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:
-        ValueError: an unknown scheme, a model that cannot be quantized, or one that cannot within `resources`.
+        ValueError: an unknown scheme, a model that cannot be quantized, or one that cannot within `resources` or on this disk.
         CheckpointError: `output_dir` is taken or full, or the job in it is another one.
         CalibrationError: NaN or infinite values in calibration.
     """
@@ -175,7 +178,7 @@ def quantize(
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
-        limits = {"helpers": helpers, "resources": resources, "began": began}
+        limits = {"helpers": helpers, "resources": resources, "foretold": foretold, "began": began}
         outcome = quantize_denoiser(sampler, recipe, seed=seed, store=store_of(job), journal=journal, progress=progress, **limits)  # type: ignore[arg-type]
         manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))

@@ -1,8 +1,14 @@
-"""Progress of long work, reported to whoever asked for it."""
+"""Progress of long work, reported to whoever asked for it, and what a call takes, from which the time of the work follows."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
+
+# Seconds for which a call is timed at least: a moment alone says little on a machine that is busy with other things.
+LOOKED = 0.25
+# A first call that took longer is not repeated: it is what work of many such calls takes, and a little more.
+PATIENCE = 3.0
 
 
 class Advance(Protocol):
@@ -25,3 +31,17 @@ def silent(description: str, total: int) -> Iterator[Advance]:
         return
 
     yield advance
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Return what a call takes on average, after a first one that prepares kernels and memory."""
+    began = time.perf_counter()
+    call()
+    first = time.perf_counter() - began
+    if first > PATIENCE:
+        return first
+    began, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - began < LOOKED:
+        call()
+        calls += 1
+    return (time.perf_counter() - began) / calls

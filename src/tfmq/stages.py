@@ -1,8 +1,9 @@
 """The stages before the units, each a function of a sampler, a recipe and what earlier stages stored."""
 
-import time
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 from zlib import crc32
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tfmq.calibration.ranges import KEPT, SHRINKS, SITE_BYTES, collect, fit_site
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls
+from tfmq.calibration.variety import warn_of_single_values
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.layer import CalibratedLayer
@@ -18,7 +20,7 @@ from tfmq.nn.operation import weight_of
 from tfmq.nn.plan import Plan, activation_sites
 from tfmq.nn.swap import precision
 from tfmq.numerics.ranges import search
-from tfmq.progress import Progress
+from tfmq.progress import Progress, seconds_of
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.resources import Resources
@@ -29,8 +31,10 @@ from tfmq.temporal.block import TemporalBlock
 
 # A call whose quantizers look at their inputs, in calls.
 OBSERVED = 2.0
-# Seconds for which a call is timed at least: a moment alone says little on a machine that is busy with other things.
-LOOKED = 0.25
+
+
+# Is told about how many seconds will go by.
+Foretold = Callable[[float], None]
 
 
 class Helpers(Protocol):
@@ -56,8 +60,10 @@ def record_batch(sampler: Sampler, recipe: Recipe, sink: Callable[[Inputs], None
         sampler.run(indices, steps=recipe.calibration.steps, seed=stage_seed(seed, "calibration"))
 
 
-def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore, *, seed: int, helpers: Helpers | None, progress: Progress) -> None:
-    """Run the sampler in full precision and store every denoiser call."""
+def record_calibration(
+    sampler: Sampler, recipe: Recipe, block: TemporalBlock, store: CalibrationStore, *, seed: int, helpers: Helpers | None, progress: Progress
+) -> None:
+    """Run the sampler in full precision and store every denoiser call; warn of classes and the like that are one and the same in all of them."""
     config = recipe.calibration
     batches = [range(start, min(start + config.batch_size, config.samples)) for start in range(0, config.samples, config.batch_size)]
     with progress("calibration: sampling", len(batches) * config.steps) as advance:
@@ -73,24 +79,15 @@ def record_calibration(sampler: Sampler, recipe: Recipe, store: CalibrationStore
             for _ in helpers.record(batches):
                 advance(config.steps)
             store.adopt(range(len(batches)))
-
-
-def _seconds_of(call: Callable[[], Any]) -> float:
-    """Return what a call takes on average, after a first one that prepares kernels and memory."""
-    call()
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < LOOKED:
-        call()
-        calls += 1
-    return (time.perf_counter() - began) / calls
+    warn_of_single_values(sampler.denoiser, sampler.example(), block.trace, store, batches)
 
 
 @torch.no_grad()
-def _calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBlock, resources: Resources) -> float:
+def calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBlock, resources: Resources) -> float:
     """Return about what the stages before the units take: by the time of one call, of one search for a range and of one pass of the block."""
     config, learning = recipe.calibration, recipe.temporal.learning
     example = sampler.example().resized(min(config.batch_size, config.samples))
-    a_call = _seconds_of(lambda: sampler.denoiser(example)) * -(-config.samples // config.batch_size) * config.steps
+    a_call = seconds_of(lambda: sampler.denoiser(example)) * -(-config.samples // config.batch_size) * config.steps
     inputs = [layer.input for layer in plan.layers.values()]
     operands = [quantizer for count, quantizer in plan.products.values() for _ in range(2 * count)]
     quantizers = [quantizer for quantizer in (*inputs, *operands) if quantizer and quantizer.tokens != "dynamic"]
@@ -99,14 +96,37 @@ def _calibration_seconds(sampler: Sampler, recipe: Recipe, plan: Plan, block: Te
     # One grid for all timesteps is searched for beside those of each.
     searches = sum(2 if quantizer.per_step == "measured" else 1 for quantizer in searched)
     values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
-    a_range = _seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
+    a_range = seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
     maintained = [layer.name for layer in block.trace.temporal if layer.name in plan.layers] if recipe.temporal.maintenance != "none" else []
     a_step = 0.0
     if maintained:
         timesteps = block.at(torch.zeros(1))
         weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
-        a_step = STEP_RUNS * _seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
+        a_step = STEP_RUNS * seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
     return (1 + OBSERVED * passes) * a_call + searches * a_range + learning.iterations * a_step
+
+
+def expected_bytes(example: Inputs, recipe: Recipe) -> int:
+    """Return the least bytes that a calibration leaves on disk: the sample of every call."""
+    return recipe.calibration.samples * recipe.calibration.steps * example.sample.numel() * example.sample.element_size()
+
+
+def check_room(sampler: Sampler, recipe: Recipe, directory: Path) -> None:
+    """Refuse a calibration that the disk of `directory` cannot hold.
+
+    Raises:
+        ValueError: says what it takes of disk and time.
+    """
+    needed, free = expected_bytes(sampler.example(), recipe), shutil.disk_usage(directory).free
+    if needed <= free:
+        return
+    config = recipe.calibration
+    with torch.no_grad():
+        a_call = seconds_of(lambda: sampler.denoiser(sampler.example()))
+    raise ValueError(
+        f"a calibration of {config.samples} images in {config.steps} steps takes at least {needed / 1e9:.3g} GB of disk, where "
+        f"{free / 1e9:.3g} GB are free, and about {a_call * config.samples * config.steps / 86400:.3g} days; lower the images (--calib-size) or steps"
+    )
 
 
 def check_time(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBlock, resources: Resources) -> None:
@@ -117,7 +137,7 @@ def check_time(sampler: Sampler, recipe: Recipe, plan: Plan, block: TemporalBloc
     """
     if resources.time_budget is None:
         return
-    needed = _calibration_seconds(sampler, recipe, plan, block, resources)
+    needed = calibration_seconds(sampler, recipe, plan, block, resources)
     if needed > resources.time_budget:
         raise ValueError(
             f"a time budget of {resources.time_budget:.0f} s is gone before the first unit: the calibration alone takes about {needed:.0f} s; "

@@ -12,6 +12,7 @@ from torch import nn
 from tfmq.artifact import check_quantizable, is_quantized, load, stored_manifest
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.errors import require
+from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import STEPS
 from tfmq.recipes.recipe import Recipe, call_options
@@ -35,7 +36,7 @@ def named_directory(name: str) -> Path | None:
 
 
 def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None, component: str | None = None) -> Sampler:
-    """Return the sampler of `target`: one itself, a pipeline, its directory, a hub id, or the name of a model of the project, such as "default".
+    """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory, a hub id, or the name of a model of the project.
 
     `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
     computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the denoiser of a pipeline that calls
@@ -44,6 +45,10 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
     Raises:
         ValueError: nothing that can be sampled from, or no such component.
     """
+    if isinstance(target, ModuleFile):
+        target = target.sampler()
+        if prompts:
+            warnings.warn("prompts have no effect: the sampler brings its own conditions", stacklevel=2)
     if hasattr(target, "run") and hasattr(target, "denoiser"):
         if component is not None:
             raise ValueError(f"component={component!r} is for pipelines; a sampler brings its own denoiser")
@@ -63,6 +68,19 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
     sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}), component=component)
     if prompts and not sampler.takes_prompts:
         warnings.warn(f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2)
+    return sampler
+
+
+def open_quantized(directory: Path, module: ModuleFile) -> Sampler:
+    """Return a sampler of what was quantized of a module of one's own, in simulated arithmetic.
+
+    Raises:
+        ModuleFileError: the module's file gives no sampler.
+        CheckpointError: the directory holds no quantized model, or a damaged one.
+        ValueError: it is of another architecture.
+    """
+    sampler = module.sampler()
+    load(directory, module=sampler.denoiser.module, backend="simulated")
     return sampler
 
 

@@ -22,7 +22,17 @@ from tfmq.reconstruction.sequence import reconstruct_units, reconstructed, resto
 from tfmq.reconstruction.tiar import full_features
 from tfmq.reconstruction.unit import UnitReport, settle
 from tfmq.reconstruction.units import Unit, find_units
-from tfmq.stages import Helpers, check_time, fit_activations, maintain_temporal, record_calibration, stage_seed
+from tfmq.stages import (
+    Foretold,
+    Helpers,
+    calibration_seconds,
+    check_room,
+    check_time,
+    fit_activations,
+    maintain_temporal,
+    record_calibration,
+    stage_seed,
+)
 from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.cache import install_tables, quantized_features
@@ -66,6 +76,7 @@ def prepare_units(
     journal: Journal,
     helpers: Helpers | None = None,
     resources: Resources = UNLIMITED,
+    foretold: Foretold | None = None,
     progress: Progress = silent,
 ) -> Prepared:
     """Do, or read back from the journal, all stages before the units; see `quantize_denoiser`."""
@@ -77,8 +88,11 @@ def prepare_units(
 
     def record() -> dict[str, Tensor]:
         check_time(sampler, recipe, plan, block, resources)
+        check_room(sampler, recipe, store.directory.parent)
+        if foretold is not None:
+            foretold(calibration_seconds(sampler, recipe, plan, block, resources))
         store.clear()
-        record_calibration(sampler, recipe, store, seed=seed, helpers=helpers, progress=progress)
+        record_calibration(sampler, recipe, block, store, seed=seed, helpers=helpers, progress=progress)
         return {"calls": torch.tensor(len(store))}
 
     journal.stage("calibration", record)
@@ -136,6 +150,7 @@ def quantize_denoiser(
     journal: Journal,
     helpers: Helpers | None = None,
     resources: Resources = UNLIMITED,
+    foretold: Foretold | None = None,
     progress: Progress = silent,
     began: float | None = None,
 ) -> Outcome:
@@ -143,11 +158,13 @@ def quantize_denoiser(
 
     The stages are journalled: with a journal of an interrupted run, finished stages are read back, and the result is the same to the byte.
     `helpers` do what they can ahead of this process: the trajectory, and units that do not wait for each other.
+    `foretold` is told about how many seconds the stages before the units take, before they begin.
     A budget of time counts from `began`, a value of `time.perf_counter`, else from now.
     """
     began = time.perf_counter() if began is None else began
     denoiser = sampler.denoiser
-    prepared = prepare_units(sampler, recipe, seed=seed, store=store, journal=journal, helpers=helpers, resources=resources, progress=progress)
+    given = {"helpers": helpers, "resources": resources, "foretold": foretold, "progress": progress}
+    prepared = prepare_units(sampler, recipe, seed=seed, store=store, journal=journal, **given)  # type: ignore[arg-type]
     block, steps = prepared.block, prepared.steps
     reports = reconstruct_units(
         denoiser,

@@ -12,11 +12,13 @@ Run = Callable[..., Any]
 
 
 def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    command = ("analyze", quantized, "--reference", model, "--num-images", 2, "--backend", "simulated", "--output-dir", tmp_path / "a")
+    command = ("analyze", quantized, "--reference", model, "--num-images", 2, "--thorough", "--backend", "simulated", "--output-dir", tmp_path / "a")
     result = tfmq(*command, "--json")
     assert result.status == 0, result.err
     report = json.loads((quantized / "tfmq_report.json").read_text())
-    expected = {"num_images": 2, "steps": 4, "seed": 0, "backend": "simulated", "weights": report["sha256"]}
+    count = len(result.json["sensitivity"]["parts"])
+    expected = {"num_images": 2, "steps": 4, "seed": 0, "thorough": True, "calls": 8, "parts": count, "of_parts": count}
+    expected |= {"backend": "simulated", "weights": report["sha256"]}
     assert result.json["settings"] == expected
     assert result.json["disturbance"]["mismatches"] == report["temporal"]["mismatches"]
     found = {part["name"] for part in result.json["sensitivity"]["parts"]}
@@ -40,3 +42,13 @@ def test_what_is_refused(tfmq: Run, model: Path, grey_model: Path, quantized: Pa
         result = tfmq("analyze", arguments[0], "--reference", arguments[1], "--num-images", 1, "--output-dir", tmp_path / "a")
         assert result.status == 1 and cause in result.err and result.err.splitlines()[-1].startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quick_look_says_what_it_leaves_out(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+    command = ("analyze", quantized, "--reference", model, "--backend", "simulated", "--output-dir", tmp_path / "a")
+    shown = tfmq(*command)
+    assert shown.status == 0, shown.err
+    stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    settings, parts = stored["settings"], stored["sensitivity"]["parts"]
+    assert settings["parts"] == len(parts) == 8 < settings["of_parts"] and settings["num_images"] == 1 and not settings["thorough"]
+    assert f"8 of {settings['of_parts']} units, evenly spread, at 2 calls" in " ".join(shown.out.split())

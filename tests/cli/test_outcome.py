@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from tfmq.calibration.trajectory import CalibrationError
-from tfmq.cli.outcome import complain, emit, verb
+from tfmq.cli.outcome import complain, emit, job_hint, verb
 from tfmq.errors import MissingExtraError
 from tfmq.storage.errors import ChecksumError
 
@@ -167,3 +167,28 @@ def test_notes_are_shown_where_the_verb_succeeds_and_an_error_is_one_line(capsys
         assert fails
     assert capsys.readouterr().err == ("error: no such model\n" if fails else "note: auto: abacus computes it\n")
     assert (log.level, list(log.handlers)) == before
+
+
+def test_ctrl_c_promises_to_continue_only_from_a_job_of_this_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tfmq.storage.journal import Journal
+
+    job = tmp_path / "q.job"
+
+    def said(*, opens: bool) -> str:
+        with pytest.raises(typer.Exit), verb(interrupted=job_hint(job)):
+            if opens:
+                Journal(job, {"seed": 0}, resume=True)
+            raise KeyboardInterrupt
+        return capsys.readouterr().err
+
+    assert said(opens=False) == "error: interrupted; nothing was written\n"
+    assert said(opens=True) == f"error: interrupted; the same command with --resume continues from {job}\n"
+    assert "as it was" in said(opens=False) and "continues" in said(opens=True)
+
+
+def test_time_is_said_before_work_that_takes_some(capsys: pytest.CaptureFixture[str]) -> None:
+    from tfmq.cli.progress import foretell
+
+    for seconds in (0.5, 40.2, 300.0, 9000.0, 7e6):
+        foretell(seconds, "drawing")
+    assert capsys.readouterr() == ("", "about 40 s: drawing\nabout 5 min: drawing\nabout 2.5 h: drawing\nabout 81 days: drawing\n")

@@ -1,6 +1,7 @@
 """The documentation, executed: marked blocks run, links lead somewhere, and functions are where a page says they are."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,8 @@ from tfmq.storage.errors import CheckpointError
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 # ```python test model: the block runs in an empty folder that holds `model`. What can be asked for is below, in `folders`.
-FENCE = re.compile(r"^```(python|yaml) test([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# ```python test as:mine.py: the block is what ```sh test mine.py finds in its folder under that name. In that, each `tfmq` line is run.
+FENCE = re.compile(r"^```(python|yaml|sh) test([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PLACE = re.compile(r"\]\((\.\./src/[^)#\s]+\.py)\)((?:,? `\w+`)+)")
 
@@ -99,6 +101,12 @@ def lay_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
     def prepare(block: Block) -> None:
         for name in block.needs:
+            if name.startswith("as:"):
+                continue
+            if name.endswith(".py"):
+                (source,) = (other for other in BLOCKS if other.page == block.page and f"as:{name}" in other.needs)
+                (tmp_path / name).write_text(source.text)
+                continue
             if name == "exported" and not (folders / name).exists():
                 _export(folders)
             shutil.copytree(folders / name, tmp_path / name)
@@ -115,6 +123,17 @@ def test_there_are_blocks_to_run() -> None:
 def test_python_blocks_run(block: Block, lay_out: Callable[[Block], None]) -> None:
     lay_out(block)
     execute(block)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "sh"], ids=str)
+def test_commands_run(block: Block, lay_out: Callable[[Block], None], capsys: pytest.CaptureFixture[str]) -> None:
+    from tfmq.cli.commands import run
+
+    lay_out(block)
+    commands = [shlex.split(line, comments=True)[1:] for line in block.text.replace("\\\n", " ").splitlines() if line.startswith("tfmq ")]
+    assert commands
+    for command in commands:
+        assert run(command) == 0, (command, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)

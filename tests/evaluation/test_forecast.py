@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import tfmq
-from tfmq.evaluation.forecast import forecast
+from tfmq.evaluation.forecast import ShapeTiming, Site, _total, _work, expected_seconds, forecast
 from tfmq.evaluation.trial import trial
 from tfmq.kernels.onednn import available
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.swap import STEPS
+from tfmq.numerics.operations import Linear
 from tfmq.recipes.recipe import Calibration
 
 BACKEND = "torch" if available() else "reference"
@@ -68,3 +69,34 @@ def test_a_quantized_model_is_refused(sampler: Callable[..., LoopSampler]) -> No
             forecast(made)
     finally:
         delattr(made.denoiser.module, STEPS)
+
+
+def test_a_quick_forecast_concludes_what_it_does_not_time(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no time is left after the first shape, and the model counts as large, the rest follows from the work of the layers."""
+    monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
+    monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_SHAPES", 0.0)
+    monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_WEIGHTS", 0)
+    monkeypatch.setattr("tfmq.evaluation.forecast.trial", lambda *_, **__: pytest.fail("a copy was made"))
+    made = sampler("unet")
+    found = forecast(made, thorough=False)
+    assert len(found.shapes) == 1 and "1 of " in found.extrapolated[0] and "% of the work" in found.extrapolated[0]
+    assert found.rest_ms >= 0 and found.fp32_ms > 0
+    if available():
+        assert found.predicted_ms is not None and found.predicted_ms > found.rest_ms and "no quantized copy" in found.extrapolated[1]
+
+
+def test_shapes_that_are_not_timed_count_by_their_work() -> None:
+    operation = Linear()
+    sites = {Site(operation, (4, 4), (1, 4), False): 3, Site(operation, (8, 8), (2, 8), False): 1}
+    large = next(site for site in sites if site.weight == (8, 8))
+    assert [_work(site) for site in sites] == [16, 128]
+    timed = {large: ShapeTiming(operation="linear", weight=(8, 8), input=(2, 8), count=1, fp32_ms=4.0, int8_ms=1.0)}
+    total = _total(sites, timed)
+    assert total.measured == 128 / 176 and total.fp32_ms == pytest.approx(4 * 176 / 128) and total.int8_ms == pytest.approx(176 / 128)
+
+
+def test_the_word_before_the_work_is_bounded(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfmq.evaluation.forecast.PACKING", 1.0)
+    monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_WEIGHTS", 0)
+    made = sampler("unet")
+    assert 0 < expected_seconds(made, thorough=False) < 60 < expected_seconds(made, thorough=True)

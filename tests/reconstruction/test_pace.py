@@ -128,7 +128,7 @@ def test_all_stages_before_the_units_count_against_a_budget(
     sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A call, a search and a pass of the temporal block take a second each.
-    monkeypatch.setattr("tfmq.stages._seconds_of", lambda call: 1.0)
+    monkeypatch.setattr("tfmq.stages.seconds_of", lambda call: 1.0)
     longer = replace(recipe, temporal=replace(recipe.temporal, learning=Learning(iterations=1000)))
     exact = replace(recipe, activations=replace(recipe.activations, ranges="min_max"))
     needed = {}

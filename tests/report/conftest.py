@@ -56,7 +56,7 @@ def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
         layers = (LayerError("mid.a", 0.1, 1.0, 2.0), LayerError("out", 0.05, 1.0, 0.5))
         bounds = Bounds({"a": line - 1}, {"a": line + 1})
         ranges = Ranges(disturbed.timesteps, bounds, bounds)
-        return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers)
+        return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers, len(found.parts))
 
     return make
 

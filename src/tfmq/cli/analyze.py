@@ -1,11 +1,29 @@
 """`tfmq analyze`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tfmq.cli.options import Backend, Device, Json, Prompts, Seed, Steps, Weights, beside, check_device, check_execution, read_prompts
+from tfmq.cli.options import (
+    Backend,
+    Device,
+    Directory,
+    Json,
+    Module,
+    Prompts,
+    Reference,
+    Seed,
+    Steps,
+    Weights,
+    beside,
+    check_device,
+    check_execution,
+    check_module,
+    check_reference,
+    read_prompts,
+)
 from tfmq.cli.outcome import emit, verb
 from tfmq.errors import require
 
@@ -13,9 +31,13 @@ SUFFIX = ".analysis"
 
 
 def analyze(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
-    reference: Annotated[str, typer.Option("--reference", metavar="MODEL", help="The model that it was made from.")],
-    num_images: Annotated[int, typer.Option("--num-images", min=1, help="Images whose trajectories are followed.")] = 4,
+    directory: Directory,
+    reference: Reference = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", min=1, help="Images whose trajectories are followed. Default: 1, with --thorough 4.")
+    ] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Look at every unit, and at more calls and images.")] = False,
+    module: Module = None,
     steps: Steps = None,
     seed: Seed = 0,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.analysis.")] = None,
@@ -29,8 +51,9 @@ def analyze(
     """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity of units, errors of layers."""
     target = output_dir or beside(directory, SUFFIX)
     with verb():
-        from tfmq.cli.models import default_steps, execute_model, manifest, open_model, quantized_directory
-        from tfmq.cli.progress import shown_progress
+        from tfmq.cli.models import default_steps, execute_model, manifest, open_model, quantized_directory, scheme_of
+        from tfmq.cli.progress import foretell, shown_progress
+        from tfmq.evaluation.analysis.analyze import QUICK, THOROUGH, expected_seconds
         from tfmq.evaluation.analysis.analyze import analyze as run
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.analysis import ANALYSIS_FILES, PARQUET_FILE, analysis_values, write_analysis
@@ -42,18 +65,26 @@ def analyze(
             # Said now, and not after minutes of work.
             require("pyarrow", extra="parquet")
         check_device(device)
+        check_reference(reference, module)
+        own = check_module(module)
         execution = check_execution(backend, weights)
         source = quantized_directory(directory)
         with quiet(), completed_directory(target, owned=ANALYSIS_FILES) as folder, shown_progress() as progress:
-            quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
-            name = execute_model(quantized, backend, execution, rows=num_images, judged=True)
-            full = open_model(reference, prompts=read_prompts(prompts), device=device)
-            settings: dict[str, Any] = {"num_images": num_images, "steps": steps or default_steps(quantized), "seed": seed}
-            found = run(full, quantized, **settings, progress=progress)
+            quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
+            full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device)
+            described = manifest(quantized, directory)
+            extent = THOROUGH if thorough else QUICK
+            extent = replace(extent, num_images=num_images or extent.num_images)
+            # After all that may be refused: it may measure.
+            name = execute_model(quantized, backend, execution, rows=extent.num_images, judged=True)
+            schedule: dict[str, Any] = {"steps": steps or default_steps(described)}
+            foretell(expected_seconds(full, quantized, extent=extent, **schedule), "the analysis")
+            found = run(full, quantized, extent=extent, seed=seed, **schedule, progress=progress)
+            settings = {"num_images": extent.num_images, **schedule, "seed": seed, "thorough": thorough, "calls": extent.calls}
+            settings |= {"parts": len(found.sensitivity.parts), "of_parts": found.of_parts}
             weights_digest = tensor_digest(quantized.denoiser.module.state_dict())
             values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})
-            title = manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized")
-            write_analysis(folder, found, values, title=title)
+            write_analysis(folder, found, values, title=scheme_of(described))
             if parquet:
                 write_parquet(folder / PARQUET_FILE, values)
         result = {"output_dir": str(target), **values}

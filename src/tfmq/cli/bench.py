@@ -1,27 +1,31 @@
 """`tfmq bench`."""
 
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfmq.cli.options import Device, Json, Prompts, Steps, check_device, read_prompts
+from tfmq.cli.options import Device, Directory, Json, Module, Prompts, Steps, check_device, check_module, check_reference, read_prompts
 from tfmq.cli.outcome import complain, emit, verb
 
 if TYPE_CHECKING:
     from tfmq.evaluation.cost.variant import Kind
+    from tfmq.models.module_file import ModuleFile
 
-# Measured unless others are named, by kind of device.
-BACKENDS = {"cpu": "simulated,torch,torch-compile,openvino", "cuda": "simulated,cuda,cuda-compile"}
+# Measured unless others are named, by kind of device; those after the bar, which compile for minutes, with --thorough.
+BACKENDS = {"cpu": "simulated,torch,openvino|,torch-compile", "cuda": "simulated,cuda|,cuda-compile"}
+QUICK_ROUNDS, ROUNDS = 3, 10
 
 
 def bench(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    directory: Directory,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from: SQNR is against it.")
     ] = None,
+    module: Module = None,
     backends: Annotated[
         str | None,
         typer.Option(
@@ -32,7 +36,10 @@ def bench(
         str, typer.Option("--peers", metavar="A,B", help="all, none, or some of: fp32-compile, openvino-nncf, onnxruntime-int8, ...")
     ] = "none",
     batch: Annotated[str, typer.Option("--batch", metavar="1,4", help="Rows of one denoiser call.")] = "1",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds without foreign load behind each median.")] = 10,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Rounds without foreign load behind each median. Default: 3, with --thorough 10.")
+    ] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Measure backends that compile for minutes too, in more rounds.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of each variant. Default: one for each processor.")] = None,
     steps: Steps = None,
     device: Device = None,
@@ -44,20 +51,23 @@ def bench(
         from tfmq.evaluation.cost.system import describe_machine, processors
 
         check_device(device)
+        check_reference(reference, module, needed=False)
         device = device or "cpu"
-        backends = backends or BACKENDS.get(device.partition(":")[0], "simulated")
+        known, _, slow = BACKENDS.get(device.partition(":")[0], "simulated").partition("|")
+        backends = backends or known + (slow if thorough else "")
+        rounds = rounds or (ROUNDS if thorough else QUICK_ROUNDS)
         variants = [*_chosen(backends, "backend", "--backends"), *_chosen(peers, "peer", "--peers")]
         sizes = _sizes(batch)
         threads = threads or len(processors())
         options = {"variants": variants, "batches": sizes, "rounds": rounds, "threads": threads, "device": device}
-        measured = _measured(directory, reference, steps=steps, prompts=read_prompts(prompts), **options)
+        measured = _measured(directory, reference, check_module(module), steps=steps, prompts=read_prompts(prompts), **options)
         result = {"machine": describe_machine(threads, device=device), **measured}
     if json:
         emit(result)
     else:
         from tfmq.cli.tables import show_bench
 
-        show_bench(result, exact=reference is not None)
+        show_bench(result, exact=reference is not None or module is not None)
 
 
 def _chosen(text: str, kind: "Kind", option: str) -> list[str]:
@@ -91,30 +101,33 @@ def _sizes(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _measured(directory: str, reference: str | None, *, steps: int | None, prompts: tuple[str, ...], **options: Any) -> dict[str, Any]:
+def _measured(
+    directory: str, reference: str | None, module: "ModuleFile | None", *, steps: int | None, prompts: tuple[str, ...], **options: Any
+) -> dict[str, Any]:
     """Run the benchmark in a temporary folder; return the sha256 of the quantized tensors, and the rows."""
     import torch
 
     from tfmq.artifact import PIPELINE_FILE, stored_manifest
     from tfmq.cli.models import STEPS, open_model, quantized_directory
-    from tfmq.cli.progress import shown_progress
-    from tfmq.evaluation.cost.pipeline import Request, bench
+    from tfmq.cli.progress import foretell, shown_progress
+    from tfmq.evaluation.cost.pipeline import Request, bench, expected_seconds
     from tfmq.integrations.diffusers.quiet import quiet
     from tfmq.nn.swap import STEPS as QUANTIZED
 
-    source = quantized_directory(directory)
+    began, source = time.perf_counter(), quantized_directory(directory)
     calibration = stored_manifest(source).get("provenance", {}).get("recipe", {}).get("calibration", {})
     torch.set_num_threads(options["threads"])
     with quiet(), shown_progress() as progress, tempfile.TemporaryDirectory(prefix="tfmq-bench-") as folder:
-        sampler = open_model(reference or directory, prompts=prompts)
+        sampler = open_model(reference if reference or module else directory, module=module, prompts=prompts)
         if reference is not None and hasattr(sampler.denoiser.module, QUANTIZED):
             raise ValueError("the reference is quantized itself; pass the full-precision model")
         component = source / sampler.component if (source / PIPELINE_FILE).exists() else source  # type: ignore[attr-defined]
         steps = steps or int(calibration.get("steps", STEPS))
-        request = Request(directory=component, sampler=sampler, model=source.name, steps=steps, **options)
+        request = Request(directory=component, sampler=sampler, model=source.name, steps=steps, module=module, **options)
 
         def note(line: str) -> None:
             complain(line, kind="skipped")
 
+        foretell(expected_seconds(request, opened=time.perf_counter() - began), "starts and rounds; compiling comes on top")
         rows = [asdict(row) for row in bench(request, folder=Path(folder), note=note, progress=progress)]
         return {"weights": stored_manifest(component)["digest"], "rows": rows}

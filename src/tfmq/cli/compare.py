@@ -1,35 +1,41 @@
 """`tfmq compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from tfmq.cli.options import (
     Backend,
     BatchSize,
     Device,
+    Directory,
     Json,
+    Module,
     NumImages,
     OutputDir,
     Prompts,
+    Reference,
     Seed,
     Steps,
     Weights,
     check_device,
     check_execution,
+    check_module,
+    check_reference,
     read_prompts,
 )
 from tfmq.cli.outcome import emit, verb
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tfmq.models.sampler import Sampler
 
 
 def compare(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
-    reference: Annotated[str, typer.Option("--reference", metavar="MODEL", help="The model that it was made from.")],
+    directory: Directory,
     output_dir: OutputDir,
+    reference: Reference = None,
+    module: Module = None,
     num_images: NumImages = 16,
     steps: Steps = None,
     seed: Seed = 0,
@@ -50,15 +56,18 @@ def compare(
         from tfmq.targets import calibrated_options
 
         check_device(device)
+        check_reference(reference, module)
+        own = check_module(module)
         execution = check_execution(backend, weights)
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=COMPARISON_FILES) as folder:
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
-            quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
-            full = open_model(reference, prompts=read_prompts(prompts), device=device, options=calibrated_options(manifest(quantized)))
+            quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
+            described = manifest(quantized, directory)
+            full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device, options=calibrated_options(described))
             # After all that may be refused: it may measure.
             name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
-            result = _compared(full, quantized, folder, stored_bytes(source), backend=name, **options)
+            result = _compared(full, quantized, folder, described, stored_bytes(source), backend=name, **options)
     if json:
         emit(result)
     else:
@@ -68,20 +77,32 @@ def compare(
 
 
 def _compared(
-    full: "Sampler", quantized: "Sampler", folder: Path, quantized_bytes: int, *, steps: int | None, backend: str | None, **options: Any
+    full: "Sampler",
+    quantized: "Sampler",
+    folder: Path,
+    described: "Mapping[str, Any]",
+    quantized_bytes: int,
+    *,
+    steps: int | None,
+    backend: str | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Compare, write the files, and return the metrics."""
-    from tfmq.cli.models import default_steps, manifest
-    from tfmq.cli.progress import shown_progress
+    from tfmq.cli.models import default_steps, scheme_of
+    from tfmq.cli.progress import foretell, shown_progress
     from tfmq.evaluation.comparison import compare as run
+    from tfmq.evaluation.outlay import check_memory, drawing
     from tfmq.report.summary import summarize, write_comparison_files
 
-    steps = steps or default_steps(quantized)
+    steps = steps or default_steps(described)
+    count, batch_size = options["num_images"], options["batch_size"]
+    outlays = [drawing(each, count, steps=steps, batch_size=batch_size) for each in (full, quantized)]
+    foretell(check_memory(outlays, count), f"{count} images of each model in {steps} steps")
     with shown_progress() as progress:
         comparison = run(full, quantized, steps=steps, progress=progress, **options)
     metrics = summarize(
         comparison,
-        scheme=manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized"),
+        scheme=scheme_of(described),
         reference_bytes=4 * sum(parameter.numel() for parameter in full.denoiser.module.parameters()),
         quantized_bytes=quantized_bytes,
     )

@@ -12,8 +12,9 @@ from tfmq.cli.options import (
     BatchSize,
     Cluster,
     Device,
+    Directory,
     Json,
-    NumImages,
+    Module,
     Prompts,
     Seed,
     Steps,
@@ -24,9 +25,11 @@ from tfmq.cli.options import (
     check_cluster,
     check_device,
     check_execution,
+    check_module,
+    check_reference,
     read_prompts,
 )
-from tfmq.cli.outcome import emit, verb
+from tfmq.cli.outcome import emit, job_hint, verb
 
 if TYPE_CHECKING:
     from tfmq.cluster.crew import Cluster as Place
@@ -37,13 +40,17 @@ if TYPE_CHECKING:
 
 METRICS = "fid,kid,psnr,ssim,trajectory"
 SUFFIX = ".evaluation"
+# Images, and pairs of them, unless others are asked for.
+QUICK, THOROUGH = (64, 16), (1000, 64)
 
 
 def evaluate(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    directory: Directory,
     reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from; evaluated first.")] = None,
+    module: Module = None,
     real: Annotated[Path | None, typer.Option("--real", metavar="IMAGES", help="Folder of images, or .npz of images or of statistics.")] = None,
-    num_images: NumImages = 1000,
+    num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="How many images to draw. Default: 64, with --thorough 1000.")] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Draw as many images as make metrics of sets worth reading.")] = False,
     steps: Steps = None,
     seed: Seed = 0,
     metrics: Annotated[
@@ -52,7 +59,9 @@ def evaluate(
             "--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, adherence, psnr, ssim, lpips, trajectory."
         ),
     ] = METRICS,
-    num_pairs: Annotated[int, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair.")] = 64,
+    num_pairs: Annotated[
+        int | None, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair. Default: 16, with --thorough 64.")
+    ] = None,
     extractor: Annotated[
         str, typer.Option("--extractor", metavar="NAME", help="inception, or pooled-pixels: local, and part of the metric's name.")
     ] = "inception",
@@ -81,8 +90,8 @@ def evaluate(
 ) -> None:
     """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the same noise."""
     target = output_dir or beside(directory, SUFFIX)
-    with verb(interrupted=f"the same command with --resume continues from {target}.job"):
-        from tfmq.cli.models import default_steps, execute_model, located, open_model, published_figures, quantized_directory, ready_models
+    with verb(interrupted=job_hint(beside(str(target), ".job"))):
+        from tfmq.cli.models import default_steps, execute_model, located, manifest, open_model, published_figures, quantized_directory, ready_models
         from tfmq.evaluation.job import Request
         from tfmq.evaluation.settings import ADHERENCE, CLIP_METRIC, Settings
         from tfmq.evaluation.text import draws_from_text
@@ -94,31 +103,33 @@ def evaluate(
         place = check_cluster(cluster, workers, threads, device=device)
         if place is not None and part is not None:
             raise typer.BadParameter("a cluster shares the work out itself; leave one of them out", param_hint="--shard")
-        source = quantized_directory(directory)
-        opening: dict[str, Any] = {"prompts": read_prompts(prompts), "device": device}
+        check_reference(reference, module, needed=False)
+        source, own = quantized_directory(directory), check_module(module)
+        opening: dict[str, Any] = {"module": own, "prompts": read_prompts(prompts), "device": device}
         with quiet():
             quantized = open_model(str(source), **opening)
+            described = manifest(quantized, directory)
             reader = judge or _brought(source, reference)
             absent = {*(() if draws_from_text(quantized) else (CLIP_METRIC,)), *(() if reader else (ADHERENCE,))}
             settings = Settings(
-                num_images=num_images,
-                steps=steps or default_steps(quantized),
+                num_images=num_images or (THOROUGH if thorough else QUICK)[0],
+                steps=steps or default_steps(described),
                 seed=seed,
                 batch_size=batch_size,
-                num_pairs=num_pairs,
+                num_pairs=num_pairs or (THOROUGH if thorough else QUICK)[1],
                 metrics=names if metrics != "all" else tuple(name for name in names if name not in absent),
                 extractor=extractor,
                 clip=clip,
                 judge=reader,
             )
-            name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
-            full = None if reference is None else open_model(reference, **opening)
+            name = execute_model(quantized, backend, execution, rows=min(batch_size, settings.num_images), judged=True)
+            full = None if reference is None and own is None else open_model(reference, **opening)
             request = Request(
                 settings=settings,
                 job=target.absolute().with_name(target.name + ".job"),
                 real=None if real is None else real.absolute(),
                 weights=Found(weights_dir and weights_dir.absolute()),
-                published=published_figures(quantized),
+                published=published_figures(described),
                 backend=name,
             )
             # What was chosen here is used everywhere.
@@ -196,7 +207,7 @@ def _evaluated(
     """Evaluate, with help where there is a `place` whose workers open the models `again`, and write the files; None for a shard."""
     import shutil
 
-    from tfmq.cli.progress import shown_progress
+    from tfmq.cli.progress import foretell, shown_progress
     from tfmq.cluster.crew import connected
     from tfmq.cluster.evaluation import helpers
     from tfmq.evaluation.job import evaluate as run
@@ -207,7 +218,16 @@ def _evaluated(
     refuse_foreign(target, owned=EVALUATION_FILES)
     with shown_progress() as progress, ExitStack() as stack:
         helping = nobody if place is None else helpers(stack.enter_context(connected(place)), again, request)
-        done = run(quantized, reference, request, shard=shard, resume=resume, progress=progress, helpers=helping)
+        done = run(
+            quantized,
+            reference,
+            request,
+            shard=shard,
+            resume=resume,
+            progress=progress,
+            helpers=helping,
+            foretold=partial(foretell, what="drawing; metrics come on top"),
+        )
     if done is None:
         return None
     values = evaluation_values(*done)

@@ -4,14 +4,15 @@ from typing import Annotated
 
 import typer
 
-from tfmq.cli.options import Json, OutputDir
+from tfmq.cli.options import Directory, Json, Module, OutputDir, check_module
 from tfmq.cli.outcome import emit, verb
 
 
 def export(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    directory: Directory,
     output_dir: OutputDir,
     to: Annotated[str, typer.Option("--to", metavar="TARGET", help="openvino or onnx.")],
+    module: Module = None,
     json: Json = False,
 ) -> None:
     """Write the denoiser of DIR as a model of another engine, which runs without tfmq; the temporal table is inside."""
@@ -24,9 +25,10 @@ def export(
 
         if to not in TARGETS:
             raise typer.BadParameter(f"{to!r} is no target; choose one of {', '.join(TARGETS)}", param_hint="--to")
+        own = check_module(module)
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=FILES) as folder:
-            sampler = open_model(str(source))
+            sampler = open_model(str(source), module=own)
             result = {"output_dir": str(output_dir), "to": to} | write(sampler.denoiser, sampler.example(), folder, to=to)
     if json:
         emit(result)

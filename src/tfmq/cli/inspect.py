@@ -6,31 +6,37 @@ from typing import Annotated
 
 import typer
 
-from tfmq.cli.options import Json, Model
+from tfmq.cli.options import Json, Model, Module, check_model, check_module
 from tfmq.cli.outcome import emit, verb
 
 Device = Annotated[bool, typer.Option("--device", help="Measure what integers bring on this machine at the model's own shapes.")]
+Thorough = Annotated[bool, typer.Option("--thorough", help="With --device: time every layer shape and a quantized copy, whatever the size.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows of the denoiser call that --device measures.")]
 
 
-def inspect(model: Model, device: Device = False, batch: Batch = 1, json: Json = False) -> None:
+def inspect(
+    model: Model = None, module: Module = None, device: Device = False, thorough: Thorough = False, batch: Batch = 1, json: Json = False
+) -> None:
     """Show the temporal block, what each feature depends on, units, bits per layer and bytes of MODEL."""
     with verb():
         from tfmq.artifact import is_quantized
         from tfmq.cli.models import open_model
-        from tfmq.cli.progress import shown_progress
-        from tfmq.evaluation.forecast import forecast
+        from tfmq.cli.progress import foretell, shown_progress
+        from tfmq.evaluation.forecast import expected_seconds, forecast
         from tfmq.evaluation.inspection import inspect as look
         from tfmq.integrations.diffusers.quiet import quiet
 
-        path = Path(model)
+        check_model(model, module)
+        own = check_module(module)
+        path = None if model is None or not is_quantized(Path(model)) else Path(model)
         with quiet():
-            sampler = open_model(model)
-            inspection = look(sampler, directory=path if is_quantized(path) else None)
+            sampler = open_model(model, module=own)
+            inspection = look(sampler, directory=path, stock=None if own is None or path is None else own.sampler().denoiser)
             expected = None
             if device:
+                foretell(expected_seconds(sampler, batch=batch, thorough=thorough), "timing layers and steps")
                 with shown_progress() as progress:
-                    expected = forecast(sampler, batch=batch, progress=progress)
+                    expected = forecast(sampler, batch=batch, thorough=thorough, progress=progress)
     if json:
         emit(asdict(inspection) | ({} if expected is None else {"forecast": asdict(expected)}))
     else:

@@ -8,24 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfmq.backends.backend import Options
+    from tfmq.models.module_file import ModuleFile
     from tfmq.models.sampler import Sampler
     from tfmq.recipes.recipe import Published
 
 STEPS = 50
 
 
-def open_model(model: str, *, prompts: tuple[str, ...] = (), device: str | None = None, options: Mapping[str, Any] | None = None) -> "Sampler":
+def open_model(
+    model: str | None,
+    *,
+    module: "ModuleFile | None" = None,
+    prompts: tuple[str, ...] = (),
+    device: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> "Sampler":
     """Return the sampler of MODEL on `device`; `options` as in `tfmq.targets.open_sampler`.
+
+    With `module` MODEL is what was quantized of that, and without a MODEL it is meant itself.
 
     Raises:
         ValueError: there is no such model, or it cannot be sampled from.
         CheckpointError: it is damaged.
     """
-    from tfmq.targets import open_sampler
+    from tfmq.targets import open_quantized, open_sampler, owner_of
 
-    sampler = open_sampler(model, prompts=prompts, options=options)
+    if module is not None and model is not None:
+        sampler = open_quantized(quantized_directory(model), module)
+    else:
+        sampler = open_sampler(module or model, prompts=prompts, options=None if module else options)
     if device is not None:
-        sampler.pipeline.to(device)  # type: ignore[attr-defined]
+        owner_of(sampler).to(device)
     return sampler
 
 
@@ -58,8 +71,9 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options", *, rows:
 
 
 def ready_model(
-    model: str,
+    model: str | None,
     *,
+    module: "ModuleFile | None" = None,
     prompts: tuple[str, ...] = (),
     device: str | None = None,
     backend: str = "auto",
@@ -70,17 +84,26 @@ def ready_model(
     from tfmq.integrations.diffusers.quiet import quiet
 
     with quiet():
-        sampler = open_model(model, prompts=prompts, device=device)
+        sampler = open_model(model, module=module, prompts=prompts, device=device)
         execute_model(sampler, backend, options or Options())
     return sampler
 
 
 def ready_models(
-    quantized: str, reference: str | None, *, prompts: tuple[str, ...], device: str | None, backend: str, options: "Options"
+    quantized: str,
+    reference: str | None,
+    *,
+    module: "ModuleFile | None" = None,
+    prompts: tuple[str, ...],
+    device: str | None,
+    backend: str,
+    options: "Options",
 ) -> "tuple[Sampler, Sampler | None]":
-    """Return the samplers of a quantized model and of its original."""
-    low = ready_model(quantized, prompts=prompts, device=device, backend=backend, options=options)
-    return low, None if reference is None else ready_model(reference, prompts=prompts, device=device)
+    """Return the samplers of a quantized model and of its original, which with `module` is that."""
+    low = ready_model(quantized, module=module, prompts=prompts, device=device, backend=backend, options=options)
+    if reference is None and module is None:
+        return low, None
+    return low, ready_model(reference, module=module, prompts=prompts, device=device)
 
 
 def located(model: str) -> str:
@@ -88,25 +111,35 @@ def located(model: str) -> str:
     return os.path.abspath(model) if os.path.exists(model) else model
 
 
-def manifest(sampler: "Sampler") -> Mapping[str, Any]:
-    """Return the manifest of a quantized model; empty for any other."""
+def manifest(sampler: "Sampler", model: str | None) -> Mapping[str, Any]:
+    """Return the manifest of a quantized model, that in the directory MODEL where its module has none itself; empty for any other."""
+    from tfmq.artifact import is_quantized, stored_manifest
     from tfmq.integrations.diffusers.architecture import manifest_of
+    from tfmq.nn.swap import STEPS
 
-    return manifest_of(sampler.denoiser.module) or {}
+    own = manifest_of(sampler.denoiser.module)
+    if own is None and model is not None and hasattr(sampler.denoiser.module, STEPS) and is_quantized(Path(model)):
+        return stored_manifest(Path(model))
+    return own or {}
 
 
-def default_steps(sampler: "Sampler") -> int:
-    """Return the number of steps that a quantized model was moved to or calibrated on, else 50."""
+def default_steps(found: Mapping[str, Any]) -> int:
+    """Return the number of steps that the quantized model of a manifest was moved to or calibrated on, else 50."""
     from tfmq.artifact import calibrated_steps
 
-    return calibrated_steps(manifest(sampler)) or STEPS
+    return calibrated_steps(found) or STEPS
 
 
-def published_figures(sampler: "Sampler") -> "tuple[Published, ...]":
-    """Return the published full-precision figures that a quantized model's recipe has."""
+def scheme_of(found: Mapping[str, Any]) -> str:
+    """Return the name of the recipe in a manifest."""
+    return str(found.get("provenance", {}).get("recipe", {}).get("name", "quantized"))
+
+
+def published_figures(found: Mapping[str, Any]) -> "tuple[Published, ...]":
+    """Return the published full-precision figures that the recipe in a manifest has."""
     from tfmq.recipes.recipe import Published
 
-    recipe = manifest(sampler).get("provenance", {}).get("recipe", {})
+    recipe = found.get("provenance", {}).get("recipe", {})
     return tuple(Published(**figure) for figure in recipe.get("published", ()))
 
 

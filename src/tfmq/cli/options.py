@@ -12,11 +12,18 @@ import typer
 if TYPE_CHECKING:
     from tfmq.backends.backend import Options
     from tfmq.cluster.crew import Cluster as Place
+    from tfmq.models.module_file import ModuleFile
 
 LOCAL = "local"
 ADDRESS = re.compile(r"local|auto|[\w.-]+:\d+")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")]
+Reference = Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from.")]
+Module = Annotated[
+    str | None,
+    typer.Option("--module", metavar="FILE.py:FUNCTION", help="A module of your own: the function returns its tfmq.LoopSampler, full precision."),
+]
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the files go.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of every random draw.")]
 NumImages = Annotated[int, typer.Option("--num-images", min=1, help="How many images to draw.")]
@@ -125,6 +132,44 @@ def check_device(name: str | None) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_module(text: str | None) -> "ModuleFile | None":
+    """Return what `--module` names; None without it.
+
+    Raises:
+        typer.BadParameter: it names no function of a file.
+    """
+    if text is None:
+        return None
+    from tfmq.models.module_file import ModuleFile
+
+    try:
+        return ModuleFile.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--module") from error
+
+
+def check_model(model: str | None, module: str | None) -> None:
+    """Refuse a command that names no model.
+
+    Raises:
+        typer.BadParameter: there is neither MODEL nor `--module`.
+    """
+    if model is None and module is None:
+        raise typer.BadParameter("give a MODEL, or --module FILE.py:FUNCTION for one of your own", param_hint="MODEL")
+
+
+def check_reference(reference: str | None, module: str | None, *, needed: bool = True) -> None:
+    """Refuse a command with no original to compare with, or with two.
+
+    Raises:
+        typer.BadParameter: there is neither `--reference` nor `--module` where one is `needed`, or there are both.
+    """
+    if reference is not None and module is not None:
+        raise typer.BadParameter("--module brings the original itself; leave one of them out", param_hint="--reference")
+    if needed and reference is None and module is None:
+        raise typer.BadParameter("give the MODEL that it was made from, or --module FILE.py:FUNCTION for one of your own", param_hint="--reference")
 
 
 def check_execution(backend: str, weights: str) -> "Options":

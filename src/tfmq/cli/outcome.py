@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,7 @@ import typer
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST = 600
+NOTHING = "nothing was written"
 # What torchvision says where its compiled part does not load, and what lies under whatever a library that imports it says then.
 MISFIT_SIGN = "operator torchvision::"
 MISFIT = (
@@ -128,15 +129,33 @@ def _noted_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _stamp(job: Path) -> int | None:
+    """Return when something in the folder of a job was last made, as opening the job does; None where there is none."""
+    return job.stat().st_mtime_ns if job.exists() else None
+
+
+def job_hint(job: Path) -> Callable[[], str]:
+    """Return what says after Ctrl-C whether `--resume` goes on: only where this run has opened the job that lives in the folder `job`."""
+    before = _stamp(job)
+
+    def hint() -> str:
+        now = _stamp(job)
+        if now is not None and now != before:
+            return f"the same command with --resume continues from {job}"
+        return NOTHING if now is None else f"{NOTHING}; an earlier job in {job} is as it was"
+
+    return hint
+
+
 @contextmanager
-def verb(*, interrupted: str = "nothing was written") -> Iterator[None]:
+def verb(*, interrupted: str | Callable[[], str] = NOTHING) -> Iterator[None]:
     """Run the body of a verb: stdout stays free for its result, libraries are quiet, and an error becomes one line and an exit status.
 
     Every exception ends here, the unforeseen ones too: this is the outermost boundary, and the line on stderr is a promise. Set TFMQ_DEBUG=1
     to let them pass.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C; a function is asked then.
     """
     debug = os.environ.get("TFMQ_DEBUG", "") not in ("", "0")
     with _noted_interrupts() as interrupts:
@@ -147,7 +166,7 @@ def verb(*, interrupted: str = "nothing was written") -> Iterator[None]:
             raise
         except (KeyboardInterrupt, Exception) as error:
             if interrupts or isinstance(error, KeyboardInterrupt):
-                complain(f"interrupted; {interrupted}")
+                complain(f"interrupted; {interrupted if isinstance(interrupted, str) else interrupted()}")
                 raise typer.Exit(INTERRUPTED) from None
             if debug:
                 raise

@@ -15,6 +15,28 @@ from tfmq.progress import Advance, Progress
 INTERVAL = 30.0
 
 
+# Shorter work begins without a word, in seconds.
+SHORT = 3.0
+
+
+def foretell(seconds: float, what: str) -> None:
+    """Say on stderr about how long work will take, before it begins, unless that is no time at all.
+
+    >>> in_words(200), in_words(40), in_words(8000)
+    ('3 min', '40 s', '2.2 h')
+    """
+    if seconds >= SHORT:
+        print(f"about {in_words(seconds)}: {what}", file=sys.stderr, flush=True)
+
+
+def in_words(seconds: float) -> str:
+    """Return a time, rounded as an estimate is."""
+    for unit, size, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds / size < most:
+            return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.3g} days"
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

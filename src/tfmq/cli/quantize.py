@@ -4,6 +4,7 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,25 +15,31 @@ from tfmq.cli.options import (
     Device,
     Json,
     Model,
+    Module,
     OutputDir,
     Prompts,
     Seed,
     Threads,
     Workers,
+    beside,
     check_cluster,
     check_device,
+    check_model,
+    check_module,
     parse_bytes,
     parse_seconds,
     read_prompts,
 )
-from tfmq.cli.outcome import emit, verb
+from tfmq.cli.outcome import emit, job_hint, verb
 
 if TYPE_CHECKING:
     from tfmq.cluster.crew import Cluster as Place
+    from tfmq.models.module_file import ModuleFile
     from tfmq.recipes.recipe import Recipe
     from tfmq.reconstruction.resources import Resources
 
 DEFAULT_SCHEME = "w4a8"
+CALIBRATION = "calibration; the units after it say what they take as they go"
 
 
 def _named(scheme: str | None, path: Path | None) -> "Recipe":
@@ -74,8 +81,9 @@ def _adjusted(recipe: "Recipe", *, steps: int | None, calib_size: int | None, it
 
 
 def quantize(
-    model: Model,
     output_dir: OutputDir,
+    model: Model = None,
+    module: Module = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help=f"w4a8, w8a8, w4a32, rtn_w4a8, brecq_w8a8, ... [default: {DEFAULT_SCHEME}]")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="A recipe file instead of a scheme.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps of the calibration and of the finite set.")] = None,
@@ -99,18 +107,20 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted job; the result is the same to the byte.")] = False,
     json: Json = False,
 ) -> None:
-    """Quantize MODEL and save it as a packed diffusers pipeline."""
+    """Quantize MODEL and save it: a pipeline as a pipeline that diffusers opens, a module of your own as a checkpoint."""
     began = time.perf_counter()
-    hint = f"the same command with --resume continues from {output_dir}.job"
-    with verb(interrupted=hint):
+    with verb(interrupted=job_hint(beside(str(output_dir), ".job"))):
         chosen = _adjusted(_named(scheme, recipe), steps=steps, calib_size=calib_size, iterations=iterations, unit_inputs=unit_inputs)
         check_device(device)
+        check_model(model, module)
+        if model is not None and module is not None:
+            raise typer.BadParameter("give MODEL or --module, not both", param_hint="--module")
         place = check_cluster(cluster, workers, threads, device=device)
         if place is not None and chosen.rounding.inputs != "full":
             warnings.warn("units wait for each other, so the cluster shares the trajectory alone; --unit-inputs full shares them too", stacklevel=2)
         limits, read = _limits(max_memory, time_budget), read_prompts(prompts)
         options: dict[str, Any] = {"seed": seed, "device": device, "prompts": read, "component": component}
-        report = _quantized(model, chosen, output_dir, place, limits, resume=resume, **options)
+        report = _quantized(check_module(module) or str(model), chosen, output_dir, place, limits, resume=resume, **options)
         name = chosen.name if recipe else scheme or DEFAULT_SCHEME
         taken = {"seconds": round(time.perf_counter() - began, 3), "time_budget": limits.time_budget, "memory": _memory(limits)}
         result = {"output_dir": str(output_dir), "scheme": name, **taken, **report}
@@ -142,21 +152,24 @@ def _memory(limits: "Resources") -> dict[str, int | None]:
 
 
 def _quantized(
-    model: str, recipe: "Recipe", output_dir: Path, place: "Place | None", resources: "Resources", *, resume: bool, **options: Any
+    model: "str | ModuleFile", recipe: "Recipe", output_dir: Path, place: "Place | None", resources: "Resources", *, resume: bool, **options: Any
 ) -> dict[str, Any]:
     """Run the job, with help where there is a `place`; return its report, with the bytes that are on disk."""
     import tfmq
     from tfmq.artifact import stored_bytes
     from tfmq.cli.models import located
-    from tfmq.cli.progress import shown_progress
+    from tfmq.cli.progress import foretell, shown_progress
     from tfmq.cluster.crew import connected
     from tfmq.cluster.quantization import Helpers
     from tfmq.integrations.diffusers.quiet import quiet
 
     with quiet(), shown_progress() as progress, ExitStack() as stack:
         crew = None if place is None else stack.enter_context(connected(place))
-        helpers = None if crew is None else Helpers(crew, located(model), recipe, output_dir, resources=resources, **options)
-        found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, helpers=helpers, resources=resources, progress=progress, **options)
+        # A worker opens what it is given by itself.
+        target = located(model) if isinstance(model, str) else model
+        helpers = None if crew is None else Helpers(crew, target, recipe, output_dir, resources=resources, **options)
+        given: dict[str, Any] = {"helpers": helpers, "resources": resources, "foretold": partial(foretell, what=CALIBRATION), "progress": progress}
+        found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, **given, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
     size = {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}
     # A job that an earlier release finished does not say what stays in floating point.

@@ -8,7 +8,7 @@ import typer
 
 from tfmq.cli.analyze import SUFFIX as ANALYSED
 from tfmq.cli.evaluate import SUFFIX as EVALUATED
-from tfmq.cli.options import Json, beside
+from tfmq.cli.options import Directory, Json, Module, beside, check_module
 from tfmq.cli.outcome import emit, verb
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ SUFFIX = ".report"
 
 
 def report(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")],
+    directory: Directory,
     evaluation: Annotated[
         Path | None, typer.Option("--evaluation", metavar="E", help="What tfmq evaluate wrote. Default: DIR.evaluation, if it is there.")
     ] = None,
@@ -32,17 +32,21 @@ def report(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a repository that --push-to-hub creates private.")] = False,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.report.")] = None,
+    module: Module = None,
     json: Json = False,
 ) -> None:
     """Make one HTML file that shows a quantized model, what it lost and where; and the same numbers as a model card."""
     with verb():
-        from tfmq.cli.models import quantized_directory
+        from tfmq.cli.models import open_model, quantized_directory
         from tfmq.report.card import write_card
         from tfmq.report.directory import completed_directory
         from tfmq.report.html import write_html
         from tfmq.report.model import gather
 
-        source = quantized_directory(directory)
+        source, own = quantized_directory(directory), check_module(module)
+        if own is not None:
+            # That the two belong together, a model that is to be read by others has to show first.
+            open_model(directory, module=own)
         target = output_dir or beside(directory, SUFFIX)
         found = gather(
             source,
@@ -50,6 +54,7 @@ def report(
             analysis=analysis or _made(beside(directory, ANALYSED)),
             bench=bench,
             base_model=base_model,
+            module=own,
         )
         with completed_directory(target, owned=("report.html", "card.md")) as folder:
             write_html(folder / "report.html", found)

@@ -11,6 +11,7 @@ from tfmq.cli.options import (
     Device,
     Json,
     Model,
+    Module,
     NumImages,
     OutputDir,
     Prompts,
@@ -22,6 +23,8 @@ from tfmq.cli.options import (
     check_cluster,
     check_device,
     check_execution,
+    check_model,
+    check_module,
     read_prompts,
 )
 from tfmq.cli.outcome import emit, verb
@@ -33,8 +36,9 @@ if TYPE_CHECKING:
 
 
 def sample(
-    model: Model,
     output_dir: OutputDir,
+    model: Model = None,
+    module: Module = None,
     num_images: NumImages = 16,
     steps: Steps = None,
     seed: Seed = 0,
@@ -50,20 +54,26 @@ def sample(
 ) -> None:
     """Draw images from MODEL, full-precision or quantized: PNG files, a grid, and samples.npz."""
     with verb():
-        from tfmq.cli.models import default_steps, execute_model, located, open_model, ready_model
+        from tfmq.cli.models import default_steps, execute_model, located, manifest, open_model, ready_model
+        from tfmq.cli.progress import foretell
+        from tfmq.evaluation.outlay import check_memory, drawing
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.pictures import SAMPLE_FILES, write_samples
 
         check_device(device)
+        check_model(model, module)
         options, place = check_execution(backend, weights), check_cluster(cluster, workers, threads, device=device)
         with quiet(), completed_directory(output_dir, owned=SAMPLE_FILES) as directory:
-            opening: dict[str, Any] = {"prompts": read_prompts(prompts), "device": device}
+            opening: dict[str, Any] = {"module": check_module(module), "prompts": read_prompts(prompts), "device": device}
             sampler = open_model(model, **opening)
             name = execute_model(sampler, backend, options, rows=min(batch_size, num_images))
-            steps = steps or default_steps(sampler)
+            steps = steps or default_steps(manifest(sampler, model))
             # What was chosen here is used everywhere.
-            again = partial(ready_model, located(model), backend=name or "auto", options=options, **opening)
+            again = partial(ready_model, model and located(model), backend=name or "auto", options=options, **opening)
+            seconds = check_memory([drawing(sampler, num_images, steps=steps, batch_size=batch_size)], num_images)
+            shared = "" if place is None else " in one process, which the workers share"
+            foretell(seconds, f"{num_images} images in {steps} steps{shared}")
             images = _drawn(sampler, again, place, num_images, steps=steps, seed=seed, batch_size=batch_size)
             write_samples(directory, images)
         shape = list(images.shape)

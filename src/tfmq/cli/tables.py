@@ -29,6 +29,8 @@ SPEED = {
 LISTED = 12
 # Of modules that stay in floating point the first few are worth reading.
 FLOATING = 8
+# Images below which a Frechet distance says more of their number than of a model.
+FEW = 1000
 
 
 def _figures(rows: Iterable[tuple[str, str]]) -> Table:
@@ -232,6 +234,7 @@ def show_forecast(expected: "Forecast") -> None:
         ("step", f"batch {expected.batch}: {step}"),
         ("weights in memory", f"{megabytes(weights['fp32'])}; W8A8 {megabytes(weights['w8a8'])}, W4A8 {megabytes(weights['w4a8'])}"),
     ]
+    rows += [("not measured", text) for text in expected.extrapolated]
     console.print(_figures(rows))
 
 
@@ -272,6 +275,9 @@ def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:
         console.print(table)
         console.print()
     rows = [*pair_rows(values["paired"]), *published_rows(values["baseline"])]
+    count = values["protocol"]["settings"]["num_images"]
+    if values["rows"] and count < FEW:
+        rows.append(("images", f"{count}: few for metrics of sets, which move with their number; --thorough draws more"))
     rows.append(("protocol and values", str(output_dir / "evaluation.json")))
     console.print(_figures(rows))
 
@@ -292,4 +298,8 @@ def show_analysis(values: Mapping[str, Any], output_dir: Path) -> None:
         *in_words(values["trajectory"]),
         ("data and pictures", str(output_dir)),
     ]
+    settings = values["settings"]
+    if settings["parts"] < settings["of_parts"]:
+        share = f"{settings['parts']} of {settings['of_parts']} units, evenly spread, at {len(found['whole'])} calls"
+        rows.insert(0, ("looked at", f"{share} of {settings['num_images']} image(s); --thorough looks at every unit"))
     console.print(_figures(rows))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tfmq.api import job_of, store_of
 from tfmq.cluster.crew import Crew, Team
+from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Advance, silent
 from tfmq.recipes.recipe import Recipe
@@ -53,7 +54,7 @@ class _Job:
 
 
 def _make(
-    target: str,
+    target: str | ModuleFile,
     recipe: Recipe,
     folder: Path,
     seed: int,
@@ -73,7 +74,7 @@ class Helpers:
 
     Args:
         crew: does it.
-        target: what is quantized: a pipeline directory or a hub id, which each worker opens, or "default".
+        target: what is quantized: a pipeline directory or a hub id, which each worker opens, "default", or a module's file.
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
         output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
         seed, device, prompts, component: as `tfmq.quantize` has them.
@@ -88,7 +89,7 @@ class Helpers:
     def __init__(
         self,
         crew: Crew,
-        target: str,
+        target: str | ModuleFile,
         recipe: Recipe,
         output_dir: Path,
         *,

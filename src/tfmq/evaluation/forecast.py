@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from statistics import median
 from typing import Any
 
@@ -25,16 +25,20 @@ from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.operation import operand, operation_of, weight_of
 from tfmq.nn.swap import STEPS
-from tfmq.numerics.operations import Operation
-from tfmq.progress import Progress, silent
+from tfmq.numerics.operations import Linear, Operation
+from tfmq.progress import Advance, Progress, seconds_of, silent
 from tfmq.recipes.presets import scheme
 from tfmq.recipes.recipe import Recipe
 
 # Each shape is timed for so long, float32 and int8 in turns, and the medians count.
 SECONDS = 0.08
+# Seconds that a quick forecast spends on shapes, and on steps, and weights above which it packs no copy of the model.
+QUICK_SHAPES, QUICK_STEPS, QUICK_WEIGHTS = 20.0, 15.0, 50_000_000
 # Steps take turns in runs, as one model's weights drive those of another out of the caches; a run's first step does not count.
 ROUNDS, RUN = 3, 4
 LEVELS = 256
+# Seconds of packing a weight, for the word before the work.
+PACKING = 2e-7
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,11 @@ class ShapeTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The machine, the shapes from slow to fast, a step in float32 and in W8A8 by the torch backend, and weight bytes.
+    """The machine, the measured shapes from slow to fast, a step in float32 and in W8A8 by the torch backend, and weight bytes.
 
     `rest_ms` is the part of the float32 step outside the layers, `predicted_ms` the step of a model without calibration. `weight_bytes` are
     those in memory while a W8A8 model runs: packed codes and executable copy, against float32's. `instructions` that decide are in `machine`.
+    `extrapolated` says in words what was not measured and how it was concluded; empty where everything was measured.
     """
 
     machine: Mapping[str, Any]
@@ -75,6 +80,7 @@ class Forecast:
     predicted_ms: float | None
     speedup: float | None
     weight_bytes: Mapping[str, int]
+    extrapolated: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -109,17 +115,60 @@ def _milliseconds(*calls: Callable[[], object]) -> list[float]:
     return [median(seconds) * 1e3 for seconds in slices]
 
 
-def _steps(*calls: Callable[[], object]) -> list[float]:
-    """Return the median time of a step of each model in ms; runs of them take turns."""
+def _steps(*calls: Callable[[], object], most: float) -> list[float]:
+    """Return the median time of a step of each model in ms; runs of them take turns, in rounds that begin within `most` seconds."""
     seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
+    end = time.perf_counter() + most
+    for number in range(ROUNDS):
+        if number and time.perf_counter() > end:
+            break
         for call, found in zip(calls, seconds, strict=True):
-            for step in range(RUN):
+            for step in range(RUN if time.perf_counter() < end else 2):
                 began = time.perf_counter()
                 call()
                 if step:
                     found.append(time.perf_counter() - began)
     return [median(found) * 1e3 for found in seconds]
+
+
+def _work(site: Site) -> int:
+    """Return the multiplications of a call: every weight at every place of the output, or of the input that is spread out."""
+    if isinstance(site.operation, Linear):
+        return prod(site.weight) * prod(site.input[:-1])
+    sizes = site.input[2:]
+    window = site.operation.window(site.weight[2:])
+    return prod(site.weight) * site.input[0] * prod(sizes if window.spaced else window.places(sizes))
+
+
+def _timed(sites: Mapping[Site, int], *, most: float, advance: Advance) -> dict[Site, ShapeTiming]:
+    """Return the times of the shapes with most work first, as many as begin within `most` seconds."""
+    found: dict[Site, ShapeTiming] = {}
+    end = time.perf_counter() + most
+    for site in sorted(sites, key=lambda site: _work(site) * sites[site], reverse=True):
+        if found and time.perf_counter() > end:
+            break
+        found[site] = _time(site, sites[site])
+        advance(1)
+    return found
+
+
+@dataclass(frozen=True)
+class _Total:
+    """Milliseconds of all layers in float32 and in int8 (float32 where there is no integer form), and the share of work that was measured."""
+
+    fp32_ms: float
+    int8_ms: float
+    measured: float
+
+
+def _total(sites: Mapping[Site, int], found: Mapping[Site, ShapeTiming]) -> _Total:
+    """Return the time of all layers: those of shapes that were not timed take as long for their work as the timed ones do."""
+    work = {site: _work(site) * count for site, count in sites.items()}
+    measured = sum(work[site] for site in found) / max(1, sum(work.values()))
+    share = max(measured, 1e-9)
+    fp32 = sum(timing.fp32_ms * timing.count for timing in found.values()) / share
+    int8 = sum((timing.fp32_ms if timing.int8_ms is None else timing.int8_ms) * timing.count for timing in found.values()) / share
+    return _Total(fp32, int8, measured) if found else _Total(0.0, 0.0, 1.0)
 
 
 def _kernel(site: Site) -> OnednnKernel | None:
@@ -147,11 +196,12 @@ def _time(site: Site, count: int) -> ShapeTiming:
 
 
 @torch.no_grad()
-def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, progress: Progress = silent) -> Forecast:
+def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, thorough: bool = True, progress: Progress = silent) -> Forecast:
     """Measure the layers of a full-precision denoiser in float32 and int8 at its own shapes, and predict a W8A8 step on this machine's CPU.
 
     Layers whose features would come from a table are counted in float32 alone: the quantized model does not run them. `recipe` is what the model
-    would be quantized by, the scheme `w8a8` if it is None.
+    would be quantized by, the scheme `w8a8` if it is None. What is not `thorough` stays within about a minute, whatever the model: it times the
+    shapes with most work, and concludes the others, and the step of a large model, from these.
 
     Raises:
         ValueError: the model is quantized already, or is not on the CPU.
@@ -170,31 +220,59 @@ def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, 
         sampler.denoiser(inputs)
     with _sites(module, tabulated) as dropped:
         sampler.denoiser(inputs)
+    weights = sum(prod(weight_of(module.get_submodule(layer.name)).shape) for layer in traced.layers)
+    limit = inf if thorough else QUICK_SHAPES
     with progress("timing layers", total=len(kept) + len(dropped)) as advance:
-        timings, gone = [], 0.0
-        for site, count in kept.items():
-            timings.append(_time(site, count))
-            advance(1)
-        for site, count in dropped.items():
-            gone += _time(site, count).fp32_ms * count
-            advance(1)
+        timings = _timed(kept, most=limit, advance=advance)
+        # Few and small as a rule.
+        gone = _total(dropped, _timed(dropped, most=limit / 10, advance=advance)).fp32_ms
+    layers = _total(kept, timings)
     calls: list[Callable[[], object]] = [lambda: sampler.denoiser(inputs)]
-    if available():
+    tried = available() and (thorough or weights <= QUICK_WEIGHTS)
+    if tried:
         with progress("packing weights", total=1) as advance:
             quantized = trial(sampler, recipe or scheme("w8a8"), backend="torch")
             advance(1)
         calls.append(lambda: quantized(inputs))
-    step, *others = _steps(*calls)
-    rest = max(0.0, step - gone - sum(timing.fp32_ms * timing.count for timing in timings))
-    predicted = others[0] if others else None
-    weights = sum(prod(weight_of(module.get_submodule(layer.name)).shape) for layer in traced.layers)
+    step, *others = _steps(*calls, most=inf if thorough else QUICK_STEPS)
+    rest = max(0.0, step - gone - layers.fp32_ms)
+    predicted = others[0] if others else (rest + layers.int8_ms if available() else None)
     return Forecast(
         machine=describe_machine(torch.get_num_threads()),
         batch=batch,
-        shapes=tuple(sorted(timings, key=lambda timing: -timing.fp32_ms * timing.count)),
+        shapes=tuple(sorted(timings.values(), key=lambda timing: -timing.fp32_ms * timing.count)),
         fp32_ms=step,
         rest_ms=rest,
         predicted_ms=predicted,
         speedup=None if predicted is None else step / predicted,
         weight_bytes={"fp32": 4 * weights, "w8a8": 2 * weights, "w4a8": weights + weights // 2},
+        extrapolated=_extrapolated(layers, shapes=len(kept), timed=len(timings), tried=tried or not available()),
     )
+
+
+def _extrapolated(layers: _Total, *, shapes: int, timed: int, tried: bool) -> tuple[str, ...]:
+    """Return in words what a forecast did not measure."""
+    said = []
+    if timed < shapes:
+        said.append(f"{timed} of {shapes} layer shapes were timed, with {layers.measured:.0%} of the work; the others count by their work")
+    if not tried:
+        said.append("the W8A8 step is that of the layers and of what is around them in float32; no quantized copy was run")
+    return tuple(said)
+
+
+def expected_seconds(sampler: Sampler, *, batch: int = 1, thorough: bool = True) -> float:
+    """Return about what a forecast takes: each shape twice for a moment, some steps, and a copy of the model."""
+    traced = trace(sampler.denoiser, sampler.example())
+    modules = [sampler.denoiser.module.get_submodule(layer.name) for layer in traced.layers]
+    weights = sum(weight_of(module).numel() for module in modules)
+    inputs = sampler.example().resized(batch)
+    with torch.no_grad():
+        step = seconds_of(lambda: sampler.denoiser(inputs))
+    # Distinct weights are no fewer than distinct shapes but for sizes of the input, of which a network has some.
+    shapes = 2 * len({tuple(weight_of(module).shape) for module in modules})
+    # A layer that is slower than its moment is called four times in each form.
+    timing, steps = max(2 * SECONDS * shapes, 8 * step), 2 * ROUNDS * RUN * step
+    packing = PACKING * weights
+    if thorough:
+        return timing + steps + packing
+    return min(timing, QUICK_SHAPES) + min(steps, max(QUICK_STEPS, 4 * step)) + (packing if weights <= QUICK_WEIGHTS else 0.0)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tfmq.artifact import stored_bytes
+from tfmq.artifact import stored_bytes, stored_manifest
 from tfmq.evaluation.cost.system import describe_machine
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -168,13 +168,21 @@ def _of_full_precision(module: nn.Module, traced: Trace) -> Inspection:
     )
 
 
-def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) -> Inspection:
+def _stock(module: nn.Module, example: Inputs) -> tuple[nn.Module, Trace, Mapping[str, Any]]:
+    """Return the stock architecture of a quantized diffusers model, without weights, its trace, and the manifest."""
     from tfmq.integrations.diffusers.architecture import manifest_of, stock_architecture
 
     stock = stock_architecture(module)
-    traced = trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta")))
+    return stock, trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta"))), manifest_of(module) or {}
+
+
+def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None, original: Denoiser | None) -> Inspection:
+    if original is None:
+        stock, traced, manifest = _stock(module, example)
+    else:
+        stock, traced, manifest = original.module, trace(original, example), stored_manifest(directory) if directory else {}
     specs = dict(named_specs(describe(module), "layers"))
-    provenance: Mapping[str, Any] = (manifest_of(module) or {}).get("provenance", {})
+    provenance: Mapping[str, Any] = manifest.get("provenance", {})
     recipe: Mapping[str, Any] = provenance.get("recipe", {})
     maintained = recipe.get("temporal", {}).get("maintenance", "cache") != "none"
     names = [layer.name for layer in traced.layers]
@@ -197,19 +205,20 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
     )
 
 
-def inspect(sampler: Sampler, *, directory: Path | None = None) -> Inspection:
-    """Describe the denoiser of `sampler`, full-precision or a quantized diffusers model.
+def inspect(sampler: Sampler, *, directory: Path | None = None, stock: Denoiser | None = None) -> Inspection:
+    """Describe the denoiser of `sampler`, full-precision or quantized.
 
     No weight is read: the structure comes from a traced call, for a quantized model from one of its stock architecture.
 
     Args:
         sampler: gives the denoiser and an example of its inputs.
         directory: where a quantized model is stored; its bytes on disk count. Without it the bytes of its tensors do.
+        stock: the full-precision denoiser that a quantized module was made from, where diffusers cannot build it.
 
     Raises:
         ValueError: a quantized module that diffusers cannot rebuild.
     """
     module, example = sampler.denoiser.module, sampler.example()
     if hasattr(module, STEPS):
-        return _of_quantized(module, example, directory)
+        return _of_quantized(module, example, directory, stock)
     return _of_full_precision(module, trace(sampler.denoiser, example))

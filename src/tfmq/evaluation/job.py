@@ -1,14 +1,18 @@
 """An evaluation as a job: everything its values depend on is recorded, an interrupted one goes on, and shards meet in one folder."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.evaluation.evaluate import Evaluation, Evaluator, check_request
+from tfmq.evaluation.outlay import drawing, existing
 from tfmq.evaluation.real import Real, open_real
 from tfmq.evaluation.settings import Settings, Tools, prepare
 from tfmq.evaluation.stages import Helpers, Shard, Stages, nobody
@@ -74,6 +78,37 @@ class Request:
     backend: str | None = None
 
 
+def _image_bytes(settings: Settings, tools: Tools) -> int:
+    """Return the least bytes that a job keeps of an image: its features, by those of a blank one, or a number for each call of a pair."""
+    if tools.extractor is None or not settings.of_sets:
+        return 4 * settings.steps
+    found = tools.extractor(np.zeros((1, 32, 32, 3), dtype=np.uint8))
+    return sum(4 * found[kind].numel() for kind in {SET_METRICS[name].kind for name in settings.of_sets})
+
+
+def check_room(settings: Settings, tools: Tools, folder: Path, *, models: int) -> None:
+    """Refuse an evaluation whose features the disk of `folder` cannot hold.
+
+    Raises:
+        ValueError: says what they take.
+    """
+    count = settings.num_images if settings.draws_sets else min(settings.num_images, settings.num_pairs)
+    needed, free = count * models * _image_bytes(settings, tools), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"what is kept of {count} images of {models} models takes at least {needed / 1e9:.3g} GB of disk, where {free / 1e9:.3g} GB are free; "
+            "draw fewer (--num-images)"
+        )
+
+
+def expected_seconds(quantized: Sampler, reference: Sampler | None, settings: Settings) -> float:
+    """Return about what drawing takes, of both models as sets and in pairs; metrics come on top."""
+    pairs = min(settings.num_pairs, settings.num_images) if settings.draws_pairs and reference is not None else 0
+    count = pairs + (settings.num_images if settings.draws_sets else 0)
+    samplers = [quantized] if reference is None else [quantized, reference]
+    return sum(drawing(sampler, count, steps=settings.steps, batch_size=settings.batch_size).seconds for sampler in samplers)
+
+
 def open_job(
     quantized: Sampler,
     reference: Sampler | None,
@@ -89,6 +124,7 @@ def open_job(
     # First what no weight file would mend: nobody is to fetch one for nothing.
     check_request(quantized, reference, images, request.settings)
     tools = prepare(request.settings, request.weights)
+    check_room(request.settings, tools, existing(request.job), models=1 if reference is None else 2)
     protocol = _protocol(quantized, reference, images, settings=request.settings, tools=tools, backend=request.backend)
     going_on = resume or shard is not None
     if going_on:
@@ -107,6 +143,7 @@ def evaluate(
     resume: bool = False,
     progress: Progress = silent,
     helpers: Helpers = nobody,
+    foretold: Callable[[float], None] | None = None,
 ) -> tuple[Evaluation, dict[str, Any]] | None:
     """Evaluate a quantized model; return what was found and the protocol that it can be repeated by.
 
@@ -119,6 +156,7 @@ def evaluate(
         resume: go on with the work in the job's folder; otherwise it is started over.
         progress: shows bars.
         helpers: compute batches elsewhere; see `tfmq.cluster`.
+        foretold: is told about how many seconds the drawing takes, before it begins.
 
     Returns:
         None for a shard.
@@ -130,6 +168,8 @@ def evaluate(
         MissingExtraError: a library is not installed.
     """
     evaluator, protocol = open_job(quantized, reference, request, shard=shard, resume=resume, progress=progress, helpers=helpers)
+    if foretold is not None:
+        foretold(expected_seconds(quantized, reference, request.settings) / (shard or Shard()).count)
     found = evaluator.run()
     # Not even the last shard gives values: two that end together would both be the last.
     return None if found is None or shard is not None else (found, protocol)

@@ -33,7 +33,7 @@ class Inputs:
             function(self.sample), function(self.timestep), tree_map(lambda v: function(v) if isinstance(v, Tensor) else v, dict(self.conditions))
         )
 
-    def _rows_each(self, tensor: Tensor) -> int:
+    def rows_each(self, tensor: Tensor) -> int:
         """Return how many rows of `tensor` belong to a sample; none where it has no batch axis."""
         if not tensor.ndim or tensor.shape[0] == len(self):
             return min(1, tensor.ndim)
@@ -44,7 +44,7 @@ class Inputs:
         """Return the samples `start` to `stop`; condition tensors without a batch axis are kept whole."""
 
         def cut(tensor: Tensor) -> Tensor:
-            each = self._rows_each(tensor)
+            each = self.rows_each(tensor)
             return tensor[start * each : stop * each] if each else tensor
 
         return self.map(cut)
@@ -52,7 +52,7 @@ class Inputs:
     def resized(self, size: int) -> "Inputs":
         """Return `size` copies of the first sample."""
         first = self.rows(0, 1)
-        return first.map(lambda tensor: tensor.repeat(size, *[1] * (tensor.ndim - 1)) if first._rows_each(tensor) else tensor)
+        return first.map(lambda tensor: tensor.repeat(size, *[1] * (tensor.ndim - 1)) if first.rows_each(tensor) else tensor)
 
     def chunks(self, size: int) -> Iterator["Inputs"]:
         """Yield the samples in batches of at most `size`."""

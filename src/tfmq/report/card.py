@@ -19,7 +19,7 @@ def _table(heading: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str
 
 def _metadata(report: ModelReport) -> list[str]:
     base = [f'base_model: "{report.base_model}"', "base_model_relation: quantized"] if report.base_model else []
-    return ["---", "library_name: diffusers", *base, "tags:", "- tfmq", "- quantized", "---", ""]
+    return ["---", f"library_name: {'tfmq' if report.bare else 'diffusers'}", *base, "tags:", "- tfmq", "- quantized", "---", ""]
 
 
 USE = """\
@@ -32,11 +32,33 @@ pipeline = DiffusionPipeline.from_pretrained("PLACE")
 """
 
 
+USE_MODULE = """\
+```python
+import tfmq
+IMPORT
+tfmq.load("PLACE", module=sampler.denoiser.module)  # in place; computes in integers where this machine can
+images = sampler.run(range(4), steps=STEPS, seed=0)
+```
+"""
+
+
+def _use(report: ModelReport, place: str) -> str:
+    """Return the Python that draws with the model."""
+    if not report.bare:
+        return USE.replace("PLACE", place)
+    steps = dict(report.recipe).get("calibration.steps", "50")
+    source = "sampler = ...  # a tfmq.LoopSampler around the architecture"
+    if report.module is not None:
+        name = report.module.function
+        source = f"from {report.module.path.stem} import {name}\n\nsampler = {name}()"
+    return USE_MODULE.replace("IMPORT", source).replace("PLACE", place).replace("STEPS", steps)
+
+
 def render_card(report: ModelReport, *, place: str | None = None) -> str:
     """Return the card; `place` is the hub id that it is for."""
     origin = f" from {report.base_model}" if report.base_model else ""
     lines = [*_metadata(report), f"# {report.name}", "", f"Quantized by tfmq{origin}, scheme {report.scheme}.", ""]
-    lines += [USE.replace("PLACE", place or report.name)]
+    lines += [_use(report, place or report.name)]
     lines += _table(("", ""), list(report.facts))
     if report.metrics:
         lines += ["## Images as sets", ""]

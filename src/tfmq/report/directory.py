@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq.storage.atomic import full_disk_named, read_json
-from tfmq.storage.checkpoint import prepare_output
+from tfmq.storage.checkpoint import check_text, prepare_output
 from tfmq.storage.errors import ForeignFileError, OutputExistsError
 
 
@@ -18,7 +18,9 @@ def refuse_foreign(directory: Path, *, owned: Sequence[str]) -> None:
 
     Raises:
         OutputExistsError: it holds such a file, or is no directory.
+        ValueError: its path is not UTF-8 text.
     """
+    check_text(directory)
     if not directory.exists():
         return
     if not directory.is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq.artifact import stored_bytes, stored_manifest
+from tfmq.models.module_file import ModuleFile
 from tfmq.nn.structure import EMBEDDING, input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
@@ -14,6 +15,7 @@ from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_row
 from tfmq.report.speed import Speed, read_speed
 from tfmq.report.summary import floating_in_words, megabytes
 from tfmq.storage.atomic import read_json
+from tfmq.storage.checkpoint import MANIFEST_FILE
 from tfmq.storage.errors import ForeignFileError
 
 MODEL_REPORT = "tfmq_report.json"
@@ -55,6 +57,8 @@ class ModelReport:
         evaluation: what `tfmq evaluate` wrote.
         analysis: what `tfmq analyze` wrote.
         images: the file with the pairs of images.
+        bare: whether it is a module's checkpoint, and no pipeline or component of diffusers.
+        module: gives a sampler of what it was made from, where that is a module of one's own.
     """
 
     name: str
@@ -71,6 +75,8 @@ class ModelReport:
     evaluation: Mapping[str, Any] | None
     analysis: Mapping[str, Any] | None
     images: Path | None
+    bare: bool = False
+    module: ModuleFile | None = None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -154,7 +160,13 @@ def _check_same(source: Path | None, weights: str, manifest: Mapping[str, Any]) 
 
 
 def gather(
-    directory: Path, *, evaluation: Path | None = None, analysis: Path | None = None, bench: Path | None = None, base_model: str | None = None
+    directory: Path,
+    *,
+    evaluation: Path | None = None,
+    analysis: Path | None = None,
+    bench: Path | None = None,
+    base_model: str | None = None,
+    module: ModuleFile | None = None,
 ) -> ModelReport:
     """Read everything that is known of the quantized model in `directory`.
 
@@ -164,6 +176,7 @@ def gather(
         analysis: what `tfmq analyze` wrote.
         bench: what `tfmq bench --json` printed.
         base_model: hub id of the original.
+        module: the original, where it is a module of one's own.
 
     Raises:
         CheckpointError: a file is missing, damaged, or something else; names it.
@@ -198,6 +211,8 @@ def gather(
             evaluation=evaluated,
             analysis=analysed,
             images=evaluation / PAIRS_FILE if evaluation is not None and (evaluation / PAIRS_FILE).exists() else None,
+            bare=(directory / MANIFEST_FILE).exists(),
+            module=module,
         )
     except (KeyError, TypeError, AttributeError) as error:
         sources = ", ".join(str(path) for path in (directory, evaluation, analysis) if path is not None)

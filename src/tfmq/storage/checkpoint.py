@@ -9,6 +9,7 @@ The digest seals the tensors, and `seal` every other field of the manifest: a da
 
 import errno
 import hashlib
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_FILE",
     "TENSORS_FILE",
+    "check_text",
     "load_checkpoint",
     "prepare_output",
     "save_checkpoint",
@@ -145,8 +147,10 @@ def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:
         OutputExistsError: it holds files and `overwrite` is false, or the path is no directory.
         PermissionError: it cannot be written to.
         StorageFullError: there is no space to create it.
+        ValueError: the path is not UTF-8 text.
     """
     target = Path(directory)
+    check_text(target)
     with full_disk_named(target):
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -157,6 +161,18 @@ def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:
             raise OutputExistsError(f"{target} already holds {_listing(names)}; choose another output directory, or delete them")
         _check_writable(target)
     return target
+
+
+def check_text(path: Path) -> None:
+    """Refuse a path that reports, manifests and libraries could not name.
+
+    Raises:
+        ValueError: it is not UTF-8 text.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the path {os.fsencode(path)!r} is not UTF-8 text; choose another output directory") from error
 
 
 def _check_writable(directory: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tfmq
-from tfmq.evaluation.analysis.analyze import analyze
+from tfmq.evaluation.analysis.analyze import QUICK, Extent, analyze, expected_seconds
 from tfmq.evaluation.analysis.layers import layer_errors
 from tfmq.evaluation.analysis.ranges import temporal_ranges
 from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, borrowed, sensitivity
@@ -85,7 +85,7 @@ def test_all_parts_together_are_the_quantized_model(twins: Any, scheme: str) -> 
     """Without attention products nothing but layers is quantized, temporal tables included."""
     reference, quantized = twins(scheme)
     calls = calls_of(reference)
-    analysis = analyze(reference, quantized, num_images=1, steps=4)
+    analysis = analyze(reference, quantized, extent=Extent(num_images=1), steps=4)
     parts = analysis.sensitivity.parts
     assert parts[0].name == TEMPORAL and sum(len(part.layers) for part in parts) == len(packed_layers(quantized.denoiser.module))
     every = Part("every", tuple(name for part in parts for name in part.layers))
@@ -120,7 +120,7 @@ def test_errors_of_layers_are_on_full_precision_inputs(twins: Any) -> None:
 
 
 def test_more_bits_disturb_less(twins: Any) -> None:
-    low, high = (analyze(*twins(scheme), num_images=2, steps=4) for scheme in ("rtn_w4a8", "rtn_w8a8"))
+    low, high = (analyze(*twins(scheme), extent=Extent(num_images=2), steps=4) for scheme in ("rtn_w4a8", "rtn_w8a8"))
     assert high.sensitivity.whole.mean() < low.sensitivity.whole.mean() / 3
     assert high.trajectory.mean[-1] < low.trajectory.mean[-1] / 2
     assert sum(layer.error for layer in high.layers) < sum(layer.error for layer in low.layers) / 3
@@ -135,7 +135,7 @@ def test_models_that_do_not_belong_together(twins: Any, sampler: Make) -> None:
         ((sampler("plain"), quantized), "lacks"),
     ):
         with pytest.raises(ValueError, match=cause):
-            analyze(*pair, num_images=1, steps=2)
+            analyze(*pair, extent=Extent(num_images=1), steps=2)
 
 
 def test_activations_in_full_precision_are_analysed_too(sampler: Make) -> None:
@@ -148,5 +148,24 @@ def test_activations_in_full_precision_are_analysed_too(sampler: Make) -> None:
         made.run = lambda *a, **k: inner(*a, **k)[:, :1]  # type: ignore[method-assign]
         return made
 
-    found = analyze(as_images(reference), as_images(quantized), num_images=1, steps=2)
+    found = analyze(as_images(reference), as_images(quantized), extent=Extent(num_images=1), steps=2)
     assert found.sensitivity.whole.mean() > 0 and isinstance(reference.denoiser.module, nn.Module)
+
+
+def test_a_quick_analysis_has_values_of_the_thorough_one(twins: Callable[..., tuple[LoopSampler, LoopSampler]]) -> None:
+    """Fewer units and calls are left out, evenly; what is there is what the thorough analysis has."""
+    whole = analyze(*twins(), extent=Extent(num_images=1), steps=4)
+    quick = analyze(*twins(), extent=replace(QUICK, parts=3), steps=4)
+    names = [part.name for part in whole.sensitivity.parts]
+    assert [part.name for part in quick.sensitivity.parts] == [names[0], names[round((len(names) - 1) / 2)], names[-1]]
+    assert quick.of_parts == whole.of_parts == len(names) and quick.sensitivity.error.shape == (3, 2)
+    kept = [names.index(part.name) for part in quick.sensitivity.parts]
+    assert torch.equal(quick.sensitivity.error, whole.sensitivity.error[kept][:, [0, -1]])
+    assert {layer.name for layer in quick.layers} == {name for part in quick.sensitivity.parts for name in part.layers} & {
+        layer.name for layer in whole.layers
+    }
+
+
+def test_more_work_is_expected_to_take_longer(twins: Callable[..., tuple[LoopSampler, LoopSampler]]) -> None:
+    quick, thorough = (expected_seconds(*twins(), extent=extent, steps=4) for extent in (QUICK, Extent(num_images=1, calls=400)))
+    assert 0 < quick < thorough

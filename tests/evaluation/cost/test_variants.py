@@ -17,6 +17,7 @@ from tfmq.evaluation.cost.flat import Flat, tensors_of
 from tfmq.evaluation.cost.source import Source, dequantized, fitted
 from tfmq.evaluation.cost.variant import VARIANTS, Setting, absent, names_of
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.structure import state_bytes
@@ -88,11 +89,13 @@ def test_a_source_survives_json_and_fits_calls(source: Source) -> None:
 
 def test_an_architecture_of_one_s_own(source: Source, sampler: Make, tmp_path: Path) -> None:
     original = source.original()
-    (tmp_path / "own.py").write_text("from diffusers import UNet2DModel\n\ndef build():\n    return UNet2DModel(**CONFIG)\n")
+    lines = ("import tfmq", "from diffusers import DDIMScheduler, UNet2DModel", "def build():", "    net = tfmq.Denoiser(UNet2DModel(**CONFIG))")
+    (tmp_path / "own.py").write_text("\n".join((*lines, "    return tfmq.LoopSampler(net, DDIMScheduler(), shape=(3, 8, 8))\n")))
     config = {key: value for key, value in original.config.items() if not key.startswith("_")}
     with (tmp_path / "own.py").open("a") as file:
         file.write(f"\nCONFIG = {config!r}\n")
-    own = replace(source, folder=tmp_path / "own", architecture=f"{tmp_path / 'own.py'}:build")
+    own = replace(source, folder=tmp_path / "own", module=ModuleFile(tmp_path / "own.py", "build"))
+    assert Source.from_json(own.to_json()) == own
     own.write(original, source.calls(1))
     call = source.calls(1)[0]
     with torch.no_grad():
@@ -123,7 +126,7 @@ def test_dequantized_embeddings_are_those_of_the_quantized_model(sampler: Callab
 @pytest.mark.parametrize("name", ["unet", "conditional", "sdxl", "dit", "plain"])
 def test_a_flat_denoiser_is_the_denoiser(build: Callable[..., tuple[Denoiser, Inputs]], name: str) -> None:
     denoiser, inputs = build(name)
-    flat = Flat(denoiser.module, inputs)
+    flat = Flat(denoiser, inputs)
     with torch.no_grad():
         torch.testing.assert_close(flat(*tensors_of(inputs)), denoiser(inputs))
 

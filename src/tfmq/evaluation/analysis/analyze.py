@@ -10,6 +10,7 @@ from tfmq.evaluation.analysis.layers import LayerError, layer_errors
 from tfmq.evaluation.analysis.ranges import Ranges, temporal_ranges
 from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, Sensitivity, sensitivity
 from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
+from tfmq.evaluation.outlay import drawing
 from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
@@ -25,15 +26,33 @@ from tfmq.temporal.disturbance import Disturbance
 CALLS = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is looked at: the trajectories of `num_images`, `calls` of them, and `parts` of the model, None being all; spread evenly."""
+
+    num_images: int
+    calls: int = CALLS
+    parts: int | None = None
+
+
+THOROUGH = Extent(num_images=4)
+# A minute on a small model.
+QUICK = Extent(num_images=1, calls=2, parts=8)
+
+
 @dataclass(frozen=True)
 class Analysis:
-    """Disturbance of temporal features, ranges of temporal layers, the trajectory, sensitivity of units, errors of layers."""
+    """Disturbance of temporal features, ranges of temporal layers, the trajectory, sensitivity of units, errors of layers.
+
+    `of_parts` is the number of parts that the model has; those whose sensitivity and layers were looked at are in `sensitivity`.
+    """
 
     disturbance: Disturbance
     ranges: Ranges
     trajectory: Trajectory
     sensitivity: Sensitivity
     layers: tuple[LayerError, ...]
+    of_parts: int
 
 
 def _parts(module: nn.Module, block: TemporalBlock, quantized: nn.Module) -> tuple[Part, ...]:
@@ -47,9 +66,32 @@ def _parts(module: nn.Module, block: TemporalBlock, quantized: nn.Module) -> tup
     return tuple(part for part in parts if part.layers)
 
 
+def _spread(count: int, wanted: int | None) -> list[int]:
+    """Return at most `wanted` of the numbers 0 to `count - 1`, evenly spread, the first and the last among them.
+
+    >>> _spread(9, 3), _spread(2, 8), _spread(3, None), _spread(5, 1)
+    ([0, 4, 8], [0, 1], [0, 1, 2], [0])
+    """
+    wanted = count if wanted is None else min(wanted, count)
+    return sorted({round(number * (count - 1) / max(1, wanted - 1)) for number in range(wanted)})
+
+
 @torch.no_grad()
-def analyze(reference: Sampler, quantized: Sampler, *, num_images: int = 4, steps: int, seed: int = 0, progress: Progress = silent) -> Analysis:
+def expected_seconds(reference: Sampler, quantized: Sampler, *, extent: Extent, steps: int) -> float:
+    """Return about what an analysis takes, by the time of a few calls."""
+    full, low = (drawing(sampler, extent.num_images, steps=steps, batch_size=extent.num_images) for sampler in (reference, quantized))
+    block = TemporalBlock(reference.denoiser, reference.example())
+    parts = len(_spread(len(_parts(reference.denoiser.module, block, quantized.denoiser.module)), extent.parts))
+    # Each part runs in the full-precision model; its layers, and those of all parts once more by themselves, as the quantized one computes.
+    runs = extent.calls * ((parts + 2) * max(full.call_seconds, low.call_seconds) + 2 * low.call_seconds)
+    return full.seconds + low.seconds + runs
+
+
+@torch.no_grad()
+def analyze(reference: Sampler, quantized: Sampler, *, extent: Extent = THOROUGH, steps: int, seed: int = 0, progress: Progress = silent) -> Analysis:
     """Analyse a quantized model on the trajectories of a few images.
+
+    Temporal features are looked at whole: at every calibrated timestep.
 
     Raises:
         ValueError: the models do not belong together, or the reference is quantized itself.
@@ -58,7 +100,7 @@ def analyze(reference: Sampler, quantized: Sampler, *, num_images: int = 4, step
     disturbed = temporal_disturbance(reference, quantized.denoiser.module)
     module, twin = reference.denoiser.module, quantized.denoiser.module
     block = TemporalBlock(reference.denoiser, reference.example())
-    indices = range(num_images)
+    indices = range(extent.num_images)
     calls: list[Inputs] = []
     with progress("trajectories", 2) as advance:
         with recorded_calls(reference.denoiser, calls.append):
@@ -66,8 +108,9 @@ def analyze(reference: Sampler, quantized: Sampler, *, num_images: int = 4, step
         advance()
         low = follow(quantized, indices, steps=steps, seed=seed)
         advance()
-    chosen = [calls[index] for index in sorted({round(i * (len(calls) - 1) / max(1, CALLS - 1)) for i in range(CALLS)})]
-    parts = _parts(module, block, twin)
+    chosen = [calls[index] for index in _spread(len(calls), extent.calls)]
+    known = _parts(module, block, twin)
+    parts = [known[index] for index in _spread(len(known), extent.parts)]
     # A skipped layer computes nothing while every feature comes from its table: it has no error of its own.
     names = [name for part in parts for name in part.layers if not isinstance(twin.get_submodule(name), SkippedLayer)]
     return Analysis(
@@ -76,4 +119,5 @@ def analyze(reference: Sampler, quantized: Sampler, *, num_images: int = 4, step
         summarized(full.timesteps, deviation(full, low), latent_error(full, low)),
         sensitivity(reference.denoiser, quantized.denoiser, parts, chosen, progress=progress),
         layer_errors(reference.denoiser, quantized.denoiser, names, chosen),
+        len(known),
     )

@@ -17,10 +17,9 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
 class Flat(nn.Module):
     """`denoiser` on the tensors of `tensors_of`; values of `example` that are no tensors are constants."""
 
-    def __init__(self, module: nn.Module, example: Inputs) -> None:
+    def __init__(self, denoiser: Denoiser, example: Inputs) -> None:
         super().__init__()
-        denoiser = Denoiser(module)
-        self.module = module
+        self.module = denoiser.module
         self.names = denoiser.sample, denoiser.timestep
         self.leaves, self.shape = tree_flatten(dict(example.conditions))
 

@@ -4,14 +4,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tfmq.artifact import stored_manifest
 from tfmq.evaluation.cost.bench import Note, Plan, measure
+from tfmq.evaluation.cost.process import TURN
 from tfmq.evaluation.cost.row import Row
 from tfmq.evaluation.cost.source import Source, dequantized
 from tfmq.evaluation.cost.trajectory import seconds_around, spread_calls
+from tfmq.evaluation.cost.variant import BASE, VARIANTS, absent
+from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import STEPS
-from tfmq.progress import Progress, silent
+from tfmq.progress import Progress, seconds_of, silent
 
 # Calls that accuracy is measured on, and that libraries with a calibration of their own calibrate on.
 CALLS = 8
@@ -24,6 +29,7 @@ class Request:
     Args:
         directory: of the quantized denoiser.
         sampler: draws the trajectory: a sampler of the original, or of the quantized model where there is no original.
+        module: gives the original, where diffusers cannot build it from a configuration.
     """
 
     directory: Path
@@ -35,12 +41,23 @@ class Request:
     threads: int
     device: str = "cpu"
     steps: int
-    architecture: str | None = None
+    module: ModuleFile | None = None
 
     @property
     def exact(self) -> bool:
         """Whether the true original is there."""
         return not hasattr(self.sampler.denoiser.module, STEPS)
+
+
+def expected_seconds(request: Request, *, opened: float) -> float:
+    """Return about what a benchmark takes beside compiling: starts of processes, each as long as opening the model took here, and turns."""
+    names = [BASE, *(name for name in request.variants if name != BASE and not absent(name))]
+    starts = sum(1 + VARIANTS[name].builds + VARIANTS[name].caches for name in names)
+    with torch.no_grad():
+        example = request.sampler.example().resized(max(request.batches))
+        a_call = seconds_of(lambda: request.sampler.denoiser(example))
+    calls = (CALLS + 2) * starts * a_call
+    return request.steps * a_call + len(request.batches) * (starts * opened + calls + request.rounds * len(names) * max(TURN, a_call))
 
 
 def bench(request: Request, *, folder: Path, note: Note, progress: Progress = silent) -> Iterator[Row]:
@@ -62,7 +79,8 @@ def bench(request: Request, *, folder: Path, note: Note, progress: Progress = si
     original = module if request.exact else dequantized(module)
     scheme = stored_manifest(request.directory).get("provenance", {}).get("recipe", {}).get("name")
     calls = spread_calls(request.sampler, steps=request.steps, count=CALLS, progress=progress)
-    source = Source(quantized=request.directory, folder=folder / "source", architecture=request.architecture)
+    names = {"sample": request.sampler.denoiser.sample, "timestep": request.sampler.denoiser.timestep}
+    source = Source(quantized=request.directory, folder=folder / "source", module=request.module, **names)
     source.write(original, calls)
     plan = Plan(
         source=source,

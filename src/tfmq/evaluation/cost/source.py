@@ -1,9 +1,7 @@
 """What a benchmark runs, on disk: processes of their own load it from there."""
 
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ from tfmq.artifact import load
 from tfmq.backends.backend import Options
 from tfmq.calibration.store import CalibrationStore
 from tfmq.errors import require
-from tfmq.models.denoiser import Inputs
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.module_file import ModuleFile
 from tfmq.nn.plan import packed_weights
 from tfmq.storage.atomic import read_tensors, write_tensors
 
@@ -27,17 +26,19 @@ class Source:
     Args:
         quantized: directory of the quantized denoiser; None where only the original is measured.
         folder: holds the original and the calls; `write` makes it.
-        architecture: `FILE.py:FUNCTION` that returns the original's architecture, for modules that diffusers cannot build from a configuration;
-            its weights do not matter.
+        module: gives a sampler of the original, for modules that diffusers cannot build from a configuration; only its architecture matters.
+        sample, timestep: names of these arguments, where they are not called as usual.
     """
 
     quantized: Path | None
     folder: Path
-    architecture: str | None = None
+    module: ModuleFile | None = None
+    sample: str | None = None
+    timestep: str | None = None
 
     def write(self, original: nn.Module, calls: Sequence[Inputs]) -> None:
         """Save the original and the calls."""
-        if self.architecture is None:
+        if self.module is None:
             original.save_pretrained(str(self.folder / "original"))  # type: ignore[operator]
         else:
             (self.folder / "original").mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class Source:
 
     def import_needs(self) -> None:
         """Import what loading either model imports, so that the time and memory of loading are the model's own."""
-        if self.architecture is None:
+        if self.module is None:
             require("diffusers", extra="diffusers")
             from tfmq.integrations.diffusers.saved import component_class
             from tfmq.storage.atomic import read_json
@@ -63,7 +64,7 @@ class Source:
     def original(self) -> nn.Module:
         """Load the full-precision denoiser."""
         folder = self.folder / "original"
-        if self.architecture is None:
+        if self.module is None:
             from tfmq.integrations.diffusers.saved import load_component
             from tfmq.storage.atomic import read_json
 
@@ -85,30 +86,27 @@ class Source:
         """
         if self.quantized is None:
             raise ValueError("there is no quantized model to run")
-        module: nn.Module = load(self.quantized, module=self._architecture() if self.architecture else None, backend=backend, options=options)
+        module: nn.Module = load(self.quantized, module=self._architecture() if self.module else None, backend=backend, options=options)
         return module
 
+    def view(self, module: nn.Module) -> Denoiser:
+        """Return a model of this source as a denoiser."""
+        return Denoiser(module, sample=self.sample, timestep=self.timestep)
+
     def _architecture(self) -> nn.Module:
-        assert self.architecture is not None
-        path, _, function = self.architecture.rpartition(":")
-        spec = importlib.util.spec_from_file_location("tfmq_benched_architecture", path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"{path} is no Python file; name the architecture FILE.py:FUNCTION")
-        found = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = found
-        spec.loader.exec_module(found)
-        module: nn.Module = getattr(found, function)()
-        return module
+        assert self.module is not None
+        return self.module.sampler().denoiser.module
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as values that JSON keeps."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return {name: None if value is None else str(value) for name, value in vars(self).items()}
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "Source":
         """Return the source of `to_json`."""
         quantized = Path(fields["quantized"]) if fields["quantized"] is not None else None
-        return Source(quantized=quantized, folder=Path(fields["folder"]), architecture=fields["architecture"])
+        module = ModuleFile.parse(fields["module"]) if fields["module"] is not None else None
+        return Source(quantized=quantized, folder=Path(fields["folder"]), module=module, sample=fields["sample"], timestep=fields["timestep"])
 
 
 def fitted(call: Inputs, batch: int) -> Inputs:

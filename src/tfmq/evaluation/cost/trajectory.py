@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -55,10 +56,38 @@ def _answered_at_once(module: nn.Module, spent: list[float]) -> Iterator[None]:
             module.forward = own
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """Drawing with a denoiser that computes once: its first call, the number of calls, the seconds beside them, and the bytes of an image."""
+
+    call: Inputs
+    calls: int
+    around: float
+    image_bytes: int
+
+
+def rehearsed(sampler: Sampler, *, images: int, steps: int) -> Rehearsal:
+    """Go through drawing `images` images in `steps` steps without computing more than one call of the denoiser."""
+    module, spent, calls = sampler.denoiser.module, list[float](), list[Inputs]()
+    counted = 0
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal counted
+        counted += 1
+        if not calls:
+            calls.append(sampler.denoiser.bind(args, kwargs))
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with _answered_at_once(module, spent):
+            began = time.perf_counter()
+            drawn = sampler.run(range(images), steps=steps, seed=0)
+            took = time.perf_counter() - began
+    finally:
+        handle.remove()
+    return Rehearsal(calls[0], counted, max(0.0, took - sum(spent)), drawn[0].numel())
+
+
 def seconds_around(sampler: Sampler, *, images: int, steps: int) -> float:
     """Return the time that drawing `images` images takes beside the denoiser: scheduler, text encoder, decoder."""
-    spent: list[float] = []
-    with _answered_at_once(sampler.denoiser.module, spent):
-        began = time.perf_counter()
-        sampler.run(range(images), steps=steps, seed=0)
-        return max(0.0, time.perf_counter() - began - sum(spent))
+    return rehearsed(sampler, images=images, steps=steps).around

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from tfmq.evaluation.cost.source import Source
-from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.denoiser import Inputs
 
 Kind = Literal["backend", "peer"]
 Step = Callable[[Inputs], Tensor]
@@ -40,7 +40,7 @@ class Setting:
 
 def placed(module: nn.Module, setting: Setting) -> Step:
     """Move a model to the setting's device and return its step, which waits for the device: the output comes back to the host."""
-    denoiser = Denoiser(module.to(setting.device))
+    denoiser = setting.source.view(module.to(setting.device))
     return lambda call: denoiser(call).cpu()
 
 

@@ -35,7 +35,7 @@ class OnnxRuntime:
         names = list(_feed(calls[0]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            flat = Flat(setting.source.original(), calls[0])
+            flat = Flat(setting.source.view(setting.source.original()), calls[0])
             torch.onnx.export(flat, tensors_of(calls[0]), str(full), dynamo=False, opset_version=OPSET, input_names=names)
         shapes.quant_pre_process(str(full), str(ready))
 

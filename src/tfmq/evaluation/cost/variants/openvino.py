@@ -26,7 +26,7 @@ def _converted(setting: Setting) -> Any:
     with warnings.catch_warnings():
         # The converter traces with what torch has deprecated.
         warnings.simplefilter("ignore")
-        model = openvino.convert_model(Flat(setting.source.original(), call), example_input=example)
+        model = openvino.convert_model(Flat(setting.source.view(setting.source.original()), call), example_input=example)
     model.reshape({number: list(tensor.shape) for number, tensor in enumerate(example)})
     return model
 

@@ -4,7 +4,6 @@ import torch
 
 from tfmq.errors import require
 from tfmq.evaluation.cost.variant import Prepared, Setting, register
-from tfmq.models.denoiser import Denoiser
 from tfmq.nn.structure import state_bytes
 
 
@@ -24,7 +23,7 @@ class Quanto:
         """Quantize the original."""
         quanto = require("optimum.quanto", extra="bench")
         module = setting.source.original()
-        denoiser = Denoiser(module)
+        denoiser = setting.source.view(module)
         quanto.quantize(module, weights=quanto.qint8, activations=quanto.qint8)
         with quanto.Calibration():
             for call in setting.calls():

@@ -4,7 +4,6 @@ import torch
 
 from tfmq.errors import require
 from tfmq.evaluation.cost.variant import Prepared, Setting, register
-from tfmq.models.denoiser import Denoiser
 from tfmq.nn.structure import state_bytes
 
 
@@ -24,4 +23,4 @@ class Sdnq:
         sdnq = require("sdnq", extra="bench")
         products = {"use_quantized_matmul": True, "use_quantized_matmul_conv": True}
         module = sdnq.sdnq_post_load_quant(setting.source.original(), weights_dtype="int8", quant_conv=True, torch_dtype=torch.float32, **products)
-        return Prepared(Denoiser(module), state_bytes(module))
+        return Prepared(setting.source.view(module), state_bytes(module))
