@@ -29,14 +29,14 @@ def analyze(
     """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity of units, errors of layers."""
     target = output_dir or beside(directory, SUFFIX)
     with verb():
-        from tfmq.cli.models import default_steps, execute_model, manifest, open_model, quantized_directory
+        from tfmq.cli.models import default_steps, execute_model, open_model, provenance, quantized_directory
         from tfmq.cli.progress import shown_progress
         from tfmq.evaluation.analysis.analyze import analyze as run
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.analysis import ANALYSIS_FILES, PARQUET_FILE, analysis_values, write_analysis
         from tfmq.report.directory import completed_directory
         from tfmq.report.parquet import write_parquet
-        from tfmq.storage.digest import tensor_digest
+        from tfmq.storage.digest import module_digest
 
         if parquet:
             # Said now, and not after minutes of work.
@@ -50,9 +50,9 @@ def analyze(
             full = open_model(reference, prompts=read_prompts(prompts), device=device)
             settings: dict[str, Any] = {"num_images": num_images, "steps": steps or default_steps(quantized), "seed": seed}
             found = run(full, quantized, **settings, progress=progress)
-            weights_digest = tensor_digest(quantized.denoiser.module.state_dict())
+            weights_digest = module_digest(quantized.denoiser.module)
             values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})
-            title = manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized")
+            title = provenance(quantized).scheme or "quantized"
             write_analysis(folder, found, values, title=title)
             if parquet:
                 write_parquet(folder / PARQUET_FILE, values)

@@ -43,7 +43,7 @@ def compare(
     """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
     with verb():
         from tfmq.artifact import stored_bytes
-        from tfmq.cli.models import execute_model, manifest, open_model, quantized_directory
+        from tfmq.cli.models import execute_model, open_model, provenance, quantized_directory
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.summary import COMPARISON_FILES
@@ -56,7 +56,7 @@ def compare(
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
             quantized = open_model(str(source), prompts=read_prompts(prompts), device=device)
             name = execute_model(quantized, backend, execution)
-            full = open_model(reference, prompts=read_prompts(prompts), device=device, options=calibrated_options(manifest(quantized)))
+            full = open_model(reference, prompts=read_prompts(prompts), device=device, options=calibrated_options(provenance(quantized)))
             result = _compared(full, quantized, folder, stored_bytes(source), backend=name, **options)
     if json:
         emit(result)
@@ -70,7 +70,7 @@ def _compared(
     full: "Sampler", quantized: "Sampler", folder: Path, quantized_bytes: int, *, steps: int | None, backend: str | None, **options: Any
 ) -> dict[str, Any]:
     """Compare, write the files, and return the metrics."""
-    from tfmq.cli.models import default_steps, manifest
+    from tfmq.cli.models import default_steps, provenance
     from tfmq.cli.progress import shown_progress
     from tfmq.evaluation.comparison import compare as run
     from tfmq.report.summary import summarize, write_comparison_files
@@ -80,7 +80,7 @@ def _compared(
         comparison = run(full, quantized, steps=steps, progress=progress, **options)
     metrics = summarize(
         comparison,
-        scheme=manifest(quantized).get("provenance", {}).get("recipe", {}).get("name", "quantized"),
+        scheme=provenance(quantized).scheme or "quantized",
         reference_bytes=4 * sum(parameter.numel() for parameter in full.denoiser.module.parameters()),
         quantized_bytes=quantized_bytes,
     )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tfmq.backends.backend import Options
     from tfmq.models.sampler import Sampler
     from tfmq.recipes.recipe import Published
+    from tfmq.storage.manifest import Provenance
 
 STEPS = 50
 
@@ -84,26 +85,25 @@ def located(model: str) -> str:
     return os.path.abspath(model) if os.path.exists(model) else model
 
 
-def manifest(sampler: "Sampler") -> Mapping[str, Any]:
-    """Return the manifest of a quantized model; empty for any other."""
+def provenance(sampler: "Sampler") -> "Provenance":
+    """Return where a quantized model comes from; nothing is known of any other."""
     from tfmq.integrations.diffusers.architecture import manifest_of
+    from tfmq.storage.manifest import Manifest, Provenance
 
-    return manifest_of(sampler.denoiser.module) or {}
+    values = manifest_of(sampler.denoiser.module)
+    return Provenance() if values is None else Manifest.from_json(values, source="the manifest of the model").provenance
 
 
 def default_steps(sampler: "Sampler") -> int:
     """Return the number of steps that a quantized model was moved to or calibrated on, else 50."""
-    from tfmq.artifact import calibrated_steps
-
-    return calibrated_steps(manifest(sampler)) or STEPS
+    return provenance(sampler).steps or STEPS
 
 
 def published_figures(sampler: "Sampler") -> "tuple[Published, ...]":
     """Return the published full-precision figures that a quantized model's recipe has."""
     from tfmq.recipes.recipe import Published
 
-    recipe = manifest(sampler).get("provenance", {}).get("recipe", {})
-    return tuple(Published(**figure) for figure in recipe.get("published", ()))
+    return tuple(Published(**figure) for figure in provenance(sampler).published)
 
 
 def quantized_directory(path: str) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from tfmq.recipes import scheme
 from tfmq.recipes.paper import PAPER
 from tfmq.recipes.plan import make_plan
 from tfmq.reconstruction.units import Unit, find_units
+from tfmq.storage.manifest import Manifest, Provenance
 
 Speed = Literal["integer", "integer-slow", "simulated"]
 SCHEMES = ("w8a8", "w4a8", "w4a32")
@@ -164,9 +165,9 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
     stock = stock_architecture(module)
     traced = trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta")))
     specs = dict(named_specs(describe(module), "layers"))
-    provenance: Mapping[str, Any] = (manifest_of(module) or {}).get("provenance", {})
-    recipe: Mapping[str, Any] = provenance.get("recipe", {})
-    maintained = recipe.get("temporal", {}).get("maintenance", "cache") != "none"
+    values = manifest_of(module)
+    provenance = Provenance() if values is None else Manifest.from_json(values, source="the manifest of the model").provenance
+    maintained = provenance.maintenance != "none"
     names = [layer.name for layer in traced.layers]
     bits = {name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"])) for name, spec in specs.items()}
     parameters = _parameters(stock)
@@ -181,7 +182,7 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None) ->
         *_temporal_figures(stock, traced),
         (),
         speed_class(),
-        tuple(MeasuredInput(**found) for found in provenance.get("inputs", ())),
+        tuple(MeasuredInput(**found) for found in provenance.inputs),
     )
 
 
