@@ -18,7 +18,7 @@ KILLS = 24
 
 # Forks a process for each job, so that a kill costs no second import of torch. Itself it computes nothing, which forking needs.
 NURSERY = """
-import os, sys, traceback
+import os, signal, sys, traceback
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -26,6 +26,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 import tfmq
 from tfmq.recipes.recipe import Calibration
+from tfmq.storage.journal import Journal
 
 class Denoiser(nn.Module):
     def __init__(self):
@@ -52,12 +53,47 @@ def job(directory):
     )
     tfmq.quantize(tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(2, 8, 8)), recipe, output_dir=directory, resume=True)
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def kill_at(point, place):
+    # Right after the finished model got its name, or once that many files of the job's folder were removed.
+    replace_path, unlink = Path.replace, os.unlink
+    left = [int(place)]
+
+    def replaced(self, target):
+        found = replace_path(self, target)
+        if self.name.endswith(".partial"):
+            die()
+        return found
+
+    def unlinked(path, *args, **kwargs):
+        unlink(path, *args, **kwargs)
+        left[0] -= removing[0]
+        if left[0] == 0:
+            die()
+
+    removing = [0]
+    remove = Journal.remove
+
+    def removed(self):
+        removing[0] = 1
+        remove(self)
+        die()
+
+    if point == "rename":
+        Path.replace = replaced
+    if point == "removal":
+        os.unlink, Journal.remove = unlinked, removed
+
 for line in sys.stdin:
+    directory, point, place = line.rstrip().split("|")
     child = os.fork()
     if child == 0:
         try:
             torch.set_num_threads(1)
-            job(Path(line.strip()))
+            kill_at(point, place)
+            job(Path(directory))
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -75,9 +111,19 @@ class Nursery:
         assert process.stdin is not None and process.stdout is not None
         self.commands, self.answers = process.stdin, process.stdout
 
-    def run(self, directory: Path, *, kill_after: float | None = None, kill_when: Callable[[], bool] | None = None) -> int:
-        """Run a job and return its exit status; it is killed after `kill_after` seconds or `kill_when` something holds, if it still runs."""
-        self.commands.write(f"{directory}\n")
+    def run(
+        self,
+        directory: Path,
+        *,
+        kill_after: float | None = None,
+        kill_when: Callable[[], bool] | None = None,
+        kill_at: tuple[str, int] = ("", 0),
+    ) -> int:
+        """Run a job and return its exit status; it is killed after `kill_after` seconds or `kill_when` something holds, if it still runs.
+
+        Or it kills itself at a point that no clock hits: see `kill_at` of the nursery.
+        """
+        self.commands.write(f"{directory}|{kill_at[0]}|{kill_at[1]}\n")
         self.commands.flush()
         child = int(self.answers.readline())
         if kill_when is not None:
@@ -153,3 +199,28 @@ def test_a_recording_that_was_killed_begins_anew(nursery: Nursery, tmp_path: Pat
             call.write_bytes(b"half")
     assert nursery.run(tmp_path / "job") == 0
     assert checksums(tmp_path / "job") == checksums(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_jobs_killed_once_the_model_is_there_end_in_the_same_bytes(nursery: Nursery, tmp_path: Path) -> None:
+    """Right after the final rename, after each of the first files of the job's folder that are removed, and after the last one."""
+    assert nursery.run(tmp_path / "whole") == 0
+    expected = checksums(tmp_path / "whole")
+    for number, point in enumerate([("rename", 0), *(("removal", count) for count in (1, 2, 5, 10**6))]):
+        directory, job = tmp_path / f"{number}", tmp_path / f"{number}.job"
+        assert nursery.run(directory, kill_at=point) == -signal.SIGKILL
+        assert checksums(directory) == expected and job.exists() == (point[1] < 10**6)
+        assert nursery.run(directory) == 0
+        assert checksums(directory) == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", *map(str, range(5))}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_half_written_files_of_a_killed_job_go_when_it_is_resumed(nursery: Nursery, tmp_path: Path) -> None:
+    job = tmp_path / "job.job"
+    assert nursery.run(tmp_path / "job", kill_when=lambda: (job / "calibration.safetensors").exists()) == -signal.SIGKILL
+    orphans = [job / ".activations.safetensors.0123456789ab.tmp", job / "calibration" / ".call_00000.safetensors.ffffffffffff.tmp"]
+    for orphan in orphans:
+        orphan.write_bytes(b"half")
+    assert nursery.run(tmp_path / "job", kill_when=lambda: not any(orphan.exists() for orphan in orphans)) == -signal.SIGKILL
+    assert list(job.rglob("calibration.safetensors")), "it went on where it was"

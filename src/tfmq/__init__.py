@@ -15,7 +15,7 @@ from tfmq.version import __version__
 if TYPE_CHECKING:
     from tfmq.adapt import fuse_lora, rebake
     from tfmq.api import quantize
-    from tfmq.artifact import load
+    from tfmq.artifact import load, relist
     from tfmq.backends.backend import Options
     from tfmq.backends.execution import execute
     from tfmq.models.denoiser import Denoiser
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Denoiser", "Guidance", "LoopSampler", "Options", "Recipe", "Resources", "Sampler", "__version__",
-    "execute", "fuse_lora", "load", "quantize", "rebake", "scheme",
+    "execute", "fuse_lora", "load", "quantize", "rebake", "relist", "scheme",
 ]  # fmt: skip
 
 _HOMES = {
@@ -41,6 +41,7 @@ _HOMES = {
     "load": "tfmq.artifact",
     "quantize": "tfmq.api",
     "rebake": "tfmq.adapt",
+    "relist": "tfmq.artifact",
     "scheme": "tfmq.recipes",
     # Not in `__all__`, since they need diffusers: what `from_pretrained` takes, a pipeline with options of its own, and what directories name.
     "TFMQConfig": "tfmq.integrations.diffusers.quantizer",

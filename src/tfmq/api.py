@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfmq.artifact import load, mark, save, stored_architecture, stored_manifest
+from tfmq.artifact import REPORT_FILE, load, mark, save, stored_architecture, stored_manifest
 from tfmq.calibration.store import CalibrationStore
 from tfmq.nn.floating import summary
 from tfmq.nn.structure import describe, state_bytes
@@ -26,12 +26,12 @@ from tfmq.stages import Foretold, Helpers
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.errors import JobMismatchError
+from tfmq.storage.fields import Fields
 from tfmq.storage.journal import Journal
+from tfmq.storage.listing import FILES
 from tfmq.targets import open_target, owner_of
 from tfmq.version import __version__
 from tfmq.workflow import Outcome, quantize_denoiser
-
-REPORT_FILE = "tfmq_report.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _read_report(destination: Path) -> dict[str, Any]:
     """Return the report of a job that was finished before; its units take no time now."""
     report = read_json(destination / REPORT_FILE)
     units = [{**unit, "seconds": 0.0} for unit in report["units"]]
-    return {key: value for key, value in report.items() if key != "fingerprint"} | {"units": units}
+    return {key: value for key, value in report.items() if key not in ("fingerprint", FILES)} | {"units": units}
 
 
 def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> bool:
@@ -94,7 +94,7 @@ def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool
     if not resume or not report.exists():
         prepare_output(destination, overwrite=False)
         return False
-    before = read_json(report)["fingerprint"]
+    before = Fields.of(read_json(report), str(report)).part("fingerprint").values
     if before != fingerprint:
         changed = ", ".join(key for key in sorted(before.keys() | fingerprint.keys()) if before.get(key) != fingerprint.get(key))
         raise JobMismatchError(f"{destination} holds a finished model with another {changed}; choose another output directory")
@@ -174,10 +174,11 @@ def quantize(
     if destination is not None and _finished(destination, fingerprint, resume=resume):
         shutil.rmtree(job_of(destination), ignore_errors=True)
         loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module, backend="simulated")
-        return Quantized(loaded, stored_manifest(destination), _read_report(destination))
+        return Quantized(loaded, stored_manifest(destination).values, _read_report(destination))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
+        journal.sweep()
         limits = {"helpers": helpers, "resources": resources, "foretold": foretold, "began": began}
         outcome = quantize_denoiser(sampler, recipe, seed=seed, store=store_of(job), journal=journal, progress=progress, **limits)  # type: ignore[arg-type]
         manifest = _manifest(module, recipe, seed, outcome)

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,97 +12,41 @@ from torch import Tensor, nn
 from tfmq.backends.backend import Options
 from tfmq.backends.execution import AUTO, execute
 from tfmq.nn.structure import assemble, describe
-from tfmq.storage.atomic import full_disk_named, read_json, read_tensors, tensor_names, write_json
-from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, seal, verify, verify_architecture
+from tfmq.storage.atomic import full_disk_named, read_json, write_json
+from tfmq.storage.checkpoint import MANIFEST_FILE, load_checkpoint, save_checkpoint, seal
+from tfmq.storage.digest import remember_digest
+from tfmq.storage.directory import (
+    PIPELINE_FILE,
+    REPORT_FILE,
+    check_files,
+    components,
+    is_quantized,
+    relist,
+    stored_bytes,
+    stored_manifest,
+    verified,
+    verify_files,
+)
 from tfmq.storage.errors import ForeignFileError, MissingFileError
-from tfmq.storage.listing import verify_listed, write_listing
+from tfmq.storage.fit import check_parts
+from tfmq.storage.listing import FILES, write_listing
+from tfmq.storage.manifest import Manifest
 
-PIPELINE_FILE = "model_index.json"
-METHOD = "tfmq"
-
-
-def _components(directory: Path) -> dict[Path, Mapping[str, Any]]:
-    """Return the manifest of every quantized component of a pipeline or component directory."""
-    folders = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
-    configs = {folder: read_json(folder / "config.json") for folder in folders if (folder / "config.json").exists()}
-    manifests = {folder: config.get("quantization_config") or {} for folder, config in configs.items()}
-    return {folder: manifest for folder, manifest in manifests.items() if manifest.get("quant_method") == METHOD}
-
-
-def is_quantized(path: Path) -> bool:
-    """Whether `path` is a directory that holds a tfmq model."""
-    return path.is_dir() and ((path / MANIFEST_FILE).exists() or bool(_components(path)))
-
-
-def calibrated_steps(manifest: Mapping[str, Any]) -> int | None:
-    """Return the number of steps that a quantized model was moved to or calibrated on; None where the manifest has none."""
-    provenance = manifest.get("provenance", {})
-    steps = (provenance.get("recipe", {}).get("calibration", {}) | provenance.get("rebaked", {})).get("steps")
-    return None if steps is None else int(steps)
-
-
-def stored_manifest(directory: Path) -> Mapping[str, Any]:
-    """Return the manifest of the quantized model in `directory`.
-
-    Raises:
-        ForeignFileError: there is none.
-    """
-    if (directory / MANIFEST_FILE).exists():
-        return read_json(directory / MANIFEST_FILE)
-    manifests = list(_components(directory).values())
-    if not manifests:
-        raise ForeignFileError(f"{directory} holds no model quantized by tfmq")
-    return manifests[0]
-
-
-def stored_bytes(directory: Path) -> int:
-    """Return the bytes on disk of the quantized model in `directory`: tensors, manifest and configuration.
-
-    Of two in one pipeline those of the first, whose manifest `stored_manifest` gives; pass the component's own directory for the other.
-    """
-    folders = [directory] if (directory / MANIFEST_FILE).exists() else list(_components(directory))[:1]
-    return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
-
-
-def refuse_orphans(directory: Path) -> None:
-    """Refuse packed weights whose configuration has lost its manifest: diffusers would take them for a damaged full-precision model.
-
-    Raises:
-        ForeignFileError: there are such.
-    """
-    components = _components(directory)
-    for path in sorted(directory.rglob("*.safetensors")):
-        if path.parent not in components and any(name.endswith(".packed") for name in tensor_names(path)):
-            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / 'config.json'} has no tfmq manifest; copy it again")
-
-
-def _verified(directory: Path) -> Iterator[tuple[dict[str, Tensor], Mapping[str, Any]]]:
-    """Yield the tensors and the manifest of every quantized component, checked against each other.
-
-    Raises:
-        CheckpointError: see `tfmq.storage.errors`.
-    """
-    components = _components(directory)
-    for folder, manifest in components.items():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise MissingFileError(f"{folder} has a tfmq configuration and no .safetensors file")
-        tensors = {name: tensor for path in files for name, tensor in read_tensors(path)[0].items()}
-        verify(tensors, manifest, source=folder / "config.json")
-        verify_architecture(read_json(folder / "config.json"), manifest, source=folder / "config.json")
-        yield tensors, manifest
-
-
-def verify_files(directory: Path) -> None:
-    """Check the files of every quantized component against its manifest, and the others of a pipeline against their list.
-
-    Raises:
-        CheckpointError: see `tfmq.storage.errors`.
-    """
-    refuse_orphans(directory)
-    verify_listed(directory)
-    for _ in _verified(directory):
-        pass
+__all__ = [
+    "PIPELINE_FILE",
+    "REPORT_FILE",
+    "check_quantizable",
+    "is_quantized",
+    "load",
+    "mark",
+    "relist",
+    "remark",
+    "save",
+    "stored_architecture",
+    "stored_bytes",
+    "stored_manifest",
+    "verify_files",
+]
 
 
 def check_quantizable(module: nn.Module) -> None:
@@ -157,7 +101,7 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
         owner: what has `save_pretrained`, or an `nn.Module` without it.
         directory: must not exist, or be empty.
         manifest: the sealed manifest.
-        extra: further JSON files by name.
+        extra: further JSON files by name; that of `REPORT_FILE` also gets the digest of a pipeline's list, so that a list cannot go missing.
 
     Raises:
         StorageFullError: no space is left; nothing is kept of the attempt.
@@ -169,12 +113,11 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
             if hasattr(owner, "save_pretrained"):
                 owner.save_pretrained(str(partial))
                 _forget_origin(partial)
-                if (partial / PIPELINE_FILE).exists():
-                    write_listing(partial, sealed=_components(partial))
             else:
                 save_checkpoint(partial, owner.state_dict(), manifest)
+            listed = {FILES: write_listing(partial, components=components(partial))} if (partial / PIPELINE_FILE).exists() else {}
             for name, value in extra.items():
-                write_json(partial / name, value)
+                write_json(partial / name, {**value, **(listed if name == REPORT_FILE else {})})
             partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -211,8 +154,9 @@ def _load(path: Path, module: nn.Module | None) -> Any:
         raise MissingFileError(f"{path} is not a directory; pass what tfmq quantize wrote")
     if (path / MANIFEST_FILE).exists() or module is not None:
         return _load_into(path, module)
-    verify_files(path)
-    if not (path / PIPELINE_FILE).exists() and not _components(path):
+    # Tensors are compared with their digest where they are read: by the quantizer, for each component.
+    check_files(path)
+    if not (path / PIPELINE_FILE).exists() and not components(path):
         raise ForeignFileError(f"{path} holds no model quantized by tfmq")
     from tfmq.integrations.diffusers.saved import load_component, load_pipeline
 
@@ -224,19 +168,29 @@ def _load(path: Path, module: nn.Module | None) -> Any:
 def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
     if module is None:
         raise ValueError(f"{path} is a bare checkpoint; pass the architecture: tfmq.load(directory, module=...)")
-    tensors, manifest = load_checkpoint(path) if (path / MANIFEST_FILE).exists() else _load_only_component(path)
-    assemble(module, manifest["structure"])
+    tensors, manifest = _load_checkpoint(path) if (path / MANIFEST_FILE).exists() else _load_only_component(path)
+    assemble(module, manifest.values["structure"])
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the architecture it is loaded into: {' '.join(str(error).split())}") from error
-    mark(module, manifest)
-    return module.requires_grad_(False).eval()
+    mark(module, manifest.values)
+    module.requires_grad_(False).eval()
+    remember_digest(module, manifest.digest, tensors)
+    return module
 
 
-def _load_only_component(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    refuse_orphans(path)
-    components = list(_verified(path))
-    if len(components) != 1:
-        raise ForeignFileError(f"{path} holds {len(components)} models quantized by tfmq; pass the directory of one")
-    return components[0]
+def _load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Manifest]:
+    # First, since it costs nothing and says more than a seal that does not match.
+    manifest = stored_manifest(path)
+    tensors, _ = load_checkpoint(path)
+    check_parts(tensors, manifest.structure, source=path / MANIFEST_FILE)
+    return tensors, manifest
+
+
+def _load_only_component(path: Path) -> tuple[dict[str, Tensor], Manifest]:
+    check_files(path)
+    found = list(verified(path))
+    if len(found) != 1:
+        raise ForeignFileError(f"{path} holds {len(found)} models quantized by tfmq; pass the directory of one")
+    return found[0]

@@ -19,6 +19,7 @@ from tfmq.recipes.recipe import Recipe, call_options
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.digest import tensor_digest
+from tfmq.storage.manifest import Provenance
 from tfmq.version import __version__
 
 # Models by name: those of the package, and those that a checkout holds beside it.
@@ -61,7 +62,7 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
     if isinstance(target, str | Path):
         path = named_directory(str(target)) or Path(target)
         if options is None and is_quantized(path):
-            options = calibrated_options(stored_manifest(path))
+            options = calibrated_options(stored_manifest(path).provenance)
         target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)
     if not hasattr(target, "components"):
         raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
@@ -84,9 +85,9 @@ def open_quantized(directory: Path, module: ModuleFile) -> Sampler:
     return sampler
 
 
-def calibrated_options(manifest: Mapping[str, Any]) -> dict[str, float]:
+def calibrated_options(provenance: Provenance) -> dict[str, Any]:
     """Return the arguments of the pipeline's call that a quantized model was calibrated with."""
-    return call_options(manifest.get("provenance", {}).get("recipe", {}).get("calibration", {}))
+    return call_options({"eta": provenance.eta, "guidance_scale": provenance.guidance_scale, "spacing": provenance.spacing})
 
 
 def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int, resources: Resources) -> dict[str, Any]:

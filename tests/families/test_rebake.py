@@ -34,7 +34,7 @@ def test_another_schedule_is_exact_after_one_call_and_survives_saving(family: Ma
     disturbed = temporal_disturbance(made.reference, moved.denoiser.module)
     assert disturbed.max_relative_error < 0.01 and disturbed.mismatches == 0
     moved.pipeline.save_pretrained(tmp_path / "moved")
-    assert stored_manifest(tmp_path / "moved")["provenance"]["rebaked"] == {"steps": 7}
+    assert stored_manifest(tmp_path / "moved").provenance.steps == 7
     assert torch.equal(made.sampler(tmp_path / "moved").run(range(1), steps=7, seed=0), images)
 
 

@@ -146,3 +146,49 @@ def test_a_missing_or_binary_file_is_refused_by_its_path(tmp_path: Path) -> None
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00name")
     with pytest.raises(ValueError, match=r"binary\.yaml"):
         load(tmp_path / "binary.yaml")
+
+
+def bomb(levels: int) -> str:
+    """Anchors that hold the one before nine times: nine to the power of `levels` values in a line each."""
+    lines = ["a0: &a0 [x]", *(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, levels + 1))]
+    return "\n".join([*lines, f"rules: *a{levels}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb(9), "more than 4096 values"),
+        (bomb(2), "unknown key a0"),
+        ("name: r\nweights: {bits: &a [*a]}", "recipe.yaml"),
+        ("name: " + "[" * 3000, "nested deeper than 16"),
+        ("name: " + "{a: " * 20 + "1" + "}" * 20, "nested deeper than 16"),
+        ("name: r\nrules: [" + "1, " * 5000 + "1]", "more than 4096 values"),
+        ("name: r\nweights: {bits: 0x" + "f" * 20_000 + "}", "an integer of 80000 bits|Exceeds the limit"),
+        ("name: r\nweights: {bits: " + "1" * 20_000 + "}", "cannot read the recipe"),
+        ("name: r\nweights: {bits: 2020-99-99}", "cannot read the recipe"),
+        ("name: r\nweights: {bits: " + "x" * 20_000 + "}", r"weights\.bits must be of type int or NoneType; got 'xxx"),
+        ("name: r\n" + "x" * 1000 + ": 1", "unknown key xxx"),
+        ("name: r\nrules: [{match: 'role:" + "x" * 20_000 + "', weight_bits: 8, activation_bits: 8}]", "unknown role 'role:xxx"),
+        ("name: r\nweights: !" + "x" * 20_000 + " 1", "cannot read the recipe"),
+        ("name: r\n#" + "x" * 70_000, "larger than 65536 bytes"),
+    ],
+    ids=lambda value: value[:24] if "\n" in value else value[:40],
+)
+def test_a_file_that_grows_is_refused_in_a_few_words(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_anchors_are_no_offence(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: r\nlearning: &l {iterations: 7}\ntemporal: {learning: *l}")
+    assert load(path).temporal.learning == load(path).learning == Learning(iterations=7)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").is_char_device(), reason="needs /dev/zero")
+def test_a_device_without_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot read the recipe /dev/zero: larger than"):
+        load(Path("/dev/zero"))

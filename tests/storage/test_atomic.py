@@ -21,7 +21,7 @@ from tfmq.storage import (
     write_json,
     write_tensors,
 )
-from tfmq.storage.atomic import full_disk_named
+from tfmq.storage.atomic import full_disk_named, remove_orphans
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2, 3], dtype=torch.uint8), "c": torch.tensor(1.5), "d": torch.zeros(0, 2)}
 
@@ -147,6 +147,14 @@ def test_values_json_lacks_leave_the_old_file(old: Path, value: object, error: t
         (b"\x80\x04", ForeignFileError),
         (b"[1]", ForeignFileError),
         (b"[" * 100_000, ForeignFileError),
+        (b'{"a": ' * 70 + b"1" + b"}" * 70, ForeignFileError),
+        (b'{"a": NaN}', ForeignFileError),
+        (b'{"a": -Infinity}', ForeignFileError),
+        (b'{"a": 1e999}', ForeignFileError),
+        (b'{"a": "\\ud800"}', ForeignFileError),
+        (b'{"\\udc00": 1}', ForeignFileError),
+        (b'{"a": ' + b"1" * 5000 + b"}", ForeignFileError),
+        (b" " * (16 * 2**20) + b"{}", ForeignFileError),
     ],
 )
 def test_each_malformed_json_has_its_error(tmp_path: Path, content: bytes, error: type[CheckpointError]) -> None:
@@ -154,6 +162,23 @@ def test_each_malformed_json_has_its_error(tmp_path: Path, content: bytes, error
     with pytest.raises(CheckpointError, match=r"file\.json .*; (copy|pass)") as caught:
         read_json(tmp_path / "file.json")
     assert caught.type is error
+
+
+def test_devices_and_pipes_are_not_read_as_json(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ForeignFileError, match="not a regular file"):
+            read_json(path)
+
+
+def test_orphans_are_told_from_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    orphans = [tmp_path / ".a.json.0123456789ab.tmp", tmp_path / "deep" / ".b.safetensors.abcdef012345.tmp"]
+    others = [tmp_path / "a.tmp", tmp_path / ".a.tmp", tmp_path / "a.json.0123456789ab.tmp", tmp_path / ".a.0123456789AB.tmp"]
+    for path in (*orphans, *others):
+        path.write_bytes(b"half")
+    remove_orphans(tmp_path)
+    assert not any(path.exists() for path in orphans) and all(path.exists() for path in others)
 
 
 def test_missing_json_and_directories(tmp_path: Path) -> None:

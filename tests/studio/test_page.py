@@ -1,6 +1,7 @@
 """The page in a real browser: pick, draw, look; from this machine alone, and without a word of complaint."""
 
 import gc
+import http.client
 import os
 import shutil
 import socket
@@ -24,7 +25,7 @@ def test_models_are_found_where_they_are(quantized: Path, original: Path, tmp_pa
     assert find_models(tmp_path) == [] and find_models(tmp_path / "a") == [str(tmp_path / "a" / "b" / "c")]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address(original: Path, quantized: Path) -> Iterator[str]:
     pytest.importorskip("gradio", reason="gradio is not installed; pip install 'tfmq[studio]' has it")
     studio = Studio([str(quantized)], str(original), backend="simulated")
@@ -76,6 +77,21 @@ def check_drawing(page: Any) -> None:
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Draw").click()
     page.get_by_text("does not exist").wait_for(timeout=PATIENCE)
+
+
+def test_the_page_answers_its_own_machine_alone(address: str) -> None:
+    """Of any page that the user visits, and of a name that somebody lets point here, requests are refused."""
+    host = address.removeprefix("http://").rstrip("/")
+
+    def status(**headers: str) -> int:
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.request("GET", "/config", headers=headers)
+        found = connection.getresponse().status
+        connection.close()
+        return found
+
+    assert status() == status(Origin=f"http://{host}") == 200
+    assert status(Host="evil.example:7860") == status(Origin="http://evil.example") == status(Origin="null") == 403
 
 
 def test_a_port_that_is_taken_is_named(original: Path) -> None:

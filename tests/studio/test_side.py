@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,12 +57,12 @@ def test_a_model_that_is_not_there_is_named() -> None:
 
 
 PAGE = """
-import time
-from tfmq.studio import side
+import os, time
+from tfmq.studio.worker import Worker
 
 if __name__ == "__main__":
-    process = side._new_process()
-    print(process.submit(side.os.getpid).result(), flush=True)
+    worker = Worker()
+    print(worker.call(os.getpid), flush=True)
     time.sleep(600)
 """
 
@@ -82,6 +83,66 @@ def test_a_models_process_does_not_outlive_the_page(tmp_path: Path, end: signal.
         time.sleep(0.05)
     os.kill(process, signal.SIGKILL)
     pytest.fail("the process of the model is still there")
+
+
+# The studio without its page: what it does about Ctrl-C is the same, and Gradio takes seconds to import.
+INTERRUPTED = """
+import signal, sys, threading
+from contextlib import suppress
+import typer
+from tfmq.cli.outcome import verb
+from tfmq.studio.page import Studio
+from tfmq.studio.side import SideError, Wish
+
+class Page:
+    local_url = "nowhere"
+
+    def close(self, *, verbose):
+        print("closed", flush=True)
+
+def opened(address):
+    def draw():
+        with suppress(SideError):
+            if moment == "drawing":
+                side.draw(model, Wish(steps=1))
+                threading.Timer(0.5, print, ["busy"], {"flush": True}).start()
+            else:
+                print("busy", flush=True)
+            side.draw(model, Wish(steps=1000))
+            print("drawn", flush=True)
+
+    threading.Thread(target=draw, daemon=True).start()
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    model, moment = sys.argv[1:]
+    studio = Studio([], model)
+    studio.launch, side = lambda port: Page(), studio.sides["reference"]
+    try:
+        with verb(interrupted="the page is closed"):
+            studio.serve(opened=opened)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("moment", ["starting", "drawing"])
+def test_interrupted_during_a_draw_it_ends_with_130_and_one_line(original: Path, tmp_path: Path, moment: str) -> None:
+    """A terminal sends Ctrl-C to every process of the group, the model's included."""
+    (tmp_path / "studio.py").write_text(INTERRUPTED)
+    command = [sys.executable, str(tmp_path / "studio.py"), str(original), moment]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}, **pipes) as studio:
+        assert studio.stdout is not None
+        said = studio.stdout.readline()
+        os.killpg(studio.pid, signal.SIGINT)
+        out, err = studio.communicate(timeout=120)
+    assert said == "busy\n", err
+    assert studio.returncode == 130 and out == "closed\n"
+    assert err.strip() == "error: interrupted; the page is closed"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(studio.pid, 0)
 
 
 def alive(process: int) -> bool:

@@ -17,7 +17,7 @@ from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.nn.plan import packed_layers
-from tfmq.storage.digest import tensor_digest
+from tfmq.storage.digest import module_digest
 
 # Changes with what a converted model looks like, so that nobody reads one of another form.
 CONVERSION = "6"
@@ -72,7 +72,7 @@ class _Builder:
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.options = options
-        self.digest = tensor_digest(module.state_dict())
+        self.digest = module_digest(module)
         _let_go(module)
 
     def __call__(self, graph: Graph, call: Call) -> Run:

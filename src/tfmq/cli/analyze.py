@@ -51,7 +51,7 @@ def analyze(
     """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity of units, errors of layers."""
     target = output_dir or beside(directory, SUFFIX)
     with verb():
-        from tfmq.cli.models import default_steps, execute_model, manifest, open_model, quantized_directory, scheme_of
+        from tfmq.cli.models import default_steps, execute_model, open_model, provenance, quantized_directory
         from tfmq.cli.progress import foretell, shown_progress
         from tfmq.evaluation.analysis.analyze import QUICK, THOROUGH, expected_seconds
         from tfmq.evaluation.analysis.analyze import analyze as run
@@ -59,7 +59,7 @@ def analyze(
         from tfmq.report.analysis import ANALYSIS_FILES, PARQUET_FILE, analysis_values, write_analysis
         from tfmq.report.directory import completed_directory
         from tfmq.report.parquet import write_parquet
-        from tfmq.storage.digest import tensor_digest
+        from tfmq.storage.digest import module_digest
 
         if parquet:
             # Said now, and not after minutes of work.
@@ -72,7 +72,7 @@ def analyze(
         with quiet(), completed_directory(target, owned=ANALYSIS_FILES) as folder, shown_progress() as progress:
             quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
             full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device)
-            described = manifest(quantized, directory)
+            described = provenance(quantized, directory)
             extent = THOROUGH if thorough else QUICK
             extent = replace(extent, num_images=num_images or extent.num_images)
             # After all that may be refused: it may measure.
@@ -82,9 +82,9 @@ def analyze(
             found = run(full, quantized, extent=extent, seed=seed, **schedule, progress=progress)
             settings = {"num_images": extent.num_images, **schedule, "seed": seed, "thorough": thorough, "calls": extent.calls}
             settings |= {"parts": len(found.sensitivity.parts), "of_parts": found.of_parts}
-            weights_digest = tensor_digest(quantized.denoiser.module.state_dict())
+            weights_digest = module_digest(quantized.denoiser.module)
             values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})
-            write_analysis(folder, found, values, title=scheme_of(described))
+            write_analysis(folder, found, values, title=described.scheme or "quantized")
             if parquet:
                 write_parquet(folder / PARQUET_FILE, values)
         result = {"output_dir": str(target), **values}

@@ -115,14 +115,14 @@ def _measured(
     from tfmq.nn.swap import STEPS as QUANTIZED
 
     began, source = time.perf_counter(), quantized_directory(directory)
-    calibration = stored_manifest(source).get("provenance", {}).get("recipe", {}).get("calibration", {})
+    calibrated = stored_manifest(source).provenance.calibrated_steps
     torch.set_num_threads(options["threads"])
     with quiet(), shown_progress() as progress, tempfile.TemporaryDirectory(prefix="tfmq-bench-") as folder:
         sampler = open_model(reference if reference or module else directory, module=module, prompts=prompts)
         if reference is not None and hasattr(sampler.denoiser.module, QUANTIZED):
             raise ValueError("the reference is quantized itself; pass the full-precision model")
         component = source / sampler.component if (source / PIPELINE_FILE).exists() else source  # type: ignore[attr-defined]
-        steps = steps or int(calibration.get("steps", STEPS))
+        steps = steps or calibrated or STEPS
         request = Request(directory=component, sampler=sampler, model=source.name, steps=steps, module=module, **options)
 
         def note(line: str) -> None:
@@ -130,4 +130,4 @@ def _measured(
 
         foretell(expected_seconds(request, opened=time.perf_counter() - began), "starts and rounds; compiling comes on top")
         rows = [asdict(row) for row in bench(request, folder=Path(folder), note=note, progress=progress)]
-        return {"weights": stored_manifest(component)["digest"], "rows": rows}
+        return {"weights": stored_manifest(component).digest, "rows": rows}

@@ -26,9 +26,8 @@ from tfmq.cli.options import (
 from tfmq.cli.outcome import emit, verb
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from tfmq.models.sampler import Sampler
+    from tfmq.storage.manifest import Provenance
 
 
 def compare(
@@ -49,7 +48,7 @@ def compare(
     """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
     with verb():
         from tfmq.artifact import stored_bytes
-        from tfmq.cli.models import execute_model, manifest, open_model, quantized_directory
+        from tfmq.cli.models import execute_model, open_model, provenance, quantized_directory
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
         from tfmq.report.summary import COMPARISON_FILES
@@ -63,7 +62,7 @@ def compare(
         with quiet(), completed_directory(output_dir, owned=COMPARISON_FILES) as folder:
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
             quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
-            described = manifest(quantized, directory)
+            described = provenance(quantized, directory)
             full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device, options=calibrated_options(described))
             # After all that may be refused: it may measure.
             name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
@@ -80,7 +79,7 @@ def _compared(
     full: "Sampler",
     quantized: "Sampler",
     folder: Path,
-    described: "Mapping[str, Any]",
+    described: "Provenance",
     quantized_bytes: int,
     *,
     steps: int | None,
@@ -88,7 +87,7 @@ def _compared(
     **options: Any,
 ) -> dict[str, Any]:
     """Compare, write the files, and return the metrics."""
-    from tfmq.cli.models import default_steps, scheme_of
+    from tfmq.cli.models import default_steps
     from tfmq.cli.progress import foretell, shown_progress
     from tfmq.evaluation.comparison import compare as run
     from tfmq.evaluation.outlay import check_memory, drawing
@@ -102,7 +101,7 @@ def _compared(
         comparison = run(full, quantized, steps=steps, progress=progress, **options)
     metrics = summarize(
         comparison,
-        scheme=scheme_of(described),
+        scheme=described.scheme or "quantized",
         reference_bytes=4 * sum(parameter.numel() for parameter in full.denoiser.module.parameters()),
         quantized_bytes=quantized_bytes,
     )

@@ -91,7 +91,16 @@ def evaluate(
     """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the same noise."""
     target = output_dir or beside(directory, SUFFIX)
     with verb(interrupted=job_hint(beside(str(target), ".job"))):
-        from tfmq.cli.models import default_steps, execute_model, located, manifest, open_model, published_figures, quantized_directory, ready_models
+        from tfmq.cli.models import (
+            default_steps,
+            execute_model,
+            located,
+            open_model,
+            provenance,
+            published_figures,
+            quantized_directory,
+            ready_models,
+        )
         from tfmq.evaluation.job import Request
         from tfmq.evaluation.settings import ADHERENCE, CLIP_METRIC, Settings
         from tfmq.evaluation.text import draws_from_text
@@ -108,7 +117,7 @@ def evaluate(
         opening: dict[str, Any] = {"module": own, "prompts": read_prompts(prompts), "device": device}
         with quiet():
             quantized = open_model(str(source), **opening)
-            described = manifest(quantized, directory)
+            described = provenance(quantized, directory)
             reader = judge or _brought(source, reference)
             absent = {*(() if draws_from_text(quantized) else (CLIP_METRIC,)), *(() if reader else (ADHERENCE,))}
             settings = Settings(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tfmq.models.module_file import ModuleFile
     from tfmq.models.sampler import Sampler
     from tfmq.recipes.recipe import Published
+    from tfmq.storage.manifest import Provenance
 
 STEPS = 50
 
@@ -111,36 +112,31 @@ def located(model: str) -> str:
     return os.path.abspath(model) if os.path.exists(model) else model
 
 
-def manifest(sampler: "Sampler", model: str | None) -> Mapping[str, Any]:
-    """Return the manifest of a quantized model, that in the directory MODEL where its module has none itself; empty for any other."""
+def provenance(sampler: "Sampler", model: str | None) -> "Provenance":
+    """Return where a quantized model comes from, by the manifest in the directory MODEL where its module has none itself; nothing of any other."""
     from tfmq.artifact import is_quantized, stored_manifest
     from tfmq.integrations.diffusers.architecture import manifest_of
     from tfmq.nn.swap import STEPS
+    from tfmq.storage.manifest import Manifest, Provenance
 
     own = manifest_of(sampler.denoiser.module)
-    if own is None and model is not None and hasattr(sampler.denoiser.module, STEPS) and is_quantized(Path(model)):
-        return stored_manifest(Path(model))
-    return own or {}
+    if own is not None:
+        return Manifest.from_json(own, source="the manifest of the model").provenance
+    if model is not None and hasattr(sampler.denoiser.module, STEPS) and is_quantized(Path(model)):
+        return stored_manifest(Path(model)).provenance
+    return Provenance()
 
 
-def default_steps(found: Mapping[str, Any]) -> int:
-    """Return the number of steps that the quantized model of a manifest was moved to or calibrated on, else 50."""
-    from tfmq.artifact import calibrated_steps
-
-    return calibrated_steps(found) or STEPS
+def default_steps(found: "Provenance") -> int:
+    """Return the number of steps that a quantized model was moved to or calibrated on, else 50."""
+    return found.steps or STEPS
 
 
-def scheme_of(found: Mapping[str, Any]) -> str:
-    """Return the name of the recipe in a manifest."""
-    return str(found.get("provenance", {}).get("recipe", {}).get("name", "quantized"))
-
-
-def published_figures(found: Mapping[str, Any]) -> "tuple[Published, ...]":
-    """Return the published full-precision figures that the recipe in a manifest has."""
+def published_figures(found: "Provenance") -> "tuple[Published, ...]":
+    """Return the published full-precision figures that a model's recipe has."""
     from tfmq.recipes.recipe import Published
 
-    recipe = found.get("provenance", {}).get("recipe", {})
-    return tuple(Published(**figure) for figure in recipe.get("published", ()))
+    return tuple(Published(**figure) for figure in found.published)
 
 
 def quantized_directory(path: str) -> Path:

@@ -54,7 +54,7 @@ def sample(
 ) -> None:
     """Draw images from MODEL, full-precision or quantized: PNG files, a grid, and samples.npz."""
     with verb():
-        from tfmq.cli.models import default_steps, execute_model, located, manifest, open_model, ready_model
+        from tfmq.cli.models import default_steps, execute_model, located, open_model, provenance, ready_model
         from tfmq.cli.progress import foretell
         from tfmq.evaluation.outlay import check_memory, drawing
         from tfmq.integrations.diffusers.quiet import quiet
@@ -68,7 +68,7 @@ def sample(
             opening: dict[str, Any] = {"module": check_module(module), "prompts": read_prompts(prompts), "device": device}
             sampler = open_model(model, **opening)
             name = execute_model(sampler, backend, options, rows=min(batch_size, num_images))
-            steps = steps or default_steps(manifest(sampler, model))
+            steps = steps or default_steps(provenance(sampler, model))
             # What was chosen here is used everywhere.
             again = partial(ready_model, model and located(model), backend=name or "auto", options=options, **opening)
             seconds = check_memory([drawing(sampler, num_images, steps=steps, batch_size=batch_size)], num_images)

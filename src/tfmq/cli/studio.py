@@ -26,9 +26,8 @@ def studio(
         check_execution(backend, "unpacked")
         found = [model for folder in models or [Path()] for model in find_models(folder)]
         made = Studio(found, reference, backend=backend, device=device)
-        try:
-            page = made.launch(port=port)
-            typer.echo(f"{page.local_url} (Ctrl-C closes it); quantized models to choose from: {len(found)}", err=True)
-            page.block_thread()
-        finally:
-            made.close()
+
+        def opened(address: str) -> None:
+            typer.echo(f"{address} (Ctrl-C closes it); quantized models to choose from: {len(found)}", err=True)
+
+        made.serve(port=port, opened=opened)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from tfmq.recipes.paper import PAPER
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Weights
 from tfmq.reconstruction.units import Unit, find_units
+from tfmq.storage.manifest import Manifest, Provenance
 
 Speed = Literal["integer", "integer-slow", "simulated"]
 SCHEMES = ("w8a8", "w4a8", "w4a32")
@@ -168,23 +169,23 @@ def _of_full_precision(module: nn.Module, traced: Trace) -> Inspection:
     )
 
 
-def _stock(module: nn.Module, example: Inputs) -> tuple[nn.Module, Trace, Mapping[str, Any]]:
-    """Return the stock architecture of a quantized diffusers model, without weights, its trace, and the manifest."""
+def _stock(module: nn.Module, example: Inputs) -> tuple[nn.Module, Trace, Provenance]:
+    """Return the stock architecture of a quantized diffusers model, without weights, its trace, and where the model comes from."""
     from tfmq.integrations.diffusers.architecture import manifest_of, stock_architecture
 
-    stock = stock_architecture(module)
-    return stock, trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta"))), manifest_of(module) or {}
+    stock, values = stock_architecture(module), manifest_of(module)
+    provenance = Provenance() if values is None else Manifest.from_json(values, source="the manifest of the model").provenance
+    return stock, trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta"))), provenance
 
 
 def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None, original: Denoiser | None) -> Inspection:
     if original is None:
-        stock, traced, manifest = _stock(module, example)
+        stock, traced, provenance = _stock(module, example)
     else:
-        stock, traced, manifest = original.module, trace(original, example), stored_manifest(directory) if directory else {}
+        stock, traced = original.module, trace(original, example)
+        provenance = stored_manifest(directory).provenance if directory else Provenance()
     specs = dict(named_specs(describe(module), "layers"))
-    provenance: Mapping[str, Any] = manifest.get("provenance", {})
-    recipe: Mapping[str, Any] = provenance.get("recipe", {})
-    maintained = recipe.get("temporal", {}).get("maintenance", "cache") != "none"
+    maintained = provenance.maintenance != "none"
     names = [layer.name for layer in traced.layers]
     bits = {name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"])) for name, spec in specs.items()}
     parameters = _parameters(stock)
@@ -199,7 +200,7 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None, or
         *_temporal_figures(stock, traced),
         (),
         speed_class(),
-        tuple(MeasuredInput(**found) for found in provenance.get("inputs", ())),
+        tuple(MeasuredInput(**found) for found in provenance.inputs),
         floating(module, traced.quantizable),
         tuple(LayerBits(name, *bits.get(name, (None, None))) for name in traced.embeddings),
     )

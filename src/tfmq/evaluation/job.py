@@ -20,7 +20,7 @@ from tfmq.evaluation.weights import Weights
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress, silent
 from tfmq.recipes.recipe import Published
-from tfmq.storage.digest import tensor_digest
+from tfmq.storage.digest import module_digest
 from tfmq.storage.journal import Journal
 from tfmq.version import __version__
 
@@ -40,7 +40,7 @@ def _versions() -> dict[str, str | None]:
 def _model(sampler: Sampler) -> dict[str, Any]:
     module = sampler.denoiser.module
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    return {"weights": tensor_digest(module.state_dict()), "sampler": sampler.describe(), "device": device}
+    return {"weights": module_digest(module), "sampler": sampler.describe(), "device": device}
 
 
 def _protocol(

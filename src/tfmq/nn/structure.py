@@ -111,6 +111,17 @@ def kind_of(module: nn.Module) -> str | None:
     return TRANSPOSED if isinstance(operation, TransposedConvolution) else None
 
 
+def _check_input(name: str, spec: Mapping[str, Any], axis: int, *, channels: int) -> None:
+    """Refuse what the input of a layer cannot have: it would be found at the first call only. `axis` is where it has its `channels`."""
+    given, segments = spec["input"] or {}, spec["segments"]
+    if segments and sum(segments) != channels:
+        raise ValueError(f"{name}: the checkpoint splits {sum(segments)} channels, the architecture has {channels} there")
+    if "dynamic" in given and axis != -1:
+        raise ValueError(f"{name}: the checkpoint has a dynamic input, which linear layers alone have")
+    if segments and given.get("axis", axis) != axis:
+        raise ValueError(f"{name}: the checkpoint splits axis {given['axis']} of the input, the channels of the architecture are on axis {axis}")
+
+
 def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext, name: str) -> PackedWeight:
     kind, fmt = spec.get("kind"), IntegerFormat(spec["bits"], spec["symmetric"])
     if kind not in KINDS:
@@ -121,6 +132,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         raise ValueError(f"{name}: the checkpoint holds a quantized {held}, the architecture has a {type(source).__name__} there")
     if operation is None:
         return PackedEmbedding(fmt, tuple(weight_of(source).shape), dtype=weight_of(source).dtype)
+    _check_input(name, spec, operation.channel_axis, channels=operation.rows(weight_of(source)).shape[1])
     return PackedLayer(
         operation,
         fmt,
@@ -137,7 +149,7 @@ def assemble(module: nn.Module, structure: Structure) -> None:
     The tensors are not filled in: load a state dict afterwards.
 
     Raises:
-        ValueError: the architecture lacks a layer that `structure` names, or has something else there.
+        ValueError: the architecture lacks a layer that `structure` names, or has something else there, or no such timestep argument.
     """
     device = next(module.parameters()).device
     with torch.device(device):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tfmq.errors import shown
 from tfmq.nn.embedding import CalibratedEmbedding
 from tfmq.nn.layer import CalibratedLayer, Precision
 from tfmq.nn.poison import poisoned
@@ -60,8 +61,14 @@ _STEPPED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> None:
-    """Make every call of `module` set `steps` from its argument named `timestep`; its class becomes a subclass of itself."""
+    """Make every call of `module` set `steps` from its argument named `timestep`; its class becomes a subclass of itself.
+
+    Raises:
+        ValueError: its `forward` has no such argument.
+    """
     kind = type(module)
+    if timestep not in inspect.signature(module.forward).parameters:
+        raise ValueError(f"{kind.__name__} has no argument {shown(timestep)} for the timestep")
     if kind not in _STEPPED:
         signature = inspect.signature(module.forward)
 

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from math import inf
 from typing import Any, Literal
 
+from tfmq.errors import shown
 from tfmq.nn.plan import Tokens
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.formats import IntegerFormat
@@ -24,7 +25,7 @@ ROLES = ("role:first", "role:last", "role:temporal")
 
 def _choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
 
 
 def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
@@ -167,7 +168,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.match.startswith("role:") and self.match not in ROLES:
-            raise ValueError(f"unknown role {self.match!r}; it must be one of {', '.join(ROLES)}")
+            raise ValueError(f"unknown role {shown(self.match)}; it must be one of {', '.join(ROLES)}")
         for bits in (self.weight_bits, self.activation_bits):
             _format(bits, False)
 
@@ -199,7 +200,7 @@ class Published:
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < inf or self.num_images < 1 or self.steps < 1:
             numbers = f"{self.tolerance}, {self.num_images} and {self.steps}"
-            raise ValueError(f"published tolerance, num_images and steps must be positive, got {numbers} for {self.metric}")
+            raise ValueError(f"published tolerance, num_images and steps must be positive, got {numbers} for {shown(self.metric)}")
 
 
 @dataclass(frozen=True, kw_only=True)

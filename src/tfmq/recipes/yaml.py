@@ -4,8 +4,14 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from tfmq.errors import require
+from tfmq.errors import cut, require, shown
 from tfmq.recipes.recipe import Recipe
+
+# Of a recipe's file: many times what any recipe has. An alias counts as all that it stands for.
+MOST_BYTES = 2**16
+MOST_DEPTH = 16
+MOST_VALUES = 4096
+LONGEST = 600
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -18,11 +24,11 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _build(kind: Any, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{path.rstrip('.') or 'the recipe'} must be a mapping of {', '.join(f.name for f in fields(kind))}; got {values!r}")
+        raise ValueError(f"{path.rstrip('.') or 'the recipe'} must be a mapping of {', '.join(f.name for f in fields(kind))}; got {shown(values)}")
     hints = get_type_hints(kind)
     unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
-        raise ValueError(f"unknown key {path}{unknown[0]}; {path.rstrip('.') or 'a recipe'} has {', '.join(hints)}")
+        raise ValueError(f"unknown key {path}{cut(str(unknown[0]), 80)}; {path.rstrip('.') or 'a recipe'} has {', '.join(hints)}")
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{path.rstrip('.') or 'the recipe'} lacks {', '.join(missing)}")
@@ -34,13 +40,13 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return _build(hint, value, f"{path}.")
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"{path} must be a list; got {value!r}")
+            raise ValueError(f"{path} must be a list; got {shown(value)}")
         return tuple(_value(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     allowed = _plain_types(hint)
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) not in allowed:
-        raise ValueError(f"{path} must be of type {' or '.join(kind.__name__ for kind in allowed)}; got {value!r}")
+        raise ValueError(f"{path} must be of type {' or '.join(kind.__name__ for kind in allowed)}; got {shown(value)}")
     return value
 
 
@@ -68,32 +74,73 @@ def dumps(recipe: Recipe) -> str:
     return text
 
 
+def _check_size(yaml: Any, text: str) -> None:
+    """Refuse a YAML text whose values nest too deep or are too many, before any of them is made.
+
+    Aliases of anchors that hold aliases grow by a factor a line; here an alias counts as all values of its anchor.
+
+    Raises:
+        ValueError: see there.
+        YAMLError: it is not YAML.
+    """
+    sizes: dict[str, int] = {}
+    counts, anchors = [0], [""]
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None) or ""
+        if isinstance(event, yaml.AliasEvent):
+            counts[-1] += sizes.get(anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            counts[-1] += 1
+            sizes[anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            counts.append(1)
+            anchors.append(anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            sizes[anchors.pop()] = size = counts.pop()
+            counts[-1] += size
+        if len(counts) > MOST_DEPTH:
+            raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
+        if sum(counts) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values, counted with what aliases stand for")
+
+
 def _parse(yaml: Any, text: str) -> Any:
     """Return the values of a YAML text; a key that a mapping has twice is an error, where YAML's reader takes the last one."""
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value]
-            for place, (key, _) in enumerate(node.value):
-                if key.value in keys[:place]:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands there twice", key.start_mark)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {cut(key.value, 80)} stands there twice", key.start_mark)
+                seen.add(str(key.value))
             return super().construct_mapping(node, deep)
 
+    _check_size(yaml, text)
     return yaml.load(text, Loader=Loader)
+
+
+def _read(path: Path) -> str:
+    """Return the text of a recipe's file, or of a pipe, as shells make of `<(command)`; never more of it than a recipe may have."""
+    with path.open("rb") as stream:
+        found = stream.read(MOST_BYTES + 1)
+    if len(found) > MOST_BYTES:
+        raise ValueError(f"larger than {MOST_BYTES} bytes")
+    return found.decode()
 
 
 def load(path: Path) -> Recipe:
     """Read a recipe from a YAML file. Needs the `cli` extra.
 
     Raises:
-        ValueError: the file is missing, is not YAML, or is not a recipe.
+        ValueError: the file is missing, is not YAML, is too large, or is not a recipe; names the file.
     """
     yaml = require("yaml", extra="cli")
     try:
-        values = _parse(yaml, Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+        values = _parse(yaml, _read(Path(path)))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {cut(str(error), LONGEST)}") from error
     try:
         return from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {cut(str(error), LONGEST)}") from error

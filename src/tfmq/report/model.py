@@ -184,7 +184,7 @@ def gather(
     """
     if base_model is not None and not HUB_ID.fullmatch(base_model):
         raise ValueError(f"{base_model!r} is no hub id; give owner/name")
-    manifest = stored_manifest(directory)
+    manifest = stored_manifest(directory).values
     report = read_json(directory / MODEL_REPORT)
     evaluated = None if evaluation is None else read_evaluation(evaluation)
     analysed = None if analysis is None else read_analysis(analysis)

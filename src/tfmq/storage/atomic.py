@@ -7,17 +7,25 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tfmq.errors import LONGEST, cut
+
 from .container import check_container, encode_header, file_order
 from .errors import ForeignFileError, MissingFileError, StorageFullError, TruncatedFileError
 from .raw import raw_bytes
 
-__all__ = ["atomic_write", "encode_json", "full_disk_named", "read_json", "read_tensors", "write_json", "write_tensors"]
+__all__ = ["atomic_write", "encode_json", "full_disk_named", "read_json", "read_tensors", "remove_orphans", "write_json", "write_tensors"]
+
+# Of a JSON file: far more than any of ours has, and little enough that its values fit into memory whatever they are.
+JSON_BYTES = 16 * 2**20
+JSON_DEPTH = 64
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextmanager
@@ -85,29 +93,71 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
         temporary.write_bytes(text)
 
 
+def remove_orphans(directory: Path) -> None:
+    """Delete what `atomic_write` left anywhere below `directory` when its process was killed; nobody may be writing there."""
+    for path in list(directory.rglob("*.tmp")):
+        if TEMPORARY.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`.
+    """Return the JSON object in the file at `path`; every number in it is finite and every text can be written again.
 
     Raises:
         MissingFileError: there is no such file.
         TruncatedFileError: it is empty.
-        ForeignFileError: it is not UTF-8 JSON, or not an object.
+        ForeignFileError: it is no regular file, larger than `JSON_BYTES`, not UTF-8 JSON, nested deeper than `JSON_DEPTH`, or not an object.
     """
+    source = Path(path)
+    text = _read_text(source)
     try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path} does not exist; check the path, or save the checkpoint again") from error
-    except IsADirectoryError as error:
-        raise ForeignFileError(f"{path} is a directory; pass the JSON file itself") from error
-    if not text:
-        raise TruncatedFileError(f"{path} has 0 bytes; copy or save it again")
-    try:
-        value = json.loads(text.decode())
+        value = json.loads(text.decode(), parse_float=_finite, parse_constant=_finite)
+        _check_values(value)
     except (ValueError, RecursionError) as error:
-        raise ForeignFileError(f"{path} is not JSON ({error}); copy or save it again") from error
+        raise ForeignFileError(f"{source} is not JSON ({error}); copy or save it again") from error
     if not isinstance(value, dict):
-        raise ForeignFileError(f"{path} holds a JSON {type(value).__name__}, not an object; pass a tfmq manifest")
+        raise ForeignFileError(f"{source} holds a JSON {type(value).__name__}, not an object; pass a tfmq manifest")
     return value
+
+
+def _read_text(source: Path) -> bytes:
+    """Return the bytes of a JSON file; nothing but a regular file is opened, since a device or a pipe may never end."""
+    try:
+        if source.is_dir():
+            raise ForeignFileError(f"{source} is a directory; pass the JSON file itself")
+        if not source.is_file() and source.exists():
+            raise ForeignFileError(f"{source} is not a regular file; pass the JSON file itself")
+        with source.open("rb") as stream:
+            text = stream.read(JSON_BYTES + 1)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{source} does not exist; check the path, or save the checkpoint again") from error
+    if not text:
+        raise TruncatedFileError(f"{source} has 0 bytes; copy or save it again")
+    if len(text) > JSON_BYTES:
+        raise ForeignFileError(f"{source} is larger than {JSON_BYTES} bytes, the most that a JSON file of tfmq may have; pass a tfmq manifest")
+    return text
+
+
+def _finite(text: str) -> float:
+    """Return the number that a JSON text spells: NaN and infinities are no JSON, though Python reads them."""
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"a number is {text[:40]}")
+    return value
+
+
+def _check_values(value: Any) -> None:
+    """Raise `ValueError` for values nested too deep, and for text with half of a surrogate pair, which has no UTF-8."""
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        texts = [item for item in level if isinstance(item, str)]
+        texts += [key for item in level if isinstance(item, dict) for key in item]
+        if any("\ud800" <= letter <= "\udfff" for text in texts if not text.isascii() for letter in text):
+            raise ValueError("a text holds half of a surrogate pair")
+        level = [inner for item in level if isinstance(item, dict | list) for inner in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -135,8 +185,17 @@ def tensor_names(path: str | Path) -> list[str]:
     """
     source = Path(path)
     check_container(source)
-    with safe_open(source, framework="pt") as file:
+    with _valid(source), safe_open(source, framework="pt") as file:
         return sorted(file.keys())
+
+
+@contextmanager
+def _valid(source: Path) -> Iterator[None]:
+    """Turn what the safetensors library finds wrong with a file into `ForeignFileError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ForeignFileError(f"{source} is not a valid safetensors file ({cut(str(error), LONGEST)}); copy or save it again") from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -149,12 +208,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     source = Path(path)
     check_container(source)
-    try:
-        with safe_open(str(source), framework="pt", device="cpu") as stream:
-            tensors = {name: stream.get_tensor(name) for name in sorted(stream.keys())}
-            return tensors, dict(stream.metadata() or {})
-    except SafetensorError as error:
-        raise ForeignFileError(f"{source} is not a valid safetensors file ({error}); copy or save it again") from error
+    with _valid(source), safe_open(str(source), framework="pt", device="cpu") as stream:
+        tensors = {name: stream.get_tensor(name) for name in sorted(stream.keys())}
+        return tensors, dict(stream.metadata() or {})
 
 
 def _create(path: Path) -> None:

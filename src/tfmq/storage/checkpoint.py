@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tfmq.errors import LONGEST, cut, shown
+
 from .atomic import encode_json, full_disk_named, read_json, read_tensors, write_json, write_tensors
 from .digest import tensor_digest
 from .errors import ChecksumError, ForeignFileError, OutputExistsError, TensorMismatchError, VersionError
@@ -26,6 +28,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_FILE",
     "TENSORS_FILE",
+    "check_format",
     "check_text",
     "load_checkpoint",
     "prepare_output",
@@ -69,7 +72,7 @@ def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict[str,
     """
     source = Path(directory)
     manifest = read_json(source / MANIFEST_FILE)
-    _check_format(manifest, source=source / MANIFEST_FILE)
+    check_format(manifest, source=source / MANIFEST_FILE)
     tensors, _ = read_tensors(source / TENSORS_FILE)
     verify(tensors, manifest, source=source / MANIFEST_FILE)
     return tensors, manifest
@@ -116,12 +119,14 @@ def verify(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, source
         ChecksumError: values differ, or another field of the manifest changed since it was sealed.
         ValueError: a tensor has no dense values (see `tensor_digest`).
     """
-    _check_format(manifest, source=source)
+    check_format(manifest, source=source)
     if "tensors" in manifest:
         _check_table(tensors, manifest["tensors"], source=source)
     digest = tensor_digest(tensors)
     if digest != manifest["digest"]:
-        raise ChecksumError(f"{source} seals tensors of digest {manifest['digest']}, these have {digest}; the data is damaged: copy or save it again")
+        raise ChecksumError(
+            f"{source} seals tensors of digest {cut(manifest['digest'], LONGEST)}, these have {digest}; the data is damaged: copy or save it again"
+        )
     if manifest.get("seal") != _manifest_digest(manifest):
         raise ChecksumError(f"{source} was changed since it was sealed; copy or save the checkpoint again")
 
@@ -136,8 +141,10 @@ def verify_architecture(configuration: Mapping[str, Any], manifest: Mapping[str,
     """
     for name, value in manifest.get("architecture", {}).items():
         if name not in configuration or configuration[name] != value:
-            found = repr(configuration[name])[:200] if name in configuration else "missing"
-            raise ChecksumError(f"{source} was changed since it was sealed: {name} is {found}, was {repr(value)[:200]}; copy or save it again")
+            found = shown(configuration[name]) if name in configuration else "missing"
+            raise ChecksumError(
+                f"{source} was changed since it was sealed: {cut(name, LONGEST)} is {found}, was {shown(value)}; copy or save it again"
+            )
 
 
 def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:
@@ -187,18 +194,24 @@ def _check_writable(directory: Path) -> None:
         raise PermissionError(error.errno, advice, str(directory)) from error
 
 
-def _check_format(manifest: Mapping[str, Any], *, source: str | Path) -> None:
+def check_format(manifest: Mapping[str, Any], *, source: str | Path) -> None:
+    """Check what every manifest must have, whatever its version.
+
+    Raises:
+        ForeignFileError: it is no sealed tfmq manifest.
+        VersionError: its version is none of `READABLE`.
+    """
     if manifest.get("format") != _FORMAT:
-        raise ForeignFileError(f"{source} has format {manifest.get('format')!r}, not {_FORMAT!r}; pass a tfmq checkpoint")
+        raise ForeignFileError(f"{source} has format {shown(manifest.get('format'))}, not {_FORMAT!r}; pass a tfmq checkpoint")
     version = manifest.get("version")
     if type(version) is not int or version not in READABLE:
         known = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
-        raise VersionError(f"{source} has version {version!r}, this tfmq reads {known}; install the tfmq that wrote it, or save it again")
+        raise VersionError(f"{source} has version {shown(version)}, this tfmq reads {known}; install the tfmq that wrote it, or save it again")
     for field, kind in (("digest", str), ("tensors", dict)):
         if field == "tensors" and field not in manifest:
             continue
         if not isinstance(manifest.get(field), kind):
-            raise ForeignFileError(f"{source} has {field} {str(manifest.get(field))[:200]!r}, not a {kind.__name__}; save the checkpoint again")
+            raise ForeignFileError(f"{source} has {field} {shown(manifest.get(field))}, not a {kind.__name__}; save the checkpoint again")
 
 
 def _check_table(tensors: Mapping[str, Tensor], expected: Mapping[str, Any], *, source: str | Path) -> None:
@@ -207,7 +220,7 @@ def _check_table(tensors: Mapping[str, Tensor], expected: Mapping[str, Any], *, 
     defects = {
         "missing": sorted(expected.keys() - actual.keys()),
         "unexpected": sorted(actual.keys() - expected.keys()),
-        "different": [f"{name} (listed as {expected[name]}, is {actual[name]})" for name in common if expected[name] != actual[name]],
+        "different": [f"{name} (listed as {shown(expected[name])}, is {actual[name]})" for name in common if expected[name] != actual[name]],
     }
     found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in defects.items() if names)
     if found:
@@ -219,6 +232,6 @@ def _table(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def _listing(names: list[str]) -> str:
-    """Join the first few names and count the rest."""
+    """Join the first few names, none longer than a message may show, and count the rest."""
     rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(cut(name, LONGEST) for name in names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

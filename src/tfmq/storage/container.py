@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tfmq.errors import shown
+
 from .errors import ForeignFileError, MissingFileError, TruncatedFileError
 
 __all__ = ["check_container", "encode_header", "file_order"]
@@ -121,5 +123,5 @@ def _data_length(path: Path, header: dict[str, Any]) -> int:
             case {"dtype": str(dtype), "data_offsets": [int(_), int(end)]} if dtype in _DTYPES.values():
                 length = max(length, end)
             case _:
-                raise ForeignFileError(f"{path} has no readable entry for tensor {name!r}: {str(entry)[:200]}; pass a tfmq checkpoint")
+                raise ForeignFileError(f"{path} has no readable entry for tensor {shown(name)}: {shown(entry)}; pass a tfmq checkpoint")
     return length

@@ -5,12 +5,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import MissingFileError
 from .raw import dtype_name, raw_bytes
 
-__all__ = ["file_digest", "tensor_digest"]
+__all__ = ["file_digest", "module_digest", "remember_digest", "tensor_digest"]
+
+# The attribute of a module with the digest of its tensors, and the stamp that they had then.
+DIGEST = "tfmq_digest"
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -41,3 +44,27 @@ def file_digest(path: str | Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} does not exist; check the path") from error
+
+
+def _stamp(state: Mapping[str, Tensor]) -> tuple[tuple[str, int, int], ...] | None:
+    """Return what changes whenever a tensor of a state dict is written to, exchanged or cast; None where torch does not count writes."""
+    if any(tensor.is_inference() or tensor.is_meta for tensor in state.values()):
+        return None
+    return tuple((name, tensor.data_ptr(), tensor._version) for name, tensor in state.items())
+
+
+def remember_digest(module: nn.Module, digest: str, tensors: Mapping[str, Tensor]) -> None:
+    """Note that `module` holds `tensors`, just loaded into it, whose digest is known: hashing gigabytes once is enough.
+
+    Nothing is noted where loading changed them, as a cast to another dtype does.
+    """
+    state = module.state_dict()
+    same = state.keys() == tensors.keys() and all(tensor.dtype == tensors[name].dtype for name, tensor in state.items())
+    setattr(module, DIGEST, (digest, _stamp(state)) if same else None)
+
+
+def module_digest(module: nn.Module) -> str:
+    """Return the `tensor_digest` of a module's state dict: the remembered one, unless a tensor changed since then."""
+    state = module.state_dict()
+    digest, stamp = getattr(module, DIGEST, None) or ("", None)
+    return digest if stamp is not None and stamp == _stamp(state) else tensor_digest(state)

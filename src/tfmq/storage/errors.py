@@ -23,7 +23,7 @@ class MissingFileError(CheckpointError):
 
 
 class ForeignFileError(CheckpointError):
-    """Raised when a file is whole but not ours: not safetensors, not JSON, or not a tfmq manifest."""
+    """Raised when a file is whole but not ours: not safetensors, not JSON, not a tfmq manifest or list, or not a regular file."""
 
 
 class TruncatedFileError(CheckpointError):
@@ -31,7 +31,7 @@ class TruncatedFileError(CheckpointError):
 
 
 class ChecksumError(CheckpointError):
-    """Raised when the tensors, or other fields of the manifest, are not those that were sealed."""
+    """Raised when the tensors, other fields of the manifest, or the parts of a pipeline are not those that were sealed and listed together."""
 
 
 class VersionError(CheckpointError):
@@ -39,7 +39,7 @@ class VersionError(CheckpointError):
 
 
 class TensorMismatchError(CheckpointError):
-    """Raised when tensors are missing, unexpected, or of another dtype or shape than the manifest lists; names them."""
+    """Raised when tensors are missing, unexpected, or not what the manifest describes, in dtype, shape or value; names them."""
 
 
 class OutputExistsError(CheckpointError):

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .atomic import read_json, read_tensors, write_json, write_tensors
+from tfmq.errors import shown
+
+from .atomic import read_json, read_tensors, remove_orphans, write_json, write_tensors
 from .errors import JobMismatchError, MissingFileError
 
 __all__ = ["Journal"]
@@ -22,7 +24,7 @@ def _difference(before: Any, now: Any, path: str) -> str:
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 return _difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-    return f"{path} was {before!r} and is {now!r}"
+    return f"{path} was {shown(before)} and is {shown(now)}"
 
 
 class Journal:
@@ -89,6 +91,11 @@ class Journal:
         tensors, metadata = read_tensors(path)
         self.seconds_before += float(metadata.get(SECONDS, 0.0))
         return tensors
+
+    def sweep(self) -> None:
+        """Delete the half-written files of a job that was killed; for the one process of a job, since another's file may be half written now."""
+        if self.directory is not None:
+            remove_orphans(self.directory)
 
     def remove(self) -> None:
         """Delete the job's files."""

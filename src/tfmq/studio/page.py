@@ -1,14 +1,16 @@
 """The page, made with Gradio; the only file that knows it."""
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfmq.artifact import calibrated_steps, is_quantized, stored_manifest
+from tfmq.artifact import is_quantized, stored_manifest
 from tfmq.errors import require
 from tfmq.report.pictures import enlarged
 from tfmq.report.summary import megabytes
+from tfmq.studio.origin import OwnPageOnly
 from tfmq.studio.side import Drawn, Side, Wish
 
 LOOPBACK = "127.0.0.1"
@@ -38,7 +40,7 @@ def steps_of(model: str | None) -> int:
     """Return the number of steps that a model was calibrated on, as far as that is known."""
     if not model or not is_quantized(Path(model)):
         return STEPS
-    return calibrated_steps(stored_manifest(Path(model))) or STEPS
+    return stored_manifest(Path(model)).provenance.steps or STEPS
 
 
 class Studio:
@@ -115,14 +117,32 @@ class Studio:
         """
         page = self.page()
         theme = require("gradio", extra="studio").themes.Default(**FONTS)
-        local = {"server_name": LOOPBACK, "server_port": port, "share": False}
+        # Without a server of Node in front, which would send a Host of its own.
+        local = {"server_name": LOOPBACK, "server_port": port, "share": False, "ssr_mode": False}
+        guard = {"middleware": [require("starlette.middleware", extra="studio").Middleware(OwnPageOnly)]}
         try:
-            page.launch(**local, inbrowser=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme)
+            page.launch(**local, inbrowser=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme, app_kwargs=guard)
         except OSError as error:
             raise ValueError(f"port {port or '7860 and those after it'} of {LOOPBACK} is taken; name a free one with --port") from error
         return page
 
+    def serve(self, *, port: int | None = None, opened: Callable[[str], None]) -> None:
+        """Start the page, tell `opened` its address, and wait for Ctrl-C, which passes on as `KeyboardInterrupt` once all processes have ended.
+
+        Raises:
+            ValueError: see `launch`.
+        """
+        page = self.launch(port=port)
+        try:
+            opened(page.local_url)
+            while True:
+                # Gradio's own way to wait would swallow the interruption.
+                time.sleep(1)
+        finally:
+            self.close()
+            page.close(verbose=False)
+
     def close(self) -> None:
-        """End the models' processes."""
+        """End the models' processes, also those that are drawing."""
         for side in self.sides.values():
             side.close()

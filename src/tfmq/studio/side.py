@@ -1,15 +1,9 @@
 """One side of the page: a model in a process of its own, so that the memory it takes is its own."""
 
-import os
 import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context, parent_process
-from threading import Thread
 from typing import Any
 
 from tfmq.backends.execution import AUTO, computed_by, execute
@@ -17,6 +11,7 @@ from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
 from tfmq.evaluation.sampling import Images, draw_batch
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.nn.swap import STEPS
+from tfmq.studio.worker import Worker, WorkerEndedError
 from tfmq.targets import open_sampler
 
 
@@ -112,22 +107,6 @@ def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn
     return Drawn(image, seconds, peak_bytes() - held.before, held.backend, said)
 
 
-def _end_with_parent() -> None:
-    """Let this process end when the page's does, however that ends: it would go on holding a model."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
-
-
-def _new_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
-
-
 class Side:
     """Draws with whatever model it is asked for; each model gets a new process, and the last one's ends."""
 
@@ -135,7 +114,7 @@ class Side:
         self.backend = backend
         self.device = device
         self._model: str | None = None
-        self._process: ProcessPoolExecutor | None = None
+        self._worker: Worker | None = None
 
     def draw(self, model: str, wish: Wish) -> Drawn:
         """Draw; see `draw_here`.
@@ -143,22 +122,22 @@ class Side:
         Raises:
             SideError: the process ended; the next call starts another.
         """
-        if self._process is None or model != self._model:
+        if self._worker is None or model != self._model:
             self.close()
-            self._process, self._model = _new_process(), model
-        call: Callable[..., Drawn] = draw_here
+            self._worker, self._model = Worker(), model
         try:
-            return self._process.submit(call, model, self.backend, self.device, wish).result()
-        except BrokenProcessPool as error:
+            drawn: Drawn = self._worker.call(draw_here, model, self.backend, self.device, wish)
+        except WorkerEndedError as error:
             self.close()
             raise SideError(f"the process of {model} ended; most likely it was out of memory") from error
+        return drawn
 
     def process_ids(self) -> list[int]:
         """Return the number of the process, if there is one."""
-        return [] if self._process is None else [self._process.submit(os.getpid).result()]
+        return [] if self._worker is None else [self._worker.process_id]
 
     def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.shutdown(cancel_futures=True)
-            self._process = None
+        """End the process, also one that is drawing."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()

@@ -77,7 +77,7 @@ def bench(request: Request, *, folder: Path, note: Note, progress: Progress = si
     """
     module = request.sampler.denoiser.module
     original = module if request.exact else dequantized(module)
-    scheme = stored_manifest(request.directory).get("provenance", {}).get("recipe", {}).get("name")
+    scheme = stored_manifest(request.directory).provenance.scheme
     calls = spread_calls(request.sampler, steps=request.steps, count=CALLS, progress=progress)
     names = {"sample": request.sampler.denoiser.sample, "timestep": request.sampler.denoiser.timestep}
     source = Source(quantized=request.directory, folder=folder / "source", module=request.module, **names)

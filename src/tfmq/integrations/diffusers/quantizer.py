@@ -24,10 +24,12 @@ from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.storage.atomic import read_json, read_tensors
-from tfmq.storage.checkpoint import verify, verify_architecture
-from tfmq.storage.errors import CheckpointError
+from tfmq.storage.checkpoint import verify
+from tfmq.storage.digest import remember_digest
+from tfmq.storage.directory import METHOD, verify_component
+from tfmq.storage.errors import CheckpointError, TensorMismatchError
+from tfmq.storage.manifest import Manifest
 
-METHOD = "tfmq"
 # Tensors that diffusers must not cast to the dtype a model is loaded in: codes are integers, scales stay float32.
 OWNERS = (PackedWeight, ActivationQuantizer, FeatureTable, CachedFeature, StepContext)
 OWN_TENSORS = ("packed", "scale", "zero_point", "values", "use_table", "timesteps")
@@ -82,22 +84,28 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     requires_calibration = True
     use_keep_in_fp32_modules = False
+    # What the files hold, without values.
+    _sealed: Mapping[str, Tensor] = {}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Verify the files against the manifest before anything is loaded from them."""
+        """Verify the files against the manifest before anything is built or loaded from them."""
         tensors: dict[str, Tensor] = {}
         for path in checkpoint_files:
             tensors |= read_tensors(path)[0]
-        manifest, source = self.quantization_config.to_dict(), Path(checkpoint_files[0]).parent / "config.json"
-        verify(tensors, manifest, source=source)
-        verify_architecture(read_json(source), manifest, source=source)
+        source = Path(checkpoint_files[0]).parent / "config.json"
+        manifest = Manifest.from_json(self.quantization_config.to_dict(), source=source)
+        verify_component(tensors, manifest, read_json(source), source=source)
+        self._sealed = {name: tensor.to("meta") for name, tensor in tensors.items()}
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         assemble(model, self.quantization_config.manifest["structure"])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if absent := sorted(model.state_dict().keys() - self._sealed.keys()):
+            raise TensorMismatchError(f"the checkpoint lacks {absent[0]}, which the architecture has; copy or save it again")
         model.requires_grad_(False)
+        remember_digest(model, self.quantization_config.manifest["digest"], self._sealed)
         refuse_adapters(model)
         loaded(model, self.quantization_config.backend)
         return model
@@ -124,7 +132,11 @@ class TFMQQuantizer(DiffusersQuantizer):
     ) -> None:
         """Put a stored tensor into its buffer, uncast."""
         owner, _, name = param_name.rpartition(".")
-        model.get_submodule(owner).register_buffer(name, state_dict[param_name].to(target_device))
+        module, stored = model.get_submodule(owner), state_dict[param_name]
+        wanted = getattr(module, name).shape
+        if stored.shape != wanted:
+            raise TensorMismatchError(f"{param_name} has the shape {list(stored.shape)}, the architecture needs {list(wanted)}; copy it again")
+        module.register_buffer(name, stored.to(target_device))
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None = None) -> torch.dtype:
         """Default to float32, in which the quantized model was measured."""

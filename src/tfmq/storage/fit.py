@@ -1,0 +1,106 @@
+"""Whether the tensors of a checkpoint are those that its structure needs, before a module is built for them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import TensorMismatchError
+from .parts import Input, Layer, Structure, Table
+
+__all__ = ["check_parts"]
+
+PACKED = ".packed"
+
+
+def check_parts(tensors: Mapping[str, Tensor], structure: Structure, *, source: object) -> None:
+    """Check names, kinds, shapes and values of the quantized tensors; `source` names the manifest in messages.
+
+    A stock parameter that is missing, or of another shape than the architecture has, is left to whoever loads it.
+
+    Raises:
+        TensorMismatchError: a tensor is missing, has another kind or shape, packed weights have no layer, a scale is not positive and finite, a
+            zero-point is off its grid, or the timesteps are not finite and ascending.
+    """
+    parts = _Parts(tensors, structure, str(source))
+    parts.timesteps()
+    for name, layer in structure.layers.items():
+        parts.layer(structure.stored_name(name), layer)
+    for owner, products in structure.products.items():
+        for side, operands in (("left", products.left), ("right", products.right)):
+            for place, operand in enumerate(operands):
+                parts.input(f"{owner}.tfmq_products.{side}.{place}".lstrip("."), operand)
+    for name, table in structure.tables.items():
+        parts.table(name, table)
+    known = {structure.stored_name(name) + PACKED for name in structure.layers}
+    if strange := sorted(name for name in tensors if name.endswith(PACKED) and name not in known):
+        raise TensorMismatchError(f"{source} names no layer for {strange[0]}, which holds packed weights; copy or save the checkpoint again")
+
+
+class _Parts:
+    """The tensors of one checkpoint, taken by name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], structure: Structure, source: str) -> None:
+        self.tensors, self.structure, self.source = tensors, structure, source
+
+    def take(self, name: str, shape: tuple[int | None, ...], *, integer: bool) -> Tensor:
+        """Return a tensor of uint8, or else of floating point, and of `shape`; None stands for any length but 0."""
+        if name not in self.tensors:
+            raise TensorMismatchError(f"{self.source} needs the tensor {name}, which is missing; copy or save the checkpoint again")
+        tensor = self.tensors[name]
+        fits = len(tensor.shape) == len(shape) and all(
+            length > 0 if wanted is None else length == wanted for length, wanted in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits or (tensor.dtype != torch.uint8 if integer else not tensor.is_floating_point()):
+            wanted_shape = ", ".join("any" if length is None else str(length) for length in shape)
+            kind = "uint8" if integer else "floating point"
+            raise self.wrong(name, f"is {tensor.dtype} {list(tensor.shape)}, not {kind} [{wanted_shape}]")
+        return tensor
+
+    def wrong(self, name: str, found: str) -> TensorMismatchError:
+        """Return the error of a tensor that is there and not right."""
+        return TensorMismatchError(f"{self.source} describes another tensor {name}: it {found}; copy or save the checkpoint again")
+
+    def timesteps(self) -> None:
+        """Check the calibrated timesteps."""
+        name = "tfmq_steps.timesteps"
+        steps = self.take(name, (self.structure.steps,), integer=False)
+        if not bool(torch.isfinite(steps).all()) or not bool((steps.diff() > 0).all()):
+            raise self.wrong(name, "is not finite and ascending")
+
+    def grid(self, prefix: str, shape: tuple[int, ...], *, bits: int, zero_point: bool = True) -> None:
+        """Check the scales and the zero-points of grids of `bits` bits."""
+        scale = self.take(f"{prefix}.scale", shape, integer=False)
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise self.wrong(f"{prefix}.scale", "has a scale that is not positive and finite")
+        if zero_point and int(self.take(f"{prefix}.zero_point", shape, integer=True).max()) >= 2**bits:
+            raise self.wrong(f"{prefix}.zero_point", f"has a zero-point off the grid of {bits} bits")
+
+    def layer(self, name: str, layer: Layer) -> None:
+        """Check a packed layer and the quantizer of its input."""
+        packed = self.take(f"{name}{PACKED}", (None, None), integer=True)
+        channels, codes = sum(layer.segments), packed.shape[1] * 8 // layer.bits
+        if channels > codes:
+            raise self.wrong(f"{name}{PACKED}", f"has at most {codes} codes a row, fewer than the {channels} channels of its segments")
+        self.grid(name, (packed.shape[0], max(1, len(layer.segments))), bits=layer.bits, zero_point=not layer.symmetric)
+        self.input(f"{name}.input_quantizer", layer.input)
+
+    def input(self, name: str, operand: Input | None) -> None:
+        """Check the quantizer of an operand; a dynamic one has no tensors."""
+        if operand is not None and not operand.dynamic:
+            rows = self.structure.steps if operand.per_step else 1
+            self.grid(name, (rows, max(1, len(operand.segments))), bits=operand.bits)
+
+    def table(self, name: str, table: Table) -> None:
+        """Check the table of a temporal feature."""
+        steps = self.structure.steps
+        packed = self.tensors.get(f"{name}.block{PACKED}")
+        width = None if packed is None or packed.ndim == 0 else packed.shape[0]
+        values = self.take(f"{name}.table.values", (steps, width), integer=table.format == "int8")
+        if table.format == "int8":
+            self.grid(f"{name}.table", (steps,), bits=8)
+        elif not bool(torch.isfinite(values).all()):
+            raise self.wrong(f"{name}.table.values", "has a value that is not finite")
+        use = self.take(f"{name}.use_table", (steps,), integer=True)
+        if bool((use > 1).any()) or (table.everywhere and not bool(use.all())):
+            raise self.wrong(f"{name}.use_table", "has another choice than 0 or 1, or 0 in a table that serves every timestep")

@@ -1,0 +1,144 @@
+"""The manifest as a frozen value of checked types: what a program may rely on before it builds anything from a file."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .checkpoint import check_format
+from .fields import Fields, refusal
+from .parts import Structure
+
+__all__ = ["Manifest", "Provenance"]
+
+SHA256 = re.compile("[0-9a-f]{64}")
+MOST = 10**9
+# Of what people write: a name, a source.
+LONGEST_TEXT = 2**16
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a manifest says of the job that made the model, as far as anything reads it; all of it may be missing.
+
+    Attributes:
+        scheme: name of the recipe.
+        recipe: every field of it, as JSON has them.
+        steps: the number of steps that the model was moved to, or else calibrated on.
+        calibrated_steps: the number of steps that it was calibrated on.
+        eta, guidance_scale, spacing: how the pipeline was called in calibration.
+        maintenance: of temporal features.
+        published: figures of the full-precision model.
+        inputs: errors of static and dynamic input grids, of layers that were measured.
+    """
+
+    scheme: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    calibrated_steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    spacing: Literal["quadratic"] | None = None
+    maintenance: str | None = None
+    published: tuple[Mapping[str, Any], ...] = ()
+    inputs: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "Provenance":
+        """Return what `fields`, a manifest's `provenance`, say.
+
+        Raises:
+            ForeignFileError: a value of another type; names its place.
+        """
+        recipe, rebaked = _optional(fields, "recipe"), _optional(fields, "rebaked")
+        calibration, temporal = _optional(recipe, "calibration"), _optional(recipe, "temporal")
+        calibrated = calibration.integer("steps", 1, MOST) if calibration.has("steps") else None
+        return cls(
+            scheme=recipe.text("name", longest=LONGEST_TEXT) if recipe.has("name") and recipe.values["name"] != "" else None,
+            recipe=recipe.values,
+            steps=rebaked.integer("steps", 1, MOST) if rebaked.has("steps") else calibrated,
+            calibrated_steps=calibrated,
+            eta=calibration.number("eta") if calibration.has("eta") else None,
+            guidance_scale=calibration.number("guidance_scale") if calibration.has("guidance_scale") else None,
+            spacing=calibration.choice("spacing", ("quadratic",)) if calibration.has("spacing") else None,  # type: ignore[arg-type]
+            maintenance=temporal.text("maintenance") if temporal.has("maintenance") else None,
+            published=tuple(_figure(figure) for figure in recipe.parts("published")) if recipe.has("published") else (),
+            inputs=tuple(_measured(found) for found in fields.parts("inputs")) if fields.has("inputs") else (),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest, checked.
+
+    Attributes:
+        values: every field as it stands in the file; what was sealed, and what is written again.
+        digest: SHA-256 of the tensors.
+        seal: SHA-256 of all fields but this one; hence it stands for the whole component.
+        structure: the quantized parts.
+        architecture: what is sealed of a component's configuration.
+        provenance: the job that made the model.
+    """
+
+    values: Mapping[str, Any]
+    digest: str
+    seal: str
+    structure: Structure
+    architecture: Mapping[str, Any]
+    provenance: Provenance
+
+    @classmethod
+    def from_json(cls, values: Any, *, source: object) -> "Manifest":
+        """Return the manifest with these fields; `source` names the file in messages.
+
+        Raises:
+            ForeignFileError: no manifest, or a field of another type; names its place.
+            VersionError: of a version that this tfmq does not read.
+        """
+        fields = Fields.of(values, str(source))
+        check_format(values, source=str(source))
+        for name in ("digest", "seal"):
+            if not SHA256.fullmatch(fields.text(name)):
+                raise fields.refuse(name, "64 hexadecimal digits")
+        return cls(
+            values=values,
+            digest=fields.text("digest"),
+            seal=fields.text("seal"),
+            structure=Structure.from_json(fields.part("structure")),
+            architecture=_optional(fields, "architecture").values,
+            provenance=Provenance.from_json(_optional(fields, "provenance")),
+        )
+
+    @classmethod
+    def of_config(cls, configuration: Mapping[str, Any], *, source: object, method: str) -> "Manifest | None":
+        """Return the manifest in a component's `configuration`; None where it has none, or one of another quantization method.
+
+        Raises:
+            ForeignFileError, VersionError: see `from_json`.
+        """
+        quantization = configuration.get("quantization_config")
+        if quantization is None:
+            return None
+        if not isinstance(quantization, Mapping):
+            raise refusal(str(source), "quantization_config", quantization, "an object")
+        return cls.from_json(quantization, source=source) if quantization.get("quant_method") == method else None
+
+
+def _optional(fields: Fields, name: str) -> Fields:
+    """Return an object, or an empty one where there is none."""
+    return fields.part(name) if fields.has(name) else Fields({}, fields.source, f"{fields.path}{name}.")
+
+
+def _figure(fields: Fields) -> Mapping[str, Any]:
+    """Return a published figure."""
+    texts = {name: fields.text(name, longest=LONGEST_TEXT) for name in ("metric", "source")}
+    numbers = {name: fields.number(name) for name in ("value", "tolerance")}
+    counts = {name: fields.integer(name, 1, MOST) for name in ("num_images", "steps")}
+    if numbers["tolerance"] <= 0:
+        raise fields.refuse("tolerance", "a number above 0")
+    return {**texts, **numbers, **counts}
+
+
+def _measured(fields: Fields) -> Mapping[str, Any]:
+    """Return the errors that were measured for the input of a layer."""
+    return {**{name: fields.text(name) for name in ("name", "kept")}, **{name: fields.number(name) for name in ("static", "dynamic")}}

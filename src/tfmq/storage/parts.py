@@ -1,0 +1,141 @@
+"""The quantized parts of a denoiser as a manifest describes them (docs/format.md, `structure`): frozen values of checked types."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tfmq.errors import shown
+from tfmq.numerics.formats import MAX_BITS, MIN_BITS
+
+from .fields import Fields
+
+__all__ = ["Input", "Layer", "Products", "Structure", "Table"]
+
+# Bounds on what is made before any tensor is there; nothing real comes near them.
+MOST_STEPS = 100_000
+MOST_CHANNELS = 2**24
+MOST_AXES = 8
+
+
+@dataclass(frozen=True)
+class Input:
+    """The quantizer of a layer's input or of a product's operand; a `dynamic` one is never `per_step` and has no tensors."""
+
+    bits: int
+    symmetric: bool
+    segments: tuple[int, ...]
+    per_step: bool
+    dynamic: bool
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "Input":
+        """Return the quantizer that `fields` describe."""
+        dynamic = "dynamic" in fields.values
+        if dynamic:
+            fields.choice("dynamic", ("token",))
+        else:
+            fields.integer("axis", -MOST_AXES, MOST_AXES - 1)
+        return cls(*_grid(fields), per_step=not dynamic and fields.flag("per_step"), dynamic=dynamic)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer: its weight grid and the quantizer of its input, None for full precision."""
+
+    bits: int
+    symmetric: bool
+    segments: tuple[int, ...]
+    input: Input | None
+
+
+@dataclass(frozen=True)
+class Products:
+    """The quantizers of the two operands of each product of an owner; None for full precision."""
+
+    left: tuple[Input | None, ...]
+    right: tuple[Input | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A layer whose output comes from a table."""
+
+    format: Literal["int8", "float16"]
+    everywhere: bool
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All quantized parts, by the names of modules of the stock architecture.
+
+    Raises (from `from_json`):
+        ForeignFileError: a value of another type, out of bounds, or a name twice; names its place.
+    """
+
+    steps: int
+    timestep: str
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    products: Mapping[str, Products] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "Structure":
+        """Return the parts that `fields`, a manifest's `structure`, describe."""
+        layers = {name: _layer(group) for name, group in _named(fields, "layers")}
+        products = {name: _products(group) for name, group in _named(fields, "products", empty=True)}
+        tables = {name: _table(group) for name, group in _named(fields, "tables")}
+        skipped = fields.names("skipped")
+        if twice := sorted(tables.keys() & set(skipped)):
+            raise fields.refuse("skipped", f"a list of names that are not in tables, as {twice[0]} is")
+        return cls(fields.integer("steps", 1, MOST_STEPS), fields.text("timestep"), layers, products, tables, skipped)
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of a layer in the checkpoint: behind a table, or skipped, it is that module's `block`."""
+        return f"{name}.block" if name in self.tables or name in self.skipped else name
+
+
+def _grid(fields: Fields) -> tuple[int, bool, tuple[int, ...]]:
+    """Return bits, symmetry and segments."""
+    return fields.integer("bits", MIN_BITS, MAX_BITS), fields.flag("symmetric"), fields.widths("segments", most=MOST_CHANNELS)
+
+
+def _named(fields: Fields, kind: str, *, empty: bool = False) -> Iterator[tuple[str, Fields]]:
+    """Yield the names of the groups `kind`, each with its group."""
+    seen: set[str] = set()
+    for group in fields.parts(kind):
+        names = group.names("names", empty=empty)
+        if twice := sorted(seen.intersection(names)):
+            raise group.refuse("names", f"a list of names that are in no other group, as {twice[0]} is")
+        seen.update(names)
+        yield from ((name, group) for name in names)
+
+
+def _layer(group: Fields) -> Layer:
+    found = None if "input" in group.values and not group.has("input") else Input.from_json(group.part("input"))
+    layer = Layer(*_grid(group), input=found)
+    if found is not None and found.segments != layer.segments:
+        raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")
+    return layer
+
+
+def _products(group: Fields) -> Products:
+    left, right = (tuple(_operand(group, side, place) for place in range(len(group.items(side)))) for side in ("left", "right"))
+    if len(left) != len(right):
+        raise group.refuse("right", f"a list of {len(left)} operands, as left is")
+    return Products(left, right)
+
+
+def _operand(group: Fields, side: str, place: int) -> Input | None:
+    value = group.items(side)[place]
+    if value is None:
+        return None
+    fields = Fields.of(value, group.source, f"{group.path}{side}[{place}].")
+    found = Input.from_json(fields)
+    if found.dynamic or found.segments:
+        raise fields.refuse("dynamic" if found.dynamic else "segments", "that of a static quantizer with one grid")
+    return found
+
+
+def _table(group: Fields) -> Table:
+    return Table(group.choice("format", ("int8", "float16")), group.flag("everywhere"))  # type: ignore[arg-type]
