@@ -28,7 +28,7 @@ SPEED = {
 # The rest of a long list is counted; --json has all of it.
 LISTED = 12
 # Of modules that stay in floating point the first few are worth reading.
-FLOATING = 8
+FLOATING = 6
 # Images below which a Frechet distance says more of their number than of a model.
 FEW = 1000
 

@@ -75,7 +75,8 @@ class PackedEmbedding(PackedWeight):
         return dequantize(codes, scale, zero_point).reshape(*input.shape, self.shape[1]).to(self.dtype)
 
     def _rows(self, index: Tensor) -> Tensor:
-        return unpack_unsigned(self.packed[index], bits=self.format.bits, shape=(len(index), self.shape[1]))
+        # Not `len`, which a graph would take for a constant.
+        return unpack_unsigned(self.packed[index], bits=self.format.bits, shape=(index.shape[0], self.shape[1]))
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.format.bits}"
