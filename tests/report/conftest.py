@@ -22,7 +22,8 @@ from tfmq.evaluation.paired import paired_fidelity
 from tfmq.report.analysis import analysis_values, write_analysis
 from tfmq.report.evaluation import evaluation_values, write_evaluation
 from tfmq.report.model import ModelReport, gather
-from tfmq.storage.checkpoint import MANIFEST_FILE
+from tfmq.storage.checkpoint import MANIFEST_FILE, seal
+from tfmq.storage.digest import tensor_digest
 from tfmq.temporal.disturbance import disturbance
 
 
@@ -61,10 +62,12 @@ def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
     return make
 
 
+# Of the tensors of `write_model`: it has none.
+DIGEST = tensor_digest({})
 PROTOCOL = {
     "settings": {"num_images": 100, "steps": 4, "seed": 7, "batch_size": 10},
     "versions": {"tfmq": "1", "torch": "2", "torch-fidelity": None},
-    "quantized": {"device": "cpu", "backend": "torch", "weights": "d1"},
+    "quantized": {"device": "cpu", "backend": "torch", "weights": DIGEST},
 }
 
 
@@ -75,7 +78,7 @@ def bench_file(tmp_path: Path) -> Callable[..., Path]:
     row = {"backend": "torch", "batch": 1, "ms_per_step": 1234.25, "speedup": 2.5, "peak_rss_bytes": 1.25e9, "clean": True}
 
     def write(*, without: str = "", of_row: Any = None, **fields: Any) -> Path:
-        values = {"machine": machine, "weights": "d1", "rows": [{**row, **(of_row or {})}], **fields}
+        values = {"machine": machine, "weights": DIGEST, "rows": [{**row, **(of_row or {})}], **fields}
         values.pop(without, None)
         (tmp_path / "bench.json").write_text(json.dumps(values))
         return tmp_path / "bench.json"
@@ -92,15 +95,16 @@ def drawn_model(tmp_path_factory: pytest.TempPathFactory, analysis: Callable[...
         folder, evaluated, analysed = (root / f"model{suffix}" for suffix in ("", ".evaluation", ".analysis"))
         for path in (folder, evaluated, analysed):
             path.mkdir()
-        entry = {"axis": 1, "bits": 8, "per_step": True, "segments": [], "symmetric": False}
+        entry = {"axis": 1, "bits": 8, "per_step": True, "segments": [4, 4], "symmetric": False}
         structure = {
+            **{"steps": 4, "timestep": "t", "products": [], "tables": [], "skipped": []},
             "layers": [
                 {"bits": 4, "input": entry, "names": list(layers[:-1]), "segments": [4, 4], "symmetric": False},
                 {"bits": 8, "input": None, "names": list(layers[-1:]), "segments": [], "symmetric": True},
-            ]
+            ],
         }
         recipe = {"name": scheme, "weights": {"bits": 4}, "rules": [{"match": "role:first", "weight_bits": 8}]}
-        manifest = {"digest": "d1", "provenance": {"recipe": recipe, "seed": 5, "tfmq": "1", "torch": "2"}, "structure": structure}
+        manifest = seal({}, {"provenance": {"recipe": recipe, "seed": 5, "tfmq": "1", "torch": "2"}, "structure": structure})
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
         report = {
             "scheme": scheme,
@@ -127,7 +131,7 @@ def drawn_model(tmp_path_factory: pytest.TempPathFactory, analysis: Callable[...
         found = Evaluation(rows[: columns + 1], paired, ())
         write_evaluation(evaluated, found, evaluation_values(found, PROTOCOL))
         made = analysis()
-        write_analysis(analysed, made, analysis_values(made, {"weights": "d1"}), title=scheme)
+        write_analysis(analysed, made, analysis_values(made, {"weights": DIGEST}), title=scheme)
         return root
 
     kept = cache(partial(write, None))

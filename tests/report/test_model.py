@@ -10,8 +10,11 @@ import yaml
 
 from tfmq.report.card import render_card, write_card
 from tfmq.report.model import ModelReport, gather
+from tfmq.storage.digest import tensor_digest
 from tfmq.storage.errors import CheckpointError
 
+# Of the tensors of `write_model`: it has none.
+DIGEST = tensor_digest({})
 Write, Read = Callable[..., Path], Callable[..., ModelReport]
 
 
@@ -65,13 +68,13 @@ def test_speed_stands_with_the_machine_it_was_measured_on(write_model: Write, ga
 def test_values_of_another_model_are_refused(write_model: Write, gathered: Read, part: str) -> None:
     folder = write_model()
     path = folder.with_name(f"model.{part}") / f"{part}.json"
-    path.write_text(path.read_text().replace('"d1"', '"d2"'))
-    with pytest.raises(CheckpointError, match=f"model.{part} is of a model with sha256 d2, this one has d1"):
+    path.write_text(path.read_text().replace(f'"{DIGEST}"', '"d2"'))
+    with pytest.raises(CheckpointError, match=f"model.{part} is of a model with sha256 d2, this one has {DIGEST}"):
         gathered(folder)
 
 
 def test_a_benchmark_of_other_weights_is_refused(write_model: Write, gathered: Read, bench_file: Write) -> None:
-    with pytest.raises(CheckpointError, match=r"bench\.json is of a model with sha256 d2, this one has d1; measure again"):
+    with pytest.raises(CheckpointError, match=rf"bench\.json is of a model with sha256 d2, this one has {DIGEST}; measure again"):
         gathered(write_model(), bench=bench_file(weights="d2"))
 
 

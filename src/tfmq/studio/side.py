@@ -4,6 +4,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 from tfmq.backends.execution import AUTO, computed_by, execute
@@ -115,29 +116,47 @@ class Side:
         self.device = device
         self._model: str | None = None
         self._worker: Worker | None = None
+        self._ended = False
+        # A page draws in threads, and is closed in another.
+        self._lock = Lock()
 
     def draw(self, model: str, wish: Wish) -> Drawn:
         """Draw; see `draw_here`.
 
         Raises:
-            SideError: the process ended; the next call starts another.
+            SideError: the process ended, and the next call starts another; or this side was closed.
         """
-        if self._worker is None or model != self._model:
-            self.close()
-            self._worker, self._model = Worker(), model
+        worker = self._worker_of(model)
         try:
-            drawn: Drawn = self._worker.call(draw_here, model, self.backend, self.device, wish)
+            drawn: Drawn = worker.call(draw_here, model, self.backend, self.device, wish)
         except WorkerEndedError as error:
-            self.close()
+            self._end_worker()
             raise SideError(f"the process of {model} ended; most likely it was out of memory") from error
         return drawn
+
+    def _worker_of(self, model: str) -> Worker:
+        """Return the process of `model`, a new one if the last one was another's."""
+        if model != self._model:
+            self._end_worker()
+        with self._lock:
+            if self._ended:
+                raise SideError("the studio is closed")
+            if self._worker is None:
+                self._worker, self._model = Worker(), model
+            return self._worker
+
+    def _end_worker(self) -> None:
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
 
     def process_ids(self) -> list[int]:
         """Return the number of the process, if there is one."""
         return [] if self._worker is None else [self._worker.process_id]
 
     def close(self) -> None:
-        """End the process, also one that is drawing."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.end()
+        """End the process, also one that is drawing, for good: none that is just starting may stay behind."""
+        with self._lock:
+            self._ended = True
+        self._end_worker()

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
+
+# Seconds: an operation of torch ends before Python hears of a signal.
+PATIENCE = 5.0
 
 
 class WorkerEndedError(RuntimeError):
@@ -51,7 +55,9 @@ class Worker:
         return value
 
     def end(self) -> None:
-        """End the process at once."""
+        """End the process: by its own hand, so that it leaves no semaphores behind, and by ours where it takes longer than `PATIENCE`."""
+        self._process.terminate()
+        self._process.join(PATIENCE)
         self._process.kill()
         self._process.join()
         self._calls.close()
@@ -75,6 +81,7 @@ def _interrupts_held() -> Iterator[None]:
 def _answer(calls: Connection) -> None:
     """Answer calls until there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _end_with_parent()
     while True:
         try:
