@@ -1,29 +1,45 @@
 """Set up the project and run it: `python3 tasks.py demo` or `python3 tasks.py test`.
 
 Either command works on a fresh machine with Python 3.11 or newer. It makes a virtual environment in `.venv`, installs torch and then the
-project with the extras it needs, and skips all of that once a stamp says that the same `pyproject.toml` has been installed.
+project with the extra it needs, at the versions of `constraints.txt`, and skips all of that once a stamp says that the same `pyproject.toml` and
+`constraints.txt` have been installed.
 
-To use another torch than the one installed by default:
+To use another torch than the one installed by default, which no version in `constraints.txt` then replaces:
 
     python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the Python that runs this script
     TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used as it is; nothing is created or installed
+
+To move to today's versions, delete `.venv` and run `python3 tasks.py lock`: it installs the newest that `pyproject.toml` allows, and writes them to
+`constraints.txt`. Use the oldest Python that the project supports, since every later one has to find the same versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 RUNS = Path("runs", "demo")
 TORCH = "torch==2.13.0"
-SATISFIED_BY = {"all": ("all", "dev"), "dev": ("dev",)}
+CONSTRAINTS = ROOT / "constraints.txt"
+HEADER = """# The versions that pip installs; written by `python3 tasks.py lock`. A constraint installs nothing, so that no line needs its platform.
+# torch is not among them, nor what it asks for by exact version.
+"""
+SATISFIED_BY = {"demo": ("demo", "dev"), "dev": ("dev",)}
+# A torch for CUDA brings the exact one that it needs.
+OF_TORCH = frozenset({"triton"})
+# No package is compiled ahead of its first import: most modules are never imported. Without --quiet pip shows each package, its size and its speed.
+PIP = ("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile")
+OLDEST_PYTHON = (3, 11)
 
 
 def venv_python(venv: Path) -> Path:
@@ -61,24 +77,84 @@ def create_venv(venv: Path, *, system_site_packages: bool) -> None:
         call(python, "-m", "ensurepip", "--upgrade", error=f"{venv.name} has no pip; delete it to make it anew")
 
 
-def install(venv: Path, extra: str, *, pyproject: Path) -> None:
-    """Install torch and the project with `extra`, unless a stamp in `venv` records that for the same `pyproject`."""
-    digest = hashlib.sha256(pyproject.read_bytes()).hexdigest()
+def canonical(name: str) -> str:
+    """Return a distribution's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required(requirement: str) -> tuple[str, bool]:
+    """Return whom a requirement asks for, and whether it refuses later versions."""
+    specifier, _, _ = requirement.partition(";")
+    name = re.match(r"[\w.-]+", specifier.strip())
+    assert name is not None, requirement
+    return canonical(name[0]), bool(re.search(r"==|~=|<", specifier))
+
+
+def present_torch(python: Path) -> tuple[str, tuple[str, ...]] | None:
+    """Return the version of the torch that `python` imports, and its requirements; None without a torch."""
+    code = "import json, torch, importlib.metadata as m; print(json.dumps([m.version('torch'), m.requires('torch') or []]))"
+    done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return None
+    version, requirements = json.loads(done.stdout)
+    return version, tuple(requirements)
+
+
+def applicable(constraints: str, torch: tuple[str, tuple[str, ...]] | None) -> str:
+    """Return the `constraints` that hold beside a `torch`, which stays as it is; without one those that fit any.
+
+    Where that torch sets a limit itself, its word counts: otherwise pip would look for another torch.
+    """
+    limited = OF_TORCH if torch is None else {name for name, refuses in map(required, torch[1]) if refuses}
+    kept = [line for line in constraints.splitlines() if line.startswith("#") or required(line)[0] not in limited]
+    return "\n".join(kept + ([] if torch is None else [f"torch=={torch[0]}"])) + "\n"
+
+
+def install(venv: Path, extra: str, *, pyproject: Path, constraints: Path, locked: bool = True) -> None:
+    """Install torch and the project with `extra`, unless a stamp in `venv` records that for the same `pyproject` and `constraints`.
+
+    Versions are those of `constraints` if `locked`, else the newest.
+    """
+    text = constraints.read_text(encoding="utf-8") if locked else ""
+    digest = hashlib.sha256(pyproject.read_bytes() + text.encode()).hexdigest()
     stamps = {name: venv / f"tfmq-{name}.stamp" for name in SATISFIED_BY}
     if any(stamps[name].exists() and stamps[name].read_text(encoding="utf-8") == digest for name in SATISFIED_BY[extra]):
         return
-    python = venv_python(venv)
-    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    if not succeeds(python, "-c", "import torch"):
-        say(f"installing {TORCH} (large, takes minutes) ...")
-        call(python, *pip, TORCH, error=f"pip could not install {TORCH}")
-    say(f"installing tfmq[{extra}] ...")
-    call(python, *pip, "--editable", f".[{extra}]", error=f"pip could not install tfmq[{extra}]")
+    python, chosen, began = venv_python(venv), venv / "tfmq-constraints.txt", time.monotonic()
+    limits = ("--constraint", str(chosen))
+    torch = present_torch(python)
+    if torch is None:
+        say(f"[1/2] installing {TORCH}: by far the largest, with CUDA libraries where there is a build for them ...")
+        chosen.write_text(applicable(text, None), encoding="utf-8")
+        call(python, *PIP, *limits, TORCH, error=f"pip could not install {TORCH}")
+        torch = present_torch(python)
+    else:
+        say(f"[1/2] torch {torch[0]} is here")
+    say(f"[2/2] installing tfmq[{extra}] ({time.monotonic() - began:.0f} s so far) ...")
+    chosen.write_text(applicable(text, torch), encoding="utf-8")
+    call(python, *PIP, *limits, "--editable", f".[{extra}]", error=f"pip could not install tfmq[{extra}]")
     stamps[extra].write_text(digest, encoding="utf-8")
+    say(f"installed in {time.monotonic() - began:.0f} s; the next run skips this")
 
 
-def prepare(extra: str, *, system_site_packages: bool) -> tuple[Path, dict[str, str]]:
-    """Return the interpreter to use, with the packages of `extra`, and the environment to run it in."""
+def pins(inspected: list[dict[str, dict[str, object]]]) -> str:
+    """Return constraints of what `pip inspect` found, one `name==version` a line.
+
+    torch and what it asks for by exact version are left out. What does not run on the oldest Python says so.
+    """
+    found = {canonical(str(one["metadata"]["name"])): one["metadata"] for one in inspected}
+    of_torch = {canonical(name) for name in re.findall(r"'([\w.-]+) ?\(?==", str(found.get("torch", {}).get("requires_dist", "")))}
+    lines = []
+    for name in sorted(found.keys() - {"pip", "tfmq", "torch"} - of_torch):
+        # A label of one build, such as +cpu, is no release.
+        version, python = str(found[name]["version"]).partition("+")[0], str(found[name].get("requires_python", ""))
+        least = max((int(minor) for minor in re.findall(r">=\s*3\.(\d+)", python)), default=0)
+        lines.append(f"{name}=={version}" + (f'; python_version >= "3.{least}"' if least > OLDEST_PYTHON[1] else ""))
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def prepare(extra: str, *, system_site_packages: bool, locked: bool = True) -> tuple[Path, dict[str, str]]:
+    """Return the interpreter to use, with the packages of `extra`, at locked versions or the newest, and the environment to run it in."""
     environment = dict(os.environ)
     if own := environment.get("TFMQ_PYTHON"):
         if system_site_packages:
@@ -89,7 +165,7 @@ def prepare(extra: str, *, system_site_packages: bool) -> tuple[Path, dict[str, 
         # Not resolved: a virtual environment is recognised by the path of the link to its interpreter.
         return Path(own).absolute(), environment
     create_venv(VENV, system_site_packages=system_site_packages)
-    install(VENV, extra, pyproject=ROOT / "pyproject.toml")
+    install(VENV, extra, pyproject=ROOT / "pyproject.toml", constraints=CONSTRAINTS, locked=locked)
     return venv_python(VENV), environment
 
 
@@ -125,12 +201,23 @@ def test(python: Path, environment: dict[str, str]) -> None:
     run_all(python, [command.split() for command in CHECKS], environment=environment)
 
 
-TASKS = {"demo": (demo, "all"), "test": (test, "dev")}
+def lock(python: Path, environment: dict[str, str]) -> None:
+    """Write the versions that `python` has to the constraints."""
+    command: list[str | Path] = [python, "-m", "pip", "inspect", "--local", "--disable-pip-version-check"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit("error: pip could not tell what is installed")
+    CONSTRAINTS.write_text(pins(json.loads(done.stdout)["installed"]), encoding="utf-8")
+    say(f"wrote {CONSTRAINTS.name}")
+
+
+TASKS = {"demo": (demo, "demo"), "test": (test, "dev"), "lock": (lock, "dev")}
 
 
 def main() -> None:
     """Parse the command line, prepare the environment, run the task."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python can parse this file, and should say why it cannot go on
+    # An older Python can parse this file, and should say why it cannot go on.
+    if sys.version_info < OLDEST_PYTHON:
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
@@ -138,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     task, extra = TASKS[arguments.task]
     try:
-        task(*prepare(extra, system_site_packages=arguments.system_site_packages))
+        task(*prepare(extra, system_site_packages=arguments.system_site_packages, locked=task is not lock))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

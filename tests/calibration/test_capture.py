@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tfmq.calibration.capture import UnitCalls, capture
+from tfmq.calibration.capture import UnitCalls, capture, capture_inputs
 from tfmq.calibration.spool import Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 
@@ -134,4 +135,25 @@ def test_folded_rows_come_from_files_too(tmp_path: Path) -> None:
     data = [Inputs(torch.randn(size, 3, 4), torch.arange(size) + 1) for size in (2, 2, 1)]
     held, filed = (capture(Denoiser(model), model.unit, data, spool=spool).rows(torch.tensor([4, 1])) for spool in (None, Spool(tmp_path, 0)))
     for one, other in zip(tree_leaves((held.args, held.kwargs)), tree_leaves((filed.args, filed.kwargs)), strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+@pytest.mark.parametrize(("model", "unit"), [("unet", "mid_block.attentions.0"), ("sd3", "transformer_blocks.0"), ("plain", "exit")])
+def test_inputs_alone_are_the_same_and_the_unit_does_not_run(build: Callable[..., Any], model: str, unit: str) -> None:
+    denoiser, example = build(model)
+    module, data = denoiser.module.get_submodule(unit), batches(example)
+    expected = whole(capture(denoiser, module, data))
+    module.forward = lambda *_, **__: pytest.fail("the unit ran")
+    alone = capture_inputs(denoiser, module, data, frames=1)
+    found = whole(replace(alone, outputs=expected.outputs))
+    leaves = [tree_leaves((calls.args, calls.kwargs, calls.timestep)) for calls in (found, expected)]
+    assert alone.outputs == () and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*leaves, strict=True))
+
+
+def test_inputs_alone_know_the_rows_of_their_frames() -> None:
+    model = Sharing()
+    data = [Inputs(torch.randn(size, 3, 4), torch.arange(size) + 1) for size in (2, 2, 1)]
+    both = capture(Denoiser(model), model.unit, data)
+    alone = replace(capture_inputs(Denoiser(model), model.unit, data, frames=3), outputs=both.outputs)
+    for one, other in zip(tree_leaves((whole(both).args, whole(both).kwargs)), tree_leaves((whole(alone).args, whole(alone).kwargs)), strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other

@@ -215,3 +215,15 @@ def test_one_grid_serves_all_steps_where_it_leaves_little_more_error(factor: flo
     expected = {1: one, 2: each}[rows]
     assert torch.equal(chosen.scale, expected.scale) and torch.equal(chosen.zero_point, expected.zero_point)
     assert chosen.per_step is (rows == 2)
+
+
+def test_quantizers_that_are_watched_or_passed_do_not_run(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, steps, sites = prepared(build, "unet")
+    monkeypatch.setattr(ActivationQuantizer, "rows", lambda *_: pytest.fail("a quantizer ran"))
+    name = next(iter(sites))
+    others = [quantizer for other, quantizer in sites.items() if other != name]
+    data = batches(3, mixed=False)
+    with precision(denoiser.module, weights="full", inputs="quantized"):
+        found = collect(denoiser, {name: sites[name]}, steps, data, calls=4, advance=lambda amount=1: None, passing=others)
+    assert float(found[name].high.max()) > 0
+    assert all("forward" not in vars(site) for site in sites.values())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tfmq.calibration.capture import UnitCalls, capture
+from tfmq.calibration.readers import called_once, find_readers
 from tfmq.calibration.replay import Upstream
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
@@ -106,3 +107,40 @@ def test_what_an_earlier_job_left_is_no_ones(tmp_path: Path) -> None:
     (tmp_path / "outputs" / "000000.safetensors").write_text("old")
     Upstream(tmp_path / "outputs")
     assert list((tmp_path / "outputs").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "unet", "dit", "sd3"])
+def test_a_unit_whose_outputs_are_kept_at_once_runs_once_a_batch(build: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    denoiser, example = build(name)
+    names = [unit.name for unit in find_units(denoiser.module, [layer.name for layer in trace(denoiser, example).layers])]
+    data, once = batches(example), called_once(denoiser, names, example)
+    readers = find_readers(denoiser, names, example)
+    upstream = Upstream(tmp_path / "outputs", readers=readers, once=once)
+    composite = [unit for unit in names if list(denoiser.module.get_submodule(unit).children())]
+    expected = [capture(denoiser, denoiser.module.get_submodule(unit), data) for unit in names]
+    counts = counted(denoiser.module, composite)
+    for unit, direct in zip(names, expected, strict=True):
+        module = denoiser.module.get_submodule(unit)
+        assert equal(capture(denoiser, module, data, around=upstream.around("full"), keep=upstream.keeper("full", unit)), direct)
+        upstream.add(unit, module)
+    assert composite and set(composite) <= once and all(count == len(data) for count in counts.values())
+
+
+def test_outputs_of_a_unit_that_changed_are_discarded(build: Callable[..., Any], tmp_path: Path) -> None:
+    denoiser, example = build("plain")
+    data, upstream = batches(example), Upstream(tmp_path / "outputs", once={"stages.0"})
+    first, last = denoiser.module.stages[0], denoiser.module.exit
+    capture(denoiser, first, data, keep=upstream.keeper("full", "stages.0"))
+    with torch.no_grad():
+        next(first.parameters()).add_(1.0)
+    upstream.discard("full", "stages.0")
+    upstream.add("stages.0", first)
+    assert equal(capture(denoiser, last, data, around=upstream.around("full")), capture(denoiser, last, data))
+
+
+def test_what_runs_twice_is_not_kept_at_once(tmp_path: Path) -> None:
+    denoiser = Denoiser(Twice(), sample="x", timestep="t")
+    once = called_once(denoiser, ["shared", "pair", "last"], Inputs(torch.randn(2, 4), torch.tensor([1, 2]), {}))
+    upstream = Upstream(tmp_path / "outputs", once=once)
+    assert once == {"pair", "last"} and upstream.keeper("full", "shared") is None
+    assert upstream.keeper("full", "pair") is not None and Upstream(None, once=once).keeper("full", "pair") is None

@@ -127,3 +127,13 @@ def test_parts_are_taken_over_in_their_order(tmp_path: Path) -> None:
     store.part(0).append(call(1.0))
     store.clear()
     assert not list(store.directory.iterdir())
+
+
+def test_what_every_leaves_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = CalibrationStore(tmp_path), CalibrationStore.read
+    for number in range(6):
+        store.append(call(float(60 - 10 * number)))
+    store.timesteps()
+    seen: list[int] = []
+    monkeypatch.setattr(CalibrationStore, "read", lambda self, index: (seen.append(index), read(self, index))[1])
+    assert len(list(store.every(3))) == 3 and seen == [0, 3, 5]

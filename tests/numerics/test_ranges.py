@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tfmq.numerics import ranges as module_under_test
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.ranges import SMALLEST_SCALE, from_range, min_max, search, share_zero_point
@@ -160,3 +161,16 @@ def test_a_shared_zero_point_is_one_of_those_allowed() -> None:
     assert share_zero_point(*from_range(torch.zeros(2), high, IntegerFormat(8)), IntegerFormat(8), allowed=(0, 128))[1].tolist() == [0.0, 0.0]
     with pytest.raises(ValueError, match=r"no zero-point of \[0\]"):
         share_zero_point(scale, zero, IntegerFormat(8), allowed=(0,))
+
+
+@pytest.mark.parametrize("fmt", [IntegerFormat(4), IntegerFormat(8, symmetric=True)])
+def test_chunks_and_shared_memory_leave_the_search_as_it_is_written(monkeypatch: pytest.MonkeyPatch, fmt: IntegerFormat) -> None:
+    values = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, 7)[:, None]
+    low, high = values.amin(dim=1), values.amax(dim=1)
+    grids = [from_range(low * factor, high * factor, fmt) for factor in (1.0 - k / 100 for k in range(80))]
+    errors = [(fake_quantize(values, scale[:, None], zero[:, None], fmt.levels) - values).abs().pow(2.4).mean(dim=1) for scale, zero in grids]
+    best = torch.stack(errors).argmin(dim=0)
+    expected = [torch.stack(column)[best, torch.arange(7)] for column in zip(*grids, strict=True)]
+    for chunk in (1, 100, 350, 10_000):
+        monkeypatch.setattr(module_under_test, "CHUNK", chunk)
+        assert all(torch.equal(one, other) for one, other in zip(search(values, fmt), expected, strict=True)), chunk

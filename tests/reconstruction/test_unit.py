@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding, SolverName
-from tfmq.reconstruction.unit import UnitReport, _split, capture_unit, reconstruct_unit, settle
+from tfmq.reconstruction.unit import UnitReport, _FirstErrors, _split, capture_unit, reconstruct_unit, settle
 from tfmq.reconstruction.units import find_units
 
 TIMESTEPS = torch.tensor([5.0, 300.0, 900.0])
@@ -200,3 +201,37 @@ def test_full_precision_inputs_are_kept_for_those_alone_that_run_on_them(build: 
     prepared(denoiser, example)
     full, calls = capture_unit(denoiser, denoiser.module.stages[1], batches(example), Upstream(None), full_inputs=False)
     assert (full.args, full.kwargs) == ((), {}) and len(calls.args) == 2 and full.outputs is calls.outputs
+
+
+@pytest.mark.parametrize("solver", ["nearest", "gptq"])
+def test_kept_outputs_change_no_code_and_no_error(build: Callable[..., Any], tmp_path: Path, solver: SolverName) -> None:
+    """The error before is that of the nearest codes, and that after the same whether it is measured in the network or apart."""
+    found = []
+    for directory in (None, tmp_path / "outputs"):
+        torch.manual_seed(0)
+        denoiser, example = build("unet")
+        steps, data = prepared(denoiser, example, activation_bits=8), batches(example)
+        layers = calibrated_layers(denoiser.module)
+        units = find_units(denoiser.module, list(layers))[:3]
+        upstream, reports = Upstream(directory, once={unit.name for unit in units}), []
+        for unit in units:
+            config = {"seed": 0, "advance": lambda amount=1: None}
+            reports.append(reconstruct_unit(denoiser, unit, data, upstream, steps, Rounding(solver=solver), QUICK, **config))
+            upstream.add(unit.name, denoiser.module.get_submodule(unit.name))
+        found.append((reports, {name: layer.codes.clone() for name, layer in layers.items()}))
+    (apart, codes), (kept, same) = found
+    assert all(torch.equal(value, same[name]) for name, value in codes.items())
+    for one, other in zip(apart, kept, strict=True):
+        assert one.error_before == pytest.approx(other.error_before, rel=1e-5) and one.error_after == pytest.approx(other.error_after, rel=1e-5)
+        assert one.error_after <= one.error_before and (solver == "gptq" or one.error_after == pytest.approx(one.error_before, rel=1e-5))
+
+
+def test_the_first_error_of_every_batch_counts() -> None:
+    parts = torch.arange(5).split(2)
+    first = _FirstErrors(parts)
+    for part, error in zip(parts[:2], (1.0, 2.0), strict=True):
+        first.see(part, torch.tensor(error))
+    assert first.mean() is None
+    for part in parts:
+        first.see(part, torch.tensor(3.0))
+    assert first.mean() == (2 * 1.0 + 2 * 2.0 + 1 * 3.0) / 5

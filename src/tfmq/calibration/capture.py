@@ -1,7 +1,7 @@
 """The inputs and outputs of one unit over a set of denoiser calls."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 
 # Gives the context in which the call of a batch runs, by the number of the batch.
 Around = Callable[[int], AbstractContextManager[None]]
+# Takes what goes in and out of a unit in the call of a batch: its number and inputs, then the unit's arguments and output.
+See = Callable[[int, Inputs, Any, Any, Any], None]
+# Takes the output of a unit in the call of a batch, by the number of the batch.
+Keep = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True)
@@ -78,24 +82,26 @@ class _Leaves:
 class _Calls:
     """Gathers what goes in and out of a unit, call by call."""
 
-    def __init__(self, spool: Spool, inputs: bool, outputs: bool) -> None:
-        self.spool, self.inputs, self.outputs, self.count = spool, inputs, outputs, 0
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.timesteps: list[Tensor] = []
         self.spec: TreeSpec | None = None
         self.leaves: list[_Leaves] = []
 
-    def add(self, args: Any, kwargs: Any, output: Any, samples: int) -> None:
-        outputs = output_tensors(output)
-        leaves, spec = tree_flatten((*((args, kwargs) if self.inputs else ((), {})), outputs if self.outputs else ()))
+    def add(self, args: Any, kwargs: Any, outputs: tuple[Tensor, ...], timestep: Tensor, *, rows: int) -> None:
+        """Take a call whose outputs have, or would have, so many `rows`."""
+        leaves, spec = tree_flatten((args, kwargs, outputs))
         if self.spec is None:
             self.spec, self.leaves = spec, [_Leaves(self.spool) for _ in leaves]
         for place, leaf in zip(self.leaves, leaves, strict=True):
-            place.add(leaf, samples, outputs[0].shape[0], first=not self.count)
-        self.count += 1
+            place.add(leaf, len(timestep), rows, first=not self.timesteps)
+        self.timesteps.append(timestep)
 
-    def joined(self, timestep: Tensor) -> UnitCalls:
-        assert self.spec is not None
+    def joined(self) -> UnitCalls:
+        if self.spec is None:
+            raise ValueError("the unit was never called by the denoiser; exclude its layers with a rule")
         args, kwargs, outputs = tree_unflatten([place.joined() for place in self.leaves], self.spec)
-        return UnitCalls(args, kwargs, timestep, outputs)
+        return UnitCalls(args, kwargs, torch.cat(self.timesteps), outputs)
 
 
 def alone(batch: int) -> AbstractContextManager[None]:
@@ -104,6 +110,28 @@ def alone(batch: int) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
+def run_to(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], see: See, *, around: Around = alone, through: bool = True) -> None:
+    """Run `denoiser` over `batches` as far as `unit`, and hand over what goes in and out of it.
+
+    `see(number, inputs, args, kwargs, output)` is called for each batch, by its number, that reaches the unit. The call of batch `n` runs inside
+    of the context `around(n)`. Unless it goes `through` the unit, that does not run, and `output` is None.
+    """
+    running: list[tuple[int, Inputs]] = []
+
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        see(*running[-1], args, kwargs, output)
+        raise _Reached
+
+    handle = (unit.register_forward_hook if through else unit.register_forward_pre_hook)(hook, with_kwargs=True)
+    try:
+        for number, batch in enumerate(batches):
+            running[:] = [(number, batch)]
+            with around(number), suppress(_Reached):
+                denoiser(batch)
+    finally:
+        handle.remove()
+
+
 def capture(
     denoiser: Denoiser,
     unit: nn.Module,
@@ -111,35 +139,41 @@ def capture(
     *,
     around: Around = alone,
     inputs: bool = True,
-    outputs: bool = True,
     spool: Spool | None = None,
+    keep: Keep | None = None,
 ) -> UnitCalls:
-    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or only its `inputs` or its `outputs`.
+    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or only its outputs without `inputs`.
 
-    The call of batch `n` runs inside of the context `around(n)`. What is captured is kept in `spool`, by default in memory.
+    See `run_to` for `around`. What is captured is kept in `spool`, by default in memory; `keep(number, output)` gets each output as it is.
 
     Raises:
         ValueError: the unit was never called.
     """
-    calls = _Calls(spool or Spool(), inputs, outputs)
-    timesteps: list[Tensor] = []
+    calls = _Calls(spool or Spool())
 
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.add(args, kwargs, output, len(timesteps[-1]))
-        raise _Reached
+    def see(number: int, batch: Inputs, args: Any, kwargs: Any, output: Any) -> None:
+        if keep is not None:
+            keep(number, output)
+        outputs = output_tensors(output)
+        args, kwargs = (args, kwargs) if inputs else ((), {})
+        calls.add(args, kwargs, outputs, batch.timestep, rows=outputs[0].shape[0])
 
-    handle = unit.register_forward_hook(hook, with_kwargs=True)
-    try:
-        for number, batch in enumerate(batches):
-            timesteps.append(batch.timestep)
-            with around(number):
-                try:
-                    denoiser(batch)
-                except _Reached:
-                    continue
-            timesteps.pop()
-    finally:
-        handle.remove()
-    if not calls.count:
-        raise ValueError("the unit was never called by the denoiser; exclude its layers with a rule")
-    return calls.joined(torch.cat(timesteps))
+    run_to(denoiser, unit, batches, see, around=around)
+    return calls.joined()
+
+
+def capture_inputs(
+    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, frames: int, around: Around = alone, spool: Spool | None = None
+) -> UnitCalls:
+    """Return what goes into `unit`, which itself does not run: a row of each sample, or `frames` rows, as its outputs have.
+
+    Raises:
+        ValueError: the unit was never called.
+    """
+    calls = _Calls(spool or Spool())
+
+    def see(_: int, batch: Inputs, args: Any, kwargs: Any, __: Any) -> None:
+        calls.add(args, kwargs, (), batch.timestep, rows=len(batch.timestep) * frames)
+
+    run_to(denoiser, unit, batches, see, around=around, through=False)
+    return calls.joined()

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tfmq.calibration.forward import replaced_forward
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.numerics.affine import fake_quantize
@@ -30,6 +31,10 @@ TOLERATED = 10**0.1
 SITE_BYTES = 4 * KEPT * 2
 
 
+class NonFiniteError(ValueError):
+    """An input holds a NaN or infinite value."""
+
+
 @dataclass
 class SiteStatistics:
     """Exact extremes `[S, G]` of one quantizer's input, and evenly spaced values of it for each `(step, segment)`."""
@@ -39,10 +44,18 @@ class SiteStatistics:
     values: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def update(self, step: int, segment: int, part: Tensor, budget: int) -> None:
-        """Add the values `part` seen at `step` in `segment`; at most `budget` of them are kept."""
+        """Add the values `part` seen at `step` in `segment`; at most `budget` of them are kept.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
         flat = part.detach().flatten()
-        self.low[step, segment] = torch.minimum(self.low[step, segment], flat.min().cpu())
-        self.high[step, segment] = torch.maximum(self.high[step, segment], flat.max().cpu())
+        low, high = (extreme.cpu() for extreme in flat.aminmax())
+        # A NaN is both extremes of what it is in; one look at all values finds that as well.
+        if not (low.isfinite() and high.isfinite()):
+            raise NonFiniteError
+        self.low[step, segment] = torch.minimum(self.low[step, segment], low)
+        self.high[step, segment] = torch.maximum(self.high[step, segment], high)
         stride = -(-flat.numel() // max(1, budget))
         self.values.setdefault((step, segment), []).append(flat[:: stride | 1].cpu().clone())
 
@@ -74,21 +87,23 @@ def observed(
         shape = quantizer.scale.shape
         site = statistics[name] = SiteStatistics(torch.zeros(shape), torch.zeros(shape))
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> Tensor:
-            if not torch.isfinite(args[0]).all():
-                row = int(torch.isfinite(args[0]).flatten(1).all(dim=1).int().argmin())
-                timestep = float(steps.timesteps[steps.index[row * len(steps.index) // len(args[0])]])
-                raise CalibrationError(f"the input of {name.removesuffix('.input_quantizer')} is NaN or infinite at timestep {timestep:g}")
-            _observe(site, quantizer, args[0].float(), steps, calls)
-            return args[0]
+        def forward(x: Tensor) -> Tensor:
+            try:
+                _observe(site, quantizer, x.float(), steps, calls)
+            except NonFiniteError:
+                row = int(torch.isfinite(x).flatten(1).all(dim=1).int().argmin())
+                timestep = float(steps.timesteps[steps.index[row * len(steps.index) // len(x)]])
+                where = f"the input of {name.removesuffix('.input_quantizer')}"
+                raise CalibrationError(f"{where} is NaN or infinite at timestep {timestep:g}") from None
+            return x
 
-        return hook
+        return forward
 
     with ExitStack() as stack:
         for name, quantizer in sites.items():
-            stack.callback(quantizer.register_forward_hook(watch(name, quantizer)).remove)
+            stack.enter_context(replaced_forward(quantizer, watch(name, quantizer)))
         for quantizer in passing:
-            stack.callback(quantizer.register_forward_hook(lambda _, args, __: args[0]).remove)
+            stack.enter_context(replaced_forward(quantizer, lambda x: x))
         yield statistics
 
 

@@ -1,4 +1,4 @@
-"""Which units read the output of which: what has to be at hand before a unit can run."""
+"""Which units read the output of which, and which run once in a call: what has to be at hand before a unit can run, and what can be."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -80,3 +80,15 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
             # Something that autograd refuses: then nothing is known.
             return {}
     return readers
+
+
+@torch.no_grad()
+def called_once(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> set[str]:
+    """Return those of `units` that one call of the denoiser calls once; one call for the first sample of `example`."""
+    counts = dict.fromkeys(units, 0)
+    with ExitStack() as stack:
+        for name in units:
+            count = lambda *_, name=name: counts.update({name: counts[name] + 1})  # noqa: E731 - bound to its unit
+            stack.callback(denoiser.module.get_submodule(name).register_forward_pre_hook(count).remove)
+        denoiser(example.rows(0, 1))
+    return {name for name, count in counts.items() if count == 1}

@@ -1,8 +1,8 @@
 """Outputs of units that are done, in the place of running them again: the calls of the next unit begin where the last one ended."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import nan
@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from tfmq.calibration.capture import Around, alone
+from tfmq.calibration.capture import Around, Keep, alone
+from tfmq.calibration.forward import replaced_forward
 from tfmq.storage.atomic import full_disk_named, read_tensors
 
 Network = Literal["full", "quantized"]
@@ -64,6 +65,17 @@ class _Outputs:
             self.directory.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path)
         self._kept.setdefault(name, {})[batch] = _Output(path, size, leaves, spec)
+
+    def keep(self, name: str, batch: int, output: Any) -> None:
+        """Keep what a unit that runs once in a call has returned for a batch."""
+        if name not in self._run:
+            self._keep(name, batch, [output])
+
+    def discard(self, name: str) -> None:
+        """Forget what `name` returned, which it would not return any more."""
+        for output in self._kept.pop(name, {}).values():
+            output.path.unlink()
+            self.bytes_left += output.size
 
     def _read(self, name: str, batch: int) -> Any:
         output = self._kept[name][batch]
@@ -147,17 +159,9 @@ class _Leaf:
         return tensor.to(self.device, copy=True).permute([self.order.index(axis) for axis in range(tensor.ndim)])
 
 
-@contextmanager
-def _returning(unit: nn.Module, value: Callable[[], Any]) -> Iterator[None]:
-    """Replace the forward of `unit` for a while."""
-    own = unit.__dict__.get("forward")
-    unit.forward = lambda *_, **__: value()
-    try:
-        yield
-    finally:
-        del unit.forward
-        if own is not None:
-            unit.forward = own
+def _returning(unit: nn.Module, value: Callable[[], Any]) -> AbstractContextManager[None]:
+    """Let `unit` return a value that is there already."""
+    return replaced_forward(unit, lambda *_, **__: value())
 
 
 class Upstream:
@@ -165,11 +169,19 @@ class Upstream:
 
     Outputs are kept for the full-precision network and for the quantized one, in `directory`, which is emptied first; at most `most_bytes` of
     them, and no more than half of the space that is left. Without a directory every unit runs again. `readers` names the units that read the
-    output of a unit, where that is known: once all of them are kept, it is deleted.
+    output of a unit, where that is known: once all of them are kept, it is deleted. `once` are the units that are known to run once in a call.
     """
 
-    def __init__(self, directory: Path | None, *, most_bytes: int = MOST_BYTES, readers: Mapping[str, set[str]] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        most_bytes: int = MOST_BYTES,
+        readers: Mapping[str, set[str]] | None = None,
+        once: Collection[str] = (),
+    ) -> None:
         self._readers = readers or {}
+        self._once = once
         self._units: dict[str, nn.Module] = {}
         self._networks: dict[Network, _Outputs] = {}
         if directory is None:
@@ -189,6 +201,15 @@ class Upstream:
         """Let the units run again, because somebody reads outputs that were deleted; return whether any were."""
         self._readers = {}
         return any([network.revive() for network in self._networks.values()])
+
+    def keeper(self, network: Network, name: str) -> Keep | None:
+        """Return what takes the outputs of a unit whose turn it is, so that it does not have to run again for them; None where it has to."""
+        return partial(self._networks[network].keep, name) if network in self._networks and name in self._once else None
+
+    def discard(self, network: Network, name: str) -> None:
+        """Forget the outputs of a unit, which has changed."""
+        if network in self._networks:
+            self._networks[network].discard(name)
 
     def around(self, network: Network) -> Around:
         """Return the context in which the call of a batch, by its number, starts from what is kept."""

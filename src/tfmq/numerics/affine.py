@@ -12,7 +12,7 @@ from torch import Tensor
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: int) -> Tensor:
     """Return the codes of `x` as a float tensor of integers in `[0, levels - 1]`."""
-    return torch.round(x * scale.reciprocal()).add_(zero_point).clamp_(0, levels - 1)
+    return (x * scale.reciprocal()).round_().add_(zero_point).clamp_(0, levels - 1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-        codes = torch.round(x * scale.reciprocal()).add_(zero_point)
+        codes = (x * scale.reciprocal()).round_().add_(zero_point)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((codes >= 0) & (codes <= levels - 1))
         return codes.clamp_(0, levels - 1).sub_(zero_point).mul_(scale)

@@ -60,9 +60,23 @@ class CodeGrid:
         """Return the grids of the columns in the `order` `[G, n]`."""
         return replace(self, scale=in_order(self.scale, order), zero_point=in_order(self.zero_point, order))
 
-    def columns(self, start: int, stop: int) -> "CodeGrid":
-        """Return the grids of some columns."""
-        return replace(self, scale=self.scale[:, :, start:stop], zero_point=self.zero_point[:, :, start:stop])
+
+class _Columns:
+    """The grids of some columns, and their codes, column by column: `[n, G, R]`, so that what one column needs lies together."""
+
+    def __init__(self, grid: CodeGrid, start: int, stop: int) -> None:
+        self.scale, self.zero_point = (_columns_first(values[:, :, start:stop]) for values in (grid.scale, grid.zero_point))
+        self.codes = torch.empty_like(self.scale)
+        self.top = grid.levels - 1
+
+    def nearest(self, number: int, values: Tensor) -> Tensor:
+        """Return the nearest codes of values `[G, R]` of a column."""
+        return (values / self.scale[number]).add_(self.zero_point[number]).round_().clamp_(0, self.top)
+
+
+def _columns_first(values: Tensor) -> Tensor:
+    """Return a copy of `[G, R, n]` as `[n, G, R]`."""
+    return values.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def in_order(values: Tensor, order: Tensor) -> Tensor:
@@ -78,15 +92,16 @@ def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
     codes = torch.empty_like(values)
     for start in range(0, values.shape[2], BLOCK):
         stop = min(start + BLOCK, values.shape[2])
-        block, inner, local = values[:, :, start:stop], factor[:, start:stop, start:stop], grid.columns(start, stop)
-        errors = torch.empty_like(block)
-        for j in range(stop - start):
-            column = slice(j, j + 1)
-            code = local.columns(j, j + 1).nearest(block[:, :, column])
-            error = (block[:, :, column] - local.columns(j, j + 1).decode(code)) / inner[:, column, column]
-            block[:, :, j:] -= error * inner[:, column, j:]
-            codes[:, :, start + j : start + j + 1], errors[:, :, column] = code, error
-        values[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+        block, inner, local = _columns_first(values[:, :, start:stop]), factor[:, start:stop, start:stop], _Columns(grid, start, stop)
+        rows, errors = inner.permute(1, 2, 0)[..., None].contiguous(), torch.empty_like(block)
+        for j, column in enumerate(block):
+            code = local.nearest(j, column)
+            error = torch.sub(column, (code - local.zero_point[j]).mul_(local.scale[j]), out=errors[j]).div_(rows[j, j])
+            # What is rounded already is looked at no more.
+            block[j + 1 :] -= error * rows[j, j + 1 :]
+            local.codes[j] = code
+        codes[:, :, start:stop] = local.codes.permute(1, 2, 0)
+        values[:, :, stop:] -= errors.permute(1, 2, 0).contiguous() @ factor[:, start:stop, stop:]
     return codes
 
 
@@ -96,16 +111,16 @@ def sweep(problem: Quadratic, grid: CodeGrid, codes: Tensor) -> int:
     moved = 0
     for start in range(0, codes.shape[2], BLOCK):
         stop = min(start + BLOCK, codes.shape[2])
-        inner, local, slopes = problem.hessian[:, start:stop, start:stop], grid.columns(start, stop), gradient[:, :, start:stop].clone()
-        shifts = torch.empty_like(slopes)
-        for j in range(stop - start):
-            column, one = slice(j, j + 1), local.columns(j, j + 1)
-            before = codes[:, :, start + j : start + j + 1]
-            code = one.nearest(one.decode(before) - slopes[:, :, column] / inner[:, column, column])
-            shift = (code - before) * one.scale
-            slopes += shift * inner[:, column, :]
-            codes[:, :, start + j : start + j + 1], shifts[:, :, column] = code, shift
-        gradient += shifts @ problem.hessian[:, start:stop]
+        inner, local, slopes = problem.hessian[:, start:stop, start:stop], _Columns(grid, start, stop), _columns_first(gradient[:, :, start:stop])
+        before, rows = _columns_first(codes[:, :, start:stop]), inner.permute(1, 2, 0)[..., None].contiguous()
+        values, shifts = (before - local.zero_point) * local.scale, torch.empty_like(slopes)
+        for j, slope in enumerate(slopes):
+            code = local.nearest(j, values[j] - slope / rows[j, j])
+            shift = torch.sub(code, before[j], out=shifts[j]).mul_(local.scale[j])
+            slopes[j + 1 :] += shift * rows[j, j + 1 :]
+            local.codes[j] = code
+        codes[:, :, start:stop] = local.codes.permute(1, 2, 0)
+        gradient += shifts.permute(1, 2, 0).contiguous() @ problem.hessian[:, start:stop]
         moved += int(torch.count_nonzero(shifts))
     return moved
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.formats import IntegerFormat
 
 SMALLEST_SCALE = 1e-8
+# Values that are searched at once: with what is computed of them they stay in a processor's cache.
+CHUNK = 2**17
 
 
 def from_range(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
@@ -39,12 +40,25 @@ def search(
     """
     low = values.amin(dim=1) if low is None else low
     high = values.amax(dim=1) if high is None else high
+    rows = max(1, CHUNK // max(1, values.shape[1]))
+    parts = zip(values.split(rows), low.split(rows), high.split(rows), strict=True)
+    found = [_search(*part, fmt, shrinks=shrinks, power=power) for part in parts]
+    scale, zero_point = (torch.cat(column) for column in zip(*found, strict=True))
+    return scale, zero_point
+
+
+def _search(values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, shrinks: int, power: float) -> tuple[Tensor, Tensor]:
     best_scale, best_zero = from_range(low, high, fmt)
     best = torch.full_like(best_scale, torch.inf)
+    # In one place for all candidates: memory of their own would take longer than the arithmetic.
+    error_of = torch.empty_like(values)
     for k in range(shrinks):
         factor = 1.0 - k / (1.25 * shrinks)
         scale, zero = from_range(low * factor, high * factor, fmt)
-        error = (fake_quantize(values, scale[:, None], zero[:, None], fmt.levels) - values).abs_().pow_(power).mean(dim=1)
+        torch.mul(values, scale.reciprocal()[:, None], out=error_of)
+        # As `fake_quantize` has it.
+        error_of.round_().add_(zero[:, None]).clamp_(0, fmt.levels - 1).sub_(zero[:, None]).mul_(scale[:, None])
+        error = error_of.sub_(values).abs_().pow_(power).mean(dim=1)
         better = error < best
         best = torch.where(better, error, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)

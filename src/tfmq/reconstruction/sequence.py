@@ -6,7 +6,7 @@ from math import isnan, nan
 import torch
 from torch import Tensor
 
-from tfmq.calibration.readers import find_readers
+from tfmq.calibration.readers import called_once, find_readers
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.spool import Spool
 from tfmq.calibration.store import CalibrationStore, StoredBatches
@@ -94,8 +94,9 @@ def reconstruct_units(
     for unit in units:
         resources.check(unit.name, SOLVERS[rounding.solver].memory([layers[name] for name in unit.layers], rounding))
     with full_precision(module):
-        readers = find_readers(denoiser, [unit.name for unit in units], store.read(0))
-    upstream = Upstream(store.directory / "outputs", readers=readers)
+        names, example = [unit.name for unit in units], store.read(0)
+        readers, once = find_readers(denoiser, names, example), called_once(denoiser, names, example)
+    upstream = Upstream(store.directory / "outputs", readers=readers, once=once)
     pace: Pace = Unhurried(learning)
     if resources.time_budget is not None:
         budget = {"interval": interval, "seconds": resources.time_budget, "elapsed": elapsed, "journal": journal}

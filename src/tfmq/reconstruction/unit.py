@@ -1,15 +1,16 @@
 """Reconstruct one unit: roundings that make its output that of the full-precision model."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tfmq.calibration.capture import UnitCalls, capture
+from tfmq.calibration.capture import Around, Keep, UnitCalls, capture, capture_inputs, run_to
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.spool import Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
@@ -53,19 +54,21 @@ def capture_unit(
     inputs: UnitInputs = "quantized",
     full_inputs: bool = True,
     spool: Spool | None = None,
+    keep: Keep | None = None,
 ) -> tuple[UnitCalls, UnitCalls]:
     """Return the unit's calls in the full-precision network, and those with the same outputs whose inputs are as `inputs` says.
 
-    The former come without their inputs, unless `full_inputs` are asked for.
+    The former come without their inputs, unless `full_inputs` are asked for. `keep` gets the outputs in full precision.
     """
     with full_precision(denoiser.module):
-        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs or inputs == "full", spool=spool)
+        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs or inputs == "full", spool=spool, keep=keep)
     calls = full
     if inputs != "full":
-        read = capture(denoiser, unit, batches, around=upstream.around("quantized"), outputs=False, spool=spool)
+        frames = full.outputs[0].shape[0] // len(full)
+        read = capture_inputs(denoiser, unit, batches, frames=frames, around=upstream.around("quantized"), spool=spool)
         calls = replace(read, outputs=full.outputs)
     if (_undefined(full) or _undefined(calls)) and upstream.revive():
-        return capture_unit(denoiser, unit, batches, upstream, inputs=inputs, full_inputs=full_inputs, spool=spool)
+        return capture_unit(denoiser, unit, batches, upstream, inputs=inputs, full_inputs=full_inputs, spool=spool, keep=keep)
     return full, calls
 
 
@@ -83,11 +86,14 @@ def full_precision(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def _output_error(output: Any, targets: Sequence[Tensor]) -> Tensor:
+    return torch.stack([squared_error(one, target) for one, target in zip(output_tensors(output), targets, strict=True)]).sum()
+
+
 def _unit_loss(unit: nn.Module, steps: StepContext) -> Callable[[UnitCalls], Tensor]:
     def loss(batch: UnitCalls) -> Tensor:
         with steps.at(batch.timestep):
-            outputs = output_tensors(unit(*batch.args, **batch.kwargs))
-            return torch.stack([squared_error(output, target) for output, target in zip(outputs, batch.outputs, strict=True)]).sum()
+            return _output_error(unit(*batch.args, **batch.kwargs), batch.outputs)
 
     return loss
 
@@ -95,6 +101,41 @@ def _unit_loss(unit: nn.Module, steps: StepContext) -> Callable[[UnitCalls], Ten
 @torch.no_grad()
 def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, parts: Sequence[Tensor]) -> float:
     return sum(float(loss(calls.rows(part))) * len(part) for part in parts) / sum(len(part) for part in parts)
+
+
+def _network_error(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], targets: UnitCalls, *, around: Around, keep: Keep) -> float:
+    """Return the mean error of a unit's outputs in the network over `batches`, which `keep` gets: the next unit starts from them."""
+    error, done = 0.0, 0
+
+    def see(number: int, batch: Inputs, _: Any, __: Any, output: Any) -> None:
+        nonlocal error, done
+        keep(number, output)
+        wanted = targets.rows(torch.arange(done, done + len(batch))).outputs
+        error += float(_output_error(output, wanted)) * len(batch)
+        done += len(batch)
+
+    run_to(denoiser, unit, batches, see, around=around)
+    return error / done
+
+
+class _FirstErrors:
+    """The error of each batch when it first ran.
+
+    A solver in closed form looks at all batches before it rounds anything, so that these are the errors of the nearest codes: one run less.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+        self.found: dict[int, float] = {}
+
+    def see(self, part: Tensor, error: Tensor) -> None:
+        self.found.setdefault(int(part[0]), float(error))
+
+    def mean(self) -> float | None:
+        """Return the mean over samples; None where not all of them ran."""
+        if len(self.found) < len(self.parts):
+            return None
+        return sum(self.found[int(part[0])] * len(part) for part in self.parts) / sum(len(part) for part in self.parts)
 
 
 def _split(count: int, share: float) -> tuple[Tensor, Tensor]:
@@ -126,21 +167,23 @@ def reconstruct_unit(
     """
     began, solver = time.perf_counter(), SOLVERS[rounding.solver]
     module = denoiser.module.get_submodule(unit.name)
-    full, calls = capture_unit(denoiser, module, batches, upstream, inputs=rounding.inputs, full_inputs=solver.runs_full, spool=spool)
+    reads: dict[str, Any] = {"inputs": rounding.inputs, "full_inputs": solver.runs_full}
+    full, calls = capture_unit(denoiser, module, batches, upstream, **reads, spool=spool, keep=upstream.keeper("full", unit.name))
     settle(module)
     loss = _unit_loss(module, steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
     parts = torch.arange(len(calls)).split(learning.batch_size)
     seen, held_out = _split(len(calls), learning.held_out)
 
-    def run(calls: UnitCalls, part: Tensor) -> None:
-        rows = calls.rows(part)
-        with steps.at(rows.timestep):
-            module(*rows.args, **rows.kwargs)
+    first = _FirstErrors(parts)
+
+    def run(part: Tensor) -> None:
+        first.see(part, loss(calls.rows(part)))
 
     def run_full(part: Tensor) -> None:
-        with full_precision(module):
-            run(full, part)
+        rows = full.rows(part)
+        with full_precision(module), steps.at(rows.timestep):
+            module(*rows.args, **rows.kwargs)
 
     def drawn(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(seen), (learning.batch_size,), generator=generator)
@@ -149,19 +192,33 @@ def reconstruct_unit(
     def judge() -> float:
         return _mean_error(loss, calls, held_out.split(learning.batch_size))
 
-    before, nearest = _mean_error(loss, calls, parts), {name: _copied(layer.learned()) for name, layer in layers.items()}
-    problem = UnitProblem(layers, parts, run_full, lambda part: run(calls, part), drawn, learning, advance, judge if len(held_out) else None, spool)
+    nearest = _copied(layers)
+    problem = UnitProblem(layers, parts, run_full, run, drawn, learning, advance, judge if len(held_out) else None, spool)
     iterations = solver.solve(problem, rounding, seed)
-    after = _mean_error(loss, calls, parts)
+    keep = upstream.keeper("quantized", unit.name) if rounding.inputs == "quantized" else None
+    if keep is None:
+        after = _mean_error(loss, calls, parts)
+    else:
+        after = _network_error(denoiser, module, batches, calls, around=upstream.around("quantized"), keep=keep)
+    before, solved = first.mean(), _copied(layers)
+    if before is None:
+        _restore(layers, nearest)
+        before = _mean_error(loss, calls, parts)
+        _restore(layers, solved)
     if not after <= before:
-        for name, layer in layers.items():
-            layer.restore(nearest[name])
+        _restore(layers, nearest)
+        upstream.discard("quantized", unit.name)
         after = before
     return UnitReport(unit.name, before, after, iterations, time.perf_counter() - began)
 
 
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def _copied(layers: Mapping[str, CalibratedLayer]) -> dict[str, dict[str, Tensor]]:
+    return {name: {key: tensor.clone() for key, tensor in layer.learned().items()} for name, layer in layers.items()}
+
+
+def _restore(layers: Mapping[str, CalibratedLayer], learned: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, layer in layers.items():
+        layer.restore(learned[name])
 
 
 def settle(module: nn.Module) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 
 def _hush(logging: ModuleType, stack: ExitStack) -> None:
@@ -19,8 +20,9 @@ def _hush(logging: ModuleType, stack: ExitStack) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let both libraries report errors only, without bars, while the context is open."""
+    """Let both libraries report errors only, without bars, while the context is open; transformers need not be installed."""
     with ExitStack() as stack:
-        for logging in (diffusers_logging, transformers_logging):
-            _hush(logging, stack)
+        _hush(diffusers_logging, stack)
+        if find_spec("transformers") is not None:
+            _hush(import_module("transformers.utils.logging"), stack)
         yield
