@@ -13,7 +13,6 @@ missing, so it can run in pieces.
 """
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from loading import loaded
 from torch import Tensor, nn
 
 import tfmq
@@ -119,15 +119,6 @@ def dit() -> Sampler:
     return _looped(module, (4, 32, 32), class_labels=torch.tensor([207]))
 
 
-def _loaded(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("ddpm64_load", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def models(ddpm64: Path | None, *, large: bool = False) -> Iterator[Model]:
     """Yield the models of the table."""
     yield Model("default", lambda: open_sampler("default"), trained=True)
@@ -135,7 +126,7 @@ def models(ddpm64: Path | None, *, large: bool = False) -> Iterator[Model]:
         path = ddpm64.resolve() / "load.py"
 
         def trained() -> Sampler:
-            found = _loaded(path)
+            found = loaded(path)
             return LoopSampler(tfmq.Denoiser(found.load_unet().requires_grad_(False)), found.scheduler(), shape=(3, 64, 64))
 
         yield Model("ddpm64", trained, trained=True, architecture=f"{path}:build_unet")
