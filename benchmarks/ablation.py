@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from methods import gptq
 from reference import Reference, environment, machine
 from torch import Tensor, nn
 
@@ -65,7 +66,7 @@ class Cell:
         if self.method in ("rtn", "brecq"):
             recipe = tfmq.scheme(f"{self.method}_{self.scheme}")
         elif self.method == "gptq":
-            recipe = replace(tfmq.scheme(f"brecq_{self.scheme}"), rounding=tfmq.scheme(self.scheme).rounding)
+            recipe = gptq(tfmq.scheme(self.scheme))
         else:
             maintenance, table = self.method.removeprefix("tfmq_").partition("_")[0], "float16" if self.method.endswith("fp16") else "int8"
             recipe = tfmq.scheme(self.scheme)

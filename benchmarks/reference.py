@@ -13,11 +13,13 @@ from torch import nn
 import tfmq
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls
+from tfmq.evaluation.cost.system import describe_machine
 from tfmq.evaluation.paired import PairedFidelity, paired_fidelity
 from tfmq.evaluation.sampling import Images, draw
 from tfmq.models.sampler import Sampler
 from tfmq.numerics.errors import sqnr_db
 from tfmq.progress import Progress
+from tfmq.storage.atomic import atomic_write
 
 # The noise of the measured images is none that calibration saw.
 IMAGE_SEED = 1234
@@ -52,17 +54,23 @@ class Reference:
 
     def prepare(self, progress: Progress) -> None:
         """Draw images and trajectory, where they are not there."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.sampler = self.fresh()
-        path = self.directory / f"reference-{self.num_images}.npy"
-        if not path.exists():
-            np.save(path, self.draw(self.sampler, progress))
-        self.images: Images = np.load(path)
+        self.prepare_images(progress)
         self.store = CalibrationStore(self.directory / "trajectory")
         if len(self.store) != self.steps:
             self.store.clear()
             with recorded_calls(self.sampler.denoiser, self.store.append):
                 self.sampler.run(range(self.trajectories), steps=self.steps, seed=IMAGE_SEED + 1)
+
+    def prepare_images(self, progress: Progress) -> None:
+        """Draw the images, where they are not there."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.sampler = self.fresh()
+        path = self.directory / f"reference-{self.num_images}.npy"
+        if not path.exists():
+            drawn = self.draw(self.sampler, progress)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                np.save(file, drawn)
+        self.images: Images = np.load(path)
 
     def draw(self, sampler: Sampler, progress: Progress) -> Images:
         """Draw the images with another model."""
@@ -90,6 +98,6 @@ def environment(command: str) -> dict[str, Any]:
     """Return what figures were measured with."""
     return {
         "machine": machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tfmq": tfmq.__version__},
+        "versions": {**describe_machine(torch.get_num_threads())["versions"], "tfmq": tfmq.__version__},
         "command": command,
     }

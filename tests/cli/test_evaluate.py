@@ -18,7 +18,7 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     result = tfmq(*command, "--json")
     assert result.status == 0, result.err
     assert [(row["metric"], row["model"], row["against"]) for row in result.json["rows"]] == [
-        ("fid[pooled-pixels]", "quantized", "full precision"),
+        ("fd[pooled-pixels]", "quantized", "full precision"),
         ("kid[pooled-pixels]", "quantized", "full precision"),
     ]
     paired = result.json["paired"]
@@ -29,7 +29,7 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     stored = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert {"output_dir": str(tmp_path / "e"), **stored} == result.json
     shown = tfmq(*command)
-    assert shown.status == 0 and "fid[pooled-pixels]" in shown.out and "3 pairs" in shown.out and "evaluation.json" in shown.out
+    assert shown.status == 0 and "fd[pooled-pixels]" in shown.out and "3 pairs" in shown.out and "evaluation.json" in shown.out
     assert {line.partition(":")[0] for line in shown.err.splitlines()} == {"full precision", "quantized", "pairs", "note"}
 
 

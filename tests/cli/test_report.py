@@ -26,7 +26,7 @@ def test_the_way_from_a_model_to_its_report(tfmq: Run, model: Path, quantized: P
     page, card = (Path(result.json[name]).read_text() for name in ("report", "card"))
     assert result.json["bytes"] == len(page.encode()) < 5_000_000
     for text in (page, card):
-        assert "fid[pooled-pixels]" in text and "psnr, 3 pairs" in text and "quick" in text
+        assert "fd[pooled-pixels]" in text and "psnr, 3 pairs" in text and "quick" in text
     assert "base_model_relation: quantized" in card and page.count("data:image/png") == 6
 
 

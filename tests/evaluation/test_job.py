@@ -70,9 +70,9 @@ def values(found: Evaluation) -> str:
 def test_every_comparison_once_full_precision_first(run: Callable[..., Any], models: tuple[LoopSampler, LoopSampler], real: Path) -> None:
     found = run(real=real)
     assert [(row.metric, row.model, row.against) for row in found.rows] == [
-        ("fid[pooled-pixels]", FULL, REAL),
-        ("fid[pooled-pixels]", QUANTIZED, REAL),
-        ("fid[pooled-pixels]", QUANTIZED, FULL),
+        ("fd[pooled-pixels]", FULL, REAL),
+        ("fd[pooled-pixels]", QUANTIZED, REAL),
+        ("fd[pooled-pixels]", QUANTIZED, FULL),
     ]
     full, low = (draw(model, 7, steps=4, seed=3, batch_size=3) for model in models)
 

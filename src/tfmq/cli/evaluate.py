@@ -63,7 +63,7 @@ def evaluate(
         int | None, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair. Default: 16, with --thorough 64.")
     ] = None,
     extractor: Annotated[
-        str, typer.Option("--extractor", metavar="NAME", help="inception, or pooled-pixels: local, and part of the metric's name.")
+        str, typer.Option("--extractor", metavar="NAME", help="inception; efficientnet-lite0 or pooled-pixels: local, and part of the metric's name.")
     ] = "inception",
     weights_dir: Annotated[
         Path | None,

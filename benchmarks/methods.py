@@ -1,0 +1,66 @@
+"""The methods that benchmarks compare, each a change of a scheme's recipe, and the cells of the leaderboard that they make."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import tfmq
+from tfmq.recipes.presets import brecq, fast, rtn, transformer
+from tfmq.recipes.recipe import Recipe
+
+
+def gptq(recipe: Recipe) -> Recipe:
+    """The solver of the tfmq rows and, like `brecq`, nothing that maintains temporal features."""
+    return replace(brecq(recipe), name=recipe.name.replace("tfmq", "gptq"), rounding=recipe.rounding)
+
+
+def min_max(recipe: Recipe) -> Recipe:
+    """Round to nearest on grids from the least to the greatest value, where `rtn` searches for the range of least error."""
+    nearest = rtn(recipe)
+    weights, activations = replace(nearest.weights, ranges="min_max"), replace(nearest.activations, ranges="min_max")
+    return replace(nearest, name=recipe.name.replace("tfmq", "min_max"), weights=weights, activations=activations)
+
+
+METHODS: dict[str, Callable[[Recipe], Recipe]] = {
+    "min-max": min_max,
+    "rtn": rtn,
+    "brecq": brecq,
+    "gptq": gptq,
+    "tfmq": lambda recipe: recipe,
+    "fast": fast,
+    "transformer": transformer,
+}
+BITS = ("w8a8", "w4a8", "w4a32", "w6a6", "w4a4")
+# These change the grids of inputs alone, which W4A32 does not have.
+OF_INPUTS = ("fast", "transformer")
+# Rows with three seeds; the others have one.
+HEADLINE = {"w4a8": ("rtn", "brecq", "tfmq", "transformer"), "w8a8": ("tfmq",)}
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One quantized model of the leaderboard."""
+
+    model: str
+    bits: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.bits}-{self.method}-{self.seed}"
+
+    def recipe(self) -> Recipe:
+        """Return the recipe, but for the calibration, which is the model's."""
+        return METHODS[self.method](tfmq.scheme(self.bits))
+
+
+def cells(models: Sequence[str], *, methods: Sequence[str] = tuple(METHODS), bits: Sequence[str] = BITS) -> Iterator[Cell]:
+    """Yield the cells of each model: the headline first, then the other rows, then further seeds of the headline."""
+    for model in models:
+        headline = [(width, method) for width, chosen in HEADLINE.items() for method in chosen]
+        every = [(width, method) for width in BITS for method in METHODS if not (width == "w4a32" and method in OF_INPUTS)]
+        ordered = [(row, 0) for row in dict.fromkeys([*headline, *every])] + [(row, seed) for seed in SEEDS[1:] for row in headline]
+        for (width, method), seed in ordered:
+            if width in bits and method in methods:
+                yield Cell(model, width, method, seed)
