@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import tfmq
+from tfmq.artifact import is_quantized
 from tfmq.evaluation.inspection import Inspection, inspect
 from tfmq.integrations.diffusers.pipelines import PipelineSampler, open_pipeline
 from tfmq.integrations.diffusers.quiet import quiet
@@ -249,10 +250,12 @@ class Family:
     calls: tuple[tuple[Any, Tensor], ...]
 
     def sampler(self, directory: Path) -> PipelineSampler:
-        """Open `directory` with diffusers alone and return a sampler with the family's options."""
+        """Open `directory` with diffusers alone and return a sampler with the family's options; what is quantized is simulated, as in memory."""
         absent = {name: None for name, component in self.reference.pipeline.components.items() if component is None}
         with quiet():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(directory, **absent)
+        if is_quantized(directory):
+            tfmq.execute(pipeline, "simulated")
         return PipelineSampler(pipeline, prompts=("a",), options=self.reference.options)
 
 
