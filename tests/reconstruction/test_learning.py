@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Linear
+from tfmq.numerics.rounding import annealed_beta, rounding_penalty
 from tfmq.quantizers.weight import fit_grid
 from tfmq.reconstruction.learning import CHECKS, PATIENCE, Learning, adaptive_rounding, learn_rounding
 
@@ -173,3 +174,30 @@ def test_without_an_end_in_sight_all_steps_are_taken() -> None:
         {"a": layer}, lambda g: output_error(layer, x), config, seed=0, advance=lambda n=1: None, judge=lambda: float(next(falling))
     )
     assert taken == 40
+
+
+def test_layers_that_learn_together_learn_what_plain_parameters_would() -> None:
+    """One tensor for all logits changes no number: the same steps of Adam on a tensor for each layer end in the same codes and logits."""
+    config = Learning(iterations=60, learning_rate=5e-2, warmup=0.2)
+    pairs = [{"a": calibrated(seed=1), "b": calibrated(seed=2, bits=4)} for _ in range(2)]
+    x = correlated()
+
+    def loss(layers: dict[str, CalibratedLayer], generator: torch.Generator) -> Tensor:
+        batch = x[torch.randint(256, (32,), generator=generator)]
+        return output_error(layers["a"], batch) + 2 * output_error(layers["b"], batch)
+
+    learn_rounding(pairs[0], lambda g: loss(pairs[0], g), config, seed=0, advance=lambda amount=1: None)
+    generator = torch.Generator().manual_seed(1)
+    with adaptive_rounding(pairs[1]) as roundings:
+        optimizer = torch.optim.Adam([rounding.logits for rounding in roundings], lr=config.learning_rate)
+        for iteration in range(config.iterations):
+            optimizer.zero_grad()
+            total = loss(pairs[1], generator)
+            beta = annealed_beta(iteration, config.iterations, start=config.beta_start, end=config.beta_end, warmup=config.warmup)
+            if beta is not None:
+                total = total + config.penalty * sum(rounding_penalty(rounding.soft(), beta) for rounding in roundings)
+            total.backward()
+            optimizer.step()
+    nearest = {"a": calibrated(seed=1), "b": calibrated(seed=2, bits=4)}
+    for name, layer in pairs[0].items():
+        assert torch.equal(layer.codes, pairs[1][name].codes) and not torch.equal(layer.codes, nearest[name].codes)

@@ -1,15 +1,15 @@
 """The one optimisation loop: rounding variables against any reconstruction loss."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.numerics.rounding import annealed_beta, rounding_penalty
+from tfmq.numerics.rounding import annealed_beta, rectified_sigmoid, rounding_penalty
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import AdaptiveRounding
 
@@ -75,6 +75,28 @@ def adaptive_rounding(layers: Mapping[str, CalibratedLayer], start: Start = full
     finally:
         for layer in layers.values():
             layer.rounding = None
+
+
+def _joined(roundings: Sequence[AdaptiveRounding]) -> list[nn.Parameter]:
+    """Let the logits of all `roundings`, and their gradients, be parts of one tensor for each device and dtype; return these.
+
+    A step is then a few operations rather than a few for each layer, on the same numbers.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[AdaptiveRounding]] = {}
+    for rounding in roundings:
+        groups.setdefault((rounding.logits.device, rounding.logits.dtype), []).append(rounding)
+    whole = []
+    for group in groups.values():
+        values = torch.cat([rounding.logits.detach().flatten() for rounding in group])
+        parts = [rounding.logits.numel() for rounding in group]
+        one = nn.Parameter(values)
+        one.grad = torch.zeros_like(values)
+        for rounding, value, gradient in zip(group, values.split(parts), one.grad.split(parts), strict=True):
+            shape = rounding.logits.shape
+            rounding.logits = nn.Parameter(value.view(shape))
+            rounding.logits.grad = gradient.view(shape)
+        whole.append(one)
+    return whole
 
 
 class _EarlyStop:
@@ -152,13 +174,15 @@ def learn_rounding(
     before = measured(), {name: layer.codes.clone() for name, layer in layers.items()}
     generator, early, taken = torch.Generator().manual_seed(seed + 1), _EarlyStop(layers, judge, config), 0
     with adaptive_rounding(layers, start) as roundings:
-        optimizer = torch.optim.Adam([rounding.logits for rounding in roundings], lr=config.learning_rate)
+        whole = _joined(roundings)
+        optimizer = torch.optim.Adam(whole, lr=config.learning_rate)
         for iteration in range(config.iterations):
             beta = annealed_beta(iteration, config.iterations, start=config.beta_start, end=config.beta_end, warmup=config.warmup)
-            optimizer.zero_grad()
+            # The parts would lose their places in it.
+            optimizer.zero_grad(set_to_none=False)
             total = loss(generator)
             if beta is not None:
-                total = total + config.penalty * sum(rounding_penalty(rounding.soft(), beta) for rounding in roundings)
+                total = total + config.penalty * sum(rounding_penalty(rectified_sigmoid(logits), beta) for logits in whole)
             total.backward()
             optimizer.step()
             taken += 1

@@ -19,8 +19,9 @@ from tfmq.reconstruction.units import Unit
 
 # Samples of a call that is looked at.
 ROWS = 8
-# Runs of a unit that its calls and errors take whatever the solver: twice captured, twice measured.
-RUNS = 4
+# Runs of a unit that its calls and errors take whatever the solver: once captured, once measured. A solver in closed form measures before it
+# rounds on its way, which takes any other a run of its own.
+RUNS = 2
 # A step of learning in forward runs of its batch, and seconds that it takes for each weight.
 STEP_RUNS, SECONDS_A_WEIGHT = 4.0, 4e-8
 
@@ -90,7 +91,7 @@ def predicted_costs(
     for unit in units:
         layers: list[CalibratedLayer] = [denoiser.module.get_submodule(name) for name in unit.layers]  # type: ignore[misc]
         a_sample = seconds[unit.name] / len(call)
-        runs = RUNS + (1 + len(layers) if solver.runs_full else 0)
+        runs = RUNS + (1 + len(layers) if solver.runs_full else 1)
         solved = sum(_closed_form(layer, samples, rounding) for layer in layers) / rate if solver.runs_full else 0.0
         weights = sum(layer.weight.numel() for layer in layers)
         costs[unit.name] = Cost(samples * a_sample * runs + solved, STEP_RUNS * learning.batch_size * a_sample + SECONDS_A_WEIGHT * weights)
