@@ -5,7 +5,9 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -14,6 +16,8 @@ from tfmq.calibration.trajectory import CalibrationError
 from tfmq.cli.outcome import complain, emit, job_hint, verb
 from tfmq.errors import MissingExtraError
 from tfmq.storage.errors import ChecksumError
+
+Run = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +190,29 @@ def test_ctrl_c_promises_to_continue_only_from_a_job_of_this_run(tmp_path: Path,
     assert "as it was" in said(opens=False) and "continues" in said(opens=True)
 
 
-def test_time_is_said_before_work_that_takes_some(capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_is_said_before_work_that_takes_some(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from tfmq.cli.progress import foretell
 
+    monkeypatch.setattr("tfmq.cli.progress.SHORT", 3.0)
     for seconds in (0.5, 40.2, 300.0, 9000.0, 7e6):
         foretell(seconds, "drawing")
     assert capsys.readouterr() == ("", "about 40 s: drawing\nabout 5 min: drawing\nabout 2.5 h: drawing\nabout 81 days: drawing\n")
+
+
+@pytest.mark.parametrize("verb", ["sample", "compare", "evaluate", "analyze", "quantize", "inspect"])
+def test_verbs_say_their_time(
+    tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr("tfmq.cli.progress.SHORT", 0.0)
+    out, few = ("--output-dir", tmp_path / "o"), ("--num-images", 1, "--backend", "simulated")
+    both = (quantized, "--reference", model)
+    given: dict[str, tuple[object, ...]] = {
+        "sample": (model, *out, "--num-images", 1, "--steps", 2),
+        "compare": (*both, *out, *few),
+        "evaluate": (*both, *out, *few, "--metrics", "psnr"),
+        "analyze": (*both, *out, *few),
+        "quantize": (model, *out, "--recipe", recipe),
+        "inspect": (model, "--device"),
+    }
+    result = tfmq(verb, *given[verb])
+    assert result.status == 0 and sum(line.startswith("about ") for line in result.err.splitlines()) == 1, result.err
