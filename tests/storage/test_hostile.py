@@ -301,14 +301,14 @@ def a_bit_of_the_component(directory: Path, chance: Random) -> None:
 FOREIGN, MISMATCH = ForeignFileError, TensorMismatchError
 # A misfit of manifest and architecture is a plain `ValueError` that names what does not fit (docs/format.md).
 BARE = {
-    "a bit of the data": Kind(a_bit_of_the_data, 50, (ChecksumError,)),
-    "a bit of the header": Kind(a_bit_of_the_header, 50, (FOREIGN, TruncatedFileError, MISMATCH)),
-    "an entry of the header": Kind(an_entry_of_the_header, 50, (FOREIGN, TruncatedFileError, MISMATCH)),
+    "a bit of the data": Kind(a_bit_of_the_data, 30, (ChecksumError,)),
+    "a bit of the header": Kind(a_bit_of_the_header, 30, (FOREIGN, TruncatedFileError, MISMATCH)),
+    "an entry of the header": Kind(an_entry_of_the_header, 40, (FOREIGN, TruncatedFileError, MISMATCH)),
     "a shorter file": Kind(a_shorter_file, 30, (TruncatedFileError,)),
     "a longer file": Kind(a_longer_file, 10, (FOREIGN,)),
     "a shorter manifest": Kind(a_shorter_manifest, 20, (FOREIGN, TruncatedFileError)),
-    "a bit of the manifest": Kind(a_bit_of_the_manifest, 40, (FOREIGN, VersionError, MISMATCH, ChecksumError)),
-    "a field": Kind(a_field, 60, (FOREIGN, VersionError, MISMATCH, ChecksumError)),
+    "a bit of the manifest": Kind(a_bit_of_the_manifest, 30, (FOREIGN, VersionError, MISMATCH, ChecksumError)),
+    "a field": Kind(a_field, 50, (FOREIGN, VersionError, MISMATCH, ChecksumError)),
     "a field, resealed": Kind(a_field_resealed, 60, (FOREIGN, VersionError, MISMATCH, ValueError), loads=True),
     "a part, resealed": Kind(a_part_resealed, 100, (FOREIGN, MISMATCH, ValueError), loads=True),
     "a depth": Kind(a_depth, 6, (FOREIGN,)),
@@ -320,12 +320,12 @@ BARE = {
     "a stranger below": Kind(a_stranger_below, 6, (ChecksumError,)),
 }
 PIPELINE = {
-    "a name in the list": Kind(a_name_in_the_list, 40, (FOREIGN, MissingFileError)),
+    "a name in the list": Kind(a_name_in_the_list, 30, (FOREIGN, MissingFileError)),
     "a value in the list": Kind(a_value_in_the_list, 20, (FOREIGN, ChecksumError)),
     "a listed file": Kind(a_listed_file, 10, (ChecksumError,)),
     "something gone": Kind(something_gone, 12, (MissingFileError, FOREIGN)),
     "a component, resealed": Kind(a_component_resealed, 6, (ChecksumError,)),
-    "a component, edited": Kind(a_component_edited, 30, (FOREIGN, VersionError, ChecksumError)),
+    "a component, edited": Kind(a_component_edited, 25, (FOREIGN, VersionError, ChecksumError)),
     "a bit of the component": Kind(a_bit_of_the_component, 6, (ChecksumError,)),
 }
 
