@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loading import loaded
+from torch import nn
 
 import tfmq
 from tfmq.cli.options import read_prompts
@@ -97,8 +98,15 @@ class Contestant:
         """Return what figures depend on: the weights, the prompts, and how the model is run."""
         asked = sha256("\n".join((*self.prompts, "", *self.calibration_prompts)).encode()).hexdigest()[:16] if self.prompts else None
         running = {"steps": self.running.steps, "guidance": self.running.guidance, "samples": self.running.samples}
-        weights = tensor_digest(self.sampler().denoiser.module.state_dict())[:16]
-        return {"weights": weights, "prompts": asked, **running}
+        return {"weights": weights_digest(self.sampler())[:16], "prompts": asked, **running}
+
+
+def weights_digest(sampler: Sampler) -> str:
+    """Return the digest of all weights that images depend on: the denoiser's and, where there is a pipeline, those of its other components."""
+    pipeline = getattr(sampler, "pipeline", None)
+    parts = {"denoiser": sampler.denoiser.module} if pipeline is None else pipeline.components
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    return tensor_digest({f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()})
 
 
 def find(text: str, options: argparse.Namespace) -> Contestant | None:

@@ -35,6 +35,7 @@ from scoring import Scorer, executed, fastest_step, full_precision_step
 from tfmq.artifact import is_quantized, stored_bytes
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.cli.progress import shown_progress
+from tfmq.errors import MissingExtraError
 from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.sampling import SamplingError
 from tfmq.integrations.diffusers.quiet import quiet
@@ -148,10 +149,11 @@ class Bench:
 
     def measure_full_precision(self) -> None:
         """Keep what full precision itself shows and costs."""
+        scorer = self.scorer
         size = sum(4 * parameter.numel() for parameter in self.reference.sampler.denoiser.module.parameters())
         measured = {
             "bytes": {"disk": size, "fp32": size},
-            "adherence": self.scorer.adherence(self.reference.images),
+            "adherence": scorer.adherence(self.reference.images),
             "step": full_precision_step(self.reference),
         }
         self.keep(f"{self.model.name}-{FULL}", {"bits": None, "method": FULL, "seed": 0, **measured})
@@ -242,12 +244,12 @@ def main() -> None:
         for text in options.models.split(","):
             try:
                 model = find(text, options)
-            except ValueError as error:
+                if model is None:
+                    print(f"skipped: there is no model {text} here; training/README.md says how it is made", file=sys.stderr, flush=True)
+                    continue
+                run(model, options, progress)
+            except (ValueError, MissingExtraError) as error:
                 raise SystemExit(f"error: {error}") from error
-            if model is None:
-                print(f"skipped: there is no model {text} here; training/README.md says how it is made", file=sys.stderr, flush=True)
-                continue
-            run(model, options, progress)
     print(page(read_cells(options.output_dir)))
 
 

@@ -61,16 +61,17 @@ class Scorer:
         model: the model.
         reference: its full-precision images, prepared.
         extractor: name of what gives the features of the Frechet distance.
+
+    Raises:
+        MissingExtraError: the extractor's library is not installed.
     """
 
     def __init__(self, model: Contestant, reference: Reference, extractor: str) -> None:
         self.reference = reference
         self.extractor = extractor
         self.judge = JUDGES[model.judge]() if model.judge else None
-
-    @cached_property
-    def _extract(self) -> Any:
-        return EXTRACTORS[self.extractor](Weights())
+        # Now rather than after an hour of calibration: its library may be missing.
+        self._extract = EXTRACTORS[extractor](Weights())
 
     def features(self, images: Images) -> Held:
         """Return the features of images."""

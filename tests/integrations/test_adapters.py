@@ -102,6 +102,7 @@ def test_the_drift_of_a_strong_lora_is_warned_about_with_its_figures(build: Any,
     assert "conv_in" not in {entry.name for entry in found}
     target.denoiser.module.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    tfmq.execute(loaded, "simulated")
     provenance = loaded.config.quantization_config.to_dict()["provenance"]
     assert provenance["lora"]["scale"] == 1.0 and provenance["lora"]["drift"][0]["excess"] == found[0].excess
     assert torch.equal(predictions(loaded), predictions(target.denoiser.module))
