@@ -30,7 +30,7 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     assert {"output_dir": str(tmp_path / "e"), **stored} == result.json
     shown = tfmq(*command)
     assert shown.status == 0 and "fd[pooled-pixels]" in shown.out and "3 pairs" in shown.out and "evaluation.json" in shown.out
-    assert {line.partition(":")[0] for line in shown.err.splitlines()} == {"full precision", "quantized", "pairs", "note"}
+    assert {line.partition(":")[0] for line in shown.err.splitlines()} == {"full precision", "quantized", "pairs"}
 
 
 def test_pairs_are_those_of_compare(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
