@@ -15,7 +15,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.plan import calibrated_layers, prepare
+from tfmq.nn.plan import calibrated_layers, packed_embeddings, prepare
 from tfmq.nn.structure import describe, input_kind, named_specs
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
@@ -71,8 +71,9 @@ def test_outlier_tokens_make_dynamic_grids_win_and_equal_tokens_static_ones(plan
     assert all((entry["dynamic"] < entry["static"]) is (entry["kept"] == "dynamic") for entry in found.values())
     kinds = {name: input_kind(spec["input"]) for name, spec in named_specs(result.manifest["structure"], "layers")}
     assert {name for name, kind in kinds.items() if kind == "dynamic"} == {name for name, entry in found.items() if entry["kept"] == "dynamic"}
-    # Convolutions and the temporal path keep their tables.
-    assert kinds.keys() - found.keys() and {kinds[name] for name in kinds.keys() - found.keys()} == {"per_step"}
+    # Convolutions and the temporal path keep their tables; an embedding has no input to quantize.
+    others = kinds.keys() - found.keys() - packed_embeddings(planted.denoiser.module).keys()
+    assert others and {kinds[name] for name in others} == {"per_step"}
     assert result.manifest["provenance"]["inputs"] == result.report["inputs"]
 
 

@@ -23,7 +23,7 @@ def foretell(seconds: float, what: str) -> None:
     """Say on stderr about how long work will take, before it begins, unless that is no time at all.
 
     >>> in_words(200), in_words(40), in_words(8000)
-    ('3 min', '40 s', '2.2 h')
+    ('3.3 min', '40 s', '2.2 h')
     """
     if seconds >= SHORT:
         print(f"about {in_words(seconds)}: {what}", file=sys.stderr, flush=True)
