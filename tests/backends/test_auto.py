@@ -16,6 +16,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PipelineQu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tfmq
 from tfmq.backends import measuring
@@ -28,6 +29,7 @@ from tfmq.evaluation.cost.source import dequantized
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
+from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import plain_forward
 from tfmq.numerics.errors import sqnr_db
@@ -367,8 +369,42 @@ def test_float_is_the_model_of_the_dequantized_weights(sampler: Callable[..., Lo
         output = run(module, inputs)
         assert sqnr_db(run(stock, inputs), output) > 100
         assert sqnr_db(full, output) > sqnr_db(full, simulated)
+        # What a stock layer does, and nothing that small models would feel.
+        direct = options == Options()
+        assert all((layer.decoded is not None) == direct and layer.unpacked is None for layer in packed_layers(module).values())
+        assert all((table.decoded is not None) == direct for table in module.modules() if isinstance(table, PackedEmbedding))
     execute(module, "simulated")
     assert torch.equal(run(module, inputs), simulated)
+    assert not any(table.decoded is not None for table in module.modules() if isinstance(table, PackedEmbedding))
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["unet", "dit", "conditional"])
+def test_float_does_what_the_full_precision_model_does_and_little_more(sampler: Callable[..., LoopSampler], name: str) -> None:
+    """On small models each operation counts: more of them is how `float` would be slower. What a call adds looks up its bins, and for NaN."""
+    original, made = sampler(name), sampler(name)
+    tfmq.quantize(made, replace(RECIPE, temporal=replace(RECIPE.temporal, maintenance="none")))
+    execute(made.denoiser.module, "float")
+    example = made.example()
+    counts = []
+    for module in (original.denoiser.module, made.denoiser.module):
+        inputs = Inputs(example.sample, torch.tensor([333]), example.conditions)
+        run(module, inputs)
+        with Counted() as counted:
+            run(module, inputs)
+        counts.append(counted.count)
+    assert counts[1] - counts[0] <= 25
 
 
 def test_a_graph_of_a_model_in_float_is_that_of_the_quantized_model(module: nn.Module) -> None:

@@ -51,3 +51,9 @@ def test_gradients_of_the_other_samples_stay() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     poisoned(x * 2, {"sample": with_nan(2, 3)})[0].sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.tensor([[2.0] * 3, [0.0] * 3]))
+
+
+def test_infinities_whose_sum_is_nan_concern_nobody() -> None:
+    x = torch.zeros(2, 3)
+    x[0, 0], x[1, 1] = torch.inf, -torch.inf
+    assert spoiled(poisoned(torch.zeros(2, 3), {"sample": x})) == [False, False]

@@ -115,3 +115,14 @@ def test_a_copy_has_a_step_of_its_own() -> None:
         other = copy.deepcopy(steps)
         with other.at(torch.tensor([1.0])):
             assert (steps.index.tolist(), other.index.tolist()) == ([1], [0])
+
+
+def test_bins_follow_timesteps_that_are_loaded_or_replaced() -> None:
+    steps = StepContext(torch.tensor([10.0, 20.0, 40.0]))
+    assert index_at(steps, 12, 40) == [0, 2]
+    steps.load_state_dict({"timesteps": torch.tensor([0.0, 11.0, 13.0])})
+    assert index_at(steps, 12.5, 1) == [2, 0]
+    steps.replace(torch.tensor([1.0, 2.0, 12.4, 12.6]))
+    assert index_at(steps, 12.45, 12.55) == [2, 3]
+    steps.register_buffer("timesteps", torch.tensor([1.0, 12.45]))
+    assert steps.lookup(torch.tensor([12.45]))[1].tolist() == [True]

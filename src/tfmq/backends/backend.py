@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from torch import nn
 
+from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
@@ -78,12 +79,14 @@ def release(module: nn.Module) -> None:
     module.tfmq_executor = None  # type: ignore[assignment]
     for child in module.modules():
         if isinstance(child, PackedLayer):
-            child.kernel = child.unpacked = None
+            child.kernel = child.unpacked = child.decoded = None
             child.input_precision = "quantized"
             child.unshelve()
         elif isinstance(child, ProductQuantizers):
             child.kernel = child.attention_kernel = None
             child.idle = False
+        elif isinstance(child, PackedEmbedding):
+            child.decoded = None
 
 
 def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:

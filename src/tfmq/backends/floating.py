@@ -3,6 +3,7 @@
 from torch import nn
 
 from tfmq.backends.backend import Coverage, Options, register
+from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
 
@@ -26,8 +27,10 @@ class Float:
         for layer in layers.values():
             layer.input_precision = "full"
             if options.weights == "unpacked":
-                layer.unpacked = layer.weight.to(dtype)
+                layer.decoded = layer.stock_weight.to(dtype).contiguous()
         for child in module.modules():
             if isinstance(child, ProductQuantizers):
                 child.idle = True
+            elif isinstance(child, PackedEmbedding) and options.weights == "unpacked":
+                child.decoded = child.weight.to(child.dtype)
         return Coverage(integer=(), floating=dict.fromkeys(layers, "float"))

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
+from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.swap import Executor, plain_forward
 
-# What a backend sets in a layer and in an owner of products; see `release`.
-LAYER, PRODUCTS = ("kernel", "unpacked", "input_precision"), ("kernel", "attention_kernel", "idle")
+# What a backend sets, by the kind of module; see `release`.
+ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    PackedLayer: ("kernel", "unpacked", "decoded", "input_precision"),
+    PackedEmbedding: ("decoded",),
+    ProductQuantizers: ("kernel", "attention_kernel", "idle"),
+}
 
 # Calls of one kind take the same time: the shapes, dtypes and devices of their tensors, and their other arguments by type.
 Kind = tuple[Any, ...]
@@ -47,10 +53,9 @@ class _Parts:
 def _parts(module: nn.Module, executor: Executor | None) -> _Parts:
     found: list[tuple[nn.Module, Mapping[str, Any], bool]] = []
     for child in module.modules():
-        if isinstance(child, PackedLayer):
-            found.append((child, {name: getattr(child, name) for name in LAYER}, child.shelved))
-        elif isinstance(child, ProductQuantizers):
-            found.append((child, {name: getattr(child, name) for name in PRODUCTS}, False))
+        names = next((names for kind, names in ATTRIBUTES.items() if isinstance(child, kind)), None)
+        if names is not None:
+            found.append((child, {name: getattr(child, name) for name in names}, isinstance(child, PackedLayer) and child.shelved))
     return _Parts(executor, tuple(found))
 
 
@@ -58,7 +63,7 @@ def _put(parts: _Parts) -> None:
     for child, attributes, shelved in parts.attributes:
         for name, value in attributes.items():
             # The model may have moved in the meantime.
-            here = isinstance(child, PackedLayer) and isinstance(value, nn.Module | Tensor)
+            here = isinstance(child, PackedWeight) and isinstance(value, nn.Module | Tensor)
             setattr(child, name, value.to(child.scale.device) if here else value)
         if shelved and isinstance(child, PackedLayer):
             child.shelve()

@@ -44,13 +44,17 @@ class CalibratedEmbedding(nn.Module):
 class PackedEmbedding(PackedWeight):
     """An embedding at rest: packed codes `[rows, width]`, with a scale and a zero-point for each row. Its output has the model's `dtype`.
 
-    `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with.
+    `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with. `decoded` is the weight in the model's
+    dtype, where a backend keeps it; it moves along and is no part of the state.
     """
+
+    decoded: Tensor | None
 
     def __init__(self, fmt: IntegerFormat, shape: tuple[int, ...], *, dtype: torch.dtype) -> None:
         super().__init__(fmt, shape)
         self.dtype = dtype
         self.unpacked: Tensor | None = None
+        self.register_buffer("decoded", None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
         super()._apply(fn, recurse)
@@ -68,6 +72,8 @@ class PackedEmbedding(PackedWeight):
         return self.shape[1]
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.decoded is not None and self.unpacked is None:
+            return F.embedding(input, self.decoded)
         index = input.flatten()
         codes = self._rows(index) if self.unpacked is None else self.unpacked[index]
         scale = self.scale[index]

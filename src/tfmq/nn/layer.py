@@ -81,10 +81,11 @@ class PackedLayer(PackedWeight):
     The bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
     that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state; both move
     with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the
-    simulation leaves the input as it comes.
+    simulation leaves the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend keeps that.
     """
 
     unpacked: Tensor | None
+    decoded: Tensor | None
 
     def __init__(
         self,
@@ -102,6 +103,7 @@ class PackedLayer(PackedWeight):
         self.input_quantizer = input_quantizer
         self.kernel: LayerKernel | None = None
         self.register_buffer("unpacked", None, persistent=False)
+        self.register_buffer("decoded", None, persistent=False)
         self.input_precision: Precision = "quantized"
         self.shelved = False
 
@@ -154,6 +156,9 @@ class PackedLayer(PackedWeight):
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel is not None:
             return self.kernel(input, None if self.input_quantizer is None else self.input_quantizer.rows(input))
+        if self.input_precision == "full" and (decoded := self.decoded) is not None:
+            # As a stock layer does it: a small one takes no longer than a few calls from Python.
+            return self.operation.multiply(input, decoded, self.bias)
         x = input if self.input_quantizer is None or self.input_precision == "full" else self.input_quantizer(input)
         weight = self.weight if self.unpacked is None else self.unpacked
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))

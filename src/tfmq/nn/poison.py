@@ -1,5 +1,6 @@
 """NaN in, NaN out: what integers cannot hold is carried around them."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,12 @@ def poisoned(output: Any, arguments: Any) -> Any:
     No integer stands for NaN, and what a quantizer makes of one differs between libraries. Within the model none arises in float32: integer
     layers put out what their grids bound, and infinities are the ends of a grid. A tensor without a row for each sample concerns all of them.
     """
-    broken = [leaf.isnan() for leaf in _floats(arguments)]
-    if not broken or not bool(torch.stack([part.any() for part in broken]).any()):
+    floats = list(_floats(arguments))
+    # A sum is NaN where a term is: one pass a tensor, at every call. Infinities of both signs end here too, and are looked at closely.
+    if not floats or not math.isnan(float(sum(leaf.detach().sum() for leaf in floats))):
+        return output
+    broken = [leaf.isnan() for leaf in floats]
+    if not bool(torch.stack([part.any() for part in broken]).any()):
         return output
 
     def spoil(leaf: Any) -> Any:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class StepContext(nn.Module):
         self._exact: Tensor | None = None
         self._all_exact = False
         self._warned = False
+        self._kept: tuple[Tensor, Tensor, float] | None = None
 
     @property
     def index(self) -> Tensor:
@@ -57,19 +59,30 @@ class StepContext(nn.Module):
         wanted = timestep.detach().flatten().to(self.timesteps.device, torch.float32)
         if len(self.timesteps) == 0:
             raise RuntimeError("the step table is empty: the model was not calibrated")
-        edges = (self.timesteps[1:] + self.timesteps[:-1]) / 2
+        edges, tolerance = self._bounds()
         index = torch.bucketize(wanted, edges)
-        return index, (self.timesteps[index] - wanted).abs() <= self._tolerance()
+        return index, (self.timesteps[index] - wanted).abs() <= tolerance
 
     def replace(self, timesteps: Tensor) -> None:
         """Take another finite set; whoever holds a row for each timestep has to follow. A timestep outside of it warns again."""
         self.timesteps = timesteps.detach().to(torch.float32).flatten().sort().values
         self._warned = False
 
-    def _tolerance(self) -> float:
-        """A thousandth of the smallest gap between calibrated timesteps: what rounding on the way here may have moved a timestep by."""
-        gaps = self.timesteps.diff()
-        return 1e-3 * float(gaps.min()) if len(gaps) else 1e-3
+    def _bounds(self) -> tuple[Tensor, float]:
+        """Return the edges between bins, and a thousandth of the smallest gap: what rounding on the way here may have moved a timestep by.
+
+        They are kept while the timesteps are the same tensor, since every call of a denoiser asks for them.
+        """
+        if self._kept is None or self._kept[0] is not self.timesteps:
+            gaps = self.timesteps.diff()
+            tolerance = 1e-3 * float(gaps.min()) if len(gaps) else 1e-3
+            self._kept = self.timesteps, (self.timesteps[1:] + self.timesteps[:-1]) / 2, tolerance
+        return self._kept[1:]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # It writes into the tensor.
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @contextmanager
     def at(self, timestep: Tensor) -> Iterator[None]:
