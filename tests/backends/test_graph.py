@@ -19,6 +19,7 @@ from tfmq.backends.openvino import shared_core
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
+from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.digest import tensor_digest
@@ -231,16 +232,52 @@ def test_the_compiled_torch_backend_equals_the_eager_one(cached: tuple[nn.Module
         assert sqnr_db(eager, Denoiser(module)(inputs)) > 40
 
 
-def test_a_timestep_that_no_table_knows_runs_layer_by_layer(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
-    pytest.importorskip("openvino")
+COMPILED = [("openvino", Options()), ("operators", Options(compile=True))]
+COMPILED += [("torch", Options(compile=True))] if available() else []
+
+
+@torch.no_grad()
+def unseen_outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """What a module computes for a batch at one timestep that no table knows, and for one of these beside a calibrated one."""
+    denoiser, mixed = Denoiser(module), inputs.timestep.clone()
+    mixed[1] += 1
+    return [denoiser(Inputs(inputs.sample, timestep, inputs.conditions)) for timestep in (inputs.timestep + 1, mixed)]
+
+
+@pytest.mark.parametrize(("backend", "options"), COMPILED, ids=[name for name, _ in COMPILED])
+@pytest.mark.filterwarnings("ignore:.*was not calibrated")
+def test_a_timestep_that_no_table_knows_runs_compiled(
+    cached: tuple[nn.Module, Inputs], own_cache: Path, monkeypatch: pytest.MonkeyPatch, backend: str, options: Options
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
     module, inputs = copy.deepcopy(cached[0]), cached[1]
-    unseen = Inputs(inputs.sample, inputs.timestep + 1, inputs.conditions)
-    with pytest.warns(UserWarning, match="was not calibrated"), torch.no_grad():
-        simulated = Denoiser(module)(unseen)
-    execute(module, "openvino")
-    with torch.no_grad():
-        assert torch.equal(Denoiser(module)(unseen), simulated)
-    assert not own_cache.exists()
+    simulated = unseen_outputs(module, inputs)
+    execute(module, "reference")
+    exact = unseen_outputs(module, inputs)
+    execute(module, backend, options=options)
+    unseen_outputs(module, inputs)
+    calls: list[str] = []
+    for name, child in packed_layers(module).items():
+        child.register_forward_hook(lambda *_, name=name: calls.append(name))  # type: ignore[misc]
+    for through, expected, plain in zip(unseen_outputs(module, inputs), exact, simulated, strict=True):
+        assert sqnr_db(expected, through) > 40
+        assert sqnr_db(plain, through) > 35
+    assert not calls, "layer by layer"
+
+
+@pytest.mark.parametrize(("backend", "options"), COMPILED, ids=[name for name, _ in COMPILED])
+@pytest.mark.filterwarnings("ignore:.*was not calibrated")
+def test_features_of_an_unseen_timestep_are_those_of_the_layers(
+    cached: tuple[nn.Module, Inputs], own_cache: Path, backend: str, options: Options
+) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    module, inputs = copy.deepcopy(cached[0]), cached[1]
+    execute(module, backend, options=options)
+    known, unseen = outputs(module, inputs)[0], unseen_outputs(module, inputs)[0]
+    # The timestep itself matters, and not the nearest calibrated one alone, which the grids belong to.
+    assert sqnr_db(known, unseen) < 30
 
 
 def test_nan_passes_a_compiled_graph(cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:

@@ -5,12 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from tfmq.backends.execution import execute
-from tfmq.export.capture import Call, Graph, KeyedGraph, capture
+from tfmq.export.capture import Call, FeatureGraph, Graph, KeyedGraph, capture
+from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.onednn import available
-from tfmq.models.denoiser import Inputs
+from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
+from tfmq.nn.temporal import tabulated
 
 
 def quantized(sampler: Callable[..., LoopSampler], name: str, cached: bool = True) -> tuple[nn.Module, Inputs]:
@@ -42,11 +45,12 @@ def test_a_graph_equals_the_denoiser_for_any_batch(sampler: Callable[..., LoopSa
     call = call_of(module, inputs)
     bins = torch.tensor([0, 2])
     program = capture(Graph(module, call.signature), call, dynamic=True).module()
-    (expected,) = Graph(module, call.signature)(bins, *call.tensors)
-    torch.testing.assert_close(program(bins, *call.tensors)[0], expected, rtol=0, atol=1e-5)
-    wider = call.resized(3)
-    (expected,) = Graph(module, call.signature)(bins[[1, 1, 1]], *wider)
-    torch.testing.assert_close(program(bins[[1, 1, 1]], *wider)[0], expected, rtol=0, atol=1e-5)
+    graph = Graph(module, call.signature)
+    for at, tensors in ((bins, call.tensors), (bins[[1, 1, 1]], call.resized(3))):
+        given = graph.arguments(at, tensors)
+        expected = tree_flatten(graph.output(at, tensors))[0][0]
+        torch.testing.assert_close(graph(*given)[0], expected, rtol=0, atol=0)
+        torch.testing.assert_close(program(*given)[0], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
@@ -54,9 +58,10 @@ def test_integer_transposed_convolutions_and_embeddings_are_captured(sampler: Ca
     module, inputs = quantized(sampler, "upsampler")
     assert not execute(module, "torch").floating
     call, bins = call_of(module, inputs), torch.tensor([0, 2])
-    expected = Graph(module, call.signature)(bins, *call.tensors)[0]
-    program = capture(Graph(module, call.signature), call, dynamic=False).module()
-    torch.testing.assert_close(program(bins, *call.tensors)[0], expected, rtol=0, atol=1e-5)
+    graph = Graph(module, call.signature)
+    given = graph.arguments(bins, call.tensors)
+    program = capture(graph, call, dynamic=False).module()
+    torch.testing.assert_close(program(*given)[0], graph(*given)[0], rtol=0, atol=1e-5)
 
 
 def test_the_layers_behind_a_table_are_gone_from_the_graph(sampler: Callable[..., LoopSampler]) -> None:
@@ -65,20 +70,49 @@ def test_the_layers_behind_a_table_are_gone_from_the_graph(sampler: Callable[...
         module, inputs = quantized(sampler, "unet", cached)
         call = call_of(module, inputs)
         graph = capture(Graph(module, call.signature), call, dynamic=False).graph
-        for node in [node for node in graph.nodes if "_assert_" in str(node.target)]:
-            graph.erase_node(node)
-        graph.eliminate_dead_code()
         targets = [str(node.target) for node in graph.nodes]
         counts.append((sum("sin" in t or "cos" in t for t in targets), sum("addmm" in t or "linear" in t for t in targets)))
     assert counts[0][0] > 0 and counts[1][0] == 0, "the sinusoid of the timestep"
     assert counts[1][1] < counts[0][1], "the time embedding and its projections"
 
 
+def test_the_graph_of_features_holds_the_layers_behind_the_tables_alone(sampler: Callable[..., LoopSampler]) -> None:
+    module, inputs = quantized(sampler, "unet")
+    call = call_of(module, inputs)
+    # Without writes in place, which every engine does away with.
+    with quiet_tools():
+        graph = capture(FeatureGraph(module, call.signature), call, dynamic=False).run_decompositions({}).graph
+    graph.eliminate_dead_code()
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert any("sin" in target or "cos" in target for target in targets)
+    assert not any("conv" in target or "group_norm" in target for target in targets), "what reads the sample"
+
+
+@pytest.mark.filterwarnings("ignore:.*was not calibrated")
+@pytest.mark.parametrize("name", ["unet", "sdxl"])
+def test_features_are_rows_of_the_tables_where_these_know_the_timestep(sampler: Callable[..., LoopSampler], name: str) -> None:
+    module, inputs = quantized(sampler, name)
+    call = call_of(module, inputs)
+    bins, exact, features = torch.tensor([0, 2]), torch.tensor([False, True]), FeatureGraph(module, call.signature)
+    timestep = call.tensors[call.signature.timestep]
+    timestep[0] += 30
+    (values,) = features(bins, exact, *call.tensors)
+    rows = tabulated(module, bins)
+    assert torch.equal(values[1], rows[1]) and not torch.equal(values[0], rows[0])
+    # With these features the denoiser is what it is layer by layer.
+    expected = Denoiser(module)(Inputs(inputs.sample, timestep, inputs.conditions))
+    assert torch.equal(Graph(module, call.signature)(bins, values, *call.tensors)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not calibrated")
 def test_a_graph_finds_its_bins_from_the_timesteps(sampler: Callable[..., LoopSampler]) -> None:
     module, inputs = quantized(sampler, "unet")
     call = call_of(module, inputs)
-    (expected,) = Graph(module, call.signature)(torch.tensor([0, 2]), *call.tensors)
-    assert torch.equal(KeyedGraph(module, call.signature)(*call.tensors)[0], expected)
+    keyed, timestep = KeyedGraph(module, call.signature), call.tensors[call.signature.timestep]
+    for _ in range(2):
+        assert torch.equal(keyed(*call.tensors)[0], Denoiser(module)(Inputs(inputs.sample, timestep, inputs.conditions)))
+        # A sample of the batch comes to stand where no table knows it.
+        timestep[0] += 30
 
 
 def test_a_signature_tells_calls_apart(sampler: Callable[..., LoopSampler]) -> None:

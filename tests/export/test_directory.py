@@ -46,6 +46,7 @@ def run_onnx(directory: Path, inputs: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy(session.run(["out_0"], {name: value.numpy() for name, value in inputs.items()})[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*was not calibrated")
 @pytest.mark.parametrize(("target", "package", "run"), [("openvino", "openvino", run_openvino), ("onnx", "onnxscript", run_onnx)])
 def test_an_exported_model_runs_on_its_own(
     quantized: tuple[LoopSampler, dict[str, Tensor], Tensor], tmp_path: Path, target: str, package: str, run: Callable[..., Tensor]
@@ -61,6 +62,11 @@ def test_an_exported_model_runs_on_its_own(
     assert sqnr_db(expected, run(tmp_path, inputs)) > 40
     first = {name: value[:1] for name, value in inputs.items()}
     assert sqnr_db(expected[:1], run(tmp_path, first)) > 40
+    # Two samples at timesteps that no table knows, one at a calibrated one.
+    unseen = {**inputs, "t": inputs["t"] + torch.tensor([-100, 0, 100])}
+    with torch.no_grad():
+        between = made.denoiser.module(**unseen)
+    assert sqnr_db(between, run(tmp_path, unseen)) > 40 > sqnr_db(between, expected)
 
 
 def test_what_cannot_be_exported(

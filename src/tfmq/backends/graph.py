@@ -1,44 +1,100 @@
 """Run a denoiser as compiled graphs, one for each signature and batch that occurs."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tfmq.export.capture import Call, Graph
-from tfmq.nn.swap import STEPS, plain_forward
-from tfmq.nn.temporal import CachedFeature, SkippedLayer
+from tfmq.backends.backend import EngineError
+from tfmq.export.capture import Call, FeatureGraph, Graph
+from tfmq.nn.swap import STEPS
+from tfmq.nn.temporal import cached_features, tabulated
+from tfmq.quantizers.steps import StepContext
 
 Run = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 Build = Callable[[Graph, Call], Run]
+Key = tuple[str, int]
+Kept = TypeVar("Kept")
+
+# Kinds of call whose graphs stay compiled, the last ones used: each holds its own form of every weight. Enough for two batches of two lengths
+# of a prompt.
+KEPT = 4
+# Characters of what an engine says: some print the whole graph.
+MESSAGE = 600
 
 
 class GraphExecutor:
-    """Builds a graph when a call of a new kind comes, and keeps it.
+    """Builds a graph when a call of a new kind comes, and keeps it while it is among the `KEPT` last ones used.
 
-    Timesteps that a temporal table does not know need the layers behind the tables, which no graph has: such a call runs layer by layer.
+    The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up here, at any other a graph of their
+    own computes them, which holds the layers behind the tables and is built when the first such timestep comes.
+
+    A call raises `EngineError` where the engine, called `engine` in the message, cannot compile a graph or run it for the first time. What the
+    model itself refuses, such as inputs that do not fit, is raised as it is.
     """
 
-    def __init__(self, module: nn.Module, build: Build) -> None:
+    def __init__(self, module: nn.Module, build: Build, *, engine: str = "torch's compiler") -> None:
         self.build = build
-        self.tables = any(isinstance(child, CachedFeature | SkippedLayer) for child in module.modules())
-        self.runs: dict[tuple[str, int], tuple[Run, TreeSpec]] = {}
+        self.engine = engine
+        cached = cached_features(module).values()
+        timesteps = getattr(module, STEPS).timesteps
+        with torch.no_grad():
+            self.table = tabulated(module, torch.arange(len(timesteps), device=timesteps.device)) if cached else None
+            # Timesteps at which every feature comes from its table.
+            self.chosen = torch.stack([child.use_table.bool() for child in cached]).all(dim=0) if cached else None
+        self.everywhere = all(child.everywhere for child in cached)
+        self.denoisers: OrderedDict[Key, tuple[Run, TreeSpec]] = OrderedDict()
+        self.features: OrderedDict[Key, Run] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphExecutor":
         # A graph holds the weights it was built with, which do not change; the copy of a model runs the same ones.
         return self
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        steps = getattr(module, STEPS)
-        if self.tables and not steps.all_exact:
-            return plain_forward(module, arguments)
+        steps: StepContext = getattr(module, STEPS)
         call = Call.of(module, arguments)
-        bins = steps.index.expand(call.batch)
-        key = call.signature.key, call.batch
-        if key not in self.runs:
-            graph = Graph(module, call.signature)
-            _, structure = tree_flatten(graph.output(bins, call.tensors))
-            self.runs[key] = self.build(graph, call), structure
-        run, structure = self.runs[key]
-        return tree_unflatten(list(run(bins, call.tensors)), structure)
+        run, structure = _used(self.denoisers, (call.signature.key, call.batch), lambda: self._denoiser(module, steps, call))
+        features = () if self.table is None else (self._features(module, steps, call),)
+        return tree_unflatten(list(run(steps.index.expand(call.batch), (*features, *call.tensors))), structure)
+
+    def _features(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
+        """Return the temporal features of a call, float32 `[B, D]`."""
+        assert self.table is not None and self.chosen is not None
+        index = steps.index
+        if steps.all_exact and (self.everywhere or bool(self.chosen.to(index.device)[index].all())):
+            self.table = self.table.to(index.device)
+            return self.table[index].expand(call.batch, -1)
+        run = _used(self.features, (call.signature.key, call.batch), lambda: self._compiled(FeatureGraph(module, call.signature), call))
+        (features,) = run(index.expand(call.batch), (steps.exact.expand(call.batch), *call.tensors))
+        return features
+
+    def _denoiser(self, module: nn.Module, steps: StepContext, call: Call) -> tuple[Run, TreeSpec]:
+        graph = Graph(module, call.signature)
+        _, structure = tree_flatten(graph.output(steps.index.expand(call.batch), call.tensors))
+        return self._compiled(graph, call), structure
+
+    def _compiled(self, graph: Graph, call: Call) -> Run:
+        try:
+            run = self.build(graph, call)
+            # Some engines compile at the first run.
+            bins, *inputs = graph.arguments(torch.zeros(call.batch, dtype=torch.long, device=call.tensors[0].device), call.tensors)
+            run(bins, tuple(inputs))
+        except EngineError:
+            raise
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            raise EngineError(f"{self.engine} cannot compile the {graph.kind} for a batch of {call.batch}: {text[:MESSAGE]}") from error
+        return run
+
+
+def _used(kept: "OrderedDict[Key, Kept]", key: Key, make: Callable[[], Kept]) -> Kept:
+    """Return what is kept under a key, made if it is not there; what was used longest ago goes."""
+    if key not in kept:
+        kept[key] = make()
+        if len(kept) > KEPT:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]

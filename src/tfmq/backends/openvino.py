@@ -1,6 +1,7 @@
 """The openvino backend: the whole denoiser as one OpenVINO model on the CPU, its layers fused to INT8 with our scales."""
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.allocator import give_back, page_out
-from tfmq.backends.backend import Coverage, Options, by_input, register
+from tfmq.backends.backend import Coverage, EngineError, Options, by_input, register
+from tfmq.backends.blame import blamed
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
+from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.storage.digest import module_digest
 
@@ -54,11 +57,24 @@ class OpenVINO:
     def attach(self, module: nn.Module, options: Options) -> Coverage:
         """Let the denoiser run as OpenVINO models; a first call with a new shape converts and compiles."""
         layers, floating = by_input(module)
-        floating |= {name: ASYMMETRIC for name, layer in layers.items() if not layer.integer_weight().narrow}
+        floating |= {name: ASYMMETRIC for name, layer in layers.items() if not _narrow(layer)}
         floating |= {name: GROUPED for name, layer in layers.items() if layer.operation.stored_axis is None}
         integer = tuple(name for name in layers if name not in floating)
-        module.tfmq_executor = GraphExecutor(module, _Builder(module, options))  # type: ignore[assignment]
+        module.tfmq_executor = GraphExecutor(module, _Builder(module, options), engine="OpenVINO")  # type: ignore[assignment]
         return Coverage(integer=integer, floating=floating)
+
+
+def _narrow(layer: PackedLayer) -> bool:
+    """Whether the integer weight fits into eight signed bits. Codes of an asymmetric 8-bit grid alone have to be unpacked to see."""
+    return layer.format.bits < 8 or layer.format.symmetric or layer.integer_weight().narrow
+
+
+def _compiles(core: Any, model: Any, settings: Mapping[str, Any]) -> bool:
+    try:
+        core.compile_model(model, "CPU", settings)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _let_go(module: nn.Module) -> None:
@@ -98,7 +114,7 @@ class _Builder:
             "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32",
             "CACHE_DIR": str(cache_directory("openvino")),
         }  # fmt: skip
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        request = self._compiled(core, model, settings, graph, call).create_infer_request()
         outputs = len(model.outputs)
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -108,19 +124,33 @@ class _Builder:
 
         return run
 
+    def _compiled(self, core: Any, model: Any, settings: Mapping[str, Any], graph: Graph, call: Call) -> Any:
+        try:
+            return core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            where = blamed(model, packed_layers(graph.module), lambda part: _compiles(core, part, {**settings, "CACHE_DIR": ""}))
+            last = str(error).split("\n\n")[0].strip().splitlines()[-1]
+            text = f"OpenVINO cannot compile the {graph.kind} for a batch of {call.batch}: {last}"
+            raise EngineError(f"{text}; at {where}" if where else text) from error
+
     def _converted(self, graph: Graph, call: Call) -> Path:
         import openvino as ov
 
         from tfmq.export.openvino import convert
 
         for batch in ("any", str(call.batch)):
-            path = self._path(call, batch)
+            path = self._path(graph, call, batch)
             if path.exists():
                 return path
+        from openvino import frontend
+
         with graph_kernels(graph.module):
-            model = convert(graph, call)
+            try:
+                model = convert(graph, call)
+            except (frontend.GeneralFailure, frontend.NotImplementedFailure, frontend.OpConversionFailure, frontend.OpValidationFailure) as error:
+                raise EngineError(f"OpenVINO cannot convert the {graph.kind}: {' '.join(str(error).split())}") from error
         fixed = all(port.partial_shape.is_static for port in model.inputs)
-        path = self._path(call, str(call.batch) if fixed else "any")
+        path = self._path(graph, call, str(call.batch) if fixed else "any")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.xml")
         ov.save_model(model, partial, compress_to_fp16=False)
@@ -128,8 +158,8 @@ class _Builder:
         os.replace(partial, path)
         return path
 
-    def _path(self, call: Call, batch: str) -> Path:
+    def _path(self, graph: Graph, call: Call, batch: str) -> Path:
         import openvino as ov
 
-        text = "\n".join([CONVERSION, self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
+        text = "\n".join([CONVERSION, graph.kind, self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
         return cache_directory("openvino") / f"{sha256(text.encode()).hexdigest()[:32]}.xml"

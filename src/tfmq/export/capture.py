@@ -2,16 +2,20 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from tfmq.export.quiet import quiet_tools
 from tfmq.nn.swap import STEPS, TIMESTEP, plain_forward
+from tfmq.nn.temporal import cached_features, given_features, tabulated
 from tfmq.numerics.errors import sqnr_db
+from tfmq.temporal.probe import layer_outputs
 
 # Stands for a tensor among the constants of a signature.
 TENSOR = "<tensor>"
@@ -74,54 +78,106 @@ class Call:
 
 
 class Graph(nn.Module):
-    """A denoiser as a function `(bins [B], *tensors) -> tensors`."""
+    """A denoiser as a function `(bins [B], features [B, D], *tensors) -> tensors`.
+
+    The bins look up the grids of activations. The temporal features that have tables are an input, whether they come from the tables or, at
+    timesteps that these do not know, from a `FeatureGraph`: neither the tables nor the layers behind them are in this graph. A model without
+    tables has no such input.
+    """
+
+    kind = "denoiser"
 
     def __init__(self, module: nn.Module, signature: Signature) -> None:
         super().__init__()
         self.module = module
         self.signature = signature
+        self.tables = bool(cached_features(module))
 
     def output(self, bins: Tensor, tensors: Sequence[Tensor]) -> Any:
-        """Return what the denoiser returns, in its own structure."""
+        """Return what the denoiser returns at calibrated timesteps, in its own structure."""
+        with getattr(self.module, STEPS).at_bins(bins):
+            return self.called(tensors)
+
+    def called(self, tensors: Sequence[Tensor]) -> Any:
+        """Call the denoiser's own forward within the step context that is set."""
         given = iter(tensors)
         leaves = [next(given) if constant is TENSOR else constant for constant in self.signature.constants]
-        with getattr(self.module, STEPS).at_bins(bins):
-            return plain_forward(self.module, tree_unflatten(leaves, self.signature.structure))
+        return plain_forward(self.module, tree_unflatten(leaves, self.signature.structure))
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the inputs are called, in the order of `arguments`."""
-        return ("bins", *self.signature.names)
+        return ("bins", *(("temporal_features",) if self.tables else ()), *self.signature.names)
 
     @property
     def batched(self) -> tuple[bool, ...]:
         """Whether the first axis of an input is the batch, in the order of `arguments`."""
-        return (True, *self.signature.batched)
+        return (*(True for _ in range(len(self.names) - len(self.signature.names))), *self.signature.batched)
 
     def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the inputs of the graph for `tensors` at the timesteps of `bins` `[B]`."""
-        return (bins, *tensors)
+        return (bins, *((tabulated(self.module, bins),) if self.tables else ()), *tensors)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        bins, *tensors = inputs
-        return tuple(tree_flatten(self.output(bins, tensors))[0])
+        bins, *rest = inputs
+        with given_features(self.module, rest.pop(0)) if self.tables else nullcontext():
+            return tuple(tree_flatten(self.output(bins, rest))[0])
+
+    def _between(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the tensors with the timesteps halfway between those of `bins` and their neighbours, which were not calibrated if there is room."""
+        timesteps, position = getattr(self.module, STEPS).timesteps, self.signature.timestep
+        near = torch.where(bins + 1 < len(timesteps), bins + 1, (bins - 1).clamp(min=0))
+        halfway = ((timesteps[bins] + timesteps[near]) / 2).to(tensors[position].dtype)
+        return (*tensors[:position], halfway, *tensors[position + 1 :])
+
+
+class FeatureGraph(Graph):
+    """The temporal features of a denoiser as a function `(bins [B], exact [B], *tensors) -> features [B, D]`.
+
+    Each comes from its table at timesteps that are `exact` and chose it, and from the layer behind it at any other. Of the tensors only the
+    timesteps `[B]` matter, since a table has one row a timestep.
+    """
+
+    kind = "features"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("bins", "exact", *self.signature.names)
+
+    def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (bins, torch.zeros_like(bins, dtype=torch.bool), *self._between(bins, tensors))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        bins, exact, *tensors = inputs
+        children = cached_features(self.module)
+        with getattr(self.module, STEPS).at_bins(bins, exact), layer_outputs(self.module, list(children)) as outputs:
+            self.called(tensors)
+        batch = bins.shape[0]
+        # A layer that this kind of call leaves out is not read either.
+        parts = [outputs[name] if name in outputs else bins.new_zeros(batch, child.width) for name, child in children.items()]
+        # The frames of a video stand at one timestep: one row serves them.
+        rows = [part if part.shape[0] == batch else part.unflatten(0, (batch, -1))[:, 0] for part in parts]
+        return (torch.cat([row.float() for row in rows], dim=1),)
 
 
 class KeyedGraph(Graph):
-    """A denoiser as a function `tensors -> tensors` that finds the bins from the timesteps itself: nearest calibrated one, tables included."""
+    """A denoiser as a function `tensors -> tensors` that finds the bins from the timesteps itself: nearest calibrated one, tables included.
+
+    It computes the layers behind the tables too, and takes from the tables what they know.
+    """
+
+    kind = "keyed"
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        super().__init__(module, signature)
+        self.tolerance: float = getattr(module, STEPS).tolerance
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.signature.names
 
-    @property
-    def batched(self) -> tuple[bool, ...]:
-        return self.signature.batched
-
     def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        timestep = self.signature.timestep
-        at = getattr(self.module, STEPS).timesteps[bins].to(tensors[timestep].dtype)
-        return (*tensors[:timestep], at, *tensors[timestep + 1 :])
+        return self._between(bins, tensors)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         steps = getattr(self.module, STEPS)
@@ -129,7 +185,9 @@ class KeyedGraph(Graph):
         edges = (steps.timesteps[1:] + steps.timesteps[:-1]) / 2
         # What `torch.bucketize` counts, in operators that every engine has.
         bins = (edges[None] < timestep[:, None]).to(torch.long).sum(dim=1)
-        return tuple(tree_flatten(self.output(bins, inputs))[0])
+        exact = (steps.timesteps[bins] - timestep).abs() <= self.tolerance
+        with steps.at_bins(bins, exact):
+            return tuple(tree_flatten(self.called(inputs))[0])
 
 
 @torch.no_grad()
@@ -141,7 +199,19 @@ def capture(graph: Graph, call: Call, *, dynamic: bool) -> torch.export.Exported
     shapes = (tuple({0: torch.export.Dim.AUTO} if varies else None for varies in graph.batched),)
     graph(*arguments)  # Kernels make their constants.
     with quiet_tools():
-        return torch.export.export(graph, arguments, dynamic_shapes=shapes if dynamic else None, strict=False)
+        program = torch.export.export(graph, arguments, dynamic_shapes=shapes if dynamic else None, strict=False)
+    # Checks of what capture has just found would keep everything that they look at, such as the layers behind the tables.
+    for node in [node for node in program.graph.nodes if "_assert_" in str(node.target)]:
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    return program
+
+
+def any_batch(program: torch.export.ExportedProgram, graph: Graph) -> bool:
+    """Whether a graph that was captured for any batch is that: code that takes the batch for a number fixes it."""
+    inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    given = [inputs[name] for name in program.graph_signature.user_inputs]
+    return not any(varies and is_concrete_int(tensor.shape[0]) for tensor, varies in zip(given, graph.batched, strict=True))
 
 
 @torch.no_grad()
@@ -165,6 +235,7 @@ def trace(graph: Graph, call: Call) -> Any | None:
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         try:
             traced = torch.jit.trace(lambda *inputs: graph(*inputs), example, check_trace=False)
+            torch._C._jit_pass_dce(traced.graph)
             # An optimized run would keep every weight in float32 beside its integers, as a constant.
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 found = traced(*other)

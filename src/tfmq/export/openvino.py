@@ -8,9 +8,10 @@ import openvino as ov
 import torch
 from openvino import opset13 as ops
 
-from tfmq.export.capture import Call, Graph, capture, trace
+from tfmq.export.capture import Call, Graph, any_batch, capture, trace
 from tfmq.export.channels_last import rewrite
 from tfmq.export.quiet import quiet_tools
+from tfmq.export.workarounds import scale_by_single_weights
 
 
 def _codes(node: Any) -> list[Any]:
@@ -35,6 +36,7 @@ def convert(graph: Graph, call: Call) -> ov.Model:
     Its inputs are called by the graph's names; one that the graph does not read may be missing.
     """
     model = _shaped(graph, call)
+    scale_by_single_weights(model)
     rewrite(model)
     for port in model.inputs:
         # An input that is read instead of a part of a concatenation has the part's names too.
@@ -50,11 +52,13 @@ def _shaped(graph: Graph, call: Call) -> ov.Model:
         model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         return model
     captured = {f"inputs_{index}": name for index, name in enumerate(graph.names)}
-    for dynamic in (True, False):
-        model = _named(_converted(capture(graph, call, dynamic=dynamic)), captured)
-        fixed = any(port.partial_shape[0].is_static for port in model.inputs if graph.batched[graph.names.index(port.get_any_name())])
-        if not fixed:
-            break
+    program = capture(graph, call, dynamic=True)
+    if any_batch(program, graph):
+        return _named(_converted(program), captured)
+    model = _named(_converted(capture(graph, call, dynamic=False)), captured)
+    # What capture took for constants is in no shape of the converted model, whose inputs are open.
+    shapes = sizes(graph, call, call.batch)
+    model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
     return model
 
 

@@ -57,17 +57,23 @@ class FeatureTable(nn.Module):
 
 
 def _for_rows(values: Tensor, x: Tensor) -> Tensor:
-    """Repeat `values` `[B]` for an input with several rows a sample, such as the frames of a video; a single value serves any number."""
+    """Repeat `values` `[B, ...]` for an input with several rows a sample, such as the frames of a video; a single row serves any number."""
     # Not `len`, which a graph would take for a constant.
     batch, rows = values.shape[0], x.shape[0]
-    return values.repeat_interleave(rows // batch) if batch > 1 and rows != batch else values
+    return values.repeat_interleave(rows // batch, dim=0) if batch > 1 and rows != batch else values
+
+
+def _as_output(values: Tensor, x: Tensor) -> Tensor:
+    """Return rows `[B or 1, d]` as a layer would put them out for the input `x`, of which nothing is read but what a graph knows of it."""
+    return values if values.shape[0] == x.shape[0] else values.expand(x.shape[0], -1)
 
 
 class CachedFeature(nn.Module):
     """A temporal layer whose output comes from a table at the timesteps that selected it.
 
     `use_table` `[S]` holds the choice of disturbance-aware selection for each timestep. The layer itself stays as `block`: it serves the
-    timesteps that kept it, and schedules that the table does not know.
+    timesteps that kept it, and schedules that the table does not know. Where whoever runs the denoiser has the output of a call already,
+    `given_features` sets it as `given` `[B, d]`, and neither table nor block is read.
     """
 
     use_table: Tensor
@@ -78,6 +84,7 @@ class CachedFeature(nn.Module):
         self.table = table
         self.everywhere = everywhere
         self.enabled = True
+        self.given: Tensor | None = None
         self._steps = (steps,)
         self.register_buffer("use_table", torch.ones(len(steps.timesteps), dtype=torch.uint8))
 
@@ -86,15 +93,21 @@ class CachedFeature(nn.Module):
         """The weight of the layer behind the table."""
         return weight_of(self.block)
 
+    @property
+    def width(self) -> int:
+        """The number of values of the feature."""
+        return self.table.values.shape[1]
+
     def forward(self, input: Tensor) -> Tensor:
         x, (steps,) = input, self._steps
+        if self.given is not None:
+            return _as_output(_for_rows(self.given, x).to(x.dtype), x)
         if not self.enabled:
             return self.block(x)
         index, exact = _for_rows(steps.index, x), _for_rows(steps.exact, x)
         cached = self.table(index).to(x.dtype)
         if self.everywhere and steps.all_exact:
-            # Of `x` nothing where that will do: a traced graph would compute it for its shape.
-            return cached if cached.shape[0] == x.shape[0] else cached.expand(x.shape[0], -1)
+            return _as_output(cached, x)
         use = self.use_table[index].bool() & exact
         return torch.where(use[:, None], cached, self.block(x))
 
@@ -120,6 +133,29 @@ class SkippedLayer(nn.Module):
             # Of `x` only what a graph knows without computing it.
             return torch.zeros(1, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], self.width)
         return self.block(x)
+
+
+def cached_features(module: nn.Module) -> dict[str, CachedFeature]:
+    """Return every temporal layer behind a table below `module`, by name, in the order in which `given_features` takes their outputs."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}
+
+
+def tabulated(module: nn.Module, index: Tensor) -> Tensor:
+    """Return the rows of all tables at bins `index` `[B]` side by side, float32 `[B, D]`."""
+    return torch.cat([child.table(index) for child in cached_features(module).values()], dim=1)
+
+
+@contextmanager
+def given_features(module: nn.Module, values: Tensor) -> Iterator[None]:
+    """Let the temporal layers behind tables put out `values` `[B, D]` for a while, each its own columns, whatever the timestep."""
+    children = list(cached_features(module).values())
+    try:
+        for child, part in zip(children, values.split([child.width for child in children], dim=1), strict=True):
+            child.given = part
+        yield
+    finally:
+        for child in children:
+            child.given = None
 
 
 def stock_name(module: nn.Module, name: str) -> str:

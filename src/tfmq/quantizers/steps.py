@@ -84,6 +84,11 @@ class StepContext(nn.Module):
         self._kept = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    @property
+    def tolerance(self) -> float:
+        """A thousandth of the smallest gap between calibrated timesteps: what rounding on the way here may have moved a timestep by."""
+        return self._bounds()[1]
+
     @contextmanager
     def at(self, timestep: Tensor) -> Iterator[None]:
         """Set the current bins for the duration of one denoiser call; warn once about timesteps that were not calibrated."""
@@ -100,11 +105,15 @@ class StepContext(nn.Module):
             self._index, self._exact, self._all_exact = before
 
     @contextmanager
-    def at_bins(self, index: Tensor) -> Iterator[None]:
-        """Set the current bins `[B or 1]` of calibrated timesteps without looking at values, for graphs in which they are an input."""
+    def at_bins(self, index: Tensor, exact: Tensor | None = None) -> Iterator[None]:
+        """Set the current bins `[B or 1]` without looking at values, for graphs in which they are an input.
+
+        `exact`, of the same shape, says which of the timesteps are calibrated ones; without it all of them are.
+        """
         before = self._index, self._exact, self._all_exact
         try:
-            self._index, self._exact, self._all_exact = index, torch.ones_like(index, dtype=torch.bool), True
+            self._index, self._all_exact = index, exact is None
+            self._exact = torch.ones_like(index, dtype=torch.bool) if exact is None else exact
             yield
         finally:
             self._index, self._exact, self._all_exact = before
