@@ -72,6 +72,21 @@ def test_on_the_grid_every_bit_is_the_references(layer_cases: Cases, data: st.Da
     assert agree(OnednnKernel(weight)(x, rows), ReferenceKernel(weight, rows.levels)(x, rows), weight, x, rows)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("stride", [(1, 2), (2, 2), (2, 3)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_outputs_of_one_column_are_the_references(stride: tuple[int, int], width: int, mixed: bool) -> None:
+    """The library (torch 2.13, on AMX tiles) adds up wrong rows there."""
+    values = torch.randint(-7, 8, (6, 4, 3, 3)).to(torch.int16)
+    weight = IntegerWeight(Convolution(stride, (1, 1), (1, 1), 1), values, torch.rand(6, 1) + 0.1, None)
+    grids = 2 if mixed else 1
+    rows = Rows(torch.rand(grids, 1) + 0.1, torch.randint(200, (grids, 1)).to(torch.uint8), 256)
+    scale, zero_point = (column(grid[:, 0], 4).float() for grid in (rows.scale, rows.zero_point))
+    x = (torch.randint(256, (2, 4, 12, width)) - zero_point) * scale
+    y = OnednnKernel(weight)(x, rows)
+    assert agree(y, ReferenceKernel(weight, 256)(x, rows), weight, x, rows) and y.is_contiguous(memory_format=torch.channels_last)
+
+
 @given(st.data())
 def test_near_ties_an_output_moves_by_the_codes_that_may_differ(layer_cases: Cases, data: st.DataObject) -> None:
     weight, x, rows = data.draw(layer_cases(offset=near_ties, narrow=True))

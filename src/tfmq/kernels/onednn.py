@@ -111,6 +111,7 @@ class _Part:
             self.stride, self.dilation = [[1, *v][-2:] for v in (self.window.stride, self.window.dilation)]
             self.pads = pads(self.window)
             self.padding = [0, *(before for before, _ in self.window.border)][-2:] if self.pads else [0, 0]
+            self.reach = self.dilation[1] * (narrow.shape[-1] - 1)
             # With a zero-point, so that the packed weight holds what any zero-point needs.
             geometry = self.stride, self.padding, self.dilation, self.groups
             batch, *places = size
@@ -142,7 +143,14 @@ class _Part:
             return torch.ops.onednn.qlinear_pointwise(codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail)
         geometry = self.stride, padding, self.dilation, self.groups
         wide = codes.unsqueeze(2) if codes.ndim == 3 else codes
+        # Where a strided convolution puts out one column, the library (torch 2.13, on AMX tiles) adds up wrong rows: let it put out two.
+        stride, columns = self.stride[1], wide.shape[3] + 2 * geometry[1][1] - self.reach
+        narrow = stride > 1 and columns <= stride
+        if narrow:
+            wide = F.pad(wide, (0, stride), value=zero_point).contiguous(memory_format=torch.channels_last)
         y = torch.ops.onednn.qconv2d_pointwise(wide, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *geometry, *tail)
+        if narrow:
+            y = y[..., :1].contiguous(memory_format=torch.channels_last)
         return y.squeeze(2) if codes.ndim == 3 else y
 
 
