@@ -1,7 +1,9 @@
 """Pipelines as samplers."""
 
+import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,3 +140,14 @@ def test_the_classes_of_images_can_be_chosen() -> None:
     sampler.labels = (10,)
     with pytest.raises(ValueError, match="the classes 0 to 9"):
         sampler.run(range(1), steps=1, seed=0)
+
+
+def test_pipelines_load_quietly_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    name = quiet.__module__
+    # As a process finds it that has not imported it yet.
+    monkeypatch.delitem(sys.modules, name)
+    with importlib.import_module(name).quiet():
+        assert diffusers_logging.get_verbosity() == logging.ERROR
