@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tfmq.allocator import give_back, page_out
 from tfmq.backends.backend import Coverage, EngineError, Options, by_input, register
-from tfmq.backends.blame import blamed
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
+from tfmq.backends.openvino_blame import blamed
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
