@@ -156,7 +156,7 @@ def quantize(
             there is, with a warning that names the others. They are quantized one after the other.
         resources: limits of memory and of time.
         helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
-        foretold: is told about how many seconds everything before the units takes, before it begins.
+        foretold: is told about how many seconds calibration takes, and later the units, before they begin.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:

@@ -4,7 +4,6 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from tfmq.reconstruction.resources import Resources
 
 DEFAULT_SCHEME = "w4a8"
-CALIBRATION = "calibration; the units after it say what they take as they go"
 
 
 def _named(scheme: str | None, path: Path | None) -> "Recipe":
@@ -169,7 +167,7 @@ def _quantized(
         target = located(model) if isinstance(model, str) else model
         order = Order(target=target, recipe=recipe, output_dir=output_dir, resources=resources, **options)
         helpers = None if crew is None else Helpers(crew, order)
-        given: dict[str, Any] = {"helpers": helpers, "resources": resources, "foretold": partial(foretell, what=CALIBRATION), "progress": progress}
+        given: dict[str, Any] = {"helpers": helpers, "resources": resources, "foretold": foretell, "progress": progress}
         found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, **given, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
     size = {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}

@@ -30,7 +30,7 @@ def record_calls(job: Job, work: Work) -> None:
         check_time(job, work)
         check_room(job)
         if job.foretold is not None:
-            job.foretold(calibration_seconds(job, work))
+            job.foretold(calibration_seconds(job, work), "calibration")
         job.store.clear()
         _record(job, work)
         return {"calls": torch.tensor(len(job.store))}

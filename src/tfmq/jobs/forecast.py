@@ -1,6 +1,7 @@
 """What a calibration takes of time and disk, said before it begins and refused where it cannot be had."""
 
 import shutil
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +12,10 @@ from tfmq.nn.operation import weight_of
 from tfmq.numerics.ranges import search
 from tfmq.progress import seconds_of
 from tfmq.recipes.recipe import Recipe
-from tfmq.reconstruction.sensitivity import SECONDS_A_WEIGHT, STEP_RUNS
+from tfmq.reconstruction.budget import Cost
+from tfmq.reconstruction.sensitivity import ROWS, SECONDS_A_WEIGHT, STEP_RUNS, predicted_costs
+from tfmq.reconstruction.solvers import SOLVERS
+from tfmq.reconstruction.units import Unit
 
 # A call whose quantizers look at their inputs, in calls.
 OBSERVED = 2.0
@@ -39,6 +43,23 @@ def calibration_seconds(job: Job, work: Work) -> float:
         weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
         a_step = STEP_RUNS * seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
     return (1 + OBSERVED * passes) * a_call + searches * a_range + learning.iterations * a_step
+
+
+def unit_costs(job: Job, units: Sequence[Unit]) -> list[Cost]:
+    """Return what each unit will cost, by the time of its part in one call, its sizes and this machine's speed."""
+    denoiser, recipe = job.denoiser, job.recipe
+    device = next(denoiser.module.parameters()).device
+    call = job.store.read(len(job.store) // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device))
+    samples = sum(len(batch) for batch in job.batches)
+    costs = predicted_costs(denoiser, units, call, samples=samples, rounding=recipe.rounding, learning=recipe.learning)
+    return [costs[unit.name] for unit in units]
+
+
+def units_seconds(job: Job, units: Sequence[Unit]) -> float:
+    """Return about what `units` take."""
+    learning = job.recipe.learning
+    iterations = learning.iterations if SOLVERS[job.recipe.rounding.solver].work(learning, 0) else 0
+    return sum(cost.base + cost.step * iterations for cost in unit_costs(job, units))
 
 
 def expected_bytes(example: Inputs, recipe: Recipe) -> int:

@@ -22,8 +22,8 @@ from tfmq.reconstruction.units import Unit
 from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
 
-# Is told about how many seconds will go by.
-Foretold = Callable[[float], None]
+# Is told about how many seconds will go by, and with what.
+Foretold = Callable[[float, str], None]
 
 
 class Helpers(Protocol):
@@ -55,7 +55,7 @@ class Job:
         seed: of calibration noise and of every learning stage.
         resources: limits of memory and time.
         helpers: do what they can ahead of this process: the trajectory, and units that do not wait for each other.
-        foretold: is told about how many seconds the stages before the units take, before they begin.
+        foretold: is told about how many seconds calibration takes, and later the units, before they begin.
         progress: shows bars.
         began: value of `time.perf_counter` from which a budget of time counts.
     """

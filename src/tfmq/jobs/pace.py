@@ -8,11 +8,12 @@ from typing import Protocol
 
 import torch
 
+from tfmq.jobs.forecast import unit_costs
 from tfmq.jobs.job import Job
 from tfmq.progress import Advance
 from tfmq.reconstruction.budget import Budget, Cost, Grant
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.sensitivity import ROWS, output_sensitivity, predicted_costs
+from tfmq.reconstruction.sensitivity import ROWS, output_sensitivity
 from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.reconstruction.unit import UnitReport
 from tfmq.reconstruction.units import Unit
@@ -112,11 +113,9 @@ def _measured(job: Job, units: Sequence[Unit], seconds: float) -> dict[str, torc
     """Return the sensitivity and the costs of units; zeros where the budget is gone, since measuring would only add to it."""
     if job.elapsed() > seconds:
         return {"sensitivity": torch.zeros(len(units), dtype=torch.float64), "costs": torch.zeros(len(units), 2, dtype=torch.float64)}
-    denoiser, store, recipe = job.denoiser, job.store, job.recipe
+    denoiser, store = job.denoiser, job.store
     device = next(denoiser.module.parameters()).device
     # From the noisier and from the cleaner half of the schedule.
     calls = [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
-    samples = sum(len(batch) for batch in job.batches)
-    costs = predicted_costs(denoiser, units, calls[0], samples=samples, rounding=recipe.rounding, learning=recipe.learning)
-    rows = torch.tensor([[costs[unit.name].base, costs[unit.name].step] for unit in units], dtype=torch.float64)
+    rows = torch.tensor([[cost.base, cost.step] for cost in unit_costs(job, units)], dtype=torch.float64)
     return {"sensitivity": output_sensitivity(denoiser, units, calls), "costs": rows.reshape(-1, 2)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from tfmq.calibration.readers import called_once, find_readers
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.spool import Spool
+from tfmq.jobs.forecast import units_seconds
 from tfmq.jobs.job import Job, Work
 from tfmq.jobs.pace import Noted, Pace, paced
 from tfmq.jobs.temporal import maintained
@@ -55,6 +56,9 @@ def reconstruct_units(job: Job, work: Work) -> None:
         readers, once = find_readers(job.denoiser, names, example), called_once(job.denoiser, names, example)
     upstream = Upstream(job.store.directory / "outputs", readers=readers, once=once)
     pace, reports = paced(job, units), []
+    waiting = [unit for number, unit in enumerate(units) if not job.journal.done(unit_file(number))]
+    if job.foretold is not None and waiting and job.resources.time_budget is None:
+        job.foretold(units_seconds(job, waiting), "units")
     amounts = [work_amount(rounding, job.recipe.learning, len(unit.layers)) for unit in units]
     # Each unit counts one more, for its calls.
     with job.progress("units: reconstruction", sum(amounts) + len(units)) as advance:
