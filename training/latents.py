@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from scenes import JUDGED, PAINTED, read_digits, scene_batch
+from scenes import JUDGED, PAINTED, read_digits, scene_batch, typical
 from torch import Generator, Tensor
 
 from tfmq.evaluation.adherence.scenes import Scene, parse
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--digits", type=Path, required=True)
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=60_000)
+    parser.add_argument("--scenes", type=int, default=24_000)
+    parser.add_argument("--exemplars", type=int, default=50, help="of each digit: the most typical ones, which a small model can learn to tell apart")
+    parser.add_argument("--jitter", type=float, default=0.25, help="how much varies that captions do not say, relative to the most the judge knows")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -51,11 +53,13 @@ def main() -> None:
     model = AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
     for part, (split, held) in PARTS.items():
         count = options.scenes if part == "train" else min(2048, options.scenes)
+        kept = torch.arange(len(digits))[split]
+        kept = kept[typical(digits[kept], labels[kept], options.exemplars)]
         latents, captions, began = [], [], time.time()
         for start in range(0, count, CHUNK):
             # A generator for each chunk: a pool of any size begins with the same scenes.
             generator = Generator().manual_seed(options.seed * 1_000_003 + start)
-            scenes, images = scene_batch(digits[split], labels[split], min(CHUNK, count - start), generator, held=held)
+            scenes, images = scene_batch(digits[kept], labels[kept], min(CHUNK, count - start), generator, held=held, jitter=options.jitter)
             latents.append(encode(model, images).half())
             captions += [scene.caption() for scene in scenes]
             if start % (CHUNK * 16) == 0:

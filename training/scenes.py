@@ -119,47 +119,60 @@ def _uniform(generator: Generator, low: float, high: float, *shape: int) -> Tens
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
 
-def _ink(names: list[str], generator: Generator) -> Tensor:
+def _ink(names: list[str], generator: Generator, jitter: float) -> Tensor:
     """Return colours `[N, 3]` near those of `names`."""
     colours = torch.tensor([COLOURS[name] for name in names])
-    return (colours + _uniform(generator, -0.04, 0.04, *colours.shape)).clamp(0, 1)
+    return (colours + jitter * _uniform(generator, -0.04, 0.04, *colours.shape)).clamp(0, 1)
 
 
-def paint(scenes: list[Scene], digits: Tensor, generator: Generator) -> Tensor:
+def typical(digits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` digits of each label that are nearest to the mean of their label, ascending."""
+    kept = []
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        distance = (digits[rows] - digits[rows].mean(0)).square().flatten(1).sum(1)
+        kept.append(rows[distance.argsort()[:count]])
+    return torch.cat(kept).sort().values
+
+
+def paint(scenes: list[Scene], digits: Tensor, generator: Generator, *, jitter: float = 1.0) -> Tensor:
     """Paint scenes whose figures are the digits `[N, 2, 28, 28]` (the second unused where a scene has one).
+
+    What a caption never says, such as the exact place, size, turn and tint, varies by `jitter`, relative to the most that the judge knows.
 
     Returns:
         Images `[N, 3, 64, 64]` in [0, 1].
     """
     count = len(scenes)
-    base = _ink([scene.ground or "" for scene in scenes], generator)
+    base = _ink([scene.ground or "" for scene in scenes], generator, jitter)
     angle = _uniform(generator, 0, 2 * math.pi, count, 1, 1)
-    axis = torch.linspace(-0.06, 0.06, SIZE)
+    axis = jitter * torch.linspace(-0.06, 0.06, SIZE)
     canvas = (base[:, :, None, None] + (axis[:, None] * angle.sin() + axis * angle.cos())[:, None]).clamp(0, 1)
     for slot in range(2):
         rows = [row for row, scene in enumerate(scenes) if len(scene.figures) > slot]
         if rows:
             figures = [scenes[row].figures[slot] for row in rows]
-            canvas[rows] = _over(canvas[rows], [scenes[row] for row in rows], figures, digits[rows, slot : slot + 1], slot, generator)
+            canvas[rows] = _over(canvas[rows], [scenes[row] for row in rows], figures, digits[rows, slot : slot + 1], slot, generator, jitter)
     return canvas
 
 
-def _over(canvas: Tensor, scenes: list[Scene], figures: list[Figure], digits: Tensor, slot: int, generator: Generator) -> Tensor:
+def _over(canvas: Tensor, scenes: list[Scene], figures: list[Figure], digits: Tensor, slot: int, generator: Generator, jitter: float) -> Tensor:
     """Return `canvas` with one figure painted over each of its images."""
     count, middle = len(figures), SIZE / 2
     pair = torch.tensor([len(scene.figures) == 2 for scene in scenes])
-    side = torch.where(pair, _uniform(generator, *BESIDE, count), _uniform(generator, *ALONE, count))
+    sizes = [sum(bounds) / 2 + jitter * _uniform(generator, -0.5, 0.5, count) * (bounds[1] - bounds[0]) for bounds in (BESIDE, ALONE)]
+    side = torch.where(pair, *sizes)
     offset = torch.tensor([OFFSETS.get(scene.place or "", (0.0, 0.0)) for scene in scenes]) * (1 if slot == 0 else -1)
-    centre = middle + offset + _uniform(generator, -1, 1, count, 2) * torch.where(pair, 1.5, 5.0)[:, None]
-    slant = torch.tensor([0.5 if figure.slant == "slanted" else 0.0 for figure in figures]) + _uniform(generator, -0.06, 0.06, count)
-    turn = _uniform(generator, -0.06, 0.06, count)
+    centre = middle + offset + _uniform(generator, -1, 1, count, 2) * torch.where(pair, 1.5 * jitter, 5.0 * jitter)[:, None]
+    slant = torch.tensor([0.5 if figure.slant == "slanted" else 0.0 for figure in figures]) + jitter * _uniform(generator, -0.06, 0.06, count)
+    turn = jitter * _uniform(generator, -0.06, 0.06, count)
     masks = _stroked(digits, torch.tensor([figure.stroke == "bold" for figure in figures]))
     alpha = _placed(masks, centre, side, slant, turn)
-    return canvas.lerp(_ink([figure.ink or "" for figure in figures], generator)[:, :, None, None].expand_as(canvas), alpha)
+    return canvas.lerp(_ink([figure.ink or "" for figure in figures], generator, jitter)[:, :, None, None].expand_as(canvas), alpha)
 
 
 def scene_batch(
-    digits: Tensor, labels: Tensor, count: int, generator: Generator, *, pairs: float = 0.4, held: bool = False
+    digits: Tensor, labels: Tensor, count: int, generator: Generator, *, pairs: float = 0.4, held: bool = False, jitter: float = 1.0
 ) -> tuple[list[Scene], Tensor]:
     """Return `count` scenes with their images `[count, 3, 64, 64]`, from combinations that training sees, or `held` out of it.
 
@@ -174,4 +187,4 @@ def scene_batch(
         if held_out(scene) == held:
             scenes.append(scene)
             chosen.append(index)
-    return scenes, paint(scenes, digits[torch.stack(chosen)][:, :, 0], generator)
+    return scenes, paint(scenes, digits[torch.stack(chosen)][:, :, 0], generator, jitter=jitter)

@@ -27,7 +27,7 @@ def test_a_row_is_off_by_half_a_step_of_its_own_grid_at_most(bits: int, symmetri
     layer.weight_precision = "quantized"
     step = layer.grid.scale[index]
     assert bool(((layer(index) - layer.weight[index]).abs() <= step * 0.5001 + 1e-7).all())
-    packed = layer.packed()
+    packed = layer.finished()
     assert torch.equal(packed(index), layer(index))
     assert torch.equal(nn.functional.embedding(index, packed.weight), packed(index))
     packed.unpacked = packed.codes
@@ -35,7 +35,7 @@ def test_a_row_is_off_by_half_a_step_of_its_own_grid_at_most(bits: int, symmetri
 
 
 def test_a_look_up_unpacks_the_rows_that_it_reads_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, unpacked = calibrated(4, rows=1000).packed(), []
+    packed, unpacked = calibrated(4, rows=1000).finished(), []
 
     def counted(values: torch.Tensor, **options: Any) -> torch.Tensor:
         unpacked.append(len(values))
@@ -48,7 +48,7 @@ def test_a_look_up_unpacks_the_rows_that_it_reads_and_no_others(monkeypatch: pyt
 
 
 def test_the_output_has_the_dtype_of_the_model_and_follows_it() -> None:
-    packed = calibrated(dtype=torch.bfloat16).packed()
+    packed = calibrated(dtype=torch.bfloat16).finished()
     assert packed(torch.tensor([1])).dtype == torch.bfloat16
     assert packed.float()(torch.tensor([1])).dtype == torch.float32
     assert nn.Sequential(packed).half()[0].dtype == torch.float16
@@ -56,12 +56,12 @@ def test_the_output_has_the_dtype_of_the_model_and_follows_it() -> None:
 
 def test_an_unused_row_of_zeros_stays_zero() -> None:
     source = nn.Embedding(4, 3, padding_idx=1).requires_grad_(False)
-    packed = CalibratedEmbedding(source, fit_grid(source.weight, IntegerFormat(4))).packed()
+    packed = CalibratedEmbedding(source, fit_grid(source.weight, IntegerFormat(4))).finished()
     assert not packed(torch.tensor([1])).any() and (packed.num_embeddings, packed.embedding_dim) == (4, 3)
 
 
 def test_other_rows_are_rounded_in_place() -> None:
-    packed, rows = calibrated().packed(), torch.randn(6, 5)
+    packed, rows = calibrated().finished(), torch.randn(6, 5)
     packed.round(rows)
     assert float((packed.weight - rows).abs().max()) < 0.02
     assert isinstance(packed, PackedEmbedding) and packed.stock_weight.shape == rows.shape
