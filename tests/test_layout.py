@@ -305,7 +305,7 @@ def test_loaded_by_sees_a_heavy_import() -> None:
         ("numerics/affine.py", "import importlib\nimportlib.import_module('..storage', __package__)"),
         ("numerics/affine.py", "if TYPE_CHECKING:\n    from tfmq.nn import linear"),
         ("recipes.py", "import tfmq.jobs.workflow"),
-        ("workflow.py", "from tfmq.integrations import diffusers"),
+        ("jobs/workflow.py", "from tfmq.integrations import diffusers"),
         ("workflow/__init__.py", "def f():\n    from ..integrations import diffusers"),
         ("errors.py", "import tfmq.numerics"),
         ("__init__.py", "from tfmq.jobs.workflow import quantize"),

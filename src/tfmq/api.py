@@ -71,6 +71,7 @@ def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], param
         },
         "inputs": _inputs(outcome),
         "floating": summary(outcome.floating, quantized_bytes),
+        "judged": None if outcome.verdict is None else outcome.verdict.values(),
         "sha256": manifest["digest"],
     }
 

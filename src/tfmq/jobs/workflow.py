@@ -1,11 +1,12 @@
 """The order of quantization, as a list of stages. Nothing else knows it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tfmq.calibration.choice import InputErrors
 from tfmq.jobs.calibration import choose_inputs, fit_activations, record_calls, settle_embeddings
 from tfmq.jobs.job import Job, Stage, Work
+from tfmq.jobs.judging import RECIPE, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
 from tfmq.jobs.temporal import maintain_temporal
 from tfmq.jobs.units import list_units, reconstruct_units
 from tfmq.nn.floating import Floating, floating
@@ -14,6 +15,7 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
 from tfmq.reconstruction.tiar import full_features
 from tfmq.reconstruction.unit import UnitReport
+from tfmq.storage.journal import Journal
 from tfmq.temporal.cache import quantized_features
 from tfmq.temporal.disturbance import Disturbance, disturbance
 from tfmq.temporal.probe import probe
@@ -23,13 +25,15 @@ from tfmq.temporal.probe import probe
 class Outcome:
     """What quantization did.
 
-    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, and what stays in floating point.
+    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what stays in floating point, and what
+    candidates for the whole model drew.
     """
 
     units: tuple[UnitReport, ...]
     disturbance: Disturbance
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
     floating: tuple[Floating, ...] = ()
+    verdict: Verdict | None = None
 
 
 def swap_layers(job: Job, work: Work) -> None:
@@ -66,7 +70,27 @@ def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
 
 def quantize_denoiser(job: Job) -> Outcome:
     """Quantize the job's denoiser in place; afterwards it holds packed layers only."""
-    work, module = run(job), job.denoiser.module
+    module, count = job.denoiser.module, judged(job)
+    full = shared_copy(module) if count else None
+    found = _packed(job, run(job))
+    if full is None:
+        return found
+    other = shared_copy(full)
+    with exchanged(module, other):
+        # The recorded calls are there; what it finds is found again in less time than it takes to keep.
+        simple = replace(job, recipe=plain(job.recipe), journal=Journal(None, {}, resume=False))
+        simplest = _packed(simple, run(simple, LAYING_OUT))
+    verdict = compare(job, full, other, count)
+    if verdict.kept == RECIPE:
+        return replace(found, verdict=verdict)
+    exchange(module, other)
+    return replace(simplest, verdict=verdict)
+
+
+def _packed(job: Job, work: Work) -> Outcome:
+    """Pack the job's model and return what was done."""
+    module = job.denoiser.module
     pack_all(module)
-    found = quantized_features(work.block, work.steps, work.block.features)
-    return Outcome(work.reports, disturbance(work.steps.timesteps, work.full, found), work.inputs, floating(module, work.block.trace.quantizable))
+    features = quantized_features(work.block, work.steps, work.block.features)
+    disturbed = disturbance(work.steps.timesteps, work.full, features)
+    return Outcome(work.reports, disturbed, work.inputs, floating(module, work.block.trace.quantizable))

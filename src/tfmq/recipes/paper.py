@@ -50,7 +50,7 @@ class Protocol:
 def _calibration(
     steps: int, interval: int, *, samples: int = 256, eta: float | None = None, guidance: float | None = None, spacing: Spacing | None = None
 ) -> Calibration:
-    return Calibration(samples=samples, steps=steps, interval=interval, batch_size=32, eta=eta, guidance_scale=guidance, spacing=spacing)
+    return Calibration(samples=samples, steps=steps, interval=interval, batch_size=32, eta=eta, guidance_scale=guidance, spacing=spacing, judged=0.0)
 
 
 def _results(rows: Mapping[str, tuple[float, ...]], *further: str) -> dict[str, Result]:

@@ -49,6 +49,7 @@ def brecq(recipe: Recipe) -> Recipe:
         rounding=replace(recipe.rounding, solver="adaround"),
         activations=replace(recipe.activations, per_step="none"),
         temporal=Temporal(maintenance="none"),
+        calibration=replace(recipe.calibration, judged=0.0),
     )
 
 

@@ -132,8 +132,12 @@ def call_options(calibration: Mapping[str, Any]) -> dict[str, Any]:
 class Calibration:
     """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from every `interval`-th step.
 
-    `eta` (of DDIM) and `guidance_scale` are passed to the pipeline's call, in calibration and when the quantized model is opened again; None
-    leaves them to the pipeline. `spacing` is that of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even steps.
+    Attributes:
+        eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is opened again; None leaves them to the
+            pipeline. `eta` is that of DDIM.
+        spacing: of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even steps.
+        judged: images for each of the samples, rounded down, by which the whole model is judged in the end. They are drawn from noise of their
+            own by the model that the recipe makes, by the plainest one of the same bits, and in full precision. 0 judges nothing.
     """
 
     samples: int = 32
@@ -143,8 +147,11 @@ class Calibration:
     eta: float | None = None
     guidance_scale: float | None = None
     spacing: Spacing | None = None
+    judged: float = 0.25
 
     def __post_init__(self) -> None:
+        if not 0 <= self.judged < inf:
+            raise ValueError(f"calibration.judged must be finite and not negative, got {self.judged}")
         for name in ("samples", "steps", "interval", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")

@@ -55,3 +55,14 @@ def write_comparison_files(directory: Path, comparison: Comparison, metrics: Map
     write_temporal(directory / "temporal.png", comparison.temporal, title=metrics["scheme"])
     np.savez_compressed(directory / "samples.npz", reference=comparison.reference, quantized=comparison.quantized)
     write_json(directory / "metrics.json", metrics)
+
+
+def judged_in_words(found: Mapping[str, Any]) -> str:
+    """Return what candidates for the whole model drew, and which one was kept.
+
+    >>> judged_in_words({"images": 8, "psnr_db": {"recipe": 38.25, "plain": 31.0}, "kept": "recipe"})
+    '38.2 dB over 8 images, 31.0 dB with nearest codes and exact ranges'
+    """
+    recipe, plain = (f"{found['psnr_db'][name]:.1f} dB" for name in ("recipe", "plain"))
+    text = f"{recipe} over {found['images']} images, {plain} with nearest codes and exact ranges"
+    return text if found["kept"] == "recipe" else f"{text}, which were kept"

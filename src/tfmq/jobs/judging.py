@@ -1,0 +1,113 @@
+"""The last judge of a model is what it draws. Candidates for the whole model draw the same images, and the one nearest to full precision is kept.
+
+An error of one prediction says little of the image: errors that repeat from step to step add up, and others do not. So the model that a recipe makes
+is compared with the plainest one, nearest codes and grids over the exact extremes, from noise that calibration has not seen.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.jobs.job import Job
+from tfmq.progress import Advance
+from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.solvers import Rounding
+
+RECIPE, PLAIN = "recipe", "plain"
+# A mean squared error that counts as none, of images in [0, 1].
+NO_ERROR = 1e-10
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How near the images of each candidate were to full precision's, PSNR in dB image by image; `kept` is the candidate that the model became."""
+
+    psnr_db: dict[str, tuple[float, ...]]
+    kept: str
+
+    def values(self) -> dict[str, Any]:
+        """Return the verdict as values that JSON keeps."""
+        means = {name: sum(values) / len(values) for name, values in self.psnr_db.items()}
+        return {"images": len(self.psnr_db[RECIPE]), "psnr_db": means, "kept": self.kept}
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, ranges over the exact extremes."""
+    return replace(
+        recipe,
+        weights=replace(recipe.weights, ranges="min_max"),
+        activations=replace(recipe.activations, ranges="min_max"),
+        rounding=Rounding(solver="nearest"),
+    )
+
+
+def judged(job: Job) -> int:
+    """Return the number of images that candidates are judged by; none where the recipe is as plain as they come."""
+    recipe = job.recipe
+    return 0 if recipe.rounding.solver == "nearest" else int(recipe.calibration.judged * recipe.calibration.samples)
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module that has the same tensors: quantization replaces modules, and writes into no tensor that it did not make."""
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    return deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def exchange(module: nn.Module, other: nn.Module) -> None:
+    """Let two modules change places: whoever holds the one has the other's content now."""
+    vars(module)["__class__"], vars(other)["__class__"] = type(module), type(other)
+    mine, others = dict(vars(module)), dict(vars(other))
+    for target, content in ((module, others), (other, mine)):
+        kind = content.pop("__class__")
+        vars(target).clear()
+        vars(target).update(content)
+        target.__class__ = kind
+
+
+@contextmanager
+def exchanged(module: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let two modules change places for a while."""
+    exchange(module, other)
+    try:
+        yield
+    finally:
+        exchange(module, other)
+
+
+@torch.no_grad()
+def draw(job: Job, count: int, advance: Advance) -> Tensor:
+    """Return images of the job's model as it is now, from noise that no stage has seen."""
+    handle = job.denoiser.module.register_forward_pre_hook(lambda *_: advance())
+    try:
+        return job.sampler.run(range(count), steps=job.recipe.calibration.steps, seed=job.seed_of("judging")).double()
+    finally:
+        handle.remove()
+
+
+def psnr_db(images: Tensor, expected: Tensor) -> Tensor:
+    """Return the PSNR of each image, float64 `[N]`; that of an image with NaN is none at all."""
+    errors = (images - expected).square().flatten(1).mean(dim=1)
+    return torch.where(errors.isfinite(), -10 * errors.clamp(min=NO_ERROR).log10(), -torch.inf)
+
+
+def compare(job: Job, full: nn.Module, other: nn.Module, count: int) -> Verdict:
+    """Draw with the job's model, with its plain candidate `other` and with the `full` precision model, or read back what was found before."""
+    module = job.denoiser.module
+
+    def compute() -> dict[str, Tensor]:
+        with job.progress("judging: images of three models", 3 * count * job.recipe.calibration.steps) as advance:
+            found = draw(job, count, advance)
+            with exchanged(module, other):
+                plainly = draw(job, count, advance)
+            with exchanged(module, full):
+                expected = draw(job, count, advance)
+        return {RECIPE: psnr_db(found, expected), PLAIN: psnr_db(plainly, expected)}
+
+    found = job.journal.stage("judging", compute)
+    better = PLAIN if float(found[PLAIN].mean()) > float(found[RECIPE].mean()) else RECIPE
+    return Verdict({name: tuple(found[name].tolist()) for name in (RECIPE, PLAIN)}, better)
