@@ -9,6 +9,8 @@ To use another torch than the one installed by default, which no version in `con
     python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the Python that runs this script
     TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used as it is; nothing is created or installed
 
+`python3 tasks.py matrix` writes the tables of docs/capabilities.md anew.
+
 To move to today's versions, delete `.venv` and run `python3 tasks.py lock`: it installs the newest that `pyproject.toml` allows, and writes them to
 `constraints.txt`. Use the oldest Python that the project supports, since every later one has to find the same versions.
 """
@@ -211,7 +213,14 @@ def lock(python: Path, environment: dict[str, str]) -> None:
     say(f"wrote {CONSTRAINTS.name}")
 
 
-TASKS = {"demo": (demo, "demo"), "test": (test, "dev"), "lock": (lock, "dev")}
+def matrix(python: Path, environment: dict[str, str]) -> None:
+    """Write the tables of docs/capabilities.md anew."""
+    if status := subprocess.run([python, str(ROOT / "docs" / "capabilities.py")], cwd=ROOT, env=environment).returncode:
+        raise SystemExit(status)
+    say("wrote docs/capabilities.md")
+
+
+TASKS = {"demo": (demo, "demo"), "test": (test, "dev"), "lock": (lock, "dev"), "matrix": (matrix, "dev")}
 
 
 def main() -> None:
