@@ -52,7 +52,8 @@ class Budget:
         elapsed: tells the seconds that the job has taken.
         sensitivity: of the output to each unit, on any scale.
         costs: of each unit.
-        least, most: steps of learning that a unit which is solved gets at least and at most.
+        least: fewest steps of learning that a unit which is solved gets.
+        most: most of them.
     """
 
     def __init__(
