@@ -19,8 +19,8 @@ SOURCE = ROOT / "src" / "tfmq"
 OUTER = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 # Code is matched first, so that nothing inside it is taken for a formula.
 TOKEN = re.compile(
-    r"^```math\n(?P<block>.*?)^```$|^```(?P<language>\w+) test[^\n]*\n(?P<body>.*?^```)$|(?P<fence>^```.*?^```$)|\$`(?P<quoted>[^`]+)`\$|(?P<code>`[^`\n]+`)"
-    r"|(?<![\\\w])\$(?P<plain>[^`$\n]+)\$(?!\w)",
+    r"^```math\n(?P<block>.*?)^```$|^```(?P<language>\w+) test[^\n]*\n(?P<body>.*?^```)$|(?P<fence>^```.*?^```$)"
+    r"|\$`(?P<quoted>[^`]+)`\$|(?P<code>`[^`\n]+`)|(?<![\\\w])\$(?P<plain>[^`$\n]+)\$(?!\w)",
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
