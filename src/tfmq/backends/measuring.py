@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-# Of timed calls, all together. What an engine needs to prepare comes on top.
+# Seconds that all timed calls together may take. What engines need to prepare comes on top.
 SECONDS = 4.0
-# Who takes this many times as long as the fastest is out.
+# A backend that takes this many times as long as the fastest one drops out.
 FAR = 2.0
-# Rounds among the others, and timed calls of each in a round.
+# Number of rounds in which the backends take turns, and timed calls of each backend in a round.
 ROUNDS, CALLS = 5, 3
-# Who is slower by less than this is as fast.
+# Backends whose times differ by less than this share count as equally fast.
 MARGIN = 0.05
 
 clock = time.perf_counter
@@ -66,7 +66,7 @@ def race(names: Sequence[str], enter: Callable[[str], Callable[[], object]], lea
             break
         for name, times in samples.items():
             run = enter(name)
-            # What ran before has filled the caches with its own weights.
+            # The backend before has filled the caches with its own weights, so this call does not count.
             spent += timed(run)
             new = [timed(run) for _ in range(CALLS)]
             times += new

@@ -15,7 +15,7 @@ from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.swap import Executor, plain_forward
 
-# What a backend sets, by the kind of module; see `release`.
+# Names of the attributes that a backend sets, by the kind of module; see `release`.
 ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     PackedLayer: ("kernel", "unpacked", "decoded", "input_precision"),
     PackedEmbedding: ("decoded",),
@@ -78,7 +78,7 @@ class Prepared:
         self._aside: dict[Way, _Parts] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
-        # The copy of the denoiser has a copy of what is in place; what waits belongs to this one.
+        # The copied denoiser holds a copy of the backend in place; backends that wait belong to this one.
         copied = Prepared()
         copied.current, copied._executor = self.current, self._executor
         return copied
