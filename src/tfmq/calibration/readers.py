@@ -19,7 +19,7 @@ class _Origins:
     """Follows outputs of units to the inputs of others along the graph that autograd records, which is cut at every unit."""
 
     def __init__(self) -> None:
-        # Variables are kept, so that no other can have their number.
+        # Keep the variables: the number of a freed one could be given to another.
         self.made: dict[int, tuple[str, Tensor]] = {}
 
     def cut(self, name: str, output: Any) -> Any:
@@ -30,7 +30,7 @@ class _Origins:
                 return leaf
             variable = leaf.detach().requires_grad_()
             self.made[id(variable)] = name, variable
-            # A copy may be written to.
+            # Return a copy, which the caller may write to.
             return variable.clone()
 
         return tree_map(begin, output)
@@ -77,7 +77,7 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
         try:
             denoiser(example.rows(0, 1))
         except RuntimeError:
-            # Something that autograd refuses: then nothing is known.
+            # Autograd refuses something in this model, so nothing is known of its readers.
             return {}
     return readers
 
