@@ -19,9 +19,9 @@ from tfmq.reconstruction.unit import UnitReport
 from tfmq.reconstruction.units import Unit
 from tfmq.storage.journal import Journal
 
-# A rate times its steps at which roundings cross over.
+# Learning rate times iterations must be about this for a rounding to flip.
 REACH = 4.0
-# Steps that a unit gets from a solver which does nothing but learn: with fewer it would cost its calls and bring next to nothing.
+# Fewest steps that a unit gets from a solver which only learns. With fewer steps it would pay for its calls and gain next to nothing.
 LEAST = 100
 
 
@@ -109,12 +109,12 @@ def paced(
     device = next(denoiser.module.parameters()).device
 
     def probes() -> list[Inputs]:
-        # From the noisier and from the cleaner half of the schedule.
+        # One call from the noisier half of the schedule and one from the cleaner half.
         return [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
 
     def measure() -> dict[str, torch.Tensor]:
         if elapsed() > seconds:
-            # There is nothing to divide, and measuring would only add to it.
+            # The budget is spent already, and measuring would only add to it.
             return {"sensitivity": torch.zeros(len(units), dtype=torch.float64), "costs": torch.zeros(len(units), 2, dtype=torch.float64)}
         calls = probes()
         samples = sum(len(batch) for batch in StoredBatches(store, interval))

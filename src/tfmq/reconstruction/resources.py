@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tfmq.allocator import return_freed
 
-# Of the memory: for captured calls and targets; the rest is the solvers' and the network's own.
+# Share of `max_memory` that captured calls and targets may use. Solvers and the network get the rest.
 CAPTURED = 0.25
-# Of the memory that is free, where no limit was given.
+# Share of the free memory that captured calls may use where no limit was given.
 UNASKED = 0.5
 
 MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")

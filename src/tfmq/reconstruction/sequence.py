@@ -23,7 +23,7 @@ from tfmq.reconstruction.unit import UnitReport, full_precision, reconstruct_uni
 from tfmq.reconstruction.units import Unit
 from tfmq.storage.journal import Journal
 
-# Units by their numbers; those that are done come back.
+# Takes numbers of units, and yields the numbers of those that are done.
 Ahead = Callable[[Sequence[int]], Iterator[int]]
 
 
@@ -103,7 +103,7 @@ def reconstruct_units(
         pace = paced(denoiser, units, store, rounding, learning, **budget)  # type: ignore[arg-type]
     reports = []
     amounts = [work(rounding, learning, len(unit.layers)) for unit in units]
-    # Each unit counts one more, for its calls.
+    # Each unit counts one step more, for capturing its calls.
     with progress("units: reconstruction", sum(amounts) + len(units)) as advance:
         helped = set()
         if ahead is not None and rounding.inputs == "full":

@@ -15,9 +15,9 @@ from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
 
-# A code that learning may move starts so near to itself, in codes, on the side of the full-precision weight.
+# Distance, in codes, from a code at which its learned rounding starts, towards the full-precision weight.
 LEAN = 0.1
-# Keeps the equations solvable where a layer's input is zero throughout.
+# Least damping. It keeps the equations solvable where all inputs of a layer are zero.
 SMALLEST_DAMPING = 1e-12
 
 SolverName = Literal["nearest", "adaround", "gptq", "gptq_adaround"]
@@ -30,12 +30,12 @@ class Rounding:
 
     Attributes:
         solver: one of the four; the paper's is `adaround`.
-        inputs: of a unit while its codes are found: from the network `quantized` so far (the paper), so that units come one after the other, or from
-            the `full`-precision network, so that no unit waits for another.
+        inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the paper), so that units come one after the
+                    other, or of the `full`-precision network, so that no unit waits for another.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
-        positions: output positions (pixels, tokens) of a calibration sample that count.
-        sweeps: most sweeps of coordinate descent.
-        widest: columns of a layer that are solved together; wider layers are solved in parts.
+        positions: number of output positions (pixels, tokens) of a calibration sample that are used.
+        sweeps: maximum number of sweeps of coordinate descent.
+        widest: maximum number of columns that are solved together; wider layers are solved in parts.
     """
 
     solver: SolverName = "adaround"
@@ -147,7 +147,7 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
         return values.expand(shape).flatten(1).unflatten(0, (groups, -1)).clone()
 
     weight = matrix(layer.weight).double()
-    # A part that cannot see the others would make up for the whole error, and they too.
+    # No correction where a layer is solved in parts: each part would make up for the whole error by itself.
     target = weight if moments.cross is None else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
     grid = layer.grid
     scale, zero_point = matrix(grid.expand(grid.scale, layer.weight.ndim)).float(), matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float()
