@@ -16,7 +16,7 @@ from tfmq.reconstruction.tiar import full_features
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.cache import install_tables
 
-# Of every activation grid. Time does not depend on it.
+# Scale of every activation grid of a trial. Time does not depend on it.
 SCALE = 0.05
 
 

@@ -10,7 +10,7 @@ import torch
 from tfmq.storage.digest import file_digest
 from tfmq.storage.errors import ForeignFileError, MissingFileError
 
-# What `torch.load` raises on a file that holds anything else than weights; the first of them is pickle's own.
+# Errors that `torch.load` raises for a file that holds anything but weights. The first one is pickle's own.
 NO_WEIGHTS = (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, ValueError)  # type: ignore[attr-defined]
 
 

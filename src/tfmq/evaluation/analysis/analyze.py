@@ -22,7 +22,7 @@ from tfmq.reconstruction.units import find_units
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.disturbance import Disturbance
 
-# Calls that sensitivity is measured on, spread over the trajectory.
+# Number of calls that sensitivity is measured on, spread over the trajectory.
 CALLS = 8
 
 
@@ -36,7 +36,7 @@ class Extent:
 
 
 THOROUGH = Extent(num_images=4)
-# A minute on a small model.
+# Takes a minute on a small model.
 QUICK = Extent(num_images=1, calls=2, parts=8)
 
 

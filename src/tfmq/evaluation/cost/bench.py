@@ -34,8 +34,8 @@ class Plan:
         variants: names; the base of the ratios is always there.
         batches: rows of one denoiser call.
         rounds: rounds without foreign work that are wanted.
-        threads: of every variant.
-        device: of every variant that runs in torch.
+        threads: number of threads of every variant.
+        device: device of every variant that runs in torch.
         steps: denoising steps of a sampling run.
         rows_per_image: rows that one image adds to a call, 2 under guidance.
         exact: whether `source` holds the true original. Otherwise accuracy against it means nothing and is not stated.

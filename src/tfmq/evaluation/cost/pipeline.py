@@ -18,7 +18,7 @@ from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import STEPS
 from tfmq.progress import Progress, seconds_of, silent
 
-# Calls that accuracy is measured on, and that libraries with a calibration of their own calibrate on.
+# Number of calls that accuracy is measured on. Libraries with a calibration of their own calibrate on them too.
 CALLS = 8
 
 
@@ -27,7 +27,7 @@ class Request:
     """What is asked for; see `Plan` for the fields of the same names.
 
     Args:
-        directory: of the quantized denoiser.
+        directory: where the quantized denoiser is.
         sampler: draws the trajectory: a sampler of the original, or of the quantized model where there is no original.
         module: gives the original, where diffusers cannot build it from a configuration.
     """
