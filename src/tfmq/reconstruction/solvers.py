@@ -31,7 +31,7 @@ class Rounding:
     Attributes:
         solver: one of the four; the paper's is `adaround`.
         inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the paper), so that units come one after the
-                    other, or of the `full`-precision network, so that no unit waits for another.
+            other, or of the `full`-precision network, so that no unit waits for another.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
         positions: number of output positions (pixels, tokens) of a calibration sample that are used.
         sweeps: maximum number of sweeps of coordinate descent.
