@@ -20,7 +20,7 @@ from tfmq.storage.journal import Journal
 from tfmq.targets import open_target
 from tfmq.workflow import Prepared, prepare_units, reconstruct_alone
 
-# A batch of the trajectory with its number, or a unit.
+# A batch of the trajectory to record, with its number, or the number of a unit to reconstruct.
 Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int, None]
 
 
