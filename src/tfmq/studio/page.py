@@ -14,7 +14,7 @@ from tfmq.studio.origin import OwnPageOnly
 from tfmq.studio.side import Drawn, Side, Wish
 
 LOOPBACK = "127.0.0.1"
-# The width that tiny images are enlarged to.
+# Width in pixels that tiny images are enlarged to.
 WIDTH = 512
 STEPS = 50
 # Fonts of the system: the usual theme fetches its own from elsewhere.
@@ -50,7 +50,7 @@ class Studio:
         models: quantized ones, to choose from.
         reference: the original, as it is chosen at first.
         backend: what the quantized model computes with.
-        device: of both models.
+        device: device that both models run on.
     """
 
     def __init__(self, models: Sequence[str], reference: str, *, backend: str = "auto", device: str | None = None) -> None:
@@ -117,7 +117,7 @@ class Studio:
         """
         page = self.page()
         theme = require("gradio", extra="studio").themes.Default(**FONTS)
-        # Without a server of Node in front, which would send a Host of its own.
+        # Do without a Node server in front, which would send a Host header of its own.
         local = {"server_name": LOOPBACK, "server_port": port, "share": False, "ssr_mode": False}
         guard = {"middleware": [require("starlette.middleware", extra="studio").Middleware(OwnPageOnly)]}
         try:
