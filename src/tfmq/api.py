@@ -148,7 +148,7 @@ def quantize(
             `ModuleFile` that gives one.
         recipe: a `Recipe`, or the name of a scheme such as "w4a8".
         output_dir: where the quantized pipeline goes. It appears when it is complete; until then the job lives in `output_dir` + ".job".
-        seed: of calibration noise and of every learning stage.
+        seed: seed of the calibration noise and of every learning stage.
         device: moves the model there first.
         resume: continue the job of an interrupted run; the result is the same to the byte.
         prompts: for text-to-image pipelines, instead of the built-in ones.

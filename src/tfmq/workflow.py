@@ -106,7 +106,7 @@ def prepare_units(
     measured = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if plan.measures(name)}
     inputs = choose_inputs(denoiser, measured, StoredBatches(store, recipe.calibration.interval), journal=journal, progress=progress)
     for embedding in calibrated_embeddings(denoiser.module).values():
-        # Before anything learns, so that what learns makes up for it.
+        # Round embeddings before anything learns, so that learning makes up for their error.
         settle(embedding)
     temporal = [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
     maintained = temporal if recipe.temporal.maintenance != "none" else []
