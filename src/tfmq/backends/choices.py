@@ -1,4 +1,4 @@
-"""What was measured on this machine before: one small file a model, kind of call and set of versions."""
+"""Choices that were measured on this machine before: a small file for each model, kind of call and set of versions."""
 
 import math
 import platform

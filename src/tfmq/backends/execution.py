@@ -34,7 +34,7 @@ def _check_name(name: str) -> None:
     """Refuse a backend that there is not, or that this machine lacks something for.
 
     Raises:
-        ValueError: as said.
+        ValueError: there is no such backend, or the machine lacks what it needs.
         MissingExtraError: its library is not installed.
     """
     if name not in backend_names():

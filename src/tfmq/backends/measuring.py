@@ -1,4 +1,4 @@
-"""Which of several ways is the fastest, by some calls of each."""
+"""Find the fastest of several ways to compute by timing some calls of each."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -35,11 +35,12 @@ def timed(run: Callable[[], object]) -> float:
 def race(names: Sequence[str], enter: Callable[[str], Callable[[], object]], leave: Callable[[str], object]) -> Race:
     """Return the median seconds of a call by each of `names`.
 
-    Each is called by itself first: once untimed, which prepares it, and then as often as a fraction of the time allows. Who is far behind leaves,
-    so that its memory is free before the next one comes; the rest are called in turn, so that what else the machine does concerns all of them.
+    Each is called by itself first: once untimed, which prepares it, and then as often as a fraction of the time allows. One that is far behind
+    leaves, so that its memory is free before the next one comes. The rest take turns, so that other load on the machine slows all of them.
 
     Args:
-        names: in the order in which they are prepared. The first one is the baseline: what it raises passes, while any other is out.
+        names: names of the ways, in the order in which they are prepared. The first one is the baseline: an error of it passes on, while any other
+            that fails is out.
         enter: gets one ready, and returns a call of it.
         leave: lets one go.
     """

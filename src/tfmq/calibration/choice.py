@@ -23,7 +23,7 @@ from tfmq.storage.journal import Journal
 
 @dataclass(frozen=True)
 class InputErrors:
-    """What two quantizers of one layer's input do to its output, as energy of the error over energy of the output; weights are not quantized."""
+    """Errors of a layer's output under two quantizers of its input: energy of the error over energy of the output, with full-precision weights."""
 
     static: float
     dynamic: float

@@ -1,4 +1,4 @@
-"""Which units read the output of which, and which run once in a call: what has to be at hand before a unit can run, and what can be."""
+"""Find which units read the output of which, and which run exactly once in a call. Outputs of the latter can be kept instead of computed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

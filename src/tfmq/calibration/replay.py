@@ -1,4 +1,4 @@
-"""Outputs of units that are done, in the place of running them again: the calls of the next unit begin where the last one ended."""
+"""Keep the outputs of finished units instead of running these units again: calls of the next unit begin where the last one ended."""
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Tensors that grow batch by batch, in memory as long as they fit, then in a file; any of their rows can be read from either."""
+"""Tensors that grow batch by batch. They stay in memory while they fit and move to a file then; any of their rows can be read from either."""
 
 import tempfile
 import weakref

@@ -77,10 +77,10 @@ class Helpers:
         target: what is quantized: a pipeline directory or a hub id, which each worker opens, "default", or a module's file.
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
         output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
-        seed: as `tfmq.quantize` has it.
-        device: as `tfmq.quantize` has it.
-        prompts: as `tfmq.quantize` has them.
-        component: as `tfmq.quantize` has it.
+        seed: the seed that `tfmq.quantize` was given.
+        device: the device that `tfmq.quantize` was given.
+        prompts: the prompts that `tfmq.quantize` was given.
+        component: the component that `tfmq.quantize` was given.
         resources: its limit of memory is that of each worker.
 
     Raises (where parts are asked for):

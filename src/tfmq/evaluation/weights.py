@@ -38,8 +38,8 @@ class Weights:
         """Return the path of a file.
 
         Args:
-            file: which one.
-            instead: what can be had without it, for the message.
+            file: the file that is needed.
+            instead: says what can be had without it; ends the message of the error.
 
         Raises:
             MissingFileError: it is not there.

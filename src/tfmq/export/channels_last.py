@@ -1,8 +1,8 @@
-"""What keeps an OpenVINO model in the memory layout of its integer convolutions, channels last, from one of them to the next.
+"""Rewrite OpenVINO models so that activations stay channels last, the layout of integer convolutions, from one convolution to the next.
 
-The plug-in's own group normalisation wants planes. Between convolutions it costs three more passes over each activation: into planes, back, and
-its own. Written as sums over places, an average of a few channels and a multiplication, it takes any layout, and its last pass becomes one with
-the activation function and the quantizer behind it.
+The plug-in's own group normalisation works on planes. Between convolutions it costs three passes over each activation: into planes, its own, and
+back. Here it is written as sums over pixels, an average of a few channels and a multiplication. That takes any layout, and the plug-in fuses the
+last pass with the activation function and the quantizer behind it.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a denoiser is run by: the only view of pipelines and schedulers below the integrations."""
+"""Samplers, which run a denoiser. Below the integrations they are the only view of pipelines and schedulers."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -74,7 +74,7 @@ class LoopSampler:
         conditions: further denoiser arguments that all images share; tensors have one row, which is repeated.
         per_image: denoiser arguments that differ among images: image `i` gets row `i % N` of a tensor with `N` rows.
         guidance: calls the denoiser without the conditions too.
-        to_images: from final samples `[N, C, H, W]` to images in [0, 1]. A job tells two functions apart by their names, and modules by their
+        to_images: maps final samples `[N, C, H, W]` to images in [0, 1]. A job tells two functions apart by their names, and modules by their
             weights: give another map another name.
 
     Raises:

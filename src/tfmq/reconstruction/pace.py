@@ -1,4 +1,4 @@
-"""How much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
+"""Decide how much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
 
 import time
 import warnings

@@ -1,4 +1,4 @@
-"""What a quantization may take of the machine."""
+"""Limits of the memory and the time that a quantization may take."""
 
 from dataclasses import dataclass
 from math import inf
@@ -58,7 +58,7 @@ class Resources:
         return None if self.max_memory is None else max(1, int(CAPTURED * self.max_memory) // bytes_each)
 
     def prepare(self) -> None:
-        """Where there is a limit, make this process return what it frees: that it keeps is most of what a calibration holds otherwise."""
+        """Make this process return freed memory to the system where there is a limit. Without that, freed memory is most of what it holds."""
         if self.max_memory is not None:
             return_freed()
 

@@ -1,4 +1,4 @@
-"""What a unit means to the output, and what it will cost: what a budget of time is divided by."""
+"""Measure how much each unit disturbs the output and predict what it will cost. A budget of time is divided by these two."""
 
 import time
 from collections.abc import Iterator, Sequence

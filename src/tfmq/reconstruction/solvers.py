@@ -62,12 +62,12 @@ class UnitProblem:
     """A unit to round.
 
     Attributes:
-        layers: in execution order; they have their nearest codes.
+        layers: the layers of the unit in execution order; they have their nearest codes.
         parts: the calibration samples, batch by batch.
         run_full, run: call the unit on a batch, in the full-precision network and in the quantized network so far.
         loss: error of the unit's output in the latter on a batch that it draws.
         learning: hyper-parameters of learned rounding.
-        advance: to be called `work` times.
+        advance: counts progress; the solver calls it `work` times.
         judge: error of the unit's output on samples that `loss` does not draw; None where it draws from all.
         spool: keeps what a solver gathers of the samples; by default in memory.
     """

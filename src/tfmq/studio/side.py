@@ -35,7 +35,7 @@ class Drawn:
     """An image, uint8 `[H, W, C]`, and what drawing it took.
 
     Args:
-        image: as it was drawn.
+        image: the image.
         seconds: time of drawing; the model was open before.
         memory_bytes: the most that the model's process has held beyond its libraries.
         backend: what a quantized model computes with.

@@ -28,7 +28,7 @@ CALLS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How much is looked at: the trajectories of `num_images`, `calls` of them, and `parts` of the model, None being all; spread evenly."""
+    """How much is analysed: `num_images` trajectories, `calls` of them and `parts` of the model (None: all), both spread evenly."""
 
     num_images: int
     calls: int = CALLS

@@ -74,7 +74,7 @@ def measure(plan: Plan, *, around: Around, folder: Path, note: Note, progress: P
     Args:
         plan: what to measure.
         around: gives the seconds that drawing a number of images takes beside the denoiser.
-        folder: for files of the variants; they are left there.
+        folder: takes the files of the variants, and keeps them.
         note: is told in one line about each variant that is left out.
         progress: shows bars.
 

@@ -67,7 +67,7 @@ def bench(request: Request, *, folder: Path, note: Note, progress: Progress = si
 
     Args:
         request: what to measure.
-        folder: for files, empty at first.
+        folder: takes files; it is empty at first.
         note: is told about each variant that is left out.
         progress: shows bars.
 
