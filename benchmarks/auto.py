@@ -24,7 +24,7 @@ from tfmq.backends.auto import CANDIDATES
 from tfmq.backends.execution import computed_by
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler, Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.recipes.recipe import Calibration
 from tfmq.targets import open_sampler
 
@@ -58,7 +58,7 @@ def models(names: list[str]) -> Iterator[tuple[str, Denoiser, Denoiser, Inputs]]
         recipe = replace(tfmq.scheme(RECIPE), calibration=Calibration(samples=1, steps=8, interval=1, batch_size=1))
         tfmq.quantize(sampler, recipe)
         quantized, example = sampler.denoiser, sampler.example()
-        timestep = getattr(quantized.module, STEPS).timesteps[4:5].to(example.timestep)
+        timestep = steps_of(quantized.module).timesteps[4:5].to(example.timestep)
         noise = torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0))
         full = Denoiser(original, sample=quantized.sample, timestep=quantized.timestep)
         yield name, full, quantized, Inputs(noise, timestep, example.conditions)

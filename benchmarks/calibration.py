@@ -25,11 +25,12 @@ from solvers import SOLVERS, TimedJournal, known_models
 
 from tfmq.calibration.store import CalibrationStore
 from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
+from tfmq.jobs.job import Job
+from tfmq.jobs.workflow import quantize_denoiser
 from tfmq.nn.plan import packed_layers
 from tfmq.reconstruction.resources import Resources
 from tfmq.storage.atomic import read_json, write_json
 from tfmq.storage.digest import tensor_digest
-from tfmq.workflow import quantize_denoiser
 
 MIB = 2**20
 # The names of a job's stages, and what a reader calls them.
@@ -63,7 +64,7 @@ def measure(cell: Cell, ddpm64: Path | None) -> dict[str, Any]:
         job = Path(folder) / "job"
         journal, store = TimedJournal(job, {}, resume=False), CalibrationStore(job / "calibration")
         limits = Resources(max_memory=None if cell.limit is None else cell.limit * MIB)
-        quantize_denoiser(sampler, SOLVERS["gptq"](model.recipe), seed=0, store=store, journal=journal, resources=limits)
+        quantize_denoiser(Job(sampler=sampler, recipe=SOLVERS["gptq"](model.recipe), store=store, journal=journal, resources=limits))
         spent = {name: [read_json(path) for path in job.glob(f"{prefix}*.time.json")] for prefix, name in STAGES.items()}
     return {
         **{"model": cell.model, "parameters": parameters, "limit_mib": cell.limit},

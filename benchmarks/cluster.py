@@ -31,18 +31,18 @@ from reference import environment
 
 import tfmq
 from tfmq.api import store_of
-from tfmq.calibration.store import StoredBatches
 from tfmq.cluster.crew import Cluster, connected
 from tfmq.cluster.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
+from tfmq.jobs.job import Job
+from tfmq.jobs.units import reconstruct_alone, unit_file
+from tfmq.jobs.workflow import BEFORE_UNITS, run
 from tfmq.nn.swap import precision
 from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance, silent
-from tfmq.reconstruction.sequence import unit_file
 from tfmq.storage.atomic import write_json
 from tfmq.storage.journal import Journal
 from tfmq.targets import open_sampler, open_target
-from tfmq.workflow import prepare_units, reconstruct_alone
 
 STEPS = 50
 
@@ -115,20 +115,21 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
         (sampler, fingerprint), opening = timed(lambda: open_target(options.model, recipe, seed=0))
         weights = sum(parameter.numel() * parameter.element_size() for parameter in sampler.denoiser.module.parameters())
         store, journal = store_of(folder), Journal(folder, fingerprint, resume=False)
-        prepared, before = timed(lambda: prepare_units(sampler, recipe, seed=0, store=store, journal=journal, progress=watch))
+        job = Job(sampler=sampler, recipe=recipe, store=store, journal=journal, progress=watch)
+        work, before = timed(lambda: run(job, BEFORE_UNITS))
         stages = size(folder, "*.safetensors") - size(store.directory)
-        batches = StoredBatches(store, recipe.calibration.interval)
-        calls = sum(call.sample.numel() * call.sample.element_size() for call in batches)
+        calls = sum(call.sample.numel() * call.sample.element_size() for call in job.batches)
         again, _ = open_target(options.model, recipe, seed=0)
-        _, reading = timed(lambda: prepare_units(again, recipe, seed=0, store=store, journal=Journal(folder, fingerprint, resume=True)))
+        other = Job(sampler=again, recipe=recipe, store=store, journal=Journal(folder, fingerprint, resume=True))
+        _, reading = timed(lambda: run(other, BEFORE_UNITS))
         rows = []
-        for number, unit in enumerate(prepared.units):
-            compute = partial(reconstruct_alone, sampler, recipe, prepared, number, seed=0, store=store, advance=lambda amount=1: None)
+        for number, unit in enumerate(work.units):
+            compute = partial(reconstruct_alone, job, work, number, advance=lambda amount=1: None)
             _, seconds = timed(partial(journal.stage, unit_file(number), compute))
             written = (folder / f"{unit_file(number)}.safetensors").stat().st_size
             rows.append({"unit": unit.name, "cpu_seconds": seconds, "bytes_written": written})
         with torch.no_grad(), precision(sampler.denoiser.module, weights="full", inputs="full"), without_tables(sampler.denoiser.module):
-            _, network = timed(lambda: [sampler.denoiser(call) for call in batches])
+            _, network = timed(lambda: [sampler.denoiser(call) for call in job.batches])
         trajectory = watch.seconds["calibration: sampling"]
         count = -(-recipe.calibration.samples // recipe.calibration.batch_size)
         costs, serial = [row["cpu_seconds"] for row in rows], before - trajectory

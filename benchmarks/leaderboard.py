@@ -32,7 +32,7 @@ from methods import BITS, METHODS, Cell, cells
 from reference import Reference, environment
 from scoring import Scorer, executed, fastest_step, full_precision_step
 
-from tfmq.artifact import is_quantized, stored_bytes
+from tfmq.artifact import holds_quantized, stored_bytes
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.cli.progress import shown_progress
 from tfmq.errors import MissingExtraError
@@ -112,7 +112,7 @@ class Bench:
         """Return the directory of a quantized model and what making it took; made anew where a kill left it unfinished."""
         folder = self.directory / "artifacts" / cell.name
         note = folder.with_name(f"{cell.name}.json")
-        if note.exists() and is_quantized(folder) and read_json(note)["settings"] == self.described:
+        if note.exists() and holds_quantized(folder) and read_json(note)["settings"] == self.described:
             return folder, read_json(note)
         for rest in (note, *folder.parent.glob(f"{cell.name}*")):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
@@ -166,7 +166,7 @@ class Bench:
             return
         if found["method"] == FULL:
             step = full_precision_step(self.reference)
-        elif is_quantized(folder):
+        elif holds_quantized(folder):
             step = fastest_step(self.model.quantized(folder), self.reference)
         else:
             print(f"skipped: {name}: its quantized model is not in {folder.parent.name}", file=sys.stderr, flush=True)

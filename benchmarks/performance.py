@@ -26,7 +26,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import tfmq
-from tfmq.artifact import is_quantized, stored_bytes
+from tfmq.artifact import holds_quantized, stored_bytes
 from tfmq.cli.progress import shown_progress
 from tfmq.evaluation.cost.pipeline import Request, bench
 from tfmq.evaluation.cost.roofline import ceilings, operations
@@ -150,7 +150,7 @@ def models(ddpm64: Path | None, folder: Path, *, large: bool = False) -> Iterato
 def quantized(model: Model, scheme: str, directory: Path, progress: Progress) -> Path:
     """Return the directory of the quantized denoiser, made if it is not there."""
     target = directory / f"{model.name}-{scheme}"
-    if not is_quantized(target):
+    if not holds_quantized(target):
         recipe = tfmq.scheme(scheme)
         temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
         calibration = Calibration(samples=1 if model.large else 2, steps=STEPS, interval=2, batch_size=2)

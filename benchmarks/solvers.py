@@ -41,6 +41,8 @@ import tfmq
 from tfmq.calibration.store import CalibrationStore
 from tfmq.cli.progress import shown_progress
 from tfmq.integrations.diffusers.quiet import quiet
+from tfmq.jobs.job import Job
+from tfmq.jobs.workflow import Outcome, quantize_denoiser
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress
 from tfmq.recipes.recipe import Calibration, Recipe
@@ -49,7 +51,6 @@ from tfmq.reconstruction.learning import Learning
 from tfmq.storage.atomic import read_json, write_json
 from tfmq.storage.journal import Journal
 from tfmq.targets import open_sampler
-from tfmq.workflow import Outcome, quantize_denoiser
 
 BUDGETS = (100, 400, 1000, 2500, 5000)
 POLISHES = (100, 400)
@@ -218,7 +219,8 @@ def share_stages(base: Path, job: Path) -> None:
 def quantized(sampler: Sampler, recipe: Recipe, seed: int, job: Path, progress: Progress) -> tuple[Outcome, TimedJournal]:
     """Quantize in place, in a job that goes on where it was."""
     journal = TimedJournal(job, {"recipe": to_dict(recipe), "seed": seed, "sampler": sampler.describe()}, resume=True)
-    outcome = quantize_denoiser(sampler, recipe, seed=seed, store=CalibrationStore(job / "calibration"), journal=journal, progress=progress)
+    store = CalibrationStore(job / "calibration")
+    outcome = quantize_denoiser(Job(sampler=sampler, recipe=recipe, seed=seed, store=store, journal=journal, progress=progress))
     shutil.rmtree(job / "calibration" / "outputs", ignore_errors=True)
     return outcome, journal
 

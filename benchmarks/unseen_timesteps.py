@@ -4,8 +4,7 @@
     python benchmarks/unseen_timesteps.py runs/w8a8 --backends openvino,torch-compile
 
 `known` are calibrated timesteps, `unseen` ones between two of these, which their temporal features have to be computed for. Rounds take turns,
-and each call of a round is at another timestep. `exported` runs what `tfmq export --to openvino` writes, beside an export of the same model
-without the layers behind its tables. Prints one JSON object.
+and each call of a round is at another timestep. Prints one JSON object.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 # What takes most of the processor, most first: begun last, it would leave one worker of pytest-xdist alone.
-SLOW = ("tests/families", "tests/backends/test_graph", "tests/cluster", "tests/test_memory", "tests/cli", "tests/integrations", "tests/test_workflow")
+SLOW = ("tests/families", "tests/backends/test_graph", "tests/cluster", "tests/test_memory", "tests/cli", "tests/integrations", "tests/jobs")
 # Folders whose tests share what takes long to make: one worker makes it.
 SHARED = ("tests/families", "tests/cluster")
 
@@ -227,7 +227,7 @@ def _sd3() -> nn.Module:
 
 
 _SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
-_MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "unet": (_unet, 3, ()),
     "own_attention": (_own_attention, 3, ()),
     "conditional": (_conditional, 4, ("prompt",)),
@@ -252,32 +252,34 @@ def _conditions(kinds: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for kind in kinds for name, value in values[kind].items()}
 
 
+def tiny(name: str, *, seed: int = 0) -> tuple[Denoiser, Inputs]:
+    """Return the model of a name with one call's inputs, always with the same random weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED + seed)
+        factory, channels, kinds = MODELS[name]
+        module = factory().eval().requires_grad_(False)
+        inputs = Inputs(torch.randn(1, channels, 8, 8), torch.tensor([5]), _conditions(kinds))
+    return Denoiser(module), inputs
+
+
+def tiny_sampler(name: str = "unet", *, seed: int = 0, scheduler: Any = None) -> LoopSampler:
+    """Return a DDIM sampler of the model of a name."""
+    from diffusers import DDIMScheduler
+
+    denoiser, inputs = tiny(name, seed=seed)
+    return LoopSampler(denoiser, scheduler or DDIMScheduler(), shape=tuple(inputs.sample.shape[1:]), conditions=inputs.conditions)
+
+
 @pytest.fixture(scope="session")
 def build() -> Build:
-    """Return a function that gives the model of a name with one call's inputs, always with the same random weights for the same seed."""
-
-    def make(name: str, *, seed: int = 0) -> tuple[Denoiser, Inputs]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED + seed)
-            factory, channels, kinds = _MODELS[name]
-            module = factory().eval().requires_grad_(False)
-            inputs = Inputs(torch.randn(1, channels, 8, 8), torch.tensor([5]), _conditions(kinds))
-        return Denoiser(module), inputs
-
-    return make
+    """Return `tiny`."""
+    return tiny
 
 
 @pytest.fixture(scope="session")
-def sampler(build: Build) -> Callable[..., LoopSampler]:
-    """Return a function that gives a DDIM sampler of the model of a name."""
-
-    def make(name: str = "unet", *, seed: int = 0, scheduler: Any = None) -> LoopSampler:
-        from diffusers import DDIMScheduler
-
-        denoiser, inputs = build(name, seed=seed)
-        return LoopSampler(denoiser, scheduler or DDIMScheduler(), shape=tuple(inputs.sample.shape[1:]), conditions=inputs.conditions)
-
-    return make
+def sampler() -> Callable[..., LoopSampler]:
+    """Return `tiny_sampler`."""
+    return tiny_sampler
 
 
 @pytest.fixture(autouse=True)

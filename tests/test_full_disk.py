@@ -144,7 +144,7 @@ def test_a_stage_that_a_broken_disk_cut_short_is_an_error_and_no_wrong_model(
         raise PowerCut
 
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr("tfmq.workflow.pack_all", stop)
+        patch.setattr("tfmq.jobs.workflow.pack_all", stop)
         tfmq.quantize(sampler("plain"), recipe, output_dir=tmp_path / "q")
     path = tmp_path / "q.job" / name
     os.truncate(path, path.stat().st_size // 2)

@@ -36,6 +36,11 @@ def noised(clean: Tensor, timesteps: Tensor, generator: Generator) -> Noised:
     return Noised(noisy, timesteps, level.sqrt() * noise - (1 - level).sqrt() * clean)
 
 
+def draw_timesteps(count: int, generator: Generator) -> Tensor:
+    """Return timesteps `[count]`: the later of two uniform draws each, as captions and classes matter where noise is strong."""
+    return torch.randint(STEPS, (2, count), generator=generator).amax(0)
+
+
 def picture(rows: list[Tensor], path: Path) -> None:
     """Save rows of images `[N, 3, H, W]` in [0, 1] as one picture, twice as large."""
     sheet = torch.cat([torch.cat(list(row.float()), dim=2) for row in rows], dim=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusion import STEPS, build_scheduler, noised, picture
+from diffusion import build_scheduler, draw_timesteps, noised, picture
 from latents import read_pool
 from loop import Run, Schedule
 from torch import Generator, Tensor
@@ -71,7 +71,7 @@ def main() -> None:
     def loss(generator: Generator, held: bool) -> Tensor:
         latents, classes = pools[held]
         index = torch.randint(len(latents), (options.batch_size,), generator=generator)
-        batch = noised(latents[index], torch.randint(STEPS, (options.batch_size,), generator=generator), generator)
+        batch = noised(latents[index], draw_timesteps(options.batch_size, generator), generator)
         predicted = denoise(batch.noisy, timestep=batch.timesteps, class_labels=classes[index], return_dict=False)[0]
         return (predicted.float() - batch.velocity).square().mean()
 

@@ -3,8 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,25 @@ class Schedule:
     save_every: int = 500
     seed: int = 0
     bf16: bool = True
+    # A factor of the rate of the parameters whose names begin so.
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the learning rate of a step, before its factor."""
         tail = max(1, int(self.steps * self.decay))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, (self.steps - step) / tail)
+
+    def factor(self, name: str) -> float:
+        """Return the factor of the rate of the parameter `name`."""
+        return next((factor for start, factor in self.factors.items() if name.startswith(start)), 1.0)
+
+
+STATE = "state.safetensors"
+
+
+def begun(directory: Path) -> bool:
+    """Whether a run in `directory` has saved a state, from which it goes on."""
+    return (directory / STATE).exists()
 
 
 # The loss of one batch: drawn with this generator, from training's part of the data or the held-out one.
@@ -54,13 +68,17 @@ class Run:
         self.schedule = schedule
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+        groups = [
+            {"params": [parameter for name, parameter in self.parameters.items() if schedule.factor(name) == factor], "factor": factor}
+            for factor in sorted(set(map(schedule.factor, self.parameters)))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = self._restore()
 
     def _restore(self) -> int:
-        path = self.directory / "state.safetensors"
-        if not path.exists():
+        if not begun(self.directory):
             return 0
+        path = self.directory / STATE
         with safe_open(path, framework="pt") as file:
             step = int(file.metadata()["step"])
         tensors = load_file(path)
@@ -80,7 +98,7 @@ class Run:
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment].contiguous()
         partial = self.directory / "state.partial"
         save_file(tensors, partial, metadata={"step": str(self.step)})
-        os.replace(partial, self.directory / "state.safetensors")
+        os.replace(partial, self.directory / STATE)
 
     def load_average(self, module: nn.Module) -> None:
         """Write the moving average into a module of the same parameters."""
@@ -118,7 +136,7 @@ class Run:
         # What a loss draws besides (dropout) comes from the global state, which follows the step too.
         torch.manual_seed(self.schedule.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self.step)
+            group["lr"] = self.schedule.rate(self.step) * group["factor"]
         loss = self._loss(loss_of, generator, held=False)
         if not torch.isfinite(loss):
             raise SystemExit(f"step {self.step}: the loss is {loss.item()}; lower the learning rate")

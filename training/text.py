@@ -1,4 +1,4 @@
-"""Train `text`: a Stable Diffusion pipeline in miniature, whose text encoder learns together with its denoiser.
+"""Train `text`: a Stable Diffusion pipeline in miniature, whose text encoder learns to read first, and then on with its denoiser.
 
     python training/text.py --latents runs/latents --autoencoder runs/autoencoder/vae --output-dir runs/text
 
@@ -10,16 +10,18 @@ import argparse
 from pathlib import Path
 
 import torch
+from captions import learn_to_read
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusion import STEPS, build_scheduler, noised, picture
+from diffusion import build_scheduler, draw_timesteps, noised, picture
 from latents import read_pool
-from loop import Run, Schedule
+from loop import Run, Schedule, begun
 from scenes import said
 from tokens import LENGTH, build_tokenizer
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+# Share of captions that are empty.
 EMPTY = 0.1
 # What the picture of samples shows, and how it is guided.
 SHOWN = (
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--width", type=float, default=1.0, help="channels, relative to the model that the project has")
-    parser.add_argument("--steps", type=int, default=8_000)
+    parser.add_argument("--steps", type=int, default=7_000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -92,7 +94,16 @@ def main() -> None:
     module = nn.ModuleDict(
         {"text_encoder": build_text_encoder(options.width), "unet": build_unet(options.width).to(memory_format=torch.channels_last)}
     )
-    schedule = Schedule(steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, average=0.999, seed=options.seed)
+    schedule = Schedule(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        average=0.999,
+        seed=options.seed,
+        factors={"text_encoder.": 0.1},
+    )
+    if not begun(options.output_dir):
+        print(f"the text encoder answers {learn_to_read(module['text_encoder'], tokenizer, seed=options.seed):.1%} about captions", flush=True)
     run = Run(options.output_dir, module, schedule)
     # Attention written out is twice as fast here as the fused kernel, whose backward is slow on CPUs.
     module["unet"].set_attn_processor(AttnProcessor())
@@ -107,7 +118,7 @@ def main() -> None:
         latents, scenes = pools[held]
         index = torch.randint(len(latents), (options.batch_size,), generator=generator)
         tokens = module["text_encoder"](captions_of([scenes[i] for i in index.tolist()], generator)).last_hidden_state
-        batch = noised(latents[index], torch.randint(STEPS, (options.batch_size,), generator=generator), generator)
+        batch = noised(latents[index], draw_timesteps(options.batch_size, generator), generator)
         return (unet(batch.noisy, batch.timesteps, tokens, return_dict=False)[0].float() - batch.velocity).square().mean()
 
     def export(run: Run) -> None:

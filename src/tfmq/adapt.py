@@ -8,7 +8,7 @@ from tfmq.artifact import remark
 from tfmq.backends.backend import release
 from tfmq.calibration.drift import LayerDrift, complaint
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.targets import open_sampler
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables, visited
@@ -17,7 +17,7 @@ from tfmq.temporal.rebake import rebake_tables, visited
 def _pair(target: Any, reference: Any, *, verb: str) -> tuple[Sampler, Sampler]:
     """Return samplers of a quantized model, which computes in simulated arithmetic from now on, and of its full-precision reference."""
     sampler, full = open_sampler(target), open_sampler(reference)
-    if not hasattr(sampler.denoiser.module, STEPS) or hasattr(full.denoiser.module, STEPS):
+    if not is_quantized(sampler.denoiser.module) or is_quantized(full.denoiser.module):
         raise ValueError(f"{verb} takes a quantized model and the full-precision model that it was made from")
     release(sampler.denoiser.module)
     return sampler, full
@@ -66,7 +66,7 @@ def fuse_lora(target: Any, reference: Any, *, scale: float = 1.0, steps: int | N
 
     sampler, full = _pair(target, reference, verb="fuse_lora")
     module = sampler.denoiser.module
-    found = fuse_adapters(module, full, steps=steps or len(getattr(module, STEPS).timesteps), scale=scale)
+    found = fuse_adapters(module, full, steps=steps or len(steps_of(module).timesteps), scale=scale)
     remark(module, lora={"scale": scale, "drift": [asdict(entry) for entry in found]})
     if text := complaint(found):
         warnings.warn(f"the LoRA {text}; for full quality quantize the fused pipeline again", stacklevel=2)

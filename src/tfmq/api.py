@@ -15,6 +15,8 @@ from torch import nn
 
 from tfmq.artifact import REPORT_FILE, load, mark, save, stored_architecture, stored_manifest
 from tfmq.calibration.store import CalibrationStore
+from tfmq.jobs.job import Foretold, Helpers, Job
+from tfmq.jobs.workflow import Outcome, quantize_denoiser
 from tfmq.nn.floating import summary
 from tfmq.nn.structure import describe, state_bytes
 from tfmq.progress import Progress, silent
@@ -22,7 +24,6 @@ from tfmq.recipes import scheme
 from tfmq.recipes.recipe import Recipe
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
-from tfmq.stages import Foretold, Helpers
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import prepare_output, seal
 from tfmq.storage.errors import JobMismatchError
@@ -31,7 +32,6 @@ from tfmq.storage.journal import Journal
 from tfmq.storage.listing import FILES
 from tfmq.targets import open_target, owner_of
 from tfmq.version import __version__
-from tfmq.workflow import Outcome, quantize_denoiser
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def quantize(
             there is, with a warning that names the others. They are quantized one after the other.
         resources: limits of memory and of time.
         helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
-        foretold: is told about how many seconds everything before the units takes, before it begins.
+        foretold: is told about how many seconds calibration takes, and later the units, before they begin.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:
@@ -179,8 +179,12 @@ def quantize(
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
         journal.sweep()
-        limits = {"helpers": helpers, "resources": resources, "foretold": foretold, "began": began}
-        outcome = quantize_denoiser(sampler, recipe, seed=seed, store=store_of(job), journal=journal, progress=progress, **limits)  # type: ignore[arg-type]
+        outcome = quantize_denoiser(
+            Job(
+                sampler=sampler, recipe=recipe, store=store_of(job), journal=journal, seed=seed, resources=resources,
+                helpers=helpers, foretold=foretold, progress=progress, began=began,
+            )
+        )  # fmt: skip
         manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
         mark(module, manifest)

@@ -20,7 +20,7 @@ from tfmq.storage.directory import (
     REPORT_FILE,
     check_files,
     components,
-    is_quantized,
+    holds_quantized,
     relist,
     stored_bytes,
     stored_manifest,
@@ -36,7 +36,7 @@ __all__ = [
     "PIPELINE_FILE",
     "REPORT_FILE",
     "check_quantizable",
-    "is_quantized",
+    "holds_quantized",
     "load",
     "mark",
     "relist",
@@ -144,7 +144,7 @@ def load(directory: str | Path, *, module: nn.Module | None = None, backend: str
     """
     path = Path(directory)
     loaded = _load(path, module)
-    if backend != AUTO or is_quantized(path):
+    if backend != AUTO or holds_quantized(path):
         execute(loaded, backend, options=options)
     return loaded
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfmq.artifact import check_quantizable, is_quantized, load, stored_manifest
+from tfmq.artifact import check_quantizable, holds_quantized, load, stored_manifest
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.errors import require
 from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 from tfmq.recipes.recipe import Recipe, call_options
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
@@ -34,6 +34,15 @@ def named_directory(name: str) -> Path | None:
     """
     found = (shelf / name for shelf in SHELVES if name.isidentifier() or name.replace("-", "_").isidentifier())
     return next((path for path in found if (path / "model_index.json").is_file()), None)
+
+
+def known_names() -> tuple[str, ...]:
+    """Return the names of the models that are here, those of the package first.
+
+    >>> "default" in known_names()
+    True
+    """
+    return tuple(sorted(path.parent.name for shelf in SHELVES for path in shelf.glob("*/model_index.json")))
 
 
 def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None, component: str | None = None) -> Sampler:
@@ -61,9 +70,9 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
 
     if isinstance(target, str | Path):
         path = named_directory(str(target)) or Path(target)
-        if options is None and is_quantized(path):
+        if options is None and holds_quantized(path):
             options = calibrated_options(stored_manifest(path).provenance)
-        target = load(path, backend="simulated") if is_quantized(path) else open_pipeline(path if path.exists() else target)
+        target = load(path, backend="simulated") if holds_quantized(path) else open_pipeline(path if path.exists() else target)
     if not hasattr(target, "components"):
         raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
     sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}), component=component)
@@ -125,7 +134,7 @@ def open_target(
     """
     sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)), component=component)
     module, others = sampler.denoiser.module, getattr(sampler, "others", ())
-    if hasattr(module, STEPS):
+    if is_quantized(module):
         rest = f", or its {others[0]} (--component {others[0]})" if others else ""
         raise ValueError(f"the model is quantized already; quantize the full-precision one{rest}")
     if others:

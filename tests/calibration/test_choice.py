@@ -121,11 +121,11 @@ def test_a_resumed_job_reads_back_what_was_measured(build: Callable[..., Any], t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tfmq.stages.reconstruct_temporal", interrupted)
+        patch.setattr("tfmq.jobs.temporal.reconstruct_temporal", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q")
     with monkeypatch.context() as patch:
-        patch.setattr("tfmq.calibration.choice.measure_inputs", interrupted)
+        patch.setattr("tfmq.jobs.calibration.measure_inputs", interrupted)
         resumed = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q", resume=True)
     whole = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "whole")
     assert resumed.report["sha256"] == whole.report["sha256"] and resumed.report["inputs"] == whole.report["inputs"]

@@ -11,11 +11,11 @@ import tfmq
 from tfmq.api import job_of
 from tfmq.calibration.spool import Spool
 from tfmq.cluster.crew import Cluster, connected
-from tfmq.cluster.quantization import Helpers, _make
+from tfmq.cluster.quantization import Helpers, Order, _make
+from tfmq.jobs.units import unit_file
 from tfmq.recipes.recipe import Calibration, Recipe
 from tfmq.reconstruction import resources
 from tfmq.reconstruction.resources import UNLIMITED, Resources
-from tfmq.reconstruction.sequence import unit_file
 from tfmq.reconstruction.solvers import UnitInputs
 from tfmq.storage.atomic import read_tensors
 from tfmq.storage.errors import JobMismatchError
@@ -54,7 +54,7 @@ def test_two_workers_make_the_same_bytes_as_none(ray: Any, model: Path, tmp_path
     recipe = quick(inputs)
     tfmq.quantize(str(model), recipe, output_dir=tmp_path / "alone", seed=3)
     with connected(Cluster(workers=2)) as crew:
-        helpers = Counting(Helpers(crew, str(model), recipe, tmp_path / "together", seed=3))
+        helpers = Counting(Helpers(crew, Order(target=str(model), recipe=recipe, output_dir=tmp_path / "together", seed=3)))
         found = tfmq.quantize(str(model), recipe, output_dir=tmp_path / "together", seed=3, helpers=helpers)
     assert content(tmp_path / "together") == content(tmp_path / "alone")
     assert helpers.asked == {"record": 2, "reconstruct": len(found.report["units"]) if inputs == "full" else 0}
@@ -64,7 +64,7 @@ def test_two_workers_make_the_same_bytes_as_none(ray: Any, model: Path, tmp_path
 def test_a_worker_with_another_model_refuses(ray: Any, model: Path, tmp_path: Path) -> None:
     recipe = quick("full")
     with connected(Cluster()) as crew:
-        helpers = Helpers(crew, "default", recipe, tmp_path / "m")
+        helpers = Helpers(crew, Order(target="default", recipe=recipe, output_dir=tmp_path / "m"))
         with pytest.raises(JobMismatchError, match="model was"):
             tfmq.quantize(str(model), recipe, output_dir=tmp_path / "m", helpers=helpers)
     assert not content(tmp_path / "m")
@@ -77,7 +77,7 @@ def test_a_worker_keeps_to_the_limit_of_memory_itself(model: Path, tmp_path: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tfmq.workflow.reconstruct_units", stop)
+        patch.setattr("tfmq.jobs.units.paced", stop)
         tfmq.quantize(str(model), recipe, output_dir=tmp_path / "m")
     real = Spool.file
 
@@ -87,7 +87,7 @@ def test_a_worker_keeps_to_the_limit_of_memory_itself(model: Path, tmp_path: Pat
         return real(own)
 
     def codes(limits: Resources) -> dict[str, list[Any]]:
-        _make(str(model), recipe, job, 0, None, (), None, limits)(("reconstruct", 0, None))
+        _make(Order(target=str(model), recipe=recipe, output_dir=tmp_path / "m", resources=limits))(("reconstruct", 0, None))
         path = job / f"{unit_file(0)}.safetensors"
         found = {name: tensor.tolist() for name, tensor in read_tensors(path)[0].items() if name != "report"}
         path.unlink()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import tfmq
-from tfmq.artifact import is_quantized
+from tfmq.artifact import holds_quantized
 from tfmq.evaluation.inspection import Inspection, inspect
 from tfmq.integrations.diffusers.pipelines import PipelineSampler, open_pipeline
 from tfmq.integrations.diffusers.quiet import quiet
@@ -254,7 +254,7 @@ class Family:
         absent = {name: None for name, component in self.reference.pipeline.components.items() if component is None}
         with quiet():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(directory, **absent)
-        if is_quantized(directory):
+        if holds_quantized(directory):
             tfmq.execute(pipeline, "simulated")
         return PipelineSampler(pipeline, prompts=("a",), options=self.reference.options)
 

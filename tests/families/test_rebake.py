@@ -13,7 +13,7 @@ import tfmq
 from tfmq.artifact import stored_manifest
 from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.quantizers.activation import ActivationQuantizer
 
 Make = Callable[[str], Any]
@@ -26,7 +26,7 @@ def test_another_schedule_is_exact_after_one_call_and_survives_saving(family: Ma
     moved = made.sampler(made.quantized)
     moved.pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(moved.pipeline.scheduler.config)
     tfmq.rebake(moved, made.reference, steps=7)
-    steps = getattr(moved.denoiser.module, STEPS)
+    steps = steps_of(moved.denoiser.module)
     assert len(steps.timesteps) == 7
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*was not calibrated")
@@ -42,7 +42,7 @@ def test_grids_follow_the_nearest_calibrated_timestep(family: Make) -> None:
     made = family("sd1")
     moved, before = made.sampler(made.quantized), made.sampler(made.quantized)
     tfmq.rebake(moved.pipeline, made.stock, steps=3)
-    timesteps = [getattr(sampler.denoiser.module, STEPS).timesteps for sampler in (moved, before)]
+    timesteps = [steps_of(sampler.denoiser.module).timesteps for sampler in (moved, before)]
     nearest = (timesteps[0][:, None] - timesteps[1]).abs().argmin(dim=1)
     compared = 0
     for name, quantizer in moved.denoiser.module.named_modules():

@@ -11,7 +11,7 @@ import torch
 
 import tfmq
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.recipes import Calibration
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -36,7 +36,7 @@ def test_a_schedule_is_calibrated_exactly_and_another_one_is_warned_about(sample
     learning = replace(recipe.temporal.learning, iterations=0)
     temporal = replace(recipe.temporal, learning=learning)
     tfmq.quantize(made, replace(recipe, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal))
-    timesteps = getattr(made.denoiser.module, STEPS).timesteps
+    timesteps = steps_of(made.denoiser.module).timesteps
     assert len(timesteps) >= 5 and bool((timesteps != timesteps.round()).any()) == (name in CONTINUOUS)
     expected = sampler("plain", scheduler=SCHEDULERS[name]()).run(range(2), steps=5, seed=0)
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ import torch
 
 import tfmq
 from tfmq.artifact import stored_bytes
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.recipes import Calibration
 
 Make = Callable[[str], Any]
@@ -41,14 +41,14 @@ def test_each_is_quantized_at_its_own_timesteps_and_both_come_back(wan: tuple[An
     with pytest.warns(UserWarning, match=r"also calls transformer_2, which stays in full precision; .* --component transformer_2"):
         tfmq.quantize(sampler(wan), RECIPE, output_dir=tmp_path / "one")
     pipeline = wan[0]
-    assert hasattr(pipeline.transformer, STEPS) and not hasattr(pipeline.transformer_2, STEPS)
+    assert is_quantized(pipeline.transformer) and not is_quantized(pipeline.transformer_2)
     with pytest.raises(ValueError, match=r"quantized already; quantize the full-precision one, or its transformer_2 \(--component transformer_2\)"):
         tfmq.quantize(sampler(wan), RECIPE)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(also calls|was not calibrated)")
         tfmq.quantize(sampler(wan, "transformer_2"), RECIPE, output_dir=tmp_path / "both")
         images = sampler(wan).run(range(1), steps=4, seed=0)
-    early, late = (getattr(denoiser, STEPS).timesteps for denoiser in (pipeline.transformer, pipeline.transformer_2))
+    early, late = (steps_of(denoiser).timesteps for denoiser in (pipeline.transformer, pipeline.transformer_2))
     assert float(early.min()) >= 600 > float(late.max()) and len(early) + len(late) == 4
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "both")
     tfmq.execute(loaded, "simulated")

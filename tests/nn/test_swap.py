@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.products import ProductQuantizers, attach_products
-from tfmq.nn.swap import STEPS, attach_steps, precision, replace_module
+from tfmq.nn.swap import STEPS, attach_steps, precision, replace_module, steps_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Linear
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -26,7 +26,7 @@ class Model(nn.Module):
     def forward(self, x: Tensor, t: Tensor, *, fail: bool = False) -> Tensor:
         if fail:
             raise KeyError
-        return getattr(self, STEPS).index
+        return steps_of(self).index
 
     def product(self, x: Tensor) -> Tensor:
         return x @ x
@@ -66,7 +66,7 @@ def test_the_class_stays_a_subclass_of_itself_and_other_instances_are_untouched(
 def test_copies_have_a_context_of_their_own() -> None:
     model, _ = stepped()
     other = copy.deepcopy(model)
-    getattr(other, STEPS).timesteps.copy_(torch.tensor([100.0, 200.0, 300.0]))
+    steps_of(other).timesteps.copy_(torch.tensor([100.0, 200.0, 300.0]))
     assert other(torch.zeros(1, 2), torch.tensor(300)).tolist() == [2]
     assert model(torch.zeros(1, 2), torch.tensor(5)).tolist() == [1]
 

@@ -11,7 +11,7 @@ from tfmq.nn.operation import operation_of, weight_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.solvers import LEAN, SOLVERS, Rounding, UnitProblem, leaning, work
+from tfmq.reconstruction.solvers import LEAN, SOLVERS, Rounding, Samples, UnitProblem, leaning, work_amount
 
 GPTQ = Rounding(solver="gptq")
 
@@ -40,12 +40,11 @@ def solve(layer: CalibratedLayer, x: Tensor, full: Tensor, config: Rounding = GP
         return (layer(x) - target).square().mean()
 
     advances: list[int] = []
-    problem = UnitProblem(
-        {"layer": layer}, torch.arange(len(x)).split(16), run_full, lambda part: layer(x[part]), loss, LEARNING, lambda n=1: advances.append(n)
-    )
+    samples = Samples(torch.arange(len(x)).split(16), run_full, lambda part: layer(x[part]), loss)
+    problem = UnitProblem({"layer": layer}, samples, LEARNING, lambda n=1: advances.append(n))
     taken = SOLVERS[config.solver].solve(problem, config, seed)
     assert taken == (LEARNING.iterations if "adaround" in config.solver else 0)
-    assert sum(advances) == work(config, LEARNING, 1)
+    assert sum(advances) == work_amount(config, LEARNING, 1)
     with torch.no_grad():
         return float((layer(x) - target).square().mean())
 
@@ -94,6 +93,27 @@ def test_it_makes_up_for_errors_that_reach_it() -> None:
     second.bias.data.copy_(first.bias)  # type: ignore[union-attr]
     alone = solve(first, x, full, Rounding(solver="nearest"))
     assert solve(second, x, full, replace(GPTQ, damping=1e-3)) < 0.8 * alone
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_noise_shrinks_what_least_squares_fits_and_not_what_has_unit_gain(bits: int) -> None:
+    """Inputs of variance 1 under noise of variance 0.1: a least squares fit has the gain 1 / 1.1 (errors in variables; Fuller, 1987, section 1.1)."""
+    torch.manual_seed(3)
+    full = torch.randn(4096, 16)
+    x = full + 0.1**0.5 * torch.randn_like(full)
+    gains = {}
+    for unit_gain in (False, True):
+        torch.manual_seed(4)
+        layer = calibrated(nn.Linear(16, 8), bits=bits)
+        solve(layer, x, full, replace(GPTQ, damping=1e-6, unit_gain=unit_gain))
+        layer.weight_precision = "full"
+        expected = layer(full)
+        layer.weight_precision = "quantized"
+        found = layer(x)
+        expected, found = expected - expected.mean(0), found - found.mean(0)
+        gains[unit_gain] = (expected * found).sum(0) / expected.square().sum(0)
+    assert float(gains[False].mean()) == pytest.approx(1 / 1.1, abs=0.02)
+    torch.testing.assert_close(gains[True], torch.ones(8), rtol=0, atol=1e-5)
 
 
 def test_the_bias_takes_the_mean_error_and_full_precision_keeps_its_own() -> None:

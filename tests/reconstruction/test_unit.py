@@ -19,7 +19,7 @@ from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding, SolverName
-from tfmq.reconstruction.unit import UnitReport, _FirstErrors, _split, capture_unit, reconstruct_unit, settle
+from tfmq.reconstruction.unit import Feed, UnitReport, _FirstErrors, _split, capture_unit, reconstruct_unit, settle
 from tfmq.reconstruction.units import find_units
 
 TIMESTEPS = torch.tensor([5.0, 300.0, 900.0])
@@ -47,7 +47,9 @@ def reconstruct(
     denoiser: Denoiser, name: str, data: list[Inputs], steps: StepContext, *, exclude: tuple[str, ...] = (), solver: SolverName = "adaround"
 ) -> UnitReport:
     units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)), exclude=exclude)}
-    return reconstruct_unit(denoiser, units[name], data, Upstream(None), steps, Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None)
+    return reconstruct_unit(
+        denoiser, units[name], Feed(data, Upstream(None), steps), Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None
+    )
 
 
 def whole(calls: UnitCalls) -> UnitCalls:
@@ -64,7 +66,7 @@ def test_the_outputs_error_falls_and_is_reported(
     steps, data = prepared(denoiser, example, activation_bits=activation_bits), batches(example)
     with precision(denoiser.module, weights="full", inputs="full"):
         module = denoiser.module.get_submodule(unit)
-        calls = whole(capture_unit(denoiser, module, data, Upstream(None))[1])
+        calls = whole(capture_unit(denoiser, module, Feed(data, Upstream(None), steps))[1])
     report = reconstruct(denoiser, unit, data, steps, solver=solver)
     assert report.name == unit and report.error_after < 0.9 * report.error_before and report.seconds > 0
     with torch.no_grad(), steps.at(calls.timestep):
@@ -117,12 +119,13 @@ def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
     table.fit(torch.full((3, 8), 100.0))
     replace_module(denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True))
     watched()
-    full, calls = map(whole, capture_unit(denoiser, unit, data[:1], Upstream(None)))
+    feed = Feed(data[:1], Upstream(None), steps)
+    full, calls = map(whole, capture_unit(denoiser, unit, feed))
     stock_input, stock_output, quantized_input, _ = seen
     assert torch.equal(calls.args[0], quantized_input) and not torch.allclose(quantized_input, stock_input)
     torch.testing.assert_close(calls.outputs[0], stock_output)
     torch.testing.assert_close(full.args[0], stock_input)
-    alone, same = capture_unit(denoiser, unit, data[:1], Upstream(None), inputs="full")
+    alone, same = capture_unit(denoiser, unit, feed, inputs="full")
     assert torch.equal(whole(alone).args[0], full.args[0]) and same is alone
 
 
@@ -191,15 +194,16 @@ def test_held_out_samples_judge_a_unit(build: Callable[..., Any]) -> None:
     units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)))}
     learning, advances = replace(QUICK, held_out=0.25), []
     report = reconstruct_unit(
-        denoiser, units["stages.0"], data, Upstream(None), steps, Rounding(), learning, seed=0, advance=lambda amount=1: advances.append(amount)
+        denoiser, units["stages.0"], Feed(data, Upstream(None), steps), Rounding(), learning, seed=0, advance=lambda amount=1: advances.append(amount)
     )
     assert 0 < report.iterations <= QUICK.iterations and sum(advances) == QUICK.iterations and report.error_after < report.error_before
 
 
 def test_full_precision_inputs_are_kept_for_those_alone_that_run_on_them(build: Callable[..., Any]) -> None:
     denoiser, example = build("plain")
-    prepared(denoiser, example)
-    full, calls = capture_unit(denoiser, denoiser.module.stages[1], batches(example), Upstream(None), full_inputs=False)
+    steps = prepared(denoiser, example)
+    feed = Feed(batches(example), Upstream(None), steps)
+    full, calls = capture_unit(denoiser, denoiser.module.stages[1], feed, full_inputs=False)
     assert (full.args, full.kwargs) == ((), {}) and len(calls.args) == 2 and full.outputs is calls.outputs
 
 
@@ -216,7 +220,7 @@ def test_kept_outputs_change_no_code_and_no_error(build: Callable[..., Any], tmp
         upstream, reports = Upstream(directory, once={unit.name for unit in units}), []
         for unit in units:
             config = {"seed": 0, "advance": lambda amount=1: None}
-            reports.append(reconstruct_unit(denoiser, unit, data, upstream, steps, Rounding(solver=solver), QUICK, **config))
+            reports.append(reconstruct_unit(denoiser, unit, Feed(data, upstream, steps), Rounding(solver=solver), QUICK, **config))
             upstream.add(unit.name, denoiser.module.get_submodule(unit.name))
         found.append((reports, {name: layer.codes.clone() for name, layer in layers.items()}))
     (apart, codes), (kept, same) = found

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tfmq.evaluation.analysis.accumulation import Accumulation
 from tfmq.evaluation.analysis.analyze import Analysis
 from tfmq.evaluation.analysis.layers import LayerError
 from tfmq.evaluation.analysis.ranges import Bounds, Ranges
@@ -57,7 +58,9 @@ def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
         layers = (LayerError("mid.a", 0.1, 1.0, 2.0), LayerError("out", 0.05, 1.0, 0.5))
         bounds = Bounds({"a": line - 1}, {"a": line + 1})
         ranges = Ranges(disturbed.timesteps, bounds, bounds)
-        return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers, len(found.parts))
+        pair = (0.1, 0.2)
+        added = Accumulation((5.0, 1.0), pair, pair, pair, pair, (None, 0.5), pair, pair, 0.3)
+        return Analysis(disturbed, ranges, Trajectory((5.0, 1.0), (0.0, 0.2), (0.0, 0.3)), found, layers, len(found.parts), added)
 
     return make
 

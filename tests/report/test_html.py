@@ -95,7 +95,7 @@ def test_equal_reports_are_equal_bytes(write_model: Any, gathered: Any) -> None:
 def test_charts_hold_the_analysis(write_model: Any, gathered: Any) -> None:
     analysis = gathered(write_model()).analysis
     made = {chart.name: json.loads(chart.json) for chart in charts(analysis)}
-    assert made.keys() == {"error", "cosine", "mismatch", "ranges", "trajectory", "sensitivity"}
+    assert made.keys() == {"error", "cosine", "mismatch", "ranges", "trajectory", "errors", "sensitivity"}
     first = next(iter(analysis["disturbance"]["relative_error"]))
     assert made["error"]["data"][0]["y"] == pytest.approx(analysis["disturbance"]["relative_error"][first])
     assert made["trajectory"]["data"][1]["y"] == analysis["trajectory"]["mean"]
@@ -114,7 +114,7 @@ def test_bars_have_the_ends_of_long_names(write_model: Any, gathered: Any) -> No
     assert [label[0] for label in labels] == ["…", "…"] and all(name.endswith(label[1:]) for name, label in zip(long[::-1], labels, strict=True))
 
 
-@pytest.mark.parametrize("part", ["disturbance", "ranges", "trajectory", "sensitivity"])
+@pytest.mark.parametrize("part", ["disturbance", "ranges", "trajectory", "accumulation", "sensitivity"])
 def test_a_damaged_analysis_is_refused(write_model: Any, gathered: Any, part: str) -> None:
     found = gathered(write_model())
     with pytest.raises(ForeignFileError, match="cannot be drawn"):
@@ -124,4 +124,4 @@ def test_a_damaged_analysis_is_refused(write_model: Any, gathered: Any, part: st
 def test_every_chart_says_what_it_shows(write_model: Any, gathered: Any) -> None:
     text = render(gathered(write_model()))
     described: list[str] = re.findall(r'class="chart" id="chart-\w+" role="img" aria-labelledby="([\w-]+)"', text)
-    assert len(described) == 6 and all(f'id="{name}"' in text for name in described)
+    assert len(described) == 7 and all(f'id="{name}"' in text for name in described)

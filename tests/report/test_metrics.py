@@ -26,6 +26,14 @@ def test_the_baseline_stands_beside_the_quantized_model() -> None:
     assert metric_rows([]) == ()
 
 
+def test_adherence_is_in_percent_by_attribute() -> None:
+    rows = [row(f"adherence.{name}", model, None, value, 0.0123) for name in ("identity", "place") for model, value in FOUND.items()]
+    assert metric_rows(rows) == tuple(MetricRow(f"adherence.{name}", "91.2 ± 1.2 %", "90.0 ± 1.2 %") for name in ("identity", "place"))
+
+
+FOUND = {"full precision": 0.912, "quantized": 0.9}
+
+
 def test_pairs_have_units() -> None:
     spread = {"mean": 0.9, "min": 0.5, "max": 1.0}
     trajectory = {"mean": [0.0, 0.2], "latent_error": None}

@@ -29,11 +29,12 @@ def test_every_value_is_a_row(values: dict[str, Any]) -> None:
     found = list(rows(values))
     disturbed, ranges, moved = values["disturbance"], values["ranges"], values["sensitivity"]
     features, steps = len(disturbed["cosine"]), len(disturbed["timesteps"])
-    counts = {part: sum(row[0] == part for row in found) for part in ("disturbance", "ranges", "trajectory", "sensitivity", "layers")}
+    counts = {part: sum(row[0] == part for row in found) for part in ("disturbance", "ranges", "trajectory", "accumulation", "sensitivity", "layers")}
     assert counts == {
         "disturbance": 3 * features * steps,
         "ranges": 4 * len(ranges["inputs"]["low"]) * steps,
         "trajectory": 2 * len(values["trajectory"]["mean"]),
+        "accumulation": 7 * len(values["accumulation"]["timesteps"]),
         "sensitivity": (len(moved["parts"]) + 1) * len(moved["timesteps"]),
         "layers": 3 * len(values["layers"]),
     }

@@ -18,7 +18,7 @@ from tfmq.backends.prepared import Kind, Prepared, Way, differentiates, kind_of
 from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import STEPS, TIMESTEP, plain_forward
+from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
 from tfmq.reconstruction.resources import free_bytes
 from tfmq.storage.digest import tensor_digest
 
@@ -161,7 +161,7 @@ class AutoExecutor:
 
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             given = self._affordable(module, next(iter(ways.values())), arguments)
-            with getattr(module, STEPS).at(torch.as_tensor(given[getattr(module, TIMESTEP)])):
+            with steps_of(module).at(torch.as_tensor(given[getattr(module, TIMESTEP)])):
                 return race(tuple(ways), enter, leave), len(_sample(given))
 
     def _affordable(self, module: nn.Module, baseline: Way, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -171,7 +171,7 @@ class AutoExecutor:
             return arguments
         row: Mapping[str, Any] = Inputs(sample, timestep, {"row": dict(arguments)}).rows(0, 1).conditions["row"]
         try:
-            with getattr(module, STEPS).at(timestep.flatten()[:1]):
+            with steps_of(module).at(timestep.flatten()[:1]):
                 self.prepared.run(module, baseline, row)
                 seconds = timed(lambda: self.prepared.run(module, baseline, row))
         except (RuntimeError, ValueError):
@@ -201,7 +201,7 @@ def _chosen(subject: str, name: str, choice: Choice, origin: str, untried: Mappi
 def decide(denoiser: Denoiser, inputs: Inputs, options: Options, *, judged: bool) -> str:
     """Return the backend that is chosen for calls like `inputs`, at a timestep that was calibrated; the simulation is in place afterwards."""
     module = denoiser.module
-    known = getattr(module, STEPS).timesteps
+    known = steps_of(module).timesteps
     timestep = known[len(known) // 2].to(inputs.timestep).expand(len(inputs))
     executor = AutoExecutor(options, judged=judged)
     release(module)

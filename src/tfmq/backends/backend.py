@@ -6,10 +6,9 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.swap import parts_of
 
 Weights = Literal["unpacked", "packed"]
 
@@ -77,16 +76,8 @@ def register(name: str) -> Callable[[type[Backend]], type[Backend]]:
 def release(module: nn.Module) -> None:
     """Let a denoiser compute in simulated arithmetic again."""
     module.tfmq_executor = None  # type: ignore[assignment]
-    for child in module.modules():
-        if isinstance(child, PackedLayer):
-            child.kernel = child.unpacked = child.decoded = None
-            child.input_precision = "quantized"
-            child.unshelve()
-        elif isinstance(child, ProductQuantizers):
-            child.kernel = child.attention_kernel = None
-            child.idle = False
-        elif isinstance(child, PackedEmbedding):
-            child.decoded = None
+    for child in parts_of(module):
+        child.release()
 
 
 def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:

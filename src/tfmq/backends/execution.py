@@ -16,7 +16,7 @@ from tfmq.backends.fallback import FallbackExecutor, complain
 from tfmq.backends.prepared import Prepared, Way
 from tfmq.errors import MissingExtraError
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 
 AUTO = "auto"
 # Backends that take over, in this order, where an engine fails. The last one, torch's own floating point, needs no engine.
@@ -77,7 +77,7 @@ def quantized_modules(target: Any) -> tuple[nn.Module, ...]:
         ValueError: there is none.
     """
     parts = target.components.values() if hasattr(target, "components") else (target,)
-    found = tuple(part for part in parts if isinstance(part, nn.Module) and hasattr(part, STEPS))
+    found = tuple(part for part in parts if isinstance(part, nn.Module) and is_quantized(part))
     if not found:
         raise ValueError(f"{type(target).__name__} holds no model quantized by tfmq")
     return found

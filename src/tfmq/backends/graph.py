@@ -10,7 +10,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tfmq.backends.backend import EngineError
 from tfmq.export.capture import Call, FeatureGraph, Graph
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.nn.temporal import cached_features, tabulated
 from tfmq.quantizers.steps import StepContext
 
@@ -40,7 +40,7 @@ class GraphExecutor:
         self.build = build
         self.engine = engine
         cached = cached_features(module).values()
-        timesteps = getattr(module, STEPS).timesteps
+        timesteps = steps_of(module).timesteps
         with torch.no_grad():
             self.table = tabulated(module, torch.arange(len(timesteps), device=timesteps.device)) if cached else None
             # True at the timesteps where every feature comes from its table.
@@ -54,7 +54,7 @@ class GraphExecutor:
         return self
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        steps: StepContext = getattr(module, STEPS)
+        steps: StepContext = steps_of(module)
         call = Call.of(module, arguments)
         run, structure = _used(self.denoisers, (call.signature.key, call.batch), lambda: self._denoiser(module, steps, call))
         features = () if self.table is None else (self._features(module, steps, call),)

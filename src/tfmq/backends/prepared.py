@@ -9,18 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
-from tfmq.nn.embedding import PackedEmbedding
-from tfmq.nn.layer import PackedLayer
-from tfmq.nn.packed import PackedWeight
-from tfmq.nn.products import ProductQuantizers
-from tfmq.nn.swap import Executor, plain_forward
-
-# Names of the attributes that a backend sets, by the kind of module; see `release`.
-ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
-    PackedLayer: ("kernel", "unpacked", "decoded", "input_precision"),
-    PackedEmbedding: ("decoded",),
-    ProductQuantizers: ("kernel", "attention_kernel", "idle"),
-}
+from tfmq.nn.swap import Executor, parts_of, plain_forward
+from tfmq.quantizers.part import Part
 
 # Calls of one kind take the same time: the shapes, dtypes and devices of their tensors, and their other arguments by type.
 Kind = tuple[Any, ...]
@@ -44,29 +34,14 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a backend has put into a denoiser: its executor, and the attributes of each module, and whether packed codes were shelved."""
+    """What a backend has put into a denoiser: its executor, and what it set in each part."""
 
     executor: Executor | None
-    attributes: tuple[tuple[nn.Module, Mapping[str, Any], bool], ...]
+    attributes: tuple[tuple[Part, Mapping[str, Any]], ...]
 
 
 def _parts(module: nn.Module, executor: Executor | None) -> _Parts:
-    found: list[tuple[nn.Module, Mapping[str, Any], bool]] = []
-    for child in module.modules():
-        names = next((names for kind, names in ATTRIBUTES.items() if isinstance(child, kind)), None)
-        if names is not None:
-            found.append((child, {name: getattr(child, name) for name in names}, isinstance(child, PackedLayer) and child.shelved))
-    return _Parts(executor, tuple(found))
-
-
-def _put(parts: _Parts) -> None:
-    for child, attributes, shelved in parts.attributes:
-        for name, value in attributes.items():
-            # The model may have moved in the meantime.
-            here = isinstance(child, PackedWeight) and isinstance(value, nn.Module | Tensor)
-            setattr(child, name, value.to(child.scale.device) if here else value)
-        if shelved and isinstance(child, PackedLayer):
-            child.shelve()
+    return _Parts(executor, tuple((child, child.prepared()) for child in parts_of(module)))
 
 
 class Prepared:
@@ -99,7 +74,8 @@ class Prepared:
         try:
             if way in self._aside:
                 parts = self._aside.pop(way)
-                _put(parts)
+                for child, values in parts.attributes:
+                    child.prepare(values)
                 self._executor = parts.executor
             else:
                 coverage = BACKENDS[way.backend].attach(module, way.options)

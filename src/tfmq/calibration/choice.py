@@ -11,14 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.store import StoredBatches
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
-from tfmq.progress import Advance, Progress
+from tfmq.progress import Advance
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
-from tfmq.storage.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,3 @@ def keep_better(layers: Mapping[str, CalibratedLayer], errors: Mapping[str, Inpu
         quantizer = layers[name].input_quantizer
         if found.kept == "dynamic" and quantizer is not None:
             layers[name].input_quantizer = _dynamic(quantizer)
-
-
-def choose_inputs(
-    denoiser: Denoiser, layers: Mapping[str, CalibratedLayer], batches: StoredBatches, *, journal: Journal, progress: Progress
-) -> dict[str, InputErrors]:
-    """Measure `layers` on `batches` as a stage of a job, let each keep the better quantizer, and return the errors."""
-    if not layers:
-        return {}
-
-    def compute() -> dict[str, Tensor]:
-        with progress("calibration: static or dynamic inputs", len(batches.store) // batches.interval) as advance:
-            found = measure_inputs(denoiser, layers, batches, advance=advance)
-        return {name: torch.tensor([errors.static, errors.dynamic], dtype=torch.float64) for name, errors in found.items()}
-
-    tensors = journal.stage("inputs", compute)
-    errors = {name: InputErrors(*tensors[name].tolist()) for name in layers}
-    keep_better(layers, errors)
-    return errors

@@ -112,14 +112,14 @@ def _measured(
     from tfmq.cli.progress import foretell, shown_progress
     from tfmq.evaluation.cost.pipeline import Request, bench, expected_seconds
     from tfmq.integrations.diffusers.quiet import quiet
-    from tfmq.nn.swap import STEPS as QUANTIZED
+    from tfmq.nn.swap import is_quantized
 
     began, source = time.perf_counter(), quantized_directory(directory)
     calibrated = stored_manifest(source).provenance.calibrated_steps
     torch.set_num_threads(options["threads"])
     with quiet(), shown_progress() as progress, tempfile.TemporaryDirectory(prefix="tfmq-bench-") as folder:
         sampler = open_model(reference if reference or module else directory, module=module, prompts=prompts)
-        if reference is not None and hasattr(sampler.denoiser.module, QUANTIZED):
+        if reference is not None and is_quantized(sampler.denoiser.module):
             raise ValueError("the reference is quantized itself; pass the full-precision model")
         component = source / sampler.component if (source / PIPELINE_FILE).exists() else source  # type: ignore[attr-defined]
         steps = steps or calibrated or STEPS

@@ -101,8 +101,9 @@ def evaluate(
             quantized_directory,
             ready_models,
         )
+        from tfmq.evaluation.adherence.judge import ADHERENCE
         from tfmq.evaluation.job import Request
-        from tfmq.evaluation.settings import ADHERENCE, CLIP_METRIC, Settings
+        from tfmq.evaluation.settings import CLIP_METRIC, Settings
         from tfmq.evaluation.text import draws_from_text
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet

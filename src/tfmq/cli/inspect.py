@@ -19,7 +19,7 @@ def inspect(
 ) -> None:
     """Show the temporal block, what each feature depends on, units, bits per layer and bytes of MODEL."""
     with verb():
-        from tfmq.artifact import is_quantized
+        from tfmq.artifact import holds_quantized
         from tfmq.cli.models import open_model
         from tfmq.cli.progress import foretell, shown_progress
         from tfmq.evaluation.forecast import expected_seconds, forecast
@@ -28,7 +28,7 @@ def inspect(
 
         check_model(model, module)
         own = check_module(module)
-        path = None if model is None or not is_quantized(Path(model)) else Path(model)
+        path = None if model is None or not holds_quantized(Path(model)) else Path(model)
         with quiet():
             sampler = open_model(model, module=own)
             inspection = look(sampler, directory=path, stock=None if own is None or path is None else own.sampler().denoiser)

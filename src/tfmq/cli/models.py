@@ -55,10 +55,10 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options", *, rows:
     from tfmq.backends.auto import decide
     from tfmq.backends.backend import Options
     from tfmq.backends.execution import AUTO, execute
-    from tfmq.nn.swap import STEPS
+    from tfmq.nn.swap import is_quantized
 
     module = sampler.denoiser.module
-    if not hasattr(module, STEPS):
+    if not is_quantized(module):
         if backend != AUTO:
             raise ValueError(f"the model is not quantized, so the backend {backend} cannot run it; quantize it first, or leave out --backend")
         if options != Options():
@@ -114,15 +114,15 @@ def located(model: str) -> str:
 
 def provenance(sampler: "Sampler", model: str | None) -> "Provenance":
     """Return where a quantized model comes from, by the manifest in the directory MODEL where its module has none itself; nothing of any other."""
-    from tfmq.artifact import is_quantized, stored_manifest
+    from tfmq.artifact import holds_quantized, stored_manifest
     from tfmq.integrations.diffusers.architecture import manifest_of
-    from tfmq.nn.swap import STEPS
+    from tfmq.nn.swap import is_quantized
     from tfmq.storage.manifest import Manifest, Provenance
 
     own = manifest_of(sampler.denoiser.module)
     if own is not None:
         return Manifest.from_json(own, source="the manifest of the model").provenance
-    if model is not None and hasattr(sampler.denoiser.module, STEPS) and is_quantized(Path(model)):
+    if model is not None and is_quantized(sampler.denoiser.module) and holds_quantized(Path(model)):
         return stored_manifest(Path(model)).provenance
     return Provenance()
 

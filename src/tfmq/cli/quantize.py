@@ -4,7 +4,6 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from tfmq.reconstruction.resources import Resources
 
 DEFAULT_SCHEME = "w4a8"
-CALIBRATION = "calibration; the units after it say what they take as they go"
 
 
 def _named(scheme: str | None, path: Path | None) -> "Recipe":
@@ -160,15 +158,16 @@ def _quantized(
     from tfmq.cli.models import located
     from tfmq.cli.progress import foretell, shown_progress
     from tfmq.cluster.crew import connected
-    from tfmq.cluster.quantization import Helpers
+    from tfmq.cluster.quantization import Helpers, Order
     from tfmq.integrations.diffusers.quiet import quiet
 
     with quiet(), shown_progress() as progress, ExitStack() as stack:
         crew = None if place is None else stack.enter_context(connected(place))
         # A worker opens what it is given by itself.
         target = located(model) if isinstance(model, str) else model
-        helpers = None if crew is None else Helpers(crew, target, recipe, output_dir, resources=resources, **options)
-        given: dict[str, Any] = {"helpers": helpers, "resources": resources, "foretold": partial(foretell, what=CALIBRATION), "progress": progress}
+        order = Order(target=target, recipe=recipe, output_dir=output_dir, resources=resources, **options)
+        helpers = None if crew is None else Helpers(crew, order)
+        given: dict[str, Any] = {"helpers": helpers, "resources": resources, "foretold": foretell, "progress": progress}
         found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, **given, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
     size = {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}

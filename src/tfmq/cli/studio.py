@@ -13,7 +13,9 @@ def studio(
     models: Annotated[
         list[Path] | None, typer.Argument(metavar="[DIR]...", help="Quantized models, or folders of them. Default: those in this folder.")
     ] = None,
-    reference: Annotated[str, typer.Option("--reference", metavar="MODEL", help="The original to begin with.")] = "default",
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="The original to begin with. Default: that of the first quantized model.")
+    ] = None,
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Of the page. Default: the first free one from 7860.")] = None,
     device: Device = None,
     backend: Backend = "auto",

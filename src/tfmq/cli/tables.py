@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from tfmq.evaluation.analysis.accumulation import added_in_words
 from tfmq.evaluation.cost.system import machine_in_words
 from tfmq.evaluation.deviation import in_words
 from tfmq.nn.floating import summary
@@ -296,6 +297,7 @@ def show_analysis(values: Mapping[str, Any], output_dir: Path) -> None:
         ("everything quantized", f"output error {sum(found['whole']) / len(found['whole']):.3g}"),
         ("temporal features", f"{disturbed['mismatches']} of {features * len(disturbed['timesteps'])} nearest to another timestep's"),
         *in_words(values["trajectory"]),
+        *added_in_words(values["accumulation"]),
         ("data and pictures", str(output_dir)),
     ]
     settings = values["settings"]

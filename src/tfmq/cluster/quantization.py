@@ -1,80 +1,34 @@
 """Quantize with many workers: the trajectory by batches, and units side by side where their inputs allow."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from tfmq.api import job_of, store_of
 from tfmq.cluster.crew import Crew, Team
+from tfmq.jobs.calibration import record_batch
+from tfmq.jobs.job import Job, Work
+from tfmq.jobs.units import reconstruct_alone, unit_file
+from tfmq.jobs.workflow import BEFORE_UNITS, run
 from tfmq.models.module_file import ModuleFile
-from tfmq.models.sampler import Sampler
-from tfmq.progress import Advance, silent
+from tfmq.progress import silent
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.resources import UNLIMITED, Resources
-from tfmq.reconstruction.sequence import unit_file
-from tfmq.stages import record_batch
 from tfmq.storage.journal import Journal
 from tfmq.targets import open_target
-from tfmq.workflow import Prepared, prepare_units, reconstruct_alone
 
 # A batch of the trajectory to record, with its number, or the number of a unit to reconstruct.
 Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int, None]
 
 
-class _Job:
-    """The job as a worker sees it: an interrupted one, which it reads back as far as it is, to do one more stage of it."""
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is quantized, as every worker opens it by itself.
 
-    def __init__(self, sampler: Sampler, recipe: Recipe, seed: int, folder: Path, journal: Journal, resources: Resources) -> None:
-        self.sampler = sampler
-        self.recipe = recipe
-        self.seed = seed
-        self.store = store_of(folder)
-        self.journal = journal
-        self.resources = resources
-
-    def __call__(self, task: Task) -> None:
-        kind, number, indices = task
-        if indices is not None:
-            record_batch(self.sampler, self.recipe, self.store.part(number).append, indices, seed=self.seed)
-        else:
-            with silent(kind, 0) as advance:
-                self.journal.stage(unit_file(number), partial(self._reconstructed, number, advance))
-
-    @cached_property
-    def _prepared(self) -> Prepared:
-        """The model with everything that stands in the journal before the units."""
-        return prepare_units(self.sampler, self.recipe, seed=self.seed, store=self.store, journal=self.journal, resources=self.resources)
-
-    def _reconstructed(self, number: int, advance: Advance) -> dict[str, Tensor]:
-        given = {"seed": self.seed, "store": self.store, "resources": self.resources, "advance": advance}
-        return reconstruct_alone(self.sampler, self.recipe, self._prepared, number, **given)  # type: ignore[arg-type]
-
-
-def _make(
-    target: str | ModuleFile,
-    recipe: Recipe,
-    folder: Path,
-    seed: int,
-    device: str | None,
-    prompts: tuple[str, ...],
-    component: str | None,
-    resources: Resources,
-) -> Callable[[Task], None]:
-    """Open the job in a worker; refuse where the worker would compute something else."""
-    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, component=component)
-    resources.prepare()
-    return _Job(sampler, recipe, seed, folder, Journal(folder, fingerprint, resume=True), resources)
-
-
-class Helpers:
-    """Workers that help `tfmq.quantize`; see `tfmq.stages.Helpers`.
-
-    Args:
-        crew: does it.
-        target: what is quantized: a pipeline directory or a hub id, which each worker opens, "default", or a module's file.
+    Attributes:
+        target: a pipeline directory, a hub id, a name of a model, or a module's file.
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
         output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
         seed: the seed that `tfmq.quantize` was given.
@@ -82,6 +36,51 @@ class Helpers:
         prompts: the prompts that `tfmq.quantize` was given.
         component: the component that `tfmq.quantize` was given.
         resources: its limit of memory is that of each worker.
+    """
+
+    target: str | ModuleFile
+    recipe: Recipe
+    output_dir: Path
+    seed: int = 0
+    device: str | None = None
+    prompts: tuple[str, ...] = ()
+    component: str | None = None
+    resources: Resources = UNLIMITED
+
+
+class _Worker:
+    """The job as a worker sees it: an interrupted one, which it reads back as far as it is, to do one more stage of it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __call__(self, task: Task) -> None:
+        kind, number, indices = task
+        if indices is not None:
+            record_batch(self.job, self.job.store.part(number).append, indices)
+        else:
+            with silent(kind, 0) as advance:
+                self.job.journal.stage(unit_file(number), lambda: reconstruct_alone(self.job, self._work, number, advance=advance))
+
+    @cached_property
+    def _work(self) -> Work:
+        """The model with everything that stands in the journal before the units."""
+        return run(self.job, BEFORE_UNITS)
+
+
+def _make(order: Order) -> Callable[[Task], None]:
+    """Open the job in a worker; refuse where the worker would compute something else."""
+    folder = job_of(order.output_dir.absolute())
+    sampler, fingerprint = open_target(
+        order.target, order.recipe, seed=order.seed, device=order.device, prompts=order.prompts, component=order.component
+    )
+    order.resources.prepare()
+    journal = Journal(folder, fingerprint, resume=True)
+    return _Worker(Job(sampler=sampler, recipe=order.recipe, store=store_of(folder), journal=journal, seed=order.seed, resources=order.resources))
+
+
+class Helpers:
+    """Workers of a crew that help `tfmq.quantize` with an order; see `tfmq.jobs.job.Helpers`.
 
     Raises (where parts are asked for):
         JobMismatchError: a worker has another model, or other versions.
@@ -89,21 +88,8 @@ class Helpers:
         WorkerError: a part could not be done.
     """
 
-    def __init__(
-        self,
-        crew: Crew,
-        target: str | ModuleFile,
-        recipe: Recipe,
-        output_dir: Path,
-        *,
-        seed: int = 0,
-        device: str | None = None,
-        prompts: tuple[str, ...] = (),
-        component: str | None = None,
-        resources: Resources = UNLIMITED,
-    ) -> None:
-        make = partial(_make, target, recipe, job_of(output_dir.absolute()), seed, device, prompts, component, resources)
-        self._team: Team[Task, None] = crew.team(make)
+    def __init__(self, crew: Crew, order: Order) -> None:
+        self._team: Team[Task, None] = crew.team(partial(_make, order))
 
     def record(self, batches: Sequence[range]) -> Iterator[int]:
         for number, _ in self._team([("record", number, indices) for number, indices in enumerate(batches)]):

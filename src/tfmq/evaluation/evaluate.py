@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfmq.evaluation.adherence.judge import ADHERENCE
 from tfmq.evaluation.adherence.shares import encoded, share
 from tfmq.evaluation.baseline import check_baseline
 from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
@@ -17,11 +18,11 @@ from tfmq.evaluation.distribution.features import Moments
 from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.evaluation.real import Real, RealImages, RealStatistics
 from tfmq.evaluation.sampling import Images, as_colour, draw_batch
-from tfmq.evaluation.settings import ADHERENCE, CLIP_METRIC, TRAJECTORY, Settings, Tools
+from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
 from tfmq.evaluation.stages import Stages, Stored
 from tfmq.evaluation.text import asked_of, prompts_of
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 from tfmq.recipes.recipe import Published
 
 FULL, QUANTIZED, REAL, PAIRS = "full precision", "quantized", "real", "pairs"
@@ -87,7 +88,7 @@ def check_request(quantized: Sampler, reference: Sampler | None, real: Real | No
         names = ", ".join(name for name in settings.metrics if name in (*settings.of_pairs, TRAJECTORY))
         raise ValueError(f"{names} compare with full precision: pass --reference MODEL, or leave them out of --metrics")
     if reference is not None:
-        if hasattr(reference.denoiser.module, STEPS):
+        if is_quantized(reference.denoiser.module):
             raise ValueError("the reference is quantized itself; pass the full-precision model")
         shapes = [tuple(sampler.example().sample.shape[1:]) for sampler in (reference, quantized)]
         if shapes[0] != shapes[1]:

@@ -24,7 +24,7 @@ from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.operation import operand, operation_of, weight_of
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 from tfmq.numerics.operations import Linear, Operation
 from tfmq.progress import Advance, Progress, seconds_of, silent
 from tfmq.recipes.presets import scheme
@@ -207,7 +207,7 @@ def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, 
         ValueError: the model is quantized already, or is not on the CPU.
     """
     module = sampler.denoiser.module
-    if hasattr(module, STEPS):
+    if is_quantized(module):
         raise ValueError("the model is quantized already; measure it with tfmq bench, or pass the full-precision one")
     if next(module.parameters()).device.type != "cpu":
         raise ValueError("the forecast is for the CPU, whose integer operators it measures")

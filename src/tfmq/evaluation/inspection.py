@@ -18,7 +18,7 @@ from tfmq.models.trace import trace
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.operation import weight_of
 from tfmq.nn.structure import InputKind, describe, input_kind, named_specs, state_bytes
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 from tfmq.numerics.packing import packed_shape
 from tfmq.recipes import scheme
 from tfmq.recipes.paper import PAPER
@@ -220,6 +220,6 @@ def inspect(sampler: Sampler, *, directory: Path | None = None, stock: Denoiser 
         ValueError: a quantized module that diffusers cannot rebuild.
     """
     module, example = sampler.denoiser.module, sampler.example()
-    if hasattr(module, STEPS):
+    if is_quantized(module):
         return _of_quantized(module, example, directory, stock)
     return _of_full_precision(module, trace(sampler.denoiser, example))

@@ -8,7 +8,7 @@ from tfmq.errors import require
 
 # Importing these modules registers what they define.
 from tfmq.evaluation.adherence import scene_judge  # noqa: F401
-from tfmq.evaluation.adherence.judge import JUDGES, Judge
+from tfmq.evaluation.adherence.judge import ADHERENCE, JUDGES, Judge
 from tfmq.evaluation.distribution.extractor import STANDARD, Extractor
 from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.distribution.metrics import SET_METRICS
@@ -16,7 +16,7 @@ from tfmq.evaluation.pairs import PAIR_METRICS, PairMetric
 from tfmq.evaluation.text import CLIP, ClipScore, clip_score
 from tfmq.evaluation.weights import Weights
 
-CLIP_METRIC, ADHERENCE, TRAJECTORY = "clip", "adherence", "trajectory"
+CLIP_METRIC, TRAJECTORY = "clip", "trajectory"
 DEFAULT = ("fid", "kid", "psnr", "ssim", "trajectory")
 
 

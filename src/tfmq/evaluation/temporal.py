@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.cache import quantized_features
 from tfmq.temporal.disturbance import Disturbance, disturbance
@@ -19,12 +19,11 @@ def temporal_disturbance(reference: Sampler, quantized: nn.Module) -> Disturbanc
     Raises:
         ValueError: `quantized` was not quantized by tfmq or the reference was, or they differ in architecture.
     """
-    if hasattr(reference.denoiser.module, STEPS):
+    if is_quantized(reference.denoiser.module):
         raise ValueError("the reference is quantized itself; pass the full-precision model")
-    steps = getattr(quantized, STEPS, None)
-    if steps is None:
+    if not is_quantized(quantized):
         raise ValueError("the model to compare is not quantized by tfmq; pass what tfmq quantize wrote")
-    block = TemporalBlock(reference.denoiser, reference.example())
+    block, steps = TemporalBlock(reference.denoiser, reference.example()), steps_of(quantized)
     known = {name for name, _ in quantized.named_modules()}
     missing = sorted({call.module for call in block.trace.calls if call.module} - known)
     if missing:

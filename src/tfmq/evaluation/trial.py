@@ -1,43 +1,62 @@
 """A quantized model without calibration: all that its speed depends on, and nothing that its images depend on."""
 
+import tempfile
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tfmq.backends.execution import execute
-from tfmq.models.denoiser import Denoiser
+from tfmq.calibration.store import CalibrationStore
+from tfmq.jobs.job import Job
+from tfmq.jobs.workflow import LAYING_OUT, run
+from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import Sampler
-from tfmq.nn.plan import activation_sites, pack_all, prepare
-from tfmq.quantizers.steps import StepContext
-from tfmq.recipes.plan import make_plan
+from tfmq.nn.plan import pack_all
 from tfmq.recipes.recipe import Recipe
-from tfmq.reconstruction.tiar import full_features
-from tfmq.temporal.block import TemporalBlock
-from tfmq.temporal.cache import install_tables
+from tfmq.storage.journal import Journal
 
-# Scale of every activation grid of a trial. Time does not depend on it.
-SCALE = 0.05
+
+@dataclass
+class _Still:
+    """A denoiser that is calibrated on one call that is there already."""
+
+    denoiser: Denoiser
+    inputs: Inputs
+
+    def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
+        raise AssertionError("a trial draws nothing")
+
+    def example(self) -> Inputs:
+        return self.inputs
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def _hasty(recipe: Recipe) -> Recipe:
+    """Return a recipe of the same form whose values cost no time."""
+    temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=0))
+    weights, activations = replace(recipe.weights, ranges="min_max"), replace(recipe.activations, ranges="min_max")
+    return replace(recipe, weights=weights, activations=activations, temporal=temporal)
 
 
 @torch.no_grad()
 def trial(sampler: Sampler, recipe: Recipe, *, backend: str) -> Denoiser:
     """Return a copy of the denoiser that runs as `recipe` would have it at the timestep of the sampler's example.
 
-    Weights are on the grids of their extremes, activations on arbitrary ones; temporal features come from tables if they would. The sampler's own
-    model stays as it is, so both are in memory.
+    Grids are those of the extremes of weights and of one call; temporal features come from tables if they would. The sampler's own model stays as
+    it is, so both are in memory.
     """
     original, example = sampler.denoiser, sampler.example()
     denoiser = Denoiser(deepcopy(original.module).requires_grad_(False).eval(), sample=original.sample, timestep=original.timestep)
-    block = TemporalBlock(denoiser, example)
-    plan = make_plan(replace(recipe, weights=replace(recipe.weights, ranges="min_max")), block.trace)
-    steps = StepContext(example.timestep[:1])
-    prepare(denoiser.module, plan, steps, timestep=denoiser.timestep)
-    for quantizer in activation_sites(denoiser.module).values():
-        quantizer.fit(torch.full_like(quantizer.scale, SCALE), torch.full_like(quantizer.zero_point, quantizer.format.middle))
-    if recipe.temporal.maintenance in ("cache", "selected"):
-        features = full_features(block, steps.timesteps, block.cacheable)
-        install_tables(block, features, steps, table_format=recipe.temporal.table)
+    with tempfile.TemporaryDirectory(prefix="tfmq-") as folder:
+        store = CalibrationStore(Path(folder) / "calls")
+        store.append(example)
+        run(Job(sampler=_Still(denoiser, example), recipe=_hasty(recipe), store=store, journal=Journal(None, {}, resume=False)), LAYING_OUT)
     pack_all(denoiser.module)
     execute(denoiser.module, backend)
     return denoiser

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from tfmq.export.quiet import quiet_tools
-from tfmq.nn.swap import STEPS, TIMESTEP, plain_forward
+from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
 from tfmq.nn.temporal import cached_features, given_features, tabulated
 from tfmq.numerics.errors import sqnr_db
 from tfmq.temporal.probe import layer_outputs
@@ -95,7 +95,7 @@ class Graph(nn.Module):
 
     def output(self, bins: Tensor, tensors: Sequence[Tensor]) -> Any:
         """Return what the denoiser returns at calibrated timesteps, in its own structure."""
-        with getattr(self.module, STEPS).at_bins(bins):
+        with steps_of(self.module).at_bins(bins):
             return self.called(tensors)
 
     def called(self, tensors: Sequence[Tensor]) -> Any:
@@ -125,7 +125,7 @@ class Graph(nn.Module):
 
     def _between(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the tensors with the timesteps halfway between those of `bins` and their neighbours, which were not calibrated if there is room."""
-        timesteps, position = getattr(self.module, STEPS).timesteps, self.signature.timestep
+        timesteps, position = steps_of(self.module).timesteps, self.signature.timestep
         near = torch.where(bins + 1 < len(timesteps), bins + 1, (bins - 1).clamp(min=0))
         halfway = ((timesteps[bins] + timesteps[near]) / 2).to(tensors[position].dtype)
         return (*tensors[:position], halfway, *tensors[position + 1 :])
@@ -150,7 +150,7 @@ class FeatureGraph(Graph):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         bins, exact, *tensors = inputs
         children = cached_features(self.module)
-        with getattr(self.module, STEPS).at_bins(bins, exact), layer_outputs(self.module, list(children)) as outputs:
+        with steps_of(self.module).at_bins(bins, exact), layer_outputs(self.module, list(children)) as outputs:
             self.called(tensors)
         batch = bins.shape[0]
         # A layer that this kind of call leaves out is not read either.
@@ -170,7 +170,7 @@ class KeyedGraph(Graph):
 
     def __init__(self, module: nn.Module, signature: Signature) -> None:
         super().__init__(module, signature)
-        self.tolerance: float = getattr(module, STEPS).tolerance
+        self.tolerance: float = steps_of(module).tolerance
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ class KeyedGraph(Graph):
         return self._between(bins, tensors)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        steps = getattr(self.module, STEPS)
+        steps = steps_of(self.module)
         timestep = inputs[self.signature.timestep].to(torch.float32)
         edges = (steps.timesteps[1:] + steps.timesteps[:-1]) / 2
         # Count as `torch.bucketize` does, by operators that every engine has.
@@ -221,7 +221,7 @@ def trace(graph: Graph, call: Call) -> Any | None:
     A branch on values or on the batch would be frozen as that run took it. So the traced graph has to give what the model gives for another
     batch, other values and other timesteps.
     """
-    device, count = call.tensors[0].device, len(getattr(graph.module, STEPS).timesteps)
+    device, count = call.tensors[0].device, len(steps_of(graph.module).timesteps)
 
     def arguments(batch: int, first: int, factor: float) -> tuple[Tensor, ...]:
         tensors = [tensor * factor if tensor.is_floating_point() else tensor for tensor in call.resized(batch)]

@@ -12,7 +12,7 @@ from tfmq.errors import require
 from tfmq.export.capture import Call, KeyedGraph, capture
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.version import __version__
 
 DESCRIPTION = "tfmq_export.json"
@@ -68,7 +68,7 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
     for package in packages:
         require(package, extra=to)
     module: nn.Module = denoiser.module
-    if not hasattr(module, STEPS):
+    if not is_quantized(module):
         raise ValueError("the model is not quantized; pass what tfmq quantize wrote")
     arguments = {denoiser.sample: example.sample, denoiser.timestep: example.timestep, **example.conditions}
     call = Call.of(module, arguments)
@@ -86,7 +86,7 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
         "files": files,
         "inputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in zip(call.signature.names, dtypes, shapes, strict=True)],
         "outputs": list(outputs),
-        "timesteps": getattr(module, STEPS).timesteps.tolist(),
+        "timesteps": steps_of(module).timesteps.tolist(),
         "tfmq": __version__,
     }
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

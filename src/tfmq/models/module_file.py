@@ -9,7 +9,7 @@ from typing import Any
 from zlib import crc32
 
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 
 NEEDED = ("denoiser", "run", "example", "describe")
 
@@ -57,7 +57,7 @@ class ModuleFile:
                 f"{self.function} of {self.path} returned a {kind}, which is no sampler: it has no {', '.join(lacking)}; return a tfmq.LoopSampler, "
                 "or what docs/extending.md says of loops of one's own"
             )
-        if hasattr(sampler.denoiser.module, STEPS):
+        if is_quantized(sampler.denoiser.module):
             raise ModuleFileError(f"{self.function} of {self.path} returned a quantized model; it has to build the full-precision one at each call")
         found: Sampler = sampler
         return found

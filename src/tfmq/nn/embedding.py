@@ -1,20 +1,21 @@
 """Quantized embeddings: look-ups of rows, of which a call dequantizes those that it reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tfmq.nn.layer import Precision
 from tfmq.nn.packed import PackedWeight
 from tfmq.numerics.affine import dequantize
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.packing import unpack_unsigned
+from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.weight import WeightGrid
 
 
-class CalibratedEmbedding(nn.Module):
+class CalibratedEmbedding(Part):
     """An embedding during calibration: the full-precision rows, their nearest codes, and a choice between the two.
 
     No rounding is learned: a row is read as it is, so that its nearest codes are its best.
@@ -34,7 +35,16 @@ class CalibratedEmbedding(nn.Module):
             return F.embedding(input, self.weight)
         return dequantize(self.codes[input], self.grid.scale[input], self.grid.zero_point[input]).to(self.weight.dtype)
 
-    def packed(self) -> "PackedEmbedding":
+    def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
+        before = self.weight_precision
+        self.weight_precision = weights or before
+
+        def undo() -> None:
+            self.weight_precision = before
+
+        return undo
+
+    def finished(self) -> "PackedEmbedding":
         """Return the packed form; it gives bitwise the same rows."""
         packed = PackedEmbedding(self.grid.format, tuple(self.weight.shape), dtype=self.weight.dtype).to(self.weight.device)
         packed.fill(self.codes, self.grid)
@@ -47,6 +57,8 @@ class PackedEmbedding(PackedWeight):
     `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with. `decoded` is the weight in the model's
     dtype, where a backend keeps it; it moves along and is no part of the state.
     """
+
+    PREPARED: ClassVar[Mapping[str, Any]] = {"decoded": None}
 
     decoded: Tensor | None
 

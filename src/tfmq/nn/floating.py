@@ -7,12 +7,9 @@ from typing import Any
 from torch import nn
 
 from tfmq.nn.operation import is_embedding, operation_of
-from tfmq.nn.packed import PackedWeight
-from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.structure import tensor_bytes
-from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
-from tfmq.quantizers.input import InputQuantizer
-from tfmq.quantizers.steps import StepContext
+from tfmq.nn.temporal import stock_name
+from tfmq.quantizers.part import Part
 
 RULE = "rule of the recipe"
 # Not called, or with more arguments than its input.
@@ -20,8 +17,6 @@ UNSEEN = "no plain call of it"
 NORM = "norm"
 NO_OPERATION = "no integer operation for this kind"
 OWN = "tensors of its own"
-# What tfmq puts into a model.
-QUANTIZED = (PackedWeight, ProductQuantizers, CachedFeature, FeatureTable, SkippedLayer, InputQuantizer, StepContext)
 # Kinds with weights that torch has; what else holds a tensor is no layer.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention)
 
@@ -49,7 +44,7 @@ def floating(module: nn.Module, quantizable: Collection[str], *, quantized: Coll
     found = []
     for path, child in module.named_modules():
         name = stock_name(module, path)
-        if isinstance(child, QUANTIZED) or name in quantized:
+        if isinstance(child, Part) or name in quantized:
             continue
         own = (*child._parameters.items(), *((key, value) for key, value in child._buffers.items() if key not in child._non_persistent_buffers_set))
         size = sum(tensor_bytes(tensor) for _, tensor in own if tensor is not None and tensor.is_floating_point())

@@ -1,7 +1,7 @@
 """Quantized linear, convolution and transposed convolution layers: one that is being fitted, one that is done."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,11 @@ from tfmq.nn.packed import PackedWeight
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
+from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 
-Precision = Literal["full", "quantized"]
 
-
-class CalibratedLayer(nn.Module):
+class CalibratedLayer(Part):
     """A layer during calibration: the full-precision weight, a grid for it, and a choice between the two.
 
     `weight_precision` and `input_precision` say what a call computes with; `tfmq.nn.swap.precision` sets them for a while. `rounding` holds
@@ -52,6 +51,18 @@ class CalibratedLayer(nn.Module):
         """Return what the layer computes with of an input."""
         return self.input_quantizer(x) if self.input_quantizer is not None and self.input_precision == "quantized" else x
 
+    def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
+        before = self.weight_precision, self.input_precision
+        self.weight_precision, self.input_precision = weights or before[0], inputs or before[1]
+
+        def undo() -> None:
+            self.weight_precision, self.input_precision = before
+
+        return undo
+
+    def finished(self) -> "PackedLayer":
+        return pack(self)
+
     def learned(self) -> dict[str, Tensor]:
         """Return the tensors that reconstruction sets, by name."""
         tensors = {"codes": self.codes, "scale": self.grid.scale}
@@ -84,6 +95,8 @@ class PackedLayer(PackedWeight):
     simulation leaves the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend keeps that.
     """
 
+    PREPARED: ClassVar[Mapping[str, Any]] = {"kernel": None, "unpacked": None, "decoded": None, "input_precision": "quantized", "shelved": False}
+
     unpacked: Tensor | None
     decoded: Tensor | None
 
@@ -113,6 +126,10 @@ class PackedLayer(PackedWeight):
             self._modules.pop(name, None)
             self.__dict__.pop(name, None)
         super().__setattr__(name, value)
+
+    def prepare(self, values: Mapping[str, Any]) -> None:
+        super().prepare({name: value for name, value in values.items() if name != "shelved"})
+        (self.shelve if values["shelved"] else self.unshelve)()
 
     def shelve(self) -> None:
         """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has the weight in a layout of its own."""

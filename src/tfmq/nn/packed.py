@@ -1,14 +1,18 @@
 """A weight at rest: packed codes with their grid."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
+from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import WeightGrid, fit_grid
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(Part):
     """A module with the packed codes of a weight of `shape` `[rows, ...]`.
 
     `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8 are `[rows, G]` for `G` `segments` of
@@ -57,6 +61,10 @@ class PackedWeight(nn.Module):
         self.scale.copy_(grid.scale)
         if self.zero_point is not None:
             self.zero_point.copy_(grid.zero_point)
+
+    def prepare(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value.to(self.scale.device) if isinstance(value, nn.Module | Tensor) else value)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return a weight in the layout of the stock module as this one has it, `[rows, ...]`."""

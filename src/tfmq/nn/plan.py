@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from tfmq.nn.embedding import CalibratedEmbedding, PackedEmbedding
-from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
+from tfmq.nn.layer import CalibratedLayer, PackedLayer
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
@@ -17,6 +17,7 @@ from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
+from tfmq.quantizers.part import Part
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
 
@@ -126,14 +127,10 @@ def calibrated_layers(module: nn.Module) -> dict[str, CalibratedLayer]:
 
 
 def pack_all(module: nn.Module) -> None:
-    """Replace every calibrated layer below `module` by its packed form, and let product quantizers act."""
+    """Replace all that is calibrated below `module` by its packed form, and let product quantizers act."""
     for name, child in list(module.named_modules()):
-        if isinstance(child, CalibratedLayer):
-            replace_module(module, name, pack(child))
-        elif isinstance(child, CalibratedEmbedding):
-            replace_module(module, name, child.packed())
-        elif isinstance(child, ProductQuantizers):
-            child.enabled = True
+        if isinstance(child, Part) and (finished := child.finished()) is not child:
+            replace_module(module, name, finished)
 
 
 def calibrated_embeddings(module: nn.Module) -> dict[str, CalibratedEmbedding]:

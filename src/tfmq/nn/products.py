@@ -7,7 +7,7 @@ The owner is the module whose own `forward` calls the product. Products are coun
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from tfmq.kernels.kernel import Rows
 from tfmq.nn.contraction import Contraction, contraction, operands_of
 from tfmq.numerics.attention import Attention, Multiply
 from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.part import Part, Precision
 
 ATTENTION = F.scaled_dot_product_attention
 # Where the two operands of a product stand in the argument list of each function, and what they are called there.
@@ -117,13 +118,15 @@ class ProductMode(TorchFunctionMode):
         return left @ right
 
 
-class ProductQuantizers(nn.Module):
+class ProductQuantizers(Part):
     """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision.
 
     With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own, and the two of a fused attention by
     `attention_kernel`, which takes the place of `kernel` alone; none is part of the state. While they are `idle`, the owner computes its products as
     if it had no quantizers, a fused attention fused.
     """
+
+    PREPARED: ClassVar[Mapping[str, Any]] = {"kernel": None, "attention_kernel": None, "idle": False}
 
     def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
         super().__init__()
@@ -134,6 +137,19 @@ class ProductQuantizers(nn.Module):
         self.kernel: ProductKernel | None = None
         self.attention_kernel: AttentionKernel | None = None
         self.site_kernels: Mapping[int, ProductKernel] = {}
+
+    def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
+        before = self.enabled
+        self.enabled = inputs == "quantized" if inputs else before
+
+        def undo() -> None:
+            self.enabled = before
+
+        return undo
+
+    def finished(self) -> "ProductQuantizers":
+        self.enabled = True
+        return self
 
     def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
         """Return the product of site `site` by the kernel, or on quantized operands where one of them stays in full precision."""

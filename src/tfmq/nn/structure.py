@@ -1,6 +1,7 @@
 """The shape of a quantized denoiser as plain data: enough to rebuild its modules around a stock architecture, without any tensor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,13 +12,14 @@ from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
-from tfmq.nn.swap import STEPS, attach_steps, replace_module
+from tfmq.nn.swap import attach_steps, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import TransposedConvolution
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
+from tfmq.quantizers.part import Part
 from tfmq.quantizers.steps import StepContext
 
 Structure = Mapping[str, Any]
@@ -59,27 +61,76 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     return {**layer, "kind": TRANSPOSED} if isinstance(child.operation, TransposedConvolution) else layer
 
 
+@dataclass(frozen=True)
+class Section:
+    """A list of the structure: one kind of part, as it is described and put into a stock architecture.
+
+    Attributes:
+        kind: class of the parts.
+        name: of the entry of a part, by the denoiser and the part's own name in it.
+        spec: what the entry says; a section without one lists names alone.
+        place: puts a part into a stock architecture, by its name, its entry and the step context. The tensors are not filled in.
+    """
+
+    kind: type[Part]
+    name: Callable[[nn.Module, str], str]
+    spec: Callable[[Any], dict[str, Any]] | None
+    place: Callable[[nn.Module, str, Mapping[str, Any], StepContext], None]
+
+
+def _own_name(module: nn.Module, name: str) -> str:
+    return name
+
+
+def _owner_name(module: nn.Module, name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _place_layer(module: nn.Module, name: str, spec: Mapping[str, Any], steps: StepContext) -> None:
+    replace_module(module, name, _build_layer(_submodule(module, name), spec, steps, name))
+
+
+def _place_table(module: nn.Module, name: str, spec: Mapping[str, Any], steps: StepContext) -> None:
+    block = _submodule(module, name)
+    table = FeatureTable(len(steps.timesteps), weight_of(block).shape[0], spec["format"])
+    replace_module(module, name, CachedFeature(block, table, steps, everywhere=spec["everywhere"]))
+
+
+def _place_skipped(module: nn.Module, name: str, spec: Mapping[str, Any], steps: StepContext) -> None:
+    block = _submodule(module, name)
+    replace_module(module, name, SkippedLayer(block, weight_of(block).shape[0], steps))
+
+
+def _place_products(module: nn.Module, name: str, spec: Mapping[str, Any], steps: StepContext) -> None:
+    left, right = ([_build_quantizer(entry, steps) for entry in spec[side]] for side in ("left", "right"))
+    attach_products(_submodule(module, name), ProductQuantizers(left, right))
+
+
+# In the order in which they are put into an architecture: tables and skips go around layers.
+SECTIONS: dict[str, Section] = {
+    "layers": Section(PackedWeight, stock_name, _describe_weight, _place_layer),
+    "products": Section(
+        ProductQuantizers, _owner_name, lambda child: {side: [_describe_quantizer(q) for q in getattr(child, side)] for side in ("left", "right")},
+        _place_products,
+    ),
+    "tables": Section(CachedFeature, _own_name, lambda child: {"format": child.table.table_format, "everywhere": child.everywhere}, _place_table),
+    "skipped": Section(SkippedLayer, _own_name, None, _place_skipped),
+}  # fmt: skip
+
+
 def describe(module: nn.Module) -> dict[str, Any]:
     """Return the structure of a packed denoiser, as values that JSON keeps.
 
-    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument); `layers`, `products`, `tables`, each a list of
-    groups with one specification and the `names` it holds for; `skipped`, names. Layers behind a table have the name of the stock layer.
+    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument); and `SECTIONS`, each a list of groups with one
+    specification and the `names` it holds for, or of names. Layers behind a table have the name of the stock layer.
     """
-    steps = getattr(module, STEPS)
-    found: dict[str, dict[str, Any]] = {"layers": {}, "products": {}, "tables": {}}
-    skipped = []
+    found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, child in module.named_modules():
-        if isinstance(child, PackedWeight):
-            found["layers"][stock_name(module, name)] = _describe_weight(child)
-        elif isinstance(child, CachedFeature):
-            found["tables"][name] = {"format": child.table.table_format, "everywhere": child.everywhere}
-        elif isinstance(child, SkippedLayer):
-            skipped.append(name)
-        elif isinstance(child, ProductQuantizers):
-            sides = {side: [_describe_quantizer(q) for q in quantizers] for side, quantizers in (("left", child.left), ("right", child.right))}
-            found["products"][name.rpartition(".")[0]] = sides
-    groups = {kind: _grouped(specs) for kind, specs in found.items()}
-    return {"steps": len(steps.timesteps), "timestep": module.tfmq_timestep, **groups, "skipped": skipped}
+        for key, section in SECTIONS.items():
+            if isinstance(child, section.kind):
+                found[key][section.name(module, name)] = section.spec(child) if section.spec else {}
+    listed = {key: _grouped(found[key]) if section.spec else list(found[key]) for key, section in SECTIONS.items()}
+    return {"steps": len(steps_of(module).timesteps), "timestep": module.tfmq_timestep, **listed}
 
 
 def _grouped(specs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -154,18 +205,10 @@ def assemble(module: nn.Module, structure: Structure) -> None:
     device = next(module.parameters()).device
     with torch.device(device):
         steps = StepContext(torch.zeros(structure["steps"]))
-        for name, spec in named_specs(structure, "layers"):
-            replace_module(module, name, _build_layer(_submodule(module, name), spec, steps, name))
-        for name, spec in named_specs(structure, "tables"):
-            block = _submodule(module, name)
-            table = FeatureTable(structure["steps"], weight_of(block).shape[0], spec["format"])
-            replace_module(module, name, CachedFeature(block, table, steps, everywhere=spec["everywhere"]))
-        for name in structure["skipped"]:
-            block = _submodule(module, name)
-            replace_module(module, name, SkippedLayer(block, weight_of(block).shape[0], steps))
-        for owner, sides in named_specs(structure, "products"):
-            left, right = ([_build_quantizer(spec, steps) for spec in sides[side]] for side in ("left", "right"))
-            attach_products(_submodule(module, owner), ProductQuantizers(left, right))
+        for key, section in SECTIONS.items():
+            entries = named_specs(structure, key) if section.spec else ((name, {}) for name in structure[key])
+            for name, spec in entries:
+                section.place(module, name, spec, steps)
         attach_steps(module, steps, timestep=structure["timestep"])
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Protocol
 
@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from tfmq.errors import shown
-from tfmq.nn.embedding import CalibratedEmbedding
-from tfmq.nn.layer import CalibratedLayer, Precision
 from tfmq.nn.poison import poisoned
-from tfmq.nn.products import ProductQuantizers
+from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.steps import StepContext
 
 STEPS = "tfmq_steps"
@@ -85,6 +83,17 @@ def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> Non
     setattr(module, STEPS, steps)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether `module` is a denoiser that has been quantized, or is being quantized."""
+    return hasattr(module, STEPS)
+
+
+def steps_of(module: nn.Module) -> StepContext:
+    """Return the step context of a quantized denoiser."""
+    steps: StepContext = getattr(module, STEPS)
+    return steps
+
+
 def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """Call the forward of a denoiser's own class: whoever calls it has set the step context."""
     bound = module.tfmq_signature.bind_partial()  # type: ignore[operator, union-attr]
@@ -96,22 +105,12 @@ def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
 @contextmanager
 def precision(module: nn.Module, *, weights: Precision | None = None, inputs: Precision | None = None) -> Iterator[None]:
     """Let all that is calibrated below `module` compute with full or quantized weights and inputs for a while; None leaves it as it is."""
-    weighted = [child for child in module.modules() if isinstance(child, CalibratedLayer | CalibratedEmbedding)]
-    layers = [child for child in weighted if isinstance(child, CalibratedLayer)]
-    products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
-    before = [child.weight_precision for child in weighted], [layer.input_precision for layer in layers], [child.enabled for child in products]
-    for child in weighted:
-        child.weight_precision = weights or child.weight_precision
-    for layer in layers:
-        layer.input_precision = inputs or layer.input_precision
-    for product in products:
-        product.enabled = inputs == "quantized" if inputs else product.enabled
-    try:
+    with ExitStack() as stack:
+        for child in parts_of(module):
+            stack.callback(child.choose(weights=weights, inputs=inputs))
         yield
-    finally:
-        for child, weight in zip(weighted, before[0], strict=True):
-            child.weight_precision = weight
-        for layer, entry in zip(layers, before[1], strict=True):
-            layer.input_precision = entry
-        for product, enabled in zip(products, before[2], strict=True):
-            product.enabled = enabled
+
+
+def parts_of(module: nn.Module) -> Iterator[Part]:
+    """Yield what quantization has put into `module`."""
+    return (child for child in module.modules() if isinstance(child, Part))

@@ -11,13 +11,14 @@ from tfmq.nn.operation import weight_of
 from tfmq.numerics.affine import dequantize, quantize
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.ranges import min_max
+from tfmq.quantizers.part import Part
 from tfmq.quantizers.steps import StepContext
 
 TableFormat = Literal["int8", "float16"]
 _INT8 = IntegerFormat(8)
 
 
-class FeatureTable(nn.Module):
+class FeatureTable(Part):
     """The values of one temporal feature at every calibrated timestep.
 
     `values` `[S, d]` is uint8 with `scale` and `zero_point` `[S]` of their own for each timestep, or float16 without them.
@@ -68,7 +69,7 @@ def _as_output(values: Tensor, x: Tensor) -> Tensor:
     return values if values.shape[0] == x.shape[0] else values.expand(x.shape[0], -1)
 
 
-class CachedFeature(nn.Module):
+class CachedFeature(Part):
     """A temporal layer whose output comes from a table at the timesteps that selected it.
 
     `use_table` `[S]` holds the choice of disturbance-aware selection for each timestep. The layer itself stays as `block`: it serves the
@@ -112,7 +113,7 @@ class CachedFeature(nn.Module):
         return torch.where(use[:, None], cached, self.block(x))
 
 
-class SkippedLayer(nn.Module):
+class SkippedLayer(Part):
     """A temporal layer that nothing needs while every feature comes from its table; it returns zeros then, without computing."""
 
     def __init__(self, block: nn.Module, width: int, steps: StepContext) -> None:

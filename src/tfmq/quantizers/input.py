@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.part import Part
 
 
-class InputQuantizer(nn.Module, ABC):
+class InputQuantizer(Part, ABC):
     """Puts an input on grids of `format`. `segments` are the widths along `axis` that have grids of their own; `()` is one for all.
 
     Integer kernels take the grids from `rows` and quantize by themselves; `forward` gives the values on them, in floating point. Both use the

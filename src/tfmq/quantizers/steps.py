@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from tfmq.quantizers.part import Part
 
 
-class StepContext(nn.Module):
+class StepContext(Part):
     """Looks up timesteps in the calibrated set and holds the result while the denoiser runs.
 
     One instance belongs to a denoiser; every quantizer with a finite-set table reads it. `timesteps` `[S]` is ascending, in float32

@@ -19,14 +19,16 @@ class Moments:
     """Means over sampled output positions, of a layer with G groups of R rows and n columns.
 
     `hessians` are the blocks `[G, p, p]` of `x x^T` for each part of the columns that is solved together, `cross` `[G, R, n]` is that of
-    `r x^T` (None where there are several parts, which make no use of it), `inputs` `[G, n]` of `x` and `residuals` `[G, R]` of `r`: x is what
-    the layer reads in the quantized network, and r what its full-precision weight leaves of the full-precision network's output there.
+    `r x^T` (None where there are several parts, which make no use of it), `inputs` `[G, n]` of `x`, `residuals` `[G, R]` of `r` and `squares`
+    `[G, R]` of `r^2`: x is what the layer reads in the quantized network, and r what its full-precision weight leaves of the full-precision
+    network's output there.
     """
 
     hessians: tuple[Tensor, ...]
     cross: Tensor | None
     inputs: Tensor
     residuals: Tensor
+    squares: Tensor
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the columns of each part with their block."""
@@ -41,6 +43,7 @@ class Moments:
             hessian -= self.inputs[:, part, None] * self.inputs[:, None, part]
         if self.cross is not None:
             self.cross -= self.residuals[:, :, None] * self.inputs[:, None, :]
+        self.squares -= self.residuals.square()
 
     def mean_square(self) -> Tensor:
         """Return the mean square of the inputs of each group, `[G]`."""
@@ -129,7 +132,7 @@ class Regression:
                 _add(sums, read, target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT)
                 count += len(target)
             reads.clear()
-        for tensor in (*sums.hessians, sums.inputs, sums.residuals, *(() if sums.cross is None else (sums.cross,))):
+        for tensor in (*sums.hessians, sums.inputs, sums.residuals, sums.squares, *(() if sums.cross is None else (sums.cross,))):
             tensor /= count
         return sums
 
@@ -144,6 +147,7 @@ def _zeros(weight: Tensor, widest: int) -> Moments:
         torch.zeros(groups, rows, columns, **double) if len(sizes) == 1 else None,
         torch.zeros(groups, columns, **double),
         torch.zeros(groups, rows, **double),
+        torch.zeros(groups, rows, **double),
     )
 
 
@@ -155,3 +159,4 @@ def _add(sums: Moments, read: Tensor, residual: Tensor) -> None:
         sums.cross += residual.mT @ read
     sums.inputs += read.sum(dim=1)
     sums.residuals += residual.sum(dim=1)
+    sums.squares += residual.square().sum(dim=1)

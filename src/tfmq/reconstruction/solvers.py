@@ -19,6 +19,8 @@ from tfmq.reconstruction.regression import Moments, Regression, Run
 LEAN = 0.1
 # Least damping. It keeps the equations solvable where all inputs of a layer are zero.
 SMALLEST_DAMPING = 1e-12
+# A channel whose gain is further from one than this factor follows no signal, but noise.
+MOST_GAIN = 1.25
 
 SolverName = Literal["nearest", "adaround", "gptq", "gptq_adaround"]
 UnitInputs = Literal["quantized", "full"]
@@ -33,9 +35,12 @@ class Rounding:
         inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the paper), so that units come one after the
             other, or of the `full`-precision network, so that no unit waits for another.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
-        positions: number of output positions (pixels, tokens) of a calibration sample that are used.
-        sweeps: maximum number of sweeps of coordinate descent.
-        widest: maximum number of columns that are solved together; wider layers are solved in parts.
+        positions: output positions (pixels, tokens) of a calibration sample that count.
+        sweeps: most sweeps of coordinate descent.
+        corrects: whether a layer also makes up for the errors that reach it; else its codes come near to the full-precision weight.
+        unit_gain: whether each output channel is scaled so that it follows full precision's with gain one. Least squares alone shrinks what it
+            fits to noisy inputs, the same way at every step.
+        widest: columns of a layer that are solved together; wider layers are solved in parts.
     """
 
     solver: SolverName = "adaround"
@@ -43,6 +48,8 @@ class Rounding:
     damping: float = 0.1
     positions: int = 64
     sweeps: int = 6
+    corrects: bool = True
+    unit_gain: bool = False
     widest: int = 4608
 
     def __post_init__(self) -> None:
@@ -58,28 +65,39 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class UnitProblem:
-    """A unit to round.
+class Samples:
+    """The calibration samples of a unit, as a solver sees them.
 
     Attributes:
-        layers: the layers of the unit in execution order; they have their nearest codes.
-        parts: the calibration samples, batch by batch.
+        parts: their numbers, batch by batch.
         run_full, run: call the unit on a batch, in the full-precision network and in the quantized network so far.
         loss: error of the unit's output in the latter on a batch that it draws.
-        learning: hyper-parameters of learned rounding.
-        advance: counts progress; the solver calls it `work` times.
         judge: error of the unit's output on samples that `loss` does not draw; None where it draws from all.
-        spool: keeps what a solver gathers of the samples; by default in memory.
     """
 
-    layers: Mapping[str, CalibratedLayer]
     parts: Sequence[Tensor]
     run_full: Run
     run: Run
     loss: Callable[[torch.Generator], Tensor]
+    judge: Callable[[], float] | None = None
+
+
+@dataclass(frozen=True)
+class UnitProblem:
+    """A unit to round.
+
+    Attributes:
+        layers: in execution order; they have their nearest codes.
+        samples: what they learn from.
+        learning: hyper-parameters of learned rounding.
+        advance: to be called `work_amount` times.
+        spool: keeps what a solver gathers of the samples; by default in memory.
+    """
+
+    layers: Mapping[str, CalibratedLayer]
+    samples: Samples
     learning: Learning
     advance: Advance
-    judge: Callable[[], float] | None = None
     spool: Spool | None = None
 
 
@@ -100,7 +118,7 @@ class Solver:
     memory: Callable[[Sequence[CalibratedLayer], Rounding], int]
 
 
-def work(config: Rounding, learning: Learning, layers: int) -> int:
+def work_amount(config: Rounding, learning: Learning, layers: int) -> int:
     """Return how often the solver of `config` advances on a unit of `layers` layers."""
     return SOLVERS[config.solver].work(learning, layers)
 
@@ -112,7 +130,8 @@ def nearest(problem: UnitProblem, config: Rounding, seed: int) -> int:
 
 def adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Learn the roundings of all layers together (BRECQ, Li et al., 2021)."""
-    return learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, judge=problem.judge)
+    samples = problem.samples
+    return learn_rounding(problem.layers, samples.loss, problem.learning, seed=seed, advance=problem.advance, judge=samples.judge)
 
 
 @torch.no_grad()
@@ -123,20 +142,44 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
     up for errors that reach it. Codes are found by error feedback (GPTQ, Frantar et al., 2023) and improved by coordinate descent, with the
     scales refitted; the bias takes the mean error of each channel (Nagel et al., 2019, section 4.2).
     """
-    regression = Regression(problem.layers, problem.parts, most=config.positions, seed=seed, spool=problem.spool)
-    regression.record_targets(problem.run_full)
+    regression = Regression(problem.layers, problem.samples.parts, most=config.positions, seed=seed, spool=problem.spool)
+    regression.record_targets(problem.samples.run_full)
     for name, layer in problem.layers.items():
-        moments = regression.moments(name, problem.run, widest=config.widest)
+        moments = regression.moments(name, problem.samples.run, widest=config.widest)
         damping = (config.damping * moments.mean_square()).clamp(min=SMALLEST_DAMPING)
         if layer.bias is not None:
             moments.centre()
+        output = _Output(layer, moments) if config.unit_gain and moments.cross is not None else None
         moments.damp(damping)
         _solve(layer, moments, config)
+        if output is not None:
+            layer.grid.scale.mul_(output.gain(layer.quantized_weight())[:, None])
         if layer.correction is not None:
             change = (layer.quantized_weight() - layer.weight).flatten(1).unflatten(0, moments.residuals.shape).double()
             layer.correction.copy_((moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten())
         problem.advance()
     return 0
+
+
+class _Output:
+    """What the output of a layer in full precision has in common with that of other weights on quantized inputs.
+
+    Made of undamped moments; it keeps what it needs of them.
+    """
+
+    def __init__(self, layer: CalibratedLayer, moments: Moments) -> None:
+        assert moments.cross is not None
+        self.shape = moments.cross.shape
+        weight = layer.weight.double().flatten(1).reshape(self.shape)
+        # Of an output y = w x + r, row by row: y x^T, and y^2.
+        self.inputs = weight @ moments.hessians[0] + moments.cross
+        self.square = ((self.inputs + moments.cross) * weight).sum(dim=2) + moments.squares
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """Return what to multiply the rows of `weight` by, `[C_out]`: the output then has its full share of the full-precision one."""
+        shared = (self.inputs * weight.double().flatten(1).reshape(self.shape)).sum(dim=2)
+        gain = torch.where(shared > 0, self.square / shared, torch.ones_like(shared))
+        return gain.clamp(1 / MOST_GAIN, MOST_GAIN).flatten().to(weight.dtype)
 
 
 def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
@@ -147,8 +190,8 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
         return values.expand(shape).flatten(1).unflatten(0, (groups, -1)).clone()
 
     weight = matrix(layer.weight).double()
-    # No correction where a layer is solved in parts: each part would make up for the whole error by itself.
-    target = weight if moments.cross is None else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
+    # A part that cannot see the others would make up for the whole error, and they too.
+    target = weight if moments.cross is None or not config.corrects else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
     grid = layer.grid
     scale, zero_point = matrix(grid.expand(grid.scale, layer.weight.ndim)).float(), matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float()
     segment = segment_numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
@@ -174,7 +217,8 @@ def leaning(layer: CalibratedLayer) -> Tensor:
 def gptq_adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Solve by `gptq`, then learn which of the codes to move by one, all layers together: scales and biases stay."""
     gptq(problem, config, seed)
-    return learn_rounding(problem.layers, problem.loss, problem.learning, seed=seed, advance=problem.advance, start=leaning, judge=problem.judge)
+    samples, learning = problem.samples, problem.learning
+    return learn_rounding(problem.layers, samples.loss, learning, seed=seed, advance=problem.advance, start=leaning, judge=samples.judge)
 
 
 def _learning_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:

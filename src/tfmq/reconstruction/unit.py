@@ -14,15 +14,13 @@ from tfmq.calibration.capture import Around, Keep, UnitCalls, capture, capture_i
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.spool import Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
-from tfmq.nn.embedding import CalibratedEmbedding
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.products import ProductQuantizers
-from tfmq.nn.swap import precision
+from tfmq.nn.swap import parts_of, precision
 from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance
 from tfmq.quantizers.steps import StepContext
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.solvers import SOLVERS, Rounding, UnitInputs, UnitProblem
+from tfmq.reconstruction.solvers import SOLVERS, Rounding, Samples, UnitInputs, UnitProblem
 from tfmq.reconstruction.units import Unit
 
 
@@ -40,6 +38,34 @@ class UnitReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Feed:
+    """What units learn from.
+
+    Attributes:
+        batches: calls of the denoiser.
+        upstream: holds the units that are done.
+        steps: gives each sample its own timestep.
+        spool: keeps the calls of a unit; by default in memory.
+    """
+
+    batches: Iterable[Inputs]
+    upstream: Upstream
+    steps: StepContext
+    spool: Spool | None = None
+
+
+def learned(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+    """Return a copy of what reconstruction sets in `layers`."""
+    return {f"{name}.{key}": tensor.clone() for name, layer in layers.items() for key, tensor in layer.learned().items()}
+
+
+def restore(layers: Mapping[str, CalibratedLayer], tensors: Mapping[str, Tensor]) -> None:
+    """Set in `layers` what `learned` returned."""
+    for name, layer in layers.items():
+        layer.restore({key: tensors[f"{name}.{key}"] for key in layer.learned()})
+
+
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Return the squared error, summed over channels (the last axis of tokens `[B, N, C]`, else axis 1) and averaged over the rest."""
     return (output - target).square().sum(dim=-1 if output.ndim == 3 else 1).mean()
@@ -48,18 +74,17 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 def capture_unit(
     denoiser: Denoiser,
     unit: nn.Module,
-    batches: Iterable[Inputs],
-    upstream: Upstream,
+    feed: Feed,
     *,
     inputs: UnitInputs = "quantized",
     full_inputs: bool = True,
-    spool: Spool | None = None,
     keep: Keep | None = None,
 ) -> tuple[UnitCalls, UnitCalls]:
     """Return the unit's calls in the full-precision network, and those with the same outputs whose inputs are as `inputs` says.
 
     The former come without their inputs, unless `full_inputs` are asked for. `keep` gets the outputs in full precision.
     """
+    batches, upstream, spool = feed.batches, feed.upstream, feed.spool
     with full_precision(denoiser.module):
         full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs or inputs == "full", spool=spool, keep=keep)
     calls = full
@@ -68,7 +93,7 @@ def capture_unit(
         read = capture_inputs(denoiser, unit, batches, frames=frames, around=upstream.around("quantized"), spool=spool)
         calls = replace(read, outputs=full.outputs)
     if (_undefined(full) or _undefined(calls)) and upstream.revive():
-        return capture_unit(denoiser, unit, batches, upstream, inputs=inputs, full_inputs=full_inputs, spool=spool, keep=keep)
+        return capture_unit(denoiser, unit, feed, inputs=inputs, full_inputs=full_inputs, keep=keep)
     return full, calls
 
 
@@ -147,30 +172,20 @@ def _split(count: int, share: float) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct_unit(
-    denoiser: Denoiser,
-    unit: Unit,
-    batches: Iterable[Inputs],
-    upstream: Upstream,
-    steps: StepContext,
-    rounding: Rounding,
-    learning: Learning,
-    *,
-    seed: int,
-    advance: Advance,
-    spool: Spool | None = None,
+    denoiser: Denoiser, unit: Unit, feed: Feed, rounding: Rounding, learning: Learning, *, seed: int, advance: Advance
 ) -> UnitReport:
-    """Find the roundings of `unit` on `batches` with the solver of `rounding`, and leave it quantized.
+    """Find the roundings of `unit` on what it is fed with the solver of `rounding`, and leave it quantized.
 
-    `upstream` holds the units that are done, `spool` the calls of this one; `steps` gives each sample its own timestep. The layers of the unit
-    end with quantized weights and, where they have a quantizer for them, quantized inputs. What ends with more error than the nearest codes
-    gives way to them.
+    The layers of the unit end with quantized weights and, where they have a quantizer for them, quantized inputs. What ends with more error
+    than the nearest codes gives way to them.
     """
     began, solver = time.perf_counter(), SOLVERS[rounding.solver]
     module = denoiser.module.get_submodule(unit.name)
     reads: dict[str, Any] = {"inputs": rounding.inputs, "full_inputs": solver.runs_full}
-    full, calls = capture_unit(denoiser, module, batches, upstream, **reads, spool=spool, keep=upstream.keeper("full", unit.name))
+    upstream = feed.upstream
+    full, calls = capture_unit(denoiser, module, feed, **reads, keep=upstream.keeper("full", unit.name))
     settle(module)
-    loss = _unit_loss(module, steps)
+    loss = _unit_loss(module, feed.steps)
     layers: dict[str, CalibratedLayer] = {name: denoiser.module.get_submodule(name) for name in unit.layers}  # type: ignore[misc]
     parts = torch.arange(len(calls)).split(learning.batch_size)
     seen, held_out = _split(len(calls), learning.held_out)
@@ -182,7 +197,7 @@ def reconstruct_unit(
 
     def run_full(part: Tensor) -> None:
         rows = full.rows(part)
-        with full_precision(module), steps.at(rows.timestep):
+        with full_precision(module), feed.steps.at(rows.timestep):
             module(*rows.args, **rows.kwargs)
 
     def drawn(generator: torch.Generator) -> Tensor:
@@ -192,41 +207,28 @@ def reconstruct_unit(
     def judge() -> float:
         return _mean_error(loss, calls, held_out.split(learning.batch_size))
 
-    nearest = _copied(layers)
-    problem = UnitProblem(layers, parts, run_full, run, drawn, learning, advance, judge if len(held_out) else None, spool)
+    nearest = learned(layers)
+    samples = Samples(parts, run_full, run, drawn, judge if len(held_out) else None)
+    problem = UnitProblem(layers, samples, learning, advance, feed.spool)
     iterations = solver.solve(problem, rounding, seed)
     keep = upstream.keeper("quantized", unit.name) if rounding.inputs == "quantized" else None
     if keep is None:
         after = _mean_error(loss, calls, parts)
     else:
-        after = _network_error(denoiser, module, batches, calls, around=upstream.around("quantized"), keep=keep)
-    before, solved = first.mean(), _copied(layers)
+        after = _network_error(denoiser, module, feed.batches, calls, around=upstream.around("quantized"), keep=keep)
+    before, solved = first.mean(), learned(layers)
     if before is None:
-        _restore(layers, nearest)
+        restore(layers, nearest)
         before = _mean_error(loss, calls, parts)
-        _restore(layers, solved)
+        restore(layers, solved)
     if not after <= before:
-        _restore(layers, nearest)
+        restore(layers, nearest)
         upstream.discard("quantized", unit.name)
         after = before
     return UnitReport(unit.name, before, after, iterations, time.perf_counter() - began)
 
 
-def _copied(layers: Mapping[str, CalibratedLayer]) -> dict[str, dict[str, Tensor]]:
-    return {name: {key: tensor.clone() for key, tensor in layer.learned().items()} for name, layer in layers.items()}
-
-
-def _restore(layers: Mapping[str, CalibratedLayer], learned: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for name, layer in layers.items():
-        layer.restore(learned[name])
-
-
 def settle(module: nn.Module) -> None:
-    """Make the layers, embeddings and products below `module` compute with quantized weights and inputs from now on."""
-    for child in module.modules():
-        if isinstance(child, CalibratedLayer):
-            child.weight_precision = child.input_precision = "quantized"
-        elif isinstance(child, CalibratedEmbedding):
-            child.weight_precision = "quantized"
-        elif isinstance(child, ProductQuantizers):
-            child.enabled = True
+    """Make all that is calibrated in `module` compute with quantized weights and inputs from now on."""
+    for child in parts_of(module):
+        child.choose(weights="quantized", inputs="quantized")

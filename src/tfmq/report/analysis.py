@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tfmq.evaluation.analysis.analyze import Analysis
-from tfmq.report.curves import write_ranges, write_sensitivity, write_trajectory
+from tfmq.report.curves import write_accumulation, write_ranges, write_sensitivity, write_trajectory
 from tfmq.report.directory import read_result
 from tfmq.report.mismatch import write_mismatch
 from tfmq.report.temporal import write_temporal
@@ -18,8 +18,8 @@ from tfmq.temporal.disturbance import Disturbance
 
 ANALYSIS_FILE = "analysis.json"
 PARQUET_FILE = "analysis.parquet"
-ANALYSIS_FILES = (ANALYSIS_FILE, PARQUET_FILE, "temporal.png", "mismatch.png", "ranges.png", "trajectory.png", "sensitivity.png")
-_FIELDS = ("disturbance", "ranges", "trajectory", "sensitivity", "layers", "settings")
+ANALYSIS_FILES = (ANALYSIS_FILE, PARQUET_FILE, "temporal.png", "mismatch.png", "ranges.png", "trajectory.png", "sensitivity.png", "errors.png")
+_FIELDS = ("disturbance", "ranges", "trajectory", "sensitivity", "layers", "accumulation", "settings")
 
 
 def _lists(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -61,6 +61,7 @@ def analysis_values(analysis: Analysis, settings: Mapping[str, Any]) -> dict[str
             "whole": found.whole.tolist(),
         },
         "layers": [asdict(layer) for layer in analysis.layers],
+        "accumulation": None if analysis.accumulation is None else analysis.accumulation.values(),
     }
 
 
@@ -71,6 +72,8 @@ def write_analysis(directory: Path, analysis: Analysis, values: Mapping[str, Any
     write_ranges(directory / "ranges.png", values["ranges"], title=title)
     write_trajectory(directory / "trajectory.png", values["trajectory"], title=title)
     write_sensitivity(directory / "sensitivity.png", values["sensitivity"], title=title)
+    if values["accumulation"] is not None:
+        write_accumulation(directory / "errors.png", values["accumulation"], title=title)
     write_json(directory / ANALYSIS_FILE, values)
 
 

@@ -104,6 +104,24 @@ def _trajectory(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str,
     )
 
 
+def _accumulation(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
+    steps = found["timesteps"]
+    common = {"type": "scatter", "mode": "lines+markers", "x": list(range(len(steps))), "customdata": steps}
+    shown = {"hovertemplate": "call %{x}, t = %{customdata}: %{y:.3g}"}
+    series = (
+        ("predicted", "sum of errors, by their influence", RED, 3),
+        ("random", "if they had nothing in common", BLUE, 1.5),
+    )
+    traces = [{**common, **shown, "y": found[key], "name": name, "line": {"color": colour, "width": width}} for key, name, colour, width in series]
+    text = (
+        "What errors of single predictions, on states of full precision, move the final state by: the steps so far, each by the influence that the "
+        f"sampler gives it, as far as the model does not answer. As drawn, the final state is off by {found['measured']:.3g}."
+    )
+    above = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    layout = _layout("call", "relative error of the final state", xaxis={"dtick": max(1, len(steps) // 10)}, showlegend=True, legend=above)
+    return "errors", "How errors of predictions add up", text, traces, layout
+
+
 def _ending(name: str) -> str:
     """Return a name that leaves room for bars on a narrow page: the end of a long one, which tells it from its neighbours."""
     return name if len(name) <= LABEL else f"…{name[1 - LABEL :]}"
@@ -130,7 +148,8 @@ def charts(analysis: Mapping[str, Any]) -> tuple[Chart, ...]:
     go = require("plotly.graph_objects", extra="report")
     try:
         drawn = [*_disturbance(analysis["disturbance"]), _ranges(analysis["ranges"])]
-        drawn += [_trajectory(analysis["trajectory"]), _sensitivity(analysis["sensitivity"])]
+        added = [] if analysis["accumulation"] is None else [_accumulation(analysis["accumulation"])]
+        drawn += [_trajectory(analysis["trajectory"]), *added, _sensitivity(analysis["sensitivity"])]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ForeignFileError(f"the analysis cannot be drawn ({error!r}); it is of another version of tfmq, or damaged: analyze again") from error
     # The empty template leaves colours of ground and text to the page, which has a light and a dark one.

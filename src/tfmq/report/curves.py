@@ -66,6 +66,22 @@ def write_trajectory(path: Path, trajectory: Mapping[str, Any], *, title: str) -
         axes.legend(frameon=False, fontsize=9)
 
 
+def write_accumulation(path: Path, found: Mapping[str, Any], *, title: str) -> None:
+    """Draw how errors of single predictions add up: what the steps so far move the final state by, beside what it is moved by."""
+    with drawing(path, title=title) as (_, axes):
+        calls = np.arange(len(found["timesteps"]))
+        axes.plot(calls, found["predicted"], color=RED, linewidth=2.2, label="sum of errors, by their influence")
+        axes.plot(calls, found["random"], color=BLUE, linewidth=1, label="if they had nothing in common")
+        axes.axhline(found["measured"], color="black", linewidth=1, linestyle="--", label="final state, as drawn")
+        ticks = np.unique(np.linspace(0, len(calls) - 1, min(8, len(calls))).round().astype(int))
+        axes.set_xticks(ticks, [f"{found['timesteps'][index]:g}" for index in ticks])
+        axes.set_xlabel("timestep, from noise to image")
+        axes.set_ylabel("relative error of the final state")
+        axes.set_title("how errors of predictions add up", fontsize=11, loc="left")
+        axes.grid(True, color=GREY, linewidth=0.7)
+        axes.legend(frameon=False, fontsize=9)
+
+
 def write_sensitivity(path: Path, found: Mapping[str, Any], *, title: str) -> None:
     """Draw the mean output error with one unit quantized, for the units that matter most."""
     means = np.array(found["error"]).mean(axis=1) if found["error"] else np.zeros(0)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tfmq.evaluation.adherence.judge import ADHERENCE
 from tfmq.evaluation.deviation import in_words
 
 # A metric is compared with real images first, stands alone second, and is compared with full precision last.
@@ -24,14 +25,22 @@ def metric_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[MetricRow, ...]:
     """Return the values of sets of images by metric and by what it compares with, the baseline beside the quantized model."""
     table: dict[tuple[str, str | None], dict[str, str]] = {}
     for row in rows:
-        spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2g}"
-        table.setdefault((row["metric"], row["against"]), {})[row["model"]] = f"{row['value']:.4g}{spread}"
+        table.setdefault((row["metric"], row["against"]), {})[row["model"]] = _in_words(row)
     metrics = list(dict.fromkeys(metric for metric, _ in table))
     ordered = sorted(table.items(), key=lambda item: (metrics.index(item[0][0]), AGAINST.index(item[0][1])))
     return tuple(
         MetricRow(f"{metric} against {against}" if against else metric, values.get("full precision", ""), values.get("quantized", ""))
         for (metric, against), values in ordered
     )
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    """Return a value with its spread; shares of images in percent."""
+    share = row["metric"].startswith(f"{ADHERENCE}.")
+    value, deviation = (None if number is None else (100 * number if share else number) for number in (row["value"], row["deviation"]))
+    text = f"{value:.1f}" if share else f"{value:.4g}"
+    spread = "" if deviation is None else f" ± {deviation:.1f}" if share else f" ± {deviation:.2g}"
+    return f"{text}{spread} %" if share else f"{text}{spread}"
 
 
 def spread_in_words(metric: str, spread: Mapping[str, float]) -> str:

@@ -24,7 +24,8 @@ def rows(values: Mapping[str, Any]) -> Iterator[Row]:
 
     `disturbance`: `relative_error`, `cosine` and `nearest_timestep` by feature and timestep. `ranges`: `input_low`, `input_high`, `output_low`,
     `output_high` by layer and timestep. `trajectory`: `mean` and `worst` by call, without a name; `latent_mean` and `latent_worst`, without a
-    timestep. `sensitivity`: `relative_error` by unit and timestep, of everything without a name. `layers`: `error`, `full_ms`, `quantized_ms`.
+    timestep. `accumulation`: the fields of `Accumulation` by step, and `measured`. `sensitivity`: `relative_error` by unit and timestep, of
+    everything without a name. `layers`: `error`, `full_ms`, `quantized_ms`.
     """
     found = values["disturbance"]
     steps = found["timesteps"]
@@ -45,6 +46,11 @@ def rows(values: Mapping[str, Any]) -> Iterator[Row]:
     series = {part["name"]: error for part, error in zip(found["parts"], found["error"], strict=True)}
     yield from _by_timestep("sensitivity", "relative_error", found["timesteps"], series)
     yield from (("sensitivity", "relative_error", None, step, value) for step, value in zip(found["timesteps"], found["whole"], strict=True))
+    if (added := values["accumulation"]) is not None:
+        for quantity in ("influence", "error", "bias", "gain", "correlation", "predicted", "random"):
+            pairs = zip(added["timesteps"], added[quantity], strict=True)
+            yield from (("accumulation", quantity, None, step, value) for step, value in pairs if value is not None)
+        yield "accumulation", "measured", None, None, added["measured"]
     for layer in values["layers"]:
         yield from (("layers", quantity, layer["name"], None, layer[quantity]) for quantity in ("error", "full_ms", "quantized_ms"))
 

@@ -21,7 +21,7 @@ __all__ = [
     "REPORT_FILE",
     "check_files",
     "components",
-    "is_quantized",
+    "holds_quantized",
     "refuse_orphans",
     "relist",
     "stored_bytes",
@@ -53,7 +53,7 @@ def components(directory: Path) -> dict[Path, Manifest]:
     return {folder: manifest for folder, manifest in found.items() if manifest is not None}
 
 
-def is_quantized(path: Path) -> bool:
+def holds_quantized(path: Path) -> bool:
     """Whether `path` is a directory that holds a tfmq model, whole or damaged."""
     if not path.is_dir() or (path / MANIFEST_FILE).exists():
         return path.is_dir()

@@ -6,24 +6,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfmq.artifact import is_quantized, stored_manifest
+from tfmq.artifact import PIPELINE_FILE, holds_quantized, stored_manifest
 from tfmq.errors import require
 from tfmq.report.pictures import enlarged
 from tfmq.report.summary import megabytes
+from tfmq.storage.atomic import read_json
 from tfmq.studio.origin import OwnPageOnly
 from tfmq.studio.side import Drawn, Side, Wish
+from tfmq.targets import known_names, named_directory
 
 LOOPBACK = "127.0.0.1"
 # Width in pixels that tiny images are enlarged to.
 WIDTH = 512
 STEPS = 50
+# The model that the page opens with, and what it draws at first.
+TEXT, PROMPT = "text", "a bold red seven on a blue ground"
 # Fonts of the system: the usual theme fetches its own from elsewhere.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
 def find_models(folder: Path, *, depth: int = 2) -> list[str]:
     """Return the quantized models in a folder and, down to `depth`, in the folders below it."""
-    if is_quantized(folder):
+    if holds_quantized(folder):
         return [str(folder)]
     below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if depth else []
     return [model for path in below for model in find_models(path, depth=depth - 1)]
@@ -38,9 +42,30 @@ def figures(drawn: Drawn) -> str:
 
 def steps_of(model: str | None) -> int:
     """Return the number of steps that a model was calibrated on, as far as that is known."""
-    if not model or not is_quantized(Path(model)):
+    if not model or not holds_quantized(Path(model)):
         return STEPS
     return stored_manifest(Path(model)).provenance.steps or STEPS
+
+
+def _traits(directory: Path) -> dict[str, Any]:
+    """Return what a quantized pipeline has in common with its original: classes, and the configuration of what is quantized."""
+    index = read_json(directory / PIPELINE_FILE)
+    parts = {name: part for name, part in index.items() if isinstance(part, list)}
+    name = next(name for name in ("unet", "transformer") if name in parts)
+    config = read_json(directory / name / "config.json")
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
+    return {"class": index["_class_name"], "scheduler": parts.get("scheduler"), "config": kept}
+
+
+def original_of(model: str | None) -> str:
+    """Return the name of the model of the project that `model` was made from, as far as its configuration tells; else the first to show."""
+    try:
+        found = _traits(Path(model)) if model else None
+    except (OSError, ValueError, StopIteration):
+        found = None
+    names = known_names()
+    same = (name for name in names if found is not None and (folder := named_directory(name)) is not None and _traits(folder) == found)
+    return next(same, TEXT if TEXT in names else "default")
 
 
 class Studio:
@@ -48,14 +73,14 @@ class Studio:
 
     Args:
         models: quantized ones, to choose from.
-        reference: the original, as it is chosen at first.
+        reference: the original, as it is chosen at first; None is that of the first quantized model.
         backend: what the quantized model computes with.
         device: device that both models run on.
     """
 
-    def __init__(self, models: Sequence[str], reference: str, *, backend: str = "auto", device: str | None = None) -> None:
+    def __init__(self, models: Sequence[str], reference: str | None = None, *, backend: str = "auto", device: str | None = None) -> None:
         self.models = list(models)
-        self.reference = reference
+        self.reference = reference or original_of(self.models[0] if self.models else None)
         self.sides = {"reference": Side(device=device), "quantized": Side(backend=backend, device=device)}
 
     def draw(self, quantized: str, reference: str, prompt: str, label: float, seed: float, steps: float) -> Iterator[tuple[Any, str, Any, str]]:
@@ -89,10 +114,10 @@ class Studio:
             with gradio.Row():
                 chosen = self.models[0] if self.models else None
                 quantized = gradio.Dropdown(self.models, value=chosen, allow_custom_value=True, label="Quantized model")
-                originals = list(dict.fromkeys((self.reference, "default")))
+                originals = list(dict.fromkeys((self.reference, *known_names())))
                 reference = gradio.Dropdown(originals, value=self.reference, allow_custom_value=True, label="Reference")
             with gradio.Row():
-                prompt = gradio.Textbox(label="Prompt", info="for text-to-image models", scale=3)
+                prompt = gradio.Textbox(PROMPT, label="Prompt", info="for text-to-image models", scale=3)
                 label = gradio.Number(0, label="Class", info="for class-conditional models", precision=0, minimum=0)
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
                 steps = gradio.Slider(1, 250, value=steps_of(chosen), step=1, label="Steps", scale=2)

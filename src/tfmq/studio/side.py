@@ -11,7 +11,7 @@ from tfmq.backends.execution import AUTO, computed_by, execute
 from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
 from tfmq.evaluation.sampling import Images, draw_batch
 from tfmq.integrations.diffusers.quiet import quiet
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.studio.worker import Worker, WorkerEndedError
 from tfmq.targets import open_sampler
 
@@ -72,7 +72,7 @@ def _opened(model: str, backend: str, device: str | None) -> _Open:
     if device is not None:
         sampler.pipeline.to(device)
     module = sampler.denoiser.module
-    quantized = hasattr(module, STEPS)
+    quantized = is_quantized(module)
     if quantized:
         execute(module, backend)
     with warnings.catch_warnings():
@@ -95,10 +95,10 @@ def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn
     if wish.prompt and held.sampler.takes_prompts:
         held.sampler.prompts = (wish.prompt,)
     held.sampler.labels = (wish.label,)
-    steps = getattr(held.sampler.denoiser.module, STEPS, None)
-    if steps is not None:
-        # Set the same timesteps again, which lets the next uncalibrated one warn anew.
-        steps.replace(steps.timesteps)
+    module = held.sampler.denoiser.module
+    if is_quantized(module):
+        # The same set: what is not in it is warned about anew.
+        steps_of(module).replace(steps_of(module).timesteps)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         began = time.perf_counter()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS, replace_module
+from tfmq.nn.swap import replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -42,7 +42,7 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
     Raises:
         ValueError: `block` is of another architecture.
     """
-    steps: StepContext = getattr(module, STEPS)
+    steps: StepContext = steps_of(module)
     timesteps = timesteps.to(steps.timesteps.device, torch.float32)
     nearest, _ = steps.lookup(timesteps)
     cached = {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}

@@ -180,8 +180,8 @@ for folder, quantized in (("stock", False), ("q", True)):
         continue
     pipeline = kind.from_pretrained(os.path.join(sys.argv[1], folder))
     assert type(pipeline) is tfmq.LatentClassPipeline and type(pipeline.class_embedder) is tfmq.ClassEmbedder
-    from tfmq.nn.swap import STEPS
-    assert hasattr(pipeline.unet, STEPS) == quantized
+    from tfmq.nn.swap import is_quantized
+    assert is_quantized(pipeline.unet) == quantized
     pipeline.save_pretrained(os.path.join(sys.argv[1], folder + " again"))
     break
 """

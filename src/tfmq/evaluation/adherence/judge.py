@@ -8,6 +8,8 @@ from torch import Tensor
 
 from tfmq.storage.atomic import read_json
 
+# The metric: each of its values is named `adherence.ATTRIBUTE`.
+ADHERENCE = "adherence"
 # Beside a model, `{"judge": NAME}`.
 JUDGE_FILE = "judge.json"
 

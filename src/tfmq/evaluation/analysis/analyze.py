@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tfmq.calibration.trajectory import recorded_calls
+from tfmq.evaluation.analysis.accumulation import Accumulation, accumulated, scheduler_of, walked
 from tfmq.evaluation.analysis.layers import LayerError, layer_errors
 from tfmq.evaluation.analysis.ranges import Ranges, temporal_ranges
 from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, Sensitivity, sensitivity
@@ -15,7 +16,7 @@ from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.nn.temporal import SkippedLayer, stock_name
 from tfmq.progress import Progress, silent
 from tfmq.reconstruction.units import find_units
@@ -42,7 +43,7 @@ QUICK = Extent(num_images=1, calls=2, parts=8)
 
 @dataclass(frozen=True)
 class Analysis:
-    """Disturbance of temporal features, ranges of temporal layers, the trajectory, sensitivity of units, errors of layers.
+    """Disturbance of temporal features, ranges of temporal layers, the trajectory, sensitivity of units, errors of layers, how errors add up.
 
     `of_parts` is the number of parts that the model has; those whose sensitivity and layers were looked at are in `sensitivity`.
     """
@@ -53,6 +54,7 @@ class Analysis:
     sensitivity: Sensitivity
     layers: tuple[LayerError, ...]
     of_parts: int
+    accumulation: Accumulation | None
 
 
 def _parts(module: nn.Module, block: TemporalBlock, quantized: nn.Module) -> tuple[Part, ...]:
@@ -84,7 +86,7 @@ def expected_seconds(reference: Sampler, quantized: Sampler, *, extent: Extent, 
     parts = len(_spread(len(_parts(reference.denoiser.module, block, quantized.denoiser.module)), extent.parts))
     # Each part runs in the full-precision model; its layers, and those of all parts once more by themselves, as the quantized one computes.
     runs = extent.calls * ((parts + 2) * max(full.call_seconds, low.call_seconds) + 2 * low.call_seconds)
-    return full.seconds + low.seconds + runs
+    return full.seconds + 2 * low.seconds + runs
 
 
 @torch.no_grad()
@@ -102,11 +104,14 @@ def analyze(reference: Sampler, quantized: Sampler, *, extent: Extent = THOROUGH
     block = TemporalBlock(reference.denoiser, reference.example())
     indices = range(extent.num_images)
     calls: list[Inputs] = []
-    with progress("trajectories", 2) as advance:
-        with recorded_calls(reference.denoiser, calls.append):
+    with progress("trajectories", 3) as advance:
+        with recorded_calls(reference.denoiser, calls.append), walked(reference) as walk:
             full = follow(reference, indices, steps=steps, seed=seed)
         advance()
-        low = follow(quantized, indices, steps=steps, seed=seed)
+        with walked(quantized) as alone:
+            low = follow(quantized, indices, steps=steps, seed=seed)
+        advance()
+        added = accumulated(quantized, (walk, alone), scheduler_of(reference), indices, steps=steps, seed=seed)
         advance()
     chosen = [calls[index] for index in _spread(len(calls), extent.calls)]
     known = _parts(module, block, twin)
@@ -115,9 +120,10 @@ def analyze(reference: Sampler, quantized: Sampler, *, extent: Extent = THOROUGH
     names = [name for part in parts for name in part.layers if not isinstance(twin.get_submodule(name), SkippedLayer)]
     return Analysis(
         disturbed,
-        temporal_ranges(block, getattr(twin, STEPS).timesteps),
+        temporal_ranges(block, steps_of(twin).timesteps),
         summarized(full.timesteps, deviation(full, low), latent_error(full, low)),
         sensitivity(reference.denoiser, quantized.denoiser, parts, chosen, progress=progress),
         layer_errors(reference.denoiser, quantized.denoiser, names, chosen),
         len(known),
+        added,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.numerics.errors import relative_error
 from tfmq.quantizers.steps import StepContext
 
@@ -38,7 +38,7 @@ def layer_errors(denoiser: Denoiser, quantized: Denoiser, names: Sequence[str], 
 
     Times are of single calls on whatever the two models compute with; they show where time goes and are no benchmark.
     """
-    steps: StepContext = getattr(quantized.module, STEPS)
+    steps: StepContext = steps_of(quantized.module)
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
 
     def compare(name: str) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.nn.swap import STEPS, replace_module
+from tfmq.nn.swap import replace_module, steps_of
 from tfmq.numerics.errors import relative_error
 from tfmq.progress import Progress, silent
 from tfmq.quantizers.steps import StepContext
@@ -67,7 +67,7 @@ def sensitivity(
         calls: full-precision calls on the way from noise to image.
         progress: shows a bar.
     """
-    steps: StepContext = getattr(quantized.module, STEPS)
+    steps: StepContext = steps_of(quantized.module)
     outputs = [denoiser(call) for call in calls]
     rows = []
     with progress("sensitivity of units", len(parts)) as advance:

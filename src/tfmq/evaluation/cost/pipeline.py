@@ -15,7 +15,7 @@ from tfmq.evaluation.cost.trajectory import seconds_around, spread_calls
 from tfmq.evaluation.cost.variant import BASE, VARIANTS, absent
 from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 from tfmq.progress import Progress, seconds_of, silent
 
 # Number of calls that accuracy is measured on. Libraries with a calibration of their own calibrate on them too.
@@ -46,7 +46,7 @@ class Request:
     @property
     def exact(self) -> bool:
         """Whether the true original is there."""
-        return not hasattr(self.sampler.denoiser.module, STEPS)
+        return not is_quantized(self.sampler.denoiser.module)
 
 
 def expected_seconds(request: Request, *, opened: float) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tfmq.calibration.drift import LayerDrift, drift, extremes
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers, packed_weights
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import steps_of
 from tfmq.nn.temporal import CachedFeature
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.temporal.block import TemporalBlock
@@ -59,7 +59,7 @@ def fuse_adapters(module: nn.Module, full: Sampler, *, steps: int, scale: float)
     stock: Any = full.denoiser.module
     if not getattr(stock, "peft_config", None):
         raise ValueError(f"{type(stock).__name__} carries no LoRA; load one into the full-precision pipeline first, and do not fuse it")
-    context, layers = getattr(module, STEPS), packed_layers(module)
+    context, layers = steps_of(module), packed_layers(module)
     quantizers = {name: layer.input_quantizer for name, layer in layers.items() if isinstance(layer.input_quantizer, ActivationQuantizer)}
     stock.disable_lora()
     with extremes(full.denoiser, quantizers, context) as base:

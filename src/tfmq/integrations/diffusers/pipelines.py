@@ -16,7 +16,7 @@ from tfmq.integrations.diffusers.saved import absent_components
 from tfmq.integrations.diffusers.spacing import spaced
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator
-from tfmq.nn.swap import STEPS
+from tfmq.nn.swap import is_quantized
 
 # Where a pipeline has more than one module that takes a timestep (ControlNets), these are the denoiser.
 COMPONENTS = ("unet", "transformer", "prior")
@@ -138,7 +138,7 @@ class PipelineSampler:
     def others(self) -> tuple[str, ...]:
         """Names of further full-precision denoisers that the pipeline calls in turn with this one; none where this one was chosen by name."""
         found = () if self._chosen else find_denoisers(self.pipeline).items()
-        return tuple(n for n, other in found if n != self.component and not n.startswith("controlnet") and not hasattr(other.module, STEPS))
+        return tuple(n for n, other in found if n != self.component and not n.startswith("controlnet") and not is_quantized(other.module))
 
     def prompts_of(self, indices: range) -> list[str]:
         """Return the texts that a text-to-image pipeline draws these images from."""

@@ -18,21 +18,14 @@ from torch import Tensor, nn
 
 from tfmq.integrations.diffusers.adapters import refuse_adapters
 from tfmq.integrations.loaded import loaded
-from tfmq.nn.packed import PackedWeight
 from tfmq.nn.structure import assemble
-from tfmq.nn.temporal import CachedFeature, FeatureTable
-from tfmq.quantizers.activation import ActivationQuantizer
-from tfmq.quantizers.steps import StepContext
+from tfmq.quantizers.part import Part
 from tfmq.storage.atomic import read_json, read_tensors
 from tfmq.storage.checkpoint import verify
 from tfmq.storage.digest import remember_digest
 from tfmq.storage.directory import METHOD, verify_component
 from tfmq.storage.errors import CheckpointError, TensorMismatchError
 from tfmq.storage.manifest import Manifest
-
-# Tensors that diffusers must not cast to the dtype a model is loaded in: codes are integers, scales stay float32.
-OWNERS = (PackedWeight, ActivationQuantizer, FeatureTable, CachedFeature, StepContext)
-OWN_TENSORS = ("packed", "scale", "zero_point", "values", "use_table", "timesteps")
 
 
 class QuantMethod(StrEnum):
@@ -125,7 +118,8 @@ class TFMQQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any) -> bool:
         """Whether a tensor keeps the dtype it is stored in."""
         owner, _, name = param_name.rpartition(".")
-        return name in OWN_TENSORS and isinstance(model.get_submodule(owner), OWNERS)
+        module = model.get_submodule(owner)
+        return isinstance(module, Part) and module.keeps(name)
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any

@@ -8,16 +8,18 @@ import torch
 
 import tfmq
 from tfmq.calibration.store import CalibrationStore
+from tfmq.jobs import pace
+from tfmq.jobs.job import Job
+from tfmq.jobs.workflow import Outcome, quantize_denoiser
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
 from tfmq.recipes.recipe import Calibration, Recipe
-from tfmq.reconstruction import pace, sensitivity
+from tfmq.reconstruction import sensitivity
 from tfmq.reconstruction.budget import Budget
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.resources import Resources
 from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
-from tfmq.workflow import Outcome, quantize_denoiser
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def recipe() -> Recipe:
 def run(sampler: LoopSampler, recipe: Recipe, directory: Path, seconds: float | None) -> tuple[Outcome, bytes]:
     journal = Journal(directory, {}, resume=True)
     store = CalibrationStore(directory / "calibration")
-    outcome = quantize_denoiser(sampler, recipe, seed=0, store=store, journal=journal, resources=Resources(time_budget=seconds))
+    outcome = quantize_denoiser(Job(sampler=sampler, recipe=recipe, store=store, journal=journal, resources=Resources(time_budget=seconds)))
     packed = packed_layers(sampler.denoiser.module)
     return outcome, b"".join(packed[name].packed.numpy().tobytes() for name in sorted(packed))
 
@@ -128,7 +130,7 @@ def test_all_stages_before_the_units_count_against_a_budget(
     sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A call, a search and a pass of the temporal block take a second each.
-    monkeypatch.setattr("tfmq.stages.seconds_of", lambda call: 1.0)
+    monkeypatch.setattr("tfmq.jobs.forecast.seconds_of", lambda call: 1.0)
     longer = replace(recipe, temporal=replace(recipe.temporal, learning=Learning(iterations=1000)))
     exact = replace(recipe, activations=replace(recipe.activations, ranges="min_max"))
     needed = {}
@@ -136,7 +138,8 @@ def test_all_stages_before_the_units_count_against_a_budget(
     for name, (changed, memory) in cases.items():
         journal, store = Journal(tmp_path / name, {}, resume=True), CalibrationStore(tmp_path / name / "calibration")
         with pytest.raises(ValueError, match="gone before the first unit") as error:
-            quantize_denoiser(sampler("plain"), changed, seed=0, store=store, journal=journal, resources=Resources(time_budget=1, max_memory=memory))
+            limits = Resources(time_budget=1, max_memory=memory)
+            quantize_denoiser(Job(sampler=sampler("plain"), recipe=changed, store=store, journal=journal, resources=limits))
         needed[name] = float(str(error.value).partition("takes about ")[2].split()[0])
     assert needed["longer"] - needed["base"] == pytest.approx(4 * 998, abs=2)
     # Four calls: once drawn, and looked at for twice their time.
@@ -147,7 +150,7 @@ def test_all_stages_before_the_units_count_against_a_budget(
 def test_a_budget_that_is_gone_on_the_way_is_told_and_leaves_nearest_codes(
     sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfmq.workflow.check_time", lambda *_: None)
+    monkeypatch.setattr("tfmq.jobs.calibration.check_time", lambda *_: None)
     with pytest.warns(UserWarning, match=r"is gone after \d+ s of calibration: units keep their nearest codes"):
         outcome, _ = run(sampler("plain"), recipe, tmp_path / "job", 1e-3)
     assert {(unit.error_after, unit.iterations, unit.seconds) for unit in outcome.units} == {(None, 0, 0.0)}
@@ -158,7 +161,7 @@ def test_another_budget_is_another_job(sampler: Callable[..., LoopSampler], reci
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tfmq.workflow.reconstruct_units", stop)
+        patch.setattr("tfmq.jobs.units.paced", stop)
         tfmq.quantize(sampler("plain"), recipe, output_dir=tmp_path / "q", resources=Resources(time_budget=100))
     with pytest.raises(JobMismatchError, match=r"time_budget was 100 and is 200"):
         tfmq.quantize(sampler("plain"), recipe, output_dir=tmp_path / "q", resources=Resources(time_budget=200), resume=True)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import CalibrationError
+from tfmq.jobs.job import Job, stage_seed
+from tfmq.jobs.workflow import Outcome, quantize_denoiser
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import CalibratedLayer
@@ -22,11 +24,9 @@ from tfmq.recipes.presets import scheme
 from tfmq.recipes.recipe import Calibration, Recipe, Rule, Temporal, Weights
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.learning import Learning
-from tfmq.stages import stage_seed
 from tfmq.storage import tensor_digest
 from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
-from tfmq.workflow import Outcome, quantize_denoiser
 
 Sampling = Callable[..., LoopSampler]
 FEW = Learning(iterations=3, learning_rate=1e-2, batch_size=4)
@@ -43,7 +43,8 @@ def quick(name: str, **changes: Any) -> Recipe:
 
 def quantize(sampler: LoopSampler, recipe: Recipe, directory: Path, *, seed: int = 0, resume: bool = False, **options: Any) -> Outcome:
     journal = Journal(directory / "job", {"recipe": to_dict(recipe), "seed": seed}, resume=resume)
-    return quantize_denoiser(sampler, recipe, seed=seed, store=CalibrationStore(directory / "calls"), journal=journal, **options)
+    store = CalibrationStore(directory / "calls")
+    return quantize_denoiser(Job(sampler=sampler, recipe=recipe, seed=seed, store=store, journal=journal, **options))
 
 
 def digest(sampler: LoopSampler) -> str:
@@ -256,7 +257,7 @@ def test_an_interrupted_job_resumes_to_the_same_bytes(sampler: Sampling, tmp_pat
     if not uninterrupted:
         drawn = sampler("plain")
         store = CalibrationStore(tmp_path / "whole")
-        quantize_denoiser(drawn, recipe, seed=3, store=store, journal=Journal(None, {}, resume=False))
+        quantize_denoiser(Job(sampler=drawn, recipe=recipe, seed=3, store=store, journal=Journal(None, {}, resume=False)))
         uninterrupted["digest"] = digest(drawn)
     stage, after = STAGES[when]
     with pytest.raises(Interrupted):

@@ -2,22 +2,21 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from tfmq.calibration.store import CalibrationStore, StoredBatches
-from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.jobs.forecast import unit_costs
+from tfmq.jobs.job import Job
 from tfmq.progress import Advance
 from tfmq.reconstruction.budget import Budget, Cost, Grant
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.sensitivity import ROWS, output_sensitivity, predicted_costs
-from tfmq.reconstruction.solvers import SOLVERS, Rounding
+from tfmq.reconstruction.sensitivity import ROWS, output_sensitivity
+from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.reconstruction.unit import UnitReport
 from tfmq.reconstruction.units import Unit
-from tfmq.storage.journal import Journal
 
 # Learning rate times iterations must be about this for a rounding to flip.
 REACH = 4.0
@@ -56,9 +55,9 @@ def within(config: Learning, iterations: int) -> Learning:
 class Paced:
     """A budget's grants, each recorded in the journal before its unit begins: a resumed job goes on with the same."""
 
-    def __init__(self, budget: Budget, units: Sequence[Unit], rounding: Rounding, config: Learning, journal: Journal) -> None:
-        self.budget, self.units, self.config, self.journal = budget, units, config, journal
-        self.closed_form = SOLVERS[rounding.solver].runs_full
+    def __init__(self, budget: Budget, units: Sequence[Unit], job: Job) -> None:
+        self.budget, self.units, self.config, self.journal = budget, units, job.recipe.learning, job.journal
+        self.closed_form = SOLVERS[job.recipe.rounding.solver].runs_full
         self.grants: dict[int, Grant] = {}
 
     def learning(self, number: int) -> Learning | None:
@@ -93,41 +92,30 @@ class Noted:
         self.advance(amount)
 
 
-def paced(
-    denoiser: Denoiser,
-    units: Sequence[Unit],
-    store: CalibrationStore,
-    rounding: Rounding,
-    config: Learning,
-    *,
-    interval: int,
-    seconds: float,
-    elapsed: Callable[[], float],
-    journal: Journal,
-) -> Paced:
-    """Measure sensitivity and costs, once for a job, and divide `seconds`."""
-    device = next(denoiser.module.parameters()).device
-
-    def probes() -> list[Inputs]:
-        # One call from the noisier half of the schedule and one from the cleaner half.
-        return [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
-
-    def measure() -> dict[str, torch.Tensor]:
-        if elapsed() > seconds:
-            # The budget is spent already, and measuring would only add to it.
-            return {"sensitivity": torch.zeros(len(units), dtype=torch.float64), "costs": torch.zeros(len(units), 2, dtype=torch.float64)}
-        calls = probes()
-        samples = sum(len(batch) for batch in StoredBatches(store, interval))
-        costs = predicted_costs(denoiser, units, calls[0], samples=samples, rounding=rounding, learning=config)
-        rows = torch.tensor([[costs[unit.name].base, costs[unit.name].step] for unit in units], dtype=torch.float64)
-        return {"sensitivity": output_sensitivity(denoiser, units, calls), "costs": rows.reshape(-1, 2)}
-
-    if elapsed() > seconds:
-        text = f"the time budget of {seconds:.0f} s is gone after {elapsed():.0f} s of calibration: units keep their nearest codes"
+def paced(job: Job, units: Sequence[Unit]) -> Pace:
+    """Return how much each unit gets: all that the recipe says or, where the job has a budget of time, a share of it by what is measured first."""
+    seconds, recipe = job.resources.time_budget, job.recipe
+    if seconds is None:
+        return Unhurried(recipe.learning)
+    if job.elapsed() > seconds:
+        text = f"the time budget of {seconds:.0f} s is gone after {job.elapsed():.0f} s of calibration: units keep their nearest codes"
         warnings.warn(text + "; raise it, or calibrate on fewer samples or steps", stacklevel=2)
-    measured = journal.stage("sensitivity", measure)
+    measured = job.journal.stage("sensitivity", lambda: _measured(job, units, seconds))
     sensitivity = {unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)}
     costs = {unit.name: Cost(*row) for unit, row in zip(units, measured["costs"].tolist(), strict=True)}
-    most = config.iterations if SOLVERS[rounding.solver].work(config, 0) else 0
-    least = 0 if SOLVERS[rounding.solver].runs_full else min(LEAST, most)
-    return Paced(Budget(seconds, elapsed, sensitivity, costs, least=least, most=most), units, rounding, config, journal)
+    solver = SOLVERS[recipe.rounding.solver]
+    most = recipe.learning.iterations if solver.work(recipe.learning, 0) else 0
+    least = 0 if solver.runs_full else min(LEAST, most)
+    return Paced(Budget(seconds, job.elapsed, sensitivity, costs, least=least, most=most), units, job)
+
+
+def _measured(job: Job, units: Sequence[Unit], seconds: float) -> dict[str, torch.Tensor]:
+    """Return the sensitivity and the costs of units; zeros where the budget is gone, since measuring would only add to it."""
+    if job.elapsed() > seconds:
+        return {"sensitivity": torch.zeros(len(units), dtype=torch.float64), "costs": torch.zeros(len(units), 2, dtype=torch.float64)}
+    denoiser, store = job.denoiser, job.store
+    device = next(denoiser.module.parameters()).device
+    # From the noisier and from the cleaner half of the schedule.
+    calls = [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
+    rows = torch.tensor([[cost.base, cost.step] for cost in unit_costs(job, units)], dtype=torch.float64)
+    return {"sensitivity": output_sensitivity(denoiser, units, calls), "costs": rows.reshape(-1, 2)}

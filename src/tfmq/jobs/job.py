@@ -1,0 +1,117 @@
+"""A job is a value: what is quantized, by which recipe, with what means."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+from zlib import crc32
+
+from torch import Tensor
+
+from tfmq.calibration.choice import InputErrors
+from tfmq.calibration.store import CalibrationStore, StoredBatches
+from tfmq.models.denoiser import Denoiser
+from tfmq.models.sampler import Sampler
+from tfmq.nn.plan import Plan
+from tfmq.progress import Progress, silent
+from tfmq.quantizers.steps import StepContext
+from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.resources import UNLIMITED, Resources
+from tfmq.reconstruction.unit import UnitReport
+from tfmq.reconstruction.units import Unit
+from tfmq.storage.journal import Journal
+from tfmq.temporal.block import TemporalBlock
+
+# Is told about how many seconds will go by, and with what.
+Foretold = Callable[[float, str], None]
+
+
+class Helpers(Protocol):
+    """Does parts of a job elsewhere, in any order, and gives back the numbers of those that are done.
+
+    `record(batches)` leaves the calls of each batch in a part of the job's store, by the batch's number; `reconstruct(units)` leaves units, by
+    their numbers, in the job's journal. Whoever helps does both with the functions that the job itself would call.
+    """
+
+    def record(self, batches: Sequence[range]) -> Iterator[int]: ...
+
+    def reconstruct(self, units: Sequence[int]) -> Iterator[int]: ...
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """Return the seed of a stage: its own, so that the order and the number of stages before it do not matter."""
+    return crc32(f"{name} {seed}".encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One quantization.
+
+    Attributes:
+        sampler: brings the denoiser, which is quantized in place, and draws what it is calibrated on.
+        recipe: how it is quantized.
+        store: keeps the recorded calls.
+        journal: keeps what finished stages found; with the journal of an interrupted run the result is the same to the byte.
+        seed: of calibration noise and of every learning stage.
+        resources: limits of memory and time.
+        helpers: do what they can ahead of this process: the trajectory, and units that do not wait for each other.
+        foretold: is told about how many seconds calibration takes, and later the units, before they begin.
+        progress: shows bars.
+        began: value of `time.perf_counter` from which a budget of time counts.
+    """
+
+    sampler: Sampler
+    recipe: Recipe
+    store: CalibrationStore
+    journal: Journal
+    seed: int = 0
+    resources: Resources = UNLIMITED
+    helpers: Helpers | None = None
+    foretold: Foretold | None = None
+    progress: Progress = silent
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Return what is quantized."""
+        return self.sampler.denoiser
+
+    @property
+    def batches(self) -> StoredBatches:
+        """Return the recorded calls that layers and units learn from."""
+        return StoredBatches(self.store, self.recipe.calibration.interval)
+
+    def elapsed(self) -> float:
+        """Return the seconds that the job has taken, those of earlier runs included."""
+        return self.journal.seconds_before + time.perf_counter() - self.began
+
+    def seed_of(self, stage: str) -> int:
+        """Return the seed of a stage; see `stage_seed`."""
+        return stage_seed(self.seed, stage)
+
+
+@dataclass(kw_only=True)
+class Work:
+    """The denoiser while it is quantized, and what stages leave for later ones.
+
+    Attributes:
+        block: its temporal block.
+        plan: what is quantized, and how.
+        steps: the calibrated timesteps; there from the stage on that records the calls.
+        full: temporal features in full precision at these timesteps.
+        inputs: errors of layers whose input grids were measured.
+        units: what is reconstructed, in execution order.
+        reports: of the units that are done.
+    """
+
+    block: TemporalBlock
+    plan: Plan
+    steps: StepContext = field(init=False)
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, InputErrors] = field(default_factory=dict)
+    units: tuple[Unit, ...] = ()
+    reports: tuple[UnitReport, ...] = ()
+
+
+# One step of a job. It does its part, or reads it back from the journal.
+Stage = Callable[[Job, Work], None]

@@ -1,0 +1,72 @@
+"""The order of quantization, as a list of stages. Nothing else knows it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tfmq.calibration.choice import InputErrors
+from tfmq.jobs.calibration import choose_inputs, fit_activations, record_calls, settle_embeddings
+from tfmq.jobs.job import Job, Stage, Work
+from tfmq.jobs.temporal import maintain_temporal
+from tfmq.jobs.units import list_units, reconstruct_units
+from tfmq.nn.floating import Floating, floating
+from tfmq.nn.plan import pack_all, prepare
+from tfmq.quantizers.steps import StepContext
+from tfmq.recipes.plan import make_plan
+from tfmq.reconstruction.tiar import full_features
+from tfmq.reconstruction.unit import UnitReport
+from tfmq.temporal.cache import quantized_features
+from tfmq.temporal.disturbance import Disturbance, disturbance
+from tfmq.temporal.probe import probe
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What quantization did.
+
+    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, and what stays in floating point.
+    """
+
+    units: tuple[UnitReport, ...]
+    disturbance: Disturbance
+    inputs: Mapping[str, InputErrors] = field(default_factory=dict)
+    floating: tuple[Floating, ...] = ()
+
+
+def swap_layers(job: Job, work: Work) -> None:
+    """Put calibrated layers in the place of the model's own, with a grid for every recorded timestep."""
+    denoiser = job.denoiser
+    device = next(denoiser.module.parameters()).device
+    work.steps = StepContext(job.store.timesteps()).to(device)
+    prepare(denoiser.module, work.plan, work.steps, timestep=denoiser.timestep)
+    work.full = full_features(work.block, work.steps.timesteps, work.block.features)
+
+
+# All that gives the model its quantized form and its grids. Every recorded call is on disk after the first.
+LAYING_OUT: tuple[Stage, ...] = (swap_layers, fit_activations, choose_inputs, settle_embeddings, maintain_temporal)
+# What a helper does as well, or reads back, before it takes its units.
+BEFORE_UNITS: tuple[Stage, ...] = (record_calls, *LAYING_OUT, list_units)
+STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
+
+
+def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
+    """Take a job's model through `stages`; afterwards it has calibrated layers.
+
+    Raises:
+        CalibrationError: NaN or infinite values.
+        ValueError: the model cannot be quantized within the job's resources.
+    """
+    job.resources.prepare()
+    job.denoiser.module.requires_grad_(False).eval()
+    block = probe(job.denoiser, job.sampler.example())
+    work = Work(block=block, plan=make_plan(job.recipe, block.trace))
+    for stage in stages:
+        stage(job, work)
+    return work
+
+
+def quantize_denoiser(job: Job) -> Outcome:
+    """Quantize the job's denoiser in place; afterwards it holds packed layers only."""
+    work, module = run(job), job.denoiser.module
+    pack_all(module)
+    found = quantized_features(work.block, work.steps, work.block.features)
+    return Outcome(work.reports, disturbance(work.steps.timesteps, work.full, found), work.inputs, floating(module, work.block.trace.quantizable))
