@@ -333,7 +333,7 @@ def test_direction_finds(path: str, text: str) -> None:
         ("nn/linear.py", "from tfmq.numerics.affine import quantize\nfrom . import conv\nfrom ..kernels import linear\nfrom ..errors import E"),
         ("nn/linear.py", "from tfmq import __version__, numerics\nimport torch.nn"),
         ("cli/app.py", "import tfmq\nfrom tfmq import quantize"),
-        ("workflow.py", "from tfmq import recipes"),
+        ("jobs/workflow.py", "from tfmq import recipes"),
         ("__init__.py", "def __getattr__(name):\n    import tfmq.jobs.workflow\nif TYPE_CHECKING:\n    from tfmq.jobs.workflow import quantize"),
         ("__main__.py", "from tfmq.cli.app import main"),
         ("__init__.py", "from tfmq.errors import E"),
