@@ -9,6 +9,8 @@ To use another torch than the one installed by default, which no version in `con
     python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the Python that runs this script
     TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used as it is; nothing is created or installed
 
+`python3 tasks.py docs` builds the documentation as a site in `site/`. `python3 tasks.py matrix` writes the tables of docs/capabilities.md anew.
+
 To move to today's versions, delete `.venv` and run `python3 tasks.py lock`: it installs the newest that `pyproject.toml` allows, and writes them to
 `constraints.txt`. Use the oldest Python that the project supports, since every later one has to find the same versions.
 """
@@ -34,7 +36,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 HEADER = """# The versions that pip installs; written by `python3 tasks.py lock`. A constraint installs nothing, so that no line needs its platform.
 # torch is not among them, nor what it asks for by exact version.
 """
-SATISFIED_BY = {"demo": ("demo", "dev"), "dev": ("dev",)}
+SATISFIED_BY = {"demo": ("demo", "dev"), "docs": ("docs", "dev"), "dev": ("dev",)}
 # A torch for CUDA brings the exact one that it needs.
 OF_TORCH = frozenset({"triton"})
 # No package is compiled ahead of its first import: most modules are never imported. Without --quiet pip shows each package, its size and its speed.
@@ -192,12 +194,16 @@ def demo(python: Path, environment: dict[str, str]) -> None:
         print(f"picture: {picture}")
 
 
-CHECKS = ("ruff format --check .", "ruff check .", "mypy", "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder")
+# Material's notice of its successor.
+QUIET_SITE = {"NO_MKDOCS_2_WARNING": "1"}
+SITE = "mkdocs build --strict --quiet"
+CHECKS = ("ruff format --check .", "ruff check .", "mypy", SITE, "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder")
 
 
 def test(python: Path, environment: dict[str, str]) -> None:
-    """Check format, lint and types, then run the tests; pytest's summary is the last thing printed."""
+    """Check format, lint and types, build the site, then run the tests; pytest's summary is the last thing printed."""
     environment.pop("OMP_NUM_THREADS", None)
+    environment |= QUIET_SITE
     run_all(python, [command.split() for command in CHECKS], environment=environment)
 
 
@@ -211,7 +217,20 @@ def lock(python: Path, environment: dict[str, str]) -> None:
     say(f"wrote {CONSTRAINTS.name}")
 
 
-TASKS = {"demo": (demo, "demo"), "test": (test, "dev"), "lock": (lock, "dev")}
+def docs(python: Path, environment: dict[str, str]) -> None:
+    """Build the documentation as a site in `site/`; a link that leads nowhere is an error."""
+    run_all(python, [SITE.split()], environment=environment | QUIET_SITE)
+    say("open site/index.html")
+
+
+def matrix(python: Path, environment: dict[str, str]) -> None:
+    """Write the tables of docs/capabilities.md anew."""
+    if status := subprocess.run([python, str(ROOT / "docs" / "capabilities.py")], cwd=ROOT, env=environment).returncode:
+        raise SystemExit(status)
+    say("wrote docs/capabilities.md")
+
+
+TASKS = {"demo": (demo, "demo"), "test": (test, "dev"), "lock": (lock, "dev"), "docs": (docs, "docs"), "matrix": (matrix, "dev")}
 
 
 def main() -> None:

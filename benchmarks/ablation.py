@@ -15,6 +15,7 @@ FID and compares with nothing but itself.
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from tfmq.progress import Progress
 from tfmq.recipes.recipe import Recipe, Temporal
 from tfmq.targets import open_sampler
 
+DOCS = Path(__file__).parents[1] / "docs"
 SCHEMES = ("w4a8", "w8a8", "w4a32")
 METHODS = ("rtn", "brecq", "tfmq_cache", "tfmq_block", "tfmq_selected")
 # These say what a part is worth, and one seed says it.
@@ -228,6 +230,16 @@ def write_results(directory: Path, options: argparse.Namespace) -> None:
     print(table(summary))
 
 
+def write_docs(directory: Path) -> None:
+    """Put the table and the picture of a directory of results into the documentation."""
+    start, end = "<!-- table: benchmarks/results/ablation/ablation.md -->\n", "<!-- end of table -->"
+    page = DOCS / "ablation.md"
+    text = page.read_text(encoding="utf-8")
+    before, after = text.index(start) + len(start), text.index(end)
+    page.write_text(text[:before] + (directory / "ablation.md").read_text(encoding="utf-8") + text[after:], encoding="utf-8")
+    shutil.copyfile(directory / "ablation.png", DOCS / "figures" / "ablation.png")
+
+
 def real_images(path: Path, num_images: int) -> np.ndarray:
     """Return real training images, uint8 `[N, H, W, C]`, coloured as the default model was trained on them."""
     import sys
@@ -247,7 +259,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, help="AdaRound with so many steps a unit, instead of the presets' solver")
     parser.add_argument("--real", type=Path, help="gzipped IDX file of the digits that the default model was trained on")
     parser.add_argument("--only", default="", help="run only cells whose name contains this")
+    parser.add_argument("--write-docs", action="store_true", help="put the table of what is measured into docs/ablation.md, and measure nothing")
     options = parser.parse_args()
+    if options.write_docs:
+        write_docs(options.output_dir)
+        return
     options.output_dir.mkdir(parents=True, exist_ok=True)
     real = real_images(options.real, 10_000) if options.real else None
     reference = Reference(lambda: open_sampler(options.model), options.output_dir, options.num_images, steps=STEPS)

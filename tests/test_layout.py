@@ -99,7 +99,17 @@ UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"
 
 # Folders of one particular machine. The brackets keep this line from matching itself.
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])[/](?:home|root|Users|work)/|[A-Z]:\\{1,2}Users\\")
-SHIPPED = ("src", "tests", "docs", "examples", "benchmarks", "README.md", "pyproject.toml", "tasks.py")
+SHIPPED = (
+    "src",
+    "tests",
+    "docs",
+    "examples",
+    "benchmarks",
+    "pyproject.toml",
+    "mkdocs.yml",
+    "tasks.py",
+    *(f"{page}.md" for page in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
+)
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

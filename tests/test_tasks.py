@@ -188,3 +188,13 @@ def test_an_absent_interpreter_is_named(tasks: ModuleType, monkeypatch: pytest.M
     monkeypatch.setenv("TFMQ_PYTHON", "nowhere/python")
     with pytest.raises(SystemExit, match="TFMQ_PYTHON is not a file: nowhere/python"):
         tasks.prepare("dev", system_site_packages=False)
+
+
+def test_the_matrix_fails_with_its_script(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(set())
+    monkeypatch.setattr(tasks.subprocess, "run", calls)
+    tasks.matrix(Path(sys.executable), {})
+    assert len(calls) == 1 and Path(calls[0][1]).is_file()
+    monkeypatch.setattr(tasks.subprocess, "run", Calls({calls[0][1]}))
+    with pytest.raises(SystemExit):
+        tasks.matrix(Path(sys.executable), {})

@@ -43,7 +43,8 @@ _HOMES = {
     "rebake": "tfmq.adapt",
     "relist": "tfmq.artifact",
     "scheme": "tfmq.recipes",
-    # Not in `__all__`, since they need diffusers: what `from_pretrained` takes, a pipeline with options of its own, and what directories name.
+    # Not in `__all__`, since they need diffusers: the configuration for `from_pretrained`, a sampler of a pipeline with options of its own, and
+    # classes that saved pipelines name.
     "TFMQConfig": "tfmq.integrations.diffusers.quantizer",
     "PipelineSampler": "tfmq.integrations.diffusers.pipelines",
     "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",

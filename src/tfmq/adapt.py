@@ -53,8 +53,8 @@ def fuse_lora(target: Any, reference: Any, *, scale: float = 1.0, steps: int | N
     Args:
         target: a quantized pipeline, or a `Sampler` of a quantized model.
         reference: the full-precision model that it was made from, with the LoRA loaded (`pipeline.load_lora_weights`) and not fused.
-        scale: of the LoRA.
-        steps: of the two images that ranges are measured on; by default one for each calibrated timestep.
+        scale: factor on the LoRA's weights.
+        steps: number of steps of the two images that ranges are measured on; by default one for each calibrated timestep.
 
     Returns:
         The layers whose inputs leave their range, the furthest first.

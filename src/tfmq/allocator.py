@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-# Blocks from this size on go back to the system as soon as they are freed.
+# Bytes. Blocks of at least this size go back to the system as soon as they are freed.
 RETURNED = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-# Of Linux from 5.4 on. Unlike its relatives it never loses what was written.
+# Linux 5.4 and later know this advice. Unlike its relatives it never loses what was written.
 MADV_PAGEOUT = 21
 
 

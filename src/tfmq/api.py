@@ -149,10 +149,10 @@ def quantize(
             `ModuleFile` that gives one.
         recipe: a `Recipe`, or the name of a scheme such as "w4a8".
         output_dir: where the quantized pipeline goes. It appears when it is complete; until then the job lives in `output_dir` + ".job".
-        seed: of calibration noise and of every learning stage.
+        seed: seed of the calibration noise and of every learning stage.
         device: moves the model there first.
         resume: continue the job of an interrupted run; the result is the same to the byte.
-        prompts: for text-to-image pipelines, instead of the built-in ones.
+        prompts: prompts of the calibration for text-to-image pipelines, in the place of the built-in ones.
         component: which denoiser of a pipeline that calls two in turn, such as "transformer_2"; without it `unet`, `transformer` or what else
             there is, with a warning that names the others. They are quantized one after the other.
         resources: limits of memory and of time.

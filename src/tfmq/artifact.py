@@ -154,7 +154,7 @@ def _load(path: Path, module: nn.Module | None) -> Any:
         raise MissingFileError(f"{path} is not a directory; pass what tfmq quantize wrote")
     if (path / MANIFEST_FILE).exists() or module is not None:
         return _load_into(path, module)
-    # Tensors are compared with their digest where they are read: by the quantizer, for each component.
+    # The quantizer compares the tensors of each component with their digest when it reads them.
     check_files(path)
     if not (path / PIPELINE_FILE).exists() and not components(path):
         raise ForeignFileError(f"{path} holds no model quantized by tfmq")
@@ -181,7 +181,7 @@ def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
 
 
 def _load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Manifest]:
-    # First, since it costs nothing and says more than a seal that does not match.
+    # Check this first: it costs nothing and says more than a seal that does not match.
     manifest = stored_manifest(path)
     tensors, _ = load_checkpoint(path)
     check_parts(tensors, manifest.structure, source=path / MANIFEST_FILE)

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 LONGEST = 200
-# Python writes no integer of more digits than 4300, and nobody reads one of more than these bits.
+# Bits. Larger integers are not printed: nobody reads them, and Python refuses more than 4300 digits.
 WIDEST = 256
 
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-# Seconds for which a call is timed at least: a moment alone says little on a machine that is busy with other things.
+# Least seconds of a timing: less says little on a machine that is busy with other things.
 LOOKED = 0.25
-# A first call that took longer is not repeated: it is what work of many such calls takes, and a little more.
+# Seconds. A first call that took longer is not repeated: it overestimates later calls a little, and that is good enough.
 PATIENCE = 3.0
 
 

@@ -22,7 +22,7 @@ from tfmq.storage.digest import tensor_digest
 from tfmq.storage.manifest import Provenance
 from tfmq.version import __version__
 
-# Models by name: those of the package, and those that a checkout holds beside it.
+# Folders with models that have names: the package's own, and those of a checkout.
 SHELVES = (Path(__file__).parent / "assets", Path(__file__).parents[2] / "models")
 
 

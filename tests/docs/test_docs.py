@@ -1,5 +1,6 @@
 """The documentation, executed: marked blocks run, links lead somewhere, and functions are where a page says they are."""
 
+import json
 import re
 import shlex
 import shutil
@@ -14,18 +15,22 @@ from torch import nn
 
 import tfmq
 from tfmq.artifact import load
+from tfmq.backends.auto import CANDIDATES
 from tfmq.nn.plan import packed_layers
-from tfmq.recipes.recipe import Calibration
+from tfmq.recipes import presets
+from tfmq.recipes.recipe import Calibration, Recipe
 from tfmq.recipes.yaml import load as load_recipe
 from tfmq.storage.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 # ```python test model: the block runs in an empty folder that holds `model`. What can be asked for is below, in `folders`.
+# ```python test small: the embedded model is a tiny pipeline, and w4a8 a recipe that learns next to nothing.
 # ```python test as:mine.py: the block is what ```sh test mine.py finds in its folder under that name. In that, each `tfmq` line is run.
 FENCE = re.compile(r"^```(python|yaml|sh) test([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-PLACE = re.compile(r"\]\((\.\./src/[^)#\s]+\.py)\)((?:,? `\w+`)+)")
+PLACE = re.compile(r"\]\(((?:\.\./)?src/[^)#\s]+\.py)\)((?:,? `\w+`)+)")
 
 
 class Block(NamedTuple):
@@ -39,6 +44,19 @@ class Block(NamedTuple):
 
     def __str__(self) -> str:
         return f"{where(self.page)}:{self.line}"
+
+
+def quick(steps: int) -> Recipe:
+    """Return w4a8 with one short step of everything that takes long."""
+    recipe = tfmq.scheme("w4a8")
+    return replace(
+        recipe,
+        weights=replace(recipe.weights, ranges="min_max"),
+        activations=replace(recipe.activations, ranges="min_max"),
+        rounding=replace(recipe.rounding, solver="nearest"),
+        temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)),
+        calibration=Calibration(samples=2, steps=steps, interval=steps // 2, batch_size=2),
+    )
 
 
 def where(page: Path) -> str:
@@ -71,16 +89,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipeline = DDIMPipeline(unet=UNet2DModel(**shape, **kinds), scheduler=DDIMScheduler())
-    recipe = tfmq.scheme("w4a8")
-    recipe = replace(
-        recipe,
-        learning=replace(recipe.learning, iterations=0),
-        temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)),
-        calibration=Calibration(samples=2, steps=4, interval=2, batch_size=2),
-    )
     root = tmp_path_factory.mktemp("folders")
     pipeline.save_pretrained(root / "stock")
-    tfmq.quantize(pipeline, recipe, output_dir=root / "model")
+    tfmq.quantize(pipeline, quick(4), output_dir=root / "model")
     return root
 
 
@@ -103,6 +114,13 @@ def lay_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         for name in block.needs:
             if name.startswith("as:"):
                 continue
+            if name == "small":
+                recipe = quick(50 if block.language == "python" else 10)
+                monkeypatch.setitem(presets._SCHEMES, "w4a8", lambda recipe=recipe: recipe)
+                monkeypatch.setattr("tfmq.targets.SHELVES", (tmp_path / "shelf",))
+                monkeypatch.setitem(CANDIDATES, "cpu", ("float", "torch"))
+                shutil.copytree(folders / "stock", tmp_path / "shelf" / "default")
+                continue
             if name.endswith(".py"):
                 (source,) = (other for other in BLOCKS if other.page == block.page and f"as:{name}" in other.needs)
                 (tmp_path / name).write_text(source.text)
@@ -116,7 +134,7 @@ def lay_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert {block.page.name for block in BLOCKS} >= {"format.md", "extending.md"}
+    assert {block.page.name for block in BLOCKS} >= {"format.md", "extending.md", "README.md"}
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
@@ -193,4 +211,26 @@ def test_the_format_names_every_error() -> None:
 
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    assert not [page.name for page in PAGES[:-1] if page.name != "README.md" and f"]({page.name})" not in index]
+    assert not [page.name for page in DOCS if page.name != "README.md" and f"]({page.name})" not in index]
+
+
+def test_the_ablation_is_the_one_that_was_measured() -> None:
+    page = (ROOT / "docs" / "ablation.md").read_text(encoding="utf-8")
+    measured = ROOT / "benchmarks" / "results" / "ablation"
+    assert (measured / "ablation.md").read_text(encoding="utf-8") in page, "write it with benchmarks/ablation.py --write-docs"
+    assert (measured / "ablation.png").read_bytes() == (ROOT / "docs" / "figures" / "ablation.png").read_bytes()
+
+
+def test_the_readme_has_rows_of_the_ablation() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (W\d+A\d+) \| (\S+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    summary = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "ablation.json").read_text(encoding="utf-8"))["summary"]
+    measured = {(row["scheme"].upper(), row["method"]): (f"{row['psnr_db']:.2f}", f"{row['ssim']:.4f}") for row in summary}
+    assert 1 < len(rows) <= 8
+    assert all(measured[bits, method.replace("**tfmq**", "tfmq_cache")] == (psnr, ssim) for bits, method, psnr, ssim in rows)
+
+
+def test_the_readme_keeps_to_its_form() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n|---") == 1 and len(re.findall(r"!\[", readme)) == 1
+    assert [len(block.text.strip().replace("\n\n", "\n").splitlines()) for block in blocks(ROOT / "README.md")] == [5, 5]

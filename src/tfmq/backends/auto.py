@@ -22,17 +22,17 @@ from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
 from tfmq.reconstruction.resources import free_bytes
 from tfmq.storage.digest import tensor_digest
 
-# By kind of device, in the order of the time that they take to prepare. The first is the baseline: torch's own floating point.
+# Backends that are measured, by kind of device, the quickest to prepare first. The first one, torch's own floating point, is the baseline.
 CANDIDATES = {"cpu": ("float", "torch", "openvino"), "cuda": ("float", "cuda")}
 ELSEWHERE = ("float",)
-# Takes the place of "float" where the quantized model is judged, since "float" does not quantize what enters a layer.
+# Replaces "float" where the quality of the quantized model is judged: "float" does not quantize the inputs of layers.
 JUDGED = "simulated"
-# What preparing takes for a while, for each weight; of the backends of the CPU.
+# Bytes of memory for each weight that a backend of the CPU needs while it prepares.
 BYTES = {"float": 4, JUDGED: 4, "torch": 2, "openvino": 10}
-# A call that takes longer is measured on one row of its batch.
+# Seconds. A longer call is measured on one row of its batch.
 LONG = 2.0
 
-# Whose preparation is worth a line.
+# Backends that take so long to prepare that the log says so.
 CONVERTING = ("openvino",)
 
 log = logging.getLogger("tfmq")
@@ -67,7 +67,7 @@ def candidates(module: nn.Module, device: torch.device, options: Options, *, jud
     ways[baseline] = Way(baseline, eager)
     for name in others:
         try:
-            # What no installation would change is no news.
+            # Say nothing of what this machine cannot have: no installation would change that.
             if BACKENDS[name].missing():
                 continue
         except MissingExtraError as error:
@@ -175,7 +175,7 @@ class AutoExecutor:
                 self.prepared.run(module, baseline, row)
                 seconds = timed(lambda: self.prepared.run(module, baseline, row))
         except (RuntimeError, ValueError):
-            # The batch is no sequence of rows in each argument.
+            # Some argument has no row for each sample, so the batch cannot be cut.
             return arguments
         return row if seconds * len(sample) > LONG else arguments
 

@@ -1,4 +1,4 @@
-"""Where backends keep what they made for this machine."""
+"""The directory in which backends keep what they made for this machine."""
 
 import os
 from pathlib import Path

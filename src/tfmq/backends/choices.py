@@ -1,4 +1,4 @@
-"""What was measured on this machine before: one small file a model, kind of call and set of versions."""
+"""Choices that were measured on this machine before: a small file for each model, kind of call and set of versions."""
 
 import math
 import platform
@@ -17,7 +17,7 @@ from tfmq.storage.errors import CheckpointError
 from tfmq.version import __version__
 
 CPUINFO = Path("/proc/cpuinfo")
-# Where a backend is not of torch alone, the library that it is of.
+# The library behind a backend, for backends that need more than torch.
 LIBRARIES = {"openvino": "openvino", "cuda": "triton"}
 
 

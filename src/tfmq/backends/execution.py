@@ -8,7 +8,7 @@ from torch import nn
 
 from tfmq.allocator import give_back
 
-# Registered by being imported.
+# Importing these modules registers their backends.
 from tfmq.backends import floating, onednn, openvino, operators, reference  # noqa: F401
 from tfmq.backends.auto import AutoExecutor
 from tfmq.backends.backend import BACKENDS, Coverage, EngineError, Options, release
@@ -19,9 +19,9 @@ from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import is_quantized
 
 AUTO = "auto"
-# Who computes, in this order, what an engine cannot; the last one is torch's own floating point.
+# Backends that take over, in this order, where an engine fails. The last one, torch's own floating point, needs no engine.
 FALLBACKS = ("torch", "simulated")
-# Engines that compile nothing unless they are asked to.
+# Backends that run layer by layer unless `Options(compile=True)` asks for more.
 LAYERWISE = ("torch", "operators", "cuda")
 
 
@@ -34,7 +34,7 @@ def _check_name(name: str) -> None:
     """Refuse a backend that there is not, or that this machine lacks something for.
 
     Raises:
-        ValueError: as said.
+        ValueError: there is no such backend, or the machine lacks what it needs.
         MissingExtraError: its library is not installed.
     """
     if name not in backend_names():

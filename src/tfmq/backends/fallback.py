@@ -1,4 +1,4 @@
-"""What happens when an engine cannot compile or run a call: the next way computes it, and one line says so."""
+"""Let the next way compute a call where an engine cannot compile or run it, and say so in one line."""
 
 import warnings
 from collections.abc import Mapping

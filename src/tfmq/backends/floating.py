@@ -10,7 +10,7 @@ from tfmq.nn.products import ProductQuantizers
 
 @register("float")
 class Float:
-    """What a small model is fastest with, where calling integer layers takes longer than computing them.
+    """Dequantized layers: the fastest way for a small model, whose integer layers take longer to call than to compute.
 
     No input and no attention product is quantized. So the outputs are not those of the other backends: as a rule they are nearer to full
     precision.

@@ -19,10 +19,10 @@ Build = Callable[[Graph, Call], Run]
 Key = tuple[str, int]
 Kept = TypeVar("Kept")
 
-# Kinds of call whose graphs stay compiled, the last ones used: each holds its own form of every weight. Enough for two batches of two lengths
-# of a prompt.
+# Number of kinds of call whose graphs stay compiled. Each graph holds its own copy of every weight, so the least recently used one goes.
+# Four are enough for two batch sizes of two prompt lengths.
 KEPT = 4
-# Characters of what an engine says: some print the whole graph.
+# Characters of an engine's message that are passed on: some engines print the whole graph.
 MESSAGE = 600
 
 
@@ -43,7 +43,7 @@ class GraphExecutor:
         timesteps = steps_of(module).timesteps
         with torch.no_grad():
             self.table = tabulated(module, torch.arange(len(timesteps), device=timesteps.device)) if cached else None
-            # Timesteps at which every feature comes from its table.
+            # True at the timesteps where every feature comes from its table.
             self.chosen = torch.stack([child.use_table.bool() for child in cached]).all(dim=0) if cached else None
         self.everywhere = all(child.everywhere for child in cached)
         self.denoisers: OrderedDict[Key, tuple[Run, TreeSpec]] = OrderedDict()
@@ -79,7 +79,7 @@ class GraphExecutor:
     def _compiled(self, graph: Graph, call: Call) -> Run:
         try:
             run = self.build(graph, call)
-            # Some engines compile at the first run.
+            # Run once: some engines compile at the first run.
             bins, *inputs = graph.arguments(torch.zeros(call.batch, dtype=torch.long, device=call.tensors[0].device), call.tensors)
             run(bins, tuple(inputs))
         except EngineError:

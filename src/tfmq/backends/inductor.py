@@ -1,8 +1,8 @@
 """Rewrite a captured denoiser into what torch's compiler makes good loops of, on a CPU.
 
-The compiler computes a value again in each loop that reads it, unless the value is costly. Here that is the wrong choice for what a step has
-hundreds of: rows of tables, whose index it then checks at every place of an activation, and the gain of a normalisation, which it then derives
-from sums of the group at every place. `stored` makes it write such a value down.
+The compiler computes a cheap value again in each loop that reads it. For two kinds of values, of which a step has hundreds, that is the wrong
+choice: a row of a table, whose index it then checks for every value of an activation, and the gain of a normalisation, which it then derives from
+the sums of the group for every value. `stored` makes it write such a value to memory once.
 
 * All tables that are read at the same bins become one, and one look-up gives their rows.
 * Group normalisations are written by moments of channels, so that activations stay in the layout of integer convolutions, channels last. The

@@ -1,17 +1,17 @@
-"""Which of several ways is the fastest, by some calls of each."""
+"""Find the fastest of several ways to compute by timing some calls of each."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-# Of timed calls, all together. What an engine needs to prepare comes on top.
+# Seconds that all timed calls together may take. What engines need to prepare comes on top.
 SECONDS = 4.0
-# Who takes this many times as long as the fastest is out.
+# A backend that takes this many times as long as the fastest one drops out.
 FAR = 2.0
-# Rounds among the others, and timed calls of each in a round.
+# Number of rounds in which the backends take turns, and timed calls of each backend in a round.
 ROUNDS, CALLS = 5, 3
-# Who is slower by less than this is as fast.
+# Backends whose times differ by less than this share count as equally fast.
 MARGIN = 0.05
 
 clock = time.perf_counter
@@ -35,11 +35,12 @@ def timed(run: Callable[[], object]) -> float:
 def race(names: Sequence[str], enter: Callable[[str], Callable[[], object]], leave: Callable[[str], object]) -> Race:
     """Return the median seconds of a call by each of `names`.
 
-    Each is called by itself first: once untimed, which prepares it, and then as often as a fraction of the time allows. Who is far behind leaves,
-    so that its memory is free before the next one comes; the rest are called in turn, so that what else the machine does concerns all of them.
+    Each is called by itself first: once untimed, which prepares it, and then as often as a fraction of the time allows. One that is far behind
+    leaves, so that its memory is free before the next one comes. The rest take turns, so that other load on the machine slows all of them.
 
     Args:
-        names: in the order in which they are prepared. The first one is the baseline: what it raises passes, while any other is out.
+        names: names of the ways, in the order in which they are prepared. The first one is the baseline: an error of it passes on, while any other
+            that fails is out.
         enter: gets one ready, and returns a call of it.
         leave: lets one go.
     """
@@ -66,7 +67,7 @@ def race(names: Sequence[str], enter: Callable[[str], Callable[[], object]], lea
             break
         for name, times in samples.items():
             run = enter(name)
-            # What ran before has filled the caches with its own weights.
+            # The backend before has filled the caches with its own weights, so this call does not count.
             spent += timed(run)
             new = [timed(run) for _ in range(CALLS)]
             times += new

@@ -76,7 +76,7 @@ def compiled(graph: Graph, call: Call) -> Run:
 
 def _unpacked(layer: PackedLayer) -> IntegerWeight:
     """Return a layer's integers; the library has its own copy soon, so nothing reads the packed codes for a while."""
-    # What packing the layer before this one took.
+    # Give back the memory that packing the previous layer took.
     give_back()
     weight = layer.integer_weight()
     page_out(layer.packed)

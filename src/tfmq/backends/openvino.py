@@ -22,7 +22,7 @@ from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.storage.digest import module_digest
 
-# Changes with what a converted model looks like, so that nobody reads one of another form.
+# Part of the cache key. Raise it when converted models change, so that no older one is read.
 CONVERSION = "6"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
@@ -96,7 +96,7 @@ class _Builder:
 
         core = shared_core()
         path = self._converted(graph, call)
-        # Compilation should not come on top of what conversion has freed.
+        # Give back what conversion has freed before compilation asks for memory.
         _let_go(graph.module)
         give_back()
         try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tfmq.nn.layer import PackedLayer
 
-# What a message is worth waiting for.
+# Seconds that the search for the layer to blame may take; all it improves is the message.
 SECONDS = 20.0
 _LEAVES = ("Parameter", "Constant", "Result")
 

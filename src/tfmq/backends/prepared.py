@@ -53,7 +53,7 @@ class Prepared:
         self._aside: dict[Way, _Parts] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
-        # The copy of the denoiser has a copy of what is in place; what waits belongs to this one.
+        # The copied denoiser holds a copy of the backend in place; backends that wait belong to this one.
         copied = Prepared()
         copied.current, copied._executor = self.current, self._executor
         return copied

@@ -55,7 +55,7 @@ class StoredTiles(MutableMapping[str, Sequence[int]]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.tiles)
         except (CheckpointError, OSError):
-            # A full or read-only disk: this process keeps its choices in memory.
+            # The disk is full or read-only: this process keeps its choices in memory.
             return
 
     def __iter__(self) -> Iterator[str]:

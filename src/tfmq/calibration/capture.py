@@ -12,11 +12,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from tfmq.calibration.spool import Column, Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 
-# Gives the context in which the call of a batch runs, by the number of the batch.
+# Takes the number of a batch and returns the context in which its call runs.
 Around = Callable[[int], AbstractContextManager[None]]
-# Takes what goes in and out of a unit in the call of a batch: its number and inputs, then the unit's arguments and output.
+# Takes the number and the inputs of a batch, then the arguments and the output that the unit had in its call.
 See = Callable[[int, Inputs, Any, Any, Any], None]
-# Takes the output of a unit in the call of a batch, by the number of the batch.
+# Takes the number of a batch and the output that the unit had in its call.
 Keep = Callable[[int, Any], None]
 
 

@@ -21,7 +21,7 @@ from tfmq.quantizers.input import InputQuantizer
 
 @dataclass(frozen=True)
 class InputErrors:
-    """What two quantizers of one layer's input do to its output, as energy of the error over energy of the output; weights are not quantized."""
+    """Errors of a layer's output under two quantizers of its input: energy of the error over energy of the output, with full-precision weights."""
 
     static: float
     dynamic: float
@@ -44,7 +44,7 @@ def _watch(layer: CalibratedLayer, energies: Tensor) -> Callable[[nn.Module, tup
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
         x = args[0].float()
-        # The layer is linear: the error of its output is what it makes of the input's error.
+        # The layer is linear, so the error of its output is the layer applied to the error of its input.
         for index, part in enumerate((x, static(x) - x, dynamic(x) - x)):
             energies[index] += layer.operation(part, weight.float(), None).square().sum(dtype=torch.float64).cpu()
 

@@ -13,7 +13,7 @@ from tfmq.nn.operation import operand
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 
-# What an input may leave its range by before it is worth a word: an 8-bit grid that grew by so much would lose 0.4 dB.
+# Share of its range by which an input may leave that range before a warning. An 8-bit grid that grew by so much would lose 0.4 dB.
 TOLERATED = 0.05
 
 

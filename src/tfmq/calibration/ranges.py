@@ -20,14 +20,14 @@ from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 
 RangeMethod = Literal["search", "min_max"]
-# Values kept for the range search of one site, over all of its steps and segments.
+# Number of values kept for the range search of one site, over all of its steps and segments.
 KEPT = 2**18
-# Shrunk ranges that the search tries.
+# Number of shrunk ranges that the search tries.
 SHRINKS = 40
-# What one grid for all timesteps may leave of error, over what a grid for each leaves: 1 dB. Where the errors of layers add up, so little is all
-# that the output's grows by.
+# One grid for all timesteps is accepted if its error is at most this times the error of a grid for each timestep: 1 dB. Where the errors of
+# layers add up, the error of the output grows by no more.
 TOLERATED = 10**0.1
-# About what the values and their search take.
+# Bytes that the kept values of one site and their search take, about.
 SITE_BYTES = 4 * KEPT * 2
 
 
@@ -51,7 +51,7 @@ class SiteStatistics:
         """
         flat = part.detach().flatten()
         low, high = (extreme.cpu() for extreme in flat.aminmax())
-        # A NaN is both extremes of what it is in; one look at all values finds that as well.
+        # A tensor with a NaN has NaN for both extremes, so the extremes show it without another pass.
         if not (low.isfinite() and high.isfinite()):
             raise NonFiniteError
         self.low[step, segment] = torch.minimum(self.low[step, segment], low)

@@ -1,4 +1,4 @@
-"""Which units read the output of which, and which run once in a call: what has to be at hand before a unit can run, and what can be."""
+"""Find which units read the output of which, and which run exactly once in a call. Outputs of the latter can be kept instead of computed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ class _Origins:
     """Follows outputs of units to the inputs of others along the graph that autograd records, which is cut at every unit."""
 
     def __init__(self) -> None:
-        # Variables are kept, so that no other can have their number.
+        # Keep the variables: the number of a freed one could be given to another.
         self.made: dict[int, tuple[str, Tensor]] = {}
 
     def cut(self, name: str, output: Any) -> Any:
@@ -30,7 +30,7 @@ class _Origins:
                 return leaf
             variable = leaf.detach().requires_grad_()
             self.made[id(variable)] = name, variable
-            # A copy may be written to.
+            # Return a copy, which the caller may write to.
             return variable.clone()
 
         return tree_map(begin, output)
@@ -77,7 +77,7 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
         try:
             denoiser(example.rows(0, 1))
         except RuntimeError:
-            # Something that autograd refuses: then nothing is known.
+            # Autograd refuses something in this model, so nothing is known of its readers.
             return {}
     return readers
 

@@ -1,4 +1,4 @@
-"""Outputs of units that are done, in the place of running them again: the calls of the next unit begin where the last one ended."""
+"""Keep the outputs of finished units instead of running these units again: calls of the next unit begin where the last one ended."""
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,9 +19,9 @@ from tfmq.calibration.forward import replaced_forward
 from tfmq.storage.atomic import full_disk_named, read_tensors
 
 Network = Literal["full", "quantized"]
-# Of outputs on disk; units beyond run again for each unit after them.
+# Bytes of outputs kept on disk. Units whose outputs do not fit are computed again for each unit after them.
 MOST_BYTES = 16 * 2**30
-# Of what the disk has left.
+# Share of the free space on the disk that kept outputs may use.
 SHARE = 0.5
 
 
@@ -55,7 +55,7 @@ class _Outputs:
         leaves = [_Leaf.of(value) for value in values]
         tensors = {str(i): leaf.stored(value) for i, (leaf, value) in enumerate(zip(leaves, values, strict=True)) if leaf.device}
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        # A unit that runs twice in a call, or returns something with tensors out of sight, has to run.
+        # A unit has to run itself if it runs twice in a call, or hides tensors in what it returns.
         if len(outputs) > 1 or not tensors or size > self.bytes_left:
             self._run.add(name)
             return

@@ -1,4 +1,4 @@
-"""Tensors that grow batch by batch, in memory as long as they fit, then in a file; any of their rows can be read from either."""
+"""Tensors that grow batch by batch. They stay in memory while they fit and move to a file then; any of their rows can be read from either."""
 
 import tempfile
 import weakref
@@ -61,11 +61,11 @@ class Column:
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Return the rows `index` `[n]`."""
-        # Rows that follow each other are read at once.
+        # Read rows that follow each other at once.
         cuts = [0, *(index.diff() != 1).nonzero().flatten().add(1).tolist(), len(index)]
         runs = [(start, stop, int(index[start])) for start, stop in pairwise(cuts) if start < stop]
         shape = (len(index), *self._row)
-        # A file is read into host memory.
+        # Rows of a file go to host memory.
         device = self._like.device if self._file is None else None
         buffer = torch.empty([shape[axis] for axis in self._order], dtype=self._like.dtype, device=device)
         rows = buffer.permute([self._order.index(axis) for axis in range(len(shape))])
@@ -106,7 +106,7 @@ class Spool:
     def __init__(self, directory: Path | None = None, most_bytes: int | None = None) -> None:
         self.directory = Path(tempfile.gettempdir()) if directory is None else directory
         self._left = most_bytes
-        # What is not read any more is not held here either.
+        # Weak references: a column that nobody reads any more is freed.
         self._columns: weakref.WeakSet[Column] = weakref.WeakSet()
 
     def column(self, first: Tensor) -> Column:

@@ -106,7 +106,7 @@ class CalibrationStore:
         """Yield the calls of every `interval`-th distinct timestep from noise to image, and of the last (all guidance halves), in order."""
         timesteps = self.timesteps().flip(0).tolist()
         kept = {*timesteps[::interval], timesteps[-1]}
-        # Their timesteps are known: what is left out is not read.
+        # The timesteps are known, so calls that are left out need not be read.
         for index in [index for index, timestep in enumerate(self._timesteps) if float(timestep[0]) in kept]:
             yield self.read(index)
 

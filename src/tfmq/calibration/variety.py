@@ -28,7 +28,7 @@ def single_values(denoiser: Denoiser, names: Sequence[str], store: CalibrationSt
 
     Args:
         denoiser: names the conditions.
-        names: of conditions with one whole number a sample.
+        names: names of the conditions that have one whole number for each sample.
         store: the calls of the first batch of images, then those of the next. They are read until every condition has shown two values.
         batches: the images of each.
     """

@@ -62,7 +62,7 @@ def analyze(
         from tfmq.storage.digest import module_digest
 
         if parquet:
-            # Said now, and not after minutes of work.
+            # Ask for it now, not after minutes of work.
             require("pyarrow", extra="parquet")
         check_device(device)
         check_reference(reference, module)
@@ -75,7 +75,7 @@ def analyze(
             described = provenance(quantized, directory)
             extent = THOROUGH if thorough else QUICK
             extent = replace(extent, num_images=num_images or extent.num_images)
-            # After all that may be refused: it may measure.
+            # Choose the backend after everything that may be refused: choosing may take a measurement.
             name = execute_model(quantized, backend, execution, rows=extent.num_images, judged=True)
             schedule: dict[str, Any] = {"steps": steps or default_steps(described)}
             foretell(expected_seconds(full, quantized, extent=extent, **schedule), "the analysis")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tfmq.evaluation.cost.variant import Kind
     from tfmq.models.module_file import ModuleFile
 
-# Measured unless others are named, by kind of device; those after the bar, which compile for minutes, with --thorough.
+# Variants that are measured unless others are named, by kind of device. Those after the bar compile for minutes and need --thorough.
 BACKENDS = {"cpu": "simulated,torch,openvino|,torch-compile", "cuda": "simulated,cuda|,cuda-compile"}
 QUICK_ROUNDS, ROUNDS = 3, 10
 

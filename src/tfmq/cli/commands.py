@@ -28,7 +28,7 @@ EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 inter
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
 for verb in (quantize, sample, compare, evaluate, analyze, report, studio, inspect, export, bench):
     app.command()(verb)
-# Not a name that a Python function can have.
+# `import` is no name that a Python function can have.
 app.command("import")(import_checkpoint)
 
 
@@ -51,7 +51,8 @@ def _root(
         typer.echo(context.get_help())
 
 
-# What the parser raises. Named by what derives from it: recent releases of typer carry a click of their own, earlier ones import click.
+# The base of the parser's errors, found through a class that derives from it: recent releases of typer carry a click of their own, earlier ones
+# import click.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 

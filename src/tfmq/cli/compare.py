@@ -64,7 +64,7 @@ def compare(
             quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
             described = provenance(quantized, directory)
             full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device, options=calibrated_options(described))
-            # After all that may be refused: it may measure.
+            # Choose the backend after everything that may be refused: choosing may take a measurement.
             name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
             result = _compared(full, quantized, folder, described, stored_bytes(source), backend=name, **options)
     if json:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 METRICS = "fid,kid,psnr,ssim,trajectory"
 SUFFIX = ".evaluation"
-# Images, and pairs of them, unless others are asked for.
+# Numbers of images and of pairs, unless others are asked for.
 QUICK, THOROUGH = (64, 16), (1000, 64)
 
 
@@ -142,7 +142,7 @@ def evaluate(
                 published=published_figures(described),
                 backend=name,
             )
-            # What was chosen here is used everywhere.
+            # Every worker uses the backend that was chosen here.
             again = partial(
                 ready_models, located(str(source)), reference and located(reference), backend=name or "auto", options=execution, **opening
             )

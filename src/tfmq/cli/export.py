@@ -7,7 +7,7 @@ import typer
 from tfmq.cli.options import Directory, Json, Module, OutputDir, check_module
 from tfmq.cli.outcome import emit, verb
 
-# Of converting a quantized layer to OpenVINO, on one core of a server: the 79 of the embedded model took 5.3 s.
+# Seconds that converting one quantized layer to OpenVINO takes on one core of a server: the 79 of the embedded model took 5.3.
 SECONDS_A_LAYER = 0.07
 
 

@@ -64,9 +64,9 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options", *, rows:
         if options != Options():
             warnings.warn("--weights has no effect: the model is not quantized", stacklevel=2)
         return None
-    # One for the whole run, whatever the size of its last batch.
+    # Choose one backend for the whole run, whatever the size of its last batch.
     name = backend if backend != AUTO else decide(sampler.denoiser, sampler.example().resized(rows), options, judged=judged)
-    # All of a pipeline that calls two quantized denoisers in turn.
+    # Where a pipeline calls two quantized denoisers in turn, both get it.
     execute(getattr(sampler, "pipeline", module), name, options=options)
     return name
 

@@ -18,7 +18,7 @@ import typer
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST = 600
 NOTHING = "nothing was written"
-# What torchvision says where its compiled part does not load, and what lies under whatever a library that imports it says then.
+# torchvision says this where its compiled part does not load. It is also the cause of what libraries that import torchvision say then.
 MISFIT_SIGN = "operator torchvision::"
 MISFIT = (
     "the torchvision that is installed does not fit this torch: it is of another version, or of another index (CPU, CUDA). Install one that fits, "
@@ -118,7 +118,7 @@ def _noted_interrupts() -> Iterator[list[int]]:
         seen.append(number)
         signal.default_int_handler(number, frame)
 
-    # Elsewhere than in the main thread nobody may set a handler; and who ignores Ctrl-C, as jobs in the background do, goes on ignoring it.
+    # Only the main thread may set a handler, and a process that ignores Ctrl-C, such as a job in the background, goes on ignoring it.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield seen
         return

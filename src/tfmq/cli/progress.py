@@ -11,11 +11,11 @@ from rich.progress import Progress as Bars
 
 from tfmq.progress import Advance, Progress
 
-# Where stderr is a file or a pipe: how often a long stage says how far it is, in seconds.
+# Seconds between two lines of a long stage where stderr is a file or a pipe.
 INTERVAL = 30.0
 
 
-# Shorter work begins without a word, in seconds.
+# Seconds. Work that is estimated to take less begins without a word.
 SHORT = 3.0
 
 

@@ -45,7 +45,7 @@ def report(
 
         source, own = quantized_directory(directory), check_module(module)
         if own is not None:
-            # That the two belong together, a model that is to be read by others has to show first.
+            # Open the model first: others will read the report, so its values have to belong to this model.
             open_model(directory, module=own)
         target = output_dir or beside(directory, SUFFIX)
         found = gather(

@@ -69,7 +69,7 @@ def sample(
             sampler = open_model(model, **opening)
             name = execute_model(sampler, backend, options, rows=min(batch_size, num_images))
             steps = steps or default_steps(provenance(sampler, model))
-            # What was chosen here is used everywhere.
+            # Every worker uses the backend that was chosen here.
             again = partial(ready_model, model and located(model), backend=name or "auto", options=options, **opening)
             seconds = check_memory([drawing(sampler, num_images, steps=steps, batch_size=batch_size)], num_images)
             shared = "" if place is None else " in one process, which the workers share"

@@ -26,11 +26,11 @@ SPEED = {
     "integer-slow": "layers run in integers, but this CPU has no instructions for them: small, not fast",
     "simulated": "no integer operators here: simulated, small and not fast",
 }
-# The rest of a long list is counted; --json has all of it.
+# Entries of a long list that are shown. The rest is counted; --json has all of it.
 LISTED = 12
-# Of modules that stay in floating point the first few are worth reading.
+# Number of modules in floating point that are shown, the largest first.
 FLOATING = 6
-# Images below which a Frechet distance says more of their number than of a model.
+# With fewer images than this a Frechet distance says more of their number than of the model.
 FEW = 1000
 
 
@@ -113,7 +113,7 @@ def _bits(layers: Sequence["LayerBits"]) -> str:
     return ", ".join(f"{count} x {name(bits)}" for bits, count in kinds.most_common())
 
 
-# How an input is quantized, in words.
+# Words for how an input is quantized.
 INPUTS = {"full": "in full precision", "static": "static", "per_step": "per timestep", "dynamic": "dynamic by token"}
 
 

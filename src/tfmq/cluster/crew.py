@@ -12,20 +12,20 @@ import torch
 
 from tfmq.errors import require
 
-# Attempts after the first at what a worker died of, or lost its machine with.
+# Number of further attempts at a task whose worker died or whose machine was lost.
 RETRIES = 3
-# Little goes through Ray: images that were drawn, and who does what. Ray itself would take a third of the memory.
+# Bytes of Ray's object store, which would take a third of the memory by default. Only drawn images and tasks go through it.
 STORE_BYTES = 128 * 2**20
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# Does tasks, and gives their numbers and results in whatever order they end.
+# Does tasks, and yields their numbers and results in the order in which they end.
 Team = Callable[[Sequence[Task]], Iterator[tuple[int, Result]]]
 
 # Seconds until a machine that does not answer counts as absent.
 PATIENCE = 10.0
 
-# What this worker process has opened, by the team that it is for; one thing at a time.
+# What this worker process has opened, by the team that it works for; one entry at a time.
 _opened: dict[str, Callable[[Any], Any]] = {}
 
 
@@ -38,11 +38,12 @@ class Cluster:
     """Where work is done.
 
     Args:
-        address: of a running Ray cluster, `host:port`, or `auto` for the one that this machine is part of; None starts workers here, which end
-            with the run.
-        workers: that work at the same time; None is as many as the CPUs allow.
-        threads: of each worker. A result may depend on them in its last bits, as on any machine; it never depends on the number of workers.
-        gpus: of each worker.
+        address: address of a running Ray cluster, `host:port`, or `auto` for the one that this machine is part of. None starts workers here, which
+            end with the run.
+        workers: number of workers at the same time; None is as many as the CPUs allow.
+        threads: number of threads of each worker. A result may depend on it in its last bits, as on any machine; it never depends on the number of
+            workers.
+        gpus: number of GPUs of each worker.
     """
 
     address: str | None = None
@@ -156,7 +157,7 @@ def connected(cluster: Cluster) -> Iterator[Crew]:
         return
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if cluster.address is None:
-        # Ray reports what it is used for unless told not to.
+        # Ray reports its use to its makers unless this is set.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         size = {"num_cpus": cluster.workers * cluster.threads} if cluster.workers else {}
         ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **size, **quiet)

@@ -8,7 +8,7 @@ from tfmq.evaluation.job import Request, open_job
 from tfmq.evaluation.stages import Helpers
 from tfmq.models.sampler import Sampler
 
-# Opens the quantized model and the full-precision one, if there is one.
+# Returns the quantized model and the full-precision one, if there is one.
 OpenModels = Callable[[], tuple[Sampler, Sampler | None]]
 
 

@@ -19,7 +19,7 @@ from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.journal import Journal
 from tfmq.targets import open_target
 
-# A batch of the trajectory with its number, or a unit.
+# A batch of the trajectory to record, with its number, or the number of a unit to reconstruct.
 Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int, None]
 
 
@@ -31,7 +31,10 @@ class Order:
         target: a pipeline directory, a hub id, a name of a model, or a module's file.
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
         output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
-        seed, device, prompts, component: as `tfmq.quantize` has them.
+        seed: the seed that `tfmq.quantize` was given.
+        device: the device that `tfmq.quantize` was given.
+        prompts: the prompts that `tfmq.quantize` was given.
+        component: the component that `tfmq.quantize` was given.
         resources: its limit of memory is that of each worker.
     """
 

@@ -32,8 +32,8 @@ def draw(
         crew: does it.
         open_sampler: is called in each worker; files that it reads must be there.
         num_images: how many.
-        steps: of each.
-        seed: of the stream.
+        steps: number of denoising steps of each image.
+        seed: seed of the stream of images.
         batch_size: images that a worker draws at once. Batches do not depend on the number of workers, so neither do the images.
         progress: shows a bar.
 

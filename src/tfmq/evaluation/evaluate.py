@@ -26,7 +26,7 @@ from tfmq.nn.swap import is_quantized
 from tfmq.recipes.recipe import Published
 
 FULL, QUANTIZED, REAL, PAIRS = "full precision", "quantized", "real", "pairs"
-# Pairs whose pixels are kept for people to look at.
+# Number of pairs whose pixels are kept for people to look at.
 KEPT = 64
 
 

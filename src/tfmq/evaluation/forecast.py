@@ -30,14 +30,14 @@ from tfmq.progress import Advance, Progress, seconds_of, silent
 from tfmq.recipes.presets import scheme
 from tfmq.recipes.recipe import Recipe
 
-# Each shape is timed for so long, float32 and int8 in turns, and the medians count.
+# Seconds for which each shape is timed, float32 and int8 in turns. The medians count.
 SECONDS = 0.08
-# Seconds that a quick forecast spends on shapes, and on steps, and weights above which it packs no copy of the model.
+# A quick forecast spends so many seconds on shapes and on steps, and packs no copy of a model with more weights than this.
 QUICK_SHAPES, QUICK_STEPS, QUICK_WEIGHTS = 20.0, 15.0, 50_000_000
-# Steps take turns in runs, as one model's weights drive those of another out of the caches; a run's first step does not count.
+# Number of turns of each model, and steps in a turn. The first step of a turn does not count, since the other model's weights are in the caches.
 ROUNDS, RUN = 3, 4
 LEVELS = 256
-# Seconds of packing a weight, for the word before the work.
+# Seconds that packing one weight takes, for the estimate that is printed before the work.
 PACKING = 2e-7
 
 
@@ -185,7 +185,7 @@ def _time(site: Site, count: int) -> ShapeTiming:
     kernel = _kernel(site)
     calls: list[Callable[[], Tensor]] = [lambda: site.operation(x, weight, bias)]
     if kernel is not None:
-        # What reaches a layer of a quantized denoiser came out of such layers: channels-last.
+        # Inputs of a layer in a quantized denoiser are channels-last, since other such layers made them.
         arranged = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
         rows = Rows(torch.full((1, 1), 0.02), torch.full((1, 1), 128, dtype=torch.uint8), LEVELS)
         calls.append(lambda: kernel(arranged, rows))
@@ -224,7 +224,7 @@ def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, 
     limit = inf if thorough else QUICK_SHAPES
     with progress("timing layers", total=len(kept) + len(dropped)) as advance:
         timings = _timed(kept, most=limit, advance=advance)
-        # Few and small as a rule.
+        # Layers that a quantized model drops are few and small as a rule.
         gone = _total(dropped, _timed(dropped, most=limit / 10, advance=advance)).fp32_ms
     layers = _total(kept, timings)
     calls: list[Callable[[], object]] = [lambda: sampler.denoiser(inputs)]
@@ -268,7 +268,7 @@ def expected_seconds(sampler: Sampler, *, batch: int = 1, thorough: bool = True)
     inputs = sampler.example().resized(batch)
     with torch.no_grad():
         step = seconds_of(lambda: sampler.denoiser(inputs))
-    # Distinct weights are no fewer than distinct shapes but for sizes of the input, of which a network has some.
+    # A weight shape occurs at about two sizes of the input.
     shapes = 2 * len({tuple(weight_of(module).shape) for module in modules})
     # A layer that is slower than its moment is called four times in each form.
     timing, steps = max(2 * SECONDS * shapes, 8 * step), 2 * ROUNDS * RUN * step

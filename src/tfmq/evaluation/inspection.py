@@ -29,10 +29,10 @@ from tfmq.storage.manifest import Manifest, Provenance
 
 Speed = Literal["integer", "integer-slow", "simulated"]
 SCHEMES = ("w8a8", "w4a8", "w4a32")
-# For models that compute token by token.
+# Schemes for models that compute token by token.
 TRANSFORMER_SCHEMES = ("transformer_w8a8", "transformer_w4a8")
 INTEGER_INSTRUCTIONS = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
-# Numbers of steps that tables are sized for.
+# Numbers of steps for which the sizes of tables are shown.
 TABLE_STEPS = (20, 50)
 
 

@@ -121,14 +121,14 @@ def open_job(
 ) -> tuple[Evaluator, dict[str, Any]]:
     """Return what does the job, and the protocol; see `evaluate`."""
     images = None if request.real is None else open_real(request.real)
-    # First what no weight file would mend: nobody is to fetch one for nothing.
+    # Check first what no weight file would mend, so that nobody fetches one in vain.
     check_request(quantized, reference, images, request.settings)
     tools = prepare(request.settings, request.weights)
     check_room(request.settings, tools, existing(request.job), models=1 if reference is None else 2)
     protocol = _protocol(quantized, reference, images, settings=request.settings, tools=tools, backend=request.backend)
     going_on = resume or shard is not None
     if going_on:
-        # Shards start at the same time: none may take the folder for another's remains.
+        # Shards start at the same time, so none may take the folder for remains of another job.
         request.job.mkdir(parents=True, exist_ok=True)
     stages = Stages(Journal(request.job, protocol, resume=going_on), request.settings.batch_size, shard or Shard(), progress, helpers)
     return Evaluator(quantized, reference, images, request.settings, tools, stages, request.published), protocol
@@ -171,5 +171,5 @@ def evaluate(
     if foretold is not None:
         foretold(expected_seconds(quantized, reference, request.settings) / (shard or Shard()).count)
     found = evaluator.run()
-    # Not even the last shard gives values: two that end together would both be the last.
+    # A shard never returns values, not even the last one: two that end together would both be the last.
     return None if found is None or shard is not None else (found, protocol)

@@ -1,4 +1,4 @@
-"""What drawing images takes, told from a few calls before the first of them is drawn."""
+"""Estimate from a few calls what drawing images will take, before the first image is drawn."""
 
 import os
 from collections.abc import Sequence

@@ -15,5 +15,5 @@ class PairMetric(Protocol):
     def __call__(self, reference: Images, images: Images, /) -> Floats: ...
 
 
-# What builds a metric from where weights lie. A further one is an entry here.
+# For each metric, what builds it from the place of the weights. Add a metric here.
 PAIR_METRICS: dict[str, Callable[[Weights], PairMetric]] = {"psnr": lambda _: psnr, "ssim": lambda _: ssim, "lpips": lpips}

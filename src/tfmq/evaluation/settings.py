@@ -6,7 +6,7 @@ from typing import Any
 
 from tfmq.errors import require
 
-# Registered by being imported.
+# Importing these modules registers what they define.
 from tfmq.evaluation.adherence import scene_judge  # noqa: F401
 from tfmq.evaluation.adherence.judge import ADHERENCE, JUDGES, Judge
 from tfmq.evaluation.distribution.extractor import STANDARD, Extractor

@@ -9,7 +9,7 @@ from tfmq.errors import require
 from tfmq.evaluation.sampling import Images
 from tfmq.models.sampler import Sampler
 
-# The one of the papers' tables.
+# The CLIP model behind the scores in the papers' tables.
 CLIP = "openai/clip-vit-base-patch16"
 ClipScore = Callable[[Images, Sequence[str]], float]
 

@@ -10,7 +10,7 @@ import torch
 from tfmq.storage.digest import file_digest
 from tfmq.storage.errors import ForeignFileError, MissingFileError
 
-# What `torch.load` raises on a file that holds anything else than weights; the first of them is pickle's own.
+# Errors that `torch.load` raises for a file that holds anything but weights. The first one is pickle's own.
 NO_WEIGHTS = (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, ValueError)  # type: ignore[attr-defined]
 
 
@@ -38,8 +38,8 @@ class Weights:
         """Return the path of a file.
 
         Args:
-            file: which one.
-            instead: what can be had without it, for the message.
+            file: the file that is needed.
+            instead: says what can be had without it; ends the message of the error.
 
         Raises:
             MissingFileError: it is not there.

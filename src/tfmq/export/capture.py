@@ -17,9 +17,9 @@ from tfmq.nn.temporal import cached_features, given_features, tabulated
 from tfmq.numerics.errors import sqnr_db
 from tfmq.temporal.probe import layer_outputs
 
-# Stands for a tensor among the constants of a signature.
+# Stands in the place of a tensor among the constants of a signature.
 TENSOR = "<tensor>"
-# Far below what two runs of the same arithmetic differ by, far above what another branch would give.
+# dB of SQNR. Two runs of the same arithmetic agree far better than this; another branch would agree far worse.
 SAME_DB = 40.0
 
 
@@ -183,7 +183,7 @@ class KeyedGraph(Graph):
         steps = steps_of(self.module)
         timestep = inputs[self.signature.timestep].to(torch.float32)
         edges = (steps.timesteps[1:] + steps.timesteps[:-1]) / 2
-        # What `torch.bucketize` counts, in operators that every engine has.
+        # Count as `torch.bucketize` does, by operators that every engine has.
         bins = (edges[None] < timestep[:, None]).to(torch.long).sum(dim=1)
         exact = (steps.timesteps[bins] - timestep).abs() <= self.tolerance
         with steps.at_bins(bins, exact):
@@ -200,7 +200,7 @@ def capture(graph: Graph, call: Call, *, dynamic: bool) -> torch.export.Exported
     graph(*arguments)  # Kernels make their constants.
     with quiet_tools():
         program = torch.export.export(graph, arguments, dynamic_shapes=shapes if dynamic else None, strict=False)
-    # Checks of what capture has just found would keep everything that they look at, such as the layers behind the tables.
+    # Erase assertions: they would keep everything alive that they look at, such as the layers behind the tables.
     for node in [node for node in program.graph.nodes if "_assert_" in str(node.target)]:
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
@@ -231,7 +231,7 @@ def trace(graph: Graph, call: Call) -> Any | None:
     example, other = arguments(2, 0, 1.0), arguments(1, 1, 0.5)
     expected = graph(*other)  # Kernels make their constants.
     with quiet_tools(), warnings.catch_warnings():
-        # It warns of every branch; which of them matter is seen below.
+        # Tracing warns of every branch; the comparison below shows which ones matter.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         try:
             traced = torch.jit.trace(lambda *inputs: graph(*inputs), example, check_trace=False)

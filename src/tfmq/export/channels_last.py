@@ -1,8 +1,8 @@
-"""What keeps an OpenVINO model in the memory layout of its integer convolutions, channels last, from one of them to the next.
+"""Rewrite OpenVINO models so that activations stay channels last, the layout of integer convolutions, from one convolution to the next.
 
-The plug-in's own group normalisation wants planes. Between convolutions it costs three more passes over each activation: into planes, back, and
-its own. Written as sums over places, an average of a few channels and a multiplication, it takes any layout, and its last pass becomes one with
-the activation function and the quantizer behind it.
+The plug-in's own group normalisation works on planes. Between convolutions it costs three passes over each activation: into planes, its own, and
+back. Here it is written as sums over pixels, an average of a few channels and a multiplication. That takes any layout, and the plug-in fuses the
+last pass with the activation function and the quantizer behind it.
 """
 
 from typing import Any
@@ -54,13 +54,13 @@ def _moments(node: Any, channels: int, places: int) -> Any:
         return ops.reshape(values, np.array([-1, channels, 1, 1]), special_zero=False)
 
     mean = ops.reduce_mean(by_group(ops.reduce_mean(x, PLACES, keep_dims=True)), LAST, keep_dims=True)
-    # Roots of sums of squares and not squared distances: one pass less over the places, in which nothing is written.
+    # Take roots of sums of squares, not squared distances: that saves a pass over the pixels and writes nothing.
     root = ops.reduce_l2(by_group(ops.reduce_l2(x, PLACES, keep_dims=True)), LAST, keep_dims=True)
     square = ops.multiply(ops.multiply(root, root), np.float32(groups / (channels * places)))
     variance = ops.relu(ops.subtract(square, ops.multiply(mean, mean)))
     gain = ops.divide(by_group(weight), ops.sqrt(ops.add(variance, epsilon)))
     shift = ops.subtract(by_group(bias), ops.multiply(mean, gain))
-    # Of no place until here, so that nobody computes them at each place.
+    # Gain and shift keep one value for each channel until here, or the plug-in would compute them for every pixel.
     return ops.add(ops.multiply(x, by_place(gain)), by_place(shift))
 
 

@@ -42,7 +42,7 @@ def _onnx(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], directory: Pa
     return ["denoiser.onnx"]
 
 
-# By name of the target: the packages it needs, and what writes it.
+# For each target, by name, the packages it needs and the function that writes it.
 TARGETS: dict[str, tuple[tuple[str, ...], Write]] = {"openvino": (("openvino",), _openvino), "onnx": (("onnx", "onnxscript"), _onnx)}
 
 

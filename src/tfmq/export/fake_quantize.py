@@ -61,9 +61,10 @@ class FakeQuantizeKernel:
     """
 
     def __init__(self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None) -> None:
-        # The integers are in the parts alone, a byte each: a model is in memory several times while it is converted.
+        # Keep the integers in the parts alone, one byte each: a model is in memory several times while it is converted.
         self.weight = replace(weight, values=weight.values.new_empty(0))
-        # In the layout of the module, which engines know. Where that has no axis for the scales, a plug-in that moves them errs, so that they are in.
+        # Keep the layout of the module, which engines know. Where it has no axis for the scales they are multiplied into the weight: a plug-in that
+        # moves them errs.
         operation, self.axis = weight.operation, weight.operation.stored_axis
         self.parts = [
             (operation.stored(values.to(torch.int8) if self.axis is not None else values * column(scale, values.ndim)), scale.float().contiguous())

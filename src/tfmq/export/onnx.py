@@ -19,7 +19,7 @@ def _codes(x: Any, zero_point: int, levels: int) -> Any:
     zero = op.Constant(value=onnx.helper.make_tensor("zero_point", onnx.TensorProto.UINT8, [], [zero_point]))
     one = op.Constant(value_float=1.0)
     if levels < 256:
-        # The operator saturates at eight bits alone.
+        # The operator saturates at the limits of eight bits and at no others.
         x = op.Clip(x, op.Constant(value_float=float(-zero_point)), op.Constant(value_float=float(levels - 1 - zero_point)))
     return op.DequantizeLinear(op.QuantizeLinear(x, one, zero), one, zero)
 

@@ -39,7 +39,7 @@ def convert(graph: Graph, call: Call) -> ov.Model:
     scale_by_single_weights(model)
     rewrite(model)
     for port in model.inputs:
-        # An input that is read instead of a part of a concatenation has the part's names too.
+        # Drop other names: an input that is read instead of a part of a concatenation has the part's names too.
         port.set_names(port.get_names() & set(graph.names))
     return model
 
@@ -56,7 +56,7 @@ def _shaped(graph: Graph, call: Call) -> ov.Model:
     if any_batch(program, graph):
         return _named(_converted(program), captured)
     model = _named(_converted(capture(graph, call, dynamic=False)), captured)
-    # What capture took for constants is in no shape of the converted model, whose inputs are open.
+    # The inputs of the converted model have open shapes: set the sizes that capture took for constants.
     shapes = sizes(graph, call, call.batch)
     model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
     return model

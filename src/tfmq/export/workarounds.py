@@ -1,4 +1,4 @@
-"""What OpenVINO cannot compile, put otherwise; docs/upstream.md has each fault with a model of a few nodes that shows it."""
+"""Rewrite what OpenVINO cannot compile. docs/upstream.md describes each fault, with a model of a few nodes that shows it."""
 
 import openvino as ov
 from openvino import opset13 as ops

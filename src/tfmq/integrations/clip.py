@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-# What torch raises where a file holds more than tensors; it has no public name without the module of that name.
+# The error that torch raises for a file with more than tensors. It has no public name but in the pickle module.
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 from transformers import CLIPModel, CLIPProcessor
 

@@ -1,4 +1,4 @@
-"""What is done to a quantized model once another library has loaded it. The package says what, since all that executes models stands above here."""
+"""Execute a quantized model once another library has loaded it. The package sets how, since backends stand above this folder."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""How much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
+"""Decide how much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
 
 import time
 import warnings
@@ -18,9 +18,9 @@ from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.reconstruction.unit import UnitReport
 from tfmq.reconstruction.units import Unit
 
-# A rate times its steps at which roundings cross over.
+# Learning rate times iterations must be about this for a rounding to flip.
 REACH = 4.0
-# Steps that a unit gets from a solver which does nothing but learn: with fewer it would cost its calls and bring next to nothing.
+# Fewest steps that a unit gets from a solver which only learns. With fewer steps it would pay for its calls and gain next to nothing.
 LEAST = 100
 
 

@@ -23,9 +23,9 @@ from tfmq.kernels.kernel import Rows
 from tfmq.kernels.onednn import MIDDLE, multipliable, quantize_u8
 from tfmq.numerics.attention import Attention, probabilities
 
-# The scores of a block, which should stay in the processor's caches until they are the codes of probabilities.
+# Number of scores in a block of queries. They should stay in the processor's caches until they have become codes of probabilities.
 BLOCK = 2**19
-# Smaller maps are computed faster as batched products in floating point: here each head is two calls.
+# Smallest number of scores in a map. Below it batched products in floating point are faster, since each head takes two calls here.
 SMALLEST = 2**14
 
 
@@ -94,7 +94,7 @@ class _Masks:
     def of(cls, mask: Tensor, heads: torch.Size) -> "_Masks":
         own = mask.shape[:-2]
         index = torch.arange(math.prod(own)).reshape(own).expand(heads).reshape(-1)
-        # At least two axes, as a row of keys alone is taken too.
+        # A mask may be one row of keys: give it two axes.
         return cls(mask.reshape(-1, *mask.shape[-2:] if mask.ndim > 1 else (1, mask.shape[-1])), index)
 
     def of_heads(self, part: slice) -> "_Masks":
@@ -115,7 +115,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, masks: _Masks | None, sca
     shift = right.sum(dim=-1, dtype=torch.int32).float().mul_(-grids.query.zero_point * factor).unsqueeze(1)
     right = right.transpose(1, 2)
     group, step = max(1, min(heads, BLOCK // (queries * keys))), max(1, min(queries, BLOCK // keys))
-    # Kept for all blocks: fresh memory would have to be mapped anew for each.
+    # One buffer for all blocks: the system would have to map fresh memory for each.
     integers, real, seen = (torch.empty(group, step, keys, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.float32))
     sums = torch.empty(heads, queries, values.shape[-1], dtype=torch.int32)
     for first in range(0, heads, group):

@@ -16,7 +16,7 @@ from tfmq.kernels.operators.quantize import quantize_codes
 from tfmq.kernels.operators.weights import half_packed
 from tfmq.numerics.operations import Operation, Window
 
-# More segments than this, and more axes, no model here has.
+# Largest number of segments that the operators take. No model here has more.
 MAX_SEGMENTS = 4
 NIBBLE = 16
 
@@ -139,7 +139,7 @@ class OperatorKernel(Integers):
         """Return the tables as the operators have them, `[S, G]`, the row of each sample or token, and the segments."""
         if rows.index is not None:
             return rows.scales, rows.zero_points, rows.index, self.segments
-        # A table as it is, so that a graph sees equal tables to be equal.
+        # Return the table itself, so that a graph recognises equal tables.
         scales, zero_points = (table if table.ndim == 2 else table.flatten(0, -2) for table in (rows.scales, rows.zero_points))
         index = self.first if len(scales) == 1 else torch.arange(len(scales), device=scales.device)
         return scales, zero_points, index, self.segments

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tfmq.numerics.operations import Operation
 
-# What an int32 accumulator holds.
+# Largest sum that an int32 accumulator holds.
 ACCUMULATOR = 2**31 - 1
-# Integers that are summed up at once.
+# Number of integers that are summed at once.
 CHUNK = 2**18
 
 
@@ -86,7 +86,7 @@ class IntegerWeight:
 
     def peak(self, levels: int) -> int:
         """Return a bound of the accumulator's magnitude for inputs of `levels` codes."""
-        # Some rows at a time: a wide copy of a whole weight would be what a process needs most memory for.
+        # Take some rows at a time: a wide copy of the whole weight would decide the peak memory of the process.
         rows = self.values.flatten(1).split(max(1, CHUNK // max(1, self.values[0].numel())))
         return max(int(part.abs().sum(dim=1, dtype=torch.int64).max()) for part in rows) * (levels - 1)
 

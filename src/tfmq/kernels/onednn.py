@@ -28,9 +28,9 @@ from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, colu
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Operation, Window
 
-# Products of a captured graph are computed one by one if they are at most so many, and of at least so many multiplications each.
+# A batched product of a captured graph is computed one by one if it has at most UNROLLED products of at least LARGE multiplications each.
 UNROLLED, LARGE = 16, 2**21
-# What moves an unsigned code of eight bits into a signed one.
+# Subtracted from an unsigned code of eight bits, it gives a signed one.
 MIDDLE = 128
 
 
@@ -80,7 +80,7 @@ def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor
     2**-16, so a code may differ by one from that of `numerics.affine.quantize` where `x / s` lies within 2**-15 of a tie, and nowhere else.
     """
     with warnings.catch_warnings():
-        # The type is to go some day; nothing else in eager torch quantizes in one pass.
+        # torch warns that this function will go; nothing else in eager torch quantizes in one pass.
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
         codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     plain = torch.empty(0, dtype=torch.uint8).set_(codes.untyped_storage(), 0, codes.size(), codes.stride())
@@ -107,13 +107,13 @@ class _Part:
         if not self.window.size:
             self.packed = torch.ops.onednn.qlinear_prepack(narrow, None)
         else:
-            # One spatial axis is the second of two.
+            # Treat one spatial axis as the second of two.
             narrow = narrow.unsqueeze(2) if narrow.ndim == 3 else narrow
             self.stride, self.dilation = [[1, *v][-2:] for v in (self.window.stride, self.window.dilation)]
             self.pads = pads(self.window)
             self.padding = [0, *(before for before, _ in self.window.border)][-2:] if self.pads else [0, 0]
             self.reach = self.dilation[1] * (narrow.shape[-1] - 1)
-            # With a zero-point, so that the packed weight holds what any zero-point needs.
+            # Pack with a zero-point, so that the packed weight serves any zero-point later.
             geometry = self.stride, self.padding, self.dilation, self.groups
             batch, *places = size
             places = list(places if self.pads else self.window.extent(places))
@@ -162,7 +162,7 @@ class OnednnKernel:
     call, which can take several times as long as the convolution. So the first input of a size has the weight packed for it.
 
     Args:
-        weight: of the layer.
+        weight: integer weight of the layer.
         zero_points: `[any, G]`, all that can occur; None where nothing is known of them.
         again: returns the weight when it is packed for another size. Without it the kernel keeps the integers of its own.
     """
@@ -172,14 +172,14 @@ class OnednnKernel:
         self.layout = replace(weight, values=weight.values.new_empty(0))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
         self.again = again or (lambda: weight)
-        # The last two sizes: a smaller batch may come and go.
+        # Keep the forms for the last two input sizes: a smaller batch may come and go.
         self.packed: OrderedDict[tuple[int, ...], list[_Part]] = OrderedDict()
 
     def parts(self, x: Tensor) -> list[_Part]:
         """Return the segments of the weight as the library wants them for an input like `x`."""
         size = (x.shape[0], *x.shape[2:]) if self.layout.operation.channel_axis == 1 else ()
         if torch.compiler.is_compiling() and self.packed:
-            # What is packed within a capture would belong to it.
+            # Do not keep a weight that is packed during a capture: it would belong to the captured graph.
             return self.packed.get(size) or next(reversed(self.packed.values()))
         if size not in self.packed:
             weight = self.again()

@@ -38,7 +38,7 @@ class ReferenceKernel:
             sums = operation(codes, values.double(), None).to(torch.int32)
             partials.append(sums.float() * column(scale, x.ndim) * channels(weight_scale, operation, x.ndim))
         total = combined(partials, self.weight.bias, operation)
-        # As integer libraries write it: what sums over it later takes the same order.
+        # Lay the output out as integer libraries do, so that later sums over it have the same order.
         return operation.arranged(total).to(x.dtype)
 
 

@@ -25,7 +25,7 @@ def check_rows(values: Mapping[str, Any]) -> None:
 
 
 def in_turn(values: Mapping[str, Any], indices: range) -> dict[str, Any]:
-    """Return the conditions of the images `indices`: of a tensor with `N` rows the image `i` has row `i % N`; other values are everybody's."""
+    """Return the conditions of the images `indices`: image `i` gets row `i % N` of a tensor with `N` rows; other values go to all images."""
 
     def chosen(value: Any) -> Any:
         return value[[index % len(value) for index in indices]] if isinstance(value, Tensor) else value

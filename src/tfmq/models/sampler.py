@@ -1,4 +1,4 @@
-"""What a denoiser is run by: the only view of pipelines and schedulers below the integrations."""
+"""Samplers, which run a denoiser. Below the integrations they are the only view of pipelines and schedulers."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ class Sampler(Protocol):
 
 def image_generator(seed: int, index: int) -> torch.Generator:
     """Return the generator of image `index` of the stream `seed`; no two images of a stream have the same."""
-    # On the CPU torch looks at the low 32 bits of a seed alone, so both numbers have to be in there.
+    # torch uses only the low 32 bits of a seed on the CPU, so both numbers have to be in them.
     return torch.Generator().manual_seed((crc32(str(seed).encode()) + index) % 2**32)
 
 
@@ -70,11 +70,11 @@ class LoopSampler:
         denoiser: the model.
         scheduler: has `set_timesteps`, `timesteps` and `step`; `init_noise_sigma` and `scale_model_input` too, unless neither scales anything,
             as in flow matching.
-        shape: of one sample, `[C, H, W]`.
+        shape: shape of one sample, `[C, H, W]`.
         conditions: further denoiser arguments that all images share; tensors have one row, which is repeated.
-        per_image: denoiser arguments that differ among images: of a tensor with `N` rows the image `i` has row `i % N`.
+        per_image: denoiser arguments that differ among images: image `i` gets row `i % N` of a tensor with `N` rows.
         guidance: calls the denoiser without the conditions too.
-        to_images: from final samples `[N, C, H, W]` to images in [0, 1]. A job tells two functions apart by their names, and modules by their
+        to_images: maps final samples `[N, C, H, W]` to images in [0, 1]. A job tells two functions apart by their names, and modules by their
             weights: give another map another name.
 
     Raises:
@@ -102,7 +102,7 @@ class LoopSampler:
         check_rows(self.per_image)
         if twice := sorted(self.conditions.keys() & self.per_image.keys()):
             raise ValueError(f"{twice[0]} is among the conditions that images share, and among those of each; leave it out of one")
-        # What one call cannot have is said here, and not after hours.
+        # Put the inputs of one call together now, so that what does not fit is refused at once and not after hours.
         self._guided(self._inputs(range(1)))
 
     def _place(self) -> Tensor:

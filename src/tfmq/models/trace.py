@@ -23,11 +23,11 @@ from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.products import sites
 
-# What leaves the values of a tensor as they are: each is one of the input's, in whatever place, number or dtype.
+# Operators whose output holds only values of the input: copies, casts, nearest upsampling.
 ATEN = torch.ops.aten
 COPIES = frozenset({ATEN.clone, ATEN._to_copy, ATEN.upsample_nearest1d, ATEN.upsample_nearest2d, ATEN.upsample_nearest3d})
 NO_SEGMENTS = Segments((), 0, direct=False)
-# Inputs with finitely many values: a computation on these alone can be tabulated.
+# Inputs with finitely many values. A computation on these alone can be tabulated.
 FINITE = frozenset({TIMESTEP, "class_labels"})
 
 
@@ -176,13 +176,13 @@ def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwarg
     combined = record.combine(inputs)
     operation = operation_of(layer)
     if len(args) + len(kwargs) > 1:
-        # Such as the size of a transposed convolution's output, which a quantized layer does not take.
+        # The call passes more than an input, such as the output size of a transposed convolution. A quantized layer does not take that.
         record.unusual.add(name)
     if is_embedding(layer):
         record.embeddings[name] = None
     if operation is not None:
         segments = record.label(inputs[0]).segments
-        # A grouped convolution sees no source whole.
+        # A group of a grouped convolution reads a part of a source, so it has no segments.
         whole = segments is not None and sum(segments.widths) == weight_of(layer).shape[1]
         reads = whole and segments is not None and segments.axis == operation.channel_axis % inputs[0].ndim
         known = record.layers.get(name)

@@ -17,7 +17,7 @@ class Attention:
     Attributes:
         query, key, value: `[..., L, D]`, `[..., S, D]`, `[..., S, E]`; leading axes broadcast.
         mask: what is added to the scores, or (boolean) where a query may look; broadcasts to `[..., L, S]`.
-        scale: of the scores.
+        scale: factor on the scores, the products of queries and keys.
     """
 
     query: Tensor

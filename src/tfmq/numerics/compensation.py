@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-# Columns that are updated one by one before the rest catches up with a matrix product.
+# Number of columns that are rounded one by one before a matrix product updates the rest.
 BLOCK = 64
-# Another sweep of coordinate descent has to move at least this share of the codes.
+# Coordinate descent ends when a sweep moves less than this share of the codes.
 WORTHWHILE = 1e-3
 
 
@@ -97,7 +97,7 @@ def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
         for j, column in enumerate(block):
             code = local.nearest(j, column)
             error = torch.sub(column, (code - local.zero_point[j]).mul_(local.scale[j]), out=errors[j]).div_(rows[j, j])
-            # What is rounded already is looked at no more.
+            # Columns that are rounded already need no update.
             block[j + 1 :] -= error * rows[j, j + 1 :]
             local.codes[j] = code
         codes[:, :, start:stop] = local.codes.permute(1, 2, 0)

@@ -20,7 +20,7 @@ class Window:
     """How an operation reads an input `[B, C, *sizes]`: as an ordinary convolution reads it once `laid_out` has padded it.
 
     Attributes, with one entry for each spatial axis, of which a linear layer has none:
-        size: of the window.
+        size: size of the window.
         stride: places from one window to the next.
         dilation: places from one tap of the window to the next.
         border: zeros in front of the input and behind it; less than none cuts values off.
@@ -88,8 +88,8 @@ class Operation(ABC):
 
     Attributes:
         kind: its name in words.
-        channel_axis: of inputs and outputs.
-        groups: of channels; the outputs of a group read the inputs of that group alone.
+        channel_axis: axis of the channels, in inputs and outputs.
+        groups: number of groups of channels; the outputs of a group read the inputs of that group alone.
     """
 
     kind: ClassVar[str]
@@ -236,7 +236,7 @@ class TransposedConvolution(Sliding):
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def stored(self, weight: Tensor) -> Tensor:
-        # The two layouts are related by the same exchange of axes.
+        # The same exchange of axes leads back.
         return self.rows(weight).contiguous()
 
     @property

@@ -82,7 +82,7 @@ def unpack_unsigned(packed: Tensor, *, bits: int, shape: Sequence[int]) -> Tenso
 def _group(bits: int) -> tuple[int, int, torch.dtype]:
     """Return the smallest run of elements that fills whole bytes: its elements, its bytes, and the dtype to assemble it in."""
     common = math.gcd(bits, 8)
-    # a run of several bytes is at most 7 bytes: it never reaches the sign bit of int64
+    # A run of several bytes has at most 7, so it never reaches the sign bit of int64.
     return 8 // common, bits // common, torch.uint8 if bits == common else torch.int64
 
 

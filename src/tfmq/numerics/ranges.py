@@ -8,7 +8,7 @@ from torch import Tensor
 from tfmq.numerics.formats import IntegerFormat
 
 SMALLEST_SCALE = 1e-8
-# Values that are searched at once: with what is computed of them they stay in a processor's cache.
+# Number of values that are searched at once. These and what is computed of them stay in a processor's cache.
 CHUNK = 2**17
 
 
@@ -50,13 +50,13 @@ def search(
 def _search(values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, shrinks: int, power: float) -> tuple[Tensor, Tensor]:
     best_scale, best_zero = from_range(low, high, fmt)
     best = torch.full_like(best_scale, torch.inf)
-    # In one place for all candidates: memory of their own would take longer than the arithmetic.
+    # One buffer for all candidates: allocating memory for each would take longer than the arithmetic.
     error_of = torch.empty_like(values)
     for k in range(shrinks):
         factor = 1.0 - k / (1.25 * shrinks)
         scale, zero = from_range(low * factor, high * factor, fmt)
         torch.mul(values, scale.reciprocal()[:, None], out=error_of)
-        # As `fake_quantize` has it.
+        # The arithmetic of `fake_quantize`, in place.
         error_of.round_().add_(zero[:, None]).clamp_(0, fmt.levels - 1).sub_(zero[:, None]).mul_(scale[:, None])
         error = error_of.sub_(values).abs_().pow_(power).mean(dim=1)
         better = error < best
@@ -86,7 +86,7 @@ def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat, *, a
     top = fmt.levels - 1
     below, above = zero_point.double()[:, None], top - zero_point.double()[:, None]
     candidates = torch.tensor(allowed or range(fmt.levels), device=scale.device, dtype=torch.float64)
-    # What a row needs on a side where the candidate has no codes: all of it, unless it needs nothing.
+    # A candidate without codes on a side has to grow without bound if the row has values there, and not at all if it has none.
     growth = torch.maximum(*((need / room).nan_to_num(nan=0.0) for need, room in ((below, candidates), (above, top - candidates))))
     cost = growth[seen].square().sum(dim=0)
     best = int(cost.argmin())

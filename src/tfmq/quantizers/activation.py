@@ -28,7 +28,7 @@ class ActivationQuantizer(InputQuantizer):
 
     def __init__(self, fmt: IntegerFormat, *, steps: StepContext | None = None, segments: Sequence[int] = (), axis: int = 1) -> None:
         super().__init__(fmt, segments=segments, axis=axis)
-        # In a tuple, so that the context is not registered as a child of each of its readers.
+        # A tuple keeps the context from being registered as a child of each of its readers.
         self._steps = (steps,)
         shape = (len(steps.timesteps) if steps else 1, max(1, len(self.segments)))
         self.register_buffer("scale", torch.ones(shape))

@@ -82,7 +82,7 @@ class StepContext(Part):
         return self._kept[1:]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # It writes into the tensor.
+        # Loading writes into the tensor in place, so what was derived from it is void.
         self._kept = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -97,7 +97,7 @@ class StepContext(Part):
         before = self._index, self._exact, self._all_exact
         try:
             wanted = timestep.detach().flatten()
-            # One row serves a batch at one timestep: less to look up, and what integer kernels are fastest at.
+            # One row serves a batch at one timestep: it is less to look up, and integer kernels are fastest with it.
             self._index, self._exact = self.lookup(wanted[:1] if len(wanted) > 1 and bool((wanted == wanted[0]).all()) else wanted)
             self._all_exact = bool(self._exact.all())
             if not self._all_exact:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from tfmq.recipes.recipe import Activations, Calibration, Published, Recipe, Rule, Spacing, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 
-# Weight and activation bits of the columns of the published tables.
+# The columns of the published tables, with their weight and activation bits.
 BITS: dict[str, tuple[int, int | None]] = {"w4a32": (4, None), "w8a8": (8, 8), "w4a8": (4, 8)}
 
-# What the released code leaves in full precision, by diffusers' names: "W4" means all layers but these.
+# Layers, by diffusers' names, that the released code leaves in full precision. "W4" means all layers but these.
 FULL_PRECISION = ("role:first", "role:last", "time_embedding.linear_1", "*.conv_shortcut", "*.downsamplers.*", "*.upsamplers.*")
 
-# Seeds, libraries and reference statistics move an FID by less than this; another scaling, sampler or set of weights by more.
+# Points of FID by which a reproduced figure may differ. Seeds, libraries and reference statistics move an FID by less; another scaling, sampler
+# or set of weights moves it by more.
 FID_TOLERANCE = 0.5
 
 
@@ -31,12 +32,12 @@ class Protocol:
     """One published experiment.
 
     Attributes:
-        name: of the recipes, which add the bits: `ldm4_bedrooms_w4a8`.
+        name: name of the recipes, which add the bits: `ldm4_bedrooms_w4a8`.
         model: what was quantized.
         sampler: the scheduler of the publication, and what is particular about its timesteps.
         calibration: trajectory, interval, samples at each step, eta, guidance.
         results: the published figures by bits; `fp` is full precision.
-        num_images: that the figures are for.
+        num_images: number of images behind the figures.
     """
 
     name: str

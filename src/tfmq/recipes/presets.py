@@ -9,9 +9,9 @@ from tfmq.recipes.recipe import Activations, Recipe, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
 
-# In closed form: a fraction of AdaRound's time, and less error.
+# The closed form takes a fraction of AdaRound's time and leaves less error.
 FAST = Rounding(solver="gptq")
-# What `adaround` gets instead: a budget that two CPU cores finish in minutes; the released code runs 20 000 iterations at rate 1e-3.
+# Budget of `adaround`, which two CPU cores finish in minutes. The released code runs 20 000 iterations at rate 1e-3.
 SHORT = Learning(iterations=400, learning_rate=1e-2)
 
 

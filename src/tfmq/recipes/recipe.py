@@ -62,9 +62,10 @@ class Activations:
     Attributes:
         per_step: the scope of finite set calibration: no quantizer (`none`), those of the temporal block (`temporal`, the paper), all (`all`, the
             released code), or beside the temporal block those that one grid for all timesteps costs more than 1 dB of accuracy (`measured`).
-        zero_points: of the grids of one quantizer: each timestep its own (`per_step`), or one for all timesteps (`shared`), whose scales are then
-            as large as that zero-point needs to cover the same range; in attention products the middle code, or 0 on the left. Integer engines
-            that want the zero-point as a constant run faster with it, and some compute products of activations in integers with such alone.
+        zero_points: whether the grids of one quantizer have a zero-point for each timestep (`per_step`), or one for all timesteps (`shared`), whose
+            scales are then as large as that zero-point needs to cover the same range. In attention products the shared one is the middle code, or 0
+            on the left. Integer engines that want the zero-point as a constant run faster with it, and some compute products of activations in
+            integers with it alone.
         products: quantize attention's q, k, v and post-softmax map.
         split: give each source of a channel concatenation its own grid, in activations and weights: in every layer that reads one (True), in none
             (False), or in those that read the concatenated tensor itself (`direct`), a shortcut for one, as Q-Diffusion and the code released
@@ -109,7 +110,7 @@ class Temporal:
             features of the calibrated schedule), `selected` (whichever of the two disturbs a feature less).
         table: storage of the cache.
         scope: what one choice of `selected` covers: a feature at a step, a feature, a step, or everything.
-        learning: of TIAR.
+        learning: hyper-parameters of TIAR.
     """
 
     maintenance: Maintenance = "cache"

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 from tfmq.errors import cut, require, shown
 from tfmq.recipes.recipe import Recipe
 
-# Of a recipe's file: many times what any recipe has. An alias counts as all that it stands for.
+# Limits of a recipe's file (bytes, levels, values), many times what any recipe needs. An alias counts as all that it stands for.
 MOST_BYTES = 2**16
 MOST_DEPTH = 16
 MOST_VALUES = 4096

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# Of the budget: for what comes after the units.
+# Share of the budget that is kept for the stages after the units.
 RESERVE = 0.05
-# What predictions of seconds are multiplied by before any unit has shown how far they are off.
+# Factor on predicted seconds until the first finished unit shows how far predictions are off.
 CAUTION = 1.5
 
 
@@ -48,11 +48,12 @@ class Budget:
     codes and takes no time.
 
     Args:
-        seconds: of the whole job.
-        elapsed: tells the seconds that the job has taken.
-        sensitivity: of the output to each unit, on any scale.
-        costs: of each unit.
-        least, most: steps of learning that a unit which is solved gets at least and at most.
+        seconds: seconds that the whole job may take.
+        elapsed: returns the seconds that the job has taken so far.
+        sensitivity: how much each unit disturbs the output, on any scale.
+        costs: what each unit is predicted to take.
+        least: fewest steps of learning that a unit which is solved gets.
+        most: most of them.
     """
 
     def __init__(

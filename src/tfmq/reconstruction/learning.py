@@ -13,9 +13,9 @@ from tfmq.numerics.rounding import annealed_beta, rectified_sigmoid, rounding_pe
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import AdaptiveRounding
 
-# With samples held out, learning is judged so often over its iterations, and ends after so many checks in a row that bring nothing.
+# With samples held out: number of checks over all iterations, and number of checks in a row without gain after which learning ends.
 CHECKS, PATIENCE = 40, 4
-# What the roundings of a layer start from: values of its weight, in its shape.
+# Returns the values, in the shape of a layer's weight, that its roundings start from.
 Start = Callable[[CalibratedLayer], Tensor]
 
 
@@ -25,7 +25,7 @@ class Learning:
 
     Attributes:
         iterations: Adam steps a unit; 0 keeps nearest rounding.
-        learning_rate: of Adam on the rounding logits.
+        learning_rate: learning rate of Adam on the rounding logits.
         batch_size: samples a step.
         penalty: weight of the rounding regulariser (lambda).
         beta_start, beta_end: exponent of the regulariser, annealed linearly.
@@ -178,7 +178,7 @@ def learn_rounding(
         optimizer = torch.optim.Adam(whole, lr=config.learning_rate)
         for iteration in range(config.iterations):
             beta = annealed_beta(iteration, config.iterations, start=config.beta_start, end=config.beta_end, warmup=config.warmup)
-            # The parts would lose their places in it.
+            # Zero in place: with `set_to_none` the parts would lose their places in the joint gradient.
             optimizer.zero_grad(set_to_none=False)
             total = loss(generator)
             if beta is not None:

@@ -75,10 +75,10 @@ class Regression:
     """Gathers the moments of the layers of a unit, each when those before it are rounded.
 
     Args:
-        layers: of the unit.
+        layers: the layers of the unit, by name.
         parts: indices of the samples of each batch.
         most: output positions of a sample that count, drawn anew for each batch and layer.
-        seed: of the positions.
+        seed: seeds the draw of the positions.
         spool: keeps the targets; by default in memory.
     """
 
@@ -126,7 +126,7 @@ class Regression:
         for part in self.parts:
             with _watched({name: layer}, see):
                 run(part)
-            # Not in the hook: there the unit's own products are watched, and these are none.
+            # Not in the hook: a mode that watches the unit's products is active there, and would count these too.
             for read, target in reads:
                 target = target if layer.bias is None else target - layer.bias
                 _add(sums, read, target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT)

@@ -1,4 +1,4 @@
-"""What a quantization may take of the machine."""
+"""Limits of the memory and the time that a quantization may take."""
 
 from dataclasses import dataclass
 from math import inf
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tfmq.allocator import return_freed
 
-# Of the memory: for captured calls and targets; the rest is the solvers' and the network's own.
+# Share of `max_memory` that captured calls and targets may use. Solvers and the network get the rest.
 CAPTURED = 0.25
-# Of the memory that is free, where no limit was given.
+# Share of the free memory that captured calls may use where no limit was given.
 UNASKED = 0.5
 
 MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -58,7 +58,7 @@ class Resources:
         return None if self.max_memory is None else max(1, int(CAPTURED * self.max_memory) // bytes_each)
 
     def prepare(self) -> None:
-        """Where there is a limit, make this process return what it frees: that it keeps is most of what a calibration holds otherwise."""
+        """Make this process return freed memory to the system where there is a limit. Without that, freed memory is most of what it holds."""
         if self.max_memory is not None:
             return_freed()
 

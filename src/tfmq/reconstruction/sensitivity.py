@@ -1,4 +1,4 @@
-"""What a unit means to the output, and what it will cost: what a budget of time is divided by."""
+"""Measure how much each unit disturbs the output and predict what it will cost. A budget of time is divided by these two."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from tfmq.reconstruction.solvers import SOLVERS, Rounding
 from tfmq.reconstruction.unit import full_precision
 from tfmq.reconstruction.units import Unit
 
-# Samples of a call that is looked at.
+# Number of samples of a measured call.
 ROWS = 8
-# Runs of a unit that its calls and errors take whatever the solver: once captured, once measured. A solver in closed form measures before it
-# rounds on its way, which takes any other a run of its own.
+# Forward passes that a unit costs with any solver: one to capture its calls and one to measure its error. The error before rounding costs a
+# learning solver another pass; a closed-form solver measures it on the way.
 RUNS = 2
-# A step of learning in forward runs of its batch, and seconds that it takes for each weight.
+# Cost of one learning step: forward passes of its batch, and seconds for each weight.
 STEP_RUNS, SECONDS_A_WEIGHT = 4.0, 4e-8
 
 

@@ -15,9 +15,9 @@ from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
 
-# A code that learning may move starts so near to itself, in codes, on the side of the full-precision weight.
+# Distance, in codes, from a code at which its learned rounding starts, towards the full-precision weight.
 LEAN = 0.1
-# Keeps the equations solvable where a layer's input is zero throughout.
+# Least damping. It keeps the equations solvable where all inputs of a layer are zero.
 SMALLEST_DAMPING = 1e-12
 # A channel whose gain is further from one than this factor follows no signal, but noise.
 MOST_GAIN = 1.25
@@ -32,8 +32,8 @@ class Rounding:
 
     Attributes:
         solver: one of the four; the paper's is `adaround`.
-        inputs: of a unit while its codes are found: from the network `quantized` so far (the paper), so that units come one after the other, or from
-            the `full`-precision network, so that no unit waits for another.
+        inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the paper), so that units come one after the
+            other, or of the `full`-precision network, so that no unit waits for another.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
         positions: output positions (pixels, tokens) of a calibration sample that count.
         sweeps: most sweeps of coordinate descent.

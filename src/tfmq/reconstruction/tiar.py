@@ -14,7 +14,7 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.temporal.block import TemporalBlock
 
-# Pairs of timestep and condition that a block with conditions is learned on.
+# Maximum number of (timestep, condition) pairs that a block with conditions is learned on.
 MOST_PAIRS = 1024
 
 

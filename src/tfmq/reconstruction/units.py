@@ -1,4 +1,4 @@
-"""Which modules are reconstructed together, found by structure."""
+"""Find the modules that are reconstructed together, by structure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,10 +8,10 @@ from tfmq.errors import require
 from tfmq.report.curves import widest
 from tfmq.storage.errors import ForeignFileError
 
-# Readable on light and on dark ground.
+# Colours that can be read on light and on dark ground.
 BLUE, RED, GREY = "#4a86c5", "#d9534f", "#8a8f98"
 FLOOR = 1e-7
-# Characters of a bar's label.
+# Most characters of a bar's label.
 LABEL = 32
 
 

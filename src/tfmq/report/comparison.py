@@ -12,7 +12,7 @@ from tfmq.report.pictures import TILE, enlarged, montage
 COLUMNS = 8
 GAINS = (1, 2, 5, 10, 20, 50)
 DPI = 100
-# Pixels around the images: room for row labels, for the title with the line of figures below it, and a border.
+# Pixels around the images: LEFT for the labels of rows, TOP for the title and the line of figures below it, BORDER elsewhere.
 LEFT, TOP, BORDER = 132, 72, 14
 
 
@@ -28,7 +28,7 @@ def write_comparison(path: Path, comparison: Comparison, *, title: str) -> None:
     """Draw the first images of both models in one figure, with the PSNR of each pair above its column.
 
     Args:
-        path: of the PNG file.
+        path: where the PNG file is.
         comparison: its first `COLUMNS` pairs are drawn.
         title: one line, such as the scheme, the mean PSNR and the sizes.
 
@@ -42,7 +42,7 @@ def write_comparison(path: Path, comparison: Comparison, *, title: str) -> None:
     columns, tile = len(reference), tiles.shape[2]
     canvas = montage(tiles, columns=columns, gap=6)
     height, width = canvas.shape[:2]
-    # A narrow picture still has room for its title.
+    # Leave a narrow picture room for its title.
     total_width = max(LEFT + width + BORDER, 11 * len(title) + 2 * BORDER)
     total_height = TOP + height + BORDER
     figure = figures.Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")

@@ -10,7 +10,7 @@ import numpy as np
 from tfmq.errors import require
 
 BLUE, RED, GREY = "#3b6ea5", "#c0392b", "#e6e6e6"
-# Layers whose ranges are drawn: those with the widest.
+# Number of layers whose ranges are drawn, the widest ranges first.
 DRAWN, NAMED = 12, 40
 
 

@@ -20,7 +20,7 @@ from tfmq.storage.errors import ForeignFileError
 
 MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Modules that stay in floating point and are named.
+# Number of modules in floating point that are named.
 FLOATING = 6
 INPUTS = {"full": "input in full precision", "static": "input static", "per_step": "input per timestep", "dynamic": "input dynamic by token"}
 
@@ -43,12 +43,12 @@ class ModelReport:
     """What is known of a quantized model.
 
     Args:
-        name: of its folder.
+        name: name of its folder.
         scheme: name of its recipe.
         base_model: what it was made from, where the user says so.
         facts: what was quantized and how, in words.
         recipe: every field of the recipe, flat.
-        metrics: of sets of images; empty where they were not evaluated.
+        metrics: metrics of sets of images; empty where they were not evaluated.
         pairs: metrics of pairs and of the trajectory, in words.
         published: what was published of full precision, beside what was measured.
         speed: what `tfmq bench` measured.

@@ -8,7 +8,7 @@ from typing import Any
 from tfmq.errors import require
 from tfmq.storage.atomic import atomic_write
 
-# part, quantity, name (of a layer, a feature or a unit), timestep, value.
+# A row: part, quantity, name (of a layer, a feature or a unit), timestep, value.
 Row = tuple[str, str, str | None, float | None, float]
 COLUMNS = ("part", "quantity", "name", "timestep", "value")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tfmq.errors import require
 from tfmq.temporal.disturbance import Disturbance
 
-# Relative errors below float32's resolution are drawn at its edge.
+# Draw relative errors below float32's resolution at that resolution.
 FLOOR = 1e-7
 NAMED = 28
 

@@ -14,7 +14,7 @@ from tfmq.errors import require
 from tfmq.evaluation.sampling import Images
 from tfmq.storage.errors import ForeignFileError
 
-# Tried in turn until the images fit: width in pixels at most, and options of Pillow. The first keeps every pixel.
+# Forms that are tried in turn until the images fit: largest width in pixels, format and options of Pillow. The first keeps every pixel.
 FORMS: tuple[tuple[int | None, str, dict[str, Any]], ...] = (
     (None, "PNG", {"optimize": True}),
     (512, "WEBP", {"quality": 85}),

@@ -22,7 +22,7 @@ from .raw import raw_bytes
 
 __all__ = ["atomic_write", "encode_json", "full_disk_named", "read_json", "read_tensors", "remove_orphans", "write_json", "write_tensors"]
 
-# Of a JSON file: far more than any of ours has, and little enough that its values fit into memory whatever they are.
+# Limits of a JSON file, bytes and levels: far more than any of ours has, and so little that its values fit into memory whatever they are.
 JSON_BYTES = 16 * 2**20
 JSON_DEPTH = 64
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
@@ -48,7 +48,7 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
             _sync(temporary)
             os.replace(temporary, target)
         finally:
-            temporary.unlink(missing_ok=True)  # gone already where it was put in place
+            temporary.unlink(missing_ok=True)  # It is gone already where it was put in place.
         _sync_directory(target.parent)
 
 
@@ -231,13 +231,13 @@ def _sync(path: Path) -> None:
 
 def _sync_directory(directory: Path) -> None:
     """Make a rename durable."""
-    if os.name == "nt":  # directories cannot be opened there
+    if os.name == "nt":  # Directories cannot be opened on this system.
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot sync a directory; the rename itself has succeeded
+        # Some network file systems cannot sync a directory; the rename itself has succeeded.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

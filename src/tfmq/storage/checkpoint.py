@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 3
-# Version 1 is version 2 without dynamic input quantizers, and that is version 3 without layers that have a `kind`.
+# Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have a `kind`.
 WITHOUT_KINDS = 2
 READABLE = (1, WITHOUT_KINDS, FORMAT_VERSION)
 MANIFEST_FILE = "tfmq.json"
@@ -57,7 +57,7 @@ def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], manife
         StorageFullError: the disk is full; the directory holds what it held, or does not load.
     """
     sealed = seal(tensors, manifest)
-    encode_json(sealed)  # an unserialisable manifest must fail before it costs the old tensors
+    encode_json(sealed)  # An unserialisable manifest must fail before it costs the old tensors.
     target = prepare_output(directory, overwrite=True)
     write_tensors(target / TENSORS_FILE, tensors)
     write_json(target / MANIFEST_FILE, sealed)

@@ -39,7 +39,7 @@ _DTYPES = {
     torch.complex64: "C64",
 }
 _LENGTH = struct.Struct("<Q")
-_HEADER_LIMIT = 100_000_000  # the format's own bound; above it the first eight bytes are something else
+_HEADER_LIMIT = 100_000_000  # Bytes. The format's own bound: above it the first eight bytes are something else.
 _METADATA = "__metadata__"
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints: of a set of tensors wherever they live, and of a file."""
+"""Fingerprints of a set of tensors, wherever they live, and of a file."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from .raw import dtype_name, raw_bytes
 
 __all__ = ["file_digest", "module_digest", "remember_digest", "tensor_digest"]
 
-# The attribute of a module with the digest of its tensors, and the stamp that they had then.
+# Name of the attribute in which a module keeps the digest of its tensors and the stamp that they had then.
 DIGEST = "tfmq_digest"
 
 

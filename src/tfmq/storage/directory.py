@@ -79,7 +79,7 @@ def stored_manifest(directory: Path) -> Manifest:
 def stored_bytes(directory: Path) -> int:
     """Return the bytes on disk of the quantized model in `directory`: tensors, manifest and configuration.
 
-    Of two in one pipeline those of the first, whose manifest `stored_manifest` gives; pass the component's own directory for the other.
+    Where a pipeline has two, these are the first one's, whose manifest `stored_manifest` returns; pass the component's own directory for the other.
     """
     folders = [directory] if (directory / MANIFEST_FILE).exists() else list(components(directory))[:1]
     return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())

@@ -19,9 +19,9 @@ class Fields:
     """One object of a JSON file.
 
     Args:
-        values: of the object.
+        values: what the object holds.
         source: names the file in messages.
-        path: of the object in the file, with a final dot; empty for the file's own object.
+        path: where in the file the object is, with a final dot; empty for the outermost object.
 
     Every method raises `ForeignFileError` for a value that is missing or not what the method returns.
     """

@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are those that its structure needs, before a module is built for them."""
+"""Check that the tensors of a checkpoint are those that its structure needs, before a module is built for them."""
 
 from collections.abc import Mapping
 

@@ -59,7 +59,7 @@ class Journal:
         try:
             before = read_json(self.directory / FINGERPRINT)
         except MissingFileError:
-            # Killed before the first byte of work: nothing to lose.
+            # The job was killed before its first byte of work, so there is nothing to lose.
             return
         if before != fingerprint:
             raise JobMismatchError(f"cannot resume {self.directory}: {_difference(before, dict(fingerprint), '')}; start over without --resume")

@@ -13,7 +13,7 @@ __all__ = ["Manifest", "Provenance"]
 
 SHA256 = re.compile("[0-9a-f]{64}")
 MOST = 10**9
-# Of what people write: a name, a source.
+# Most characters of what people write, such as a name or a source.
 LONGEST_TEXT = 2**16
 
 
@@ -27,7 +27,7 @@ class Provenance:
         steps: the number of steps that the model was moved to, or else calibrated on.
         calibrated_steps: the number of steps that it was calibrated on.
         eta, guidance_scale, spacing: how the pipeline was called in calibration.
-        maintenance: of temporal features.
+        maintenance: how temporal features were maintained.
         published: figures of the full-precision model.
         inputs: errors of static and dynamic input grids, of layers that were measured.
     """
@@ -93,7 +93,7 @@ class Manifest:
 
         Raises:
             ForeignFileError: no manifest, or a field of another type; names its place.
-            VersionError: of a version that this tfmq does not read.
+            VersionError: the version is one that this tfmq does not read.
         """
         fields = Fields.of(values, str(source))
         check_format(values, source=str(source))

@@ -11,7 +11,7 @@ from .fields import Fields
 
 __all__ = ["Input", "Layer", "Products", "Structure", "Table"]
 
-# Bounds on what is made before any tensor is there; nothing real comes near them.
+# Bounds on what is built before any tensor was read. No real model comes near them.
 MOST_STEPS = 100_000
 MOST_CHANNELS = 2**24
 MOST_AXES = 8

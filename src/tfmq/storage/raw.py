@@ -26,7 +26,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     if tensor.is_meta or tensor.layout != torch.strided:
         raise ValueError(f"a tensor of layout {tensor.layout} on device {tensor.device} has no dense values; materialise it before writing it")
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    # neither reshape nor contiguous resets the stride of an axis of length 1, which view() would refuse
+    # Neither reshape nor contiguous resets the stride of an axis of length 1, which view() would refuse.
     flat = dense.as_strided((dense.numel(),), (1,))
     octets = flat.view(torch.uint8)
     if sys.byteorder == "big":

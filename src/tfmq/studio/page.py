@@ -16,7 +16,7 @@ from tfmq.studio.side import Drawn, Side, Wish
 from tfmq.targets import known_names, named_directory
 
 LOOPBACK = "127.0.0.1"
-# The width that tiny images are enlarged to.
+# Width in pixels that tiny images are enlarged to.
 WIDTH = 512
 STEPS = 50
 # The model that the page opens with, and what it draws at first.
@@ -75,7 +75,7 @@ class Studio:
         models: quantized ones, to choose from.
         reference: the original, as it is chosen at first; None is that of the first quantized model.
         backend: what the quantized model computes with.
-        device: of both models.
+        device: device that both models run on.
     """
 
     def __init__(self, models: Sequence[str], reference: str | None = None, *, backend: str = "auto", device: str | None = None) -> None:
@@ -142,7 +142,7 @@ class Studio:
         """
         page = self.page()
         theme = require("gradio", extra="studio").themes.Default(**FONTS)
-        # Without a server of Node in front, which would send a Host of its own.
+        # Do without a Node server in front, which would send a Host header of its own.
         local = {"server_name": LOOPBACK, "server_port": port, "share": False, "ssr_mode": False}
         guard = {"middleware": [require("starlette.middleware", extra="studio").Middleware(OwnPageOnly)]}
         try:

@@ -35,11 +35,11 @@ class Drawn:
     """An image, uint8 `[H, W, C]`, and what drawing it took.
 
     Args:
-        image: as it was drawn.
-        seconds: of drawing; the model was open before.
+        image: the image.
+        seconds: time of drawing; the model was open before.
         memory_bytes: the most that the model's process has held beyond its libraries.
         backend: what a quantized model computes with.
-        warnings: of drawing.
+        warnings: warnings that drawing gave.
     """
 
     image: Images
@@ -58,13 +58,13 @@ class _Open:
     before: int
 
 
-# The one model of this process.
+# The model that this process has open; at most one.
 _open: dict[str, _Open] = {}
 
 
 def _opened(model: str, backend: str, device: str | None) -> _Open:
     """Open the model of this process, and draw once so that nothing is done for the first time later."""
-    # The libraries that every model needs are not the model's.
+    # Import first what every model needs, so that its memory does not count as the model's.
     import_module("tfmq.integrations.diffusers.pipelines")
     before = resident_bytes()
     with quiet():
@@ -76,7 +76,7 @@ def _opened(model: str, backend: str, device: str | None) -> _Open:
     if quantized:
         execute(module, backend)
     with warnings.catch_warnings():
-        # That these two steps were not calibrated is no news.
+        # Silence the warning that these two steps were not calibrated.
         warnings.simplefilter("ignore")
         sampler.run(range(1), steps=2, seed=0)
     return _Open(sampler, computed_by(module) or backend if quantized else None, before)

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
 
-# Seconds: an operation of torch ends before Python hears of a signal.
+# Seconds to wait for a process to end: Python hears of a signal only when an operation of torch has ended.
 PATIENCE = 5.0
 
 
@@ -30,7 +30,7 @@ class Worker:
         self._process = context.Process(target=_answer, args=(other,))
         with _interrupts_held():
             self._process.start()
-        # The last open end of a process that died says so.
+        # Close this end: only then does the other end report that the process died.
         other.close()
 
     @property
@@ -90,7 +90,7 @@ def _answer(calls: Connection) -> None:
             return
         try:
             answer = True, function(*arguments)
-        except Exception as error:  # whatever it is, the parent is told
+        except Exception as error:  # Whatever it is, the parent is told.
             answer = False, error
         calls.send(answer)
 

@@ -77,7 +77,7 @@ class TemporalBlock:
         index = torch.arange(self.trace.batch) % len(timesteps)
         padded = timesteps[index].to(self.example.timestep.device)
         cast = padded.to(self.example.timestep.dtype)
-        # A scheduler may step between the integers of the example.
+        # Keep fractional timesteps: a scheduler may step between the integers of the example.
         timestep = cast if torch.equal(cast.to(padded.dtype), padded) else padded
         inputs = Inputs(self.example.sample, timestep, self.example.conditions)
         return self.denoiser.with_conditions(

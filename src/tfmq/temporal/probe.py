@@ -34,7 +34,7 @@ def layer_outputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Ten
 
 
 def _moved(left: Tensor, right: Tensor) -> bool:
-    # Calibration names the layer that makes a NaN; here it moves nothing.
+    # A NaN counts as unmoved here; calibration names the layer that makes it.
     largest = float(left.nan_to_num(0.0, 0.0, 0.0).abs().max())
     return not torch.allclose(left, right, rtol=TOLERANCE, atol=TOLERANCE * largest + 1e-12, equal_nan=True)
 
@@ -74,7 +74,7 @@ def probe(denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> TemporalBl
     replayed = block.run(block.at(early + 400), temporal)
     for name in temporal:
         output = seen["timestep"][name]
-        # One row a sample, which the frames of a video share.
+        # The frames of a video share one row for each sample.
         if _moved(output, replayed[name][:2].repeat_interleave(len(output) // 2, dim=0)):
             raise ProbeError(f"the traced computation of {name} does not give what the model computes")
     return block

@@ -23,7 +23,7 @@ def visited(sampler: Sampler, steps: int) -> Tensor:
 
     handle = sampler.denoiser.module.register_forward_pre_hook(note, with_kwargs=True)
     with warnings.catch_warnings():
-        # That these timesteps were not calibrated is why they are looked at.
+        # Silence the warning for uncalibrated timesteps: they are what this is about.
         warnings.filterwarnings("ignore", message=".*was not calibrated")
         try:
             sampler.run(range(1), steps=steps, seed=0)

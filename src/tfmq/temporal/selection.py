@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["key", "feature", "step", "global"]
-# What one choice covers: the axes of the [features, steps] error table that are averaged.
+# For each scope the axes of the [features, steps] error table that one choice averages over.
 _AVERAGED: dict[str, tuple[int, ...]] = {"key": (), "feature": (1,), "step": (0,), "global": (0, 1)}
 
 

@@ -23,13 +23,13 @@ from tfmq.reconstruction.units import find_units
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.disturbance import Disturbance
 
-# Calls that sensitivity is measured on, spread over the trajectory.
+# Number of calls that sensitivity is measured on, spread over the trajectory.
 CALLS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How much is looked at: the trajectories of `num_images`, `calls` of them, and `parts` of the model, None being all; spread evenly."""
+    """How much is analysed: `num_images` trajectories, `calls` of them and `parts` of the model (None: all), both spread evenly."""
 
     num_images: int
     calls: int = CALLS
@@ -37,7 +37,7 @@ class Extent:
 
 
 THOROUGH = Extent(num_images=4)
-# A minute on a small model.
+# Takes a minute on a small model.
 QUICK = Extent(num_images=1, calls=2, parts=8)
 
 

@@ -34,8 +34,8 @@ class Plan:
         variants: names; the base of the ratios is always there.
         batches: rows of one denoiser call.
         rounds: rounds without foreign work that are wanted.
-        threads: of every variant.
-        device: of every variant that runs in torch.
+        threads: number of threads of every variant.
+        device: device of every variant that runs in torch.
         steps: denoising steps of a sampling run.
         rows_per_image: rows that one image adds to a call, 2 under guidance.
         exact: whether `source` holds the true original. Otherwise accuracy against it means nothing and is not stated.
@@ -74,7 +74,7 @@ def measure(plan: Plan, *, around: Around, folder: Path, note: Note, progress: P
     Args:
         plan: what to measure.
         around: gives the seconds that drawing a number of images takes beside the denoiser.
-        folder: for files of the variants; they are left there.
+        folder: takes the files of the variants, and keeps them.
         note: is told in one line about each variant that is left out.
         progress: shows bars.
 

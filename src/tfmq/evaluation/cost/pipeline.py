@@ -18,7 +18,7 @@ from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import is_quantized
 from tfmq.progress import Progress, seconds_of, silent
 
-# Calls that accuracy is measured on, and that libraries with a calibration of their own calibrate on.
+# Number of calls that accuracy is measured on. Libraries with a calibration of their own calibrate on them too.
 CALLS = 8
 
 
@@ -27,7 +27,7 @@ class Request:
     """What is asked for; see `Plan` for the fields of the same names.
 
     Args:
-        directory: of the quantized denoiser.
+        directory: where the quantized denoiser is.
         sampler: draws the trajectory: a sampler of the original, or of the quantized model where there is no original.
         module: gives the original, where diffusers cannot build it from a configuration.
     """
@@ -67,7 +67,7 @@ def bench(request: Request, *, folder: Path, note: Note, progress: Progress = si
 
     Args:
         request: what to measure.
-        folder: for files, empty at first.
+        folder: takes files; it is empty at first.
         note: is told about each variant that is left out.
         progress: shows bars.
 

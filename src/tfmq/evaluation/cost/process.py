@@ -12,11 +12,11 @@ from tfmq.backends.caching import CACHE
 from tfmq.evaluation.cost.timing import Slice
 from tfmq.evaluation.cost.variant import Setting
 
-# How long one turn of a variant lasts at least; processor time is counted in hundredths of a second.
+# Least seconds of one turn of a variant. Processor time is counted in hundredths of a second.
 TURN = 0.5
-# The line of a traceback that names the exception; what follows it is more of its words.
+# Matches the line of a traceback that names the exception; the lines after it continue its message.
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Unsupported|Exit|Interrupt)\b")
-# Where tfmq is imported from.
+# The folder that tfmq is imported from.
 PACKAGES = Path(__file__).parents[3]
 
 
@@ -26,7 +26,7 @@ class WorkerError(RuntimeError):
 
 def _environment(setting: Setting) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
-    # Caches of its own, so that the first start converts and compiles.
+    # Give the process caches of its own, so that its first start converts and compiles.
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(setting.threads)}
     own |= {"TORCHINDUCTOR_CACHE_DIR": str(setting.folder / "inductor"), CACHE: str(setting.folder / "cache")}
     return {**os.environ, **own, "PYTHONWARNINGS": "ignore"}

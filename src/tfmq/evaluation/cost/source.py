@@ -27,7 +27,8 @@ class Source:
         quantized: directory of the quantized denoiser; None where only the original is measured.
         folder: holds the original and the calls; `write` makes it.
         module: gives a sampler of the original, for modules that diffusers cannot build from a configuration; only its architecture matters.
-        sample, timestep: names of these arguments, where they are not called as usual.
+        sample: name of that argument of the denoiser, where it is not called as usual.
+        timestep: likewise.
     """
 
     quantized: Path | None

@@ -1,4 +1,4 @@
-"""What the operating system knows of this process and of the others: memory, processor time, the machine. Linux; elsewhere what there is."""
+"""Ask the operating system for memory, processor time and the machine, of this process and of others. Complete on Linux alone."""
 
 import os
 import platform

@@ -9,9 +9,9 @@ from tfmq.progress import Advance
 
 # Share of one processor that foreign work may take from a slice before its round counts as contaminated.
 TOLERANCE = 0.1
-# Fewer clean rounds than this, and the least loaded ones are kept beside them.
+# If fewer rounds than this are clean, the least loaded others are kept beside them.
 MINIMUM = 3
-# Rounds that are tried for each one that is wanted.
+# Number of rounds that are tried for each one that is wanted.
 PATIENCE = 3
 
 

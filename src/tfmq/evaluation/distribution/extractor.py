@@ -9,9 +9,9 @@ from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
 from tfmq.evaluation.weights import Weights
 
-# The one that gives the metrics of the papers their plain names.
+# The extractor with which metrics have the plain names of the papers.
 STANDARD = "inception"
-# What has Inception in its name is called otherwise on another extractor.
+# Names on other extractors of metrics whose plain names stand for Inception.
 ELSEWHERE = {"fid": "fd", "sfid": "sfd"}
 
 

@@ -15,7 +15,7 @@ from tfmq.evaluation.weights import Weights, check_state
 from tfmq.storage.digest import file_digest
 
 NAME, EXTRA = "efficientnet-lite0", "eval-local"
-# What the network was trained on: pixels of [0, 255], less 127, over 128, in squares of 224.
+# Preprocessing of the network's training: squares of 224 pixels, values (x - 127) / 128 for x in [0, 255].
 SIDE, MEAN, DEVIATION = 224, 127.0, 128.0
 
 

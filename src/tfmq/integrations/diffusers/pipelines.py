@@ -41,7 +41,7 @@ DEFAULT_PROMPTS = (
 )
 
 
-# Among the options, though no argument of a pipeline's call.
+# Options that are no argument of a pipeline's call.
 SPACING = "spacing"
 
 
@@ -161,7 +161,7 @@ class PipelineSampler:
             if max(self.labels) >= count:
                 raise ValueError(f"there is no class {max(self.labels)}: the model has the classes 0 to {count - 1}")
             return [self.labels[index % len(self.labels)] for index in indices]
-        # Spread over the classes; a table of classes may have rows without a name, which no training has seen.
+        # Spread the images over the named classes: other rows of the table no training has seen.
         return [named[index * 367 % len(named)] if named else index * 367 % count for index in indices]
 
     def asked(self, indices: range) -> list[str] | None:
@@ -186,7 +186,7 @@ class PipelineSampler:
         with spaced(self.pipeline, self.spacing):
             output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
         if "frames" in output:
-            # A video `[N, F, H, W, C]` is looked at as one image, its frames side by side.
+            # Show a video `[N, F, H, W, C]` as one image, its frames side by side.
             return torch.from_numpy(np.asarray(output.frames)).permute(0, 4, 2, 1, 3).flatten(3)
         return torch.from_numpy(np.asarray(output.images)).permute(0, 3, 1, 2)
 
@@ -265,7 +265,7 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
         raise ValueError(f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}") from error
     _check_whole(pipeline, source)
     for component in pipeline.components.values():
-        # Only where needed: a quantized component has float32 parameters, and tables in their own dtype.
+        # Cast only where it is needed: a quantized component has float32 parameters, and tables in a dtype of their own.
         if isinstance(component, nn.Module) and any(parameter.dtype != torch.float32 for parameter in component.parameters()):
             component.float()
     return pipeline

@@ -54,7 +54,7 @@ class TFMQConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Return the config of a manifest; diffusers' signature."""
         config = cls()
-        # A field `backend` is none of a manifest: what somebody has put there has to fail its seal.
+        # A manifest has no field `backend`. If somebody has added one, the seal has to fail.
         config.manifest |= config_dict
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -77,7 +77,7 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     requires_calibration = True
     use_keep_in_fp32_modules = False
-    # What the files hold, without values.
+    # The tensors of the files, on the meta device: names, dtypes and shapes without values.
     _sealed: Mapping[str, Tensor] = {}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -185,7 +185,7 @@ def register() -> None:
 
 def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
     """Make a diffusers model that was quantized in memory save and describe itself like a loaded one; other modules are left alone."""
-    # Not at the top: this module is imported while diffusers imports its models.
+    # Import it here, not at the top: this module is imported while diffusers imports its models.
     from diffusers.models.modeling_utils import ModelMixin
 
     if not isinstance(model, ModelMixin):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Added and taken away again, it leaves a float32 below 2**22 rounded to the nearest integer, half to even.
+# Adding and subtracting this number rounds a float32 below 2**22 to the nearest integer, half to even.
 ROUNDER = tl.constexpr(12582912.0)
 
 

@@ -49,7 +49,7 @@ def segment_sum(
         a = tl.load(place, mask=inside[None, :], other=0)
         b = tl.load(weight + rows + (tap * tap_width + weight_begin + k)[:, None], mask=inside[:, None], other=0)
         if NIBBLES:
-            # Past the end of an odd segment stands another's input, or none: masked.
+            # Mask the place behind an odd segment: it holds another segment's input, or nothing.
             beyond = tl.load(place + length, mask=(k + length < width)[None, :], other=0)
             low = ((b & 15).to(tl.int8) - weight_zero).to(a.dtype)
             high = ((b >> 4).to(tl.int8) - weight_zero).to(a.dtype)

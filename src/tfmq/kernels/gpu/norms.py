@@ -16,7 +16,7 @@ from tfmq.kernels.gpu.quantize import blocks, placement, source_row
 from tfmq.kernels.operators.grids import widths
 from tfmq.kernels.operators.quantize import padded_shape
 
-# Slices of an image, so that one image fills a device; pixels a program reads at once.
+# Maximum number of slices of an image, so that one image fills a device, and minimum number of pixels in a slice.
 MOST_SLICES = 64
 LEAST_PIXELS = 32
 

@@ -12,7 +12,7 @@ from tfmq.kernels.gpu.blocks import ROUNDER, coded, grid_of
 from tfmq.kernels.operators.grids import widths
 from tfmq.kernels.operators.quantize import padded_shape
 
-# Values a program handles.
+# Number of values that one program handles.
 BLOCK = 2048
 
 

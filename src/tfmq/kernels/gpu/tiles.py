@@ -23,7 +23,7 @@ class Tile:
     group: int = 8
 
 
-# The first needs the least memory: what runs while a CUDA graph is recorded and nothing was measured before.
+# The first tile needs the least memory. It runs where a CUDA graph is recorded before anything was measured.
 TILES = (
     Tile(64, 64, 64, 4, 3),
     Tile(16, 32, 128, 4, 4),
@@ -39,7 +39,7 @@ TILES = (
     Tile(256, 128, 64, 8, 3),
 )
 
-# Tiles by what they were measured for; a backend puts a mapping here that outlives the process.
+# The chosen tile of each problem. A backend replaces this mapping by one that outlives the process.
 choices: MutableMapping[str, Sequence[int]] = {}
 
 

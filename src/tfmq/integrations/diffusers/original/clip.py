@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tfmq.integrations.diffusers.original.fit import fit
 
 HEAD = 64
-# A buffer of old releases of transformers: the numbers of the positions.
+# Old releases of transformers keep the numbers of the positions in this buffer.
 POSITIONS = "embeddings.position_ids"
 
 

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from tfmq.integrations.diffusers.original import ddim, ldm
 from tfmq.integrations.diffusers.original.files import read_checkpoint, read_config
 
-# What a value of another kind than the originals' ends in: text for a number, a number for a list, a negative width.
+# Errors that a value of the wrong kind leads to: text for a number, a number for a list, a negative width.
 ILL_FITTING = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
 CLIP = "openai/clip-vit-large-patch14"
 

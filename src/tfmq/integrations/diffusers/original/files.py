@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What torch.load raises where a file holds more than tensors and plain values; it has no public name without the module of that name.
+# The error that torch.load raises for a file with more than tensors and plain values. It has no public name but in the pickle module.
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
 from tfmq.errors import require
 from tfmq.storage.atomic import read_tensors
 
-# What else it raises where bytes are missing or changed.
+# Other errors that torch.load raises where bytes are missing or changed.
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 
 
@@ -49,7 +49,7 @@ def _foreign_names(path: Path) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (UnpicklingError, *DAMAGED):
-        # An old or damaged file, of which `torch.load` says more.
+        # The file is old or damaged; `torch.load` will say more.
         return []
 
 

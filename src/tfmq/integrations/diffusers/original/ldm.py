@@ -115,14 +115,14 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
     kind, plain = ("resnet", ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")) if resampling else ("conv", ("DownBlock2D", "UpBlock2D"))
     model = _unet(
         params,
-        # The middle attends too.
+        # The middle block attends too.
         {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]},
         **shared,
         down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
         downsample_type=kind,
         upsample_type=kind,
-        # Left out, the middle has no norm where blocks scale and shift.
+        # Set it: by default the middle block has no norm where blocks scale and shift.
         attn_norm_num_groups=GROUPS,
     )
     layers = shared["layers_per_block"]
@@ -143,7 +143,7 @@ def conditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
         **shared,
         down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
-        # The number of heads, whatever diffusers calls it.
+        # diffusers calls the number of heads `attention_head_dim` here.
         attention_head_dim=heads,
         cross_attention_dim=params["context_dim"],
         transformer_layers_per_block=params.get("transformer_depth", 1),
