@@ -21,6 +21,10 @@ from tfmq.models.sampler import LoopSampler
 
 # Triton reads it when a kernel is declared: kernels run in its interpreter, on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Torch's compiler reads these when it is imported. A graph compiles as fast without precompiled headers, whose making takes longer than a graph; that
+# the C++ compiler knows what the processor does need not be tried out.
+os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # The models are so small that a second thread only waits.
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
