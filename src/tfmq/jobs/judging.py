@@ -1,10 +1,10 @@
 """The last judge of a model is what it draws. Candidates for the whole model draw the same images, and the one nearest to full precision is kept.
 
 An error of one prediction says little of the image: errors that repeat from step to step add up, and others do not. So the model that a recipe makes
-is compared with the plainest one, nearest codes and grids over the exact extremes, from noise that calibration has not seen.
+is compared with the plainest one, nearest codes and inputs on grids over their exact extremes, from noise that calibration has not seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from tfmq.jobs.job import Job
 from tfmq.progress import Advance
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.solvers import Rounding
+from tfmq.storage.journal import Journal
 
 RECIPE, PLAIN = "recipe", "plain"
 # A mean squared error that counts as none, of images in [0, 1].
@@ -36,14 +37,21 @@ class Verdict:
         return {"images": len(self.psnr_db[RECIPE]), "psnr_db": means, "kept": self.kept}
 
 
+class Known(Journal):
+    """Keeps nothing, and knows what some stages have found."""
+
+    def __init__(self, found: Mapping[str, dict[str, Tensor]]) -> None:
+        super().__init__(None, {}, resume=False)
+        self.found = found
+
+    def stage(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what the stage has found, or compute it."""
+        return self.found[name] if name in self.found else compute()
+
+
 def plain(recipe: Recipe) -> Recipe:
-    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, ranges over the exact extremes."""
-    return replace(
-        recipe,
-        weights=replace(recipe.weights, ranges="min_max"),
-        activations=replace(recipe.activations, ranges="min_max"),
-        rounding=Rounding(solver="nearest"),
-    )
+    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs on grids over their exact extremes."""
+    return replace(recipe, activations=replace(recipe.activations, ranges="min_max"), rounding=Rounding(solver="nearest"))
 
 
 def judged(job: Job) -> int:

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field, replace
 from tfmq.calibration.choice import InputErrors
 from tfmq.jobs.calibration import choose_inputs, fit_activations, record_calls, settle_embeddings
 from tfmq.jobs.job import Job, Stage, Work
-from tfmq.jobs.judging import RECIPE, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
-from tfmq.jobs.temporal import maintain_temporal
+from tfmq.jobs.judging import RECIPE, Known, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
+from tfmq.jobs.temporal import maintain_temporal, maintained
 from tfmq.jobs.units import list_units, reconstruct_units
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.plan import pack_all, prepare
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
 from tfmq.reconstruction.tiar import full_features
-from tfmq.reconstruction.unit import UnitReport
-from tfmq.storage.journal import Journal
+from tfmq.reconstruction.unit import UnitReport, learned
 from tfmq.temporal.cache import quantized_features
 from tfmq.temporal.disturbance import Disturbance, disturbance
 from tfmq.temporal.probe import probe
@@ -72,13 +71,15 @@ def quantize_denoiser(job: Job) -> Outcome:
     """Quantize the job's denoiser in place; afterwards it holds packed layers only."""
     module, count = job.denoiser.module, judged(job)
     full = shared_copy(module) if count else None
-    found = _packed(job, run(job))
+    work = run(job)
+    temporal = learned(maintained(job, work))
+    found = _packed(job, work)
     if full is None:
         return found
     other = shared_copy(full)
     with exchanged(module, other):
-        # The recorded calls are there; what it finds is found again in less time than it takes to keep.
-        simple = replace(job, recipe=plain(job.recipe), journal=Journal(None, {}, resume=False))
+        # The recorded calls are there, and temporal layers are what they are; the rest is found again in less time than it takes to keep.
+        simple = replace(job, recipe=plain(job.recipe), journal=Known({"temporal": temporal}))
         simplest = _packed(simple, run(simple, LAYING_OUT))
     verdict = compare(job, full, other, count)
     if verdict.kept == RECIPE:
