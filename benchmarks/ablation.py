@@ -76,7 +76,8 @@ class Cell:
         if iterations is not None and recipe.rounding.solver != "nearest":
             rounding, learning = replace(recipe.rounding, solver="adaround"), replace(recipe.learning, iterations=iterations)
             recipe = replace(recipe, rounding=rounding, learning=learning)
-        return replace(recipe, calibration=replace(recipe.calibration, interval=INTERVAL))
+        # Each method as it is, whatever it draws.
+        return replace(recipe, calibration=replace(recipe.calibration, interval=INTERVAL, judged=0.0))
 
 
 def cells() -> Iterator[Cell]:

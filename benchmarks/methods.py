@@ -20,12 +20,18 @@ def min_max(recipe: Recipe) -> Recipe:
     return replace(nearest, name=recipe.name.replace("tfmq", "min_max"), weights=weights, activations=activations)
 
 
+def unit_gain(recipe: Recipe) -> Recipe:
+    """The preset, each channel of whose layers follows full precision with gain one."""
+    return replace(recipe, name=recipe.name.replace("tfmq", "unit_gain"), rounding=replace(recipe.rounding, unit_gain=True))
+
+
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "min-max": min_max,
     "rtn": rtn,
     "brecq": brecq,
     "gptq": gptq,
     "tfmq": lambda recipe: recipe,
+    "unit-gain": unit_gain,
     "fast": fast,
     "transformer": transformer,
 }

@@ -98,6 +98,9 @@ SOLVERS: dict[str, Change] = {
     "gptq-sweeps20": _rounding(solver="gptq", sweeps=20),
     "gptq-damping0.03": _rounding(solver="gptq", damping=0.03),
     "gptq-damping0.3": _rounding(solver="gptq", damping=0.3),
+    "gptq-unit_gain": _rounding(solver="gptq", unit_gain=True),
+    "gptq-uncorrected": _rounding(solver="gptq", corrects=False),
+    "gptq-uncorrected-unit_gain": _rounding(solver="gptq", corrects=False, unit_gain=True),
 }
 
 
@@ -146,10 +149,10 @@ def ddpm64(folder: Path) -> Sampler:
 def known_models(num_images: int, folder: Path | None) -> dict[str, Model]:
     """Return the models of the table by name."""
     recipe = tfmq.scheme("w4a8")
-    recipe = replace(recipe, calibration=replace(recipe.calibration, interval=INTERVAL))
+    recipe = replace(recipe, calibration=replace(recipe.calibration, interval=INTERVAL, judged=0.0))
     found = [Model("default", lambda: open_sampler("default"), replace(recipe, learning=Learning()), num_images)]
     if folder is not None:
-        small = replace(recipe, calibration=Calibration(samples=8, steps=20, interval=4, batch_size=8), learning=Learning(batch_size=8))
+        small = replace(recipe, calibration=Calibration(samples=8, steps=20, interval=4, batch_size=8, judged=0.0), learning=Learning(batch_size=8))
         found.append(Model("ddpm64", lambda: ddpm64(folder), small, max(1, num_images // 4), trajectories=4, batch_size=8))
     return {model.name: model for model in found}
 
