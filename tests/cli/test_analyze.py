@@ -28,7 +28,7 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     assert not (tmp_path / "a" / "analysis.parquet").exists()
     shown = tfmq(*command, "--parquet")
     assert shown.status == 0 and "everything quantized" in shown.out and "conv_in" in shown.out
-    assert len(list((tmp_path / "a").glob("*.png"))) == 5
+    assert len(list((tmp_path / "a").glob("*.png"))) == 6
     table = parquet.read_table(tmp_path / "a" / "analysis.parquet")
     assert json.loads(table.schema.metadata[b"tfmq"]) == stored["settings"] and {"layers", "sensitivity"} < set(table["part"].to_pylist())
 
