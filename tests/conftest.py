@@ -82,7 +82,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 # What takes most of the processor, most first: begun last, it would leave one worker of pytest-xdist alone.
-SLOW = ("tests/families", "tests/backends/test_graph", "tests/cluster", "tests/test_memory", "tests/cli", "tests/integrations", "tests/jobs")
+SLOW = (
+    *("tests/families", "tests/backends/test_graph", "tests/backends/test_trajectory", "tests/cluster", "tests/test_memory"),
+    *("tests/cli", "tests/integrations", "tests/jobs"),
+)
 # Folders whose tests share what takes long to make: one worker makes it.
 SHARED = ("tests/families", "tests/cluster")
 
