@@ -17,7 +17,7 @@ import torch
 from tfmq.storage.journal import Journal
 
 Run = Callable[..., Any]
-KEYS = {"output_dir", "scheme", "seconds", "time_budget", "memory", "bytes", "units", "temporal", "sha256", "floating"}
+KEYS = {"output_dir", "scheme", "seconds", "time_budget", "memory", "bytes", "units", "temporal", "sha256", "floating", "judged"}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
