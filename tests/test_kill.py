@@ -26,7 +26,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 import tfmq
 # Half of a job's time would go into importing these, once for each.
-import tfmq.artifact, tfmq.backends.auto, tfmq.integrations.diffusers.quantizer, tfmq.workflow
+import tfmq.artifact, tfmq.backends.auto, tfmq.integrations.diffusers.quantizer, tfmq.jobs.workflow
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.journal import Journal
 
