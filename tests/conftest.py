@@ -25,8 +25,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # the C++ compiler knows what the processor does need not be tried out.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-# The models are so small that a second thread only waits.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# The models are so small that a second thread only waits, here and in the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("tfmq")
 # Written back, so that the workers of pytest-xdist take the seed that was drawn here.
@@ -301,6 +303,13 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tfmq.backends.auto.race", settled)
     monkeypatch.setattr("tfmq.backends.auto.AutoExecutor._stored", lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Take back the threads that a test gave this process, as `tfmq bench` does: all tests after it would wait for them."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

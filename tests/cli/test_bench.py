@@ -98,7 +98,7 @@ def test_rows(tfmq: Run, model: Path, quantized: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_a_report_takes_what_was_measured_of_its_own_weights(tfmq: Run, quantized: Path, other_quantized: Path, tmp_path: Path) -> None:
     """Two models that differ in their weights alone."""
-    (tmp_path / "b.json").write_text(tfmq("bench", quantized, "--backends", "torch", "--rounds", 1, "--json").out)
+    (tmp_path / "b.json").write_text(tfmq("bench", quantized, "--backends", "torch", "--rounds", 1, "--threads", 1, "--json").out)
     report = ("--bench", tmp_path / "b.json", "--output-dir", tmp_path / "r", "--json")
     taken = tfmq("report", quantized, *report)
     assert taken.status == 0, taken.err
@@ -121,7 +121,7 @@ def test_what_caches_starts_twice(tfmq: Run, quantized: Path, monkeypatch: pytes
 def test_without_a_reference_there_is_speed_and_no_accuracy(tfmq: Run, quantized: Path) -> None:
     rows = bench_json(tfmq, quantized, "--backends", "torch")
     assert rows["torch", 1]["speedup"] == 4.0 and rows["torch", 1]["sqnr_db"] is None
-    text = tfmq("bench", quantized, "--backends", "torch", "--rounds", 1)
+    text = tfmq("bench", quantized, "--backends", "torch", "--rounds", 1, "--threads", 1)
     assert text.status == 0 and "4.00x" in text.out and "Without --reference there is no SQNR" in text.out
 
 
@@ -129,7 +129,7 @@ def test_without_a_reference_there_is_speed_and_no_accuracy(tfmq: Run, quantized
 def test_what_is_absent_or_fails_is_left_out_with_a_line(tfmq: Run, model: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variant, "find_spec", lambda name: None)
     options = ("--backends", "torch,reference", "--peers", "openvino-nncf,quanto-int8")
-    result = tfmq("bench", quantized, "--reference", model, *options, "--rounds", 1)
+    result = tfmq("bench", quantized, "--reference", model, *options, "--rounds", 1, "--threads", 1)
     assert result.status == 0
     skipped = [line for line in result.err.splitlines() if line.startswith("skipped: ")]
     assert skipped == [
