@@ -63,7 +63,7 @@ def seeded() -> Iterator[None]:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    # `tfmq bench` leaves another number, and sums in threads have other last bits.
+    # `tfmq bench` leaves another number: all tests after it would wait for it, and sums in threads have other last bits.
     torch.set_num_threads(1)
     try:
         yield
@@ -303,13 +303,6 @@ def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("tfmq.backends.auto.race", settled)
     monkeypatch.setattr("tfmq.backends.auto.AutoExecutor._stored", lambda *_: None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Take back the threads that a test gave this process, as `tfmq bench` does: all tests after it would wait for them."""
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
