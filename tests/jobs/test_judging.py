@@ -10,6 +10,7 @@ import torch
 
 import tfmq
 from tfmq.jobs import judging
+from tfmq.jobs.job import stage_seed
 from tfmq.jobs.judging import PLAIN, RECIPE, exchange, plain, psnr_db, shared_copy
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
@@ -61,7 +62,7 @@ def test_what_draws_nearer_is_kept_to_the_bit(sampler: Make, recipe: Recipe, mon
 def test_the_judge_sees_what_each_model_draws(sampler: Make, recipe: Recipe) -> None:
     made, full = sampler("plain_rgb"), sampler("plain_rgb")
     found = tfmq.quantize(made, recipe).report["judged"]
-    seed = judging.Job.seed_of(type("Seed", (), {"seed": 0})(), "judging")  # type: ignore[arg-type]
+    seed = stage_seed(0, "judging")
     images, expected = (each.run(range(2), steps=3, seed=seed).double() for each in (made, full))
     assert float(psnr_db(images, expected).mean()) == pytest.approx(found["psnr_db"][found["kept"]], abs=1e-3)
     assert found["psnr_db"][found["kept"]] == max(found["psnr_db"].values())

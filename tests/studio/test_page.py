@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tfmq.studio.page import LOOPBACK, Studio, find_models
+from tfmq.studio.page import LOOPBACK, Studio, find_models, original_of
 
 CHROMIUM = os.environ.get("TFMQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 120_000
@@ -23,6 +23,22 @@ def test_models_are_found_where_they_are(quantized: Path, original: Path, tmp_pa
     (tmp_path / "a" / "b").mkdir(parents=True)
     shutil.copytree(quantized, tmp_path / "a" / "b" / "c")
     assert find_models(tmp_path) == [] and find_models(tmp_path / "a") == [str(tmp_path / "a" / "b" / "c")]
+
+
+def test_the_original_is_found_by_what_a_model_seals(quantized: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three models that are known by name, one has another scheduler and one another width."""
+    for name in ("mine", "other-scheduler", "wider"):
+        shutil.copytree(original, tmp_path / name)
+    for path, old, new in (("other-scheduler/model_index.json", "DDIMScheduler", "DDPMScheduler"), ("wider/unet/config.json", "16", "32")):
+        text = (tmp_path / path).read_text()
+        assert old in text
+        (tmp_path / path).write_text(text.replace(old, new))
+    monkeypatch.setattr("tfmq.targets.SHELVES", (tmp_path,))
+    assert original_of(str(quantized)) == "mine"
+    shutil.rmtree(tmp_path / "mine")
+    assert original_of(str(quantized)) == original_of(None) == original_of(str(tmp_path / "absent")) == "default"
+    shutil.copytree(original, tmp_path / "text")
+    assert original_of(None) == "text"
 
 
 @pytest.fixture(scope="module")

@@ -61,20 +61,18 @@ def judged(job: Job) -> int:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module that has the same tensors: quantization replaces modules, and writes into no tensor that it did not make."""
+    """Return a copy of a module, for inference, that has the same tensors: quantization replaces modules, and writes into no tensor of theirs."""
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    return deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    return deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
 
 
 def exchange(module: nn.Module, other: nn.Module) -> None:
     """Let two modules change places: whoever holds the one has the other's content now."""
-    vars(module)["__class__"], vars(other)["__class__"] = type(module), type(other)
-    mine, others = dict(vars(module)), dict(vars(other))
-    for target, content in ((module, others), (other, mine)):
-        kind = content.pop("__class__")
+    contents = dict(vars(other)), dict(vars(module))
+    module.__class__, other.__class__ = type(other), type(module)
+    for target, content in zip((module, other), contents, strict=True):
         vars(target).clear()
         vars(target).update(content)
-        target.__class__ = kind
 
 
 @contextmanager

@@ -70,13 +70,12 @@ def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
 def quantize_denoiser(job: Job) -> Outcome:
     """Quantize the job's denoiser in place; afterwards it holds packed layers only."""
     module, count = job.denoiser.module, judged(job)
-    full = shared_copy(module) if count else None
+    if not count:
+        return _packed(job, run(job))
+    full, other = shared_copy(module), shared_copy(module)
     work = run(job)
     temporal = learned(maintained(job, work))
     found = _packed(job, work)
-    if full is None:
-        return found
-    other = shared_copy(full)
     with exchanged(module, other):
         # The recorded calls are there, and temporal layers are what they are; the rest is found again in less time than it takes to keep.
         simple = replace(job, recipe=plain(job.recipe), journal=Known({"temporal": temporal}))

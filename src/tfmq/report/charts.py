@@ -85,41 +85,31 @@ def _ranges(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any
     return "ranges", "Ranges of temporal layers", text, traces, _layout("timestep", "output")
 
 
-def _trajectory(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
+def _by_call(found: Mapping[str, Any], series: Mapping[str, tuple[str, str, float]], vertical: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return traces over the calls of a trajectory, and their layout; `series` has for each key the name, the colour and the width of its line."""
     steps = found["timesteps"]
     common = {"type": "scatter", "mode": "lines+markers", "x": list(range(len(steps))), "customdata": steps}
     shown = {"hovertemplate": "call %{x}, t = %{customdata}: %{y:.3g}"}
     traces = [
-        {**common, **shown, "y": found[key], "name": name, "line": {"color": colour, "width": width}}
-        for key, name, colour, width in (("worst", "image that strays most", BLUE, 1.5), ("mean", "mean", RED, 3))
+        {**common, **shown, "y": found[key], "name": name, "line": {"color": colour, "width": width}} for key, (name, colour, width) in series.items()
     ]
-    text = "Relative error of the state at each denoiser call, from noise to image, from the same noise: mean over images and the worst image."
     above = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-    return (
-        "trajectory",
-        "Deviation from the full-precision trajectory",
-        text,
-        traces,
-        _layout("call", "relative error", xaxis={"dtick": max(1, len(steps) // 10)}, showlegend=True, legend=above),
-    )
+    return traces, _layout("call", vertical, xaxis={"dtick": max(1, len(steps) // 10)}, showlegend=True, legend=above)
+
+
+def _trajectory(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
+    series = {"worst": ("image that strays most", BLUE, 1.5), "mean": ("mean", RED, 3)}
+    text = "Relative error of the state at each denoiser call, from noise to image, from the same noise: mean over images and the worst image."
+    return "trajectory", "Deviation from the full-precision trajectory", text, *_by_call(found, series, "relative error")
 
 
 def _accumulation(found: Mapping[str, Any]) -> tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]:
-    steps = found["timesteps"]
-    common = {"type": "scatter", "mode": "lines+markers", "x": list(range(len(steps))), "customdata": steps}
-    shown = {"hovertemplate": "call %{x}, t = %{customdata}: %{y:.3g}"}
-    series = (
-        ("predicted", "sum of errors, by their influence", RED, 3),
-        ("random", "if they had nothing in common", BLUE, 1.5),
-    )
-    traces = [{**common, **shown, "y": found[key], "name": name, "line": {"color": colour, "width": width}} for key, name, colour, width in series]
+    series = {"predicted": ("sum of errors, by their influence", RED, 3), "random": ("if they had nothing in common", BLUE, 1.5)}
     text = (
         "What errors of single predictions, on states of full precision, move the final state by: the steps so far, each by the influence that the "
         f"sampler gives it, as far as the model does not answer. As drawn, the final state is off by {found['measured']:.3g}."
     )
-    above = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-    layout = _layout("call", "relative error of the final state", xaxis={"dtick": max(1, len(steps) // 10)}, showlegend=True, legend=above)
-    return "errors", "How errors of predictions add up", text, traces, layout
+    return "errors", "How errors of predictions add up", text, *_by_call(found, series, "relative error of the final state")
 
 
 def _ending(name: str) -> str:

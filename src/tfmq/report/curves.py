@@ -1,6 +1,6 @@
 """Pictures of an analysis that are lines over timesteps or bars over units."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,35 +51,34 @@ def write_ranges(path: Path, ranges: Mapping[str, Any], *, title: str) -> None:
         axes.grid(True, color=GREY, linewidth=0.7)
 
 
+def _by_call(axes: Any, timesteps: Sequence[float]) -> None:
+    """Name lines, and label calls with a few of their timesteps."""
+    ticks = np.unique(np.linspace(0, len(timesteps) - 1, min(8, len(timesteps))).round().astype(int))
+    axes.set_xticks(ticks, [f"{timesteps[index]:g}" for index in ticks])
+    axes.set_xlabel("timestep, from noise to image")
+    axes.grid(True, color=GREY, linewidth=0.7)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def write_trajectory(path: Path, trajectory: Mapping[str, Any], *, title: str) -> None:
     """Draw how far the state is from full precision at each call: the mean over images, and the image that strays most."""
     with drawing(path, title=title) as (_, axes):
-        calls = np.arange(len(trajectory["mean"]))
-        axes.plot(calls, trajectory["worst"], color=BLUE, linewidth=1, label="image that strays most")
-        axes.plot(calls, trajectory["mean"], color=RED, linewidth=2.2, label="mean")
-        ticks = np.unique(np.linspace(0, len(calls) - 1, min(8, len(calls))).round().astype(int))
-        axes.set_xticks(ticks, [f"{trajectory['timesteps'][index]:g}" for index in ticks])
-        axes.set_xlabel("timestep, from noise to image")
+        axes.plot(trajectory["worst"], color=BLUE, linewidth=1, label="image that strays most")
+        axes.plot(trajectory["mean"], color=RED, linewidth=2.2, label="mean")
         axes.set_ylabel("relative error of the state")
         axes.set_title("deviation from the full-precision trajectory", fontsize=11, loc="left")
-        axes.grid(True, color=GREY, linewidth=0.7)
-        axes.legend(frameon=False, fontsize=9)
+        _by_call(axes, trajectory["timesteps"])
 
 
 def write_accumulation(path: Path, found: Mapping[str, Any], *, title: str) -> None:
     """Draw how errors of single predictions add up: what the steps so far move the final state by, beside what it is moved by."""
     with drawing(path, title=title) as (_, axes):
-        calls = np.arange(len(found["timesteps"]))
-        axes.plot(calls, found["predicted"], color=RED, linewidth=2.2, label="sum of errors, by their influence")
-        axes.plot(calls, found["random"], color=BLUE, linewidth=1, label="if they had nothing in common")
+        axes.plot(found["predicted"], color=RED, linewidth=2.2, label="sum of errors, by their influence")
+        axes.plot(found["random"], color=BLUE, linewidth=1, label="if they had nothing in common")
         axes.axhline(found["measured"], color="black", linewidth=1, linestyle="--", label="final state, as drawn")
-        ticks = np.unique(np.linspace(0, len(calls) - 1, min(8, len(calls))).round().astype(int))
-        axes.set_xticks(ticks, [f"{found['timesteps'][index]:g}" for index in ticks])
-        axes.set_xlabel("timestep, from noise to image")
         axes.set_ylabel("relative error of the final state")
         axes.set_title("how errors of predictions add up", fontsize=11, loc="left")
-        axes.grid(True, color=GREY, linewidth=0.7)
-        axes.legend(frameon=False, fontsize=9)
+        _by_call(axes, found["timesteps"])
 
 
 def write_sensitivity(path: Path, found: Mapping[str, Any], *, title: str) -> None:

@@ -11,6 +11,9 @@ from tfmq.errors import require
 from tfmq.report.pictures import enlarged
 from tfmq.report.summary import megabytes
 from tfmq.storage.atomic import read_json
+from tfmq.storage.checkpoint import verify_architecture
+from tfmq.storage.directory import CONFIG_FILE, components
+from tfmq.storage.errors import CheckpointError
 from tfmq.studio.origin import OwnPageOnly
 from tfmq.studio.side import Drawn, Side, Wish
 from tfmq.targets import known_names, named_directory
@@ -47,25 +50,30 @@ def steps_of(model: str | None) -> int:
     return stored_manifest(Path(model)).provenance.steps or STEPS
 
 
-def _traits(directory: Path) -> dict[str, Any]:
-    """Return what a quantized pipeline has in common with its original: classes, and the configuration of what is quantized."""
-    index = read_json(directory / PIPELINE_FILE)
-    parts = {name: part for name, part in index.items() if isinstance(part, list)}
-    name = next(name for name in ("unet", "transformer") if name in parts)
-    config = read_json(directory / name / "config.json")
-    kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "quantization_config"}
-    return {"class": index["_class_name"], "scheduler": parts.get("scheduler"), "config": kept}
+def _classes(pipeline: Path) -> dict[str, Any]:
+    """Return the classes of a pipeline and of its components."""
+    return {name: value for name, value in read_json(pipeline / PIPELINE_FILE).items() if name == "_class_name" or not name.startswith("_")}
+
+
+def _made_from(model: Path, original: Path) -> bool:
+    """Whether a quantized pipeline has the classes of `original`, and its quantized components seal the configurations of those there."""
+    try:
+        for folder, manifest in components(model).items():
+            path = original / folder.relative_to(model) / CONFIG_FILE
+            verify_architecture(read_json(path), manifest.values, source=path)
+        return _classes(model) == _classes(original)
+    except CheckpointError:
+        return False
 
 
 def original_of(model: str | None) -> str:
     """Return the name of the model of the project that `model` was made from, as far as its configuration tells; else the first to show."""
-    try:
-        found = _traits(Path(model)) if model else None
-    except (OSError, ValueError, StopIteration):
-        found = None
     names = known_names()
-    same = (name for name in names if found is not None and (folder := named_directory(name)) is not None and _traits(folder) == found)
-    return next(same, TEXT if TEXT in names else "default")
+    if model and holds_quantized(Path(model)):
+        folders = ((name, named_directory(name)) for name in names)
+        if found := next((name for name, folder in folders if folder is not None and _made_from(Path(model), folder)), None):
+            return found
+    return TEXT if TEXT in names else "default"
 
 
 class Studio:

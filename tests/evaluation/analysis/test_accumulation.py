@@ -69,7 +69,7 @@ def of_multistep(scheduler: Any) -> Tensor:
 def test_the_influence_of_a_step_is_that_of_the_published_formula(scheduler: Any, formula: Callable[[Any], Tensor]) -> None:
     scheduler.set_timesteps(STEPS)
     # Schedulers keep their levels in float32.
-    torch.testing.assert_close(influence(scheduler, [None] * STEPS), formula(scheduler), rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(influence(scheduler, STEPS), formula(scheduler), rtol=2e-4, atol=1e-6)
 
 
 class Linear(nn.Module):

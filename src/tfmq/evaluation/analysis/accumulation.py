@@ -92,19 +92,18 @@ def stepping(scheduler: Any, change: Callable[[Step], Tensor]) -> Iterator[None]
         del scheduler.step
 
 
-def influence(scheduler: Any, timesteps: Sequence[Any]) -> Tensor:
+def influence(scheduler: Any, steps: int) -> Tensor:
     """Return by how much an error of each prediction moves the final state, float64 `[S]`: the scheduler's own response to impulses.
 
     Noise that a scheduler adds is the same in every run and so falls out.
     """
-    size = len(timesteps)
     # One row for each step's impulse, and one without any.
-    impulses = IMPULSE * torch.eye(size + 1, size, dtype=torch.float64)
+    impulses = IMPULSE * torch.eye(steps + 1, steps, dtype=torch.float64)
     own = deepcopy(scheduler)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state = torch.zeros(size + 1, 1, 1, 1, dtype=torch.float64)
-        own.set_timesteps(size)
+        state = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
+        own.set_timesteps(steps)
         for number, timestep in enumerate(own.timesteps):
             state = own.step(impulses[:, number].reshape(-1, 1, 1, 1), timestep, state, return_dict=False)[0]
     final = state.flatten()
@@ -154,10 +153,9 @@ def _correlation(left: Tensor, right: Tensor) -> float:
 
 
 @torch.no_grad()
-def accumulation(reference: Sequence[Step], alone: Sequence[Step], scheduler: Any, errors: Sequence[Tensor]) -> Accumulation:
-    """Say what becomes of `errors`, those of each prediction on the states of the `reference` walk; `alone` is the quantized model's own walk."""
-    walk = reference
-    moved = influence(scheduler, walk)
+def accumulation(walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, errors: Sequence[Tensor]) -> Accumulation:
+    """Say what becomes of `errors`, those of each prediction on the states of the full-precision `walk`; `alone` is the quantized model's own."""
+    moved = influence(scheduler, len(walk))
     final = walk[-1].after.double()
     summed, squared, predicted, random = torch.zeros_like(final), torch.zeros((), dtype=torch.float64), [], []
     for weight, error in zip(moved, errors, strict=True):
