@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from loading import loaded
+from names import names_of
 from torch import Tensor
 
 import tfmq
@@ -116,23 +117,13 @@ def cases(models: list[str], presets: list[str]) -> dict[str, Callable[[], dict[
     return found
 
 
-def _named(known: list[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"there is no {unknown[0]}; choose from {', '.join(known)}")
-        return names
-
-    return parse
-
-
 def main() -> None:
     models, presets = [EMBEDDED, *TINY.MODELS], [*PRESETS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--against", type=Path)
-    parser.add_argument("--models", type=_named(models), default=models)
-    parser.add_argument("--presets", type=_named(presets), default=presets)
+    parser.add_argument("--models", type=names_of(models), default=models)
+    parser.add_argument("--presets", type=names_of(presets), default=presets)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

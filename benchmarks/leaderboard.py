@@ -29,6 +29,7 @@ from typing import Any
 from contestants import KNOWN, Contestant, find
 from leaderboard_page import FULL, page, read_cells
 from methods import BITS, METHODS, Cell, cells
+from names import names_of
 from reference import Reference, environment
 from scoring import Scorer, executed, fastest_step, full_precision_step
 
@@ -194,24 +195,13 @@ def run(model: Contestant, options: argparse.Namespace, progress: Progress) -> N
             bench.time_again(name)
 
 
-def _names(known: Mapping[str, Any] | tuple[str, ...]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = list(known) if text == "all" else text.split(",")
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; choose from {', '.join(known)}")
-        return names
-
-    return parse
-
-
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """Return the command line, parsed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--models", default=",".join(KNOWN), help="names, directories of pipelines, or FILE.py:FUNCTION; NAME= before one names it")
-    parser.add_argument("--methods", type=_names(METHODS), default=list(METHODS), help="some of " + ", ".join(METHODS))
-    parser.add_argument("--bits", type=_names(BITS), default=list(BITS), help="some of " + ", ".join(BITS))
+    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), help="some of " + ", ".join(METHODS))
+    parser.add_argument("--bits", type=names_of(BITS), default=list(BITS), help="some of " + ", ".join(BITS))
     parser.add_argument("--only", default="", help="run only cells whose name, MODEL-BITS-METHOD-SEED, contains this")
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=50)
