@@ -80,6 +80,8 @@ def main() -> None:
         run.load_average(average)
         vae = AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32)
         pipeline = DiTPipeline(transformer=average.eval(), vae=vae, scheduler=build_scheduler(), id2label=class_names())
+        # As the published DiT pipelines do: names of classes are read back from here.
+        pipeline.register_to_config(id2label=class_names())
         pipeline.set_progress_bar_config(disable=True)
         rows = []
         for seed in range(2):

@@ -107,6 +107,7 @@ def main() -> None:
     run = Run(options.output_dir, module, schedule)
     # Attention written out is twice as fast here as the fused kernel, whose backward is slow on CPUs.
     module["unet"].set_attn_processor(AttnProcessor())
+    module["text_encoder"].set_attn_implementation("eager")
     unet = torch.compile(module["unet"]) if options.compile else module["unet"]
 
     def captions_of(rows: list, generator: Generator) -> Tensor:

@@ -52,10 +52,7 @@ DRAWN = {
 def short(scheme: str, drawing: Drawing) -> Recipe:
     """Return a scheme that is done in seconds."""
     recipe = tfmq.scheme(scheme)
-    guidance = dict(drawing.options).get("guidance_scale")
-    calibration = replace(
-        recipe.calibration, samples=drawing.samples, steps=drawing.steps, interval=1, batch_size=drawing.samples, guidance_scale=guidance, judged=0.0
-    )
+    calibration = replace(recipe.calibration, samples=drawing.samples, steps=drawing.steps, interval=1, batch_size=drawing.samples, judged=0.0)
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=TIAR))
     return replace(recipe, calibration=calibration, temporal=temporal, rounding=replace(recipe.rounding, sweeps=1))
 
