@@ -3,10 +3,14 @@
 Every test is seeded, hypothesis included. `TFMQ_TEST_SEED` is the seed, 0 if unset; `TFMQ_TEST_SEED=random` draws one and prints it.
 """
 
+import importlib.util
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -37,6 +41,8 @@ if os.environ.get("TFMQ_TEST_SEED") == "random":
 SEED = int(os.environ.get("TFMQ_TEST_SEED", "0"))
 
 Build = Callable[..., tuple[Denoiser, Inputs]]
+Script = Callable[[str], ModuleType]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class TorchGenerator:
@@ -279,6 +285,22 @@ def tiny_sampler(name: str = "unet", *, seed: int = 0, scheduler: Any = None) ->
 
     denoiser, inputs = tiny(name, seed=seed)
     return LoopSampler(denoiser, scheduler or DDIMScheduler(), shape=tuple(inputs.sample.shape[1:]), conditions=inputs.conditions)
+
+
+def load_script(path: str) -> ModuleType:
+    """Return a script of the project, such as "benchmarks/planted.py", as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), ROOT / path)
+    assert spec is not None and spec.loader is not None
+    # Annotations of a NamedTuple are looked up in the module that defines it.
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Script:
+    """Return `load_script`."""
+    return load_script
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """`tasks.py` installs what is missing, once, and reports the first failing step."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,12 +38,8 @@ class Calls(list[list[str]]):
 
 
 @pytest.fixture
-def tasks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tasks", Path(__file__).resolve().parent.parent / "tasks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tasks(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("tasks.py")
 
 
 @pytest.fixture

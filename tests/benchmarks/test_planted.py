@@ -1,7 +1,6 @@
 """Planted outliers leave the output as it is, and are there."""
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "planted.py"
 
 
 @pytest.fixture(scope="module")
-def planted() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("planted", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def planted(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("benchmarks/planted.py")
 
 
 def text_unet() -> nn.Module:

@@ -1,7 +1,6 @@
 """The page of capabilities says what the registers and the backends say today."""
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,13 +14,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "capabilities.py"
 
 
 @pytest.fixture(scope="module")
-def capabilities() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("capabilities", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    # Annotations of a NamedTuple are looked up in the module that defines it.
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def capabilities(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("docs/capabilities.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The site has every page, and shows links and formulas as docs/site.py says."""
 
-import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +12,10 @@ NAV = re.findall(r"- (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-
 
 
 @pytest.fixture(scope="module")
-def site() -> ModuleType:
+def site(script: Callable[[str], ModuleType]) -> ModuleType:
     for name in ("mkdocs", "griffe", "latex2mathml"):
         pytest.importorskip(name)
-    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "docs" / "site.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/site.py")
 
 
 def test_the_navigation_has_every_page_once() -> None:
