@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from tfmq.artifact import REPORT_FILE, load, mark, save, stored_architecture, stored_manifest
+from tfmq.calibration.correction import explained
 from tfmq.calibration.store import CalibrationStore
 from tfmq.jobs.job import Foretold, Helpers, Job
 from tfmq.jobs.workflow import Outcome, quantize_denoiser
@@ -58,6 +60,15 @@ def _manifest(module: nn.Module, recipe: Recipe, seed: int, outcome: Outcome) ->
     return seal(module.state_dict(), fields, table=False)
 
 
+def _correction(outcome: Outcome) -> dict[str, Any] | None:
+    """Return what a correction does: the share of the error that it explains, in all and by step, and how many steps use which estimator."""
+    if not outcome.correction:
+        return None
+    before, after = (sum(getattr(fit, name) for fit in outcome.correction) for name in ("before", "after"))
+    kept = Counter(fit.kept for fit in outcome.correction)
+    return {"explained": explained(before, after), "by_step": [explained(fit.before, fit.after) for fit in outcome.correction], "steps": dict(kept)}
+
+
 def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], parameters: int, quantized_bytes: int) -> dict[str, Any]:
     disturbed = outcome.disturbance
     return {
@@ -71,6 +82,7 @@ def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], param
         },
         "inputs": _inputs(outcome),
         "floating": summary(outcome.floating, quantized_bytes),
+        "correction": _correction(outcome),
         "judged": None if outcome.verdict is None else outcome.verdict.values(),
         "sha256": manifest["digest"],
     }

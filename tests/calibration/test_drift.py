@@ -3,10 +3,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq.calibration.drift import Extremes, LayerDrift, complaint, drift, extremes
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.layer import PackedLayer
+from tfmq.nn.operation import operation_of
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -22,13 +24,18 @@ def quantizer(*, per_step: bool, segments: tuple[int, ...] = (), axis: int = 1) 
     return steps, made
 
 
+def reading(source: nn.Conv2d, quantizer: ActivationQuantizer) -> PackedLayer:
+    """A layer whose input is quantized so."""
+    return PackedLayer(operation_of(source), IntegerFormat(8), tuple(source.weight.shape), bias=None, input_quantizer=quantizer)
+
+
 @pytest.mark.parametrize("per_step", [True, False])
 def test_extremes_are_those_of_the_inputs_at_the_nearest_step(build: Callable[..., Any], per_step: bool) -> None:
     denoiser, _ = build("plain")
     steps, exit_quantizer = quantizer(per_step=per_step, segments=(8, 8))
     inputs: list[Tensor] = []
     handle = denoiser.module.exit.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with extremes(denoiser, {"exit": exit_quantizer}, steps) as seen, torch.no_grad():
+    with extremes(denoiser, {"exit": reading(denoiser.module.exit, exit_quantizer)}, steps) as seen, torch.no_grad():
         for timestep in ([2, 290], [310, 1]):
             denoiser(Inputs(torch.randn(2, 2, 8, 8), torch.tensor(timestep)))
     handle.remove()
@@ -79,6 +86,21 @@ def test_the_complaint_has_the_figures_and_is_silent_about_little() -> None:
 def test_hooks_are_gone_afterwards(build: Callable[..., Any]) -> None:
     denoiser: Denoiser = build("plain")[0]
     steps, layer = quantizer(per_step=True)
-    with extremes(denoiser, {"entry": layer}, steps):
+    with extremes(denoiser, {"entry": reading(denoiser.module.entry, layer)}, steps):
         pass
     assert not denoiser.module._forward_pre_hooks and not denoiser.module.entry._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_rescaled_input_is_held_against_the_range_it_is_quantized_in(build: Callable[..., Any]) -> None:
+    denoiser: Denoiser = build("plain")[0]
+    steps, exit_quantizer = quantizer(per_step=False)
+    plain, rescaled = (reading(denoiser.module.exit, exit_quantizer) for _ in range(2))
+    rescaled.factor = torch.full((denoiser.module.exit.in_channels,), 4.0)
+    found = []
+    for layer in (plain, rescaled):
+        torch.manual_seed(0)
+        with extremes(denoiser, {"exit": layer}, steps) as seen:
+            denoiser(Inputs(torch.randn(2, 2, 8, 8), torch.tensor([2, 290])))
+        found.append(seen["exit"].high)
+    assert torch.equal(found[1], 4 * found[0]) and float(found[0]) > 0

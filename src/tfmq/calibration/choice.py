@@ -43,7 +43,7 @@ def _watch(layer: CalibratedLayer, energies: Tensor) -> Callable[[nn.Module, tup
     dynamic, weight = _dynamic(static), layer.weight
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        x = args[0].float()
+        x = layer.rescaled(args[0]).float()
         # The layer is linear, so the error of its output is the layer applied to the error of its input.
         for index, part in enumerate((x, static(x) - x, dynamic(x) - x)):
             energies[index] += layer.operation(part, weight.float(), None).square().sum(dtype=torch.float64).cpu()

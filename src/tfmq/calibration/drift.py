@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser
+from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operand
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -46,9 +47,15 @@ def _update(seen: Extremes, quantizer: ActivationQuantizer, x: Tensor, bins: Ten
         seen.high[:, segment].scatter_reduce_(0, index, rows.amax(dim=1), "amax")
 
 
+def static_inputs(layers: Mapping[str, PackedLayer]) -> dict[str, ActivationQuantizer]:
+    """Return the static input quantizers of `layers`, by the names of these."""
+    return {name: layer.input_quantizer for name, layer in layers.items() if isinstance(layer.input_quantizer, ActivationQuantizer)}
+
+
 @contextmanager
-def extremes(denoiser: Denoiser, quantizers: Mapping[str, ActivationQuantizer], steps: StepContext) -> Iterator[dict[str, Extremes]]:
-    """Note what the layers that `quantizers` names read in a full-precision `denoiser`, at the nearest of the calibrated `steps`."""
+def extremes(denoiser: Denoiser, layers: Mapping[str, PackedLayer], steps: StepContext) -> Iterator[dict[str, Extremes]]:
+    """Note what the `layers`, which have static grids, would read in a full-precision `denoiser`, at the nearest of the calibrated `steps`."""
+    quantizers = static_inputs(layers)
     seen = {name: Extremes(torch.zeros(q.scale.shape), torch.zeros(q.scale.shape)) for name, q in quantizers.items()}
     running: list[Tensor] = []
 
@@ -56,7 +63,7 @@ def extremes(denoiser: Denoiser, quantizers: Mapping[str, ActivationQuantizer], 
         running[:] = [steps.lookup(denoiser.bind(args, kwargs).timestep)[0].cpu()]
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: _update(seen[name], quantizers[name], operand(args, kwargs), running[0])
+        return lambda _, args, kwargs: _update(seen[name], quantizers[name], layers[name].rescaled(operand(args, kwargs)), running[0])
 
     with ExitStack() as stack:
         stack.callback(denoiser.module.register_forward_pre_hook(begin, with_kwargs=True).remove)

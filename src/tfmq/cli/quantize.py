@@ -172,4 +172,10 @@ def _quantized(
     report, keys = found.report, ("units", "temporal", "sha256")
     size = {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}
     # A job that an earlier release finished does not say what stays in floating point.
-    return {"bytes": size, "floating": report.get("floating"), "judged": report.get("judged"), **{key: report[key] for key in keys}}
+    return {
+        "bytes": size,
+        "floating": report.get("floating"),
+        "judged": report.get("judged"),
+        "correction": report.get("correction"),
+        **{key: report[key] for key in keys},
+    }

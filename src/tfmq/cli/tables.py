@@ -15,7 +15,7 @@ from tfmq.evaluation.deviation import in_words
 from tfmq.nn.floating import summary
 from tfmq.report.metrics import pair_rows, published_rows
 from tfmq.report.speed import BUSY
-from tfmq.report.summary import floating_in_words, judged_in_words, megabytes
+from tfmq.report.summary import correction_in_words, floating_in_words, judged_in_words, megabytes
 
 if TYPE_CHECKING:
     from tfmq.evaluation.forecast import Forecast
@@ -79,6 +79,7 @@ def show_quantized(result: Mapping[str, Any]) -> None:
         ("scheme", result["scheme"]),
         ("size", _size(size["fp32"], size["quantized"])),
         *([("stays in float", floating_in_words(found))] if found else []),
+        *([("correction explains", correction_in_words(result["correction"]))] if result.get("correction") else []),
         *([("judged by its images", judged_in_words(result["judged"]))] if result["judged"] else []),
         ("temporal features", _disturbance(result["temporal"])),
         ("time", f"{result['seconds']:.0f} s"),

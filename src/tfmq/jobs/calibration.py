@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
 from tfmq.calibration.ranges import SITE_BYTES, collect, fit_site
+from tfmq.calibration.rescaling import LAYER_BYTES, best_factor, observe
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.calibration.variety import warn_of_single_values
 from tfmq.jobs.forecast import calibration_seconds, check_room, check_time
@@ -55,6 +56,37 @@ def _record(job: Job, work: Work) -> None:
                 advance(config.steps)
             store.adopt(range(len(batches)))
     warn_of_single_values(job.denoiser, job.sampler.example(), work.block.trace, store, batches)
+
+
+def rescale_layers(job: Job, work: Work) -> None:
+    """Let equalizers choose how inputs outside of the temporal block are rescaled, where the recipe has any."""
+    if not job.recipe.rescaling.equalizers:
+        return
+    factors = job.journal.stage("rescaling", lambda: _factors(job, work))
+    layers = calibrated_layers(job.denoiser.module)
+    for name, factor in factors.items():
+        layers[name].rescale(factor, ranges=work.plan.layers[name].ranges)
+
+
+def _factors(job: Job, work: Work) -> dict[str, Tensor]:
+    """Return the factors of the layers that are rescaled. The trajectory is run again for each group of layers that fits the memory."""
+    temporal = {layer.name for layer in work.block.trace.temporal}
+    layers = {name: layer for name, layer in calibrated_layers(job.denoiser.module).items() if name not in temporal}
+    names, size = list(layers), job.resources.sites_at_once(LAYER_BYTES) or len(layers)
+    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    found: dict[str, Tensor] = {}
+    with job.progress("calibration: rescaling", len(groups) * len(job.store) + len(names)) as advance:
+        for group in groups:
+            chosen = {name: layers[name] for name in group}
+            with precision(job.denoiser.module, weights="full", inputs="full"):
+                seen = observe(job.denoiser, chosen, work.steps, job.store, calls=len(job.store), advance=advance)
+            for name in group:
+                ranges = work.plan.layers[name].ranges
+                factor = best_factor(layers[name], seen[name], equalizers=job.recipe.rescaling.equalizers, ranges=ranges) if name in seen else None
+                if factor is not None:
+                    found[name] = factor
+                advance()
+    return found
 
 
 def fit_activations(job: Job, work: Work) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tfmq.jobs.job import Job
 from tfmq.progress import Advance
-from tfmq.recipes.recipe import Recipe
+from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 from tfmq.reconstruction.solvers import Rounding
 from tfmq.storage.journal import Journal
 
@@ -51,7 +51,8 @@ class Known(Journal):
 
 def plain(recipe: Recipe) -> Recipe:
     """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs on grids over their exact extremes."""
-    return replace(recipe, activations=replace(recipe.activations, ranges="min_max"), rounding=Rounding(solver="nearest"))
+    activations = replace(recipe.activations, ranges="min_max")
+    return replace(recipe, activations=activations, rounding=Rounding(solver="nearest"), rescaling=Rescaling(), correction=Correction())
 
 
 def judged(job: Job) -> int:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tfmq.calibration.choice import InputErrors
-from tfmq.jobs.calibration import choose_inputs, fit_activations, record_calls, settle_embeddings
+from tfmq.calibration.correction import StepFit
+from tfmq.jobs.calibration import choose_inputs, fit_activations, record_calls, rescale_layers, settle_embeddings
+from tfmq.jobs.correction import correct
 from tfmq.jobs.job import Job, Stage, Work
 from tfmq.jobs.judging import RECIPE, Known, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
 from tfmq.jobs.temporal import maintain_temporal, maintained
@@ -12,7 +14,7 @@ from tfmq.jobs.units import list_units, reconstruct_units
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.plan import pack_all, prepare
 from tfmq.quantizers.steps import StepContext
-from tfmq.recipes.plan import make_plan
+from tfmq.recipes.plan import last_layer, make_plan
 from tfmq.reconstruction.tiar import full_features
 from tfmq.reconstruction.unit import UnitReport, learned
 from tfmq.temporal.cache import quantized_features
@@ -24,8 +26,8 @@ from tfmq.temporal.probe import probe
 class Outcome:
     """What quantization did.
 
-    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what stays in floating point, and what
-    candidates for the whole model drew.
+    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what stays in floating point, what
+    candidates for the whole model drew, and for each step what correction was found.
     """
 
     units: tuple[UnitReport, ...]
@@ -33,6 +35,7 @@ class Outcome:
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
     floating: tuple[Floating, ...] = ()
     verdict: Verdict | None = None
+    correction: tuple[StepFit, ...] = ()
 
 
 def swap_layers(job: Job, work: Work) -> None:
@@ -45,7 +48,7 @@ def swap_layers(job: Job, work: Work) -> None:
 
 
 # All that gives the model its quantized form and its grids. Every recorded call is on disk after the first.
-LAYING_OUT: tuple[Stage, ...] = (swap_layers, fit_activations, choose_inputs, settle_embeddings, maintain_temporal)
+LAYING_OUT: tuple[Stage, ...] = (swap_layers, rescale_layers, fit_activations, choose_inputs, settle_embeddings, maintain_temporal)
 # What a helper does as well, or reads back, before it takes its units.
 BEFORE_UNITS: tuple[Stage, ...] = (record_calls, *LAYING_OUT, list_units)
 STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
@@ -70,12 +73,15 @@ def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
 def quantize_denoiser(job: Job) -> Outcome:
     """Quantize the job's denoiser in place; afterwards it holds packed layers only."""
     module, count = job.denoiser.module, judged(job)
-    if not count:
+    if not count and not job.recipe.correction.estimators:
         return _packed(job, run(job))
     full, other = shared_copy(module), shared_copy(module)
     work = run(job)
     temporal = learned(maintained(job, work))
     found = _packed(job, work)
+    found = replace(found, correction=correct(job, full, last_layer(work.block.trace)))
+    if not count:
+        return found
     with exchanged(module, other):
         # The recorded calls are there, and temporal layers are what they are; the rest is found again in less time than it takes to keep.
         simple = replace(job, recipe=plain(job.recipe), journal=Known({"temporal": temporal}))

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from tfmq.kernels.kernel import IntegerWeight, LayerKernel
 from tfmq.nn.packed import PackedWeight
+from tfmq.numerics.equivalence import along, by_row
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
-from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
+from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
 
 
 class CalibratedLayer(Part):
@@ -20,11 +21,13 @@ class CalibratedLayer(Part):
 
     `weight_precision` and `input_precision` say what a call computes with; `tfmq.nn.swap.precision` sets them for a while. `rounding` holds
     the trainable roundings while the layer's unit is reconstructed, `codes` the fixed ones before and after. `correction` `[C_out]` is added to
-    the bias together with quantized weights: what they shift the mean of each channel by.
+    the bias together with quantized weights: what they shift the mean of each channel by. With a `factor` `[C_in]` the layer reads its input
+    multiplied by it, and `weight` is the layer's own divided by it.
     """
 
     codes: Tensor
     correction: Tensor | None
+    factor: Tensor | None
 
     def __init__(self, source: Any, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None) -> None:
         super().__init__()
@@ -38,6 +41,21 @@ class CalibratedLayer(Part):
         self.input_precision: Precision = "full"
         self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
         self.register_buffer("correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False)
+        self.register_buffer("factor", None, persistent=False)
+
+    @torch.no_grad()
+    def rescale(self, factor: Tensor, *, ranges: str) -> None:
+        """Read inputs multiplied by `factor` `[C_in]`, powers of two, from now on: the weight gets another grid, with nearest codes."""
+        self.factor = factor.to(self.weight.device)
+        # Another tensor: a copy of the model may hold the one that there was.
+        weight = self.weight / by_row(self.factor, self.weight, self.operation.groups).to(self.weight.dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.grid = fit_grid(weight, self.grid.format, segments=self.grid.segments, method=ranges)
+        self.codes = self.grid.encode(weight).to(torch.uint8)
+
+    def rescaled(self, x: Tensor) -> Tensor:
+        """Return an input as the weight multiplies it in full precision."""
+        return _rescaled(x, self.factor, self.operation)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
@@ -49,6 +67,7 @@ class CalibratedLayer(Part):
 
     def entering(self, x: Tensor) -> Tensor:
         """Return what the layer computes with of an input."""
+        x = self.rescaled(x)
         return self.input_quantizer(x) if self.input_quantizer is not None and self.input_precision == "quantized" else x
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
@@ -93,12 +112,14 @@ class PackedLayer(PackedWeight):
     that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state; both move
     with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the
     simulation leaves the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend keeps that.
+    A layer that is `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those of the weight divided by it.
     """
 
     PREPARED: ClassVar[Mapping[str, Any]] = {"kernel": None, "unpacked": None, "decoded": None, "input_precision": "quantized", "shelved": False}
 
     unpacked: Tensor | None
     decoded: Tensor | None
+    factor: Tensor | None
 
     def __init__(
         self,
@@ -109,9 +130,11 @@ class PackedLayer(PackedWeight):
         bias: torch.dtype | None,
         segments: tuple[int, ...] = (),
         input_quantizer: InputQuantizer | None = None,
+        rescaled: bool = False,
     ) -> None:
         super().__init__(fmt, shape, segments=segments)
         self.operation = operation
+        self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
         self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
         self.input_quantizer = input_quantizer
         self.kernel: LayerKernel | None = None
@@ -147,12 +170,18 @@ class PackedLayer(PackedWeight):
         return self
 
     def rows(self, weight: Tensor) -> Tensor:
-        return self.operation.rows(weight)
+        rows = self.operation.rows(weight)
+        return rows if self.factor is None else rows / by_row(self.factor, rows, self.operation.groups)
+
+    def rescaled(self, x: Tensor) -> Tensor:
+        """Return an input as it is quantized."""
+        return _rescaled(x, self.factor, self.operation)
 
     @property
     def stock_weight(self) -> Tensor:
-        """The dequantized weight in the layout of the stock module."""
-        return self.operation.stored(self.weight)
+        """The dequantized weight in the layout of the stock module, for inputs as they come."""
+        weight = self.weight if self.factor is None else self.weight * by_row(self.factor, self.weight, self.operation.groups)
+        return self.operation.stored(weight)
 
     @property
     def in_features(self) -> int:
@@ -171,17 +200,23 @@ class PackedLayer(PackedWeight):
         return IntegerWeight(self.operation, values, self.scale, None if self.bias is None else self.bias.detach().float(), self.segments)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.kernel is not None:
-            return self.kernel(input, None if self.input_quantizer is None else self.input_quantizer.rows(input))
-        if self.input_precision == "full" and (decoded := self.decoded) is not None:
+        if self.kernel is None and self.input_precision == "full" and (decoded := self.decoded) is not None:
             # As a stock layer does it: a small one takes no longer than a few calls from Python.
             return self.operation.multiply(input, decoded, self.bias)
+        if self.factor is not None:
+            input = self.rescaled(input)
+        if self.kernel is not None:
+            return self.kernel(input, None if self.input_quantizer is None else self.input_quantizer.rows(input))
         x = input if self.input_quantizer is None or self.input_precision == "full" else self.input_quantizer(input)
         weight = self.weight if self.unpacked is None else self.unpacked
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"
+
+
+def _rescaled(x: Tensor, factor: Tensor | None, operation: Operation) -> Tensor:
+    return x if factor is None else x * along(factor, ndim=x.ndim, axis=operation.channel_axis).to(x.dtype)
 
 
 @torch.no_grad()
@@ -195,8 +230,11 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         bias=None if layer.bias is None else layer.bias.dtype,
         segments=grid.segments,
         input_quantizer=layer.input_quantizer,
+        rescaled=layer.factor is not None,
     ).to(layer.weight.device)
     packed.fill(layer.codes, grid)
+    if layer.factor is not None:
+        packed.factor = layer.factor
     if (bias := layer.quantized_bias()) is not None and packed.bias is not None:
         packed.bias.copy_(bias)
     return packed

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
@@ -56,7 +57,8 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     if isinstance(child, PackedEmbedding):
         return {**weight, "input": None, "kind": EMBEDDING}
     assert isinstance(child, PackedLayer)
-    layer = {**weight, "input": _describe_quantizer(child.input_quantizer)}
+    rescaled = {} if child.factor is None else {"rescaled": True}
+    layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **rescaled}
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
     return {**layer, "kind": TRANSPOSED} if isinstance(child.operation, TransposedConvolution) else layer
 
@@ -70,12 +72,18 @@ class Section:
         name: of the entry of a part, by the denoiser and the part's own name in it.
         spec: what the entry says; a section without one lists names alone.
         place: puts a part into a stock architecture, by its name, its entry and the step context. The tensors are not filled in.
+        listed_empty: whether the list is there where it is empty. Sections that came after version 2 of the format are not.
     """
 
     kind: type[Part]
     name: Callable[[nn.Module, str], str]
     spec: Callable[[Any], dict[str, Any]] | None
     place: Callable[[nn.Module, str, Mapping[str, Any], StepContext], None]
+    listed_empty: bool = True
+
+    def listed(self, found: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+        """Return the list of the parts that were `found`."""
+        return _grouped(found) if self.spec else list(found)
 
 
 def _own_name(module: nn.Module, name: str) -> str:
@@ -106,6 +114,10 @@ def _place_products(module: nn.Module, name: str, spec: Mapping[str, Any], steps
     attach_products(_submodule(module, name), ProductQuantizers(left, right))
 
 
+def _place_correction(module: nn.Module, name: str, spec: Mapping[str, Any], steps: StepContext) -> None:
+    attach_correction(module, Correction(steps, channels=spec["channels"], axis=spec["axis"]))
+
+
 # In the order in which they are put into an architecture: tables and skips go around layers.
 SECTIONS: dict[str, Section] = {
     "layers": Section(PackedWeight, stock_name, _describe_weight, _place_layer),
@@ -115,6 +127,9 @@ SECTIONS: dict[str, Section] = {
     ),
     "tables": Section(CachedFeature, _own_name, lambda child: {"format": child.table.table_format, "everywhere": child.everywhere}, _place_table),
     "skipped": Section(SkippedLayer, _own_name, None, _place_skipped),
+    "corrections": Section(
+        Correction, _own_name, lambda child: {"channels": child.channels, "axis": child.axis}, _place_correction, listed_empty=False,
+    ),
 }  # fmt: skip
 
 
@@ -129,7 +144,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         for key, section in SECTIONS.items():
             if isinstance(child, section.kind):
                 found[key][section.name(module, name)] = section.spec(child) if section.spec else {}
-    listed = {key: _grouped(found[key]) if section.spec else list(found[key]) for key, section in SECTIONS.items()}
+    listed = {key: section.listed(found[key]) for key, section in SECTIONS.items() if found[key] or section.listed_empty}
     return {"steps": len(steps_of(module).timesteps), "timestep": module.tfmq_timestep, **listed}
 
 
@@ -142,8 +157,8 @@ def _grouped(specs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def named_specs(structure: Structure, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield `(name, specification)` for every `layers`, `products` or `tables` entry of a structure."""
-    for group in structure[kind]:
+    """Yield `(name, specification)` for every entry of a section of a structure."""
+    for group in structure.get(kind, ()):
         for name in group["names"]:
             yield name, group
 
@@ -191,6 +206,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         bias=source.bias.dtype if isinstance(source.bias, Tensor) else None,
         segments=tuple(spec["segments"]),
         input_quantizer=_build_quantizer(spec["input"], steps),
+        rescaled=spec.get("rescaled", False),
     )
 
 
@@ -206,7 +222,7 @@ def assemble(module: nn.Module, structure: Structure) -> None:
     with torch.device(device):
         steps = StepContext(torch.zeros(structure["steps"]))
         for key, section in SECTIONS.items():
-            entries = named_specs(structure, key) if section.spec else ((name, {}) for name in structure[key])
+            entries = named_specs(structure, key) if section.spec else ((name, {}) for name in structure.get(key, ()))
             for name, spec in entries:
                 section.place(module, name, spec, steps)
         attach_steps(module, steps, timestep=structure["timestep"])

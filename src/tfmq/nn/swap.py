@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tfmq.errors import shown
+from tfmq.nn.correction import corrected
 from tfmq.nn.poison import poisoned
 from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.steps import StepContext
@@ -45,7 +46,7 @@ class _Stepped:
         bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
         with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
             run = self.tfmq_executor
-            output = super().forward(*args, **kwargs) if run is None else run(self, bound.arguments)  # type: ignore[arg-type, misc]
+            output = corrected(self, super().forward(*args, **kwargs)) if run is None else run(self, bound.arguments)  # type: ignore[arg-type, misc]
         return poisoned(output, bound.arguments)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,11 +96,11 @@ def steps_of(module: nn.Module) -> StepContext:
 
 
 def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """Call the forward of a denoiser's own class: whoever calls it has set the step context."""
+    """Call the forward of a denoiser's own class and correct what it predicts: whoever calls it has set the step context."""
     bound = module.tfmq_signature.bind_partial()  # type: ignore[operator, union-attr]
     bound.arguments.update(arguments)
     kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, _Stepped))
-    return kind.forward(module, *bound.args, **bound.kwargs)  # type: ignore[attr-defined]
+    return corrected(module, kind.forward(module, *bound.args, **bound.kwargs))  # type: ignore[attr-defined]
 
 
 @contextmanager

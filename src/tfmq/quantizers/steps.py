@@ -58,7 +58,7 @@ class StepContext(Part):
 
     def lookup(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest bin of each timestep (edges at midpoints), and whether it was calibrated."""
-        wanted = timestep.detach().flatten().to(self.timesteps.device, torch.float32)
+        wanted = timestep.detach().flatten().to(self.timesteps.device, torch.float32).contiguous()
         if len(self.timesteps) == 0:
             raise RuntimeError("the step table is empty: the model was not calibrated")
         edges, tolerance = self._bounds()

@@ -40,6 +40,16 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
     )
 
 
+def _seeing(trace: Trace) -> list[str]:
+    """Return the layers that the sample goes through, in execution order."""
+    return [layer.name for layer in trace.layers if "sample" in layer.depends_on]
+
+
+def last_layer(trace: Trace) -> str:
+    """Return the name of the last layer that the sample goes through."""
+    return _seeing(trace)[-1]
+
+
 def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
     open_names = set(roles)
     for rule in recipe.rules:
@@ -57,7 +67,7 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     Raises:
         ValueError: a rule matches no layer, or nothing is left to quantize.
     """
-    seeing = [layer.name for layer in trace.layers if "sample" in layer.depends_on]
+    seeing = _seeing(trace)
     roles = {layer.name: _roles(layer, seeing[0], seeing[-1]) for layer in trace.layers}
     _check_rules(recipe, roles | dict.fromkeys((*trace.products, *trace.embeddings), frozenset()))
     plans = {layer.name: _layer(recipe, layer, roles[layer.name]) for layer in trace.layers}

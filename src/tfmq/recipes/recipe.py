@@ -9,6 +9,8 @@ from typing import Any, Literal
 from tfmq.errors import shown
 from tfmq.nn.plan import Tokens
 from tfmq.nn.temporal import TableFormat
+from tfmq.numerics.equivalence import EQUALIZERS
+from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
@@ -26,6 +28,13 @@ ROLES = ("role:first", "role:last", "role:temporal")
 def _choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
+
+
+def _each(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    for value in values:
+        _choice(name, value, allowed)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} has one twice: {', '.join(values)}")
 
 
 def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
@@ -164,6 +173,38 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rescaling:
+    """A factor for each input channel of a layer outside of the temporal block: the input is multiplied by it, and the weight divided.
+
+    Attributes:
+        equalizers: propose factors, `ranges` and `peaks`. The factor one is always a candidate, and the error of the layer's output on what it
+            reads in calibration decides; with no equalizer nothing is rescaled.
+    """
+
+    equalizers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _each("rescaling.equalizers", self.equalizers, tuple(EQUALIZERS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What is added to and multiplied with each channel of a prediction, step by step, so that it is nearer to full precision's.
+
+    A batch of images is drawn in full precision and by the quantized model, from the same noise. Every other image fits, the others decide.
+
+    Attributes:
+        estimators: the candidates of each step, the simplest first: `bias`, `gain`, `affine`. No correction is always one; with none of them
+            nothing is corrected.
+    """
+
+    estimators: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _each("correction.estimators", self.estimators, tuple(ESTIMATORS))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """Bits for the layers that `match`: a name pattern (`*.conv_shortcut`), or a role (`role:first`, `role:last`, `role:temporal`).
 
@@ -222,6 +263,8 @@ class Recipe:
     rounding: Rounding = field(default_factory=Rounding)
     learning: Learning = field(default_factory=Learning)
     calibration: Calibration = field(default_factory=Calibration)
+    rescaling: Rescaling = field(default_factory=Rescaling)
+    correction: Correction = field(default_factory=Correction)
     rules: tuple[Rule, ...] = ()
     published: tuple[Published, ...] = ()
 

@@ -19,6 +19,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     values = asdict(recipe)
     for name in ("rules", "published"):
         values[name] = [dict(item) for item in values[name]]
+    values["correction"]["estimators"] = list(recipe.correction.estimators)
+    values["rescaling"]["equalizers"] = list(recipe.rescaling.equalizers)
     return values
 
 

@@ -13,7 +13,7 @@ from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
 from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_rows
 from tfmq.report.speed import Speed, read_speed
-from tfmq.report.summary import floating_in_words, judged_in_words, megabytes
+from tfmq.report.summary import correction_in_words, floating_in_words, judged_in_words, megabytes
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import MANIFEST_FILE
 from tfmq.storage.errors import ForeignFileError
@@ -134,6 +134,7 @@ def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, An
         ("scheme", str(report["scheme"])),
         ("size of the denoiser", f"{megabytes(full)} in float32, {megabytes(quantized)} on disk ({quantized / full:.3f}x)"),
         *_floating(report.get("floating")),
+        *([("correction explains", correction_in_words(report["correction"]))] if report.get("correction") else []),
         *([("judged by its images", judged_in_words(report["judged"]))] if report.get("judged") else []),
         ("temporal features", f"relative error {temporal['mean_relative_error']:.3g} mean, {temporal['max_relative_error']:.3g} max"),
         ("seed of the quantization", str(provenance["seed"])),

@@ -57,6 +57,16 @@ def write_comparison_files(directory: Path, comparison: Comparison, metrics: Map
     write_json(directory / "metrics.json", metrics)
 
 
+def correction_in_words(found: Mapping[str, Any]) -> str:
+    """Return what a correction of predictions explains of their error, and where it is used.
+
+    >>> correction_in_words({"explained": 0.031, "by_step": [0.03, 0.0], "steps": {"none": 1, "bias": 1}})
+    '3.1 % of the squared error on images that did not fit it; bias at 1 of 2 steps'
+    """
+    used = ", ".join(f"{name} at {count}" for name, count in sorted(found["steps"].items()) if name != "none") or "nothing at any"
+    return f"{found['explained']:.1%} of the squared error on images that did not fit it; {used} of {len(found['by_step'])} steps".replace("%", " %")
+
+
 def judged_in_words(found: Mapping[str, Any]) -> str:
     """Return what candidates for the whole model drew, and which one was kept.
 

@@ -39,9 +39,11 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 3
-# Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have a `kind`.
-WITHOUT_KINDS = 2
-READABLE = (1, WITHOUT_KINDS, FORMAT_VERSION)
+# Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have one of these, and with these sections.
+OLDER = 2
+NEWER = frozenset({"kind", "rescaled"})
+OLDER_SECTIONS = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped"})
+READABLE = (1, OLDER, FORMAT_VERSION)
 MANIFEST_FILE = "tfmq.json"
 TENSORS_FILE = "tfmq_model.safetensors"
 _FORMAT = "tfmq"
@@ -101,8 +103,9 @@ def seal(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, table: b
 
 def _version(manifest: Mapping[str, Any]) -> int:
     """Return the lowest version that has all that `manifest` says, so that no reader refuses what it understands."""
-    layers = manifest.get("structure", {}).get("layers", [])
-    return FORMAT_VERSION if any("kind" in group for group in layers) else WITHOUT_KINDS
+    structure = manifest.get("structure", {})
+    newer = structure.keys() - OLDER_SECTIONS or any(NEWER.intersection(group) for group in structure.get("layers", []))
+    return FORMAT_VERSION if newer else OLDER
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import TensorMismatchError
-from .parts import Input, Layer, Structure, Table
+from .parts import Correction, Input, Layer, Structure, Table
 
 __all__ = ["check_parts"]
 
@@ -32,6 +32,8 @@ def check_parts(tensors: Mapping[str, Tensor], structure: Structure, *, source: 
                 parts.input(f"{owner}.tfmq_products.{side}.{place}".lstrip("."), operand)
     for name, table in structure.tables.items():
         parts.table(name, table)
+    for name, correction in structure.corrections.items():
+        parts.correction(name, correction)
     known = {structure.stored_name(name) + PACKED for name in structure.layers}
     if strange := sorted(name for name in tensors if name.endswith(PACKED) and name not in known):
         raise TensorMismatchError(f"{source} names no layer for {strange[0]}, which holds packed weights; copy or save the checkpoint again")
@@ -84,12 +86,23 @@ class _Parts:
             raise self.wrong(f"{name}{PACKED}", f"has at most {codes} codes a row, fewer than the {channels} channels of its segments")
         self.grid(name, (packed.shape[0], max(1, len(layer.segments))), bits=layer.bits, zero_point=not layer.symmetric)
         self.input(f"{name}.input_quantizer", layer.input)
+        if layer.rescaled:
+            factor = self.take(f"{name}.factor", (None,), integer=False)
+            if not bool((torch.isfinite(factor) & (factor > 0)).all()):
+                raise self.wrong(f"{name}.factor", "has a factor that is not positive and finite")
 
     def input(self, name: str, operand: Input | None) -> None:
         """Check the quantizer of an operand; a dynamic one has no tensors."""
         if operand is not None and not operand.dynamic:
             rows = self.structure.steps if operand.per_step else 1
             self.grid(name, (rows, max(1, len(operand.segments))), bits=operand.bits)
+
+    def correction(self, name: str, correction: Correction) -> None:
+        """Check the rows of a correction."""
+        for kind in ("gain", "bias"):
+            values = self.take(f"{name}.{kind}", (self.structure.steps, correction.channels), integer=False)
+            if not bool(torch.isfinite(values).all()):
+                raise self.wrong(f"{name}.{kind}", "has a value that is not finite")
 
     def table(self, name: str, table: Table) -> None:
         """Check the table of a temporal feature."""

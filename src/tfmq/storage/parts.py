@@ -9,12 +9,15 @@ from tfmq.numerics.formats import MAX_BITS, MIN_BITS
 
 from .fields import Fields
 
-__all__ = ["Input", "Layer", "Products", "Structure", "Table"]
+__all__ = ["Correction", "Input", "Layer", "Products", "Structure", "Table"]
 
 # Bounds on what is built before any tensor was read. No real model comes near them.
 MOST_STEPS = 100_000
 MOST_CHANNELS = 2**24
 MOST_AXES = 8
+# What a layer and a structure may have. What this reader does not know would be left out of the computation, so it is refused.
+LAYER = frozenset({"bits", "symmetric", "segments", "input", "kind", "rescaled", "names"})
+KNOWN = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped", "corrections"})
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class Input:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its weight grid and the quantizer of its input, None for full precision."""
+    """A quantized layer: its weight grid, the quantizer of its input, None for full precision, and whether that input is multiplied by a factor."""
 
     bits: int
     symmetric: bool
     segments: tuple[int, ...]
     input: Input | None
+    rescaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """A correction of a prediction: so many channels, on this axis of it."""
+
+    channels: int
+
+
+@dataclass(frozen=True)
 class Structure:
     """All quantized parts, by the names of modules of the stock architecture.
 
@@ -78,17 +89,21 @@ class Structure:
     products: Mapping[str, Products] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, fields: Fields) -> "Structure":
         """Return the parts that `fields`, a manifest's `structure`, describe."""
+        if strange := sorted(fields.values.keys() - KNOWN):
+            raise fields.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(KNOWN))}; upgrade tfmq")
         layers = {name: _layer(group) for name, group in _named(fields, "layers")}
         products = {name: _products(group) for name, group in _named(fields, "products", empty=True)}
         tables = {name: _table(group) for name, group in _named(fields, "tables")}
         skipped = fields.names("skipped")
         if twice := sorted(tables.keys() & set(skipped)):
             raise fields.refuse("skipped", f"a list of names that are not in tables, as {twice[0]} is")
-        return cls(fields.integer("steps", 1, MOST_STEPS), fields.text("timestep"), layers, products, tables, skipped)
+        corrections = {name: _correction(group) for name, group in _named(fields, "corrections")} if "corrections" in fields.values else {}
+        return cls(fields.integer("steps", 1, MOST_STEPS), fields.text("timestep"), layers, products, tables, skipped, corrections)
 
     def stored_name(self, name: str) -> str:
         """Return the name of a layer in the checkpoint: behind a table, or skipped, it is that module's `block`."""
@@ -113,7 +128,9 @@ def _named(fields: Fields, kind: str, *, empty: bool = False) -> Iterator[tuple[
 
 def _layer(group: Fields) -> Layer:
     found = None if "input" in group.values and not group.has("input") else Input.from_json(group.part("input"))
-    layer = Layer(*_grid(group), input=found)
+    if strange := sorted(group.values.keys() - LAYER):
+        raise group.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(LAYER))}; upgrade tfmq")
+    layer = Layer(*_grid(group), input=found, rescaled="rescaled" in group.values and group.flag("rescaled"))
     if found is not None and found.segments != layer.segments:
         raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")
     return layer
@@ -139,3 +156,8 @@ def _operand(group: Fields, side: str, place: int) -> Input | None:
 
 def _table(group: Fields) -> Table:
     return Table(group.choice("format", ("int8", "float16")), group.flag("everywhere"))  # type: ignore[arg-type]
+
+
+def _correction(group: Fields) -> Correction:
+    group.integer("axis", -MOST_AXES, MOST_AXES - 1)
+    return Correction(group.integer("channels", 1, MOST_CHANNELS))

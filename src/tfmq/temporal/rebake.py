@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.sampler import Sampler
+from tfmq.nn.correction import correction_of
 from tfmq.nn.swap import replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -37,7 +38,8 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
     """Give the quantized `module` the finite set `timesteps` `[S]`, ascending, in place.
 
     Each table holds the full-precision features of `block` at the new timesteps. A grid of an activation at a new timestep is that of the nearest
-    calibrated one, and so is the choice between a table and the block: both were fitted on samples, which this does not see.
+    calibrated one, and so are the choice between a table and the block and the correction of the prediction: all were fitted on samples, which this
+    does not see.
 
     Raises:
         ValueError: `block` is of another architecture.
@@ -53,6 +55,8 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
     for quantizer in module.modules():
         if isinstance(quantizer, ActivationQuantizer) and quantizer.per_step:
             quantizer.take_rows(nearest)
+    if (correction := correction_of(module)) is not None:
+        correction.take_rows(nearest)
     steps.replace(timesteps)
     for name, child in cached.items():
         table = FeatureTable(len(timesteps), full[name].shape[1], child.table.table_format).to(timesteps.device)

@@ -5,12 +5,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.drift import LayerDrift, drift, extremes
+from tfmq.calibration.drift import LayerDrift, drift, extremes, static_inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers, packed_weights
 from tfmq.nn.swap import steps_of
 from tfmq.nn.temporal import CachedFeature
-from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables
 
@@ -60,15 +59,14 @@ def fuse_adapters(module: nn.Module, full: Sampler, *, steps: int, scale: float)
     if not getattr(stock, "peft_config", None):
         raise ValueError(f"{type(stock).__name__} carries no LoRA; load one into the full-precision pipeline first, and do not fuse it")
     context, layers = steps_of(module), packed_layers(module)
-    quantizers = {name: layer.input_quantizer for name, layer in layers.items() if isinstance(layer.input_quantizer, ActivationQuantizer)}
     stock.disable_lora()
-    with extremes(full.denoiser, quantizers, context) as base:
+    with extremes(full.denoiser, layers, context) as base:
         full.run(range(1), steps=steps, seed=0)
     stock.enable_lora()
     weights = _fused(stock, scale)
     if unknown := sorted(weights.keys() - {name for name, _ in module.named_modules()}):
         raise ValueError(f"the LoRA changes {unknown[0]}, which the quantized model does not have; pass the model that it was made from")
-    with extremes(full.denoiser, quantizers, context) as changed:
+    with extremes(full.denoiser, layers, context) as changed:
         full.run(range(1), steps=steps, seed=0)
     packed = packed_weights(module)
     for name, weight in weights.items():
@@ -78,4 +76,4 @@ def fuse_adapters(module: nn.Module, full: Sampler, *, steps: int, scale: float)
             module.get_parameter(f"{name}.weight").copy_(weight)
     if any(isinstance(child, CachedFeature) for child in module.modules()):
         rebake_tables(module, TemporalBlock(full.denoiser, full.example()), context.timesteps.clone())
-    return drift(quantizers, context, base, changed)
+    return drift(static_inputs(layers), context, base, changed)

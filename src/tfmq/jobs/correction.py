@@ -1,0 +1,78 @@
+"""The correction of what a quantized model predicts, as a part of the job: both models draw a batch of images from the same noise."""
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.calibration.correction import NONE, Fitting, StepFit, recorded_predictions
+from tfmq.jobs.job import Job
+from tfmq.jobs.judging import exchanged
+from tfmq.nn.correction import Correction, attach_correction
+from tfmq.nn.operation import operation_of
+from tfmq.nn.swap import steps_of
+from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.progress import Advance
+
+NAMES = (NONE, *ESTIMATORS)
+# Stands in the journal for a step that was not visited.
+UNVISITED = 255
+
+
+def correct(job: Job, full: nn.Module, last: str) -> tuple[StepFit, ...]:
+    """Fit the recipe's correction of the job's packed model and attach it.
+
+    Args:
+        job: its model has packed layers.
+        full: the model in full precision.
+        last: name of the last layer that the sample goes through.
+
+    Returns:
+        What was found for each step; nothing where the recipe asks for no correction.
+    """
+    if not job.recipe.correction.estimators:
+        return ()
+    found = job.journal.stage("correction", lambda: _fitted(job, full, last))
+    module = job.denoiser.module
+    correction = Correction(steps_of(module), channels=found["gain"].shape[1], axis=int(found["axis"]))
+    correction.load_state_dict({name: found[name] for name in ("gain", "bias")})
+    attach_correction(module, correction.to(steps_of(module).timesteps.device))
+    rows = zip(found["kept"].tolist(), found["before"].tolist(), found["after"].tolist(), strict=True)
+    return tuple(StepFit(NONE if kept == UNVISITED else NAMES[kept], before, after) for kept, before, after in rows)
+
+
+def channel_axis(prediction: Tensor, last: nn.Module) -> int:
+    """Return where a `prediction` has its channels: behind the batch, unless it is rows of tokens, which a linear layer put out `last`."""
+    operation = operation_of(last)
+    return 1 if prediction.ndim != 3 or operation is None else operation.channel_axis
+
+
+def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
+    module, recipe = job.denoiser.module, job.recipe
+    count, steps = max(2, recipe.calibration.batch_size), recipe.calibration.steps
+    seed = job.seed_of("correction")
+    with job.progress("correction: images of two models", 2 * count * steps) as advance:
+        with exchanged(module, full), recorded_predictions(module) as expected:
+            _draw(job, count, seed, advance)
+        axis = channel_axis(expected[0], full.get_submodule(last))
+        # Where a model predicts a variance too, its channels are behind those of the sample.
+        channels = min(expected[0].shape[axis], job.sampler.example().sample.shape[axis])
+        correction = Correction(steps_of(module), channels=channels, axis=axis).to(expected[0].device)
+        fitting = Fitting(job.denoiser, correction, expected, estimators=recipe.correction.estimators, images=count)
+        with fitting.running():
+            _draw(job, count, seed, advance)
+    return {"axis": torch.tensor(correction.axis), "gain": correction.gain, "bias": correction.bias, **_numbers(fitting, len(correction.gain))}
+
+
+def _draw(job: Job, count: int, seed: int, advance: Advance) -> None:
+    handle = job.denoiser.module.register_forward_pre_hook(lambda *_: advance())
+    try:
+        job.sampler.run(range(count), steps=job.recipe.calibration.steps, seed=seed)
+    finally:
+        handle.remove()
+
+
+def _numbers(fitting: Fitting, steps: int) -> dict[str, Tensor]:
+    """Return what was kept and the errors, step by step."""
+    kept, before, after = torch.full((steps,), UNVISITED, dtype=torch.uint8), torch.zeros(steps), torch.zeros(steps)
+    for step, fit in fitting.fits.items():
+        kept[step], before[step], after[step] = NAMES.index(fit.kept), fit.before, fit.after
+    return {"kept": kept, "before": before, "after": after}

@@ -1,0 +1,149 @@
+"""Rescalings chosen for planted layers: an outlier channel has to be found, and where there is none nothing is rescaled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tfmq.calibration.rescaling import MOST, Seen, best_factor, observe, output_error, watched
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.trace import trace
+from tfmq.nn.layer import CalibratedLayer, pack
+from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.plan import calibrated_layers, prepare
+from tfmq.numerics.errors import sqnr_db
+from tfmq.numerics.formats import IntegerFormat
+from tfmq.quantizers.activation import ActivationQuantizer
+from tfmq.quantizers.dynamic import DynamicQuantizer
+from tfmq.quantizers.steps import StepContext
+from tfmq.quantizers.weight import fit_grid
+from tfmq.recipes.plan import make_plan
+from tfmq.recipes.recipe import Recipe, Weights
+
+STEPS = StepContext(torch.tensor([1.0, 5.0, 9.0]))
+CHANNELS, OUTLIER, SIZE = 16, 3, 64.0
+
+
+def layer_of(source: nn.Module, *, kind: str, bits: int = 8, segments: tuple[int, ...] = ()) -> CalibratedLayer:
+    operation = operation_of(source)
+    assert operation is not None
+    grid = fit_grid(weight_of(source).detach(), IntegerFormat(bits, True), segments=segments, method="min_max")
+    axis, fmt = operation.channel_axis, IntegerFormat(bits, False)
+    quantizers: dict[str, Callable[[], Any]] = {
+        "per step": lambda: ActivationQuantizer(fmt, steps=STEPS, segments=segments, axis=axis),
+        "static": lambda: ActivationQuantizer(fmt, segments=segments, axis=axis),
+        "dynamic": lambda: DynamicQuantizer(fmt, segments=segments),
+        "none": lambda: None,
+    }
+    return CalibratedLayer(source, operation, grid, quantizers[kind]())
+
+
+def read(layer: CalibratedLayer, inputs: list[Tensor]) -> Seen:
+    with watched({"layer": layer}, STEPS, len(inputs)) as seen:
+        for number, x in enumerate(inputs):
+            with STEPS.at_bins(torch.tensor([number % 3])):
+                layer(x)
+    return seen["layer"]
+
+
+def inputs_of(source: nn.Module, *, outlier: float) -> list[Tensor]:
+    linear = isinstance(source, nn.Linear)
+    found = [torch.randn((4, 20, CHANNELS) if linear else (4, CHANNELS, 6, 6)) for _ in range(6)]
+    for x in found:
+        (x[..., OUTLIER] if linear else x[:, OUTLIER]).mul_(outlier)
+    return found
+
+
+SOURCES = {
+    "linear": lambda: nn.Linear(CHANNELS, 24),
+    "convolution": lambda: nn.Conv2d(CHANNELS, 24, 3, padding=1),
+    "groups": lambda: nn.Conv2d(CHANNELS, 24, 3, padding=1, groups=4),
+    "transposed": lambda: nn.ConvTranspose2d(CHANNELS, 24, 2, stride=2),
+}
+
+
+@pytest.mark.parametrize("equalizer", ["ranges", "peaks"])
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in SOURCES for kind in ("per step", "static")] + [("linear", "dynamic")])
+def test_an_outlier_channel_is_found(name: str, kind: str, equalizer: str) -> None:
+    """One channel 64 times as large takes six bits of range from all others; the weights that read it are as much smaller, so there is room."""
+    source = SOURCES[name]()
+    with torch.no_grad():
+        reading = source.weight if name == "transposed" else source.weight.transpose(0, 1)
+        # Of four groups the first has the outlier, and the first 6 of 24 outputs.
+        (reading[OUTLIER, :6] if name == "groups" else reading[OUTLIER]).div_(SIZE)
+    layer = layer_of(source, kind=kind)
+    seen = read(layer, inputs_of(source, outlier=SIZE))
+    factor = best_factor(layer, seen, equalizers=(equalizer,), ranges="min_max")
+    assert factor is not None
+    others = torch.arange(CHANNELS) != OUTLIER
+    assert float(factor[OUTLIER] / factor[others].max()) <= 1 / 4
+    before, after = (output_error(layer, seen, f, ranges="min_max") for f in (torch.ones(CHANNELS), factor))
+    assert after < before / 4
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_where_channels_are_alike_nothing_is_rescaled(name: str) -> None:
+    source = SOURCES[name]()
+    with torch.no_grad():
+        source.weight.copy_(source.weight.sign())
+    seen = read(layer := layer_of(source, kind="per step"), [x.sign() for x in inputs_of(source, outlier=1.0)])
+    assert best_factor(layer, seen, equalizers=("ranges", "peaks"), ranges="min_max") is None
+
+
+def test_weights_alone_are_rescaled_for_themselves() -> None:
+    """An input channel with large weights spoils the grid of each row, whatever reads it."""
+    source = nn.Linear(CHANNELS, 24)
+    with torch.no_grad():
+        source.weight[:, OUTLIER] *= SIZE
+    layer = layer_of(source, kind="none", bits=4)
+    seen = read(layer, inputs_of(source, outlier=1 / SIZE))
+    factor = best_factor(layer, seen, equalizers=("ranges",), ranges="min_max")
+    assert factor is not None and float(factor[OUTLIER] / factor.median()) >= 4
+
+
+def test_segments_have_grids_of_their_own() -> None:
+    """The outlier is alone in its segment, where its range costs nobody anything."""
+    source = nn.Conv2d(CHANNELS, 24, 3, padding=1)
+    inputs = inputs_of(source, outlier=SIZE)
+    order = [OUTLIER, *(c for c in range(CHANNELS) if c != OUTLIER)]
+    apart, together = (layer_of(source, kind="per step", segments=segments) for segments in ((1, CHANNELS - 1), ()))
+    errors = [output_error(layer, read(layer, [x[:, order] for x in inputs]), torch.ones(CHANNELS), ranges="min_max") for layer in (apart, together)]
+    assert errors[0] < errors[1] / 4
+
+
+@torch.no_grad()
+def test_the_error_is_that_of_the_layer() -> None:
+    """What decides is what the layer itself does to these rows, its input grid fitted to their exact extremes."""
+    source = nn.Linear(CHANNELS, 24, bias=False)
+    layer = layer_of(source, kind="dynamic", bits=6)
+    inputs = inputs_of(source, outlier=SIZE)[:1]
+    seen = read(layer, inputs)
+    factor = torch.ones(CHANNELS)
+    factor[OUTLIER] = 1 / 32
+    found = output_error(layer, seen, factor, ranges="min_max")
+    exact = seen.rows[0][0] @ source.weight.mT
+    layer.rescale(factor, ranges="min_max")
+    packed = pack(layer)
+    assert found == pytest.approx(float((packed(seen.rows[0][0]) - exact).double().square().sum()), rel=1e-4)
+    assert torch.equal(packed.stock_weight, packed.weight * factor)
+
+
+@torch.no_grad()
+def test_a_model_whose_layers_are_rescaled_computes_the_same_in_full_precision(build: Callable[..., Any]) -> None:
+    denoiser: Denoiser
+    inputs: Inputs
+    denoiser, inputs = build("unet")
+    expected = denoiser(inputs)
+    prepare(denoiser.module, make_plan(Recipe(name="w4a8", weights=Weights(ranges="min_max")), trace(denoiser, inputs)), STEPS, timestep="timestep")
+    batch = inputs.resized(2)
+    layers = calibrated_layers(denoiser.module)
+    seen = observe(denoiser, layers, STEPS, [Inputs(batch.sample, torch.tensor([1.0, 9.0]))] * 3, calls=3, advance=lambda _=1: None)
+    assert seen.keys() == layers.keys() and all(sum(map(lambda rows: rows.shape[1], found.rows)) <= MOST for found in seen.values())
+    for name, layer in layers.items():
+        width = layer.weight.shape[1] * layer.operation.groups
+        layer.rescale(torch.exp2((torch.arange(width) % 5 - 2).float()), ranges="min_max")
+        assert seen[name].low.shape == (3, width)
+    # The same terms, summed in another order where a library has another kernel for other strides.
+    assert sqnr_db(expected, denoiser(inputs)) > 120

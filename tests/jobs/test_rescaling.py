@@ -1,0 +1,175 @@
+"""Rescaled inputs as a part of a job: executed by every backend, in graphs, stored, refused where they are damaged."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tfmq
+from tfmq.backends.execution import execute
+from tfmq.export.capture import Call, KeyedGraph, capture
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.sampler import LoopSampler
+from tfmq.nn.layer import PackedLayer
+from tfmq.nn.plan import packed_layers
+from tfmq.numerics.errors import sqnr_db
+from tfmq.recipes import Recipe
+from tfmq.recipes.recipe import Calibration, Rescaling
+from tfmq.storage import read_tensors, seal, write_tensors
+from tfmq.storage.errors import CheckpointError, ForeignFileError
+
+Make = Callable[..., LoopSampler]
+NAMES = ("plain_rgb", "unet", "dit", "upsampler")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    base = tfmq.scheme("rtn_w4a8")
+    calibration = Calibration(samples=2, steps=3, interval=1, batch_size=2, judged=0.0)
+    return replace(base, calibration=calibration, rescaling=Rescaling(equalizers=("ranges", "peaks")))
+
+
+def wild(layer: Any, *_: Any, **__: Any) -> Tensor:
+    """Return factors that every layer would be wrong without."""
+    width = layer.weight.shape[1] * layer.operation.groups
+    return torch.exp2((torch.arange(width) * 5 % 7 - 3).float())
+
+
+@pytest.fixture(scope="module")
+def made(sampler: Make, recipe: Recipe) -> dict[str, LoopSampler]:
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tfmq.jobs.calibration.best_factor", wild)
+        for name in NAMES:
+            found[name] = sampler(name)
+            tfmq.quantize(found[name], recipe)
+    return found
+
+
+def rescaled(module: torch.nn.Module) -> dict[str, PackedLayer]:
+    return {name: layer for name, layer in packed_layers(module).items() if layer.factor is not None}
+
+
+def inputs_of(made: LoopSampler) -> Inputs:
+    example = made.example().resized(2)
+    return Inputs(torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([333, 666]), example.conditions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["float", "reference", "operators", "torch", "openvino"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backend_rescales(made: dict[str, LoopSampler], name: str, backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    denoiser, inputs = made[name].denoiser, inputs_of(made[name])
+    assert rescaled(denoiser.module)
+    expected = denoiser(inputs)
+    try:
+        execute(denoiser.module, backend)
+        found = denoiser(inputs)
+    finally:
+        execute(denoiser.module, "simulated")
+    # `float` does not round inputs, which the wild factors make coarse. Without the factors there would be no likeness.
+    assert sqnr_db(expected, found) > (5 if backend == "float" else 30)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["plain_rgb", "dit"])
+def test_graphs_rescale(made: dict[str, LoopSampler], name: str) -> None:
+    denoiser, inputs = made[name].denoiser, inputs_of(made[name])
+    arguments = {denoiser.sample: inputs.sample, denoiser.timestep: inputs.timestep, **inputs.conditions}
+    call = Call.of(denoiser.module, arguments)
+    program = capture(KeyedGraph(denoiser.module, call.signature), call, dynamic=True)
+    assert sqnr_db(denoiser(inputs), program.module()(*call.tensors)[0]) > 60
+
+
+@torch.no_grad()
+def test_what_is_rescaled_is_saved_and_loaded(sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
+    drawn = sampler("plain_rgb")
+    tfmq.quantize(drawn, recipe, output_dir=tmp_path / "q")
+    inputs = inputs_of(drawn)
+    loaded = tfmq.load(tmp_path / "q", module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated")
+    assert torch.equal(Denoiser(loaded)(inputs), drawn.denoiser(inputs))
+    manifest = json.loads((tmp_path / "q" / "tfmq.json").read_text())
+    named = {name for group in manifest["structure"]["layers"] for name in group["names"] if group.get("rescaled")}
+    assert manifest["version"] == 3 and named == rescaled(drawn.denoiser.module).keys()
+    assert not any("embed" in name or "shift" in name for name in named), "the temporal block has exact ranges of its own"
+
+
+def test_measured_factors_bring_a_planted_model_back(sampler: Make, recipe: Recipe, script: Callable[[str], Any]) -> None:
+    """One channel behind each norm is 64 times as large, and its readers' weights as much smaller: the same model, harder to quantize."""
+
+    def planted() -> LoopSampler:
+        drawn = sampler("dit")
+        module = drawn.denoiser.module
+        with torch.no_grad():
+            # adaLN-Zero starts at zero, where nothing would show.
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+        outliers = script("benchmarks/planted.py").norm_outliers(module)
+        return LoopSampler(Denoiser(outliers), drawn.scheduler, shape=drawn.shape, conditions=drawn.conditions)
+
+    inputs = inputs_of(planted())
+    expected = planted().denoiser(inputs)
+    found = {}
+    for name, equalizers in (("off", ()), ("on", ("ranges",))):
+        drawn = planted()
+        tfmq.quantize(drawn, replace(recipe, weights=replace(recipe.weights, bits=8), rescaling=Rescaling(equalizers=equalizers)))
+        assert bool(rescaled(drawn.denoiser.module)) == bool(equalizers)
+        found[name] = sqnr_db(expected, drawn.denoiser(inputs))
+    assert found["on"] > found["off"] + 6, found
+
+
+def test_a_killed_job_has_the_same_factors(sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
+    whole = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "whole").report
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tfmq.jobs.calibration.collect", stop)
+        tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q")
+    with monkeypatch.context() as patch:
+        patch.setattr("tfmq.jobs.calibration.observe", lambda *_, **__: pytest.fail("observed again"))
+        resumed = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q", resume=True).report
+    assert resumed["sha256"] == whole["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s, t: t["exit.factor"].fill_(0.0), CheckpointError, "factor that is not positive"),
+        (lambda s, t: t["exit.factor"].fill_(float("inf")), CheckpointError, "factor that is not positive"),
+        (lambda s, t: t.pop("exit.factor"), CheckpointError, r"exit\.factor, which is missing"),
+        (lambda s, t: t.update({"exit.factor": torch.ones(3)}), ValueError, r"exit\.factor"),
+        (lambda s, t: s["layers"][0].update(rescaled="yes"), ForeignFileError, "rescaled"),
+        (lambda s, t: s["layers"][0].update(rotated=True), ForeignFileError, "rotated"),
+    ],
+    ids=["zero", "infinite", "missing", "short", "type", "unknown"],
+)
+def test_a_damaged_factor_is_refused_by_name(
+    sampler: Make,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any, Any], Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
+    directory = tmp_path / "q"
+    tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=directory)
+    tensors, _ = read_tensors(directory / "tfmq_model.safetensors")
+    manifest = json.loads((directory / "tfmq.json").read_text())
+    change(manifest["structure"], tensors)
+    write_tensors(directory / "tfmq_model.safetensors", tensors)
+    (directory / "tfmq.json").write_text(json.dumps(seal(tensors, manifest)))
+    with pytest.raises(error, match=message):
+        tfmq.load(directory, module=sampler("plain_rgb").denoiser.module)
