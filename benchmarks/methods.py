@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import tfmq
 from tfmq.recipes.presets import brecq, fast, rtn, transformer
-from tfmq.recipes.recipe import Recipe
+from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 
 
 def gptq(recipe: Recipe) -> Recipe:
@@ -25,6 +25,16 @@ def unit_gain(recipe: Recipe) -> Recipe:
     return replace(recipe, name=recipe.name.replace("tfmq", "unit_gain"), rounding=replace(recipe.rounding, unit_gain=True))
 
 
+def rescaled(recipe: Recipe, *equalizers: str) -> Recipe:
+    """The preset with rescaled inputs where that leaves less error."""
+    return replace(recipe, name=recipe.name.replace("tfmq", "-".join(equalizers)), rescaling=Rescaling(equalizers=equalizers))
+
+
+def corrected(recipe: Recipe, *estimators: str) -> Recipe:
+    """The preset with a correction of what the model predicts."""
+    return replace(recipe, name=recipe.name.replace("tfmq", "-".join(estimators)), correction=Correction(estimators=estimators))
+
+
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "min-max": min_max,
     "rtn": rtn,
@@ -32,6 +42,11 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "gptq": gptq,
     "tfmq": lambda recipe: recipe,
     "unit-gain": unit_gain,
+    "rescaled": lambda recipe: rescaled(recipe, "ranges"),
+    "peaks": lambda recipe: rescaled(recipe, "peaks"),
+    "bias": lambda recipe: corrected(recipe, "bias"),
+    "gain": lambda recipe: corrected(recipe, "gain"),
+    "affine": lambda recipe: corrected(recipe, "affine"),
     "fast": fast,
     "transformer": transformer,
 }

@@ -9,10 +9,8 @@ from tfmq.jobs.judging import exchanged
 from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.operation import operation_of
 from tfmq.nn.swap import steps_of
-from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.progress import Advance
 
-NAMES = (NONE, *ESTIMATORS)
 # Stands in the journal for a step that was not visited.
 UNVISITED = 255
 
@@ -36,7 +34,8 @@ def correct(job: Job, full: nn.Module, last: str) -> tuple[StepFit, ...]:
     correction.load_state_dict({name: found[name] for name in ("gain", "bias")})
     attach_correction(module, correction.to(steps_of(module).timesteps.device))
     rows = zip(found["kept"].tolist(), found["before"].tolist(), found["after"].tolist(), strict=True)
-    return tuple(StepFit(NONE if kept == UNVISITED else NAMES[kept], before, after) for kept, before, after in rows)
+    names = (NONE, *job.recipe.correction.estimators)
+    return tuple(StepFit(NONE if kept == UNVISITED else names[kept], before, after) for kept, before, after in rows)
 
 
 def channel_axis(prediction: Tensor, last: nn.Module) -> int:
@@ -74,5 +73,5 @@ def _numbers(fitting: Fitting, steps: int) -> dict[str, Tensor]:
     """Return what was kept and the errors, step by step."""
     kept, before, after = torch.full((steps,), UNVISITED, dtype=torch.uint8), torch.zeros(steps), torch.zeros(steps)
     for step, fit in fitting.fits.items():
-        kept[step], before[step], after[step] = NAMES.index(fit.kept), fit.before, fit.after
+        kept[step], before[step], after[step] = (NONE, *fitting.estimators).index(fit.kept), fit.before, fit.after
     return {"kept": kept, "before": before, "after": after}

@@ -1,0 +1,147 @@
+"""What holds for all that is registered: backends, solvers, equalizers, estimators, parts of a quantized model. None is listed here."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tfmq
+from tfmq.backends.backend import BACKENDS
+from tfmq.backends.execution import execute
+from tfmq.models.denoiser import Inputs
+from tfmq.models.sampler import LoopSampler
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.swap import parts_of
+from tfmq.numerics.equivalence import EQUALIZERS, Extremes, power_of_two
+from tfmq.numerics.errors import sqnr_db
+from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.quantizers.part import Part
+from tfmq.recipes import Recipe
+from tfmq.recipes.recipe import Calibration, Correction, Rescaling
+from tfmq.reconstruction.solvers import SOLVERS
+from tfmq.storage.digest import tensor_digest
+
+Make = Callable[..., LoopSampler]
+
+
+def short(**changes: Any) -> Recipe:
+    """A recipe that learns next to nothing, and uses every door."""
+    base = tfmq.scheme("w4a8")
+    return replace(
+        base,
+        calibration=Calibration(samples=2, steps=3, interval=1, batch_size=2, judged=0.0),
+        learning=replace(base.learning, iterations=3),
+        temporal=replace(base.temporal, learning=replace(base.temporal.learning, iterations=3)),
+        rescaling=Rescaling(equalizers=tuple(EQUALIZERS)),
+        correction=Correction(estimators=tuple(ESTIMATORS)),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(sampler: Make) -> LoopSampler:
+    """A model in which every layer is rescaled and every prediction corrected."""
+    made = sampler("upsampler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tfmq.jobs.calibration.best_factor", lambda layer, *_, **__: torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0))
+        tfmq.quantize(made, short())
+    return made
+
+
+def batch(made: LoopSampler) -> Inputs:
+    example = made.example().resized(2)
+    return Inputs(torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([666, 666]), example.conditions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_computes_what_the_simulation_does_and_leaves_no_trace(whole: LoopSampler, name: str) -> None:
+    module, inputs = whole.denoiser.module, batch(whole)
+    if lacking := BACKENDS[name].missing():
+        pytest.skip(lacking)
+    before, expected = tensor_digest(module.state_dict()), whole.denoiser(inputs)
+    try:
+        coverage = execute(module, name)
+        found = whole.denoiser(inputs)
+        # `float` does not round the inputs of layers; every other one computes the same integers.
+        assert sqnr_db(expected, found) > (20 if name == "float" else 35)
+        assert torch.equal(whole.denoiser(inputs), found)
+        named = [*coverage.integer, *coverage.floating]
+        assert len(named) == len(set(named))
+        assert tensor_digest(module.state_dict()) == before
+    finally:
+        execute(module, "simulated")
+    assert torch.equal(whole.denoiser(inputs), expected)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_stays_on_the_grid_and_depends_on_the_seed_alone(sampler: Make, name: str) -> None:
+    digests, seen = set(), 0
+    for _ in range(2):
+        made = sampler("plain_rgb")
+        rounding = replace(tfmq.scheme("w4a8").rounding, solver=name)
+        report = tfmq.quantize(made, short(rounding=rounding), seed=7).report
+        digests.add(report["sha256"])
+        seen += len(report["units"])
+        assert all(unit["error_after"] is None or unit["error_after"] >= 0 for unit in report["units"])
+        assert bool(made.run(range(1), steps=3, seed=1).isfinite().all())
+    assert len(digests) == 1 and (seen > 0 or name == "nearest")
+
+
+def extremes() -> Iterator[Extremes]:
+    """Inputs of every kind: ordinary, one-sided, all zero, wild."""
+    yield Extremes(-torch.rand(3, 6), torch.rand(3, 6))
+    yield Extremes(torch.zeros(3, 6), torch.rand(3, 6) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e6]))
+    yield Extremes(torch.zeros(3, 6), torch.zeros(3, 6))
+    yield Extremes(torch.full((3, 6), -1e-20), torch.full((3, 6), 1e20))
+
+
+@pytest.mark.parametrize("name", EQUALIZERS)
+def test_an_equalizer_proposes_positive_finite_factors_and_has_no_memory(name: str) -> None:
+    weights = torch.rand(6) + 0.01
+    for seen in extremes():
+        first, second = (list(EQUALIZERS[name](seen, weights)) for _ in range(2))
+        assert first
+        for one, other in zip(first, second, strict=True):
+            snapped = power_of_two(one)
+            assert snapped.shape == (6,) and bool((snapped.isfinite() & (snapped > 0)).all()) and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("exact", [torch.randn(500, 3), torch.zeros(500, 3), torch.full((500, 3), 2.0)], ids=["noise", "zero", "constant"])
+def test_an_estimator_leaves_what_is_right(name: str, exact: Tensor) -> None:
+    values = exact.double()
+    found = ESTIMATORS[name](values, values)
+    torch.testing.assert_close(found(values), values, rtol=0, atol=1e-12)
+
+
+def kinds(base: type[Part] = Part) -> Iterator[type[Part]]:
+    for kind in base.__subclasses__():
+        yield from (kind, *kinds(kind))
+
+
+@torch.no_grad()
+def test_a_part_keeps_its_tensors_through_dtypes_and_what_backends_set(whole: LoopSampler) -> None:
+    parts = list(parts_of(whole.denoiser.module))
+    assert not any(isinstance(part, CalibratedLayer) for part in parts)
+    for part in parts:
+        own = {name for name in part._buffers if name in part.state_dict(keep_vars=True)}
+        assert all(part.keeps(name) for name in own), type(part).__name__
+        assert part.finished() is part
+        set_before = part.prepared()
+        part.release()
+        part.prepare(set_before)
+        assert part.prepared().keys() == type(part).PREPARED.keys()
+        undo = part.choose(weights="full", inputs="full")
+        undo()
+
+
+def test_every_kind_of_part_is_in_a_model_of_these_tests_or_is_gone_when_it_is_packed(whole: LoopSampler, sampler: Make) -> None:
+    other = sampler("unet")
+    tfmq.quantize(other, replace(short(), activations=replace(tfmq.scheme("transformer_w4a8").activations, tokens="dynamic")))
+    found = {kind for made in (whole, other) for part in parts_of(made.denoiser.module) for kind in type(part).__mro__}
+    lacking = [kind.__name__ for kind in kinds() if kind not in found and not kind.__subclasses__() and not kind.__name__.startswith("Calibrated")]
+    assert not lacking, f"no model here has {', '.join(lacking)}"
