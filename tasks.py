@@ -1,18 +1,21 @@
 """Set up the project and run it: `python3 tasks.py demo` or `python3 tasks.py test`.
 
-Either command works on a fresh machine with Python 3.11 or newer. It makes a virtual environment in `.venv`, installs torch and then the
-project with the extra it needs, at the versions of `constraints.txt`, and skips all of that once a stamp says that the same `pyproject.toml` and
-`constraints.txt` have been installed.
+Either command works on a fresh machine with Python 3.11 or newer. It makes a virtual environment in `.venv`,
+installs torch and then the project with the extra it needs, at the versions of `constraints.txt`, and skips
+all of that once a stamp says that the same `pyproject.toml` and `constraints.txt` have been installed.
 
 To use another torch than the one installed by default, which no version in `constraints.txt` then replaces:
 
-    python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the Python that runs this script
-    TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used as it is; nothing is created or installed
+    python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the
+    Python that runs this script TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used
+    as it is; nothing is created or installed
 
-`python3 tasks.py docs` builds the documentation as a site in `site/`. `python3 tasks.py matrix` writes the tables of docs/capabilities.md anew.
+`python3 tasks.py docs` builds the documentation as a site in `site/`. `python3 tasks.py matrix` writes the
+tables of docs/capabilities.md anew.
 
-To move to today's versions, delete `.venv` and run `python3 tasks.py lock`: it installs the newest that `pyproject.toml` allows, and writes them to
-`constraints.txt`. Use the oldest Python that the project supports, since every later one has to find the same versions.
+To move to today's versions, delete `.venv` and run `python3 tasks.py lock`: it installs the newest that
+`pyproject.toml` allows, and writes them to `constraints.txt`. Use the oldest Python that the project
+supports, since every later one has to find the same versions.
 """
 
 from __future__ import annotations
@@ -33,13 +36,14 @@ VENV = ROOT / ".venv"
 RUNS = Path("runs", "demo")
 TORCH = "torch==2.13.0"
 CONSTRAINTS = ROOT / "constraints.txt"
-HEADER = """# The versions that pip installs; written by `python3 tasks.py lock`. A constraint installs nothing, so that no line needs its platform.
-# torch is not among them, nor what it asks for by exact version.
+HEADER = """# The versions that pip installs; written by `python3 tasks.py lock`. A constraint installs
+# nothing, so that no line needs its platform. torch is not among them, nor what it asks for by exact version.
 """
 SATISFIED_BY = {"demo": ("demo", "dev"), "docs": ("docs", "dev"), "dev": ("dev",)}
 # A torch for CUDA brings the exact one that it needs.
 OF_TORCH = frozenset({"triton"})
-# No package is compiled ahead of its first import: most modules are never imported. Without --quiet pip shows each package, its size and its speed.
+# No package is compiled ahead of its first import: most modules are never imported. Without --quiet pip shows
+# each package, its size and its speed.
 PIP = ("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile")
 OLDEST_PYTHON = (3, 11)
 
@@ -73,10 +77,16 @@ def create_venv(venv: Path, *, system_site_packages: bool) -> None:
         flags = ["--system-site-packages"] if system_site_packages else []
         missing = "could not create the environment; on Debian and Ubuntu install the package python3-venv"
         call(Path(sys.executable), "-m", "venv", *flags, str(venv), error=missing)
-    elif system_site_packages and "include-system-site-packages = true" not in (venv / "pyvenv.cfg").read_text(encoding="utf-8"):
-        raise SystemExit(f"error: {venv.name} already exists without --system-site-packages; delete it to make it anew")
+    elif system_site_packages and "include-system-site-packages = true" not in (
+        venv / "pyvenv.cfg"
+    ).read_text(encoding="utf-8"):
+        raise SystemExit(
+            f"error: {venv.name} already exists without --system-site-packages; delete it to make it anew"
+        )
     if not succeeds(python, "-m", "pip", "--version"):
-        call(python, "-m", "ensurepip", "--upgrade", error=f"{venv.name} has no pip; delete it to make it anew")
+        call(
+            python, "-m", "ensurepip", "--upgrade", error=f"{venv.name} has no pip; delete it to make it anew"
+        )
 
 
 def canonical(name: str) -> str:
@@ -94,7 +104,10 @@ def required(requirement: str) -> tuple[str, bool]:
 
 def present_torch(python: Path) -> tuple[str, tuple[str, ...]] | None:
     """Return the version of the torch that `python` imports, and its requirements; None without a torch."""
-    code = "import json, torch, importlib.metadata as m; print(json.dumps([m.version('torch'), m.requires('torch') or []]))"
+    code = (
+        "import json, torch, importlib.metadata as m; "
+        "print(json.dumps([m.version('torch'), m.requires('torch') or []]))"
+    )
     done = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return None
@@ -103,30 +116,40 @@ def present_torch(python: Path) -> tuple[str, tuple[str, ...]] | None:
 
 
 def applicable(constraints: str, torch: tuple[str, tuple[str, ...]] | None) -> str:
-    """Return the `constraints` that hold beside a `torch`, which stays as it is; without one those that fit any.
+    """Return the `constraints` that hold beside a `torch`, which stays as it is; without one those that fit
+    any.
 
     Where that torch sets a limit itself, its word counts: otherwise pip would look for another torch.
     """
     limited = OF_TORCH if torch is None else {name for name, refuses in map(required, torch[1]) if refuses}
-    kept = [line for line in constraints.splitlines() if line.startswith("#") or required(line)[0] not in limited]
+    kept = [
+        line for line in constraints.splitlines() if line.startswith("#") or required(line)[0] not in limited
+    ]
     return "\n".join(kept + ([] if torch is None else [f"torch=={torch[0]}"])) + "\n"
 
 
 def install(venv: Path, extra: str, *, pyproject: Path, constraints: Path, locked: bool = True) -> None:
-    """Install torch and the project with `extra`, unless a stamp in `venv` records that for the same `pyproject` and `constraints`.
+    """Install torch and the project with `extra`, unless a stamp in `venv` records that for the same
+    `pyproject` and `constraints`.
 
     Versions are those of `constraints` if `locked`, else the newest.
     """
     text = constraints.read_text(encoding="utf-8") if locked else ""
     digest = hashlib.sha256(pyproject.read_bytes() + text.encode()).hexdigest()
     stamps = {name: venv / f"tfmq-{name}.stamp" for name in SATISFIED_BY}
-    if any(stamps[name].exists() and stamps[name].read_text(encoding="utf-8") == digest for name in SATISFIED_BY[extra]):
+    if any(
+        stamps[name].exists() and stamps[name].read_text(encoding="utf-8") == digest
+        for name in SATISFIED_BY[extra]
+    ):
         return
     python, chosen, began = venv_python(venv), venv / "tfmq-constraints.txt", time.monotonic()
     limits = ("--constraint", str(chosen))
     torch = present_torch(python)
     if torch is None:
-        say(f"[1/2] installing {TORCH}: by far the largest, with CUDA libraries where there is a build for them ...")
+        say(
+            f"[1/2] installing {TORCH}: by far the largest, with CUDA "
+            "libraries where there is a build for them ..."
+        )
         chosen.write_text(applicable(text, None), encoding="utf-8")
         call(python, *PIP, *limits, TORCH, error=f"pip could not install {TORCH}")
         torch = present_torch(python)
@@ -145,25 +168,37 @@ def pins(inspected: list[dict[str, dict[str, object]]]) -> str:
     torch and what it asks for by exact version are left out. What does not run on the oldest Python says so.
     """
     found = {canonical(str(one["metadata"]["name"])): one["metadata"] for one in inspected}
-    of_torch = {canonical(name) for name in re.findall(r"'([\w.-]+) ?\(?==", str(found.get("torch", {}).get("requires_dist", "")))}
+    of_torch = {
+        canonical(name)
+        for name in re.findall(r"'([\w.-]+) ?\(?==", str(found.get("torch", {}).get("requires_dist", "")))
+    }
     lines = []
     for name in sorted(found.keys() - {"pip", "tfmq", "torch"} - of_torch):
         # A label of one build, such as +cpu, is no release.
-        version, python = str(found[name]["version"]).partition("+")[0], str(found[name].get("requires_python", ""))
+        version, python = (
+            str(found[name]["version"]).partition("+")[0],
+            str(found[name].get("requires_python", "")),
+        )
         least = max((int(minor) for minor in re.findall(r">=\s*3\.(\d+)", python)), default=0)
-        lines.append(f"{name}=={version}" + (f'; python_version >= "3.{least}"' if least > OLDEST_PYTHON[1] else ""))
+        lines.append(
+            f"{name}=={version}" + (f'; python_version >= "3.{least}"' if least > OLDEST_PYTHON[1] else "")
+        )
     return HEADER + "\n".join(lines) + "\n"
 
 
 def prepare(extra: str, *, system_site_packages: bool, locked: bool = True) -> tuple[Path, dict[str, str]]:
-    """Return the interpreter to use, with the packages of `extra`, at locked versions or the newest, and the environment to run it in."""
+    """Return the interpreter to use, with the packages of `extra`, at locked versions or the newest, and the
+    environment to run it in.
+    """
     environment = dict(os.environ)
     if own := environment.get("TFMQ_PYTHON"):
         if system_site_packages:
             raise SystemExit("error: --system-site-packages has no effect with TFMQ_PYTHON; use one of them")
         if not Path(own).is_file():
             raise SystemExit(f"error: TFMQ_PYTHON is not a file: {own}")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")])
+        )
         # Not resolved: a virtual environment is recognised by the path of the link to its interpreter.
         return Path(own).absolute(), environment
     create_venv(VENV, system_site_packages=system_site_packages)
@@ -197,11 +232,19 @@ def demo(python: Path, environment: dict[str, str]) -> None:
 # Material's notice of its successor.
 QUIET_SITE = {"NO_MKDOCS_2_WARNING": "1"}
 SITE = "mkdocs build --strict --quiet"
-CHECKS = ("ruff format --check .", "ruff check .", "mypy", SITE, "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder")
+CHECKS = (
+    "ruff format --check .",
+    "ruff check .",
+    "mypy",
+    SITE,
+    "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder",
+)
 
 
 def test(python: Path, environment: dict[str, str]) -> None:
-    """Check format, lint and types, build the site, then run the tests; pytest's summary is the last thing printed."""
+    """Check format, lint and types, build the site, then run the tests; pytest's summary is the last thing
+    printed.
+    """
     environment.pop("OMP_NUM_THREADS", None)
     environment |= QUIET_SITE
     run_all(python, [command.split() for command in CHECKS], environment=environment)
@@ -225,12 +268,20 @@ def docs(python: Path, environment: dict[str, str]) -> None:
 
 def matrix(python: Path, environment: dict[str, str]) -> None:
     """Write the tables of docs/capabilities.md anew."""
-    if status := subprocess.run([python, str(ROOT / "docs" / "capabilities.py")], cwd=ROOT, env=environment).returncode:
+    if status := subprocess.run(
+        [python, str(ROOT / "docs" / "capabilities.py")], cwd=ROOT, env=environment
+    ).returncode:
         raise SystemExit(status)
     say("wrote docs/capabilities.md")
 
 
-TASKS = {"demo": (demo, "demo"), "test": (test, "dev"), "lock": (lock, "dev"), "docs": (docs, "docs"), "matrix": (matrix, "dev")}
+TASKS = {
+    "demo": (demo, "demo"),
+    "test": (test, "dev"),
+    "lock": (lock, "dev"),
+    "docs": (docs, "docs"),
+    "matrix": (matrix, "dev"),
+}
 
 
 def main() -> None:
@@ -238,9 +289,13 @@ def main() -> None:
     # An older Python can parse this file, and should say why it cannot go on.
     if sys.version_info < OLDEST_PYTHON:
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--system-site-packages", action="store_true", help="let a new .venv see the packages of this Python")
+    parser.add_argument(
+        "--system-site-packages", action="store_true", help="let a new .venv see the packages of this Python"
+    )
     arguments = parser.parse_args()
     task, extra = TASKS[arguments.task]
     try:

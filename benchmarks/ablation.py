@@ -1,16 +1,20 @@
-"""What each part of the method is worth, on one model: bits x {rtn, brecq, gptq, tfmq with block, cache, selection}.
+"""What each part of the method is worth, on one model: bits x {rtn, brecq, gptq, tfmq with block, cache,
+selection}.
 
     python benchmarks/ablation.py --output-dir runs/ablation --real mnist/t10k-images-idx3-ubyte.gz
 
-Every cell quantizes a fresh copy of the model and measures, against full precision from the same noise: relative error and cosine of the
-temporal features by timestep and the mismatched ones, SQNR of the predicted noise (or velocity) by step along the full-precision trajectory,
-PSNR and SSIM of final images, and the Frechet distance of the images to full-precision ones and, with `--real`, to real ones. A finished
-cell is a JSON file and is kept; the script goes on with what is missing, so it can run in pieces. W4A8 has three seeds, the others one.
+Every cell quantizes a fresh copy of the model and measures, against full precision from the same noise:
+relative error and cosine of the temporal features by timestep and the mismatched ones, SQNR of the predicted
+noise (or velocity) by step along the full-precision trajectory, PSNR and SSIM of final images, and the
+Frechet distance of the images to full-precision ones and, with `--real`, to real ones. A finished cell is a
+JSON file and is kept; the script goes on with what is missing, so it can run in pieces. W4A8 has three seeds,
+the others one.
 
-`brecq` is block reconstruction by AdaRound; `gptq` has the solver of the tfmq rows and, like `brecq`, nothing that maintains temporal features.
+`brecq` is block reconstruction by AdaRound; `gptq` has the solver of the tfmq rows and, like `brecq`, nothing
+that maintains temporal features.
 
-The Frechet distance is torchmetrics' on a stated extractor: pixels averaged over 4x4 windows (8x8x3 = 192 features of a 32x32 image). It is no
-FID and compares with nothing but itself.
+The Frechet distance is torchmetrics' on a stated extractor: pixels averaged over 4x4 windows (8x8x3 = 192
+features of a 32x32 image). It is no FID and compares with nothing but itself.
 """
 
 import argparse
@@ -44,7 +48,8 @@ PARTS = ("gptq", "tfmq_cache_fp16")
 # As the table and the pictures have them.
 ROWS = ("rtn", "brecq", "gptq", "tfmq_block", "tfmq_cache", "tfmq_cache_fp16", "tfmq_selected")
 STEPS = 50
-# Units of every cell learn from each fifth step, as the published experiments do; the presets of today take more.
+# Units of every cell learn from each fifth step, as the published experiments do; the presets of today take
+# more.
 INTERVAL = 5
 AVERAGED = ("psnr_db", "ssim", "output_sqnr_db", "frechet_to_full_precision")
 # None where a cell was not measured: without real images, or on another machine than the table is made on.
@@ -64,17 +69,28 @@ class Cell:
         return f"{self.scheme}-{self.method}-{self.seed}"
 
     def recipe(self, iterations: int | None) -> Recipe:
-        """Return the cell's recipe; with `iterations`, AdaRound of so many steps takes the place of the presets' solver."""
+        """Return the cell's recipe; with `iterations`, AdaRound of so many steps takes the place of the
+        presets' solver.
+        """
         if self.method in ("rtn", "brecq"):
             recipe = tfmq.scheme(f"{self.method}_{self.scheme}")
         elif self.method == "gptq":
             recipe = gptq(tfmq.scheme(self.scheme))
         else:
-            maintenance, table = self.method.removeprefix("tfmq_").partition("_")[0], "float16" if self.method.endswith("fp16") else "int8"
+            maintenance, table = (
+                self.method.removeprefix("tfmq_").partition("_")[0],
+                "float16" if self.method.endswith("fp16") else "int8",
+            )
             recipe = tfmq.scheme(self.scheme)
-            recipe = replace(recipe, temporal=Temporal(maintenance=maintenance, table=table, learning=recipe.temporal.learning))  # type: ignore[arg-type]
+            recipe = replace(
+                recipe,
+                temporal=Temporal(maintenance=maintenance, table=table, learning=recipe.temporal.learning),
+            )  # type: ignore[arg-type]
         if iterations is not None and recipe.rounding.solver != "nearest":
-            rounding, learning = replace(recipe.rounding, solver="adaround"), replace(recipe.learning, iterations=iterations)
+            rounding, learning = (
+                replace(recipe.rounding, solver="adaround"),
+                replace(recipe.learning, iterations=iterations),
+            )
             recipe = replace(recipe, rounding=rounding, learning=learning)
         # Each method as it is, whatever it draws.
         return replace(recipe, calibration=replace(recipe.calibration, interval=INTERVAL, judged=0.0))
@@ -105,13 +121,17 @@ def frechet(images: np.ndarray, others: np.ndarray) -> float:
     """Return torchmetrics' Frechet distance of two sets of uint8 images `[N, H, W, C]` on `PooledPixels`."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=PooledPixels(), input_img_size=(3, images.shape[1], images.shape[2])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(
+        feature=PooledPixels(), input_img_size=(3, images.shape[1], images.shape[2])
+    ).set_dtype(torch.float64)
     for array, real in ((others, True), (images, False)):
         metric.update(torch.from_numpy(array).permute(0, 3, 1, 2), real=real)
     return float(metric.compute())
 
 
-def measure(cell: Cell, reference: Reference, real: np.ndarray | None, iterations: int | None, progress: Progress) -> dict[str, Any]:
+def measure(
+    cell: Cell, reference: Reference, real: np.ndarray | None, iterations: int | None, progress: Progress
+) -> dict[str, Any]:
     """Quantize and measure one cell."""
     sampler = reference.fresh()
     recipe = cell.recipe(iterations)
@@ -146,7 +166,9 @@ def measure(cell: Cell, reference: Reference, real: np.ndarray | None, iteration
             "max_relative_error": disturbed.max_relative_error,
             "mismatches": disturbed.mismatches,
             "timesteps": disturbed.timesteps.tolist(),
-            "relative_error_by_step": torch.stack(list(disturbed.relative_error.values())).mean(dim=0).tolist(),
+            "relative_error_by_step": torch.stack(list(disturbed.relative_error.values()))
+            .mean(dim=0)
+            .tolist(),
             "cosine_by_step": torch.stack(list(disturbed.cosine.values())).mean(dim=0).tolist(),
         },
         "frechet_to_full_precision": frechet(images, reference.images),
@@ -156,13 +178,16 @@ def measure(cell: Cell, reference: Reference, real: np.ndarray | None, iteration
 
 def read_cells(directory: Path) -> list[dict[str, Any]]:
     """Return the finished cells in the order of the table."""
-    ordered = sorted(cells(), key=lambda cell: (SCHEMES.index(cell.scheme), ROWS.index(cell.method), cell.seed))
+    ordered = sorted(
+        cells(), key=lambda cell: (SCHEMES.index(cell.scheme), ROWS.index(cell.method), cell.seed)
+    )
     paths = {cell.name: directory / f"{cell.name}.json" for cell in ordered}
     return [json.loads(path.read_text()) for path in paths.values() if path.exists()]
 
 
 def aggregate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each scheme and method: means over seeds, and the standard deviation of PSNR over them.
+    """Return one row for each scheme and method: means over seeds, and the standard deviation of PSNR over
+    them.
 
     Processor time is that of cells measured on this machine.
     """
@@ -171,29 +196,47 @@ def aggregate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for key in dict.fromkeys((row["scheme"], row["method"]) for row in rows):
         group = [row for row in rows if (row["scheme"], row["method"]) == key]
         mean: dict[str, Any] = {name: float(np.mean([row[name] for row in group])) for name in AVERAGED}
-        temporal = {name: float(np.mean([row["temporal"][name] for row in group])) for name in ("mean_relative_error", "max_relative_error")}
+        temporal = {
+            name: float(np.mean([row["temporal"][name] for row in group]))
+            for name in ("mean_relative_error", "max_relative_error")
+        }
         mean["psnr_std_db"] = float(np.std([row["psnr_db"] for row in group]))
         for name in OPTIONAL:
             known = [row[name] for row in group if row[name] is not None]
             mean[name] = float(np.mean(known)) if known else None
         mismatches = float(np.mean([row["temporal"]["mismatches"] for row in group]))
-        result.append({"scheme": key[0], "method": key[1], "seeds": len(group), **mean, **temporal, "mismatches": mismatches})
+        result.append(
+            {
+                "scheme": key[0],
+                "method": key[1],
+                "seeds": len(group),
+                **mean,
+                **temporal,
+                "mismatches": mismatches,
+            }
+        )
     return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the aggregated rows as a Markdown table."""
     lines = [
-        "| bits | method | seeds | temporal error mean / max | mismatched | output SQNR dB | PSNR dB | SSIM | Frechet to FP / real | CPU seconds |",
+        (
+            "| bits | method | seeds | temporal error mean / max | mismatched | output "
+            "SQNR dB | PSNR dB | SSIM | Frechet to FP / real | CPU seconds |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         spread = f" ± {row['psnr_std_db']:.2f}" if row["seeds"] > 1 else ""
         real = "" if row["frechet_to_real"] is None else f" / {row['frechet_to_real']:.3f}"
         lines.append(
-            f"| {row['scheme'].upper()} | {row['method']} | {row['seeds']} | {row['mean_relative_error']:.4f} / {row['max_relative_error']:.4f} "
-            f"| {row['mismatches']:.1f} | {row['output_sqnr_db']:.2f} | {row['psnr_db']:.2f}{spread} | {row['ssim']:.4f} "
-            f"| {row['frechet_to_full_precision']:.4f}{real} | {'' if row['cpu_seconds'] is None else round(row['cpu_seconds'])} |"
+            f"| {row['scheme'].upper()} | {row['method']} | {row['seeds']} | "
+            f"{row['mean_relative_error']:.4f} / {row['max_relative_error']:.4f} "
+            f"| {row['mismatches']:.1f} | {row['output_sqnr_db']:.2f} | "
+            f"{row['psnr_db']:.2f}{spread} | {row['ssim']:.4f} "
+            f"| {row['frechet_to_full_precision']:.4f}{real} | "
+            f"{'' if row['cpu_seconds'] is None else round(row['cpu_seconds'])} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -209,7 +252,12 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, scheme: str = "w4a8") ->
             steps = row["temporal"]["timesteps"]
             left.plot(steps, row["temporal"]["relative_error_by_step"], label=row["method"], linewidth=1.6)
             right.plot(steps, row["output_sqnr_by_step"][::-1], label=row["method"], linewidth=1.6)
-    left.set(yscale="log", xlabel="timestep", ylabel="relative error, mean over features", title=f"temporal features, {scheme.upper()}")
+    left.set(
+        yscale="log",
+        xlabel="timestep",
+        ylabel="relative error, mean over features",
+        title=f"temporal features, {scheme.upper()}",
+    )
     right.set(xlabel="timestep", ylabel="dB", title=f"SQNR of the prediction, {scheme.upper()}")
     for axes in (left, right):
         axes.grid(True, color="#e6e6e6")
@@ -223,9 +271,14 @@ def write_results(directory: Path, options: argparse.Namespace) -> None:
     if not rows:
         return
     summary = aggregate(rows)
-    command = f"python benchmarks/ablation.py --num-images {options.num_images} --iterations {options.iterations or 'preset'}"
+    command = (
+        f"python benchmarks/ablation.py --num-images {options.num_images} "
+        f"--iterations {options.iterations or 'preset'}"
+    )
     described = {**environment(command), "model": options.model, "steps": STEPS}
-    (directory / "ablation.json").write_text(json.dumps({"environment": described, "summary": summary, "cells": rows}, indent=1) + "\n")
+    (directory / "ablation.json").write_text(
+        json.dumps({"environment": described, "summary": summary, "cells": rows}, indent=1) + "\n"
+    )
     (directory / "ablation.md").write_text(table(summary))
     draw_curves(rows, directory / "ablation.png")
     print(table(summary))
@@ -237,12 +290,17 @@ def write_docs(directory: Path) -> None:
     page = DOCS / "ablation.md"
     text = page.read_text(encoding="utf-8")
     before, after = text.index(start) + len(start), text.index(end)
-    page.write_text(text[:before] + (directory / "ablation.md").read_text(encoding="utf-8") + text[after:], encoding="utf-8")
+    page.write_text(
+        text[:before] + (directory / "ablation.md").read_text(encoding="utf-8") + text[after:],
+        encoding="utf-8",
+    )
     shutil.copyfile(directory / "ablation.png", DOCS / "figures" / "ablation.png")
 
 
 def real_images(path: Path, num_images: int) -> np.ndarray:
-    """Return real training images, uint8 `[N, H, W, C]`, coloured as the default model was trained on them."""
+    """Return real training images, uint8 `[N, H, W, C]`, coloured as the default model was trained on
+    them.
+    """
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -253,21 +311,33 @@ def real_images(path: Path, num_images: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--num-images", type=int, default=256)
-    parser.add_argument("--iterations", type=int, help="AdaRound with so many steps a unit, instead of the presets' solver")
-    parser.add_argument("--real", type=Path, help="gzipped IDX file of the digits that the default model was trained on")
+    parser.add_argument(
+        "--iterations", type=int, help="AdaRound with so many steps a unit, instead of the presets' solver"
+    )
+    parser.add_argument(
+        "--real", type=Path, help="gzipped IDX file of the digits that the default model was trained on"
+    )
     parser.add_argument("--only", default="", help="run only cells whose name contains this")
-    parser.add_argument("--write-docs", action="store_true", help="put the table of what is measured into docs/ablation.md, and measure nothing")
+    parser.add_argument(
+        "--write-docs",
+        action="store_true",
+        help="put the table of what is measured into docs/ablation.md, and measure nothing",
+    )
     options = parser.parse_args()
     if options.write_docs:
         write_docs(options.output_dir)
         return
     options.output_dir.mkdir(parents=True, exist_ok=True)
     real = real_images(options.real, 10_000) if options.real else None
-    reference = Reference(lambda: open_sampler(options.model), options.output_dir, options.num_images, steps=STEPS)
+    reference = Reference(
+        lambda: open_sampler(options.model), options.output_dir, options.num_images, steps=STEPS
+    )
     with quiet(), shown_progress() as progress:
         reference.prepare(progress)
         for cell in cells():

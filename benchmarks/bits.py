@@ -1,11 +1,13 @@
-"""Whether two versions of the package quantize to the same bits: digests of tensors, predictions and exported graphs.
+"""Whether two versions of the package quantize to the same bits: digests of tensors, predictions and exported
+graphs.
 
     python benchmarks/bits.py --output before.json                   # with the one version
     python benchmarks/bits.py --output after.json --against before.json
 
-Every preset quantizes the embedded model, and every preset each tiny model of the tests, by a short calibration with a fixed seed. Of each the
-digest of all tensors is kept, and for every backend that this machine has the digest of its predictions at a calibrated timestep and at one
-that is not; of exported graphs that of what they compute. With `--against` it prints what differs and exits with 1 if anything does.
+Every preset quantizes the embedded model, and every preset each tiny model of the tests, by a short
+calibration with a fixed seed. Of each the digest of all tensors is kept, and for every backend that this
+machine has the digest of its predictions at a calibrated timestep and at one that is not; of exported graphs
+that of what they compute. With `--against` it prints what differs and exits with 1 if anything does.
 """
 
 import argparse
@@ -48,7 +50,9 @@ def short(recipe: Recipe, *, steps: int, samples: int) -> Recipe:
     """Return a recipe that takes seconds and still goes through every stage."""
     calibration = replace(recipe.calibration, steps=steps, samples=samples, interval=1, batch_size=samples)
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=3))
-    return replace(recipe, calibration=calibration, temporal=temporal, learning=replace(recipe.learning, iterations=3))
+    return replace(
+        recipe, calibration=calibration, temporal=temporal, learning=replace(recipe.learning, iterations=3)
+    )
 
 
 def digest(tensor: Tensor) -> str:
@@ -86,11 +90,19 @@ def exported(sampler: Sampler) -> dict[str, str]:
     except ImportError:
         return {}
     denoiser, inputs = sampler.denoiser, calls(sampler)["known"]
-    call = Call.of(denoiser.module, {denoiser.sample: inputs.sample, denoiser.timestep: inputs.timestep, **inputs.conditions})
+    call = Call.of(
+        denoiser.module,
+        {denoiser.sample: inputs.sample, denoiser.timestep: inputs.timestep, **inputs.conditions},
+    )
     with tempfile.TemporaryDirectory() as folder:
-        names = [given["name"] for given in export(denoiser, sampler.example(), Path(folder), to="openvino")["inputs"]]
+        names = [
+            given["name"]
+            for given in export(denoiser, sampler.example(), Path(folder), to="openvino")["inputs"]
+        ]
         core = openvino.Core()
-        model = core.compile_model(core.read_model(Path(folder) / "denoiser.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        model = core.compile_model(
+            core.read_model(Path(folder) / "denoiser.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
         outputs = model({name: tensor.numpy() for name, tensor in zip(names, call.tensors, strict=True)})
     return {"exported": digest(torch.from_numpy(outputs[0]))}
 
@@ -102,7 +114,11 @@ def bits(make: Callable[[], Sampler], recipe: Recipe) -> dict[str, str]:
         tfmq.quantize(sampler, recipe, seed=0)
     except ValueError as error:
         return {"refused": str(error)}
-    return {"tensors": tensor_digest(sampler.denoiser.module.state_dict()), **predictions(sampler), **exported(sampler)}
+    return {
+        "tensors": tensor_digest(sampler.denoiser.module.state_dict()),
+        **predictions(sampler),
+        **exported(sampler),
+    }
 
 
 def cases(models: list[str], presets: list[str]) -> dict[str, Callable[[], dict[str, str]]]:
@@ -119,7 +135,9 @@ def cases(models: list[str], presets: list[str]) -> dict[str, Callable[[], dict[
 
 def main() -> None:
     models, presets = [EMBEDDED, *TINY.MODELS], [*PRESETS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--models", type=names_of(models), default=models)
@@ -139,7 +157,9 @@ def main() -> None:
         return
     before = json.loads(options.against.read_text(encoding="utf-8"))
     keys = [(name, key) for name in found for key in before.get(name, {}).keys() | found[name].keys()]
-    changed = sorted(f"{name}: {key}" for name, key in keys if before.get(name, {}).get(key) != found[name].get(key))
+    changed = sorted(
+        f"{name}: {key}" for name, key in keys if before.get(name, {}).get(key) != found[name].get(key)
+    )
     print(f"{count} digests of {len(found)} quantized models, {len(changed)} differ", *changed, sep="\n")
     sys.exit(bool(changed))
 

@@ -1,14 +1,18 @@
-"""What many workers bring: the speed-up of sampling, and the costs that a plan for more machines follows from.
+"""What many workers bring: the speed-up of sampling, and the costs that a plan for more machines follows
+from.
 
-    python benchmarks/cluster.py sampling --workers 1,2          # images a second, by number of workers; runs alone on a quiet machine
-    python benchmarks/cluster.py units --workers 1,2,10,100      # time and bytes of each stage and unit, and what follows for many workers
+    python benchmarks/cluster.py sampling --workers 1,2          # images a second, by number of workers; runs
+    alone on a quiet machine python benchmarks/cluster.py units --workers 1,2,10,100      # time and bytes of
+    each stage and unit, and what follows for many workers
 
-`sampling` draws the same images of the embedded model with each number of workers, one thread each, and checks that they are the same bytes.
-Workers are warm: each has drawn a batch before the clock starts, since importing and opening take seconds once.
+`sampling` draws the same images of the embedded model with each number of workers, one thread each, and
+checks that they are the same bytes. Workers are warm: each has drawn a batch before the clock starts, since
+importing and opening take seconds once.
 
-`units` quantizes the embedded model with `rounding.inputs: full` in this process, with one thread, and measures by stage: the processor
-seconds, which a busy machine changes little, and the bytes that a worker reads and writes. From these it computes the time with W workers: the
-stages that one process does, the trajectory in batches, and units given to whoever is free, in order; each worker opens the model and reads the
+`units` quantizes the embedded model with `rounding.inputs: full` in this process, with one thread, and
+measures by stage: the processor seconds, which a busy machine changes little, and the bytes that a worker
+reads and writes. From these it computes the time with W workers: the stages that one process does, the
+trajectory in batches, and units given to whoever is free, in order; each worker opens the model and reads the
 finished stages once. That is a schedule of measured costs, and no measurement of W workers.
 
 Prints one JSON object; with `--output-dir` it is also kept there, as `sampling.json` or `units.json`.
@@ -58,17 +62,43 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     for workers in options.workers:
         with connected(Cluster(workers=workers)) as crew:
             for _ in range(2):
-                draw(crew, opening, workers * options.batch_size, steps=STEPS, seed=1, batch_size=options.batch_size)
+                draw(
+                    crew,
+                    opening,
+                    workers * options.batch_size,
+                    steps=STEPS,
+                    seed=1,
+                    batch_size=options.batch_size,
+                )
             seconds = []
             for _ in range(options.repeats):
                 began = time.perf_counter()
-                images = draw(crew, opening, options.num_images, steps=options.steps, seed=0, batch_size=options.batch_size)
+                images = draw(
+                    crew,
+                    opening,
+                    options.num_images,
+                    steps=options.steps,
+                    seed=0,
+                    batch_size=options.batch_size,
+                )
                 seconds.append(time.perf_counter() - began)
         seen.add(images.tobytes())
-        rows.append({"workers": workers, "seconds": sorted(seconds), "images_per_second": options.num_images / min(seconds)})
+        rows.append(
+            {
+                "workers": workers,
+                "seconds": sorted(seconds),
+                "images_per_second": options.num_images / min(seconds),
+            }
+        )
     for row in rows:
         row["speedup"] = rows[0]["seconds"][0] / row["seconds"][0]
-    return {"rows": rows, "same_bytes": len(seen) == 1, "images": options.num_images, "steps": options.steps, "batch_size": options.batch_size}
+    return {
+        "rows": rows,
+        "same_bytes": len(seen) == 1,
+        "images": options.num_images,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+    }
 
 
 def size(folder: Path, pattern: str = "*") -> int:
@@ -98,7 +128,9 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def scheduled(costs: Sequence[float], workers: int, *, ready: float) -> float:
-    """Return when the last of `costs` ends, given in order to whoever is free first, with workers that are ready after `ready` seconds."""
+    """Return when the last of `costs` ends, given in order to whoever is free first, with workers that are
+    ready after `ready` seconds.
+    """
     free = [ready] * workers
     for cost in costs:
         heapq.heapreplace(free, free[0] + cost)
@@ -106,21 +138,27 @@ def scheduled(costs: Sequence[float], workers: int, *, ready: float) -> float:
 
 
 def units(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure every stage of a quantization whose units are independent, and compute what many workers would take."""
+    """Measure every stage of a quantization whose units are independent, and compute what many workers would
+    take.
+    """
     recipe = tfmq.scheme(options.scheme)
     recipe = replace(recipe, rounding=replace(recipe.rounding, inputs="full"))
     watch = Stopwatch()
     with TemporaryDirectory() as name:
         folder = Path(name)
         (sampler, fingerprint), opening = timed(lambda: open_target(options.model, recipe, seed=0))
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in sampler.denoiser.module.parameters())
+        weights = sum(
+            parameter.numel() * parameter.element_size() for parameter in sampler.denoiser.module.parameters()
+        )
         store, journal = store_of(folder), Journal(folder, fingerprint, resume=False)
         job = Job(sampler=sampler, recipe=recipe, store=store, journal=journal, progress=watch)
         work, before = timed(lambda: run(job, BEFORE_UNITS))
         stages = size(folder, "*.safetensors") - size(store.directory)
         calls = sum(call.sample.numel() * call.sample.element_size() for call in job.batches)
         again, _ = open_target(options.model, recipe, seed=0)
-        other = Job(sampler=again, recipe=recipe, store=store, journal=Journal(folder, fingerprint, resume=True))
+        other = Job(
+            sampler=again, recipe=recipe, store=store, journal=Journal(folder, fingerprint, resume=True)
+        )
         _, reading = timed(lambda: run(other, BEFORE_UNITS))
         rows = []
         for number, unit in enumerate(work.units):
@@ -128,7 +166,11 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
             _, seconds = timed(partial(journal.stage, unit_file(number), compute))
             written = (folder / f"{unit_file(number)}.safetensors").stat().st_size
             rows.append({"unit": unit.name, "cpu_seconds": seconds, "bytes_written": written})
-        with torch.no_grad(), precision(sampler.denoiser.module, weights="full", inputs="full"), without_tables(sampler.denoiser.module):
+        with (
+            torch.no_grad(),
+            precision(sampler.denoiser.module, weights="full", inputs="full"),
+            without_tables(sampler.denoiser.module),
+        ):
             _, network = timed(lambda: [sampler.denoiser(call) for call in job.batches])
         trajectory = watch.seconds["calibration: sampling"]
         count = -(-recipe.calibration.samples // recipe.calibration.batch_size)
@@ -168,7 +210,9 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("sampling", "units"))
     parser.add_argument("--output-dir", type=Path, help="where the JSON object is kept")
     parser.add_argument("--model", default="default", help="pipeline directory or hub id")
@@ -182,7 +226,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with quiet():
         found = {"sampling": sampling, "units": units}[options.what](options)
-    found = {**environment(f"python benchmarks/cluster.py {options.what} --workers {','.join(map(str, options.workers))}"), **found}
+    found = {
+        **environment(
+            f"python benchmarks/cluster.py {options.what} --workers {','.join(map(str, options.workers))}"
+        ),
+        **found,
+    }
     print(json.dumps(found, indent=1))
     if options.output_dir is not None:
         options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What an exported model costs where nothing but OpenVINO and numpy runs it: time and memory of a process of its own, beside float32 in torch.
+"""What an exported model costs where nothing but OpenVINO and numpy runs it: time and memory of a process of
+its own, beside float32 in torch.
 
     python benchmarks/performance.py --output-dir runs/performance --scheme fast_w8a8 ...
     python benchmarks/deployed.py --output-dir runs/performance --scheme fast_w8a8
@@ -22,7 +23,8 @@ from tfmq.export.directory import export
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.models.denoiser import Denoiser
 
-# Runs in a process of its own, which knows nothing of torch or tfmq. Kilobytes of peak memory and milliseconds a step are what it prints.
+# Runs in a process of its own, which knows nothing of torch or tfmq. Kilobytes of peak memory and
+# milliseconds a step are what it prints.
 CHILD = """
 import pathlib, re, statistics, sys, time
 from openvino_nodes import compiled
@@ -45,7 +47,12 @@ def exported(model: Model, folder: Path, target: Path) -> Path:
         sampler = model.make()
         module = sampler.denoiser.module if model.module else None
         target.mkdir(parents=True, exist_ok=True)
-        export(Denoiser(tfmq.load(folder, module=module, backend="simulated")), sampler.example(), target, to="openvino")
+        export(
+            Denoiser(tfmq.load(folder, module=module, backend="simulated")),
+            sampler.example(),
+            target,
+            to="openvino",
+        )
     return target / "denoiser.xml"
 
 
@@ -57,13 +64,17 @@ def full_precision(directory: Path, name: str, scheme: str) -> tuple[float, floa
     """
     found = sorted((directory / "rows").glob(f"*-{name}-001-{scheme}.json"))
     if not found:
-        raise SystemExit(f"error: {directory / 'rows'} has no measurement of {name}; run performance.py first")
+        raise SystemExit(
+            f"error: {directory / 'rows'} has no measurement of {name}; run performance.py first"
+        )
     row = next(row for row in json.loads(found[0].read_text())["rows"] if row["backend"] == "fp32")
     return row["peak_rss_bytes"] / 1e6, row["ms_per_step"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--scheme", default="fast_w8a8")
     parser.add_argument("--threads", type=int, default=len(processors()))
@@ -72,7 +83,10 @@ def main() -> None:
     options = parser.parse_args()
     options.output_dir = options.output_dir.resolve()
     torch.set_num_threads(options.threads)
-    lines = ["| model | fp32 peak MB | exported peak MB | share | fp32 ms/step | exported ms/step |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | fp32 peak MB | exported peak MB | share | fp32 ms/step | exported ms/step |",
+        "|---|---|---|---|---|---|",
+    ]
     with quiet(), shown_progress() as progress:
         for model in models(options.ddpm64, options.output_dir):
             if options.only in model.name:
@@ -80,10 +94,15 @@ def main() -> None:
                 target = options.output_dir / f"{model.name}-{options.scheme}-openvino"
                 file = exported(model, quantized(model, options.scheme, options.output_dir, progress), target)
                 command = [sys.executable, "-c", CHILD, str(file), str(options.threads)]
-                ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+                ended = subprocess.run(
+                    command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+                )
                 kilobytes, milliseconds = (float(word) for word in ended.stdout.split())
                 megabytes = kilobytes * 1024 / 1e6
-                lines.append(f"| {model.name} | {whole:.0f} | {megabytes:.0f} | {megabytes / whole:.2f} | {whole_ms:.1f} | {milliseconds:.1f} |")
+                lines.append(
+                    f"| {model.name} | {whole:.0f} | {megabytes:.0f} | {megabytes / whole:.2f} "
+                    f"| {whole_ms:.1f} | {milliseconds:.1f} |"
+                )
     text = "\n".join(lines) + "\n"
     (options.output_dir / "deployed.md").write_text(text)
     print(text)

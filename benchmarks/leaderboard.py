@@ -1,17 +1,20 @@
 """One leaderboard: models x methods x bits, every cell a quantized model measured against full precision.
 
-    python benchmarks/leaderboard.py                                  # all that is missing, of the models that are here
-    python benchmarks/leaderboard.py --models text --only w4a8        # some of it
-    python benchmarks/leaderboard.py --models NAME=FILE.py:FUNCTION   # another model: a function that returns a sampler, or a directory
-    python benchmarks/leaderboard.py --write-docs                     # docs/leaderboard.md from the cells
+    python benchmarks/leaderboard.py                                  # all that is missing, of the models
+    that are here python benchmarks/leaderboard.py --models text --only w4a8        # some of it python
+    benchmarks/leaderboard.py --models NAME=FILE.py:FUNCTION   # another model: a function that returns a
+    sampler, or a directory python benchmarks/leaderboard.py --write-docs                     #
+    docs/leaderboard.md from the cells
 
-A cell is quantized as `tfmq quantize` does it, saved, opened again and measured: bytes on disk; PSNR and SSIM of images to those of full precision
-from the same noise, which calibration has not seen, nor the prompts; adherence, where the model brings a judge; a Frechet distance to full
-precision's images; the error of temporal features; processor seconds of the calibration; milliseconds of a step.
+A cell is quantized as `tfmq quantize` does it, saved, opened again and measured: bytes on disk; PSNR and SSIM
+of images to those of full precision from the same noise, which calibration has not seen, nor the prompts;
+adherence, where the model brings a judge; a Frechet distance to full precision's images; the error of
+temporal features; processor seconds of the calibration; milliseconds of a step.
 
-A finished cell is a JSON file and stays; the script goes on with what is missing, and a quantized model that was not measured yet is measured.
-It can be killed at any time. Cells measured under other settings (`--num-images`, `--samples`, ..., other weights) are refused, not mixed: give
-them another `--output-dir`. A step that was timed while others used the machine is marked, and `--time` times it again.
+A finished cell is a JSON file and stays; the script goes on with what is missing, and a quantized model that
+was not measured yet is measured. It can be killed at any time. Cells measured under other settings
+(`--num-images`, `--samples`, ..., other weights) are refused, not mixed: give them another `--output-dir`. A
+step that was timed while others used the machine is marked, and `--time` times it again.
 """
 
 import argparse
@@ -69,16 +72,30 @@ class Bench:
     @cached_property
     def described(self) -> dict[str, Any]:
         """What figures depend on, as a cell keeps it."""
-        own = {"num_images": self.settings.num_images, "extractor": self.settings.extractor, "iterations": self.settings.iterations}
+        own = {
+            "num_images": self.settings.num_images,
+            "extractor": self.settings.extractor,
+            "iterations": self.settings.iterations,
+        }
         return {**own, **self.model.describe()}
 
     @cached_property
     def reference(self) -> Reference:
         """Full precision's images, drawn once."""
-        folder = self.directory / "references" / f"{self.model.name}-{self.described['weights']}-{self.described['prompts']}"
+        folder = (
+            self.directory
+            / "references"
+            / f"{self.model.name}-{self.described['weights']}-{self.described['prompts']}"
+        )
         running = self.model.running
         folder = folder.with_name(f"{folder.name}-{running.steps}-{running.guidance}")
-        found = Reference(self.model.sampler, folder, self.settings.num_images, steps=running.steps, batch_size=self.settings.batch_size)
+        found = Reference(
+            self.model.sampler,
+            folder,
+            self.settings.num_images,
+            steps=running.steps,
+            batch_size=self.settings.batch_size,
+        )
         found.prepare_images(self.progress)
         return found
 
@@ -100,17 +117,34 @@ class Bench:
         if not self.path(name).exists():
             return False
         before = read_json(self.path(name))["settings"]
-        changed = [f"{key} {before.get(key)}, now {value}" for key, value in self.described.items() if before.get(key) != value]
+        changed = [
+            f"{key} {before.get(key)}, now {value}"
+            for key, value in self.described.items()
+            if before.get(key) != value
+        ]
         if changed:
-            raise SystemExit(f"error: {self.path(name).name} has other settings ({'; '.join(changed)}); give another --output-dir, or delete it")
+            raise SystemExit(
+                f"error: {self.path(name).name} has other settings ({'; '.join(changed)}); "
+                "give another --output-dir, or delete it"
+            )
         return True
 
     def keep(self, name: str, found: Mapping[str, Any]) -> None:
         """Write a finished cell."""
-        write_json(self.path(name), {"model": self.model.name, "settings": self.described, **environment("benchmarks/leaderboard.py"), **found})
+        write_json(
+            self.path(name),
+            {
+                "model": self.model.name,
+                "settings": self.described,
+                **environment("benchmarks/leaderboard.py"),
+                **found,
+            },
+        )
 
     def artifact(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
-        """Return the directory of a quantized model and what making it took; made anew where a kill left it unfinished."""
+        """Return the directory of a quantized model and what making it took; made anew where a kill left it
+        unfinished.
+        """
         folder = self.directory / "artifacts" / cell.name
         note = folder.with_name(f"{cell.name}.json")
         if note.exists() and holds_quantized(folder) and read_json(note)["settings"] == self.described:
@@ -120,7 +154,11 @@ class Bench:
         recipe = self.model.recipe(cell.recipe(), iterations=self.settings.iterations)
         began = time.process_time()
         report = self.model.quantize(recipe, seed=cell.seed, folder=folder, progress=self.progress)
-        spent = {"cpu_seconds": time.process_time() - began, "fp32_bytes": report["bytes"]["fp32"], "scheme": report["scheme"]}
+        spent = {
+            "cpu_seconds": time.process_time() - began,
+            "fp32_bytes": report["bytes"]["fp32"],
+            "scheme": report["scheme"],
+        }
         write_json(note, {**spent, "settings": self.described})
         return folder, spent
 
@@ -160,7 +198,9 @@ class Bench:
         self.keep(f"{self.model.name}-{FULL}", {"bits": None, "method": FULL, "seed": 0, **measured})
 
     def time_again(self, name: str) -> None:
-        """Time the step of a finished cell that was timed under load, where its quantized model is still there."""
+        """Time the step of a finished cell that was timed under load, where its quantized model is still
+        there.
+        """
         found = read_json(self.path(name)) if self.path(name).exists() else {}
         folder = self.directory / "artifacts" / name
         if not found.get("step") or found["step"]["clean"]:
@@ -170,7 +210,11 @@ class Bench:
         elif holds_quantized(folder):
             step = fastest_step(self.model.quantized(folder), self.reference)
         else:
-            print(f"skipped: {name}: its quantized model is not in {folder.parent.name}", file=sys.stderr, flush=True)
+            print(
+                f"skipped: {name}: its quantized model is not in {folder.parent.name}",
+                file=sys.stderr,
+                flush=True,
+            )
             return
         write_json(self.path(name), {**found, "step": step})
 
@@ -179,13 +223,21 @@ def run(model: Contestant, options: argparse.Namespace, progress: Progress) -> N
     """Measure the cells of one model that are missing and wanted."""
     settings = Settings(options.num_images, options.extractor, options.iterations, options.batch_size)
     bench = Bench(model, settings, options.output_dir, progress)
-    wanted = [cell for cell in cells([model.name], methods=options.methods, bits=options.bits) if options.only in cell.name]
+    wanted = [
+        cell
+        for cell in cells([model.name], methods=options.methods, bits=options.bits)
+        if options.only in cell.name
+    ]
     full = f"{model.name}-{FULL}"
     if not bench.finished(full):
         bench.measure_full_precision()
     for cell in wanted:
         if options.deadline is not None and time.monotonic() > options.deadline:
-            print(f"the time is up before {cell.name}; the same command goes on there", file=sys.stderr, flush=True)
+            print(
+                f"the time is up before {cell.name}; the same command goes on there",
+                file=sys.stderr,
+                flush=True,
+            )
             return
         if not bench.finished(cell.name):
             print(cell.name, file=sys.stderr, flush=True)
@@ -197,25 +249,41 @@ def run(model: Contestant, options: argparse.Namespace, progress: Progress) -> N
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """Return the command line, parsed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    parser.add_argument("--models", default=",".join(KNOWN), help="names, directories of pipelines, or FILE.py:FUNCTION; NAME= before one names it")
-    parser.add_argument("--methods", type=names_of(METHODS), default=list(METHODS), help="some of " + ", ".join(METHODS))
+    parser.add_argument(
+        "--models",
+        default=",".join(KNOWN),
+        help="names, directories of pipelines, or FILE.py:FUNCTION; NAME= before one names it",
+    )
+    parser.add_argument(
+        "--methods", type=names_of(METHODS), default=list(METHODS), help="some of " + ", ".join(METHODS)
+    )
     parser.add_argument("--bits", type=names_of(BITS), default=list(BITS), help="some of " + ", ".join(BITS))
-    parser.add_argument("--only", default="", help="run only cells whose name, MODEL-BITS-METHOD-SEED, contains this")
+    parser.add_argument(
+        "--only", default="", help="run only cells whose name, MODEL-BITS-METHOD-SEED, contains this"
+    )
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--samples", type=int, help="images of a calibration; by default the model's")
     parser.add_argument("--iterations", type=int, help="of AdaRound, instead of the preset's")
     parser.add_argument("--steps", type=int, help="denoising steps; by default the model's, 50 for another's")
     parser.add_argument("--guidance", type=float, help="guidance scale; by default the model's")
-    parser.add_argument("--prompts", type=Path, help="file of prompts to measure a text-to-image model on, one a line")
+    parser.add_argument(
+        "--prompts", type=Path, help="file of prompts to measure a text-to-image model on, one a line"
+    )
     parser.add_argument("--calibration-prompts", type=Path, help="file of prompts to calibrate it on")
     parser.add_argument("--extractor", choices=[*EXTRACTORS], default="efficientnet-lite0")
     parser.add_argument("--minutes", type=float, help="start no cell after so long")
-    parser.add_argument("--time", action="store_true", help="time again what was timed while others used the machine")
     parser.add_argument(
-        "--write-docs", action="store_true", help="write docs/leaderboard.md from the cells in benchmarks/results, and measure nothing"
+        "--time", action="store_true", help="time again what was timed while others used the machine"
+    )
+    parser.add_argument(
+        "--write-docs",
+        action="store_true",
+        help="write docs/leaderboard.md from the cells in benchmarks/results, and measure nothing",
     )
     options = parser.parse_args(given)
     options.deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
@@ -235,7 +303,11 @@ def main() -> None:
             try:
                 model = find(text, options)
                 if model is None:
-                    print(f"skipped: there is no model {text} here; training/README.md says how it is made", file=sys.stderr, flush=True)
+                    print(
+                        f"skipped: there is no model {text} here; training/README.md says how it is made",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     continue
                 run(model, options, progress)
             except (ValueError, MissingExtraError) as error:

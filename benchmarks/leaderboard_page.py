@@ -1,4 +1,6 @@
-"""The page docs/leaderboard.md, from the finished cells of `leaderboard.py`: one table a model and bit width."""
+"""The page docs/leaderboard.md, from the finished cells of `leaderboard.py`: one table a model and bit
+width.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -13,7 +15,8 @@ from tfmq.storage.atomic import read_json
 
 FULL = "full-precision"
 Row = Mapping[str, Any]
-# What W4A8 may lose of any attribute that is read off an image, in points; W8A8 stays within the interval of full precision.
+# What W4A8 may lose of any attribute that is read off an image, in points; W8A8 stays within the interval of
+# full precision.
 BARS = {"text": 1.0, "dit": 1.0, "text-turbo": 2.0}
 BARRED = ("identity", "ink", "ground", "place")
 PRESETS = ("tfmq", "fast", "transformer")
@@ -34,7 +37,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def pooled(cells: Sequence[Row], name: str) -> Share | None:
-    """Return the share of an attribute: the mean over seeds, of as many images as one seed has, since their prompts are the same."""
+    """Return the share of an attribute: the mean over seeds, of as many images as one seed has, since their
+    prompts are the same.
+    """
     counts = [cell["adherence"][name] for cell in cells if name in cell["adherence"]]
     return Share(round(sum(held for held, _ in counts) / len(counts)), counts[0][1]) if counts else None
 
@@ -65,7 +70,9 @@ def _share(found: Share | None) -> str:
 
 def _step(cells: Sequence[Row]) -> str:
     step = next((cell["step"] for cell in cells if cell.get("step")), None)
-    return "" if step is None else f"{step['ms_per_step']:.2f} {step['backend']}{'' if step['clean'] else ' *'}"
+    return (
+        "" if step is None else f"{step['ms_per_step']:.2f} {step['backend']}{'' if step['clean'] else ' *'}"
+    )
 
 
 def _quality(cells: Sequence[Row]) -> list[str]:
@@ -81,7 +88,10 @@ def _line(cells: Sequence[Row], full: Row | None, attributes: Sequence[str]) -> 
     spread = f" (± {np.std([np.mean(cell['psnr_db']) for cell in cells]):.2f})" if len(cells) > 1 else ""
     size, whole = first["bytes"]["disk"], first["bytes"]["fp32"]
     lost = loss(cells, full, attributes)
-    temporal = {name: float(np.mean([cell["temporal"][name] for cell in cells])) for name in ("mean", "max", "mismatches")}
+    temporal = {
+        name: float(np.mean([cell["temporal"][name] for cell in cells]))
+        for name in ("mean", "max", "mismatches")
+    }
     return [
         *(first["method"], f"{len(cells)}{spread}", f"{size / 1e6:.2f}", f"{size / whole:.3f}"),
         *_quality(cells),
@@ -113,20 +123,42 @@ def _full_line(full: Row, attributes: Sequence[str]) -> list[str]:
 
 
 def table(cells: Sequence[Row], full: Row | None) -> str:
-    """Return the rows of one model and bit width, best PSNR first, as a Markdown table under full precision's line."""
-    groups = [[cell for cell in cells if cell["method"] == method] for method in dict.fromkeys(cell["method"] for cell in cells)]
+    """Return the rows of one model and bit width, best PSNR first, as a Markdown table under full precision's
+    line.
+    """
+    groups = [
+        [cell for cell in cells if cell["method"] == method]
+        for method in dict.fromkeys(cell["method"] for cell in cells)
+    ]
     working = [group for group in groups if not any("failed" in cell for cell in group)]
     broken = [group for group in groups if group not in working]
     attributes = _attributes([*([full] if full else []), *cells])
     working.sort(key=lambda group: -np.mean([cell["psnr_db"] for cell in group]))
     distances = " / ".join(dict.fromkeys(group[0]["frechet"]["name"] for group in working))
-    head = ["method", "seeds", "MB", "of fp32", "PSNR dB", "worst", "SSIM", *attributes, *(["loss"] if attributes else [])]
+    head = [
+        "method",
+        "seeds",
+        "MB",
+        "of fp32",
+        "PSNR dB",
+        "worst",
+        "SSIM",
+        *attributes,
+        *(["loss"] if attributes else []),
+    ]
     head += [distances or "Frechet distance", "temporal error", "mismatches", "CPU s", "ms/step"]
     lines = [head, ["---"] * len(head), *([_full_line(full, attributes)] if full else [])]
     lines += [_line(group, full, attributes) for group in working]
     for group in broken:
         reason = next(cell["failed"] for cell in group if "failed" in cell)
-        lines.append([group[0]["method"], str(len(group)), f"failed: {reason.replace('|', '/')}", *[""] * (len(head) - 3)])
+        lines.append(
+            [
+                group[0]["method"],
+                str(len(group)),
+                f"failed: {reason.replace('|', '/')}",
+                *[""] * (len(head) - 3),
+            ]
+        )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -134,16 +166,30 @@ def bars(model: str, cells: Sequence[Row], full: Row | None) -> list[str]:
     """Return what the presets make of the bars of adherence, a line each."""
     found = []
     for method in PRESETS if full is not None and model in BARS else ():
-        groups = {bits: [c for c in cells if (c["method"], c["bits"]) == (method, bits) and "failed" not in c] for bits in ("w4a8", "w8a8")}
+        groups = {
+            bits: [c for c in cells if (c["method"], c["bits"]) == (method, bits) and "failed" not in c]
+            for bits in ("w4a8", "w8a8")
+        }
         lost = loss(groups["w4a8"], full, BARRED)
         if lost is not None:
             verdict = "met" if lost <= BARS[model] else "missed"
-            found.append(f"* `{method}` at W4A8 loses at most {lost:.1f} points: the bar of {BARS[model]:.0f} is {verdict}.")
+            found.append(
+                f"* `{method}` at W4A8 loses at most {lost:.1f} points: "
+                f"the bar of {BARS[model]:.0f} is {verdict}."
+            )
         shares = {name: (pooled([full], name), pooled(groups["w8a8"], name)) for name in BARRED}
-        known = {name: (whole, low) for name, (whole, low) in shares.items() if whole is not None and low is not None}
+        known = {
+            name: (whole, low)
+            for name, (whole, low) in shares.items()
+            if whole is not None and low is not None
+        }
         if known:
             outside = [name for name, (whole, low) in known.items() if low.value < whole.interval[0]]
-            where = f"below the interval of full precision in {', '.join(outside)}" if outside else "within the interval of full precision"
+            where = (
+                f"below the interval of full precision in {', '.join(outside)}"
+                if outside
+                else "within the interval of full precision"
+            )
             found.append(f"* `{method}` at W8A8 is {where}.")
     return found
 
@@ -151,7 +197,11 @@ def bars(model: str, cells: Sequence[Row], full: Row | None) -> list[str]:
 def _environment(cells: Sequence[Row]) -> str:
     """Return what measured a model's cells, in a line for each machine and set of versions."""
     lines = dict.fromkeys(
-        f"{cell['machine']}; {', '.join(f'{name} {version}' for name, version in sorted(cell['versions'].items()))}" for cell in cells
+        (
+            f"{cell['machine']}; "
+            f"{', '.join(f'{name} {version}' for name, version in sorted(cell['versions'].items()))}"
+        )
+        for cell in cells
     )
     return "\n".join(f"* measured on {line}" for line in lines)
 
@@ -161,7 +211,8 @@ def _described(cell: Row) -> str:
     guidance = "" if settings["guidance"] is None else f", guidance {settings['guidance']:g}"
     learned = "" if settings["iterations"] is None else f", AdaRound with {settings['iterations']} iterations"
     return (
-        f"* {settings['num_images']} images of {settings['steps']} steps{guidance}; calibration on {settings['samples']} images{learned}; "
+        f"* {settings['num_images']} images of {settings['steps']} steps{guidance}; "
+        f"calibration on {settings['samples']} images{learned}; "
         f"weights `{settings['weights']}`"
     )
 
@@ -175,7 +226,14 @@ def page(cells: Sequence[Row]) -> str:
         own = [cell for cell in cells if cell["model"] == model]
         full = next((cell for cell in own if cell["method"] == FULL), None)
         rows = [cell for cell in own if cell["method"] != FULL]
-        parts.append("\n".join([f"## {model}\n", _described(own[0]), _environment(own), *bars(model, rows, full), "\n"]))
+        parts.append(
+            "\n".join(
+                [f"## {model}\n", _described(own[0]), _environment(own), *bars(model, rows, full), "\n"]
+            )
+        )
         for bits in sorted({cell["bits"] for cell in rows}, key=lambda name: (*BITS, name).index(name)):
-            parts.append(f"### {model}, {bits.upper()}\n\n{table([cell for cell in rows if cell['bits'] == bits], full)}\n")
+            parts.append(
+                f"### {model}, "
+                f"{bits.upper()}\n\n{table([cell for cell in rows if cell['bits'] == bits], full)}\n"
+            )
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, "".join(parts))

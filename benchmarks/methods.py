@@ -1,4 +1,6 @@
-"""The methods that benchmarks compare, each a change of a scheme's recipe, and the cells of the leaderboard that they make."""
+"""The methods that benchmarks compare, each a change of a scheme's recipe, and the cells of the leaderboard
+that they make.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,25 +16,44 @@ def gptq(recipe: Recipe) -> Recipe:
 
 
 def min_max(recipe: Recipe) -> Recipe:
-    """Round to nearest on grids from the least to the greatest value, where `rtn` searches for the range of least error."""
+    """Round to nearest on grids from the least to the greatest value, where `rtn` searches for the range of
+    least error.
+    """
     nearest = rtn(recipe)
-    weights, activations = replace(nearest.weights, ranges="min_max"), replace(nearest.activations, ranges="min_max")
-    return replace(nearest, name=recipe.name.replace("tfmq", "min_max"), weights=weights, activations=activations)
+    weights, activations = (
+        replace(nearest.weights, ranges="min_max"),
+        replace(nearest.activations, ranges="min_max"),
+    )
+    return replace(
+        nearest, name=recipe.name.replace("tfmq", "min_max"), weights=weights, activations=activations
+    )
 
 
 def unit_gain(recipe: Recipe) -> Recipe:
     """The preset, each channel of whose layers follows full precision with gain one."""
-    return replace(recipe, name=recipe.name.replace("tfmq", "unit_gain"), rounding=replace(recipe.rounding, unit_gain=True))
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "unit_gain"),
+        rounding=replace(recipe.rounding, unit_gain=True),
+    )
 
 
 def rescaled(recipe: Recipe, *equalizers: str) -> Recipe:
     """The preset with rescaled inputs where that leaves less error."""
-    return replace(recipe, name=recipe.name.replace("tfmq", "-".join(equalizers)), rescaling=Rescaling(equalizers=equalizers))
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "-".join(equalizers)),
+        rescaling=Rescaling(equalizers=equalizers),
+    )
 
 
 def corrected(recipe: Recipe, *estimators: str) -> Recipe:
     """The preset with a correction of what the model predicts."""
-    return replace(recipe, name=recipe.name.replace("tfmq", "-".join(estimators)), correction=Correction(estimators=estimators))
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "-".join(estimators)),
+        correction=Correction(estimators=estimators),
+    )
 
 
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {
@@ -76,12 +97,23 @@ class Cell:
         return METHODS[self.method](tfmq.scheme(self.bits))
 
 
-def cells(models: Sequence[str], *, methods: Sequence[str] = tuple(METHODS), bits: Sequence[str] = BITS) -> Iterator[Cell]:
-    """Yield the cells of each model: the headline first, then the other rows, then further seeds of the headline."""
+def cells(
+    models: Sequence[str], *, methods: Sequence[str] = tuple(METHODS), bits: Sequence[str] = BITS
+) -> Iterator[Cell]:
+    """Yield the cells of each model: the headline first, then the other rows, then further seeds of the
+    headline.
+    """
     for model in models:
         headline = [(width, method) for width, chosen in HEADLINE.items() for method in chosen]
-        every = [(width, method) for width in BITS for method in METHODS if not (width == "w4a32" and method in OF_INPUTS)]
-        ordered = [(row, 0) for row in dict.fromkeys([*headline, *every])] + [(row, seed) for seed in SEEDS[1:] for row in headline]
+        every = [
+            (width, method)
+            for width in BITS
+            for method in METHODS
+            if not (width == "w4a32" and method in OF_INPUTS)
+        ]
+        ordered = [(row, 0) for row in dict.fromkeys([*headline, *every])] + [
+            (row, seed) for seed in SEEDS[1:] for row in headline
+        ]
         for (width, method), seed in ordered:
             if width in bits and method in methods:
                 yield Cell(model, width, method, seed)

@@ -3,8 +3,9 @@
     tfmq export DIR --to openvino --output-dir exported
     python benchmarks/openvino_nodes.py exported/denoiser.xml --threads 2
 
-The models that the `openvino` backend keeps in its cache (`$TFMQ_CACHE/openvino`) will do too. Counting costs a little, so the sum is no
-benchmark; shares are what to read. Nodes that the plug-in leaves out at run time are not listed.
+The models that the `openvino` backend keeps in its cache (`$TFMQ_CACHE/openvino`) will do too. Counting costs
+a little, so the sum is no benchmark; shares are what to read. Nodes that the plug-in leaves out at run time
+are not listed.
 """
 
 import argparse
@@ -25,7 +26,11 @@ def inputs(model: Any, batch: int) -> dict[str, np.ndarray]:
     for port in model.inputs:
         shape = [batch if size.is_dynamic else size.get_length() for size in port.partial_shape]
         floating = port.element_type.is_real()
-        arrays[port.get_any_name()] = generator.standard_normal(shape).astype(np.float32) if floating else np.zeros(shape, dtype=np.int64)
+        arrays[port.get_any_name()] = (
+            generator.standard_normal(shape).astype(np.float32)
+            if floating
+            else np.zeros(shape, dtype=np.int64)
+        )
     return arrays
 
 
@@ -35,12 +40,19 @@ def compiled(path: Path, *, batch: int, threads: int, **hints: Any) -> tuple[Any
     model = core.read_model(path)
     arrays = inputs(model, batch)
     model.reshape({name: list(array.shape) for name, array in arrays.items()})
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", **hints}
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        **hints,
+    }
     return core.compile_model(model, "CPU", hints).create_infer_request(), arrays
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -57,7 +69,10 @@ def main() -> None:
     total = sum(map(sum, spent.values()))
     print(f"{total / COUNTED:.2f} ms a step\n\n| node | kernel | nodes | ms | share |\n|---|---|---|---|---|")
     for (kind, kernel), times in sorted(spent.items(), key=lambda item: -sum(item[1])):
-        print(f"| {kind} | {kernel} | {len(times) // COUNTED} | {sum(times) / COUNTED:.3f} | {sum(times) / total:.3f} |")
+        print(
+            f"| {kind} | {kernel} | {len(times) // COUNTED} | "
+            f"{sum(times) / COUNTED:.3f} | {sum(times) / total:.3f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What the backends and other libraries cost on five denoisers: time, memory, bytes, accuracy, and how near the machine's ceilings they come.
+"""What the backends and other libraries cost on five denoisers: time, memory, bytes, accuracy, and how near
+the machine's ceilings they come.
 
     python benchmarks/performance.py --output-dir runs/performance --peers all --batch 1,4,16
 
-The models are the embedded one, a 63 M parameter DDPM of 64x64 pixels (`--ddpm64`, a folder whose `load.py` has `load_unet` and
-`scheduler`; skipped without), and architectures with random weights: google/ddpm-cifar10-32's, a small Stable Diffusion's, a small DiT and, with
-`--large`, the UNet of Stable Diffusion 1.5. Each is quantized to W8A8 (a range for every timestep, temporal features from tables; `--scheme
-fast_w8a8` for zero-points that all timesteps share) but with a short calibration and no learned rounding, which costs no time at inference, and
-once more to W4A8 for its bytes. Random weights serve for speed and memory: their SQNR is in the JSON file and not in the table.
+The models are the embedded one, a 63 M parameter DDPM of 64x64 pixels (`--ddpm64`, a folder whose `load.py`
+has `load_unet` and `scheduler`; skipped without), and architectures with random weights:
+google/ddpm-cifar10-32's, a small Stable Diffusion's, a small DiT and, with `--large`, the UNet of Stable
+Diffusion 1.5. Each is quantized to W8A8 (a range for every timestep, temporal features from tables; `--scheme
+fast_w8a8` for zero-points that all timesteps share) but with a short calibration and no learned rounding,
+which costs no time at inference, and once more to W4A8 for its bytes. Random weights serve for speed and
+memory: their SQNR is in the JSON file and not in the table.
 
-Quantized models and finished measurements (one for each model and batch size) stay in the output directory; the script goes on with what is
-missing, so it can run in pieces.
+Quantized models and finished measurements (one for each model and batch size) stay in the output directory;
+the script goes on with what is missing, so it can run in pieces.
 """
 
 import argparse
@@ -62,7 +65,8 @@ class Model:
         make: builds its sampler.
         trained: whether its weights are.
         module: gives it, if diffusers lacks it.
-        large: whether quantizing it takes so long that it is done once, not for the bytes of four-bit weights too.
+        large: whether quantizing it takes so long that it is done once, not for the bytes of four-bit weights
+            too.
     """
 
     name: str
@@ -73,7 +77,9 @@ class Model:
 
 
 def _looped(module: nn.Module, shape: tuple[int, ...], **conditions: Tensor) -> LoopSampler:
-    return LoopSampler(tfmq.Denoiser(module.eval().requires_grad_(False)), NoiseOnly(), shape=shape, conditions=conditions)
+    return LoopSampler(
+        tfmq.Denoiser(module.eval().requires_grad_(False)), NoiseOnly(), shape=shape, conditions=conditions
+    )
 
 
 def cifar() -> Sampler:
@@ -115,7 +121,14 @@ def stable_diffusion() -> Sampler:
 
 def dit() -> Sampler:
     torch.manual_seed(0)
-    module = DiTTransformer2DModel(num_attention_heads=6, attention_head_dim=64, num_layers=12, sample_size=32, patch_size=2, out_channels=8)
+    module = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=64,
+        num_layers=12,
+        sample_size=32,
+        patch_size=2,
+        out_channels=8,
+    )
     return _looped(module, (4, 32, 32), class_labels=torch.tensor([207]))
 
 
@@ -128,7 +141,8 @@ import load
 
 
 def sampler():
-    return tfmq.LoopSampler(tfmq.Denoiser(load.load_unet().requires_grad_(False)), load.scheduler(), shape=(3, 64, 64))
+    unet = load.load_unet().requires_grad_(False)
+    return tfmq.LoopSampler(tfmq.Denoiser(unet), load.scheduler(), shape=(3, 64, 64))
 """
 
 
@@ -154,7 +168,12 @@ def quantized(model: Model, scheme: str, directory: Path, progress: Progress) ->
         recipe = tfmq.scheme(scheme)
         temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
         calibration = Calibration(samples=1 if model.large else 2, steps=STEPS, interval=2, batch_size=2)
-        recipe = replace(recipe, calibration=calibration, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal)
+        recipe = replace(
+            recipe,
+            calibration=calibration,
+            rounding=replace(recipe.rounding, solver="nearest"),
+            temporal=temporal,
+        )
         tfmq.quantize(model.make(), recipe, output_dir=target, progress=progress, resume=True)
     return target / "unet" if (target / "model_index.json").exists() else target
 
@@ -192,19 +211,28 @@ def measured(model: Model, batch: int, options: argparse.Namespace, progress: Pr
         "parameters": sum(parameter.numel() for parameter in sampler.denoiser.module.parameters()),
         "operations": operations(sampler.denoiser, sampler.example()),
         "bytes": {scheme: stored_bytes(folder) for scheme, folder in folders.items()},
-        "forecast": {"batch": batch, "fp32_ms": expected.fp32_ms, "predicted_ms": expected.predicted_ms, "speedup": expected.speedup},
+        "forecast": {
+            "batch": batch,
+            "fp32_ms": expected.fp32_ms,
+            "predicted_ms": expected.predicted_ms,
+            "speedup": expected.speedup,
+        },
         "rows": rows,
     }
 
 
 def with_share(result: Mapping[str, Any], ceiling: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """Return the rows with their rate of operations and its share of the ceiling of the arithmetic that they compute in."""
+    """Return the rows with their rate of operations and its share of the ceiling of the arithmetic that they
+    compute in.
+    """
     rows = []
     for row in result["rows"]:
         floating = "fp32" in row["backend"] or row["backend"] in FLOATING
         top = ceiling["fp32" if floating else "int8"]
         rate = result["operations"] * row["batch"] / (row["ms_per_step"] / 1e3)
-        rows.append({**row, "operations_per_second": rate, "share_of_ceiling": None if top is None else rate / top})
+        rows.append(
+            {**row, "operations_per_second": rate, "share_of_ceiling": None if top is None else rate / top}
+        )
     return rows
 
 
@@ -215,29 +243,47 @@ def table(results: list[dict[str, Any]], ceiling: Mapping[str, float | None]) ->
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for result in results:
         for row in with_share(result, ceiling):
-            accuracy = "" if row["sqnr_db"] is None or result["weights"] == "random" else f"{row['sqnr_db']:.1f}"
+            accuracy = (
+                "" if row["sqnr_db"] is None or result["weights"] == "random" else f"{row['sqnr_db']:.1f}"
+            )
             share = "" if row["share_of_ceiling"] is None else f"{row['share_of_ceiling']:.2f}"
             name = row["backend"] if row["scheme"] is None else f"**{row['backend']}**"
             loaded = "" if row["clean"] else " (loaded)"
             lines.append(
-                f"| {result['model']} | {name} | {row['scheme'] or ''} | {row['batch']} | {row['ms_per_step']:.1f}{loaded} | {row['speedup']:.2f} "
+                f"| {result['model']} | {name} | {row['scheme'] or ''} | {row['batch']} | "
+                f"{row['ms_per_step']:.1f}{loaded} | {row['speedup']:.2f} "
                 f"| {row['images_per_second']:.3g} | {accuracy} | {row['peak_rss_bytes'] / 1e6:.0f} "
-                f"| {row['first_peak_rss_bytes'] / 1e6:.0f} | {row['disk_bytes'] / 1e6:.1f} | {row['load_s'] + row['compile_s']:.1f} "
+                f"| {row['first_peak_rss_bytes'] / 1e6:.0f} | {row['disk_bytes'] / 1e6:.1f} "
+                f"| {row['load_s'] + row['compile_s']:.1f} "
                 f"| {row['restart_s']:.1f} | {share} |"
             )
-    lines += ["", "| model | parameters | operations a step | fp32 MB | W8A8 MB | W4A8 MB |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | parameters | operations a step | fp32 MB | W8A8 MB | W4A8 MB |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in {result["model"]: result for result in results}.values():
-        sizes = " | ".join(f"{size / 1e6:.1f}" for size in result["bytes"].values()) + " |" * (2 - len(result["bytes"]))
+        sizes = " | ".join(f"{size / 1e6:.1f}" for size in result["bytes"].values()) + " |" * (
+            2 - len(result["bytes"])
+        )
         lines.append(
             f"| {result['model']} | {result['parameters'] / 1e6:.1f} M | {result['operations'] / 1e9:.2f} G "
             f"| {4 * result['parameters'] / 1e6:.1f} | {sizes} |"
         )
-    lines += ["", "| model | batch | torch, forecast ms | measured ms | speedup, forecast | measured |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | batch | torch, forecast ms | measured ms | speedup, forecast | measured |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
-        expected, row = result["forecast"], next((row for row in result["rows"] if row["backend"] == "torch"), None)
+        expected, row = (
+            result["forecast"],
+            next((row for row in result["rows"] if row["backend"] == "torch"), None),
+        )
         if row is not None and expected["predicted_ms"] is not None:
             lines.append(
-                f"| {result['model']} | {row['batch']} | {expected['predicted_ms']:.1f} | {row['ms_per_step']:.1f} "
+                f"| {result['model']} | {row['batch']} | {expected['predicted_ms']:.1f} "
+                f"| {row['ms_per_step']:.1f} "
                 f"| {expected['speedup']:.2f} | {row['speedup']:.2f} |"
             )
     return "\n".join(lines) + "\n"
@@ -251,7 +297,12 @@ def write_results(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     ceiling = asdict(ceilings())
     rows = [{**result, "rows": with_share(result, ceiling)} for result in results]
-    content = {"machine": describe_machine(options.threads), "ceilings": ceiling, "steps": STEPS, "results": rows}
+    content = {
+        "machine": describe_machine(options.threads),
+        "ceilings": ceiling,
+        "steps": STEPS,
+        "results": rows,
+    }
     (options.output_dir / "performance.json").write_text(json.dumps(content, indent=1) + "\n")
     text = table(results, ceiling)
     (options.output_dir / "performance.md").write_text(text)
@@ -267,7 +318,9 @@ def _names(text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--peers", default="all")
@@ -276,10 +329,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(processors()))
     parser.add_argument("--ddpm64", type=Path, help="folder of the 64x64 DDPM")
-    parser.add_argument("--large", action="store_true", help="with Stable Diffusion 1.5's UNet too: 20 minutes of one core and 20 GB to quantize it")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="with Stable Diffusion 1.5's UNet too: 20 minutes of one core and 20 GB to quantize it",
+    )
     parser.add_argument("--only", default="", help="measure only models whose name contains this")
     options = parser.parse_args()
-    options.variants = [*_names(options.backends, names_of("backend")), *_names(options.peers, names_of("peer"))]
+    options.variants = [
+        *_names(options.backends, names_of("backend")),
+        *_names(options.peers, names_of("peer")),
+    ]
     finished = options.output_dir / "rows"
     finished.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)

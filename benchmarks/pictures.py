@@ -1,10 +1,12 @@
-"""Draw the picture of the README: prompts, and below each the images of full precision and of quantized models from the same noise.
+"""Draw the picture of the README: prompts, and below each the images of full precision and of quantized
+models from the same noise.
 
     tfmq quantize text --scheme w8a8 --output-dir runs/text-w8a8 --prompts benchmarks/prompts/calibration.txt
     tfmq quantize text --scheme w4a8 --output-dir runs/text-w4a8 --prompts benchmarks/prompts/calibration.txt
     python benchmarks/pictures.py text runs/text-w8a8 runs/text-w4a8 --output docs/figures/text.png
 
-The prompts are the first of `benchmarks/prompts/scenes.txt`, which neither training nor calibration has seen; the noise is new as well.
+The prompts are the first of `benchmarks/prompts/scenes.txt`, which neither training nor calibration has seen;
+the noise is new as well.
 """
 
 import argparse
@@ -28,7 +30,9 @@ TILE, GAP, LEFT, TOP, BORDER, DPI = 128, 6, 130, 92, 12, 100
 LETTERS = 19
 
 
-def rows(models: list[str], prompts: tuple[str, ...], *, steps: int, seed: int, guidance: float) -> list[tuple[str, Images]]:
+def rows(
+    models: list[str], prompts: tuple[str, ...], *, steps: int, seed: int, guidance: float
+) -> list[tuple[str, Images]]:
     """Return the images of each model, and what is written beside them."""
     found = []
     for model in models:
@@ -36,7 +40,11 @@ def rows(models: list[str], prompts: tuple[str, ...], *, steps: int, seed: int, 
             sampler = open_sampler(model, prompts=prompts, options={"guidance_scale": guidance})
         quantized = holds_quantized(Path(model))
         name = stored_manifest(Path(model)).provenance.scheme if quantized else "full precision"
-        size = stored_bytes(Path(model)) if quantized else sum(4 * value.numel() for value in sampler.denoiser.module.parameters())
+        size = (
+            stored_bytes(Path(model))
+            if quantized
+            else sum(4 * value.numel() for value in sampler.denoiser.module.parameters())
+        )
         label = f"{str(name).removeprefix('tfmq_').upper() if quantized else name}\n{megabytes(size)}"
         found.append((label, draw_batch(sampler, range(len(prompts)), steps=steps, seed=seed)))
     return found
@@ -44,23 +52,39 @@ def rows(models: list[str], prompts: tuple[str, ...], *, steps: int, seed: int, 
 
 def write(path: Path, drawn: list[tuple[str, Images]], prompts: tuple[str, ...]) -> None:
     """Write the picture."""
-    canvas = montage(enlarged(np.concatenate([images for _, images in drawn]), width=TILE), columns=len(prompts), gap=GAP)
+    canvas = montage(
+        enlarged(np.concatenate([images for _, images in drawn]), width=TILE), columns=len(prompts), gap=GAP
+    )
     height, width = canvas.shape[:2]
     total_width, total_height = LEFT + width + BORDER, TOP + height + BORDER
     figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
-    axes = figure.add_axes((LEFT / total_width, BORDER / total_height, width / total_width, height / total_height))
+    axes = figure.add_axes(
+        (LEFT / total_width, BORDER / total_height, width / total_width, height / total_height)
+    )
     axes.imshow(canvas, interpolation="nearest", aspect="equal")
     axes.set_axis_off()
     for number, (label, _) in enumerate(drawn):
-        axes.text(-12, number * (TILE + GAP) + TILE / 2, label, ha="right", va="center", fontsize=11, color="#333333")
+        axes.text(
+            -12,
+            number * (TILE + GAP) + TILE / 2,
+            label,
+            ha="right",
+            va="center",
+            fontsize=11,
+            color="#333333",
+        )
     for number, prompt in enumerate(prompts):
         text = "\n".join(textwrap.wrap(prompt, LETTERS))
-        axes.text(number * (TILE + GAP) + TILE / 2, -10, text, ha="center", va="bottom", fontsize=9, color="#333333")
+        axes.text(
+            number * (TILE + GAP) + TILE / 2, -10, text, ha="center", va="bottom", fontsize=9, color="#333333"
+        )
     figure.savefig(path, metadata={"Software": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", help="full precision first, then what tfmq quantize wrote")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=7)

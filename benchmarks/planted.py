@@ -1,9 +1,11 @@
-"""Models with the same outputs and planted difficulty: outliers whose place and size are known, for methods that must find them.
+"""Models with the same outputs and planted difficulty: outliers whose place and size are known, for methods
+that must find them.
 
-Small trained models have no outliers as large models do. Each function here returns a copy of a diffusers denoiser in which one channel of
-each of its transformer blocks is `factor` times larger at some place, and what reads it so many times smaller. With a power of two all
-values are scaled exactly, so the output is the same to the last bit; adaLN's bias alone is rounded. A group norm before SiLU and a
-convolution admits no such plant: SiLU is not homogeneous.
+Small trained models have no outliers as large models do. Each function here returns a copy of a diffusers
+denoiser in which one channel of each of its transformer blocks is `factor` times larger at some place, and
+what reads it so many times smaller. With a power of two all values are scaled exactly, so the output is the
+same to the last bit; adaLN's bias alone is rounded. A group norm before SiLU and a convolution admits no such
+plant: SiLU is not homogeneous.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,7 +45,9 @@ def _scale_columns(layers: list[nn.Linear], channel: int, factor: float) -> None
 
 
 def _scale_adaptive(norm: AdaLayerNormZero, part: int, channel: int, factor: float) -> None:
-    """Scale one channel of what adaLN gives out: `part` 0 is its shift and scale of attention, 3 of the feed-forward layer."""
+    """Scale one channel of what adaLN gives out: `part` 0 is its shift and scale of attention, 3 of the
+    feed-forward layer.
+    """
     width = norm.linear.out_features // 6
     shift, scale = part * width + channel, (part + 1) * width + channel
     _scale_rows(norm.linear, shift, factor)
@@ -113,11 +117,14 @@ def score_outliers(model: nn.Module, *, factor: float = FACTOR, seed: int = 0) -
     return planted
 
 
-def first_token_outlier(model: UNet2DConditionModel, *, size: float = FIRST_TOKEN) -> tuple[UNet2DConditionModel, Callable[[Tensor], Tensor]]:
-    """Return a copy that attends to tokens with one more channel, and the function that adds it to a prompt `[B, N, C]`.
+def first_token_outlier(
+    model: UNet2DConditionModel, *, size: float = FIRST_TOKEN
+) -> tuple[UNet2DConditionModel, Callable[[Tensor], Tensor]]:
+    """Return a copy that attends to tokens with one more channel, and the function that adds it to a prompt
+    `[B, N, C]`.
 
-    The channel is `size` in the first token and zero elsewhere, and no key or value reads it: outputs are the same, and a grid for all
-    tokens is wasted on one.
+    The channel is `size` in the first token and zero elsewhere, and no key or value reads it: outputs are the
+    same, and a grid for all tokens is wasted on one.
     """
     config = {**model.config, "cross_attention_dim": model.config.cross_attention_dim + 1}
     planted = UNet2DConditionModel.from_config(config)

@@ -1,4 +1,6 @@
-"""What cells of a table are measured against: a full-precision model's images and trajectory, made once; and what measured them."""
+"""What cells of a table are measured against: a full-precision model's images and trajectory, made once; and
+what measured them.
+"""
 
 import platform
 from collections.abc import Callable
@@ -74,7 +76,14 @@ class Reference:
 
     def draw(self, sampler: Sampler, progress: Progress) -> Images:
         """Draw the images with another model."""
-        return draw(sampler, self.num_images, steps=self.steps, seed=IMAGE_SEED, batch_size=self.batch_size, progress=progress)
+        return draw(
+            sampler,
+            self.num_images,
+            steps=self.steps,
+            seed=IMAGE_SEED,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
 
     def fidelity(self, images: Images) -> PairedFidelity:
         """Compare images with full precision's."""
@@ -82,7 +91,9 @@ class Reference:
 
     @torch.no_grad()
     def output_sqnr(self, module: nn.Module) -> list[float]:
-        """Return the SQNR in dB of the output of `module` at each step of the stored trajectory, from noise to image."""
+        """Return the SQNR in dB of the output of `module` at each step of the stored trajectory, from noise
+        to image.
+        """
         quantized = tfmq.Denoiser(module)
         calls = (inputs.map(lambda tensor: tensor.to(self.device)) for inputs in self.store)
         return [sqnr_db(self.sampler.denoiser(inputs), quantized(inputs)) for inputs in calls]
@@ -90,7 +101,14 @@ class Reference:
 
 def machine() -> str:
     """Return the name of the processor, and on how many threads torch runs."""
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    processor = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "",
+    )
     return f"{processor or platform.processor()}, {torch.get_num_threads()} threads"
 
 

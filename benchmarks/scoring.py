@@ -1,4 +1,6 @@
-"""What a cell of the leaderboard measures: images against full precision's, what they show, how they are spread, and what a step takes."""
+"""What a cell of the leaderboard measures: images against full precision's, what they show, how they are
+spread, and what a step takes.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.progress import silent
 
-# The first of these that the machine has draws the images: it computes in integers, within the bounds of docs/performance.md.
+# The first of these that the machine has draws the images: it computes in integers, within the bounds of
+# docs/performance.md.
 DRAWING = ("openvino", "cuda", "torch", "simulated")
 # Any of these may be the fastest for a step. What torch compiles takes minutes to start, for each cell.
 TIMED = ("openvino", "cuda", "torch")
@@ -84,7 +87,9 @@ class Scorer:
         return self.features(self.reference.images)
 
     def adherence(self, images: Images) -> dict[str, list[int]]:
-        """Return how many images hold each attribute, of how many that were asked for it; nothing where the model brings no judge."""
+        """Return how many images hold each attribute, of how many that were asked for it; nothing where the
+        model brings no judge.
+        """
         if self.judge is None:
             return {}
         pixels = torch.from_numpy(as_colour(images)).permute(0, 3, 1, 2).float() / 255
@@ -93,7 +98,9 @@ class Scorer:
         return {name: [value.held, value.asked] for name, value in found.items() if value is not None}
 
     def fidelity(self, images: Images) -> dict[str, Any]:
-        """Return PSNR and SSIM of every image, as many digits as a table can use, and the Frechet distance to full precision."""
+        """Return PSNR and SSIM of every image, as many digits as a table can use, and the Frechet distance to
+        full precision.
+        """
         pairs = self.reference.fidelity(images)
         distance = frechet_distance(self.features(images), self.full, "pool")
         return {
@@ -105,11 +112,17 @@ class Scorer:
     def temporal(self, sampler: Sampler) -> dict[str, float]:
         """Return the relative error of temporal features and how many look like those of another timestep."""
         found = temporal_disturbance(self.reference.sampler, sampler.denoiser.module)
-        return {"mean": found.mean_relative_error, "max": found.max_relative_error, "mismatches": found.mismatches}
+        return {
+            "mean": found.mean_relative_error,
+            "max": found.max_relative_error,
+            "mismatches": found.mismatches,
+        }
 
 
 def executed(sampler: Sampler) -> str:
-    """Make a quantized model compute by the first backend of `DRAWING` that this machine has, and return its name."""
+    """Make a quantized model compute by the first backend of `DRAWING` that this machine has, and return its
+    name.
+    """
     for name in DRAWING:
         try:
             tfmq.execute(sampler.denoiser.module, name, options=Options())
@@ -126,7 +139,11 @@ def _timed(denoiser: Denoiser, call: Inputs, name: str) -> Timing:
 
     # A first call converts and compiles.
     step()
-    return interleaved({name: lambda: timed(step, seconds=SECONDS, busy=foreign_seconds)}, rounds=ROUNDS, advance=lambda _: None)[name]
+    return interleaved(
+        {name: lambda: timed(step, seconds=SECONDS, busy=foreign_seconds)},
+        rounds=ROUNDS,
+        advance=lambda _: None,
+    )[name]
 
 
 def _as_json(found: Mapping[str, Timing]) -> dict[str, Any]:
@@ -135,7 +152,9 @@ def _as_json(found: Mapping[str, Timing]) -> dict[str, Any]:
 
 
 def middle_call(reference: Reference) -> Inputs:
-    """Return the denoiser's call in the middle of the trajectory of one image: under guidance it has two rows."""
+    """Return the denoiser's call in the middle of the trajectory of one image: under guidance it has two
+    rows.
+    """
     calls: Sequence[Inputs] = spread_calls(reference.sampler, steps=reference.steps, count=1, progress=silent)
     return calls[0]
 
@@ -146,7 +165,9 @@ def full_precision_step(reference: Reference) -> dict[str, Any]:
 
 
 def fastest_step(sampler: Sampler, reference: Reference) -> dict[str, Any]:
-    """Return what a step of one image takes on the fastest backend that this machine has; `clean` where nobody else used the machine meanwhile."""
+    """Return what a step of one image takes on the fastest backend that this machine has; `clean` where
+    nobody else used the machine meanwhile.
+    """
     call, found = middle_call(reference), {}
     for name in TIMED:
         try:

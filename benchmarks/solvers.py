@@ -2,24 +2,28 @@
 
     python benchmarks/solvers.py --output-dir benchmarks/results/solvers --ddpm64 .../ddpm64
 
-A cell is a model, a solver with its budget, and a seed. It quantizes the model to W4A8 and measures, against full precision: the error of the
-units' outputs (how many dB below that of nearest codes), the SQNR of the predicted noise along the full-precision trajectory, and the PSNR of
-final images from the same noise. Cells of one model and seed share their calibration, activation ranges and temporal block, which the cell of
-`nearest` computes; all else is equal too, so that they differ by the solver alone, or by the calls that it learns from (`interval`). Cells of
-`samples` have a calibration of their own, of so many images instead of 32.
+A cell is a model, a solver with its budget, and a seed. It quantizes the model to W4A8 and measures, against
+full precision: the error of the units' outputs (how many dB below that of nearest codes), the SQNR of the
+predicted noise along the full-precision trajectory, and the PSNR of final images from the same noise. Cells
+of one model and seed share their calibration, activation ranges and temporal block, which the cell of
+`nearest` computes; all else is equal too, so that they differ by the solver alone, or by the calls that it
+learns from (`interval`). Cells of `samples` have a calibration of their own, of so many images instead of 32.
 
-Time is what the stages of the job took, as the journal keeps it: processor seconds of a CPU run on one thread, and wall seconds. A cell can be
-killed at any time and goes on at the unit that it had reached (which then captures its inputs anew, at its own expense); finished cells are
-kept. Run it in pieces; cells are ordered so that the bar is decided first. On one core of an Intel Xeon a cell of `default` takes about
-two CPU minutes, measuring included, and 0.65 s more for each AdaRound iteration: 5 min at 400, 55 min at 5000, 3.6 h at 20 000.
+Time is what the stages of the job took, as the journal keeps it: processor seconds of a CPU run on one
+thread, and wall seconds. A cell can be killed at any time and goes on at the unit that it had reached (which
+then captures its inputs anew, at its own expense); finished cells are kept. Run it in pieces; cells are
+ordered so that the bar is decided first. On one core of an Intel Xeon a cell of `default` takes about two CPU
+minutes, measuring included, and 0.65 s more for each AdaRound iteration: 5 min at 400, 55 min at 5000, 3.6 h
+at 20 000.
 
-AdaRound is the paper's: released hyper-parameters, its batch of 32, and a rate of 1e-3, raised to 4 / iterations where a budget is too short for
-roundings to cross over at that rate. What no cell measures, the 20 000 iterations of the paper above all, is extrapolated from the cells that
-do, and called that.
+AdaRound is the paper's: released hyper-parameters, its batch of 32, and a rate of 1e-3, raised to 4 /
+iterations where a budget is too short for roundings to cross over at that rate. What no cell measures, the 20
+000 iterations of the paper above all, is extrapolated from the cells that do, and called that.
 
-Models: `default`, the embedded one (3.8 M parameters, attention at one resolution); with `--ddpm64` a trained network of 63 M parameters with
-attention at two resolutions, in a smaller setting (see `known_models`; a batch of 8). There the stages before the units take 3 CPU minutes, and
-an AdaRound iteration should take 7 to 8 s, going by the 1.25 s of a forward call: a quarter of an hour for a hundred, an hour for 400.
+Models: `default`, the embedded one (3.8 M parameters, attention at one resolution); with `--ddpm64` a trained
+network of 63 M parameters with attention at two resolutions, in a smaller setting (see `known_models`; a
+batch of 8). There the stages before the units take 3 CPU minutes, and an AdaRound iteration should take 7 to
+8 s, going by the 1.25 s of a forward call: a quarter of an hour for a hundred, an hour for 400.
 """
 
 import argparse
@@ -66,7 +70,8 @@ def _rounding(**fields: Any) -> Change:
 def _calibration(change: Change, **fields: Any) -> Change:
     """Return the change with another calibration.
 
-    Units that learn from every `interval`-th step leave the stages before them as they are, since those see all steps anyway.
+    Units that learn from every `interval`-th step leave the stages before them as they are, since those see
+    all steps anyway.
     """
 
     def changed(recipe: Recipe) -> Recipe:
@@ -79,7 +84,9 @@ def _calibration(change: Change, **fields: Any) -> Change:
 def _learned(solver: str, iterations: int) -> Change:
     learning = Learning(iterations=iterations, learning_rate=max(1e-3, 4 / iterations))
     return lambda recipe: replace(
-        recipe, rounding=replace(recipe.rounding, solver=solver), learning=replace(learning, batch_size=recipe.learning.batch_size)
+        recipe,
+        rounding=replace(recipe.rounding, solver=solver),
+        learning=replace(learning, batch_size=recipe.learning.batch_size),
     )
 
 
@@ -90,7 +97,10 @@ SOLVERS: dict[str, Change] = {
     **{f"gptq_adaround-{budget}": _learned("gptq_adaround", budget) for budget in POLISHES},
     "gptq-interval2": _calibration(_rounding(solver="gptq"), interval=2),
     "gptq-interval1": _calibration(_rounding(solver="gptq"), interval=1),
-    **{f"gptq-samples{samples}": _calibration(_rounding(solver="gptq"), samples=samples) for samples in (8, 16, 64)},
+    **{
+        f"gptq-samples{samples}": _calibration(_rounding(solver="gptq"), samples=samples)
+        for samples in (8, 16, 64)
+    },
     "gptq_adaround-interval2-100": _calibration(_learned("gptq_adaround", 100), interval=2),
     "gptq-positions16": _rounding(solver="gptq", positions=16),
     "gptq-positions256": _rounding(solver="gptq", positions=256),
@@ -137,11 +147,15 @@ class Cell:
 
 
 def ddpm64(folder: Path) -> Sampler:
-    """Return the 63 M parameter model; 20 steps of spacing `leading` begin at timestep 285, above which it often breaks."""
+    """Return the 63 M parameter model; 20 steps of spacing `leading` begin at timestep 285, above which it
+    often breaks.
+    """
     from diffusers import DDIMScheduler
     from performance import models
 
-    sampler: Any = next(model for model in models(folder, Path(tempfile.mkdtemp())) if model.name == "ddpm64").make()
+    sampler: Any = next(
+        model for model in models(folder, Path(tempfile.mkdtemp())) if model.name == "ddpm64"
+    ).make()
     sampler.scheduler = DDIMScheduler.from_config(sampler.scheduler.config, timestep_spacing="leading")
     return sampler
 
@@ -150,15 +164,27 @@ def known_models(num_images: int, folder: Path | None) -> dict[str, Model]:
     """Return the models of the table by name."""
     recipe = tfmq.scheme("w4a8")
     recipe = replace(recipe, calibration=replace(recipe.calibration, interval=INTERVAL, judged=0.0))
-    found = [Model("default", lambda: open_sampler("default"), replace(recipe, learning=Learning()), num_images)]
+    found = [
+        Model("default", lambda: open_sampler("default"), replace(recipe, learning=Learning()), num_images)
+    ]
     if folder is not None:
-        small = replace(recipe, calibration=Calibration(samples=8, steps=20, interval=4, batch_size=8, judged=0.0), learning=Learning(batch_size=8))
-        found.append(Model("ddpm64", lambda: ddpm64(folder), small, max(1, num_images // 4), trajectories=4, batch_size=8))
+        small = replace(
+            recipe,
+            calibration=Calibration(samples=8, steps=20, interval=4, batch_size=8, judged=0.0),
+            learning=Learning(batch_size=8),
+        )
+        found.append(
+            Model(
+                "ddpm64", lambda: ddpm64(folder), small, max(1, num_images // 4), trajectories=4, batch_size=8
+            )
+        )
     return {model.name: model for model in found}
 
 
 def cells() -> Iterator[Cell]:
-    """Yield the table's cells: what decides the bar first, what costs most last; each seed's `nearest` before what builds on it."""
+    """Yield the table's cells: what decides the bar first, what costs most last; each seed's `nearest` before
+    what builds on it.
+    """
     longest = f"adaround-{BUDGETS[-1]}"
     for solver in ("nearest", *FAST, longest, "adaround-400"):
         yield Cell("default", solver, 0)
@@ -187,7 +213,10 @@ class TimedJournal(Journal):
             wall, processor = time.perf_counter(), time.process_time()
             tensors = compute()
             assert self.directory is not None
-            write_json(self.directory / f"{name}.time.json", {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor})
+            write_json(
+                self.directory / f"{name}.time.json",
+                {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor},
+            )
             return tensors
 
         return super().stage(name, timed)
@@ -195,14 +224,26 @@ class TimedJournal(Journal):
     def spent(self, *, units: bool) -> dict[str, float]:
         """Return the time of the units, or of the stages before them."""
         assert self.directory is not None
-        parts = [read_json(path) for path in sorted(self.directory.glob("*.time.json")) if path.name.startswith("unit_") == units]
+        parts = [
+            read_json(path)
+            for path in sorted(self.directory.glob("*.time.json"))
+            if path.name.startswith("unit_") == units
+        ]
         return {key: sum(part[key] for part in parts) for key in ("seconds", "cpu_seconds")}
 
 
 def same_stages(recipe: Recipe, base: Recipe) -> bool:
     """Whether all stages before the units are the same with both recipes."""
     interval = base.calibration.interval
-    return replace(recipe, rounding=base.rounding, learning=base.learning, calibration=replace(recipe.calibration, interval=interval)) == base
+    return (
+        replace(
+            recipe,
+            rounding=base.rounding,
+            learning=base.learning,
+            calibration=replace(recipe.calibration, interval=interval),
+        )
+        == base
+    )
 
 
 def share_stages(base: Path, job: Path) -> None:
@@ -219,17 +260,25 @@ def share_stages(base: Path, job: Path) -> None:
     temporary.rename(job)
 
 
-def quantized(sampler: Sampler, recipe: Recipe, seed: int, job: Path, progress: Progress) -> tuple[Outcome, TimedJournal]:
+def quantized(
+    sampler: Sampler, recipe: Recipe, seed: int, job: Path, progress: Progress
+) -> tuple[Outcome, TimedJournal]:
     """Quantize in place, in a job that goes on where it was."""
-    journal = TimedJournal(job, {"recipe": to_dict(recipe), "seed": seed, "sampler": sampler.describe()}, resume=True)
+    journal = TimedJournal(
+        job, {"recipe": to_dict(recipe), "seed": seed, "sampler": sampler.describe()}, resume=True
+    )
     store = CalibrationStore(job / "calibration")
-    outcome = quantize_denoiser(Job(sampler=sampler, recipe=recipe, seed=seed, store=store, journal=journal, progress=progress))
+    outcome = quantize_denoiser(
+        Job(sampler=sampler, recipe=recipe, seed=seed, store=store, journal=journal, progress=progress)
+    )
     shutil.rmtree(job / "calibration" / "outputs", ignore_errors=True)
     return outcome, journal
 
 
 def gain_db(outcome: Outcome) -> float:
-    """Return how far the units' output errors are below those of nearest codes on the same inputs, the mean over units in dB."""
+    """Return how far the units' output errors are below those of nearest codes on the same inputs, the mean
+    over units in dB.
+    """
     ratios = [unit.error_after / unit.error_before for unit in outcome.units if unit.error_before > 0]
     return float(-10 * np.mean(np.log10(np.maximum(ratios, 1e-30))))
 
@@ -269,20 +318,26 @@ def write_results(directory: Path, command: str) -> None:
     """Write all finished cells as JSON, Markdown and a picture."""
     known, solvers = list(cells()), list(SOLVERS)
     models = list(dict.fromkeys(cell.model for cell in known))
-    ordered = sorted(known, key=lambda cell: (models.index(cell.model), solvers.index(cell.solver), cell.seed))
+    ordered = sorted(
+        known, key=lambda cell: (models.index(cell.model), solvers.index(cell.solver), cell.seed)
+    )
     paths = [directory / "cells" / f"{cell.name}.json" for cell in ordered]
     rows = [read_json(path) for path in paths if path.exists()]
     if not rows:
         return
     summary = aggregate(rows)
     text = f"{table(summary)}\n{conclusions(rows, summary)}"
-    write_json(directory / "solvers.json", {"environment": environment(command), "summary": summary, "cells": rows})
+    write_json(
+        directory / "solvers.json", {"environment": environment(command), "summary": summary, "cells": rows}
+    )
     (directory / "solvers.md").write_text(text)
     draw_curves(summary, directory / "solvers.png")
     print(text)
 
 
-def run(models: Mapping[str, Model], directory: Path, *, only: str, device: str, command: str, progress: Progress) -> None:
+def run(
+    models: Mapping[str, Model], directory: Path, *, only: str, device: str, command: str, progress: Progress
+) -> None:
     """Measure the cells that are missing and whose names contain `only`."""
     (directory / "cells").mkdir(parents=True, exist_ok=True)
     references: dict[str, Reference] = {}
@@ -295,7 +350,13 @@ def run(models: Mapping[str, Model], directory: Path, *, only: str, device: str,
         model = models[cell.model]
         if cell.model not in references:
             found = Reference(
-                model.make, directory / model.name, model.num_images, model.recipe.calibration.steps, model.trajectories, model.batch_size, device
+                model.make,
+                directory / model.name,
+                model.num_images,
+                model.recipe.calibration.steps,
+                model.trajectories,
+                model.batch_size,
+                device,
             )
             found.prepare(progress)
             references[cell.model] = found
@@ -304,17 +365,32 @@ def run(models: Mapping[str, Model], directory: Path, *, only: str, device: str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=64)
-    parser.add_argument("--ddpm64", type=Path, help="folder of the 64x64 DDPM, whose load.py has build_unet, load_unet and scheduler")
-    parser.add_argument("--only", default="", help="run only cells whose name contains this, and those that they build on")
+    parser.add_argument(
+        "--ddpm64",
+        type=Path,
+        help="folder of the 64x64 DDPM, whose load.py has build_unet, load_unet and scheduler",
+    )
+    parser.add_argument(
+        "--only", default="", help="run only cells whose name contains this, and those that they build on"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     command = f"python benchmarks/solvers.py --num-images {options.num_images}"
     models = known_models(options.num_images, options.ddpm64)
     with quiet(), shown_progress() as progress:
-        run(models, options.output_dir, only=options.only, device=options.device, command=command, progress=progress)
+        run(
+            models,
+            options.output_dir,
+            only=options.only,
+            device=options.device,
+            command=command,
+            progress=progress,
+        )
     write_results(options.output_dir, command)
 
 

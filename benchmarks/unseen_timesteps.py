@@ -1,10 +1,11 @@
-"""How long a step takes at timesteps that were not calibrated, beside calibrated ones: the ratio of interleaved medians, by backend.
+"""How long a step takes at timesteps that were not calibrated, beside calibrated ones: the ratio of
+interleaved medians, by backend.
 
     tfmq quantize default --scheme w8a8 --output-dir runs/w8a8
     python benchmarks/unseen_timesteps.py runs/w8a8 --backends openvino,torch-compile
 
-`known` are calibrated timesteps, `unseen` ones between two of these, which their temporal features have to be computed for. Rounds take turns,
-and each call of a round is at another timestep. Prints one JSON object.
+`known` are calibrated timesteps, `unseen` ones between two of these, which their temporal features have to be
+computed for. Rounds take turns, and each call of a round is at another timestep. Prints one JSON object.
 """
 
 import argparse
@@ -31,7 +32,9 @@ def timesteps(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def medians(run: Callable[[torch.Tensor], object], at: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
+def medians(
+    run: Callable[[torch.Tensor], object], at: dict[str, torch.Tensor], rounds: int
+) -> dict[str, float]:
     """Return the median milliseconds of a call by kind of timestep."""
     spent: dict[str, list[float]] = {kind: [] for kind in at}
     for number in range(WARM + rounds):
@@ -45,9 +48,15 @@ def medians(run: Callable[[torch.Tensor], object], at: dict[str, torch.Tensor], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", help="what tfmq quantize wrote")
-    parser.add_argument("--backends", default="openvino,torch-compile", help="separated by commas; -compile for torch's compiler")
+    parser.add_argument(
+        "--backends",
+        default="openvino,torch-compile",
+        help="separated by commas; -compile for torch's compiler",
+    )
     parser.add_argument("--batch", default="1", help="sizes, separated by commas")
     parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args()
@@ -56,12 +65,18 @@ def main() -> None:
     denoiser, found = sampler.denoiser, {}
     at = timesteps(denoiser.module)
     for backend in options.backends.split(","):
-        tfmq.execute(denoiser.module, backend.removesuffix("-compile"), options=Options(compile=backend.endswith("-compile")))
+        tfmq.execute(
+            denoiser.module,
+            backend.removesuffix("-compile"),
+            options=Options(compile=backend.endswith("-compile")),
+        )
         for batch in map(int, options.batch.split(",")):
             example = sampler.example().resized(batch)
             noise = torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0))
 
-            def run(timestep: torch.Tensor, noise: torch.Tensor = noise, example: Inputs = example) -> torch.Tensor:
+            def run(
+                timestep: torch.Tensor, noise: torch.Tensor = noise, example: Inputs = example
+            ) -> torch.Tensor:
                 return denoiser(Inputs(noise, timestep.expand(len(noise)), example.conditions))
 
             ms = medians(run, at, options.rounds)

@@ -2,9 +2,10 @@
 
     python3 tasks.py matrix
 
-No row and no column is listed here. Layers come from the register of operations, products from that of attention products, backends and schemes
-from theirs. Every cell is what a backend said of a tiny layer that it was given. Layers that a backend claims are then computed by it, and held
-against the simulation. The backend `cuda` runs here too: without a GPU its kernels compute by their definitions in torch.
+No row and no column is listed here. Layers come from the register of operations, products from that of
+attention products, backends and schemes from theirs. Every cell is what a backend said of a tiny layer that
+it was given. Layers that a backend claims are then computed by it, and held against the simulation. The
+backend `cuda` runs here too: without a GPU its kernels compute by their definitions in torch.
 """
 
 import functools
@@ -23,7 +24,16 @@ from tfmq.backends.operators import Cuda
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
 from tfmq.nn.operation import _OPERATIONS, operation_of
-from tfmq.nn.plan import EmbeddingPlan, LayerPlan, Plan, QuantizerPlan, activation_sites, pack_all, packed_layers, prepare
+from tfmq.nn.plan import (
+    EmbeddingPlan,
+    LayerPlan,
+    Plan,
+    QuantizerPlan,
+    activation_sites,
+    pack_all,
+    packed_layers,
+    prepare,
+)
 from tfmq.nn.products import _SITES, ProductQuantizers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.formats import MAX_BITS, MIN_BITS, IntegerFormat
@@ -36,7 +46,8 @@ from tfmq.recipes.presets import PRESETS, scheme
 PAGE = Path(__file__).with_name("capabilities.md")
 WIDTH, SIDE, BATCH = 4, 3, 2
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# dB of SQNR against the simulation. One code of difference in layers this small costs more than 40 dB; a wrong result leaves less than 10.
+# dB of SQNR against the simulation. One code of difference in layers this small costs more than 40 dB; a
+# wrong result leaves less than 10.
 NEAR = 25.0
 SAME = "as above"
 PLAIN = ("integers", "in the graph", "rows dequantized", "kept dequantized", SAME)
@@ -51,7 +62,13 @@ class Grids(NamedTuple):
 
     def __str__(self) -> str:
         bits = f"W{self.weight.bits}A{self.input.bits if self.input else 32}"
-        return " ".join([bits, "symmetric" if self.weight.symmetric else "asymmetric", *([] if self.tokens == "static" else [self.tokens])])
+        return " ".join(
+            [
+                bits,
+                "symmetric" if self.weight.symmetric else "asymmetric",
+                *([] if self.tokens == "static" else [self.tokens]),
+            ]
+        )
 
 
 class Assembly(nn.Module):
@@ -86,17 +103,23 @@ class Product(nn.Module):
 
 
 def kinds() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Yield every kind of layer that the register of operations knows, in words, with what builds it; grouped ones too, where there are any."""
+    """Yield every kind of layer that the register of operations knows, in words, with what builds it; grouped
+    ones too, where there are any.
+    """
     for kind in _OPERATIONS:
         for groups in (1, 2):
-            build = functools.partial(kind, WIDTH, WIDTH, **({"kernel_size": 3, "padding": 1, "groups": groups} if has_groups(kind) else {}))
+            build = functools.partial(
+                kind,
+                WIDTH,
+                WIDTH,
+                **({"kernel_size": 3, "padding": 1, "groups": groups} if has_groups(kind) else {}),
+            )
             if groups == 1 or has_groups(kind):
                 layer = build()
                 axes = layer.weight.ndim - 2
-                yield (
-                    f"{'grouped ' if groups > 1 else ''}{operation(layer).kind}{f', {axes} axes' if axes else ''}".replace("1 axes", "1 axis"),
-                    build,
-                )
+                grouped = "grouped " if groups > 1 else ""
+                spatial = f", {axes} {'axis' if axes == 1 else 'axes'}" if axes else ""
+                yield f"{grouped}{operation(layer).kind}{spatial}", build
 
 
 def has_groups(kind: type[nn.Module]) -> bool:
@@ -175,13 +198,32 @@ def schemes() -> dict[str, Plan]:
 
 
 def grids(plans: Iterable[Plan]) -> list[Grids]:
-    """Return every pair of grids that a scheme gives a layer, and beside them the narrowest and the widest weights of either symmetry."""
+    """Return every pair of grids that a scheme gives a layer, and beside them the narrowest and the widest
+    weights of either symmetry.
+    """
     layers = [layer for plan in plans for layer in plan.layers.values()]
-    tokens = {"dynamic" if layer.input and layer.input.tokens == "measured" else "static" for layer in layers} | {"static"}
-    weights = {layer.weight for layer in layers} | {IntegerFormat(bits, symmetric) for bits in (MIN_BITS, MAX_BITS) for symmetric in (False, True)}
+    tokens = {
+        "dynamic" if layer.input and layer.input.tokens == "measured" else "static" for layer in layers
+    } | {"static"}
+    weights = {layer.weight for layer in layers} | {
+        IntegerFormat(bits, symmetric) for bits in (MIN_BITS, MAX_BITS) for symmetric in (False, True)
+    }
     inputs = {layer.input.format if layer.input else None for layer in layers}
-    pairs = [Grids(weight, entry, kind) for weight in weights for entry in inputs for kind in (sorted(tokens) if entry else ["static"])]
-    return sorted(pairs, key=lambda pair: (pair.tokens == "dynamic", pair.input is None, pair.weight.bits, pair.weight.symmetric))
+    pairs = [
+        Grids(weight, entry, kind)
+        for weight in weights
+        for entry in inputs
+        for kind in (sorted(tokens) if entry else ["static"])
+    ]
+    return sorted(
+        pairs,
+        key=lambda pair: (
+            pair.tokens == "dynamic",
+            pair.input is None,
+            pair.weight.bits,
+            pair.weight.symmetric,
+        ),
+    )
 
 
 def fit(module: nn.Module) -> None:
@@ -201,24 +243,36 @@ def quantized(module: nn.Module, plan: Plan) -> nn.Module:
 
 def quantizer(entry: Grids) -> QuantizerPlan | None:
     """Return the plan of a layer's input."""
-    return QuantizerPlan(format=entry.input, per_step=False, ranges="min_max", tokens=entry.tokens) if entry.input else None  # type: ignore[arg-type]
+    return (
+        QuantizerPlan(format=entry.input, per_step=False, ranges="min_max", tokens=entry.tokens)
+        if entry.input
+        else None
+    )  # type: ignore[arg-type]
 
 
-def assembly(rows: Sequence[tuple[Callable[[], nn.Module], Grids]], dtype: torch.dtype = torch.float32) -> nn.Module:
+def assembly(
+    rows: Sequence[tuple[Callable[[], nn.Module], Grids]], dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Return layers with their grids, quantized, called `layers.0` and so on."""
     layers = {str(number): build() for number, (build, _) in enumerate(rows)}
     for layer in layers.values():
         # One extreme value a row: an asymmetric grid of eight bits then has codes that no signed byte holds.
-        layer.weight.data.copy_(torch.full_like(layer.weight, -0.1).masked_fill_(torch.rand_like(layer.weight) < 0.3, 0.5))
+        layer.weight.data.copy_(
+            torch.full_like(layer.weight, -0.1).masked_fill_(torch.rand_like(layer.weight) < 0.3, 0.5)
+        )
     plans = {
-        f"layers.{number}": LayerPlan(weight=entry.weight, ranges="min_max", segments=(), input=quantizer(entry))
+        f"layers.{number}": LayerPlan(
+            weight=entry.weight, ranges="min_max", segments=(), input=quantizer(entry)
+        )
         for number, (_, entry) in enumerate(rows)
     }
     return quantized(Assembly(layers).to(dtype), Plan(plans, {}))
 
 
 def attached(backend: Backend, module: nn.Module) -> Coverage:
-    """Let a backend say what of a module it computes in integers. Tiles of a GPU are not looked for: there may be none."""
+    """Let a backend say what of a module it computes in integers. Tiles of a GPU are not looked for: there
+    may be none.
+    """
     release(module)
     backend.missing()
     with ExitStack() as stack:
@@ -243,12 +297,20 @@ def computed(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def layer_rows(entries: Sequence[Grids]) -> dict[tuple[str, str], tuple[str, ...]]:
     """Return a row of cells for every kind of layer and pair of grids."""
-    wanted = [(kind, entry, build) for kind, build in kinds() for entry in entries if entry.tokens == "static" or operation(build()).channel_axis < 0]
+    wanted = [
+        (kind, entry, build)
+        for kind, build in kinds()
+        for entry in entries
+        if entry.tokens == "static" or operation(build()).channel_axis < 0
+    ]
     module, columns = assembly([(build, entry) for _, entry, build in wanted]), []
     for backend in BACKENDS.values():
         coverage = attached(backend, module)
         columns.append([cell(coverage, f"layers.{number}") for number in range(len(wanted))])
-    return {(kind, str(entry)): cells for (kind, entry, _), cells in zip(wanted, zip(*columns, strict=True), strict=True)}
+    return {
+        (kind, str(entry)): cells
+        for (kind, entry, _), cells in zip(wanted, zip(*columns, strict=True), strict=True)
+    }
 
 
 def product_rows() -> dict[str, tuple[str, ...]]:
@@ -261,7 +323,9 @@ def product_rows() -> dict[str, tuple[str, ...]]:
         for backend in BACKENDS.values():
             attached(backend, module)
             cells.append(product_cell(module))
-        rows[f"`{function.__qualname__.replace('_VariableFunctionsClass', 'torch').replace('TensorBase', 'Tensor')}`"] = tuple(cells)
+        owner, _, name = function.__qualname__.rpartition(".")
+        spelled = owner.replace("_VariableFunctionsClass", "torch").replace("TensorBase", "Tensor")
+        rows[f"`{spelled}.{name}`" if spelled else f"`{name}`"] = tuple(cells)
     return rows
 
 
@@ -276,10 +340,14 @@ def product_cell(module: nn.Module) -> str:
 
 
 def embedding_row() -> tuple[str, ...]:
-    """Return what each backend does with an embedding: whether it keeps the rows in the model's dtype, or dequantizes those that a call reads."""
+    """Return what each backend does with an embedding: whether it keeps the rows in the model's dtype, or
+    dequantizes those that a call reads.
+    """
     cells = []
     for backend in BACKENDS.values():
-        module = quantized(Lookup(), Plan({}, {}, {"table": EmbeddingPlan(weight=IntegerFormat(MAX_BITS), ranges="min_max")}))
+        module = quantized(
+            Lookup(), Plan({}, {}, {"table": EmbeddingPlan(weight=IntegerFormat(MAX_BITS), ranges="min_max")})
+        )
         attached(backend, module)
         cells.append("rows dequantized" if module.table.decoded is None else "kept dequantized")
     return tuple(cells)
@@ -294,7 +362,9 @@ class Lookup(Assembly):
 
 
 def dtype_rows(entry: Grids) -> dict[str, tuple[str, ...]]:
-    """Return for every dtype of a model whether each backend computes it, by running layers; in float32, the dtype of most, one of every kind."""
+    """Return for every dtype of a model whether each backend computes it, by running layers; in float32, the
+    dtype of most, one of every kind.
+    """
     builds = [build for _, build in kinds()]
     few = list({operation(build()).kind: build for build in builds}.values())
     rows = {}
@@ -315,7 +385,9 @@ def dtype_rows(entry: Grids) -> dict[str, tuple[str, ...]]:
 
 
 def scheme_rows(plans: Mapping[str, Plan]) -> dict[str, tuple[str, ...]]:
-    """Return for every scheme how many layers of the tiny denoiser each backend computes in integers; schemes with one plan share a row."""
+    """Return for every scheme how many layers of the tiny denoiser each backend computes in integers; schemes
+    with one plan share a row.
+    """
     groups: list[tuple[Plan, list[str]]] = []
     for name, plan in plans.items():
         same = next((names for other, names in groups if other == plan), None)
@@ -349,7 +421,9 @@ def usual(rows: Mapping[tuple[str, str], tuple[str, ...]]) -> dict[str, tuple[st
     return {kind: max(many, key=lambda cells: cells.count("integers")) for kind, many in by_kind.items()}
 
 
-def by_grids(rows: Mapping[tuple[str, str], tuple[str, ...]], most: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def by_grids(
+    rows: Mapping[tuple[str, str], tuple[str, ...]], most: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
     """Return for every pair of grids the cells that are not the usual ones of a kind of layer."""
     found: dict[str, list[dict[str, None]]] = {}
     for (kind, entry), cells in rows.items():

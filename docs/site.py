@@ -1,7 +1,9 @@
-"""What MkDocs needs beside the pages: the reference, the pages of the project's root, formulas, and links that lead out of this folder.
+"""What MkDocs needs beside the pages: the reference, the pages of the project's root, formulas, and links
+that lead out of this folder.
 
-The pages are written for whoever reads them in the repository. Here a link to a source file becomes one to its reference, a link to any other file
-outside of this folder becomes its text, and a formula becomes MathML, which browsers draw without a script.
+The pages are written for whoever reads them in the repository. Here a link to a source file becomes one to
+its reference, a link to any other file outside of this folder becomes its text, and a formula becomes MathML,
+which browsers draw without a script.
 """
 
 import re
@@ -19,7 +21,8 @@ SOURCE = ROOT / "src" / "tfmq"
 OUTER = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 # Code is matched first, so that nothing inside it is taken for a formula.
 TOKEN = re.compile(
-    r"^```math\n(?P<block>.*?)^```$|^```(?P<language>\w+) test[^\n]*\n(?P<body>.*?^```)$|(?P<fence>^```.*?^```$)"
+    r"^```math\n(?P<block>.*?)^```$|^```(?P<language>\w+) "
+    r"test[^\n]*\n(?P<body>.*?^```)$|(?P<fence>^```.*?^```$)"
     r"|\$`(?P<quoted>[^`]+)`\$|(?P<code>`[^`\n]+`)|(?<![\\\w])\$(?P<plain>[^`$\n]+)\$(?!\w)",
     re.MULTILINE | re.DOTALL,
 )
@@ -42,7 +45,9 @@ class Examples(Extension):
 
 
 def packages() -> dict[str, list[str]]:
-    """Return the modules of the reference by page: a page for every folder of the package, and one for its own files."""
+    """Return the modules of the reference by page: a page for every folder of the package, and one for its
+    own files.
+    """
     found: dict[str, list[str]] = {}
     for path in sorted(SOURCE.rglob("*.py")):
         module = path.relative_to(SOURCE.parent).with_suffix("")
@@ -57,7 +62,9 @@ def page_of(path: Path) -> str:
     """Return the page and the anchor of a source file in the reference."""
     module = path.relative_to(SOURCE.parent).with_suffix("")
     first = module.parts[1] if len(module.parts) > 2 else "tfmq"
-    return f"reference/{first}.md#{'.'.join(module.parts[:-1] if module.name == '__init__' else module.parts)}"
+    return (
+        f"reference/{first}.md#{'.'.join(module.parts[:-1] if module.name == '__init__' else module.parts)}"
+    )
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

@@ -1,6 +1,8 @@
-"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own attention, and a plain module.
+"""Tiny random denoisers that the tests share, by name: stock diffusers models, a subclass with its own
+attention, and a plain module.
 
-Every test is seeded, hypothesis included. `TFMQ_TEST_SEED` is the seed, 0 if unset; `TFMQ_TEST_SEED=random` draws one and prints it.
+Every test is seeded, hypothesis included. `TFMQ_TEST_SEED` is the seed, 0 if unset; `TFMQ_TEST_SEED=random`
+draws one and prints it.
 """
 
 import importlib.util
@@ -25,8 +27,9 @@ from tfmq.models.sampler import LoopSampler
 
 # Triton reads it when a kernel is declared: kernels run in its interpreter, on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Torch's compiler reads these when it is imported. A graph compiles as fast without precompiled headers, whose making takes longer than a graph; that
-# the C++ compiler knows what the processor does need not be tried out.
+# Torch's compiler reads these when it is imported. A graph compiles as fast without precompiled headers,
+# whose making takes longer than a graph; that the C++ compiler knows what the processor does need not be
+# tried out.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -46,7 +49,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class TorchGenerator:
-    """torch's global generator as hypothesis wants it, which seeds and restores it around each example: a failing one fails when it is replayed."""
+    """torch's global generator as hypothesis wants it, which seeds and restores it around each example: a
+    failing one fails when it is replayed.
+    """
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(SEED + seed)
@@ -69,7 +74,8 @@ def seeded() -> Iterator[None]:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    # `tfmq bench` leaves another number: all tests after it would wait for it, and sums in threads have other last bits.
+    # `tfmq bench` leaves another number: all tests after it would wait for it, and sums in threads have other
+    # last bits.
     torch.set_num_threads(1)
     try:
         yield
@@ -93,7 +99,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 # What takes most of the processor, most first: begun last, it would leave one worker of pytest-xdist alone.
 SLOW = (
-    *("tests/families", "tests/backends/test_graph", "tests/backends/test_trajectory", "tests/cluster", "tests/test_memory"),
+    *(
+        "tests/families",
+        "tests/backends/test_graph",
+        "tests/backends/test_trajectory",
+        "tests/cluster",
+        "tests/test_memory",
+    ),
     *("tests/cli", "tests/integrations", "tests/jobs"),
 )
 # Folders whose tests share what takes long to make: one worker makes it.
@@ -101,12 +113,16 @@ SHARED = ("tests/families", "tests/cluster")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let workers take files, slow ones first, or folders; with another seed than 0 let hypothesis draw others than its own examples of a test."""
+    """Let workers take files, slow ones first, or folders; with another seed than 0 let hypothesis draw
+    others than its own examples of a test.
+    """
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: [*(item.nodeid.startswith(name) for name in SLOW), True].index(True))
         for item in items:
             file = item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(next((name for name in SHARED if file.startswith(name)), file)))
+            item.add_marker(
+                pytest.mark.xdist_group(next((name for name in SHARED if file.startswith(name)), file))
+            )
     for item in items:
         if SEED and isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj):
             hypothesis.seed(SEED)(item.obj)
@@ -122,9 +138,18 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Refuse what `--doctest-ignore-import-errors`, meant for optional dependencies of the sources, would hide: tests that cannot be imported."""
-    if report.skipped and report.nodeid.startswith("tests/") and "unable to import module" in str(report.longrepr):
-        raise pytest.UsageError(f"{report.nodeid} cannot be imported; see why with: pytest -o addopts=--import-mode=importlib {report.nodeid}")
+    """Refuse what `--doctest-ignore-import-errors`, meant for optional dependencies of the sources, would
+    hide: tests that cannot be imported.
+    """
+    if (
+        report.skipped
+        and report.nodeid.startswith("tests/")
+        and "unable to import module" in str(report.longrepr)
+    ):
+        raise pytest.UsageError(
+            f"{report.nodeid} cannot be imported; see why with: pytest -o "
+            f"addopts=--import-mode=importlib {report.nodeid}"
+        )
 
 
 class Mixer(nn.Module):
@@ -140,7 +165,9 @@ class Mixer(nn.Module):
 
 
 class PlainDenoiser(nn.Module):
-    """No class or name of diffusers: arguments `x` and `t`, attention computed in its own forward, a skip read by the last layer."""
+    """No class or name of diffusers: arguments `x` and `t`, attention computed in its own forward, a skip
+    read by the last layer.
+    """
 
     def __init__(self, channels: int = 2) -> None:
         super().__init__()
@@ -163,7 +190,9 @@ class PlainDenoiser(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """A plain module that is small in the middle: a transposed convolution up again, an embedding of labels, a norm with weights."""
+    """A plain module that is small in the middle: a transposed convolution up again, an embedding of labels,
+    a norm with weights.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,15 +207,26 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
         phases = t[:, None] * self.frequencies
-        embedding = F.silu(self.embed(torch.cat([phases.sin(), phases.cos()], dim=1)) + self.labels(class_labels))
+        embedding = F.silu(
+            self.embed(torch.cat([phases.sin(), phases.cos()], dim=1)) + self.labels(class_labels)
+        )
         hidden = F.silu(self.norm(self.entry(x) + self.shift(embedding)[:, :, None, None]))
         return self.exit(torch.cat([self.up(hidden), x], dim=1))
 
 
 class ResidualAfterNorm:
-    """An attention processor in terms of `torch.baddbmm` and `torch.einsum`, whose residual is the normalised input."""
+    """An attention processor in terms of `torch.baddbmm` and `torch.einsum`, whose residual is the normalised
+    input.
+    """
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, temb: Any = None) -> Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        temb: Any = None,
+    ) -> Tensor:
         batch, channels, height, width = hidden_states.shape
         normed = attn.group_norm(hidden_states)
         tokens = normed.view(batch, channels, height * width).transpose(1, 2)
@@ -199,8 +239,19 @@ class ResidualAfterNorm:
 def _unet(**changes: Any) -> nn.Module:
     from diffusers import UNet2DModel
 
-    shape = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    shape = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    kinds = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+    }
     return UNet2DModel(**shape, **kinds, **changes)
 
 
@@ -223,27 +274,53 @@ def _own_attention() -> nn.Module:
 def _conditional(**changes: Any) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    shape = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    kinds = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     return UNet2DConditionModel(**shape, **kinds, cross_attention_dim=8, attention_head_dim=2, **changes)
 
 
 def _dit() -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
-    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_embeds_ada_norm": 10, "norm_num_groups": 4}
+    heads = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_embeds_ada_norm": 10,
+        "norm_num_groups": 4,
+    }
     return DiTTransformer2DModel(in_channels=4, out_channels=4, sample_size=8, patch_size=2, **heads)
 
 
 def _sd3() -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
-    heads = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 2, "caption_projection_dim": 8, "joint_attention_dim": 8}
+    heads = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 4,
+        "num_layers": 2,
+        "caption_projection_dim": 8,
+        "joint_attention_dim": 8,
+    }
     size = {"sample_size": 8, "patch_size": 2, "pos_embed_max_size": 8}
     return SD3Transformer2DModel(in_channels=4, out_channels=4, pooled_projection_dim=8, **heads, **size)
 
 
-_SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
+_SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 32,
+}
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     "unet": (_unet, 3, ()),
     "own_attention": (_own_attention, 3, ()),
@@ -270,7 +347,9 @@ def _conditions(kinds: tuple[str, ...]) -> dict[str, Any]:
 
 
 def tiny(name: str, *, seed: int = 0) -> tuple[Denoiser, Inputs]:
-    """Return the model of a name with one call's inputs, always with the same random weights for the same seed."""
+    """Return the model of a name with one call's inputs, always with the same random weights for the same
+    seed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED + seed)
         factory, channels, kinds = MODELS[name]
@@ -284,7 +363,12 @@ def tiny_sampler(name: str = "unet", *, seed: int = 0, scheduler: Any = None) ->
     from diffusers import DDIMScheduler
 
     denoiser, inputs = tiny(name, seed=seed)
-    return LoopSampler(denoiser, scheduler or DDIMScheduler(), shape=tuple(inputs.sample.shape[1:]), conditions=inputs.conditions)
+    return LoopSampler(
+        denoiser,
+        scheduler or DDIMScheduler(),
+        shape=tuple(inputs.sample.shape[1:]),
+        conditions=inputs.conditions,
+    )
 
 
 def load_script(path: str) -> ModuleType:
@@ -317,7 +401,9 @@ def sampler() -> Callable[..., LoopSampler]:
 
 @pytest.fixture(autouse=True)
 def _unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let "auto" choose `torch` where there is one, whatever else this machine does; `tests/backends/test_auto.py` has a clock of its own."""
+    """Let "auto" choose `torch` where there is one, whatever else this machine does;
+    `tests/backends/test_auto.py` has a clock of its own.
+    """
     from tfmq.backends.measuring import Race
 
     def settled(names: Any, enter: Any, leave: Any) -> Race:

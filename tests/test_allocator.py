@@ -40,7 +40,12 @@ def test_a_mapped_tensor_leaves_memory_and_is_read_again(tmp_path: Path) -> None
 
 def test_what_was_written_stays(tmp_path: Path) -> None:
     save_file({"codes": torch.zeros(2**20, dtype=torch.uint8)}, tmp_path / "codes.safetensors")
-    for tensor in (load_file(tmp_path / "codes.safetensors")["codes"], torch.zeros(2**20, dtype=torch.uint8), torch.zeros(3), torch.zeros(0)):
+    for tensor in (
+        load_file(tmp_path / "codes.safetensors")["codes"],
+        torch.zeros(2**20, dtype=torch.uint8),
+        torch.zeros(3),
+        torch.zeros(0),
+    ):
         tensor += 7
         page_out(tensor)
         assert (tensor == 7).all()

@@ -24,11 +24,16 @@ from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.errors import ChecksumError
 
-INTEGER = ["reference", pytest.param("torch", marks=pytest.mark.skipif(not available(), reason="no integer operators of oneDNN"))]
+INTEGER = [
+    "reference",
+    pytest.param("torch", marks=pytest.mark.skipif(not available(), reason="no integer operators of oneDNN")),
+]
 
 
 @pytest.fixture(scope="module")
-def original(build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[DDIMPipeline, Path]:
+def original(
+    build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[DDIMPipeline, Path]:
     """Return a tiny pipeline that was quantized in memory, and where it was saved."""
     directory = tmp_path_factory.mktemp("artifact")
     pipeline = DDIMPipeline(build("unet")[0].module, DDIMScheduler())
@@ -48,7 +53,11 @@ def kernels(unet: nn.Module) -> set[str]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_loading_takes_the_fastest_backend(original: tuple[DDIMPipeline, Path]) -> None:
@@ -63,13 +72,17 @@ def test_the_simulation_is_bitwise_the_model_in_memory(original: tuple[DDIMPipel
     pipeline, directory = original
     unet = tfmq.load(directory / "quantized", backend="simulated").unet
     assert kernels(unet) == {"NoneType"} and torch.equal(output(unet), output(pipeline.unet))
-    component = tfmq.load(directory / "quantized" / "unet", backend="simulated", options=tfmq.Options(weights="packed"))
+    component = tfmq.load(
+        directory / "quantized" / "unet", backend="simulated", options=tfmq.Options(weights="packed")
+    )
     assert all(layer.unpacked is None for layer in packed_layers(component).values())
     assert torch.equal(output(component), output(pipeline.unet))
 
 
 @pytest.mark.parametrize("backend", INTEGER)
-def test_saving_after_execution_writes_the_same_files(original: tuple[DDIMPipeline, Path], tmp_path: Path, backend: str) -> None:
+def test_saving_after_execution_writes_the_same_files(
+    original: tuple[DDIMPipeline, Path], tmp_path: Path, backend: str
+) -> None:
     pipeline, directory = original
     loaded = tfmq.load(directory / "quantized", backend=backend)
     tfmq.load(directory / "quantized", backend="simulated").save_pretrained(tmp_path / "before")
@@ -83,7 +96,11 @@ def test_saving_after_execution_writes_the_same_files(original: tuple[DDIMPipeli
 @pytest.mark.parametrize("backend", INTEGER)
 def test_a_bare_checkpoint(sampler: Callable[..., LoopSampler], tmp_path: Path, backend: str) -> None:
     drawn = sampler("plain")
-    tfmq.quantize(drawn, replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3)), output_dir=tmp_path / "q")
+    tfmq.quantize(
+        drawn,
+        replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3)),
+        output_dir=tmp_path / "q",
+    )
     x, t = torch.randn(2, 2, 8, 8), torch.tensor([333.0, 0.0])
     expected = drawn.denoiser.module(x, t)
     module = tfmq.load(tmp_path / "q", module=sampler("plain", seed=1).denoiser.module, backend=backend)
@@ -92,8 +109,12 @@ def test_a_bare_checkpoint(sampler: Callable[..., LoopSampler], tmp_path: Path, 
     assert torch.equal(module(x, t), expected)
 
 
-@pytest.mark.parametrize("open_it", [DDIMPipeline.from_pretrained, tfmq.load, lambda path: tfmq.load(path, module=nn.Identity())])
-def test_a_changed_architecture_is_refused(original: tuple[DDIMPipeline, Path], tmp_path: Path, open_it: Callable[[Path], Any]) -> None:
+@pytest.mark.parametrize(
+    "open_it", [DDIMPipeline.from_pretrained, tfmq.load, lambda path: tfmq.load(path, module=nn.Identity())]
+)
+def test_a_changed_architecture_is_refused(
+    original: tuple[DDIMPipeline, Path], tmp_path: Path, open_it: Callable[[Path], Any]
+) -> None:
     shutil.copytree(original[1] / "quantized", tmp_path / "q")
     path = tmp_path / "q" / "unet" / "config.json"
     config = json.loads(path.read_text())
@@ -106,10 +127,14 @@ def test_a_changed_architecture_is_refused(original: tuple[DDIMPipeline, Path], 
         open_it(tmp_path / "q")
 
 
-def test_entries_that_a_later_diffusers_adds_are_no_change(original: tuple[DDIMPipeline, Path], tmp_path: Path) -> None:
+def test_entries_that_a_later_diffusers_adds_are_no_change(
+    original: tuple[DDIMPipeline, Path], tmp_path: Path
+) -> None:
     shutil.copytree(original[1] / "quantized", tmp_path / "q")
     path = tmp_path / "q" / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_option": None, "_diffusers_version": "9.0"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"new_option": None, "_diffusers_version": "9.0"})
+    )
     assert torch.equal(output(tfmq.load(tmp_path / "q", backend="simulated").unet), output(original[0].unet))
 
 
@@ -122,7 +147,9 @@ def test_a_full_precision_pipeline_has_no_backend(original: tuple[DDIMPipeline, 
 
 def test_refusals(original: tuple[DDIMPipeline, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, directory = original
-    with pytest.raises(ValueError, match=r"no backend 'abacus'; choose one of auto, .*reference, simulated, torch"):
+    with pytest.raises(
+        ValueError, match=r"no backend 'abacus'; choose one of auto, .*reference, simulated, torch"
+    ):
         tfmq.load(directory / "quantized", backend="abacus")
 
     def missing(_: object) -> str:
@@ -142,9 +169,21 @@ def test_refusals(original: tuple[DDIMPipeline, Path], monkeypatch: pytest.Monke
         "from diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained(directory)",
     ],
 )
-def test_a_fresh_process_loads_whatever_imports_diffusers_first(original: tuple[DDIMPipeline, Path], statements: str) -> None:
-    path = os.pathsep.join(filter(None, [str(Path(tfmq.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    code = f"import sys\nimport tfmq\ndirectory = sys.argv[1]\n{statements}\nprint(type(pipeline.unet.tfmq_steps).__name__)"
+def test_a_fresh_process_loads_whatever_imports_diffusers_first(
+    original: tuple[DDIMPipeline, Path], statements: str
+) -> None:
+    path = os.pathsep.join(
+        filter(None, [str(Path(tfmq.__file__).parent.parent), os.environ.get("PYTHONPATH")])
+    )
+    code = (
+        "import sys\nimport tfmq\ndirectory = "
+        f"sys.argv[1]\n{statements}\nprint(type(pipeline.unet.tfmq_steps).__name__)"
+    )
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    child = subprocess.run([sys.executable, "-c", code, original[1] / "quantized"], env=environment, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", code, original[1] / "quantized"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 0 and child.stdout == "StepContext\n", child.stderr

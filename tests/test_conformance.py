@@ -1,4 +1,6 @@
-"""What holds for all that is registered: backends, solvers, equalizers, estimators, parts of a quantized model. None is listed here."""
+"""What holds for all that is registered: backends, solvers, equalizers, estimators, parts of a quantized
+model. None is listed here.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,19 +48,28 @@ def whole(sampler: Make) -> LoopSampler:
     """A model in which every layer is rescaled and every prediction corrected."""
     made = sampler("upsampler")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfmq.jobs.calibration.best_factor", lambda layer, *_, **__: torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0))
+        patch.setattr(
+            "tfmq.jobs.calibration.best_factor",
+            lambda layer, *_, **__: torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0),
+        )
         tfmq.quantize(made, short())
     return made
 
 
 def batch(made: LoopSampler) -> Inputs:
     example = made.example().resized(2)
-    return Inputs(torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([666, 666]), example.conditions)
+    return Inputs(
+        torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([666, 666]),
+        example.conditions,
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_backend_computes_what_the_simulation_does_and_leaves_no_trace(whole: LoopSampler, name: str) -> None:
+def test_a_backend_computes_what_the_simulation_does_and_leaves_no_trace(
+    whole: LoopSampler, name: str
+) -> None:
     module, inputs = whole.denoiser.module, batch(whole)
     if lacking := BACKENDS[name].missing():
         pytest.skip(lacking)
@@ -107,11 +118,19 @@ def test_an_equalizer_proposes_positive_finite_factors_and_has_no_memory(name: s
         assert first
         for one, other in zip(first, second, strict=True):
             snapped = power_of_two(one)
-            assert snapped.shape == (6,) and bool((snapped.isfinite() & (snapped > 0)).all()) and torch.equal(one, other)
+            assert (
+                snapped.shape == (6,)
+                and bool((snapped.isfinite() & (snapped > 0)).all())
+                and torch.equal(one, other)
+            )
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("exact", [torch.randn(500, 3), torch.zeros(500, 3), torch.full((500, 3), 2.0)], ids=["noise", "zero", "constant"])
+@pytest.mark.parametrize(
+    "exact",
+    [torch.randn(500, 3), torch.zeros(500, 3), torch.full((500, 3), 2.0)],
+    ids=["noise", "zero", "constant"],
+)
 def test_an_estimator_leaves_what_is_right(name: str, exact: Tensor) -> None:
     values = exact.double()
     found = ESTIMATORS[name](values, values)
@@ -139,9 +158,23 @@ def test_a_part_keeps_its_tensors_through_dtypes_and_what_backends_set(whole: Lo
         undo()
 
 
-def test_every_kind_of_part_is_in_a_model_of_these_tests_or_is_gone_when_it_is_packed(whole: LoopSampler, sampler: Make) -> None:
+def test_every_kind_of_part_is_in_a_model_of_these_tests_or_is_gone_when_it_is_packed(
+    whole: LoopSampler, sampler: Make
+) -> None:
     other = sampler("unet")
-    tfmq.quantize(other, replace(short(), activations=replace(tfmq.scheme("transformer_w4a8").activations, tokens="dynamic")))
-    found = {kind for made in (whole, other) for part in parts_of(made.denoiser.module) for kind in type(part).__mro__}
-    lacking = [kind.__name__ for kind in kinds() if kind not in found and not kind.__subclasses__() and not kind.__name__.startswith("Calibrated")]
+    tfmq.quantize(
+        other,
+        replace(short(), activations=replace(tfmq.scheme("transformer_w4a8").activations, tokens="dynamic")),
+    )
+    found = {
+        kind
+        for made in (whole, other)
+        for part in parts_of(made.denoiser.module)
+        for kind in type(part).__mro__
+    }
+    lacking = [
+        kind.__name__
+        for kind in kinds()
+        if kind not in found and not kind.__subclasses__() and not kind.__name__.startswith("Calibrated")
+    ]
     assert not lacking, f"no model here has {', '.join(lacking)}"

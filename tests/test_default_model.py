@@ -21,7 +21,8 @@ def test_it_draws_chalk_on_coloured_ground() -> None:
     images = draw(open_sampler("default"), 4, steps=10, seed=0).astype(np.float64)
     assert images.shape == (4, 32, 32, 3)
     brightness = images.min(axis=-1)
-    # Chalk is nearly white in every channel and covers a part of the middle; a border of two pixels is ground.
+    # Chalk is nearly white in every channel and covers a part of the middle; a border of two pixels is
+    # ground.
     share = (brightness > 190).mean(axis=(1, 2))
     border = np.concatenate([brightness[:, :2].reshape(4, -1), brightness[:, -2:].reshape(4, -1)], axis=1)
     assert np.all((share > 0.02) & (share < 0.35)), share

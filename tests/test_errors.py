@@ -12,7 +12,9 @@ def test_an_installed_dependency_is_returned() -> None:
 
 
 def test_a_missing_one_names_the_extra_that_brings_it() -> None:
-    with pytest.raises(MissingExtraError, match=r"needs not_there_at_all; install it with: pip install 'tfmq\[cli\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"needs not_there_at_all; install it with: pip install 'tfmq\[cli\]'"
+    ):
         require("not_there_at_all.sub", extra="cli")
 
 

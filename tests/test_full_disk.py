@@ -1,4 +1,6 @@
-"""Jobs that run out of disk, or of power, in the middle of any write: nothing is lost, and `resume` ends in the same bytes."""
+"""Jobs that run out of disk, or of power, in the middle of any write: nothing is lost, and `resume` ends in
+the same bytes.
+"""
 
 import errno
 import itertools
@@ -45,7 +47,9 @@ def no_space() -> OSError:
 
 
 class Disk:
-    """Counts the files that a job writes, and breaks the one with the number `full`: half of it gets there."""
+    """Counts the files that a job writes, and breaks the one with the number `full`: half of it gets
+    there.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], BaseException]) -> None:
         self.writes, self.full, self.failure = 0, -1, failure
@@ -84,10 +88,16 @@ class Disk:
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    return {str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
-@pytest.mark.parametrize(("failure", "seen"), [(no_space, StorageFullError), (PowerCut, PowerCut)], ids=["full", "cut"])
+@pytest.mark.parametrize(
+    ("failure", "seen"), [(no_space, StorageFullError), (PowerCut, PowerCut)], ids=["full", "cut"]
+)
 def test_a_job_that_breaks_at_any_write_is_continued_to_the_same_bytes(
     sampler: Callable[..., LoopSampler],
     recipe: Recipe,
@@ -122,23 +132,39 @@ def test_a_job_that_breaks_at_any_write_is_continued_to_the_same_bytes(
 
 @pytest.mark.parametrize("change", ["recipe", "seed", "model"])
 def test_a_changed_job_is_refused_with_the_reason(
-    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    sampler: Callable[..., LoopSampler],
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
 ) -> None:
     disk = Disk(monkeypatch, no_space)
     with disk.breaking(6), pytest.raises(StorageFullError):
         tfmq.quantize(sampler("plain"), recipe, output_dir=tmp_path / "q", resume=True)
     before = checksums(tmp_path / "q.job")
     other = sampler("plain", seed=1 if change == "model" else 0)
-    changed = replace(recipe, rounding=replace(recipe.rounding, damping=0.5)) if change == "recipe" else recipe
-    reason = {"recipe": r"recipe\.rounding\.damping was 0\.1 and is 0\.5", "seed": "seed was 0 and is 7", "model": "model was .* and is"}[change]
+    changed = (
+        replace(recipe, rounding=replace(recipe.rounding, damping=0.5)) if change == "recipe" else recipe
+    )
+    reason = {
+        "recipe": r"recipe\.rounding\.damping was 0\.1 and is 0\.5",
+        "seed": "seed was 0 and is 7",
+        "model": "model was .* and is",
+    }[change]
     with pytest.raises(JobMismatchError, match=reason):
-        tfmq.quantize(other, changed, output_dir=tmp_path / "q", seed=7 if change == "seed" else 0, resume=True)
+        tfmq.quantize(
+            other, changed, output_dir=tmp_path / "q", seed=7 if change == "seed" else 0, resume=True
+        )
     assert checksums(tmp_path / "q.job") == before, "what was done stays for who asks for it"
 
 
 @pytest.mark.parametrize("name", ["unit_0001.safetensors", "activations.safetensors"])
 def test_a_stage_that_a_broken_disk_cut_short_is_an_error_and_no_wrong_model(
-    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    sampler: Callable[..., LoopSampler],
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     def stop(*_: Any, **__: Any) -> Any:
         raise PowerCut

@@ -16,7 +16,8 @@ import pytest
 
 KILLS = 16
 
-# Forks a process for each job, so that a kill costs no second import of torch. Itself it computes nothing, which forking needs.
+# Forks a process for each job, so that a kill costs no second import of torch. Itself it computes nothing,
+# which forking needs.
 NURSERY = """
 import os, signal, sys, traceback
 from dataclasses import replace
@@ -35,7 +36,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.embed = nn.Linear(1, 8)
         self.entry = nn.Conv2d(2, 8, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        blocks = ((nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
         self.exit = nn.Conv2d(8, 2, 3, padding=1)
 
     def forward(self, x, t):
@@ -53,7 +55,8 @@ def job(directory):
         calibration=Calibration(samples=4, steps=3, interval=1, batch_size=2),
         temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=4)),
     )
-    tfmq.quantize(tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(2, 8, 8)), recipe, output_dir=directory, resume=True)
+    sampler = tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(2, 8, 8))
+    tfmq.quantize(sampler, recipe, output_dir=directory, resume=True)
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -121,7 +124,8 @@ class Nursery:
         kill_when: Callable[[], bool] | None = None,
         kill_at: tuple[str, int] = ("", 0),
     ) -> int:
-        """Run a job and return its exit status; it is killed after `kill_after` seconds or `kill_when` something holds, if it still runs.
+        """Run a job and return its exit status; it is killed after `kill_after` seconds or `kill_when`
+        something holds, if it still runs.
 
         Or it kills itself at a point that no clock hits: see `kill_at` of the nursery.
         """
@@ -133,7 +137,8 @@ class Nursery:
                 time.sleep(0.0005)
         if kill_after is not None or kill_when is not None:
             time.sleep(kill_after or 0)
-            # Its parent waits for it, so that the number cannot belong to another process yet, unless the job is over.
+            # Its parent waits for it, so that the number cannot belong to another process yet, unless the job
+            # is over.
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         return int(self.answers.readline())
@@ -144,7 +149,11 @@ def nursery() -> Iterator[Nursery]:
     pytest.importorskip("diffusers")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-W", "ignore", "-c", NURSERY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as child:
         yield Nursery(child)
         assert child.stdin is not None
@@ -152,7 +161,11 @@ def nursery() -> Iterator[Nursery]:
 
 
 def checksums(directory: Path) -> dict[str, str]:
-    return {str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +177,9 @@ def expected(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_jobs_killed_at_random_moments_end_in_the_same_bytes(nursery: Nursery, expected: dict[str, str], tmp_path: Path) -> None:
+def test_jobs_killed_at_random_moments_end_in_the_same_bytes(
+    nursery: Nursery, expected: dict[str, str], tmp_path: Path
+) -> None:
     began = time.monotonic()
     assert nursery.run(tmp_path / "again") == 0
     whole = time.monotonic() - began
@@ -178,12 +193,18 @@ def test_jobs_killed_at_random_moments_end_in_the_same_bytes(nursery: Nursery, e
         if status == 0:
             assert checksums(directory) == expected
             finished += 1
-    assert {path.name for path in tmp_path.iterdir()} == {"again", *map(str, range(finished))}, "no job and no half-written file is left"
+    assert {path.name for path in tmp_path.iterdir()} == {"again", *map(str, range(finished))}, (
+        "no job and no half-written file is left"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_recording_that_was_killed_begins_anew(nursery: Nursery, expected: dict[str, str], tmp_path: Path) -> None:
-    """What an unfinished recording left would else be calibrated on too, or in the place of what belongs there."""
+def test_a_recording_that_was_killed_begins_anew(
+    nursery: Nursery, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """What an unfinished recording left would else be calibrated on too, or in the place of what belongs
+    there.
+    """
     job = tmp_path / "job.job"
 
     def stages() -> list[Path]:
@@ -209,8 +230,12 @@ def test_a_recording_that_was_killed_begins_anew(nursery: Nursery, expected: dic
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_jobs_killed_once_the_model_is_there_end_in_the_same_bytes(nursery: Nursery, expected: dict[str, str], tmp_path: Path) -> None:
-    """Right after the final rename, after each of the first files of the job's folder that are removed, and after the last one."""
+def test_jobs_killed_once_the_model_is_there_end_in_the_same_bytes(
+    nursery: Nursery, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Right after the final rename, after each of the first files of the job's folder that are removed, and
+    after the last one.
+    """
     for number, point in enumerate([("rename", 0), *(("removal", count) for count in (1, 2, 5, 10**6))]):
         directory, job = tmp_path / f"{number}", tmp_path / f"{number}.job"
         assert nursery.run(directory, kill_at=point) == -signal.SIGKILL
@@ -223,9 +248,18 @@ def test_jobs_killed_once_the_model_is_there_end_in_the_same_bytes(nursery: Nurs
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_half_written_files_of_a_killed_job_go_when_it_is_resumed(nursery: Nursery, tmp_path: Path) -> None:
     job = tmp_path / "job.job"
-    assert nursery.run(tmp_path / "job", kill_when=lambda: (job / "calibration.safetensors").exists()) == -signal.SIGKILL
-    orphans = [job / ".activations.safetensors.0123456789ab.tmp", job / "calibration" / ".call_00000.safetensors.ffffffffffff.tmp"]
+    assert (
+        nursery.run(tmp_path / "job", kill_when=lambda: (job / "calibration.safetensors").exists())
+        == -signal.SIGKILL
+    )
+    orphans = [
+        job / ".activations.safetensors.0123456789ab.tmp",
+        job / "calibration" / ".call_00000.safetensors.ffffffffffff.tmp",
+    ]
     for orphan in orphans:
         orphan.write_bytes(b"half")
-    assert nursery.run(tmp_path / "job", kill_when=lambda: not any(orphan.exists() for orphan in orphans)) == -signal.SIGKILL
+    assert (
+        nursery.run(tmp_path / "job", kill_when=lambda: not any(orphan.exists() for orphan in orphans))
+        == -signal.SIGKILL
+    )
     assert list(job.rglob("calibration.safetensors")), "it went on where it was"

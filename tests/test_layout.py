@@ -1,4 +1,6 @@
-"""The rules of the source tree, as data, checked on every file; and the checkers, checked on planted bad sources."""
+"""The rules of the source tree, as data, checked on every file; and the checkers, checked on planted bad
+sources.
+"""
 
 import ast
 import os
@@ -59,7 +61,9 @@ class Exemption(NamedTuple):
 
 
 EXEMPTIONS = {
-    "__init__.py": Exemption("*", True, "the public names live in all layers; loading them on first use keeps `import tfmq` light"),
+    "__init__.py": Exemption(
+        "*", True, "the public names live in all layers; loading them on first use keeps `import tfmq` light"
+    ),
     "__main__.py": Exemption("cli", False, "`python -m tfmq` is the command line"),
 }
 
@@ -95,7 +99,14 @@ OPTIONAL = {
     "PIL": ("report/*", "evaluation/*"),
     "skimage": ("report/*", "evaluation/*"),
 }
-UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}  # loading a file with them runs what it contains
+UNSAFE_MODULES = {
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+}  # loading a file with them runs what it contains
 
 # Folders of one particular machine. The brackets keep this line from matching itself.
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])[/](?:home|root|Users|work)/|[A-Z]:\\{1,2}Users\\")
@@ -154,12 +165,18 @@ def imports(tree: ast.AST, path: str, *, lazy: bool = False) -> Iterator[Import]
     for node in ast.iter_child_nodes(tree):
         for name in imported_names(node, package):
             yield Import(name, getattr(node, "lineno", 0), lazy)
-        later = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node)
+        later = (
+            lazy
+            or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or is_type_checking(node)
+        )
         yield from imports(node, path, lazy=later)
 
 
 def layer_of(name: str) -> str | None:
-    """Return the layer that a dotted name lies in; None outside tfmq, and for `tfmq.__version__` and its like."""
+    """Return the layer that a dotted name lies in; None outside tfmq, and for `tfmq.__version__` and its
+    like.
+    """
     first, _, rest = name.partition(".")
     second = rest.partition(".")[0]
     if first != "tfmq" or second.startswith("__"):
@@ -170,7 +187,11 @@ def layer_of(name: str) -> str | None:
 def exempt(path: str, target: str, *, lazy: bool) -> bool:
     """Return whether the file is exempted for imports of the layer `target`."""
     exemption = EXEMPTIONS.get(path)
-    return exemption is not None and fnmatchcase(target, exemption.layers) and (lazy or not exemption.only_lazily)
+    return (
+        exemption is not None
+        and fnmatchcase(target, exemption.layers)
+        and (lazy or not exemption.only_lazily)
+    )
 
 
 def direction_violations(path: str, text: str) -> list[str]:
@@ -196,20 +217,34 @@ def dependency_violations(path: str, text: str) -> list[str]:
             continue
         homes = OPTIONAL.get(package, ())
         if not any(fnmatchcase(path, home) for home in homes):
-            found.append(f"{path}:{line}: imports {package}, allowed in: {', '.join(homes) or 'no file, it is not a declared dependency'}")
+            found.append(
+                f"{path}:{line}: imports {package}, allowed in: "
+                f"{', '.join(homes) or 'no file, it is not a declared dependency'}"
+            )
     return found
 
 
 def has_true(node: ast.Call, keyword: str) -> bool:
     """Return whether the call passes `keyword=True`, literally."""
-    return any(given.arg == keyword and isinstance(given.value, ast.Constant) and given.value.value is True for given in node.keywords)
+    return any(
+        given.arg == keyword and isinstance(given.value, ast.Constant) and given.value.value is True
+        for given in node.keywords
+    )
 
 
 def unsafe_violations(path: str, text: str) -> list[str]:
     """Ways to run code that a data file contains: pickle, unguarded loads, eval and exec."""
     tree = ast.parse(text)
-    found = [f"{path}:{line}: imports {name}" for name, line, _ in imports(tree, path) if name.partition(".")[0] in UNSAFE_MODULES]
-    found += [f"{path}:{line}: write torch.load in full" for name, line, _ in imports(tree, path) if name == "torch.load"]
+    found = [
+        f"{path}:{line}: imports {name}"
+        for name, line, _ in imports(tree, path)
+        if name.partition(".")[0] in UNSAFE_MODULES
+    ]
+    found += [
+        f"{path}:{line}: write torch.load in full"
+        for name, line, _ in imports(tree, path)
+        if name == "torch.load"
+    ]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -224,11 +259,17 @@ def unsafe_violations(path: str, text: str) -> list[str]:
 
 
 def unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool) -> list[str]:
-    """Return which parameters of a function, and `return`, have no annotation; the receiver of a method needs none."""
+    """Return which parameters of a function, and `return`, have no annotation; the receiver of a method needs
+    none.
+    """
     given = function.args
     positional = [*given.posonlyargs, *given.args]
     static = any(ast.unparse(decorator) == "staticmethod" for decorator in function.decorator_list)
-    parameters = [*(positional[1:] if method and not static else positional), *given.kwonlyargs, *filter(None, [given.vararg, given.kwarg])]
+    parameters = [
+        *(positional[1:] if method and not static else positional),
+        *given.kwonlyargs,
+        *filter(None, [given.vararg, given.kwarg]),
+    ]
     names = [parameter.arg for parameter in parameters if parameter.annotation is None]
     return names if function.returns or function.name == "__init__" else [*names, "return"]
 
@@ -249,7 +290,12 @@ def public_violations(path: str, text: str) -> list[str]:
             if node.name.startswith("_") and not node.name.endswith("__"):
                 continue
             overload = any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list)
-            if not method and not overload and not node.name.startswith("__") and ast.get_docstring(node) is None:
+            if (
+                not method
+                and not overload
+                and not node.name.startswith("__")
+                and ast.get_docstring(node) is None
+            ):
                 found.append(f"{path}:{node.lineno}: {node.name} has no docstring")
             if isinstance(node, ast.ClassDef):
                 visit(node.body, method=True)
@@ -266,16 +312,26 @@ def machine_path_violations(path: str, content: bytes) -> list[str]:
     return [f"{path}: contains {match.group().decode()}..."] if match else []
 
 
-@pytest.mark.parametrize("check", [direction_violations, dependency_violations, unsafe_violations, public_violations])
+@pytest.mark.parametrize(
+    "check", [direction_violations, dependency_violations, unsafe_violations, public_violations]
+)
 def test_sources(check: Callable[[str, str], list[str]]) -> None:
     assert FILES, f"no source under {SOURCE}"
-    found = [violation for file in FILES for violation in check(file.relative_to(SOURCE).as_posix(), file.read_text(encoding="utf-8"))]
+    found = [
+        violation
+        for file in FILES
+        for violation in check(file.relative_to(SOURCE).as_posix(), file.read_text(encoding="utf-8"))
+    ]
     assert not found, "\n".join(found)
 
 
 def test_no_machine_paths() -> None:
     found = []
-    for file in (file for name in SHIPPED for file in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])):
+    for file in (
+        file
+        for name in SHIPPED
+        for file in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])
+    ):
         path = file.relative_to(ROOT)
         cached = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
         if file.is_file() and not cached:
@@ -288,7 +344,11 @@ def loaded_by(statement: str) -> set[str]:
     path = os.pathsep.join(filter(None, [str(SOURCE.parent), os.environ.get("PYTHONPATH")]))
     code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     command = [sys.executable, "-W", "error", "-c", code]
-    return set(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_import_needs_torch_alone() -> None:
@@ -330,11 +390,23 @@ def test_direction_finds(path: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("nn/linear.py", "from tfmq.numerics.affine import quantize\nfrom . import conv\nfrom ..kernels import linear\nfrom ..errors import E"),
+        (
+            "nn/linear.py",
+            (
+                "from tfmq.numerics.affine import quantize\nfrom . import conv\nfrom "
+                "..kernels import linear\nfrom ..errors import E"
+            ),
+        ),
         ("nn/linear.py", "from tfmq import __version__, numerics\nimport torch.nn"),
         ("cli/app.py", "import tfmq\nfrom tfmq import quantize"),
         ("jobs/workflow.py", "from tfmq import recipes"),
-        ("__init__.py", "def __getattr__(name):\n    import tfmq.jobs.workflow\nif TYPE_CHECKING:\n    from tfmq.jobs.workflow import quantize"),
+        (
+            "__init__.py",
+            (
+                "def __getattr__(name):\n    import tfmq.jobs.workflow\nif "
+                "TYPE_CHECKING:\n    from tfmq.jobs.workflow import quantize"
+            ),
+        ),
         ("__main__.py", "from tfmq.cli.app import main"),
         ("__init__.py", "from tfmq.errors import E"),
     ],
@@ -351,7 +423,12 @@ def test_dependencies_finds(package: str) -> None:
 
 
 def test_dependencies_permits() -> None:
-    assert dependency_violations("integrations/diffusers/pipeline.py", "import diffusers, transformers, torch, json, tfmq.nn") == []
+    assert (
+        dependency_violations(
+            "integrations/diffusers/pipeline.py", "import diffusers, transformers, torch, json, tfmq.nn"
+        )
+        == []
+    )
     assert dependency_violations("integrations/diffusers.py", "import diffusers") == []
     assert dependency_violations("integrations/compvis.py", "import diffusers")
 
@@ -397,14 +474,30 @@ def test_public_finds(text: str, complaint: str) -> None:
 
 def test_public_permits() -> None:
     assert public_violations("a.py", "@triton.jit\ndef f(x):\n    'Doc.'") == []
-    assert public_violations("a.py", "def _f(x): ...\nclass C:\n    'Doc.'\n    def __init__(self): ...\n    def m(self, x: int) -> None: ...") == []
+    assert (
+        public_violations(
+            "a.py",
+            (
+                "def _f(x): ...\nclass C:\n    'Doc.'\n    def __init__(self): "
+                "...\n    def m(self, x: int) -> None: ..."
+            ),
+        )
+        == []
+    )
 
 
-@pytest.mark.parametrize("parts", [("", "home", "me", "model"), ("x = '", "work", "a'"), ("C:", "Users", "me")])
+@pytest.mark.parametrize(
+    "parts", [("", "home", "me", "model"), ("x = '", "work", "a'"), ("C:", "Users", "me")]
+)
 def test_machine_paths_finds(parts: tuple[str, ...]) -> None:
     separator = "\\" if parts[0] == "C:" else "/"
     assert machine_path_violations("a.json", separator.join(parts).encode())
 
 
 def test_machine_paths_permits() -> None:
-    assert machine_path_violations("a.md", b"https://example.org/work/a, src/work/a, ~/work/a, /usr/bin/env, D:/a") == []
+    assert (
+        machine_path_violations(
+            "a.md", b"https://example.org/work/a, src/work/a, ~/work/a, /usr/bin/env, D:/a"
+        )
+        == []
+    )

@@ -35,7 +35,8 @@ class Net(nn.Module):
         super().__init__()
         self.embed = nn.Linear(1, 48)
         self.entry = nn.Conv2d(3, 48, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(48, 48, 3, padding=1), nn.SiLU(), nn.Conv2d(48, 48, 1)) for _ in range(2))
+        blocks = ((nn.Conv2d(48, 48, 3, padding=1), nn.SiLU(), nn.Conv2d(48, 48, 1)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
         self.exit = nn.Conv2d(48, 3, 3, padding=1)
 
     def forward(self, x, t):
@@ -46,7 +47,8 @@ class Net(nn.Module):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-sampler = tfmq.LoopSampler(tfmq.Denoiser(Net().eval(), sample="x", timestep="t"), DDIMScheduler(), shape=(3, 48, 48))
+denoiser = tfmq.Denoiser(Net().eval(), sample="x", timestep="t")
+sampler = tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(3, 48, 48))
 recipe = tfmq.scheme("w4a8")
 recipe = replace(
     recipe,
@@ -63,7 +65,9 @@ print(json.dumps({"held": peak_bytes() - before, "sha256": report["sha256"]}))
 
 def run(limit: int) -> dict[str, int]:
     command = [sys.executable, "-W", "ignore", "-c", JOB, str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     result: dict[str, int] = json.loads(done.stdout)
     return result
 
@@ -91,7 +95,11 @@ def recipe() -> Recipe:
 @pytest.mark.parametrize("solver", ["gptq", "adaround"])
 @pytest.mark.parametrize("name", ["plain", "sd3"])
 def test_every_solver_gives_the_same_bytes_from_files(
-    sampler: Callable[..., LoopSampler], recipe: Recipe, monkeypatch: pytest.MonkeyPatch, name: str, solver: str
+    sampler: Callable[..., LoopSampler],
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    solver: str,
 ) -> None:
     recipe = replace(recipe, rounding=replace(recipe.rounding, solver=solver))  # type: ignore[arg-type]
 
@@ -99,7 +107,9 @@ def test_every_solver_gives_the_same_bytes_from_files(
         from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler() if name == "sd3" else DDIMScheduler()
-        return str(tfmq.quantize(sampler(name, scheduler=scheduler), recipe, resources=limits).report["sha256"])
+        return str(
+            tfmq.quantize(sampler(name, scheduler=scheduler), recipe, resources=limits).report["sha256"]
+        )
 
     free = digest(Resources())
     # So little that every call goes to a file and every quantizer has a pass of its own.
@@ -107,12 +117,21 @@ def test_every_solver_gives_the_same_bytes_from_files(
     assert digest(Resources(max_memory=64 * MIB)) == free
 
 
-def test_a_solver_that_cannot_fit_is_refused_by_name(sampler: Callable[..., LoopSampler], recipe: Recipe) -> None:
+def test_a_solver_that_cannot_fit_is_refused_by_name(
+    sampler: Callable[..., LoopSampler], recipe: Recipe
+) -> None:
     # Units come after the calibration, which is as short as can be.
-    gptq = replace(recipe, rounding=replace(recipe.rounding, solver="gptq"), calibration=Calibration(samples=1, steps=1, interval=1, batch_size=1))
+    gptq = replace(
+        recipe,
+        rounding=replace(recipe.rounding, solver="gptq"),
+        calibration=Calibration(samples=1, steps=1, interval=1, batch_size=1),
+    )
     with pytest.raises(
         ValueError,
-        match=r"cannot be rounded within 1 MiB: its solver needs a limit of at least \d+ MiB; raise --max-memory, or lower rounding.widest",
+        match=(
+            r"cannot be rounded within 1 MiB: its solver needs a limit of at least "
+            r"\d+ MiB; raise --max-memory, or lower rounding.widest"
+        ),
     ):
         tfmq.quantize(sampler("unet"), gptq, resources=Resources(max_memory=MIB))
 

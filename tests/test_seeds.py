@@ -1,4 +1,6 @@
-"""Every test draws the same numbers, whatever ran before it and whichever file was imported before its own."""
+"""Every test draws the same numbers, whatever ran before it and whichever file was imported before its
+own.
+"""
 
 import random
 

@@ -44,7 +44,9 @@ def tasks(script: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture
 def pyproject(tmp_path: Path) -> Path:
-    (tmp_path / "constraints.txt").write_text("# exact\nnumpy==2.4.6\nSetup_Tools==84.0\ntriton==3.9.0\n", encoding="utf-8")
+    (tmp_path / "constraints.txt").write_text(
+        "# exact\nnumpy==2.4.6\nSetup_Tools==84.0\ntriton==3.9.0\n", encoding="utf-8"
+    )
     path = tmp_path / "pyproject.toml"
     path.write_text("[project]", encoding="utf-8")
     return path
@@ -61,7 +63,13 @@ def install(
 ) -> Calls:
     calls = Calls(set(failing), torch)
     monkeypatch.setattr(tasks.subprocess, "run", calls)
-    tasks.install(pyproject.parent, extra, pyproject=pyproject, constraints=pyproject.with_name("constraints.txt"), locked=locked)
+    tasks.install(
+        pyproject.parent,
+        extra,
+        pyproject=pyproject,
+        constraints=pyproject.with_name("constraints.txt"),
+        locked=locked,
+    )
     return calls
 
 
@@ -71,7 +79,9 @@ def test_a_present_torch_is_kept(tasks: ModuleType, monkeypatch: pytest.MonkeyPa
     assert [text.splitlines()[-1] for text in calls.constraints] == ["torch==2.9.0+cu130"]
 
 
-def test_a_missing_torch_is_installed_first(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path) -> None:
+def test_a_missing_torch_is_installed_first(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path
+) -> None:
     calls = install(tasks, monkeypatch, "demo", pyproject, torch=None)
     assert [words[-1] for words in calls if "install" in words] == [tasks.TORCH, ".[demo]"]
     # A build for CUDA brings the one Triton that fits it, and says so once it is here.
@@ -99,15 +109,25 @@ def test_what_a_torch_limits_is_left_to_it(tasks: ModuleType, requirement: str, 
 
 @pytest.mark.parametrize("extra", ["demo", "dev"])
 def test_the_installation_is_seen(
-    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path, capsys: pytest.CaptureFixture[str], extra: str
+    tasks: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    pyproject: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: str,
 ) -> None:
     calls = install(tasks, monkeypatch, extra, pyproject, torch=None)
     assert not any(word in ("--quiet", "-q") for words in calls for word in words)
     printed = capsys.readouterr().out
-    assert f"[1/2] installing {tasks.TORCH}" in printed and f"[2/2] installing tfmq[{extra}]" in printed and "installed in 0 s" in printed
+    assert (
+        f"[1/2] installing {tasks.TORCH}" in printed
+        and f"[2/2] installing tfmq[{extra}]" in printed
+        and "installed in 0 s" in printed
+    )
 
 
-@pytest.mark.parametrize(("first", "second", "again"), [("demo", "demo", False), ("dev", "demo", False), ("demo", "dev", True)])
+@pytest.mark.parametrize(
+    ("first", "second", "again"), [("demo", "demo", False), ("dev", "demo", False), ("demo", "dev", True)]
+)
 def test_a_stamp_spares_the_installation(
     tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path, first: str, second: str, again: bool
 ) -> None:
@@ -115,19 +135,25 @@ def test_a_stamp_spares_the_installation(
     assert bool(install(tasks, monkeypatch, second, pyproject)) is again
 
 
-def test_another_pyproject_is_installed_again(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path) -> None:
+def test_another_pyproject_is_installed_again(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path
+) -> None:
     install(tasks, monkeypatch, "dev", pyproject)
     pyproject.write_text("[project] # changed", encoding="utf-8")
     assert install(tasks, monkeypatch, "dev", pyproject)
 
 
-def test_other_constraints_are_installed_again(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path) -> None:
+def test_other_constraints_are_installed_again(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path
+) -> None:
     install(tasks, monkeypatch, "dev", pyproject)
     pyproject.with_name("constraints.txt").write_text("numpy==2.5.0\n", encoding="utf-8")
     assert "numpy==2.5.0" in install(tasks, monkeypatch, "dev", pyproject).constraints[0]
 
 
-def test_new_constraints_come_from_the_newest_versions(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path) -> None:
+def test_new_constraints_come_from_the_newest_versions(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path
+) -> None:
     install(tasks, monkeypatch, "dev", pyproject)
     assert install(tasks, monkeypatch, "dev", pyproject, locked=False).constraints == ["torch==2.13.0\n"]
 
@@ -136,15 +162,36 @@ def test_pins_are_releases_and_know_their_python(tasks: ModuleType) -> None:
     def found(name: str, version: str, **fields: object) -> dict[str, dict[str, object]]:
         return {"metadata": {"name": name, "version": version, **fields}}
 
-    torch = found("torch", "2.13.0+cpu", requires_dist=["nvidia-nccl-cu13==2.28", "filelock", 'triton (==3.7.1) ; platform_system == "Linux"'])
-    others = [found("triton", "3.7.1"), found("nvidia_nccl.cu13", "2.28"), found("pip", "23.2"), found("tfmq", "0.1.0")]
-    kept = [found("Zipp", "4.1.2", requires_python=">=3.9"), found("new_thing", "2.0+local", requires_python=">=3.12,<4"), found("filelock", "4.3.1")]
+    torch = found(
+        "torch",
+        "2.13.0+cpu",
+        requires_dist=["nvidia-nccl-cu13==2.28", "filelock", 'triton (==3.7.1) ; platform_system == "Linux"'],
+    )
+    others = [
+        found("triton", "3.7.1"),
+        found("nvidia_nccl.cu13", "2.28"),
+        found("pip", "23.2"),
+        found("tfmq", "0.1.0"),
+    ]
+    kept = [
+        found("Zipp", "4.1.2", requires_python=">=3.9"),
+        found("new_thing", "2.0+local", requires_python=">=3.12,<4"),
+        found("filelock", "4.3.1"),
+    ]
     lines = tasks.pins([torch, *others, *kept]).splitlines()
-    assert [line for line in lines if not line.startswith("#")] == ["filelock==4.3.1", 'new-thing==2.0; python_version >= "3.12"', "zipp==4.1.2"]
+    assert [line for line in lines if not line.startswith("#")] == [
+        "filelock==4.3.1",
+        'new-thing==2.0; python_version >= "3.12"',
+        "zipp==4.1.2",
+    ]
 
 
 def test_the_constraints_hold_what_the_extras_ask_for_and_no_torch(tasks: ModuleType) -> None:
-    lines = [line for line in tasks.CONSTRAINTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in tasks.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     assert all(re.fullmatch(r'[a-z0-9-]+==[\w.!]+(; python_version >= "3\.\d+")?', line) for line in lines)
     names = [line.partition("==")[0] for line in lines]
     assert names == sorted(set(names)) and "torch" not in names
@@ -156,10 +203,14 @@ def test_the_constraints_hold_what_the_extras_ask_for_and_no_torch(tasks: Module
             nested = re.fullmatch(r"tfmq\[(.+)\]", requirement)
             waiting += nested[1].split(",") if nested else []
             asked += [] if nested else [requirement]
-    assert len(asked) > 20 and {tasks.required(requirement)[0] for requirement in asked} - {"torch"} <= set(names)
+    assert len(asked) > 20 and {tasks.required(requirement)[0] for requirement in asked} - {"torch"} <= set(
+        names
+    )
 
 
-def test_a_failed_installation_leaves_no_stamp(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path) -> None:
+def test_a_failed_installation_leaves_no_stamp(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, pyproject: Path
+) -> None:
     with pytest.raises(SystemExit, match=r"error: pip could not install tfmq\[dev\]"):
         install(tasks, monkeypatch, "dev", pyproject, ".[dev]")
     assert install(tasks, monkeypatch, "dev", pyproject)
@@ -167,7 +218,11 @@ def test_a_failed_installation_leaves_no_stamp(tasks: ModuleType, monkeypatch: p
 
 def test_the_first_failing_step_ends_the_run(tasks: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        tasks.run_all(Path(sys.executable), [["json.tool", "--help"], ["json.tool", "absent.json"], ["this"]], environment={})
+        tasks.run_all(
+            Path(sys.executable),
+            [["json.tool", "--help"], ["json.tool", "absent.json"], ["this"]],
+            environment={},
+        )
     assert stopped.value.code not in (0, None)
     assert "Beautiful" not in capfd.readouterr().out
 
@@ -177,7 +232,11 @@ def test_an_own_interpreter_is_used_as_it_is(tasks: ModuleType, monkeypatch: pyt
     monkeypatch.setattr(tasks.subprocess, "run", calls)
     monkeypatch.setenv("TFMQ_PYTHON", sys.executable)
     python, environment = tasks.prepare("dev", system_site_packages=False)
-    assert python == Path(sys.executable) and environment["PYTHONPATH"].startswith(str(tasks.ROOT / "src")) and not calls
+    assert (
+        python == Path(sys.executable)
+        and environment["PYTHONPATH"].startswith(str(tasks.ROOT / "src"))
+        and not calls
+    )
 
 
 def test_an_absent_interpreter_is_named(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""What the denoisers' trainings share: the schedule, noised latents with their velocity, and sheets of samples."""
+"""What the denoisers' trainings share: the schedule, noised latents with their velocity, and sheets of
+samples.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,20 @@ STEPS = 1000
 def build_scheduler() -> DDIMScheduler:
     """Thousand training steps, cosine betas, velocity prediction."""
     return DDIMScheduler(
-        num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False,
-        timestep_spacing="trailing", steps_offset=1,
-    )  # fmt: skip
+        num_train_timesteps=STEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Noised latents `[B, 4, 16, 16]`, the timesteps `[B]`, and the velocity alpha * noise - sigma * clean that is to be predicted."""
+    """Noised latents `[B, 4, 16, 16]`, the timesteps `[B]`, and the velocity alpha * noise - sigma * clean
+    that is to be predicted.
+    """
 
     noisy: Tensor
     timesteps: Tensor
@@ -37,7 +45,9 @@ def noised(clean: Tensor, timesteps: Tensor, generator: Generator) -> Noised:
 
 
 def draw_timesteps(count: int, generator: Generator) -> Tensor:
-    """Return timesteps `[count]`: the later of two uniform draws each, as captions and classes matter where noise is strong."""
+    """Return timesteps `[count]`: the later of two uniform draws each, as captions and classes matter where
+    noise is strong.
+    """
     return torch.randint(STEPS, (2, count), generator=generator).amax(0)
 
 

@@ -2,8 +2,9 @@
 
     python training/judge.py --digits DIR --output-dir runs/judge
 
-Digits of the split `JUDGED` train it, cut out of painted scenes as the judge cuts them; digits of `TESTED`, which nothing else sees,
-measure it: the share of scenes in which each attribute is read as it was drawn, and as something else where the prompt is wrong.
+Digits of the split `JUDGED` train it, cut out of painted scenes as the judge cuts them; digits of `TESTED`,
+which nothing else sees, measure it: the share of scenes in which each attribute is read as it was drawn, and
+as something else where the prompt is wrong.
 """
 
 import argparse
@@ -21,8 +22,12 @@ from tfmq.evaluation.adherence.figures import crop, find_blobs, shear, stroke_wi
 from tfmq.evaluation.adherence.scene_judge import SceneJudge
 
 
-def crops(digits: Tensor, labels: Tensor, count: int, generator: Generator) -> tuple[Tensor, Tensor, list[tuple[str, str, float, float]]]:
-    """Return masks `[M, 1, 28, 28]` and labels `[M]` of about `count` figures, and (stroke, slant, width, shear) of those alone."""
+def crops(
+    digits: Tensor, labels: Tensor, count: int, generator: Generator
+) -> tuple[Tensor, Tensor, list[tuple[str, str, float, float]]]:
+    """Return masks `[M, 1, 28, 28]` and labels `[M]` of about `count` figures, and (stroke, slant, width,
+    shear) of those alone.
+    """
     scenes, images = scene_batch(digits, labels, count, generator, pairs=0.3)
     masks, truth, measured = [], [], []
     for scene, image in zip(scenes, images, strict=True):
@@ -36,20 +41,38 @@ def crops(digits: Tensor, labels: Tensor, count: int, generator: Generator) -> t
             masks.append(crop(blob.mask))
             truth.append(figure.digit)
         if len(blobs) == 1:
-            measured.append((scene.figures[0].stroke or "", scene.figures[0].slant or "", stroke_width(blobs[0].mask), shear(blobs[0].mask)))
+            measured.append(
+                (
+                    scene.figures[0].stroke or "",
+                    scene.figures[0].slant or "",
+                    stroke_width(blobs[0].mask),
+                    shear(blobs[0].mask),
+                )
+            )
     return torch.stack(masks), torch.tensor(truth), measured
 
 
 def threshold(values: dict[str, list[float]], low: str, high: str) -> tuple[float, float]:
     """Return the value that parts two kinds best, and the share on the right side."""
     both = sorted(values[low] + values[high])
-    shares = {v: (sum(x <= v for x in values[low]) / len(values[low]) + sum(x > v for x in values[high]) / len(values[high])) / 2 for v in both[::5]}
+    shares = {
+        v: (
+            sum(x <= v for x in values[low]) / len(values[low])
+            + sum(x > v for x in values[high]) / len(values[high])
+        )
+        / 2
+        for v in both[::5]
+    }
     best = max(shares, key=lambda value: shares[value])
     return best, shares[best]
 
 
-def measure(judge: SceneJudge, digits: Tensor, labels: Tensor, count: int = 1000) -> dict[str, dict[str, float]]:
-    """Return how often each attribute is read as drawn, and how often it passes where the caption belongs to another scene."""
+def measure(
+    judge: SceneJudge, digits: Tensor, labels: Tensor, count: int = 1000
+) -> dict[str, dict[str, float]]:
+    """Return how often each attribute is read as drawn, and how often it passes where the caption belongs to
+    another scene.
+    """
     scenes, images = scene_batch(digits, labels, count, Generator().manual_seed(5))
     captions = [scene.caption() for scene in scenes]
     shares = {}
@@ -61,7 +84,9 @@ def measure(judge: SceneJudge, digits: Tensor, labels: Tensor, count: int = 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--digits", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4_000)
@@ -70,15 +95,28 @@ def main() -> None:
     options = parser.parse_args()
     digits, labels = read_digits(options.digits)
     torch.manual_seed(options.seed)
-    masks, truth, measured = crops(digits[JUDGED], labels[JUDGED], options.scenes, Generator().manual_seed(options.seed))
-    unseen, unseen_truth, _ = crops(digits[TESTED], labels[TESTED], 1000, Generator().manual_seed(options.seed + 1))
+    masks, truth, measured = crops(
+        digits[JUDGED], labels[JUDGED], options.scenes, Generator().manual_seed(options.seed)
+    )
+    unseen, unseen_truth, _ = crops(
+        digits[TESTED], labels[TESTED], 1000, Generator().manual_seed(options.seed + 1)
+    )
     for name, kinds, place in (("stroke", ("thin", "bold"), 2), ("slant", ("upright", "slanted"), 3)):
         column = 0 if name == "stroke" else 1
         values = {kind: [row[place] for row in measured if row[column] == kind] for kind in kinds}
         print({name: threshold(values, *kinds)}, flush=True)
     module = DigitClassifier()
     run = Run(
-        options.output_dir, module, Schedule(steps=options.steps, batch_size=128, learning_rate=2e-3, average=0.998, seed=options.seed, bf16=False)
+        options.output_dir,
+        module,
+        Schedule(
+            steps=options.steps,
+            batch_size=128,
+            learning_rate=2e-3,
+            average=0.998,
+            seed=options.seed,
+            bf16=False,
+        ),
     )
 
     def loss(generator: Generator, held: bool) -> Tensor:
@@ -92,7 +130,10 @@ def main() -> None:
         average.eval()
         accuracy = float((average(unseen).argmax(1) == unseen_truth).float().mean())
         print({"step": run.step, "held_out_accuracy": round(accuracy, 4)}, flush=True)
-        save_file({name: value.half().contiguous() for name, value in average.state_dict().items()}, run.directory / "scenes.safetensors")
+        save_file(
+            {name: value.half().contiguous() for name, value in average.state_dict().items()},
+            run.directory / "scenes.safetensors",
+        )
 
     run.train(loss, exported=export)
     final = DigitClassifier()

@@ -2,8 +2,8 @@
 
     python training/latents.py --digits DIR --autoencoder runs/autoencoder/vae --output-dir runs/latents
 
-The pool holds the latents' means, scaled to a unit deviation, and every scene's attributes as its caption. `train` has digits of the
-split `PAINTED`, `held_out` digits and combinations that training does not see.
+The pool holds the latents' means, scaled to a unit deviation, and every scene's attributes as its caption.
+`train` has digits of the split `PAINTED`, `held_out` digits and combinations that training does not see.
 """
 
 import argparse
@@ -27,7 +27,9 @@ CHUNK = 256
 def read_pool(directory: Path, part: str) -> tuple[Tensor, list[Scene]]:
     """Return the latents `[N, 4, 16, 16]` in float32 and the scenes of one part of a pool."""
     latents = load_file(directory / f"{part}.safetensors")["latents"].float()
-    return latents, [parse(caption) for caption in json.loads((directory / f"{part}.json").read_text(encoding="utf-8"))]
+    return latents, [
+        parse(caption) for caption in json.loads((directory / f"{part}.json").read_text(encoding="utf-8"))
+    ]
 
 
 @torch.no_grad()
@@ -39,18 +41,32 @@ def encode(model: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--digits", type=Path, required=True)
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=24_000)
-    parser.add_argument("--exemplars", type=int, default=50, help="of each digit: the most typical ones, which a small model can learn to tell apart")
-    parser.add_argument("--jitter", type=float, default=0.25, help="how much varies that captions do not say, relative to the most the judge knows")
+    parser.add_argument(
+        "--exemplars",
+        type=int,
+        default=50,
+        help="of each digit: the most typical ones, which a small model can learn to tell apart",
+    )
+    parser.add_argument(
+        "--jitter",
+        type=float,
+        default=0.25,
+        help="how much varies that captions do not say, relative to the most the judge knows",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     digits, labels = read_digits(options.digits)
-    model = AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+    model = AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32).to(
+        memory_format=torch.channels_last
+    )
     for part, (split, held) in PARTS.items():
         count = options.scenes if part == "train" else min(2048, options.scenes)
         kept = torch.arange(len(digits))[split]
@@ -59,7 +75,14 @@ def main() -> None:
         for start in range(0, count, CHUNK):
             # A generator for each chunk: a pool of any size begins with the same scenes.
             generator = Generator().manual_seed(options.seed * 1_000_003 + start)
-            scenes, images = scene_batch(digits[kept], labels[kept], min(CHUNK, count - start), generator, held=held, jitter=options.jitter)
+            scenes, images = scene_batch(
+                digits[kept],
+                labels[kept],
+                min(CHUNK, count - start),
+                generator,
+                held=held,
+                jitter=options.jitter,
+            )
             latents.append(encode(model, images).half())
             captions += [scene.caption() for scene in scenes]
             if start % (CHUNK * 16) == 0:

@@ -1,4 +1,6 @@
-"""The one training loop of this folder: seeded, resumable after a kill, with a moving average and a held-out loss."""
+"""The one training loop of this folder: seeded, resumable after a kill, with a moving average and a held-out
+loss.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ HELD_OUT_SEED = 4_242
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long and how fast: the rate warms up, stays, and falls linearly to zero over the last `decay` share of the steps."""
+    """How long and how fast: the rate warms up, stays, and falls linearly to zero over the last `decay` share
+    of the steps.
+    """
 
     steps: int
     batch_size: int
@@ -59,7 +63,8 @@ Loss = Callable[[Generator, bool], Tensor]
 class Run:
     """A training run in a directory; `average` holds the moving average of every parameter, by name.
 
-    A run that was killed goes on from its last saved step, to the same weights. A longer schedule continues a finished one.
+    A run that was killed goes on from its last saved step, to the same weights. A longer schedule continues a
+    finished one.
     """
 
     def __init__(self, directory: Path, module: nn.Module, schedule: Schedule) -> None:
@@ -69,7 +74,14 @@ class Run:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         groups = [
-            {"params": [parameter for name, parameter in self.parameters.items() if schedule.factor(name) == factor], "factor": factor}
+            {
+                "params": [
+                    parameter
+                    for name, parameter in self.parameters.items()
+                    if schedule.factor(name) == factor
+                ],
+                "factor": factor,
+            }
             for factor in sorted(set(map(schedule.factor, self.parameters)))
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
@@ -107,7 +119,13 @@ class Run:
                 if name in self.average:
                     parameter.copy_(self.average[name])
 
-    def train(self, loss_of: Loss, *, exported: Callable[["Run"], None], each: Callable[["Run"], None] = lambda _: None) -> None:
+    def train(
+        self,
+        loss_of: Loss,
+        *,
+        exported: Callable[["Run"], None],
+        each: Callable[["Run"], None] = lambda _: None,
+    ) -> None:
         """Take the steps that are left. `each` sees the run after every step, `exported` after every save.
 
         Raises:
@@ -120,7 +138,12 @@ class Run:
             if self.step % 100 == 0:
                 speed = (self.step - first) * self.schedule.batch_size / (time.time() - began)
                 self._log(
-                    {"step": self.step, "loss": float(np.mean(losses)), "held_out": self._held_out(loss_of), "samples_per_second": round(speed, 1)}
+                    {
+                        "step": self.step,
+                        "loss": float(np.mean(losses)),
+                        "held_out": self._held_out(loss_of),
+                        "samples_per_second": round(speed, 1),
+                    }
                 )
                 losses.clear()
             if self.step % self.schedule.save_every == 0 or self.step == self.schedule.steps:

@@ -2,8 +2,8 @@
 
     python training/prompts.py --output-dir benchmarks/prompts
 
-`scenes.txt` has 500 captions of combinations that training keeps out, `calibration.txt` 128 of combinations that it sees. Both files are
-committed, so that evaluating needs no data; a test holds them to this script.
+`scenes.txt` has 500 captions of combinations that training keeps out, `calibration.txt` 128 of combinations
+that it sees. Both files are committed, so that evaluating needs no data; a test holds them to this script.
 """
 
 import argparse
@@ -31,12 +31,16 @@ def captions(count: int, *, held: bool, seed: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, count, held, seed in FILES:
-        (options.output_dir / name).write_text("\n".join(captions(count, held=held, seed=seed)) + "\n", encoding="utf-8")
+        (options.output_dir / name).write_text(
+            "\n".join(captions(count, held=held, seed=seed)) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def _pieces(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the ids and the merges of byte pair encoding under which each word is one token; other text falls into letters."""
+    """Return the ids and the merges of byte pair encoding under which each word is one token; other text
+    falls into letters.
+    """
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = letters + [f"{letter}</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
@@ -51,4 +53,6 @@ def save_tokenizer(directory: Path) -> None:
     build_tokenizer().save_pretrained(directory)
     ids, merges = vocabulary()
     (directory / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
+    (directory / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8"
+    )

@@ -2,9 +2,10 @@
 
     python training/turbo.py --latents runs/latents --teacher runs/text/export --output-dir runs/turbo
 
-The student maps any point of a trajectory to its end (Song et al., 2023; in latents, with the teacher's guidance inside: Luo et al., 2023).
-A batch is noised to one of the fifty timesteps of `LCMScheduler`; the guided teacher takes one DDIM step to the next; the student's end
-from the first point is drawn to the averaged student's end from the second. Text encoder and autoencoder are the teacher's.
+The student maps any point of a trajectory to its end (Song et al., 2023; in latents, with the teacher's
+guidance inside: Luo et al., 2023). A batch is noised to one of the fifty timesteps of `LCMScheduler`; the
+guided teacher takes one DDIM step to the next; the student's end from the first point is drawn to the
+averaged student's end from the second. Text encoder and autoencoder are the teacher's.
 """
 
 import argparse
@@ -33,13 +34,19 @@ def build_lcm() -> LCMScheduler:
     """The scheduler of the student, on the teacher's betas."""
     teacher = build_scheduler().config
     return LCMScheduler(
-        num_train_timesteps=STEPS, beta_schedule=teacher.beta_schedule, prediction_type=teacher.prediction_type, clip_sample=False,
-        original_inference_steps=ORIGIN, steps_offset=1,
-    )  # fmt: skip
+        num_train_timesteps=STEPS,
+        beta_schedule=teacher.beta_schedule,
+        prediction_type=teacher.prediction_type,
+        clip_sample=False,
+        original_inference_steps=ORIGIN,
+        steps_offset=1,
+    )
 
 
 class Ends:
-    """Ends of trajectories from predicted velocities, under one schedule; the timestep -1 is the end itself."""
+    """Ends of trajectories from predicted velocities, under one schedule; the timestep -1 is the end
+    itself.
+    """
 
     def __init__(self) -> None:
         self.levels = torch.cat([build_scheduler().alphas_cumprod, torch.ones(1)])
@@ -50,14 +57,18 @@ class Ends:
         return level.sqrt() * noisy - (1 - level).sqrt() * velocity
 
     def moved(self, noisy: Tensor, timesteps: Tensor, velocity: Tensor, to: Tensor) -> Tensor:
-        """Return where one DDIM step leads from `timesteps` to the timesteps `to` (Song et al., 2021, equation 12, without noise)."""
+        """Return where one DDIM step leads from `timesteps` to the timesteps `to` (Song et al., 2021,
+        equation 12, without noise).
+        """
         level, target = self.levels[timesteps].view(-1, 1, 1, 1), self.levels[to].view(-1, 1, 1, 1)
         noise = (1 - level).sqrt() * noisy + level.sqrt() * velocity
         return target.sqrt() * self.clean(noisy, timesteps, velocity) + (1 - target).sqrt() * noise
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
@@ -69,7 +80,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     pools = {held: read_pool(options.latents, part) for held, part in ((False, "train"), (True, "held_out"))}
-    pipeline = StableDiffusionPipeline.from_pretrained(options.teacher, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        options.teacher, torch_dtype=torch.float32, safety_checker=None
+    )
     encoder: CLIPTextModel = pipeline.text_encoder.requires_grad_(False).eval()
     vae: AutoencoderKL = pipeline.vae
     tokenizer = build_tokenizer()
@@ -81,7 +94,13 @@ def main() -> None:
         return unet.to(memory_format=torch.channels_last)
 
     student, teacher, averaged = copy(), copy().requires_grad_(False), copy().requires_grad_(False)
-    schedule = Schedule(steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, average=0.995, seed=options.seed)
+    schedule = Schedule(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        average=0.995,
+        seed=options.seed,
+    )
     run = Run(options.output_dir, student, schedule)
     for name, parameter in averaged.named_parameters():
         # The run moves these tensors after each step.
@@ -102,15 +121,26 @@ def main() -> None:
         batch = noised(latents[index], timesteps, generator)
         earlier = timesteps - STRIDE
         with torch.no_grad():
-            without, towards = guide(
-                batch.noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([embedded([""]).expand_as(tokens), tokens]), return_dict=False
-            )[0].float().chunk(2)  # fmt: skip
+            without, towards = (
+                guide(
+                    batch.noisy.repeat(2, 1, 1, 1),
+                    timesteps.repeat(2),
+                    torch.cat([embedded([""]).expand_as(tokens), tokens]),
+                    return_dict=False,
+                )[0]
+                .float()
+                .chunk(2)
+            )
             velocity = without + options.guidance * (towards - without)
             nearer = ends.moved(batch.noisy, timesteps, velocity, earlier)
             followed = follow(nearer, earlier.clamp(min=0), tokens, return_dict=False)[0].float()
             # The last step of the teacher ends the trajectory.
-            target = torch.where((earlier < 0).view(-1, 1, 1, 1), nearer, ends.clean(nearer, earlier, followed))
-        end = ends.clean(batch.noisy, timesteps, predict(batch.noisy, timesteps, tokens, return_dict=False)[0].float())
+            target = torch.where(
+                (earlier < 0).view(-1, 1, 1, 1), nearer, ends.clean(nearer, earlier, followed)
+            )
+        end = ends.clean(
+            batch.noisy, timesteps, predict(batch.noisy, timesteps, tokens, return_dict=False)[0].float()
+        )
         scale = HUBER * end[0].numel() ** 0.5
         return (((end - target).square().sum((1, 2, 3)) + scale**2).sqrt() - scale).mean()
 
@@ -118,7 +148,10 @@ def main() -> None:
         average = UNet2DConditionModel.from_config(pipeline.unet.config)
         run.load_average(average)
         turbo = assemble(deepcopy(vae), deepcopy(encoder), average, build_lcm())
-        picture([row for steps in (1, 2, 4) for row in sample(turbo, steps=steps, guidance=1.0)[:1]], run.directory / "samples.png")
+        picture(
+            [row for steps in (1, 2, 4) for row in sample(turbo, steps=steps, guidance=1.0)[:1]],
+            run.directory / "samples.png",
+        )
         turbo.to(torch.float16).save_pretrained(run.directory / "export")
 
     run.train(loss, exported=export)

@@ -43,8 +43,8 @@ _HOMES = {
     "rebake": "tfmq.adapt",
     "relist": "tfmq.artifact",
     "scheme": "tfmq.recipes",
-    # Not in `__all__`, since they need diffusers: the configuration for `from_pretrained`, a sampler of a pipeline with options of its own, and
-    # classes that saved pipelines name.
+    # Not in `__all__`, since they need diffusers: the configuration for `from_pretrained`, a sampler of a
+    # pipeline with options of its own, and classes that saved pipelines name.
     "TFMQConfig": "tfmq.integrations.diffusers.quantizer",
     "PipelineSampler": "tfmq.integrations.diffusers.pipelines",
     "ClassEmbedder": "tfmq.integrations.diffusers.class_conditional",
@@ -72,7 +72,8 @@ def _register_with_diffusers() -> None:
     from tfmq.integrations.loaded import execute_with
 
     execute_with(_execute_loaded)
-    # Importing it registers it; where that import is what brought diffusers in, it is under way and finishes by itself.
+    # Importing it registers it; where that import is what brought diffusers in, it is under way and finishes
+    # by itself.
     import tfmq.integrations.diffusers.quantizer  # noqa: F401
 
 

@@ -15,7 +15,9 @@ from tfmq.temporal.rebake import rebake_tables, visited
 
 
 def _pair(target: Any, reference: Any, *, verb: str) -> tuple[Sampler, Sampler]:
-    """Return samplers of a quantized model, which computes in simulated arithmetic from now on, and of its full-precision reference."""
+    """Return samplers of a quantized model, which computes in simulated arithmetic from now on, and of its
+    full-precision reference.
+    """
     sampler, full = open_sampler(target), open_sampler(reference)
     if not is_quantized(sampler.denoiser.module) or is_quantized(full.denoiser.module):
         raise ValueError(f"{verb} takes a quantized model and the full-precision model that it was made from")
@@ -24,11 +26,13 @@ def _pair(target: Any, reference: Any, *, verb: str) -> tuple[Sampler, Sampler]:
 
 
 def rebake(target: Any, reference: Any, *, steps: int) -> None:
-    """Move a quantized model, in place, to the schedule that its sampler now steps through: another scheduler, another number of steps.
+    """Move a quantized model, in place, to the schedule that its sampler now steps through: another
+    scheduler, another number of steps.
 
-    One image is drawn to see the timesteps. Temporal features are tabulated anew from the full-precision reference; the grids of all other
-    activations follow the nearest calibrated timestep, so a schedule far from the calibrated one is better quantized again. Save the pipeline
-    afterwards as any other. Call `tfmq.execute` again where a backend was chosen.
+    One image is drawn to see the timesteps. Temporal features are tabulated anew from the full-precision
+    reference; the grids of all other activations follow the nearest calibrated timestep, so a schedule far
+    from the calibrated one is better quantized again. Save the pipeline afterwards as any other. Call
+    `tfmq.execute` again where a backend was chosen.
 
     Args:
         target: a quantized pipeline with the scheduler to move to, or a `Sampler` of a quantized model.
@@ -44,17 +48,23 @@ def rebake(target: Any, reference: Any, *, steps: int) -> None:
     remark(module, rebaked={"steps": steps})
 
 
-def fuse_lora(target: Any, reference: Any, *, scale: float = 1.0, steps: int | None = None) -> tuple[LayerDrift, ...]:
-    """Fuse the LoRA that a full-precision model carries into the quantized model that was made from it, without calibrating again.
+def fuse_lora(
+    target: Any, reference: Any, *, scale: float = 1.0, steps: int | None = None
+) -> tuple[LayerDrift, ...]:
+    """Fuse the LoRA that a full-precision model carries into the quantized model that was made from it,
+    without calibrating again.
 
-    The layers that it changes are rounded to nearest; activation ranges stay, so this measures how far the LoRA leaves them and warns where it
-    does. Both models are changed in place, and the full-precision one ends with the LoRA fused. Call `tfmq.execute` again afterwards.
+    The layers that it changes are rounded to nearest; activation ranges stay, so this measures how far the
+    LoRA leaves them and warns where it does. Both models are changed in place, and the full-precision one
+    ends with the LoRA fused. Call `tfmq.execute` again afterwards.
 
     Args:
         target: a quantized pipeline, or a `Sampler` of a quantized model.
-        reference: the full-precision model that it was made from, with the LoRA loaded (`pipeline.load_lora_weights`) and not fused.
+        reference: the full-precision model that it was made from, with the LoRA loaded
+            (`pipeline.load_lora_weights`) and not fused.
         scale: factor on the LoRA's weights.
-        steps: number of steps of the two images that ranges are measured on; by default one for each calibrated timestep.
+        steps: number of steps of the two images that ranges are measured on; by default one for each
+            calibrated timestep.
 
     Returns:
         The layers whose inputs leave their range, the furthest first.

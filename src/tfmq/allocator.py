@@ -1,4 +1,6 @@
-"""Give memory back to the system that the C library (glibc) or the process would keep for later; where the system is another, nothing happens."""
+"""Give memory back to the system that the C library (glibc) or the process would keep for later; where the
+system is another, nothing happens.
+"""
 
 import ctypes
 import mmap
@@ -38,8 +40,8 @@ def give_back() -> None:
 def page_out(tensor: Tensor) -> None:
     """Let go of the memory of a contiguous tensor on the CPU that nothing reads soon.
 
-    A tensor that a checkpoint's file is mapped for, as safetensors does, is read from the file again when it is needed; others stay, or go to swap
-    where there is some.
+    A tensor that a checkpoint's file is mapped for, as safetensors does, is read from the file again when it
+    is needed; others stay, or go to swap where there is some.
     """
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - begin

@@ -38,7 +38,9 @@ from tfmq.version import __version__
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized model: what was passed in (quantized in place), its sealed manifest, and the report of the run."""
+    """A quantized model: what was passed in (quantized in place), its sealed manifest, and the report of the
+    run.
+    """
 
     model: Any
     manifest: Mapping[str, Any]
@@ -61,15 +63,23 @@ def _manifest(module: nn.Module, recipe: Recipe, seed: int, outcome: Outcome) ->
 
 
 def _correction(outcome: Outcome) -> dict[str, Any] | None:
-    """Return what a correction does: the share of the error that it explains, in all and by step, and how many steps use which estimator."""
+    """Return what a correction does: the share of the error that it explains, in all and by step, and how
+    many steps use which estimator.
+    """
     if not outcome.correction:
         return None
     before, after = (sum(getattr(fit, name) for fit in outcome.correction) for name in ("before", "after"))
     kept = Counter(fit.kept for fit in outcome.correction)
-    return {"explained": explained(before, after), "by_step": [explained(fit.before, fit.after) for fit in outcome.correction], "steps": dict(kept)}
+    return {
+        "explained": explained(before, after),
+        "by_step": [explained(fit.before, fit.after) for fit in outcome.correction],
+        "steps": dict(kept),
+    }
 
 
-def _report(outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], parameters: int, quantized_bytes: int) -> dict[str, Any]:
+def _report(
+    outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], parameters: int, quantized_bytes: int
+) -> dict[str, Any]:
     disturbed = outcome.disturbance
     return {
         "scheme": recipe.name,
@@ -98,7 +108,9 @@ def _read_report(destination: Path) -> dict[str, Any]:
     """Return the report of a job that was finished before; its units take no time now."""
     report = read_json(destination / REPORT_FILE)
     units = [{**unit, "seconds": 0.0} for unit in report["units"]]
-    return {key: value for key, value in report.items() if key not in ("fingerprint", FILES)} | {"units": units}
+    return {key: value for key, value in report.items() if key not in ("fingerprint", FILES)} | {
+        "units": units
+    }
 
 
 def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> bool:
@@ -109,8 +121,14 @@ def _finished(destination: Path, fingerprint: Mapping[str, Any], *, resume: bool
         return False
     before = Fields.of(read_json(report), str(report)).part("fingerprint").values
     if before != fingerprint:
-        changed = ", ".join(key for key in sorted(before.keys() | fingerprint.keys()) if before.get(key) != fingerprint.get(key))
-        raise JobMismatchError(f"{destination} holds a finished model with another {changed}; choose another output directory")
+        changed = ", ".join(
+            key
+            for key in sorted(before.keys() | fingerprint.keys())
+            if before.get(key) != fingerprint.get(key)
+        )
+        raise JobMismatchError(
+            f"{destination} holds a finished model with another {changed}; choose another output directory"
+        )
     return True
 
 
@@ -126,7 +144,9 @@ def store_of(job: Path) -> CalibrationStore:
 
 @contextmanager
 def _job_directory(destination: Path | None) -> Iterator[Path]:
-    """Give the job a directory beside its destination, which outlives an interruption; a temporary one where nothing is saved."""
+    """Give the job a directory beside its destination, which outlives an interruption; a temporary one where
+    nothing is saved.
+    """
     if destination is not None:
         yield job_of(destination)
         return
@@ -154,39 +174,50 @@ def quantize(
 ) -> Quantized:
     """Quantize a diffusion model in place and, with `output_dir`, save it.
 
-    The model in memory computes in simulated arithmetic, the one that it was calibrated in; `tfmq.execute` makes it compute in integers.
+    The model in memory computes in simulated arithmetic, the one that it was calibrated in; `tfmq.execute`
+    makes it compute in integers.
 
     Args:
-        target: a diffusers pipeline, a pipeline directory, a hub id, "default", a `Sampler` (a denoiser with a loop around it), or a
-            `ModuleFile` that gives one.
+        target: a diffusers pipeline, a pipeline directory, a hub id, "default", a `Sampler` (a denoiser with
+            a loop around it), or a `ModuleFile` that gives one.
         recipe: a `Recipe`, or the name of a scheme such as "w4a8".
-        output_dir: where the quantized pipeline goes. It appears when it is complete; until then the job lives in `output_dir` + ".job".
+        output_dir: where the quantized pipeline goes. It appears when it is complete; until then the job
+            lives in `output_dir` + ".job".
         seed: seed of the calibration noise and of every learning stage.
         device: moves the model there first.
         resume: continue the job of an interrupted run; the result is the same to the byte.
         prompts: prompts of the calibration for text-to-image pipelines, in the place of the built-in ones.
-        component: which denoiser of a pipeline that calls two in turn, such as "transformer_2"; without it `unet`, `transformer` or what else
-            there is, with a warning that names the others. They are quantized one after the other.
+        component: which denoiser of a pipeline that calls two in turn, such as "transformer_2"; without it
+            `unet`, `transformer` or what else there is, with a warning that names the others. They are
+            quantized one after the other.
         resources: limits of memory and of time.
         helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
         foretold: is told about how many seconds calibration takes, and later the units, before they begin.
         progress: shows bars; see `tfmq.progress`.
 
     Raises:
-        ValueError: an unknown scheme, a model that cannot be quantized, or one that cannot within `resources` or on this disk.
+        ValueError: an unknown scheme, a model that cannot be quantized, or one that cannot within `resources`
+            or on this disk.
         CheckpointError: `output_dir` is taken or full, or the job in it is another one.
         CalibrationError: NaN or infinite values in calibration.
     """
     began = time.perf_counter()
     recipe = scheme(recipe) if isinstance(recipe, str) else recipe
     if helpers is not None and resources.time_budget is not None:
-        raise ValueError("a budget of time is kept by one process alone: leave out the cluster (--cluster) or the budget (--time-budget)")
-    sampler, fingerprint = open_target(target, recipe, seed=seed, device=device, prompts=prompts, component=component, resources=resources)
+        raise ValueError(
+            "a budget of time is kept by one process alone: leave out the "
+            "cluster (--cluster) or the budget (--time-budget)"
+        )
+    sampler, fingerprint = open_target(
+        target, recipe, seed=seed, device=device, prompts=prompts, component=component, resources=resources
+    )
     module, owner = sampler.denoiser.module, owner_of(sampler)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):
         shutil.rmtree(job_of(destination), ignore_errors=True)
-        loaded = load(destination, module=None if hasattr(sampler, "pipeline") else module, backend="simulated")
+        loaded = load(
+            destination, module=None if hasattr(sampler, "pipeline") else module, backend="simulated"
+        )
         return Quantized(loaded, stored_manifest(destination).values, _read_report(destination))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     with _job_directory(destination) as job:
@@ -194,14 +225,27 @@ def quantize(
         journal.sweep()
         outcome = quantize_denoiser(
             Job(
-                sampler=sampler, recipe=recipe, store=store_of(job), journal=journal, seed=seed, resources=resources,
-                helpers=helpers, foretold=foretold, progress=progress, began=began,
+                sampler=sampler,
+                recipe=recipe,
+                store=store_of(job),
+                journal=journal,
+                seed=seed,
+                resources=resources,
+                helpers=helpers,
+                foretold=foretold,
+                progress=progress,
+                began=began,
             )
-        )  # fmt: skip
+        )
         manifest = _manifest(module, recipe, seed, outcome)
         report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
         mark(module, manifest)
         if destination is not None:
-            save(owner, destination, manifest=manifest, extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}})
+            save(
+                owner,
+                destination,
+                manifest=manifest,
+                extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}},
+            )
             journal.remove()
     return Quantized(owner, manifest, report)

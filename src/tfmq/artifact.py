@@ -1,4 +1,6 @@
-"""Quantized models on disk: a diffusers pipeline directory, or a bare checkpoint for a module that diffusers does not know."""
+"""Quantized models on disk: a diffusers pipeline directory, or a bare checkpoint for a module that diffusers
+does not know.
+"""
 
 import json
 import shutil
@@ -50,7 +52,9 @@ __all__ = [
 
 
 def check_quantizable(module: nn.Module) -> None:
-    """Raise `ValueError` for a diffusers model whose quantized form could not be loaded again; any other module passes."""
+    """Raise `ValueError` for a diffusers model whose quantized form could not be loaded again; any other
+    module passes.
+    """
     if "diffusers" in sys.modules:
         from tfmq.integrations.diffusers.adapters import check_fused
 
@@ -58,7 +62,9 @@ def check_quantizable(module: nn.Module) -> None:
 
 
 def stored_architecture(module: nn.Module) -> Mapping[str, Any]:
-    """Return what a diffusers model saves of its architecture, for its manifest to seal; nothing of any other module."""
+    """Return what a diffusers model saves of its architecture, for its manifest to seal; nothing of any other
+    module.
+    """
     if "diffusers" not in sys.modules:
         return {}
     from tfmq.integrations.diffusers.architecture import configuration
@@ -67,7 +73,9 @@ def stored_architecture(module: nn.Module) -> Mapping[str, Any]:
 
 
 def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Make a diffusers model that was quantized in memory save with its manifest; any other module is left alone."""
+    """Make a diffusers model that was quantized in memory save with its manifest; any other module is left
+    alone.
+    """
     if "diffusers" in sys.modules:
         from tfmq.integrations.diffusers.quantizer import mark_quantized
 
@@ -75,33 +83,45 @@ def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
 
 
 def remark(module: nn.Module, **provenance: Any) -> None:
-    """Seal a quantized diffusers model again after its tables changed, with more `provenance`; any other module is left alone."""
+    """Seal a quantized diffusers model again after its tables changed, with more `provenance`; any other
+    module is left alone.
+    """
     if "diffusers" not in sys.modules:
         return
     from tfmq.integrations.diffusers.architecture import manifest_of
 
     manifest = manifest_of(module)
     if manifest is not None:
-        fields = {**manifest, "structure": describe(module), "provenance": {**manifest["provenance"], **provenance}}
+        fields = {
+            **manifest,
+            "structure": describe(module),
+            "provenance": {**manifest["provenance"], **provenance},
+        }
         mark(module, seal(module.state_dict(), fields, table=False))
 
 
 def _forget_origin(directory: Path) -> None:
-    """Drop the path that diffusers notes in every configuration: where a model came from must not change the bytes of the result."""
+    """Drop the path that diffusers notes in every configuration: where a model came from must not change the
+    bytes of the result.
+    """
     for path in sorted(directory.rglob("*.json")):
         values = json.loads(path.read_text())
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a quantized pipeline, diffusers model or plain module to `directory`, which appears complete or not at all.
+def save(
+    owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write a quantized pipeline, diffusers model or plain module to `directory`, which appears complete or
+    not at all.
 
     Args:
         owner: what has `save_pretrained`, or an `nn.Module` without it.
         directory: must not exist, or be empty.
         manifest: the sealed manifest.
-        extra: further JSON files by name; that of `REPORT_FILE` also gets the digest of a pipeline's list, so that a list cannot go missing.
+        extra: further JSON files by name; that of `REPORT_FILE` also gets the digest of a pipeline's list, so
+            that a list cannot go missing.
 
     Raises:
         StorageFullError: no space is left; nothing is kept of the attempt.
@@ -115,7 +135,11 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
                 _forget_origin(partial)
             else:
                 save_checkpoint(partial, owner.state_dict(), manifest)
-            listed = {FILES: write_listing(partial, components=components(partial))} if (partial / PIPELINE_FILE).exists() else {}
+            listed = (
+                {FILES: write_listing(partial, components=components(partial))}
+                if (partial / PIPELINE_FILE).exists()
+                else {}
+            )
             for name, value in extra.items():
                 write_json(partial / name, {**value, **(listed if name == REPORT_FILE else {})})
             partial.replace(directory)
@@ -123,23 +147,31 @@ def save(owner: Any, directory: Path, *, manifest: Mapping[str, Any], extra: Map
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load(directory: str | Path, *, module: nn.Module | None = None, backend: str = AUTO, options: Options | None = None) -> Any:
-    """Load a model from a directory, ready to run: a pipeline, a diffusers component, or with `module` a bare checkpoint.
+def load(
+    directory: str | Path,
+    *,
+    module: nn.Module | None = None,
+    backend: str = AUTO,
+    options: Options | None = None,
+) -> Any:
+    """Load a model from a directory, ready to run: a pipeline, a diffusers component, or with `module` a bare
+    checkpoint.
 
-    What "auto", `cuda` and `operators` prepare moves with the model; what another backend prepares stays where the model was loaded to: after
-    moving the model to another device, call `tfmq.execute` again.
+    What "auto", `cuda` and `operators` prepare moves with the model; what another backend prepares stays
+    where the model was loaded to: after moving the model to another device, call `tfmq.execute` again.
 
     Args:
         directory: written by `tfmq.quantize` or `save_pretrained`.
-        module: the full-precision architecture (its weights do not matter), for models that diffusers cannot build by itself. It is
-            changed in place and returned.
-        backend: what computes, see `tfmq.execute`. "auto" measures at the first call, and leaves a full-precision pipeline as it is;
-            "simulated" is bitwise what `tfmq.quantize` left in memory.
+        module: the full-precision architecture (its weights do not matter), for models that diffusers cannot
+            build by itself. It is changed in place and returned.
+        backend: what computes, see `tfmq.execute`. "auto" measures at the first call, and leaves a
+            full-precision pipeline as it is; "simulated" is bitwise what `tfmq.quantize` left in memory.
         options: memory and compilation; see `tfmq.Options`.
 
     Raises:
         CheckpointError: a damaged, truncated, foreign or incomplete checkpoint.
-        ValueError: the architecture does not fit; a bare checkpoint without `module`; no such backend, or the machine lacks what it needs.
+        ValueError: the architecture does not fit; a bare checkpoint without `module`; no such backend, or the
+            machine lacks what it needs.
         MissingExtraError: the backend's library is not installed.
     """
     path = Path(directory)
@@ -167,13 +199,19 @@ def _load(path: Path, module: nn.Module | None) -> Any:
 
 def _load_into(path: Path, module: nn.Module | None) -> nn.Module:
     if module is None:
-        raise ValueError(f"{path} is a bare checkpoint; pass the architecture: tfmq.load(directory, module=...)")
-    tensors, manifest = _load_checkpoint(path) if (path / MANIFEST_FILE).exists() else _load_only_component(path)
+        raise ValueError(
+            f"{path} is a bare checkpoint; pass the architecture: tfmq.load(directory, module=...)"
+        )
+    tensors, manifest = (
+        _load_checkpoint(path) if (path / MANIFEST_FILE).exists() else _load_only_component(path)
+    )
     assemble(module, manifest.values["structure"])
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the architecture it is loaded into: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path} does not fit the architecture it is loaded into: {' '.join(str(error).split())}"
+        ) from error
     mark(module, manifest.values)
     module.requires_grad_(False).eval()
     remember_digest(module, manifest.digest, tensors)
@@ -192,5 +230,7 @@ def _load_only_component(path: Path) -> tuple[dict[str, Tensor], Manifest]:
     check_files(path)
     found = list(verified(path))
     if len(found) != 1:
-        raise ForeignFileError(f"{path} holds {len(found)} models quantized by tfmq; pass the directory of one")
+        raise ForeignFileError(
+            f"{path} holds {len(found)} models quantized by tfmq; pass the directory of one"
+        )
     return found[0]

@@ -1,4 +1,6 @@
-"""Errors that any part of the package may raise, values as messages show them, and the one way to ask for an optional dependency."""
+"""Errors that any part of the package may raise, values as messages show them, and the one way to ask for an
+optional dependency.
+"""
 
 import importlib
 import reprlib
@@ -25,7 +27,9 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise MissingExtraError(f"this needs {module.partition('.')[0]}; install it with: pip install 'tfmq[{extra}]'") from error
+        raise MissingExtraError(
+            f"this needs {module.partition('.')[0]}; install it with: pip install 'tfmq[{extra}]'"
+        ) from error
 
 
 class _Shown(reprlib.Repr):

@@ -1,4 +1,6 @@
-"""Progress of long work, reported to whoever asked for it, and what a call takes, from which the time of the work follows."""
+"""Progress of long work, reported to whoever asked for it, and what a call takes, from which the time of the
+work follows.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +9,8 @@ from typing import Any, Protocol
 
 # Least seconds of a timing: less says little on a machine that is busy with other things.
 LOOKED = 0.25
-# Seconds. A first call that took longer is not repeated: it overestimates later calls a little, and that is good enough.
+# Seconds. A first call that took longer is not repeated: it overestimates later calls a little, and that is
+# good enough.
 PATIENCE = 3.0
 
 

@@ -1,4 +1,6 @@
-"""Open what a caller names: a sampler of any target, and of one that is to be quantized all that its result depends on."""
+"""Open what a caller names: a sampler of any target, and of one that is to be quantized all that its result
+depends on.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -27,12 +29,15 @@ SHELVES = (Path(__file__).parent / "assets", Path(__file__).parents[2] / "models
 
 
 def named_directory(name: str) -> Path | None:
-    """Return the directory of the model that tfmq knows by `name`; None where it knows none, or a wheel came without it.
+    """Return the directory of the model that tfmq knows by `name`; None where it knows none, or a wheel came
+    without it.
 
     >>> named_directory("default").name
     'default'
     """
-    found = (shelf / name for shelf in SHELVES if name.isidentifier() or name.replace("-", "_").isidentifier())
+    found = (
+        shelf / name for shelf in SHELVES if name.isidentifier() or name.replace("-", "_").isidentifier()
+    )
     return next((path for path in found if (path / "model_index.json").is_file()), None)
 
 
@@ -45,12 +50,19 @@ def known_names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for shelf in SHELVES for path in shelf.glob("*/model_index.json")))
 
 
-def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping[str, Any] | None = None, component: str | None = None) -> Sampler:
-    """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory, a hub id, or the name of a model of the project.
+def open_sampler(
+    target: Any,
+    *,
+    prompts: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
+    component: str | None = None,
+) -> Sampler:
+    """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory, a hub id, or
+    the name of a model of the project.
 
-    `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
-    computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the denoiser of a pipeline that calls
-    two in turn.
+    `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A
+    quantized model that is loaded here computes in simulated arithmetic; `tfmq.execute` changes that once it
+    is on its device. `component` names the denoiser of a pipeline that calls two in turn.
 
     Raises:
         ValueError: nothing that can be sampled from, or no such component.
@@ -63,21 +75,43 @@ def open_sampler(target: Any, *, prompts: tuple[str, ...] = (), options: Mapping
         if component is not None:
             raise ValueError(f"component={component!r} is for pipelines; a sampler brings its own denoiser")
         if options:
-            warnings.warn(f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options", stacklevel=3)
+            warnings.warn(
+                f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options",
+                stacklevel=3,
+            )
         return target
     require("diffusers", extra="diffusers")
-    from tfmq.integrations.diffusers.pipelines import DEFAULT_PROMPTS, PipelineSampler, accepted_options, open_pipeline
+    from tfmq.integrations.diffusers.pipelines import (
+        DEFAULT_PROMPTS,
+        PipelineSampler,
+        accepted_options,
+        open_pipeline,
+    )
 
     if isinstance(target, str | Path):
         path = named_directory(str(target)) or Path(target)
         if options is None and holds_quantized(path):
             options = calibrated_options(stored_manifest(path).provenance)
-        target = load(path, backend="simulated") if holds_quantized(path) else open_pipeline(path if path.exists() else target)
+        target = (
+            load(path, backend="simulated")
+            if holds_quantized(path)
+            else open_pipeline(path if path.exists() else target)
+        )
     if not hasattr(target, "components"):
-        raise ValueError(f"{type(target).__name__} is no pipeline; put a sampler around a denoiser that stands alone, such as tfmq.LoopSampler")
-    sampler = PipelineSampler(target, prompts=prompts or DEFAULT_PROMPTS, options=accepted_options(target, options or {}), component=component)
+        raise ValueError(
+            f"{type(target).__name__} is no pipeline; put a sampler around a "
+            "denoiser that stands alone, such as tfmq.LoopSampler"
+        )
+    sampler = PipelineSampler(
+        target,
+        prompts=prompts or DEFAULT_PROMPTS,
+        options=accepted_options(target, options or {}),
+        component=component,
+    )
     if prompts and not sampler.takes_prompts:
-        warnings.warn(f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2)
+        warnings.warn(
+            f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2
+        )
     return sampler
 
 
@@ -96,11 +130,15 @@ def open_quantized(directory: Path, module: ModuleFile) -> Sampler:
 
 def calibrated_options(provenance: Provenance) -> dict[str, Any]:
     """Return the arguments of the pipeline's call that a quantized model was calibrated with."""
-    return call_options({"eta": provenance.eta, "guidance_scale": provenance.guidance_scale, "spacing": provenance.spacing})
+    return call_options(
+        {"eta": provenance.eta, "guidance_scale": provenance.guidance_scale, "spacing": provenance.spacing}
+    )
 
 
 def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int, resources: Resources) -> dict[str, Any]:
-    """Return everything that the result depends on; with a budget of time it also depends on the shares that the journal keeps."""
+    """Return everything that the result depends on; with a budget of time it also depends on the shares that
+    the journal keeps.
+    """
     module = sampler.denoiser.module
     device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     versions = {"tfmq": __version__, "torch": torch.__version__}
@@ -113,7 +151,10 @@ def _check_weights(module: nn.Module) -> None:
     """Raise `CalibrationError` where a weight is NaN or infinite."""
     for name, tensor in module.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise CalibrationError(f"{name} holds NaN or infinite values: the full-precision model is damaged; download or save it again")
+            raise CalibrationError(
+                f"{name} holds NaN or infinite values: the full-precision "
+                "model is damaged; download or save it again"
+            )
 
 
 def open_target(
@@ -126,20 +167,26 @@ def open_target(
     component: str | None = None,
     resources: Resources = UNLIMITED,
 ) -> tuple[Sampler, dict[str, Any]]:
-    """Return the sampler of a model that is to be quantized, on its device, and everything that the result depends on.
+    """Return the sampler of a model that is to be quantized, on its device, and everything that the result
+    depends on.
 
     Raises:
         ValueError: it is quantized already, or cannot be.
         CalibrationError: NaN or infinite weights.
     """
-    sampler = open_sampler(target, prompts=prompts, options=call_options(asdict(recipe.calibration)), component=component)
+    sampler = open_sampler(
+        target, prompts=prompts, options=call_options(asdict(recipe.calibration)), component=component
+    )
     module, others = sampler.denoiser.module, getattr(sampler, "others", ())
     if is_quantized(module):
         rest = f", or its {others[0]} (--component {others[0]})" if others else ""
         raise ValueError(f"the model is quantized already; quantize the full-precision one{rest}")
     if others:
         text = f"the pipeline also calls {', '.join(others)}, which stays in full precision"
-        warnings.warn(f"{text}; quantize the result again with --component {others[0]} (component={others[0]!r})", stacklevel=3)
+        warnings.warn(
+            f"{text}; quantize the result again with --component {others[0]} (component={others[0]!r})",
+            stacklevel=3,
+        )
     check_quantizable(module)
     _check_weights(module)
     if device is not None:

@@ -1,4 +1,6 @@
-"""The choice of a backend by measuring, with planted backends and a clock that only their calls advance; and what engines cannot do."""
+"""The choice of a backend by measuring, with planted backends and a clock that only their calls advance; and
+what engines cannot do.
+"""
 
 import copy
 import json
@@ -41,7 +43,9 @@ RECIPE = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, ste
 
 @dataclass
 class Planted:
-    """A backend that computes in simulated arithmetic, takes `seconds` a row on the clock, and fails where `fails` says so."""
+    """A backend that computes in simulated arithmetic, takes `seconds` a row on the clock, and fails where
+    `fails` says so.
+    """
 
     clock: list[float]
     seconds: Callable[[int], float]
@@ -93,7 +97,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def plant(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """Return a function that makes backends the only candidates, from seconds of a row by name, the baseline first."""
+    """Return a function that makes backends the only candidates, from seconds of a row by name, the baseline
+    first.
+    """
 
     def make(**seconds: float | Callable[[int], float]) -> dict[str, Planted]:
         made = {}
@@ -120,7 +126,10 @@ def module(quantized: nn.Module) -> nn.Module:
 
 
 def call(batch: int = 1, timestep: int = 333) -> Inputs:
-    return Inputs(torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch)), torch.tensor([timestep] * batch))
+    return Inputs(
+        torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(batch)),
+        torch.tensor([timestep] * batch),
+    )
 
 
 @torch.no_grad()
@@ -132,22 +141,35 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "tfmq"]
 
 
-def test_the_fastest_computes_and_one_line_says_why(module: nn.Module, plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fastest_computes_and_one_line_says_why(
+    module: nn.Module, plant: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
     planted = plant(plain=0.003, quick=0.0014, slow=0.0436)
     expected = run(module, call())
     coverage = execute(module, "auto")
-    assert coverage.integer == () and set(coverage.floating.values()) == {"what computes it is measured at the first call"}
+    assert coverage.integer == () and set(coverage.floating.values()) == {
+        "what computes it is measured at the first call"
+    }
     assert not any(backend.rows for backend in planted.values()), "nothing is measured before a call comes"
     with caplog.at_level(logging.INFO, "tfmq"):
         assert torch.equal(run(module, call()), expected)
     assert computed_by(module) == "quick"
-    assert lines(caplog)[-1] == "auto: quick computes UNet2DModel at batch 1: 1.4 ms a call; against plain 3.0, slow 43.6"
+    assert (
+        lines(caplog)[-1]
+        == "auto: quick computes UNet2DModel at batch 1: 1.4 ms a call; against plain 3.0, slow 43.6"
+    )
     counts = {name: len(backend.rows) for name, backend in planted.items()}
     run(module, call(timestep=666))
-    assert {name: len(backend.rows) - counts[name] for name, backend in planted.items()} == {"plain": 0, "quick": 1, "slow": 0}
+    assert {name: len(backend.rows) - counts[name] for name, backend in planted.items()} == {
+        "plain": 0,
+        "quick": 1,
+        "slow": 0,
+    }
 
 
-def test_what_could_be_installed_is_named(module: nn.Module, plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_could_be_installed_is_named(
+    module: nn.Module, plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def missing() -> str:
         raise MissingExtraError("this needs abacus; install it with: pip install 'tfmq[abacus]'")
 
@@ -158,11 +180,19 @@ def test_what_could_be_installed_is_named(module: nn.Module, plant: Plant, monke
         run(module, call())
     assert computed_by(module) == "plain"
     (line,) = lines(caplog)
-    assert "plain computes" in line and "abacus was not tried: this needs abacus; install it with: pip install 'tfmq[abacus]'" in line
+    assert (
+        "plain computes" in line
+        and "abacus was not tried: this needs abacus; install it with: pip install 'tfmq[abacus]'" in line
+    )
 
 
-@given(st.dictionaries(st.sampled_from(["a", "b", "c", "float"]), st.floats(1e-4, 10), min_size=1), st.sampled_from(["a", "b", None]))
-def test_nothing_is_chosen_that_is_slower_than_the_baseline_by_more_than_the_margin(seconds: dict[str, float], held: str | None) -> None:
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "c", "float"]), st.floats(1e-4, 10), min_size=1),
+    st.sampled_from(["a", "b", None]),
+)
+def test_nothing_is_chosen_that_is_slower_than_the_baseline_by_more_than_the_margin(
+    seconds: dict[str, float], held: str | None
+) -> None:
     seconds.setdefault("float", 1.0)
     order = ranked(seconds, "float", held)
     assert order[-1] == "float" and len(set(order)) == len(order)
@@ -253,7 +283,9 @@ def test_batches_have_choices_of_their_own(module: nn.Module, plant: Plant) -> N
     assert tensor_digest(module.state_dict()) == state
 
 
-def test_backends_that_are_swapped_leave_nothing_of_each_other(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_that_are_swapped_leave_nothing_of_each_other(
+    module: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real ones of every machine, chosen by batch: each computes what it computes alone."""
     alone = {}
     for name in ("float", "reference", "simulated"):
@@ -316,26 +348,38 @@ def test_the_measurement_draws_nothing(module: nn.Module, plant: Plant) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_long_calls_are_measured_on_one_row(module: nn.Module, plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_calls_are_measured_on_one_row(
+    module: nn.Module, plant: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
     planted = plant(plain=1.0, quick=0.5)
     execute(module, "auto")
     with caplog.at_level(logging.INFO, "tfmq"):
         run(module, Inputs(call(8).sample, torch.tensor([333, 0] * 4)))
-    assert set(planted["plain"].rows) == {1} and planted["quick"].rows[-1] == 8 and set(planted["quick"].rows[:-1]) == {1}
+    assert (
+        set(planted["plain"].rows) == {1}
+        and planted["quick"].rows[-1] == 8
+        and set(planted["quick"].rows[:-1]) == {1}
+    )
     assert "measured on 1 of 8 rows" in lines(caplog)[-1]
 
 
-def test_what_does_not_fit_into_memory_is_not_tried(module: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_does_not_fit_into_memory_is_not_tried(
+    module: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = run(module, call())
     monkeypatch.setattr("tfmq.backends.auto.free_bytes", lambda: 1000)
     execute(module, "auto")
     with caplog.at_level(logging.INFO, "tfmq"):
         assert torch.equal(run(module, call()), expected)
-    assert computed_by(module) == "simulated" and all(layer.unpacked is None for layer in packed_layers(module).values())
+    assert computed_by(module) == "simulated" and all(
+        layer.unpacked is None for layer in packed_layers(module).values()
+    )
     assert "float was not tried: it takes 0.0 GB, and 0.0 GB are free" in lines(caplog)[-1]
 
 
-def test_a_verb_that_judges_does_not_judge_the_float_model(module: nn.Module, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verb_that_judges_does_not_judge_the_float_model(
+    module: nn.Module, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(CANDIDATES, "cpu", ("float", "reference"))
     tried: list[str] = []
 
@@ -356,11 +400,15 @@ def test_a_verb_that_judges_does_not_judge_the_float_model(module: nn.Module, cl
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "conditional"])
-def test_float_is_the_model_of_the_dequantized_weights(sampler: Callable[..., LoopSampler], name: str) -> None:
+def test_float_is_the_model_of_the_dequantized_weights(
+    sampler: Callable[..., LoopSampler], name: str
+) -> None:
     original, made = sampler(name), sampler(name)
     tfmq.quantize(made, replace(RECIPE, weights=replace(tfmq.scheme("rtn_w4a8").weights, ranges="min_max")))
     module, example = made.denoiser.module, made.example()
-    inputs = Inputs(torch.randn(2, *example.sample.shape[1:]), torch.tensor([333, 0]), example.resized(2).conditions)
+    inputs = Inputs(
+        torch.randn(2, *example.sample.shape[1:]), torch.tensor([333, 0]), example.resized(2).conditions
+    )
     full, simulated = run(original.denoiser.module, inputs), run(module, inputs)
     stock = dequantized(module).eval()
     for options in (Options(), Options(weights="packed")):
@@ -371,11 +419,20 @@ def test_float_is_the_model_of_the_dequantized_weights(sampler: Callable[..., Lo
         assert sqnr_db(full, output) > sqnr_db(full, simulated)
         # What a stock layer does, and nothing that small models would feel.
         direct = options == Options()
-        assert all((layer.decoded is not None) == direct and layer.unpacked is None for layer in packed_layers(module).values())
-        assert all((table.decoded is not None) == direct for table in module.modules() if isinstance(table, PackedEmbedding))
+        assert all(
+            (layer.decoded is not None) == direct and layer.unpacked is None
+            for layer in packed_layers(module).values()
+        )
+        assert all(
+            (table.decoded is not None) == direct
+            for table in module.modules()
+            if isinstance(table, PackedEmbedding)
+        )
     execute(module, "simulated")
     assert torch.equal(run(module, inputs), simulated)
-    assert not any(table.decoded is not None for table in module.modules() if isinstance(table, PackedEmbedding))
+    assert not any(
+        table.decoded is not None for table in module.modules() if isinstance(table, PackedEmbedding)
+    )
 
 
 class Counted(TorchDispatchMode):
@@ -391,8 +448,12 @@ class Counted(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "conditional"])
-def test_float_does_what_the_full_precision_model_does_and_little_more(sampler: Callable[..., LoopSampler], name: str) -> None:
-    """On small models each operation counts: more of them is how `float` would be slower. What a call adds looks up its bins, and for NaN."""
+def test_float_does_what_the_full_precision_model_does_and_little_more(
+    sampler: Callable[..., LoopSampler], name: str
+) -> None:
+    """On small models each operation counts: more of them is how `float` would be slower. What a call adds
+    looks up its bins, and for NaN.
+    """
     original, made = sampler(name), sampler(name)
     tfmq.quantize(made, replace(RECIPE, temporal=replace(RECIPE.temporal, maintenance="none")))
     execute(made.denoiser.module, "float")
@@ -432,11 +493,17 @@ def saved(build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
 def test_from_pretrained_executes_like_load(saved: Path, plant: Plant) -> None:
     planted = plant(plain=0.003, quick=0.001)
     outputs = []
-    for opened in (tfmq.load(saved).unet, DiffusionPipeline.from_pretrained(saved).unet, UNet2DModel.from_pretrained(saved / "unet")):
+    for opened in (
+        tfmq.load(saved).unet,
+        DiffusionPipeline.from_pretrained(saved).unet,
+        UNet2DModel.from_pretrained(saved / "unet"),
+    ):
         assert computed_by(opened) is None
         outputs.append(run(opened, call()))
         assert computed_by(opened) == "quick"
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2]) and planted["quick"].rows
+    assert (
+        torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2]) and planted["quick"].rows
+    )
 
 
 def test_a_config_chooses_the_backend_and_is_not_saved(saved: Path, tmp_path: Path) -> None:
@@ -444,13 +511,19 @@ def test_a_config_chooses_the_backend_and_is_not_saved(saved: Path, tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         component = UNet2DModel.from_pretrained(saved / "unet", quantization_config=config)
-        pipeline = DiffusionPipeline.from_pretrained(saved, quantization_config=PipelineQuantizationConfig(quant_mapping={"unet": config}))
+        pipeline = DiffusionPipeline.from_pretrained(
+            saved, quantization_config=PipelineQuantizationConfig(quant_mapping={"unet": config})
+        )
     for unet in (component, pipeline.unet):
         assert {type(layer.kernel).__name__ for layer in packed_layers(unet).values()} == {"ReferenceKernel"}
     component.save_pretrained(tmp_path / "again")
-    stored, again = (json.loads((folder / "config.json").read_text()) for folder in (saved / "unet", tmp_path / "again"))
+    stored, again = (
+        json.loads((folder / "config.json").read_text()) for folder in (saved / "unet", tmp_path / "again")
+    )
     assert again["quantization_config"] == stored["quantization_config"]
-    simulated = UNet2DModel.from_pretrained(saved / "unet", quantization_config=tfmq.TFMQConfig(backend="simulated"))
+    simulated = UNet2DModel.from_pretrained(
+        saved / "unet", quantization_config=tfmq.TFMQConfig(backend="simulated")
+    )
     assert torch.equal(run(simulated, call()), run(tfmq.load(saved, backend="simulated").unet, call()))
     with pytest.raises(ValueError, match="no backend 'abacus'"):
         UNet2DModel.from_pretrained(saved / "unet", quantization_config=tfmq.TFMQConfig(backend="abacus"))
@@ -459,13 +532,21 @@ def test_a_config_chooses_the_backend_and_is_not_saved(saved: Path, tmp_path: Pa
 # Engines that fail.
 
 
-def test_an_engine_that_cannot_compile_is_replaced_by_the_next_in_a_line(module: nn.Module, plant: Plant) -> None:
+def test_an_engine_that_cannot_compile_is_replaced_by_the_next_in_a_line(
+    module: nn.Module, plant: Plant
+) -> None:
     planted = plant(broken=0.001)["broken"]
-    planted.fails = lambda batch: EngineError("broken cannot compile the layer mid_block.norm") if batch != 4 else None
+    planted.fails = lambda batch: (
+        EngineError("broken cannot compile the layer mid_block.norm") if batch != 4 else None
+    )
     expected = run(module, call())
     execute(module, "broken")
     with pytest.warns(
-        UserWarning, match=r"^broken cannot run this model: broken cannot compile the layer mid_block.norm; (torch|simulated) computes.*Choose"
+        UserWarning,
+        match=(
+            r"^broken cannot run this model: broken cannot compile the layer "
+            r"mid_block.norm; (torch|simulated) computes.*Choose"
+        ),
     ):
         output = run(module, call())
     assert sqnr_db(expected, output) > 35 and computed_by(module) in ("torch", "simulated")
@@ -477,7 +558,9 @@ def test_an_engine_that_cannot_compile_is_replaced_by_the_next_in_a_line(module:
         assert torch.equal(run(module, call()), output)
 
 
-def test_a_bare_error_of_an_engine_is_caught_too_and_one_of_attaching(module: nn.Module, plant: Plant) -> None:
+def test_a_bare_error_of_an_engine_is_caught_too_and_one_of_attaching(
+    module: nn.Module, plant: Plant
+) -> None:
     planted = plant(broken=0.001)["broken"]
     planted.fails = lambda batch: RuntimeError("Layout rank can't be larger than tensor rank")
     execute(module, "broken")
@@ -507,12 +590,19 @@ def test_auto_goes_on_without_an_engine_that_fails_and_does_not_try_it_again(
         with caplog.at_level(logging.INFO, "tfmq"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run(module, call())
-        assert computed_by(module) == "quick" and "broken failed: broken cannot compile the layer mid_block.norm" in lines(caplog)[-1]
+        assert (
+            computed_by(module) == "quick"
+            and "broken failed: broken cannot compile the layer mid_block.norm" in lines(caplog)[-1]
+        )
         said += [str(warning.message).partition(";")[0] for warning in caught]
-    assert said == ["broken cannot run this model: broken cannot compile the layer mid_block.norm"] and tried == [1]
+    assert said == [
+        "broken cannot run this model: broken cannot compile the layer mid_block.norm"
+    ] and tried == [1]
 
 
-def test_an_engine_that_fails_after_it_was_chosen_hands_over_to_the_next(module: nn.Module, plant: Plant) -> None:
+def test_an_engine_that_fails_after_it_was_chosen_hands_over_to_the_next(
+    module: nn.Module, plant: Plant
+) -> None:
     planted = plant(plain=0.003, quick=0.001, second=0.002)
     execute(module, "auto")
     expected = run(module, call())

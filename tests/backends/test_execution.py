@@ -39,7 +39,9 @@ Quantized = Callable[[str], tuple[nn.Module, Inputs]]
 
 @pytest.fixture(scope="session")
 def quantized(sampler: Callable[..., LoopSampler]) -> Quantized:
-    """Return a function that gives a W4A8 model of a name, in simulated arithmetic, and a batch of four at one timestep."""
+    """Return a function that gives a W4A8 model of a name, in simulated arithmetic, and a batch of four at
+    one timestep.
+    """
     made: dict[str, tuple[nn.Module, Inputs]] = {}
 
     def give(name: str) -> tuple[nn.Module, Inputs]:
@@ -73,9 +75,14 @@ def test_outputs_are_near_the_simulation(quantized: Quantized, name: str, backen
     module, inputs = quantized(name)
     expected = run(module, inputs)
     coverage = execute(module, backend)
-    lacking = {"up": "it is a transposed convolution"} if (name, backend) == ("upsampler", "operators") else {}
-    assert set(coverage.integer) == set(packed_layers(module)) - lacking.keys() and coverage.floating == lacking
-    # Sums that round differently move an activation across a tie now and then: one code of these tiny models costs 48 to 60 dB, none 130.
+    lacking = (
+        {"up": "it is a transposed convolution"} if (name, backend) == ("upsampler", "operators") else {}
+    )
+    assert (
+        set(coverage.integer) == set(packed_layers(module)) - lacking.keys() and coverage.floating == lacking
+    )
+    # Sums that round differently move an activation across a tie now and then: one code of these tiny models
+    # costs 48 to 60 dB, none 130.
     assert sqnr_db(expected, run(module, inputs)) > 35
 
 
@@ -102,9 +109,13 @@ def test_every_layer_keeps_the_bound_of_the_parity_section(quantized: Quantized,
     def check(layer: nn.Module, arguments: tuple[Tensor, ...], simulated: Tensor) -> None:
         assert isinstance(layer, PackedLayer) and layer.input_quantizer is not None
         (x,) = arguments
-        exact = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)(x, layer.input_quantizer.rows(x))
+        exact = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)(
+            x, layer.input_quantizer.rows(x)
+        )
         bias = None if layer.bias is None else layer.bias.double().abs()
-        magnitude = layer.operation(layer.input_quantizer(x).double().abs(), layer.weight.double().abs(), bias)
+        magnitude = layer.operation(
+            layer.input_quantizer(x).double().abs(), layer.weight.double().abs(), bias
+        )
         terms, segments = layer.weight[0].numel(), max(1, len(layer.segments))
         difference = (simulated.double() - exact.double()).abs()
         assert bool((difference <= (gamma(terms + 3) + gamma(segments + 3)) * magnitude).all())
@@ -125,9 +136,13 @@ def test_a_mixed_batch_is_its_samples_one_by_one(quantized: Quantized, name: str
     module, inputs = quantized(name)
     mixed = Inputs(inputs.sample, torch.tensor([666, 0, 333, 666]), inputs.conditions)
     execute(module, backend)
-    together, shifted = run(module, mixed), run(module, Inputs(mixed.sample, mixed.timestep.roll(1), mixed.conditions))
+    together, shifted = (
+        run(module, mixed),
+        run(module, Inputs(mixed.sample, mixed.timestep.roll(1), mixed.conditions)),
+    )
     alone = torch.cat([run(module, row(mixed, index)) for index in range(4)])
-    # What stays in floating point may round differently in another batch, which moves single codes; a wrong timestep moves far more.
+    # What stays in floating point may round differently in another batch, which moves single codes; a wrong
+    # timestep moves far more.
     assert sqnr_db(alone, together) > 40 > sqnr_db(alone, shifted)
 
 
@@ -142,7 +157,9 @@ def test_any_batch(quantized: Quantized, backend: str, size: int) -> None:
 
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize(("name", "where"), [("unet", "sample"), ("conditional", "encoder_hidden_states")])
-def test_a_sample_with_nan_comes_out_as_nan_and_the_others_as_ever(quantized: Quantized, name: str, where: str, backend: str) -> None:
+def test_a_sample_with_nan_comes_out_as_nan_and_the_others_as_ever(
+    quantized: Quantized, name: str, where: str, backend: str
+) -> None:
     module, inputs = quantized(name)
     execute(module, backend)
     expected = run(module, inputs)
@@ -174,7 +191,11 @@ def test_packed_weights_change_no_value(quantized: Quantized, backend: str) -> N
 @pytest.mark.parametrize("backend", EVERY)
 def test_the_state_does_not_change_and_the_simulation_comes_back(quantized: Quantized, backend: str) -> None:
     module, inputs = quantized("unet")
-    expected, state, names = run(module, inputs), tensor_digest(module.state_dict()), list(module.state_dict())
+    expected, state, names = (
+        run(module, inputs),
+        tensor_digest(module.state_dict()),
+        list(module.state_dict()),
+    )
     execute(module, backend)
     run(module, inputs)
     assert tensor_digest(module.state_dict()) == state and list(module.state_dict()) == names
@@ -230,7 +251,10 @@ def assorted() -> nn.Module:
     quantizer = QuantizerPlan(format=IntegerFormat(8), per_step=False, ranges="min_max")
     layers = {
         name: LayerPlan(
-            weight=IntegerFormat(8 if name == "wide" else 4), ranges="min_max", segments=(), input=None if name == "weight_only" else quantizer
+            weight=IntegerFormat(8 if name == "wide" else 4),
+            ranges="min_max",
+            segments=(),
+            input=None if name == "weight_only" else quantizer,
         )
         for name, _ in module.named_children()
     }
@@ -249,7 +273,11 @@ def test_what_the_library_lacks_stays_in_floating_point_with_a_reason(assorted: 
     expected = assorted(x, t)
     coverage = execute(assorted, "torch")
     assert coverage.integer == ("plain", "same")
-    words = {"cubic": "no integer operator", "wide": "eight signed bits", "weight_only": "its input is not quantized"}
+    words = {
+        "cubic": "no integer operator",
+        "wide": "eight signed bits",
+        "weight_only": "its input is not quantized",
+    }
     assert coverage.floating.keys() == words.keys()
     assert all(word in coverage.floating[name] for name, word in words.items())
     assert sqnr_db(expected, assorted(x, t)) > 35
@@ -259,11 +287,15 @@ def test_the_reference_takes_every_layer_with_a_quantized_input(assorted: nn.Mod
     x, t = torch.randn(2, 4, 6, 6), torch.zeros(2)
     expected = assorted(x, t)
     coverage = execute(assorted, "reference")
-    assert set(coverage.integer) == {"plain", "same", "cubic", "wide"} and set(coverage.floating) == {"weight_only"}
+    assert set(coverage.integer) == {"plain", "same", "cubic", "wide"} and set(coverage.floating) == {
+        "weight_only"
+    }
     assert sqnr_db(expected, assorted(x, t)) > 35
 
 
-def test_a_backend_that_fails_to_attach_leaves_the_simulation(assorted: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_fails_to_attach_leaves_the_simulation(
+    assorted: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(weight: Any, levels: int) -> Any:
         if weight.values.ndim == 5:
             raise ValueError("sums do not fit into int32")

@@ -31,7 +31,9 @@ class Layer(nn.Module):
 
     def product(self, codes: Tensor) -> Tensor:
         grid = (self.scale, self.zero, self.index, [])
-        return linear_codes(codes, *grid, self.weight, None, self.factors, self.sums, None, "", None, torch.float32)
+        return linear_codes(
+            codes, *grid, self.weight, None, self.factors, self.sums, None, "", None, torch.float32
+        )
 
     def forward(self, x: Tensor) -> Any:
         return self.around(self, x)
@@ -57,13 +59,34 @@ def residual_of_two_readers(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CASES: dict[str, tuple[Any, dict[str, int]]] = {
-    "equal grids are one": (lambda m, x: (m.product(m.codes(x)), m.product(m.codes(x, m.same))), {"quantize_codes": 1}),
-    "other grids are not": (lambda m, x: (m.product(m.codes(x)), m.product(m.codes(x, m.other))), {"quantize_codes": 2}),
-    "a norm writes codes": (lambda m, x: m.codes(F.layer_norm(x, (8,))), {"layer_norm_codes": 1, "layer_norm": 0}),
-    "a norm with another reader stays": (lambda m, x: [n := F.layer_norm(x, (8,)), m.codes(n)], {"layer_norm_codes": 0, "layer_norm": 1}),
-    "modulation": (lambda m, x: m.codes(F.layer_norm(x, (8,)) * (1 + x[:, :1]) + x[:, 1:2]), {"layer_norm_codes": 1, "mul": 0}),
-    "an activation and a residual": (lambda m, x: F.gelu(m.product(m.codes(x)), approximate="tanh") + x, {"gelu": 0, "add": 0}),
-    "an activation behind a residual stays": (lambda m, x: F.silu(m.product(m.codes(x)) + x), {"silu": 1, "add": 0}),
+    "equal grids are one": (
+        lambda m, x: (m.product(m.codes(x)), m.product(m.codes(x, m.same))),
+        {"quantize_codes": 1},
+    ),
+    "other grids are not": (
+        lambda m, x: (m.product(m.codes(x)), m.product(m.codes(x, m.other))),
+        {"quantize_codes": 2},
+    ),
+    "a norm writes codes": (
+        lambda m, x: m.codes(F.layer_norm(x, (8,))),
+        {"layer_norm_codes": 1, "layer_norm": 0},
+    ),
+    "a norm with another reader stays": (
+        lambda m, x: [n := F.layer_norm(x, (8,)), m.codes(n)],
+        {"layer_norm_codes": 0, "layer_norm": 1},
+    ),
+    "modulation": (
+        lambda m, x: m.codes(F.layer_norm(x, (8,)) * (1 + x[:, :1]) + x[:, 1:2]),
+        {"layer_norm_codes": 1, "mul": 0},
+    ),
+    "an activation and a residual": (
+        lambda m, x: F.gelu(m.product(m.codes(x)), approximate="tanh") + x,
+        {"gelu": 0, "add": 0},
+    ),
+    "an activation behind a residual stays": (
+        lambda m, x: F.silu(m.product(m.codes(x)) + x),
+        {"silu": 1, "add": 0},
+    ),
     "a residual that is broadcast stays": (lambda m, x: m.product(m.codes(x)) + x[:, :1], {"add": 1}),
     "twice itself stays": (lambda m, x: [y := m.product(m.codes(x)), y + y][1], {"add": 1}),
     "a product with two readers keeps its own output": (residual_of_two_readers, {"add": 1}),

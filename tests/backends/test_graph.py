@@ -28,7 +28,9 @@ from tfmq.storage.digest import tensor_digest
 
 @pytest.fixture(scope="module")
 def cached(sampler: Callable[..., LoopSampler]) -> tuple[nn.Module, Inputs]:
-    """A plain denoiser in W8A8 whose temporal features come from tables, and a batch of two at a calibrated timestep."""
+    """A plain denoiser in W8A8 whose temporal features come from tables, and a batch of two at a calibrated
+    timestep.
+    """
     return quantized(sampler("plain"), "w8a8")
 
 
@@ -40,8 +42,18 @@ def fast(sampler: Callable[..., LoopSampler]) -> tuple[nn.Module, Inputs]:
 
 def quantized(made: LoopSampler, scheme: str) -> tuple[nn.Module, Inputs]:
     recipe = tfmq.scheme(scheme)
-    recipe = replace(recipe, calibration=replace(recipe.calibration, steps=3, samples=2), learning=replace(recipe.learning, iterations=0))
-    tfmq.quantize(made, replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))))
+    recipe = replace(
+        recipe,
+        calibration=replace(recipe.calibration, steps=3, samples=2),
+        learning=replace(recipe.learning, iterations=0),
+    )
+    tfmq.quantize(
+        made,
+        replace(
+            recipe,
+            temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1)),
+        ),
+    )
     module = made.denoiser.module
     noise = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     return module, Inputs(noise, module.tfmq_steps.timesteps[[1, 1]].long())
@@ -68,7 +80,9 @@ def outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Converted:
-    """A module that OpenVINO executes, what it computed, what the reference did before it, and the one file of the model it was converted to."""
+    """A module that OpenVINO executes, what it computed, what the reference did before it, and the one file
+    of the model it was converted to.
+    """
 
     module: nn.Module
     inputs: Inputs
@@ -102,16 +116,24 @@ def converted_fast(fast: tuple[nn.Module, Inputs], tmp_path_factory: pytest.Temp
 
 
 def kinds_of(layer_type: str, file: Path) -> list[str]:
-    """Return the types in which the plug-in computes the layers of a type; skips where this processor has no integer products."""
+    """Return the types in which the plug-in computes the layers of a type; skips where this processor has no
+    integer products.
+    """
     core = shared_core()
     if "INT8" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor has no integer products")
     compiled = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     info = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    return [str(entry["runtimePrecision"].astype(str)) for entry in info if entry["layerType"].astype(str) == layer_type]
+    return [
+        str(entry["runtimePrecision"].astype(str))
+        for entry in info
+        if entry["layerType"].astype(str) == layer_type
+    ]
 
 
-def test_openvino_computes_what_the_reference_does(cached: tuple[nn.Module, Inputs], converted_cached: Converted) -> None:
+def test_openvino_computes_what_the_reference_does(
+    cached: tuple[nn.Module, Inputs], converted_cached: Converted
+) -> None:
     made = converted_cached
     assert made.coverage.integer and not made.coverage.floating
     for expected, through in zip(made.exact, made.computed, strict=True):
@@ -133,20 +155,28 @@ def test_a_converted_model_is_read_by_the_next_process_whatever_the_batch(
     assert [path.stat().st_mtime_ns for path in own_cache.glob("*.xml")] == [before]
 
 
-def test_openvino_executes_the_grids_of_tokens_in_integers(sampler: Callable[..., LoopSampler], tmp_path: Path) -> None:
+def test_openvino_executes_the_grids_of_tokens_in_integers(
+    sampler: Callable[..., LoopSampler], tmp_path: Path
+) -> None:
     pytest.importorskip("openvino")
     made = sampler("dit")
     recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=3))
     tfmq.quantize(made, replace(recipe, activations=replace(recipe.activations, tokens="dynamic")))
     module, example = made.denoiser.module, made.example().resized(2)
-    found = converted(module, Inputs(torch.randn(2, 4, 8, 8), module.tfmq_steps.timesteps[[1, 1]].long(), example.conditions), tmp_path)
+    found = converted(
+        module,
+        Inputs(torch.randn(2, 4, 8, 8), module.tfmq_steps.timesteps[[1, 1]].long(), example.conditions),
+        tmp_path,
+    )
     assert found.coverage.integer and not found.coverage.floating
     for expected, through in zip(found.exact, found.computed, strict=True):
         assert sqnr_db(expected, through) > 40
     assert set(kinds_of("FullyConnected", found.file)) <= {"u8", "i8"}
 
 
-def test_openvino_executes_transposed_convolutions_in_integers(sampler: Callable[..., LoopSampler], tmp_path: Path) -> None:
+def test_openvino_executes_transposed_convolutions_in_integers(
+    sampler: Callable[..., LoopSampler], tmp_path: Path
+) -> None:
     pytest.importorskip("openvino")
     module, inputs = quantized(sampler("upsampler"), "w8a8")
     found = converted(module, replace(inputs, conditions={"class_labels": torch.tensor([3, 7])}), tmp_path)
@@ -159,9 +189,13 @@ def test_openvino_executes_transposed_convolutions_in_integers(sampler: Callable
 
 def test_openvino_executes_every_convolution_in_integers(converted_cached: Converted) -> None:
     nodes = [node.get_type_name() for node in shared_core().read_model(converted_cached.file).get_ops()]
-    convolutions = [layer for layer in packed_layers(converted_cached.module).values() if len(layer.shape) == 4]
+    convolutions = [
+        layer for layer in packed_layers(converted_cached.module).values() if len(layer.shape) == 4
+    ]
     assert convolutions and nodes.count("Convolution") >= len(convolutions)
-    assert not {"Sin", "Cos"} & set(nodes), "the sinusoid of the timestep is gone with the layers behind the tables"
+    assert not {"Sin", "Cos"} & set(nodes), (
+        "the sinusoid of the timestep is gone with the layers behind the tables"
+    )
     kinds = kinds_of("Convolution", converted_cached.file)
     assert kinds and set(kinds) <= {"u8", "i8"}
 
@@ -170,14 +204,22 @@ def shifted(file: Path) -> int:
     """Return how many operations of a model have a term subtracted from what they put out."""
     model = shared_core().read_model(file)
     products = [node for node in model.get_ops() if node.get_type_name() in ("Convolution", "MatMul")]
-    return sum(target.get_node().get_type_name() == "Subtract" for node in products for target in node.output(0).get_target_inputs())
+    return sum(
+        target.get_node().get_type_name() == "Subtract"
+        for node in products
+        for target in node.output(0).get_target_inputs()
+    )
 
 
-def test_a_shared_zero_point_leaves_a_rescale_behind_each_operation(converted_cached: Converted, converted_fast: Converted) -> None:
+def test_a_shared_zero_point_leaves_a_rescale_behind_each_operation(
+    converted_cached: Converted, converted_fast: Converted
+) -> None:
     assert shifted(converted_cached.file) > 3 and shifted(converted_fast.file) == 0
 
 
-def test_every_backend_computes_the_same_with_shared_zero_points(fast: tuple[nn.Module, Inputs], converted_fast: Converted) -> None:
+def test_every_backend_computes_the_same_with_shared_zero_points(
+    fast: tuple[nn.Module, Inputs], converted_fast: Converted
+) -> None:
     module, inputs, exact = copy.deepcopy(fast[0]), fast[1], converted_fast.exact
     found = {"openvino": (exact, converted_fast.computed)}
     backends = [("simulated", Options()), ("operators", Options())]
@@ -196,13 +238,21 @@ def test_every_backend_computes_the_same_with_shared_zero_points(fast: tuple[nn.
             assert sqnr_db(expected, through) > (35 if name.startswith("simulated") else 40), name
 
 
-def test_attention_products_are_integer_products_where_zero_points_are_shared(converted_fast: Converted) -> None:
+def test_attention_products_are_integer_products_where_zero_points_are_shared(
+    converted_fast: Converted,
+) -> None:
     model = shared_core().read_model(converted_fast.file)
-    operands = [[value.get_node() for value in node.input_values()] for node in model.get_ops() if node.get_type_name() == "MatMul"]
+    operands = [
+        [value.get_node() for value in node.input_values()]
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul"
+    ]
 
     def quantizer(node: Any) -> bool:
         """Whether a node puts out what a quantizer did, transposed at most."""
-        return node.get_type_name() == "FakeQuantize" or (node.get_type_name() == "Transpose" and quantizer(node.input_value(0).get_node()))
+        return node.get_type_name() == "FakeQuantize" or (
+            node.get_type_name() == "Transpose" and quantizer(node.input_value(0).get_node())
+        )
 
     assert [[quantizer(node) for node in pair] for pair in operands] == [[True, True]] * 2
 
@@ -230,7 +280,12 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_after_two_compiled_models_is_no_segmentation_fault() -> None:
     pytest.importorskip("openvino")
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", SIGNAL_AFTER_TWO_MODELS], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SIGNAL_AFTER_TWO_MODELS],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (ended.returncode, ended.stdout.strip()) == (0, "interrupted"), ended.stderr
 
 
@@ -239,7 +294,9 @@ COMPILED += [("torch", Options(compile=True))] if available() else []
 
 
 @pytest.fixture(scope="module", params=COMPILED, ids=[name for name, _ in COMPILED])
-def compiled(request: pytest.FixtureRequest, cached: tuple[nn.Module, Inputs], tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+def compiled(
+    request: pytest.FixtureRequest, cached: tuple[nn.Module, Inputs], tmp_path_factory: pytest.TempPathFactory
+) -> nn.Module:
     """The cached module, executed by a backend that compiles."""
     backend, options = request.param
     if backend == "openvino":
@@ -249,7 +306,9 @@ def compiled(request: pytest.FixtureRequest, cached: tuple[nn.Module, Inputs], t
     return module
 
 
-def test_a_compiled_backend_computes_what_the_reference_does(compiled: nn.Module, cached: tuple[nn.Module, Inputs]) -> None:
+def test_a_compiled_backend_computes_what_the_reference_does(
+    compiled: nn.Module, cached: tuple[nn.Module, Inputs]
+) -> None:
     module = copy.deepcopy(cached[0])
     execute(module, "reference")
     for expected, through in zip(of_two(module, cached[1]), of_two(compiled, cached[1]), strict=True):
@@ -258,14 +317,21 @@ def test_a_compiled_backend_computes_what_the_reference_does(compiled: nn.Module
 
 @torch.no_grad()
 def unseen_outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """What a module computes for a batch at one timestep that no table knows, and for one of these beside a calibrated one."""
+    """What a module computes for a batch at one timestep that no table knows, and for one of these beside a
+    calibrated one.
+    """
     denoiser, mixed = Denoiser(module), inputs.timestep.clone()
     mixed[1] += 1
-    return [denoiser(Inputs(inputs.sample, timestep, inputs.conditions)) for timestep in (inputs.timestep + 1, mixed)]
+    return [
+        denoiser(Inputs(inputs.sample, timestep, inputs.conditions))
+        for timestep in (inputs.timestep + 1, mixed)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:.*was not calibrated")
-def test_a_timestep_that_no_table_knows_runs_compiled(compiled: nn.Module, cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+def test_a_timestep_that_no_table_knows_runs_compiled(
+    compiled: nn.Module, cached: tuple[nn.Module, Inputs], own_cache: Path
+) -> None:
     module, inputs = copy.deepcopy(cached[0]), cached[1]
     simulated = unseen_outputs(module, inputs)
     execute(module, "reference")
@@ -286,7 +352,9 @@ def test_a_timestep_that_no_table_knows_runs_compiled(compiled: nn.Module, cache
 
 
 @pytest.mark.filterwarnings("ignore:.*was not calibrated")
-def test_features_of_an_unseen_timestep_are_those_of_the_layers(compiled: nn.Module, cached: tuple[nn.Module, Inputs], own_cache: Path) -> None:
+def test_features_of_an_unseen_timestep_are_those_of_the_layers(
+    compiled: nn.Module, cached: tuple[nn.Module, Inputs], own_cache: Path
+) -> None:
     known, unseen = of_two(compiled, cached[1])[0], unseen_outputs(compiled, cached[1])[0]
     # The timestep itself matters, and not the nearest calibrated one alone, which the grids belong to.
     assert sqnr_db(known, unseen) < 30
@@ -301,7 +369,9 @@ def test_nan_passes_a_compiled_graph(converted_cached: Converted) -> None:
     assert y[1].isnan().all() and torch.equal(y[0], converted_cached.computed[0][0])
 
 
-def test_a_damaged_cache_is_made_anew(cached: tuple[nn.Module, Inputs], converted_cached: Converted, own_cache: Path) -> None:
+def test_a_damaged_cache_is_made_anew(
+    cached: tuple[nn.Module, Inputs], converted_cached: Converted, own_cache: Path
+) -> None:
     made, module = converted_cached, copy.deepcopy(cached[0])
     shutil.copytree(made.file.parent, own_cache)
     file = own_cache / made.file.name

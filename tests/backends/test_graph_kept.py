@@ -17,7 +17,9 @@ from tfmq.recipes.recipe import Calibration
 def test_the_graph_used_longest_ago_goes(sampler: Callable[..., LoopSampler]) -> None:
     """Whoever draws batches of many sizes does not fill the memory with compiled weights."""
     made, built = sampler("plain"), []
-    tfmq.quantize(made, replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=2, interval=1)))
+    tfmq.quantize(
+        made, replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=2, interval=1))
+    )
     denoiser, timestep = made.denoiser, made.denoiser.module.tfmq_steps.timesteps[:1].long()
 
     def build(graph: Graph, call: Call) -> Run:

@@ -1,4 +1,6 @@
-"""Rewrites for torch's compiler: each leaves what a graph computes as it is, and takes nothing that it does not know."""
+"""Rewrites for torch's compiler: each leaves what a graph computes as it is, and takes nothing that it does
+not know.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -17,7 +19,9 @@ BINS = torch.tensor([2, 0])
 
 
 class Block(nn.Module):
-    """A residual with look-ups of each dtype, a normalisation of a concatenation, and a constant made from a table."""
+    """A residual with look-ups of each dtype, a normalisation of a concatenation, and a constant made from a
+    table.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +47,11 @@ def captured(module: nn.Module, *inputs: Tensor) -> tuple[GraphModule, Tensor]:
 
 
 def counts(program: GraphModule) -> Counter[str]:
-    return Counter(str(node.target).split(".")[1] for node in program.graph.nodes if node.op == "call_function" and "." in str(node.target))
+    return Counter(
+        str(node.target).split(".")[1]
+        for node in program.graph.nodes
+        if node.op == "call_function" and "." in str(node.target)
+    )
 
 
 @torch.no_grad()
@@ -65,7 +73,8 @@ def test_a_spread_normalisation_is_near_that_of_float64(offset: float) -> None:
     program, _ = captured(norm, x)
     rewrite(program)
     exact = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6)
-    # A few roundings, of 6e-8 each, of squares that are as many times the variance as the mean is deviations, squared.
+    # A few roundings, of 6e-8 each, of squares that are as many times the variance as the mean is deviations,
+    # squared.
     tolerance = 1e-5 + 4 * 6e-8 * offset**2
     torch.testing.assert_close(program(x).double(), exact, rtol=tolerance, atol=tolerance)
 
@@ -86,7 +95,9 @@ def test_other_normalisations_stay(module: nn.Module, x: Tensor, kept: str) -> N
 
 
 class Mutated(nn.Module):
-    """A part of a concatenation is a view of what changes afterwards; a table is read at an index that is no input."""
+    """A part of a concatenation is a view of what changes afterwards; a table is read at an index that is no
+    input.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +119,9 @@ def test_views_and_computed_indices_stay() -> None:
 
 
 @torch.no_grad()
-def test_the_compiler_writes_what_is_stored_into_memory_itself_channels_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_writes_what_is_stored_into_memory_itself_channels_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def between(x: Tensor) -> Tensor:
         return torch.cat([stored(x * 2 + 1), x], dim=1).flatten(2) @ x.flatten(2).mT
 

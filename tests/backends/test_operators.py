@@ -29,13 +29,17 @@ Made = Callable[[str], LoopSampler]
 
 @pytest.fixture(scope="module")
 def made(sampler: Callable[..., LoopSampler]) -> Made:
-    """Return a function that gives a sampler of a W4A8 model, in simulated arithmetic, without any of its kernels."""
+    """Return a function that gives a sampler of a W4A8 model, in simulated arithmetic, without any of its
+    kernels.
+    """
     kept: dict[str, LoopSampler] = {}
 
     def give(name: str) -> LoopSampler:
         if name not in kept:
             kept[name] = sampler(name)
-            tfmq.quantize(kept[name], replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=STEPS)))
+            tfmq.quantize(
+                kept[name], replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=STEPS))
+            )
         execute(kept[name].denoiser.module, "simulated")
         return kept[name]
 
@@ -56,7 +60,9 @@ def outputs(module: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def peak_signal_to_noise(exact: Tensor, other: Tensor) -> float:
-    """Return the PSNR in dB of images or latents whose peak is that of `exact`; infinite where they are equal."""
+    """Return the PSNR in dB of images or latents whose peak is that of `exact`; infinite where they are
+    equal.
+    """
     error = (exact.double() - other.double()).square().mean()
     return float(10 * torch.log10(exact.double().abs().max() ** 2 / error))
 
@@ -98,7 +104,9 @@ def test_a_fused_model_compiles_as_one_graph_for_all_timesteps(made: Made) -> No
     module, inputs = sampler.denoiser.module, example(sampler)
     execute(module, "operators")
     steps = module.tfmq_steps.timesteps
-    others = [Inputs(inputs.sample, steps[rows].long(), inputs.conditions) for rows in ([0, 2], [1, 1], [2, 0])]
+    others = [
+        Inputs(inputs.sample, steps[rows].long(), inputs.conditions) for rows in ([0, 2], [1, 1], [2, 0])
+    ]
     expected = [outputs(module, other) for other in others]
     programs = []
 
@@ -107,7 +115,9 @@ def test_a_fused_model_compiles_as_one_graph_for_all_timesteps(made: Made) -> No
         return torch.compile(program, fullgraph=True, dynamic=False, backend="aot_eager")
 
     attach_operators(module, Options(compile=True), build(compiled))
-    assert all(torch.equal(outputs(module, other), exact) for other, exact in zip(others, expected, strict=True))
+    assert all(
+        torch.equal(outputs(module, other), exact) for other, exact in zip(others, expected, strict=True)
+    )
     assert len(programs) == 1
 
 
@@ -130,7 +140,12 @@ def test_packed_weights_take_half_and_compute_the_same(made: Made) -> None:
 
 def test_weight_only_linear_layers_have_a_kernel_too(sampler: Callable[..., LoopSampler]) -> None:
     drawn = sampler("dit")
-    recipe = replace(tfmq.scheme("rtn_w4a8"), activations=Activations(bits=None), rules=(), calibration=Calibration(samples=1, steps=STEPS))
+    recipe = replace(
+        tfmq.scheme("rtn_w4a8"),
+        activations=Activations(bits=None),
+        rules=(),
+        calibration=Calibration(samples=1, steps=STEPS),
+    )
     tfmq.quantize(drawn, recipe)
     module, inputs = drawn.denoiser.module, example(drawn)
     expected = outputs(module, inputs)
@@ -141,7 +156,9 @@ def test_weight_only_linear_layers_have_a_kernel_too(sampler: Callable[..., Loop
 
 
 def test_kernels_follow_the_model_and_packed_codes_stay(made: Made) -> None:
-    """Offloading moves a model with `.to`: what a kernel computes with goes along, what only a checkpoint needs does not."""
+    """Offloading moves a model with `.to`: what a kernel computes with goes along, what only a checkpoint
+    needs does not.
+    """
     module = copy.deepcopy(made("unet").denoiser.module)
     digest = tensor_digest(module.state_dict())
     execute(module, "operators")
@@ -169,7 +186,11 @@ def test_release_brings_packed_codes_back(made: Made) -> None:
     execute(module, "operators")
     release(module)
     module.to("meta")
-    assert all(layer.packed.is_meta and layer.kernel is None for layer in module.modules() if isinstance(layer, PackedLayer))
+    assert all(
+        layer.packed.is_meta and layer.kernel is None
+        for layer in module.modules()
+        if isinstance(layer, PackedLayer)
+    )
 
 
 def test_another_kind_of_kernel_takes_the_place_of_a_module(made: Made) -> None:
@@ -185,7 +206,12 @@ def test_another_kind_of_kernel_takes_the_place_of_a_module(made: Made) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_cuda_says_what_else_there_is(made: Made) -> None:
     pytest.importorskip("triton")
-    with pytest.raises(ValueError, match='the backend cuda needs a CUDA device, and this torch finds none; "operators" computes the same'):
+    with pytest.raises(
+        ValueError,
+        match=(
+            'the backend cuda needs a CUDA device, and this torch finds none; "operators" computes the same'
+        ),
+    ):
         execute(made("unet").denoiser.module, "cuda")
 
 

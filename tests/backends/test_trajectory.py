@@ -29,12 +29,21 @@ def drawn(sampler: Sampler, backend: str) -> np.ndarray:
 def quantize(sampler: Sampler) -> None:
     """Quantize a sampler's denoiser to W8A8 with all grids and tables, as fast as can be."""
     recipe = tfmq.scheme("w8a8")
-    recipe = replace(recipe, rounding=replace(recipe.rounding, solver="nearest"), weights=replace(recipe.weights, ranges="min_max"))
+    recipe = replace(
+        recipe,
+        rounding=replace(recipe.rounding, solver="nearest"),
+        weights=replace(recipe.weights, ranges="min_max"),
+    )
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
-    tfmq.quantize(sampler, replace(recipe, calibration=Calibration(samples=1, steps=STEPS, batch_size=1), temporal=temporal))
+    tfmq.quantize(
+        sampler,
+        replace(recipe, calibration=Calibration(samples=1, steps=STEPS, batch_size=1), temporal=temporal),
+    )
 
 
-def test_fifty_steps_of_the_embedded_model_end_in_the_same_images(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifty_steps_of_the_embedded_model_end_in_the_same_images(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TFMQ_CACHE", str(tmp_path_factory.mktemp("cache")))
     sampler = open_sampler("default")
     quantize(sampler)
@@ -52,7 +61,9 @@ def test_fifty_steps_of_the_embedded_model_end_in_the_same_images(tmp_path_facto
 
 @pytest.mark.skipif(not available(), reason="this torch has no integer operators of oneDNN")
 def test_fifty_steps_of_a_compiled_model_end_in_the_same_samples(sampler: Callable[..., LoopSampler]) -> None:
-    """Of a tiny one with a normalisation, a skip and a transposed convolution: for the embedded one torch's compiler would take minutes."""
+    """Of a tiny one with a normalisation, a skip and a transposed convolution: for the embedded one torch's
+    compiler would take minutes.
+    """
     from diffusers import DDIMScheduler
 
     made = sampler("upsampler", scheduler=DDIMScheduler(clip_sample=False))

@@ -25,7 +25,9 @@ def test_two_processes_keep_the_choices_of_both(tmp_path: Path) -> None:
     assert set(StoredTiles(path)) == {"a", "b"}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"a": 1, "b": ["x"], "c": [true], "d": null}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff", b'{"a": 1, "b": ["x"], "c": [true], "d": null}']
+)
 def test_a_damaged_file_costs_measuring_again(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "device.json"
     path.write_bytes(content)

@@ -28,7 +28,11 @@ def solvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     solvers.all_cells = solvers.cells  # type: ignore[attr-defined]
     for budget in (2, 4):
         monkeypatch.setitem(solvers.SOLVERS, f"adaround-{budget}", solvers._learned("adaround", budget))
-    monkeypatch.setattr(solvers, "cells", lambda: iter([solvers.Cell("tiny", solver, seed) for seed in (0, 1) for solver in TINY]))
+    monkeypatch.setattr(
+        solvers,
+        "cells",
+        lambda: iter([solvers.Cell("tiny", solver, seed) for seed in (0, 1) for solver in TINY]),
+    )
     yield solvers
     for name in {"solvers", "solver_table", "reference", "calibration"} - before:
         sys.modules.pop(name, None)
@@ -43,4 +47,8 @@ def models(solvers: ModuleType, sampler: Callable[..., LoopSampler]) -> dict[str
         learning=Learning(batch_size=2),
         temporal=replace(recipe.temporal, learning=Learning(iterations=2)),
     )
-    return {"tiny": solvers.Model("tiny", partial(sampler, "plain_rgb"), recipe, num_images=2, trajectories=1, batch_size=2)}
+    return {
+        "tiny": solvers.Model(
+            "tiny", partial(sampler, "plain_rgb"), recipe, num_images=2, trajectories=1, batch_size=2
+        )
+    }

@@ -1,4 +1,6 @@
-"""The leaderboard at a size that a test can pay for: cells are measured, stay, go on after a kill, and make the page."""
+"""The leaderboard at a size that a test can pay for: cells are measured, stay, go on after a kill, and make
+the page.
+"""
 
 import json
 import sys
@@ -20,7 +22,18 @@ from tfmq.storage.atomic import read_json
 diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red seven", "a blue two on a white ground", "a green one", "a bold black nine")
-OWN = {"leaderboard", "leaderboard_page", "contestants", "scoring", "methods", "loading", "reference", "scenes", "prompts", "tokens"}
+OWN = {
+    "leaderboard",
+    "leaderboard_page",
+    "contestants",
+    "scoring",
+    "methods",
+    "loading",
+    "reference",
+    "scenes",
+    "prompts",
+    "tokens",
+}
 
 
 @pytest.fixture
@@ -41,7 +54,10 @@ def board(scripts: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import scoring
 
     def quick(recipe: Any) -> Any:
-        return replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)))
+        return replace(
+            recipe,
+            temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)),
+        )
 
     monkeypatch.setitem(methods.METHODS, "tfmq", quick)
     monkeypatch.setattr(methods, "SEEDS", (0, 1))
@@ -57,31 +73,65 @@ class Brightness:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, list[bool | None]]:
         bright = [bool(image.mean() > 0.5) for image in images]
-        return {"bright": list(bright), "dark": [not b if "ground" in p else None for b, p in zip(bright, prompts, strict=True)]}
+        return {
+            "bright": list(bright),
+            "dark": [not b if "ground" in p else None for b, p in zip(bright, prompts, strict=True)],
+        }
 
 
 @pytest.fixture
 def painter(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the directory of a tiny text-to-image pipeline with a judge of its own, beside two files of prompts."""
+    """Return the directory of a tiny text-to-image pipeline with a judge of its own, beside two files of
+    prompts.
+    """
     from tokens import LENGTH, build_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel
 
     monkeypatch.setitem(JUDGES, "brightness", Brightness)
     ids = build_tokenizer()
-    text = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": LENGTH}
-    special = {"bos_token_id": ids.bos_token_id, "eos_token_id": ids.eos_token_id, "pad_token_id": ids.pad_token_id}
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+    }
+    special = {
+        "bos_token_id": ids.bos_token_id,
+        "eos_token_id": ids.eos_token_id,
+        "pad_token_id": ids.pad_token_id,
+    }
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=4,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16, **kinds)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        **kinds,
+    )
     diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(ids), **text, **special)), tokenizer=ids, unet=unet,
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(tmp_path / "painter")  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(ids), **text, **special)),
+        tokenizer=ids,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "painter")
     (tmp_path / "painter" / "judge.json").write_text(json.dumps({"judge": "brightness"}))
     (tmp_path / "measured.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "calibrated.txt").write_text("a white five\na purple six\n")
@@ -96,18 +146,34 @@ def tiny():
     kinds = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **kinds)
+        size = {"sample_size": 8, "block_out_channels": (8, 8)}
+        unet = UNet2DModel(**size, layers_per_block=1, norm_num_groups=4, **kinds)
     return tfmq.LoopSampler(tfmq.Denoiser(unet.eval()), DDIMScheduler(), shape=(3, 8, 8))
 """
 
 
 @pytest.fixture
 def start(board: ModuleType, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Return a function that runs the benchmark, on somebody's function that returns a sampler, and returns the cells by name."""
+    """Return a function that runs the benchmark, on somebody's function that returns a sampler, and returns
+    the cells by name.
+    """
     (tmp_path / "mine.py").write_text(FUNCTION)
 
     def run(*more: str, out: str = "out", model: str = f"{tmp_path / 'mine.py'}:tiny") -> dict[str, Any]:
-        budget = ["--num-images", "4", "--batch-size", "2", "--samples", "2", "--steps", "2", "--iterations", "2", "--extractor", "pooled-pixels"]
+        budget = [
+            "--num-images",
+            "4",
+            "--batch-size",
+            "2",
+            "--samples",
+            "2",
+            "--steps",
+            "2",
+            "--iterations",
+            "2",
+            "--extractor",
+            "pooled-pixels",
+        ]
         chosen = ["--bits", "w4a8", "--methods", "rtn,tfmq"]
         options = board.arguments(["--output-dir", str(tmp_path / out), *budget, *chosen, *more])
         found = board.find(model, options)
@@ -152,25 +218,49 @@ def test_cells_are_measured_and_go_on_after_a_kill(
         # Before the quantized model is saved: its job lies there.
         patch.setattr("tfmq.api.save", dying)
         start("--only", "rtn-1")
-    assert (out / "artifacts" / "tiny-w4a8-rtn-1.job").exists() and not (out / "artifacts" / "tiny-w4a8-rtn-1.json").exists()
+    assert (out / "artifacts" / "tiny-w4a8-rtn-1.job").exists() and not (
+        out / "artifacts" / "tiny-w4a8-rtn-1.json"
+    ).exists()
     every = start()
-    assert made[2:] == ["tiny-w4a8-rtn-1", "tiny-w4a8-rtn-1", "tiny-w4a8-tfmq-1"], "what was quantized is measured, what was not is quantized anew"
+    assert made[2:] == ["tiny-w4a8-rtn-1", "tiny-w4a8-rtn-1", "tiny-w4a8-tfmq-1"], (
+        "what was quantized is measured, what was not is quantized anew"
+    )
     assert not list((out / "artifacts").glob("*.job"))
-    assert set(every) == {"tiny-full-precision", *(f"tiny-w4a8-{method}-{seed}" for method in ("rtn", "tfmq") for seed in (0, 1))}
+    assert set(every) == {
+        "tiny-full-precision",
+        *(f"tiny-w4a8-{method}-{seed}" for method in ("rtn", "tfmq") for seed in (0, 1)),
+    }
     assert {name: every[name] for name in first} == first, "finished cells stay"
     whole = start("--only", "tfmq-0", out="again")
     assert lasting(whole["tiny-w4a8-tfmq-0"]) == lasting(every["tiny-w4a8-tfmq-0"])
 
     cell = every["tiny-w4a8-tfmq-0"]
-    assert len(cell["psnr_db"]) == len(cell["ssim"]) == 4 and cell["frechet"]["name"] == "fd[pooled-pixels]" and cell["frechet"]["value"] >= 0
+    assert (
+        len(cell["psnr_db"]) == len(cell["ssim"]) == 4
+        and cell["frechet"]["name"] == "fd[pooled-pixels]"
+        and cell["frechet"]["value"] >= 0
+    )
     assert cell["adherence"] == {} and cell["settings"]["prompts"] is None and cell["drawn_by"] == "simulated"
-    assert cell["bytes"]["disk"] > 0 and cell["cpu_seconds"] > 0 and cell["temporal"]["max"] >= cell["temporal"]["mean"] > 0
-    assert cell["step"]["backend"] == "torch" and cell["step"]["ms_per_step"] > 0 and every["tiny-w4a8-tfmq-1"]["step"] is None
+    assert (
+        cell["bytes"]["disk"] > 0
+        and cell["cpu_seconds"] > 0
+        and cell["temporal"]["max"] >= cell["temporal"]["mean"] > 0
+    )
+    assert (
+        cell["step"]["backend"] == "torch"
+        and cell["step"]["ms_per_step"] > 0
+        and every["tiny-w4a8-tfmq-1"]["step"] is None
+    )
     assert "psnr_db" not in every["tiny-full-precision"]
 
     text = board.page([every[name] for name in sorted(every)])
     (row,) = [line for line in text.splitlines() if line.startswith("| tfmq | 2 (± ")]
-    assert "### tiny, W4A8" in text and "| full precision |" in text and row.count("|") == 13 and "fd[pooled-pixels]" in text
+    assert (
+        "### tiny, W4A8" in text
+        and "| full precision |" in text
+        and row.count("|") == 13
+        and "fd[pooled-pixels]" in text
+    )
 
 
 def test_a_pipeline_is_calibrated_on_other_prompts_than_it_is_judged_on(
@@ -180,25 +270,45 @@ def test_a_pipeline_is_calibrated_on_other_prompts_than_it_is_judged_on(
 
     seen: list[tuple[str, ...]] = []
     quantize = contestants.tfmq.quantize
-    monkeypatch.setattr(contestants.tfmq, "quantize", lambda *args, **options: seen.append(options["prompts"]) or quantize(*args, **options))
-    files = ["--prompts", str(painter.parent / "measured.txt"), "--calibration-prompts", str(painter.parent / "calibrated.txt")]
+    monkeypatch.setattr(
+        contestants.tfmq,
+        "quantize",
+        lambda *args, **options: seen.append(options["prompts"]) or quantize(*args, **options),
+    )
+    files = [
+        "--prompts",
+        str(painter.parent / "measured.txt"),
+        "--calibration-prompts",
+        str(painter.parent / "calibrated.txt"),
+    ]
     found = start("--only", "rtn-0", "--guidance", "2", *files, model=f"brush={painter}")
     cell = found["brush-w4a8-rtn-0"]
     assert seen == [("a white five", "a purple six")] and cell["settings"]["prompts"] is not None
     assert cell["adherence"]["bright"][1] == 4 and cell["adherence"]["dark"][1] == 1
-    assert found["brush-full-precision"]["adherence"].keys() == {"bright", "dark"} and cell["bytes"]["disk"] > 0
+    assert (
+        found["brush-full-precision"]["adherence"].keys() == {"bright", "dark"} and cell["bytes"]["disk"] > 0
+    )
     config = read_json(painter.parent / "out" / "artifacts" / "brush-w4a8-rtn-0" / "unet" / "config.json")
     calibration = config["quantization_config"]["provenance"]["recipe"]["calibration"]
-    assert (calibration["guidance_scale"], calibration["steps"], calibration["samples"], calibration["interval"]) == (2.0, 2, 2, 1)
+    assert (
+        calibration["guidance_scale"],
+        calibration["steps"],
+        calibration["samples"],
+        calibration["interval"],
+    ) == (2.0, 2, 2, 1)
 
 
 def test_other_settings_are_refused(start: Callable[..., dict[str, Any]]) -> None:
     start("--only", "none")
-    with pytest.raises(SystemExit, match=r"tiny-full-precision\.json has other settings \(num_images 4, now 6\)"):
+    with pytest.raises(
+        SystemExit, match=r"tiny-full-precision\.json has other settings \(num_images 4, now 6\)"
+    ):
         start("--only", "none", "--num-images", "6")
 
 
-def test_a_model_that_draws_nothing_is_a_row(start: Callable[..., dict[str, Any]], board: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_draws_nothing_is_a_row(
+    start: Callable[..., dict[str, Any]], board: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start("--only", "none")
 
     def broken(*_: Any) -> Any:
@@ -219,7 +329,9 @@ def test_a_loaded_timing_is_taken_again(start: Callable[..., dict[str, Any]], tm
     assert again["step"]["ms_per_step"] < 1e6 and {**again, "step": None} == {**loaded, "step": None}
 
 
-def test_a_named_model_may_be_absent_and_nothing_else(board: ModuleType, painter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_model_may_be_absent_and_nothing_else(
+    board: ModuleType, painter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import contestants
 
     options = board.arguments(["--steps", "3"])
@@ -232,13 +344,20 @@ def test_a_named_model_may_be_absent_and_nothing_else(board: ModuleType, painter
         board.find(str(painter), options)
 
 
-def test_the_models_of_the_project_are_run_as_they_were_trained(board: ModuleType, painter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_of_the_project_are_run_as_they_were_trained(
+    board: ModuleType, painter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import contestants
 
     monkeypatch.setattr(contestants, "named_directory", lambda name: painter)
     (painter / "judge.json").write_text(json.dumps({"judge": "scenes"}))
     text = board.find("text", board.arguments([]))
-    assert (text.name, text.running.steps, text.running.guidance, text.judge) == ("painter", 20, 3.0, "scenes")
+    assert (text.name, text.running.steps, text.running.guidance, text.judge) == (
+        "painter",
+        20,
+        3.0,
+        "scenes",
+    )
     assert len(text.prompts) == 500 and not set(text.prompts) & set(text.calibration_prompts)
 
 
@@ -246,27 +365,65 @@ def test_every_row_has_a_recipe_and_the_headline_comes_first(board: ModuleType) 
     import methods
 
     found = list(methods.cells(["a", "b"]))
-    assert len({cell.name for cell in found}) == len(found) and {cell.model for cell in found[: len(found) // 2]} == {"a"}
-    assert [cell.name for cell in found[:2]] == ["a-w4a8-rtn-0", "a-w4a8-brecq-0"] and found[len(found) // 2 - 1].seed == 1
+    assert len({cell.name for cell in found}) == len(found) and {
+        cell.model for cell in found[: len(found) // 2]
+    } == {"a"}
+    assert [cell.name for cell in found[:2]] == ["a-w4a8-rtn-0", "a-w4a8-brecq-0"] and found[
+        len(found) // 2 - 1
+    ].seed == 1
     assert {(cell.bits, cell.method) for cell in found} == {
-        (bits, method) for bits in methods.BITS for method in methods.METHODS if (bits, method) not in {("w4a32", "fast"), ("w4a32", "transformer")}
+        (bits, method)
+        for bits in methods.BITS
+        for method in methods.METHODS
+        if (bits, method) not in {("w4a32", "fast"), ("w4a32", "transformer")}
     }
     recipes = {(cell.bits, cell.method): cell.recipe() for cell in found}
     assert len({recipe.name for recipe in recipes.values()}) == len(recipes)
     for (bits, _), recipe in recipes.items():
         width, depth = bits.removeprefix("w").split("a")
-        assert recipe.weights.bits == int(width) and recipe.activations.bits == (None if depth == "32" else int(depth))
+        assert recipe.weights.bits == int(width) and recipe.activations.bits == (
+            None if depth == "32" else int(depth)
+        )
     plain, searched = recipes["w4a8", "min-max"], recipes["w4a8", "rtn"]
-    assert (plain.weights.ranges, plain.activations.ranges, plain.rounding.solver) == ("min_max", "min_max", "nearest")
-    assert replace(plain, name="", weights=searched.weights, activations=searched.activations) == replace(searched, name="")
+    assert (plain.weights.ranges, plain.activations.ranges, plain.rounding.solver) == (
+        "min_max",
+        "min_max",
+        "nearest",
+    )
+    assert replace(plain, name="", weights=searched.weights, activations=searched.activations) == replace(
+        searched, name=""
+    )
 
 
 def cell(method: str, psnr: list[float], held: int, *, seed: int = 0, bits: str = "w4a8") -> dict[str, Any]:
     return {
-        **{"model": "text", "bits": bits, "method": method, "seed": seed, "machine": "M", "versions": {"torch": "2"}},
-        "settings": {"num_images": 2, "steps": 20, "guidance": 3.0, "samples": 32, "iterations": None, "weights": "abc"},
-        **{"psnr_db": psnr, "ssim": [0.9] * len(psnr), "frechet": {"name": "fd[x]", "value": 0.5}, "adherence": {"identity": [held, 500]}},
-        **{"temporal": {"mean": 0.1, "max": 0.2, "mismatches": 3}, "bytes": {"disk": 1e6, "fp32": 8e6}, "cpu_seconds": 12.0},
+        **{
+            "model": "text",
+            "bits": bits,
+            "method": method,
+            "seed": seed,
+            "machine": "M",
+            "versions": {"torch": "2"},
+        },
+        "settings": {
+            "num_images": 2,
+            "steps": 20,
+            "guidance": 3.0,
+            "samples": 32,
+            "iterations": None,
+            "weights": "abc",
+        },
+        **{
+            "psnr_db": psnr,
+            "ssim": [0.9] * len(psnr),
+            "frechet": {"name": "fd[x]", "value": 0.5},
+            "adherence": {"identity": [held, 500]},
+        },
+        **{
+            "temporal": {"mean": 0.1, "max": 0.2, "mismatches": 3},
+            "bytes": {"disk": 1e6, "fp32": 8e6},
+            "cpu_seconds": 12.0,
+        },
         "step": {"backend": "openvino", "ms_per_step": 1.5, "clean": False},
     }
 
@@ -284,9 +441,15 @@ def test_the_page_sorts_rows_and_says_what_misses_a_bar(board: ModuleType) -> No
     text = board.page([full, *rows])
     high, low = text.split("### text, W4A8")
     lines = [line for line in low.splitlines() if line.startswith("| ")][2:5]
-    assert [line.split(" | ")[0] for line in lines] == ["| full precision", "| tfmq", "| rtn"] and "| tfmq | 1 |" in high
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| full precision",
+        "| tfmq",
+        "| rtn",
+    ] and "| tfmq | 1 |" in high
     # Means over seeds are 31 and 35: 33, deviation 2 sqrt 2, over sqrt 2.
-    assert "| 2 (± 1.00) | 1.00 | 0.125 | 33.00 ± 3.92 | 30.00 |" in lines[1] and "1.50 openvino *" in lines[1]
+    assert (
+        "| 2 (± 1.00) | 1.00 | 0.125 | 33.00 ± 3.92 | 30.00 |" in lines[1] and "1.50 openvino *" in lines[1]
+    )
     assert "88.6 (85.5 to 91.1) | +1.4 |" in lines[1] and "90.0 (87.1 to 92.3)" in lines[0]
     assert "`tfmq` at W4A8 loses at most 1.4 points: the bar of 1 is missed." in high
     assert "`tfmq` at W8A8 is below the interval of full precision in identity." in high
@@ -297,7 +460,9 @@ def test_the_page_sorts_rows_and_says_what_misses_a_bar(board: ModuleType) -> No
 
 
 def test_the_committed_page_is_that_of_the_committed_cells(board: ModuleType) -> None:
-    assert board.page(board.read_cells(board.RESULTS)) == board.PAGE.read_text(encoding="utf-8"), "run benchmarks/leaderboard.py --write-docs"
+    assert board.page(board.read_cells(board.RESULTS)) == board.PAGE.read_text(encoding="utf-8"), (
+        "run benchmarks/leaderboard.py --write-docs"
+    )
 
 
 def test_the_committed_prompts_are_those_of_the_script(scripts: None) -> None:
@@ -306,5 +471,7 @@ def test_the_committed_prompts_are_those_of_the_script(scripts: None) -> None:
     found = {name: prompts.captions(count, held=held, seed=seed) for name, count, held, seed in prompts.FILES}
     for name, captions in found.items():
         assert (ROOT / "benchmarks" / "prompts" / name).read_text(encoding="utf-8").splitlines() == captions
-    assert len(set(found["scenes.txt"])) == 500 and not set(found["scenes.txt"]) & set(found["calibration.txt"])
+    assert len(set(found["scenes.txt"])) == 500 and not set(found["scenes.txt"]) & set(
+        found["calibration.txt"]
+    )
     assert torch.initial_seed() == 0, "the global generator is left alone"

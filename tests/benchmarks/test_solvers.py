@@ -1,4 +1,6 @@
-"""The solver benchmark at a size that a test can pay for: cells share their calibration, stay, and go on where they were."""
+"""The solver benchmark at a size that a test can pay for: cells share their calibration, stay, and go on
+where they were.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +28,9 @@ def test_cells_are_measured_kept_and_finished_after_a_kill(
         solvers.run(models, tmp_path, only=only, device="cpu", command="test", progress=silent)
 
     run("gptq-0")
-    assert list(cells(tmp_path)) == ["tiny-gptq-0", "tiny-nearest-0"], "one cell, and the one that it builds on"
+    assert list(cells(tmp_path)) == ["tiny-gptq-0", "tiny-nearest-0"], (
+        "one cell, and the one that it builds on"
+    )
     alone = cells(tmp_path)
 
     # A kill in the third unit of the next cell.
@@ -49,17 +53,30 @@ def test_cells_are_measured_kept_and_finished_after_a_kill(
     with pytest.raises(Killed):
         run("adaround-2-0")
     solvers.TimedJournal = alive  # type: ignore[attr-defined]
-    assert (job / "unit_0001.safetensors").exists() and (job / "temporal.safetensors").samefile(base / "temporal.safetensors")
+    assert (job / "unit_0001.safetensors").exists() and (job / "temporal.safetensors").samefile(
+        base / "temporal.safetensors"
+    )
     run()
     results = cells(tmp_path)
-    assert len(results) == 8 and {name: results[name] for name in alone} == alone, "finished cells stay as they were"
+    assert len(results) == 8 and {name: results[name] for name in alone} == alone, (
+        "finished cells stay as they were"
+    )
     assert not job.exists() and base.exists()
 
     shutil.rmtree(tmp_path / "again", ignore_errors=True)
-    solvers.run({"tiny": model}, tmp_path / "again", only="adaround-2-0", device="cpu", command="test", progress=silent)
+    solvers.run(
+        {"tiny": model},
+        tmp_path / "again",
+        only="adaround-2-0",
+        device="cpu",
+        command="test",
+        progress=silent,
+    )
     whole, resumed = cells(tmp_path / "again")["tiny-adaround-2-0"], results["tiny-adaround-2-0"]
     timeless = {"units", "before_units"}
-    assert {k: v for k, v in whole.items() if k not in timeless} == {k: v for k, v in resumed.items() if k not in timeless}
+    assert {k: v for k, v in whole.items() if k not in timeless} == {
+        k: v for k, v in resumed.items() if k not in timeless
+    }
 
     written = read_json(tmp_path / "solvers.json")
     assert [row["solver"] for row in written["summary"]] == ["nearest", "gptq", "adaround-2", "adaround-4"]
@@ -73,43 +90,75 @@ def row(solver: str, iterations: int, seed: int, *, psnr: float, seconds: float)
     spent = {"seconds": seconds, "cpu_seconds": seconds}
     quality = {"unit_gain_db": 1.0, "noise_sqnr_db": 2.0, "psnr_db": psnr}
     before = {"seconds": 10.0, "cpu_seconds": 10.0}
-    return {"model": "m", "solver": solver, "iterations": iterations, "seed": seed, **quality, "units": spent, "before_units": before}
+    return {
+        "model": "m",
+        "solver": solver,
+        "iterations": iterations,
+        "seed": seed,
+        **quality,
+        "units": spent,
+        "before_units": before,
+    }
 
 
 def test_the_bar_compares_equal_seeds_and_extrapolates_time_alone(solvers: ModuleType) -> None:
     import solver_table
 
     rows = [
-        row("gptq", 0, 0, psnr=38.0, seconds=10), row("gptq", 0, 1, psnr=50.0, seconds=10),
-        row("adaround-100", 100, 0, psnr=36.0, seconds=5), row("adaround-5000", 5000, 0, psnr=37.5, seconds=201),
-    ]  # fmt: skip
+        row("gptq", 0, 0, psnr=38.0, seconds=10),
+        row("gptq", 0, 1, psnr=50.0, seconds=10),
+        row("adaround-100", 100, 0, psnr=36.0, seconds=5),
+        row("adaround-5000", 5000, 0, psnr=37.5, seconds=201),
+    ]
     bar = solver_table.paired_difference(rows, "m", "gptq")
-    assert bar == {"iterations": 5000, "seeds": [0], "psnr_difference_db": 0.5, "ratio_units": 20.1, "ratio_job": 211 / 20}
+    assert bar == {
+        "iterations": 5000,
+        "seeds": [0],
+        "psnr_difference_db": 0.5,
+        "ratio_units": 20.1,
+        "ratio_job": 211 / 20,
+    }
     assert solver_table.paired_difference(rows, "m", "gptq-interval2") is None
     line = solver_table.extrapolated(solver_table.aggregate(rows))
-    assert line is not None and line["cpu_seconds_an_iteration"] == pytest.approx(0.04) and line["cpu_seconds"] == pytest.approx(801)
+    assert (
+        line is not None
+        and line["cpu_seconds_an_iteration"] == pytest.approx(0.04)
+        and line["cpu_seconds"] == pytest.approx(801)
+    )
     assert line["gain_of_last_step_db"] == 1.5 and line["before_it"] == 100
-    assert solver_table.paired_difference(rows[:2], "m", "gptq") is None and solver_table.extrapolated(solver_table.aggregate(rows[:2])) is None
+    assert (
+        solver_table.paired_difference(rows[:2], "m", "gptq") is None
+        and solver_table.extrapolated(solver_table.aggregate(rows[:2])) is None
+    )
 
 
 def test_cells_share_the_stages_that_they_would_repeat(solvers: ModuleType, models: Any) -> None:
     base = models["tiny"].recipe
     shared = {name: solvers.same_stages(change(base), base) for name, change in solvers.SOLVERS.items()}
-    assert all(same != ("samples" in name) for name, same in shared.items()), "with other images there is another calibration"
+    assert all(same != ("samples" in name) for name, same in shared.items()), (
+        "with other images there is another calibration"
+    )
     assert solvers.SOLVERS["gptq-interval2"](base).calibration == replace(base.calibration, interval=2)
     assert not solvers.same_stages(replace(base, calibration=replace(base.calibration, samples=3)), base)
-    assert not solvers.same_stages(replace(base, activations=replace(base.activations, per_step="none")), base)
+    assert not solvers.same_stages(
+        replace(base, activations=replace(base.activations, per_step="none")), base
+    )
 
 
 def test_the_bar_is_decided_first(solvers: ModuleType) -> None:
     order = [cell.name for cell in solvers.all_cells()]
     assert (
-        order[:4] == ["default-nearest-0", "default-gptq-0", "default-gptq-interval2-0", "default-adaround-5000-0"]
+        order[:4]
+        == ["default-nearest-0", "default-gptq-0", "default-gptq-interval2-0", "default-adaround-5000-0"]
         and order[-1] == "default-adaround-20000-0"
     )
     assert len(set(order)) == len(order)
     for seed in (0, 1, 2):
-        assert {f"default-{name}-{seed}" for name in solvers.SOLVERS if name not in ("adaround-20000", *TINY[2:])} <= set(order)
+        assert {
+            f"default-{name}-{seed}" for name in solvers.SOLVERS if name not in ("adaround-20000", *TINY[2:])
+        } <= set(order)
     for name in order:
         model, _, rest = name.partition("-")
-        assert order.index(f"{model}-nearest-{rest[-1]}") <= order.index(name), "what others build on comes before them"
+        assert order.index(f"{model}-nearest-{rest[-1]}") <= order.index(name), (
+            "what others build on comes before them"
+        )

@@ -1,4 +1,6 @@
-"""Which input grids a layer keeps: measured against a reference in float64, on layers with planted inputs, and through a whole job."""
+"""Which input grids a layer keeps: measured against a reference in float64, on layers with planted inputs,
+and through a whole job.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,13 +30,17 @@ OUTLIER, CONSTANT = "transformer_blocks.0.ff.net.2", "transformer_blocks.1.attn1
 
 
 def plant_outlier(module: nn.Module) -> None:
-    """Let the first token be channel 5 and nothing else after its norm; the positions are not part of the state."""
+    """Let the first token be channel 5 and nothing else after its norm; the positions are not part of the
+    state.
+    """
     module.pos_embed.pos_embed[:, 0] = 0.0
     module.pos_embed.pos_embed[:, 0, 5] = 1000.0
 
 
 def plant(module: nn.Module) -> None:
-    """Make one token a hundred times larger than the others where the first feed-forward ends, and all tokens alike in the second attention."""
+    """Make one token a hundred times larger than the others where the first feed-forward ends, and all tokens
+    alike in the second attention.
+    """
     generator = torch.Generator().manual_seed(1)
     plant_outlier(module)
     first, second = module.transformer_blocks
@@ -52,25 +58,40 @@ def planted(build: Callable[..., Any]) -> LoopSampler:
 
     denoiser, example = build("dit")
     plant(denoiser.module)
-    return LoopSampler(denoiser, DDIMScheduler(), shape=tuple(example.sample.shape[1:]), conditions=example.conditions)
+    return LoopSampler(
+        denoiser, DDIMScheduler(), shape=tuple(example.sample.shape[1:]), conditions=example.conditions
+    )
 
 
 def transformer(name: str = "transformer_w8a8", **activations: Any) -> Recipe:
     recipe = replace(tfmq.scheme(name), calibration=Calibration(samples=2, steps=3, interval=1, batch_size=2))
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
-    # With few codes a fitted range matters most: where all tokens are alike, it can be fitted to the very values.
+    # With few codes a fitted range matters most: where all tokens are alike, it can be fitted to the very
+    # values.
     rules = (Rule(match=CONSTANT, weight_bits=8, activation_bits=4), *recipe.rules)
-    return replace(recipe, temporal=temporal, rules=rules, activations=replace(recipe.activations, **activations))
+    return replace(
+        recipe, temporal=temporal, rules=rules, activations=replace(recipe.activations, **activations)
+    )
 
 
-def test_outlier_tokens_make_dynamic_grids_win_and_equal_tokens_static_ones(planted: LoopSampler, tmp_path: Path) -> None:
+def test_outlier_tokens_make_dynamic_grids_win_and_equal_tokens_static_ones(
+    planted: LoopSampler, tmp_path: Path
+) -> None:
     result = tfmq.quantize(planted, transformer(), output_dir=tmp_path / "q")
     found = {entry["name"]: entry for entry in result.report["inputs"]}
     assert found[OUTLIER]["kept"] == "dynamic" and found[OUTLIER]["dynamic"] < 0.3 * found[OUTLIER]["static"]
-    assert found[CONSTANT]["kept"] == "static" and found[CONSTANT]["static"] < 0.9 * found[CONSTANT]["dynamic"]
-    assert all((entry["dynamic"] < entry["static"]) is (entry["kept"] == "dynamic") for entry in found.values())
-    kinds = {name: input_kind(spec["input"]) for name, spec in named_specs(result.manifest["structure"], "layers")}
-    assert {name for name, kind in kinds.items() if kind == "dynamic"} == {name for name, entry in found.items() if entry["kept"] == "dynamic"}
+    assert (
+        found[CONSTANT]["kept"] == "static" and found[CONSTANT]["static"] < 0.9 * found[CONSTANT]["dynamic"]
+    )
+    assert all(
+        (entry["dynamic"] < entry["static"]) is (entry["kept"] == "dynamic") for entry in found.values()
+    )
+    kinds = {
+        name: input_kind(spec["input"]) for name, spec in named_specs(result.manifest["structure"], "layers")
+    }
+    assert {name for name, kind in kinds.items() if kind == "dynamic"} == {
+        name for name, entry in found.items() if entry["kept"] == "dynamic"
+    }
     # Convolutions and the temporal path keep their tables; an embedding has no input to quantize.
     others = kinds.keys() - found.keys() - packed_embeddings(planted.denoiser.module).keys()
     assert others and {kinds[name] for name in others} == {"per_step"}
@@ -85,22 +106,30 @@ def test_what_is_kept_is_saved_and_comes_back(planted: LoopSampler, tmp_path: Pa
     inputs = Inputs(torch.randn(2, 4, 8, 8), torch.tensor([333, 333]), {"class_labels": torch.tensor([3, 4])})
     with torch.no_grad():
         assert torch.equal(Denoiser(loaded)(inputs), Denoiser(module)(inputs))
-    assert describe(loaded) == describe(module) and tensor_digest(loaded.state_dict()) == tensor_digest(module.state_dict())
+    assert describe(loaded) == describe(module) and tensor_digest(loaded.state_dict()) == tensor_digest(
+        module.state_dict()
+    )
     assert "transformer_blocks.0.ff.net.2.input_quantizer.scale" not in loaded.state_dict()
 
 
-def test_a_dynamic_grid_leaves_the_other_tokens_their_resolution(build: Callable[..., Any], planted: LoopSampler) -> None:
+def test_a_dynamic_grid_leaves_the_other_tokens_their_resolution(
+    build: Callable[..., Any], planted: LoopSampler
+) -> None:
     inputs = Inputs(torch.randn(4, 4, 8, 8), torch.full((4,), 333), {"class_labels": torch.tensor([3] * 4)})
     calls: list[tuple[Tensor, Tensor]] = []
     module = planted.denoiser.module
-    handle = module.get_submodule(OUTLIER).register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
+    handle = module.get_submodule(OUTLIER).register_forward_hook(
+        lambda _, args, output: calls.append((args[0], output))
+    )
     with torch.no_grad():
         planted.denoiser(inputs)
     handle.remove()
     ((x, expected),) = calls
     errors = {}
     for tokens in ("static", "measured"):
-        sampler = LoopSampler(build("dit")[0], planted.scheduler, shape=planted.shape, conditions=planted.conditions)
+        sampler = LoopSampler(
+            build("dit")[0], planted.scheduler, shape=planted.shape, conditions=planted.conditions
+        )
         plant(sampler.denoiser.module)
         tfmq.quantize(sampler, transformer(tokens=tokens))
         with torch.no_grad(), sampler.denoiser.module.tfmq_steps.at(inputs.timestep):
@@ -109,13 +138,17 @@ def test_a_dynamic_grid_leaves_the_other_tokens_their_resolution(build: Callable
     assert errors["measured"] < 0.5 * errors["static"]
 
 
-def test_a_resumed_job_reads_back_what_was_measured(build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_job_reads_back_what_was_measured(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers import DDIMScheduler
 
     def made() -> LoopSampler:
         denoiser, example = build("dit")
         plant(denoiser.module)
-        return LoopSampler(denoiser, DDIMScheduler(), shape=tuple(example.sample.shape[1:]), conditions=example.conditions)
+        return LoopSampler(
+            denoiser, DDIMScheduler(), shape=tuple(example.sample.shape[1:]), conditions=example.conditions
+        )
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -128,7 +161,10 @@ def test_a_resumed_job_reads_back_what_was_measured(build: Callable[..., Any], t
         patch.setattr("tfmq.jobs.calibration.measure_inputs", interrupted)
         resumed = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q", resume=True)
     whole = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "whole")
-    assert resumed.report["sha256"] == whole.report["sha256"] and resumed.report["inputs"] == whole.report["inputs"]
+    assert (
+        resumed.report["sha256"] == whole.report["sha256"]
+        and resumed.report["inputs"] == whole.report["inputs"]
+    )
 
 
 def prepared(build: Callable[..., Any]) -> tuple[Denoiser, dict[str, CalibratedLayer], list[Inputs]]:
@@ -136,8 +172,15 @@ def prepared(build: Callable[..., Any]) -> tuple[Denoiser, dict[str, CalibratedL
     steps = StepContext(torch.tensor([5.0, 300.0]))
     plan = make_plan(Recipe(name="r", activations=Activations(tokens="measured")), trace(denoiser, example))
     prepare(denoiser.module, plan, steps, timestep=denoiser.timestep)
-    measured = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if plan.layers[name].input.tokens == "measured"}  # type: ignore[union-attr]
-    batches = [Inputs(torch.randn(2, 4, 8, 8), torch.tensor([5, 300]), example.resized(2).conditions) for _ in range(2)]
+    measured = {
+        name: layer
+        for name, layer in calibrated_layers(denoiser.module).items()
+        if plan.layers[name].input.tokens == "measured"
+    }  # type: ignore[union-attr]
+    batches = [
+        Inputs(torch.randn(2, 4, 8, 8), torch.tensor([5, 300]), example.resized(2).conditions)
+        for _ in range(2)
+    ]
     return denoiser, measured, batches
 
 
@@ -151,7 +194,11 @@ def test_the_errors_are_those_of_the_outputs(build: Callable[..., Any]) -> None:
         def hook(module: Any, args: Any, _: Any, name: str = name) -> None:
             dynamic = DynamicQuantizer(module.input_quantizer.format)
             weight = module.weight.double().T
-            seen[name].append(tuple(x.double() @ weight for x in (args[0], module.input_quantizer(args[0]), dynamic(args[0]))))  # type: ignore[arg-type]
+            seen[name].append(
+                tuple(
+                    x.double() @ weight for x in (args[0], module.input_quantizer(args[0]), dynamic(args[0]))
+                )
+            )  # type: ignore[arg-type]
 
         layer.register_forward_hook(hook)
     calls = []
@@ -175,7 +222,9 @@ def test_the_better_one_is_kept_and_static_grids_in_a_tie(build: Callable[..., A
 
 def test_a_layer_that_no_call_reaches_stays_static(build: Callable[..., Any]) -> None:
     denoiser, layers, _ = prepared(build)
-    assert {found.kept for found in measure_inputs(denoiser, layers, [], advance=lambda amount=1: None).values()} == {"static"}
+    assert {
+        found.kept for found in measure_inputs(denoiser, layers, [], advance=lambda amount=1: None).values()
+    } == {"static"}
 
 
 def test_a_layer_in_full_precision_is_not_measured(planted: LoopSampler) -> None:

@@ -21,7 +21,9 @@ Error = Callable[[Tensor, int], Tensor]
 
 
 class Smooth(nn.Module):
-    """A denoiser that anybody can follow: a fixed mixture of the channels of its input, by the timestep and a label."""
+    """A denoiser that anybody can follow: a fixed mixture of the channels of its input, by the timestep and a
+    label.
+    """
 
     def __init__(self, error: Error | None = None) -> None:
         super().__init__()
@@ -34,15 +36,26 @@ class Smooth(nn.Module):
         return found if self.error is None else self.error(found, int(t[0]))
 
 
-def sampler_of(error: Error | None, guidance: Guidance | None = None, conditions: Mapping[str, Any] | None = None) -> LoopSampler:
+def sampler_of(
+    error: Error | None, guidance: Guidance | None = None, conditions: Mapping[str, Any] | None = None
+) -> LoopSampler:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     # It does not blow up an error of a prediction, as the first steps of DDIM do.
     scheduler = FlowMatchEulerDiscreteScheduler()
-    return LoopSampler(Denoiser(Smooth(error)), scheduler, shape=(2, 8, 8), guidance=guidance, conditions=conditions, to_images=torch.clone)
+    return LoopSampler(
+        Denoiser(Smooth(error)),
+        scheduler,
+        shape=(2, 8, 8),
+        guidance=guidance,
+        conditions=conditions,
+        to_images=torch.clone,
+    )
 
 
-def fitted(error: Error, estimators: tuple[str, ...] = ALL, **guided: Any) -> tuple[Correction, dict[int, StepFit], LoopSampler, LoopSampler]:
+def fitted(
+    error: Error, estimators: tuple[str, ...] = ALL, **guided: Any
+) -> tuple[Correction, dict[int, StepFit], LoopSampler, LoopSampler]:
     full, wrong = sampler_of(None, **guided), sampler_of(error, **guided)
     full.scheduler.set_timesteps(STEPS)
     steps = StepContext(full.scheduler.timesteps)
@@ -66,16 +79,26 @@ def planted(prediction: Tensor, timestep: int) -> Tensor:
 
 @pytest.mark.parametrize(
     "guided",
-    [{}, {"guidance": Guidance(unconditional={"level": torch.tensor([0.1])}, scale=2.0), "conditions": {"level": torch.tensor([0.4])}}],
+    [
+        {},
+        {
+            "guidance": Guidance(unconditional={"level": torch.tensor([0.1])}, scale=2.0),
+            "conditions": {"level": torch.tensor([0.4])},
+        },
+    ],
     ids=["plain", "guided"],
 )
 @pytest.mark.parametrize("name", ["gain", "affine"])
-def test_a_planted_gain_and_bias_are_found_and_the_images_are_full_precisions(name: str, guided: dict[str, Any]) -> None:
+def test_a_planted_gain_and_bias_are_found_and_the_images_are_full_precisions(
+    name: str, guided: dict[str, Any]
+) -> None:
     correction, fits, full, wrong = fitted(planted, (name,), **guided)
     expected = torch.stack([1 / gain_at(int(t)).flatten() for t in steps_of(wrong.denoiser.module).timesteps])
     torch.testing.assert_close(correction.gain, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(correction.bias, -0.1 * expected, rtol=1e-4, atol=1e-5)
-    assert {fit.kept for fit in fits.values()} == {name} and all(explained(fit.before, fit.after) > 0.999 for fit in fits.values())
+    assert {fit.kept for fit in fits.values()} == {name} and all(
+        explained(fit.before, fit.after) > 0.999 for fit in fits.values()
+    )
     attach_correction(wrong.denoiser.module, correction)
     for seed in (1, 2):
         images = (each.run(range(2), steps=STEPS, seed=seed) for each in (full, wrong))
@@ -88,7 +111,9 @@ def test_the_simplest_estimator_of_equal_ones_is_kept() -> None:
 
 
 def test_noise_of_its_own_is_left_alone() -> None:
-    """A hundredth of the power is nothing that a gain or a bias can take away. Least squares would shrink what it has done to the state."""
+    """A hundredth of the power is nothing that a gain or a bias can take away. Least squares would shrink
+    what it has done to the state.
+    """
     noise = torch.Generator().manual_seed(5)
 
     def noisy(prediction: Tensor, _: int) -> Tensor:
@@ -100,7 +125,9 @@ def test_noise_of_its_own_is_left_alone() -> None:
 
 
 def test_what_an_earlier_step_has_mended_is_not_mended_again() -> None:
-    """An error at the first step alone; without the recurrence its trace in the state would be taken for errors of later steps."""
+    """An error at the first step alone; without the recurrence its trace in the state would be taken for
+    errors of later steps.
+    """
     _, fits, _, wrong = fitted(lambda prediction, timestep: prediction * (1.3 if timestep > 700 else 1.0))
     first = len(steps_of(wrong.denoiser.module).timesteps) - 1
     last = {step: fit for step, fit in fits.items() if step != first}

@@ -29,12 +29,17 @@ def batches(channels: int, *, mixed: bool) -> list[Inputs]:
     generator = torch.Generator().manual_seed(0)
     spread = torch.tensor([0.3, 1.0, 4.0])
     return [
-        Inputs(torch.randn(4, channels, 8, 8, generator=generator) * spread[steps].view(4, 1, 1, 1), TIMESTEPS[steps].long())
+        Inputs(
+            torch.randn(4, channels, 8, 8, generator=generator) * spread[steps].view(4, 1, 1, 1),
+            TIMESTEPS[steps].long(),
+        )
         for steps in map(torch.tensor, order)
     ]
 
 
-def prepared(build: Callable[..., Any], name: str, **activations: Any) -> tuple[Denoiser, StepContext, dict[str, ActivationQuantizer]]:
+def prepared(
+    build: Callable[..., Any], name: str, **activations: Any
+) -> tuple[Denoiser, StepContext, dict[str, ActivationQuantizer]]:
     denoiser, example = build(name)
     steps = StepContext(TIMESTEPS)
     plan = make_plan(Recipe(name="r", activations=Activations(**activations)), trace(denoiser, example))
@@ -42,12 +47,16 @@ def prepared(build: Callable[..., Any], name: str, **activations: Any) -> tuple[
     return denoiser, steps, activation_sites(denoiser.module)
 
 
-def statistics(denoiser: Denoiser, sites: dict[str, ActivationQuantizer], steps: StepContext, data: list[Inputs]) -> dict[str, SiteStatistics]:
+def statistics(
+    denoiser: Denoiser, sites: dict[str, ActivationQuantizer], steps: StepContext, data: list[Inputs]
+) -> dict[str, SiteStatistics]:
     with precision(denoiser.module, weights="full", inputs="quantized"):
         return collect(denoiser, sites, steps, data, calls=len(data), advance=lambda amount=1: None)
 
 
-def seen(denoiser: Denoiser, sites: dict[str, ActivationQuantizer], data: list[Inputs]) -> dict[str, list[tuple[float, Tensor]]]:
+def seen(
+    denoiser: Denoiser, sites: dict[str, ActivationQuantizer], data: list[Inputs]
+) -> dict[str, list[tuple[float, Tensor]]]:
     """Every `(timestep, input)` of every site in the stock model, by hooks of the test's own."""
     log: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in sites}
     current: list[Inputs] = []
@@ -60,7 +69,11 @@ def seen(denoiser: Denoiser, sites: dict[str, ActivationQuantizer], data: list[I
                 log[name].append((float(current[-1].timestep[row // folded]), value.clone()))
 
         handles.append(site.register_forward_pre_hook(hook))
-    with observed(sites, denoiser.module.tfmq_steps, 1), precision(denoiser.module, weights="full", inputs="quantized"), torch.no_grad():
+    with (
+        observed(sites, denoiser.module.tfmq_steps, 1),
+        precision(denoiser.module, weights="full", inputs="quantized"),
+        torch.no_grad(),
+    ):
         for inputs in data:
             current.append(inputs)
             denoiser(inputs)
@@ -79,10 +92,14 @@ def test_extremes_are_exact_for_each_step_and_segment(build: Callable[..., Any],
         for index, timestep in enumerate(TIMESTEPS.tolist()):
             values = [value for at, value in inputs[name] if at == timestep]
             for segment in range(site.scale.shape[1]):
-                parts = [value.split(site.segments, dim=0)[segment] if site.segments else value for value in values]
+                parts = [
+                    value.split(site.segments, dim=0)[segment] if site.segments else value for value in values
+                ]
                 low, high = (torch.stack([bound(part) for part in parts]) for bound in (torch.min, torch.max))
                 scale, zero = from_range(low.min()[None], high.max()[None], site.format)
-                assert torch.equal(site.scale[index, segment], scale[0]) and int(site.zero_point[index, segment]) == int(zero)
+                assert torch.equal(site.scale[index, segment], scale[0]) and int(
+                    site.zero_point[index, segment]
+                ) == int(zero)
 
 
 @pytest.mark.parametrize("method", ["search", "min_max"])
@@ -95,7 +112,9 @@ def test_shared_zero_points_cover_what_those_of_each_step_do(build: Callable[...
         fit_site(site, found[name], method=method, shared=range(site.format.levels))
         assert (site.zero_point == site.zero_point[:1]).all()
         chosen = site.zero_point.float()
-        assert (chosen * site.scale >= zero * scale * 0.999999).all() and ((top - chosen) * site.scale >= (top - zero) * scale * 0.999999).all()
+        assert (chosen * site.scale >= zero * scale * 0.999999).all() and (
+            (top - chosen) * site.scale >= (top - zero) * scale * 0.999999
+        ).all()
 
 
 def test_a_static_range_covers_all_steps(build: Callable[..., Any]) -> None:
@@ -106,7 +125,9 @@ def test_a_static_range_covers_all_steps(build: Callable[..., Any]) -> None:
         assert site.scale.shape[0] == 1
         if not site.segments:
             everything = torch.stack([value for _, value in inputs[name]])
-            assert float(found[name].low) == min(0.0, float(everything.min())) and float(found[name].high) == max(0.0, float(everything.max()))
+            assert float(found[name].low) == min(0.0, float(everything.min())) and float(
+                found[name].high
+            ) == max(0.0, float(everything.max()))
 
 
 def test_per_step_grids_err_no_more_than_a_shared_one_at_any_temporal_site(build: Callable[..., Any]) -> None:
@@ -127,7 +148,8 @@ def test_per_step_grids_err_no_more_than_a_shared_one_at_any_temporal_site(build
             errors[per_step, name] = float(sum(difference.square().sum() for difference in differences))
             worst[per_step, name] = float(max(difference.abs().max() for difference in differences))
             step[per_step, name] = float(site.scale.max())
-    # Half a step is all that a grid which clips nothing leaves; by how much the sum of squares falls is luck where the ranges are nearly equal.
+    # Half a step is all that a grid which clips nothing leaves; by how much the sum of squares falls is luck
+    # where the ranges are nearly equal.
     assert all(worst["temporal", name] <= 0.5001 * step["temporal", name] for name in temporal)
     assert all(step["temporal", name] <= step["none", name] for name in temporal)
     assert min(errors["temporal", name] / errors["none", name] for name in temporal) < 0.9
@@ -145,7 +167,9 @@ def test_searched_grids_are_those_of_the_kept_values_within_the_exact_range() ->
         assert torch.equal(quantizer.scale[step], scale) and float(quantizer.zero_point[step]) == float(zero)
     fitted = fake_quantize(heavy, quantizer.scale[0], quantizer.zero_point[0].float(), 16)
     extreme = from_range(heavy.min(), heavy.max(), IntegerFormat(4))
-    assert (fitted - heavy).abs().pow(2.4).mean() < (fake_quantize(heavy, *extreme, 16) - heavy).abs().pow(2.4).mean()
+    assert (fitted - heavy).abs().pow(2.4).mean() < (fake_quantize(heavy, *extreme, 16) - heavy).abs().pow(
+        2.4
+    ).mean()
 
 
 def test_extremes_stay_exact_where_values_are_thinned_out() -> None:
@@ -157,11 +181,16 @@ def test_extremes_stay_exact_where_values_are_thinned_out() -> None:
     assert len(site.values[0, 0][0]) <= 10
 
 
-def test_kept_values_of_a_site_fit_the_budget(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_values_of_a_site_fit_the_budget(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module_under_test, "KEPT", 600)
     denoiser, steps, sites = prepared(build, "plain")
     found = statistics(denoiser, sites, steps, batches(2, mixed=False))
-    kept = {name: sum(len(part) for parts in site.values.values() for part in parts) for name, site in found.items()}
+    kept = {
+        name: sum(len(part) for parts in site.values.values() for part in parts)
+        for name, site in found.items()
+    }
     assert all(0 < count <= 600 for count in kept.values())
 
 
@@ -199,7 +228,9 @@ def test_one_grid_serves_all_steps_where_it_leaves_little_more_error(factor: flo
     site = SiteStatistics(torch.zeros(2, 1), torch.zeros(2, 1))
     for step, values in enumerate(seen_at):
         site.update(step, 0, values, 10**6)
-    chosen, each, one = (ActivationQuantizer(IntegerFormat(8), steps=StepContext(torch.tensor([1.0, 2.0]))) for _ in range(3))
+    chosen, each, one = (
+        ActivationQuantizer(IntegerFormat(8), steps=StepContext(torch.tensor([1.0, 2.0]))) for _ in range(3)
+    )
     fit_site(chosen, site, method="min_max", measured=True)
     fit_site(each, site, method="min_max")
     low, high = torch.aminmax(torch.cat(seen_at))
@@ -207,9 +238,16 @@ def test_one_grid_serves_all_steps_where_it_leaves_little_more_error(factor: flo
 
     def error(quantizer: ActivationQuantizer) -> float:
         """The relative error in float64, a mean over timesteps."""
-        grids = zip(quantizer.scale.double().expand(2, 1), quantizer.zero_point.double().expand(2, 1), strict=True)
-        found = [fake_quantize(values.double(), *grid, 256) for values, grid in zip(seen_at, grids, strict=True)]
-        return sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, seen_at, strict=True)) / 2
+        grids = zip(
+            quantizer.scale.double().expand(2, 1), quantizer.zero_point.double().expand(2, 1), strict=True
+        )
+        found = [
+            fake_quantize(values.double(), *grid, 256) for values, grid in zip(seen_at, grids, strict=True)
+        ]
+        return (
+            sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(found, seen_at, strict=True))
+            / 2
+        )
 
     assert (error(one) <= 10**0.1 * error(each)) is (rows == 1)
     expected = {1: one, 2: each}[rows]
@@ -217,13 +255,17 @@ def test_one_grid_serves_all_steps_where_it_leaves_little_more_error(factor: flo
     assert chosen.per_step is (rows == 2)
 
 
-def test_quantizers_that_are_watched_or_passed_do_not_run(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizers_that_are_watched_or_passed_do_not_run(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     denoiser, steps, sites = prepared(build, "unet")
     monkeypatch.setattr(ActivationQuantizer, "rows", lambda *_: pytest.fail("a quantizer ran"))
     name = next(iter(sites))
     others = [quantizer for other, quantizer in sites.items() if other != name]
     data = batches(3, mixed=False)
     with precision(denoiser.module, weights="full", inputs="quantized"):
-        found = collect(denoiser, {name: sites[name]}, steps, data, calls=4, advance=lambda amount=1: None, passing=others)
+        found = collect(
+            denoiser, {name: sites[name]}, steps, data, calls=4, advance=lambda amount=1: None, passing=others
+        )
     assert float(found[name].high.max()) > 0
     assert all("forward" not in vars(site) for site in sites.values())

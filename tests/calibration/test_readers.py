@@ -46,7 +46,14 @@ def test_a_denoiser_that_cannot_be_differentiated_tells_nothing() -> None:
             hidden = self.a(x)
             return self.last(hidden.numpy() if hidden.requires_grad else hidden)  # type: ignore[arg-type]
 
-    assert find_readers(Denoiser(Refusing().requires_grad_(False), sample="x", timestep="t"), UNITS, Inputs(torch.randn(1, 4), torch.arange(1))) == {}
+    assert (
+        find_readers(
+            Denoiser(Refusing().requires_grad_(False), sample="x", timestep="t"),
+            UNITS,
+            Inputs(torch.randn(1, 4), torch.arange(1)),
+        )
+        == {}
+    )
 
 
 def files(directory: Path) -> set[str]:
@@ -68,7 +75,9 @@ def test_outputs_go_when_their_last_reader_is_kept(tmp_path: Path) -> None:
         held.append(files(tmp_path))
         direct = capture(denoiser, module, data)
         again = capture(denoiser, module, data, around=upstream.around("full"))
-        assert torch.equal(whole(again.args[0]), whole(direct.args[0])), "also where the denoiser wrote into what was kept"
+        assert torch.equal(whole(again.args[0]), whole(direct.args[0])), (
+            "also where the denoiser wrote into what was kept"
+        )
         upstream.add(name, module)
     assert held == [set(), {"a"}, {"a", "side"}, {"a", "b"}, {"a", "b", "c"}]
     assert files(tmp_path) == {"a", "c"}, "a is read by the last unit, b by one that is kept"
@@ -79,13 +88,23 @@ def test_what_is_forgotten_is_missed_by_nobody(build: Callable[..., Any], tmp_pa
     denoiser, example = build(name)
     units = find_units(denoiser.module, [layer.name for layer in trace(denoiser, example).layers])
     grown = example.resized(2)
-    data = [Inputs(torch.randn_like(grown.sample), torch.tensor([5, 700]), grown.conditions) for _ in range(2)]
+    data = [
+        Inputs(torch.randn_like(grown.sample), torch.tensor([5, 700]), grown.conditions) for _ in range(2)
+    ]
     expected = [capture(denoiser, denoiser.module.get_submodule(unit.name), data) for unit in units]
-    upstream, most = Upstream(tmp_path / "outputs", readers=find_readers(denoiser, [unit.name for unit in units], example)), 0
+    upstream, most = (
+        Upstream(
+            tmp_path / "outputs", readers=find_readers(denoiser, [unit.name for unit in units], example)
+        ),
+        0,
+    )
     for unit, direct in zip(units, expected, strict=True):
         module = denoiser.module.get_submodule(unit.name)
         found = capture(denoiser, module, data, around=upstream.around("full"))
-        assert all(torch.equal(whole(one), whole(other)) for one, other in zip(found.outputs, direct.outputs, strict=True))
+        assert all(
+            torch.equal(whole(one), whole(other))
+            for one, other in zip(found.outputs, direct.outputs, strict=True)
+        )
         most = max(most, len(files(tmp_path)))
         upstream.add(unit.name, module)
     assert most < len(units) - 1, "some were forgotten on the way"

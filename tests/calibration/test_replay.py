@@ -17,7 +17,9 @@ from tfmq.reconstruction.units import find_units
 
 def batches(example: Inputs, *, count: int = 3) -> list[Inputs]:
     grown = example.resized(2)
-    return [Inputs(torch.randn_like(grown.sample), torch.tensor([5, 700]), grown.conditions) for _ in range(count)]
+    return [
+        Inputs(torch.randn_like(grown.sample), torch.tensor([5, 700]), grown.conditions) for _ in range(count)
+    ]
 
 
 def equal(one: UnitCalls, other: UnitCalls) -> bool:
@@ -32,17 +34,27 @@ def counted(module: nn.Module, names: list[str]) -> dict[str, int]:
     counts = dict.fromkeys(names, 0)
     for name in names:
         # The last one: DiT's own forward calls a part of its first block.
-        inner = [child for child in module.get_submodule(name).modules() if isinstance(child, nn.Linear | nn.Conv2d)][-1]
+        inner = [
+            child
+            for child in module.get_submodule(name).modules()
+            if isinstance(child, nn.Linear | nn.Conv2d)
+        ][-1]
         inner.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
     return counts
 
 
 @pytest.mark.parametrize("name", ["plain", "unet", "own_attention", "dit", "sd3"])
 @pytest.mark.parametrize("network", ["full", "quantized"])
-def test_calls_are_the_same_and_each_unit_runs_once_a_batch(build: Callable[..., Any], tmp_path: Path, name: str, network: Any) -> None:
+def test_calls_are_the_same_and_each_unit_runs_once_a_batch(
+    build: Callable[..., Any], tmp_path: Path, name: str, network: Any
+) -> None:
     denoiser, example = build(name)
     order = [layer.name for layer in trace(denoiser, example).layers]
-    units, data, upstream = find_units(denoiser.module, order), batches(example), Upstream(tmp_path / "outputs")
+    units, data, upstream = (
+        find_units(denoiser.module, order),
+        batches(example),
+        Upstream(tmp_path / "outputs"),
+    )
     composite = [unit.name for unit in units if list(denoiser.module.get_submodule(unit.name).children())]
     expected = [capture(denoiser, denoiser.module.get_submodule(unit.name), data) for unit in units]
     counts = counted(denoiser.module, composite)
@@ -110,9 +122,14 @@ def test_what_an_earlier_job_left_is_no_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "unet", "dit", "sd3"])
-def test_a_unit_whose_outputs_are_kept_at_once_runs_once_a_batch(build: Callable[..., Any], tmp_path: Path, name: str) -> None:
+def test_a_unit_whose_outputs_are_kept_at_once_runs_once_a_batch(
+    build: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
     denoiser, example = build(name)
-    names = [unit.name for unit in find_units(denoiser.module, [layer.name for layer in trace(denoiser, example).layers])]
+    names = [
+        unit.name
+        for unit in find_units(denoiser.module, [layer.name for layer in trace(denoiser, example).layers])
+    ]
     data, once = batches(example), called_once(denoiser, names, example)
     readers = find_readers(denoiser, names, example)
     upstream = Upstream(tmp_path / "outputs", readers=readers, once=once)
@@ -121,7 +138,12 @@ def test_a_unit_whose_outputs_are_kept_at_once_runs_once_a_batch(build: Callable
     counts = counted(denoiser.module, composite)
     for unit, direct in zip(names, expected, strict=True):
         module = denoiser.module.get_submodule(unit)
-        assert equal(capture(denoiser, module, data, around=upstream.around("full"), keep=upstream.keeper("full", unit)), direct)
+        assert equal(
+            capture(
+                denoiser, module, data, around=upstream.around("full"), keep=upstream.keeper("full", unit)
+            ),
+            direct,
+        )
         upstream.add(unit, module)
     assert composite and set(composite) <= once and all(count == len(data) for count in counts.values())
 
@@ -140,7 +162,12 @@ def test_outputs_of_a_unit_that_changed_are_discarded(build: Callable[..., Any],
 
 def test_what_runs_twice_is_not_kept_at_once(tmp_path: Path) -> None:
     denoiser = Denoiser(Twice(), sample="x", timestep="t")
-    once = called_once(denoiser, ["shared", "pair", "last"], Inputs(torch.randn(2, 4), torch.tensor([1, 2]), {}))
+    once = called_once(
+        denoiser, ["shared", "pair", "last"], Inputs(torch.randn(2, 4), torch.tensor([1, 2]), {})
+    )
     upstream = Upstream(tmp_path / "outputs", once=once)
     assert once == {"pair", "last"} and upstream.keeper("full", "shared") is None
-    assert upstream.keeper("full", "pair") is not None and Upstream(None, once=once).keeper("full", "pair") is None
+    assert (
+        upstream.keeper("full", "pair") is not None
+        and Upstream(None, once=once).keeper("full", "pair") is None
+    )

@@ -1,4 +1,6 @@
-"""Rescalings chosen for planted layers: an outlier channel has to be found, and where there is none nothing is rescaled."""
+"""Rescalings chosen for planted layers: an outlier channel has to be found, and where there is none nothing
+is rescaled.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,10 +28,14 @@ STEPS = StepContext(torch.tensor([1.0, 5.0, 9.0]))
 CHANNELS, OUTLIER, SIZE = 16, 3, 64.0
 
 
-def layer_of(source: nn.Module, *, kind: str, bits: int = 8, segments: tuple[int, ...] = ()) -> CalibratedLayer:
+def layer_of(
+    source: nn.Module, *, kind: str, bits: int = 8, segments: tuple[int, ...] = ()
+) -> CalibratedLayer:
     operation = operation_of(source)
     assert operation is not None
-    grid = fit_grid(weight_of(source).detach(), IntegerFormat(bits, True), segments=segments, method="min_max")
+    grid = fit_grid(
+        weight_of(source).detach(), IntegerFormat(bits, True), segments=segments, method="min_max"
+    )
     axis, fmt = operation.channel_axis, IntegerFormat(bits, False)
     quantizers: dict[str, Callable[[], Any]] = {
         "per step": lambda: ActivationQuantizer(fmt, steps=STEPS, segments=segments, axis=axis),
@@ -65,9 +71,14 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("equalizer", ["ranges", "peaks"])
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in SOURCES for kind in ("per step", "static")] + [("linear", "dynamic")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in SOURCES for kind in ("per step", "static")] + [("linear", "dynamic")],
+)
 def test_an_outlier_channel_is_found(name: str, kind: str, equalizer: str) -> None:
-    """One channel 64 times as large takes six bits of range from all others; the weights that read it are as much smaller, so there is room."""
+    """One channel 64 times as large takes six bits of range from all others; the weights that read it are as
+    much smaller, so there is room.
+    """
     source = SOURCES[name]()
     with torch.no_grad():
         reading = source.weight if name == "transposed" else source.weight.transpose(0, 1)
@@ -88,7 +99,9 @@ def test_where_channels_are_alike_nothing_is_rescaled(name: str) -> None:
     source = SOURCES[name]()
     with torch.no_grad():
         source.weight.copy_(source.weight.sign())
-    seen = read(layer := layer_of(source, kind="per step"), [x.sign() for x in inputs_of(source, outlier=1.0)])
+    seen = read(
+        layer := layer_of(source, kind="per step"), [x.sign() for x in inputs_of(source, outlier=1.0)]
+    )
     assert best_factor(layer, seen, equalizers=("ranges", "peaks"), ranges="min_max") is None
 
 
@@ -108,14 +121,23 @@ def test_segments_have_grids_of_their_own() -> None:
     source = nn.Conv2d(CHANNELS, 24, 3, padding=1)
     inputs = inputs_of(source, outlier=SIZE)
     order = [OUTLIER, *(c for c in range(CHANNELS) if c != OUTLIER)]
-    apart, together = (layer_of(source, kind="per step", segments=segments) for segments in ((1, CHANNELS - 1), ()))
-    errors = [output_error(layer, read(layer, [x[:, order] for x in inputs]), torch.ones(CHANNELS), ranges="min_max") for layer in (apart, together)]
+    apart, together = (
+        layer_of(source, kind="per step", segments=segments) for segments in ((1, CHANNELS - 1), ())
+    )
+    errors = [
+        output_error(
+            layer, read(layer, [x[:, order] for x in inputs]), torch.ones(CHANNELS), ranges="min_max"
+        )
+        for layer in (apart, together)
+    ]
     assert errors[0] < errors[1] / 4
 
 
 @torch.no_grad()
 def test_the_error_is_that_of_the_layer() -> None:
-    """What decides is what the layer itself does to these rows, its input grid fitted to their exact extremes."""
+    """What decides is what the layer itself does to these rows, its input grid fitted to their exact
+    extremes.
+    """
     source = nn.Linear(CHANNELS, 24, bias=False)
     layer = layer_of(source, kind="dynamic", bits=6)
     inputs = inputs_of(source, outlier=SIZE)[:1]
@@ -131,16 +153,32 @@ def test_the_error_is_that_of_the_layer() -> None:
 
 
 @torch.no_grad()
-def test_a_model_whose_layers_are_rescaled_computes_the_same_in_full_precision(build: Callable[..., Any]) -> None:
+def test_a_model_whose_layers_are_rescaled_computes_the_same_in_full_precision(
+    build: Callable[..., Any],
+) -> None:
     denoiser: Denoiser
     inputs: Inputs
     denoiser, inputs = build("unet")
     expected = denoiser(inputs)
-    prepare(denoiser.module, make_plan(Recipe(name="w4a8", weights=Weights(ranges="min_max")), trace(denoiser, inputs)), STEPS, timestep="timestep")
+    prepare(
+        denoiser.module,
+        make_plan(Recipe(name="w4a8", weights=Weights(ranges="min_max")), trace(denoiser, inputs)),
+        STEPS,
+        timestep="timestep",
+    )
     batch = inputs.resized(2)
     layers = calibrated_layers(denoiser.module)
-    seen = observe(denoiser, layers, STEPS, [Inputs(batch.sample, torch.tensor([1.0, 9.0]))] * 3, calls=3, advance=lambda _=1: None)
-    assert seen.keys() == layers.keys() and all(sum(map(lambda rows: rows.shape[1], found.rows)) <= MOST for found in seen.values())
+    seen = observe(
+        denoiser,
+        layers,
+        STEPS,
+        [Inputs(batch.sample, torch.tensor([1.0, 9.0]))] * 3,
+        calls=3,
+        advance=lambda _=1: None,
+    )
+    assert seen.keys() == layers.keys() and all(
+        sum(map(lambda rows: rows.shape[1], found.rows)) <= MOST for found in seen.values()
+    )
     for name, layer in layers.items():
         width = layer.weight.shape[1] * layer.operation.groups
         layer.rescale(torch.exp2((torch.arange(width) % 5 - 2).float()), ranges="min_max")

@@ -33,7 +33,12 @@ def test_rows_are_those_of_the_joined_batches_to_the_stride(form: str, sizes: li
         for batch in batches:
             column.add(batch)
         assert column.shape == tuple(joined.shape)
-        for index in (torch.arange(sum(sizes)), torch.randint(sum(sizes), (7,)), torch.tensor([1]), torch.tensor([], dtype=torch.int64)):
+        for index in (
+            torch.arange(sum(sizes)),
+            torch.randint(sum(sizes), (7,)),
+            torch.tensor([1]),
+            torch.tensor([], dtype=torch.int64),
+        ):
             assert torch.equal(column[index], joined[index]) and column[index].dtype == joined.dtype
             assert column[index].stride() == joined[index].stride()
         for number, batch in enumerate(batches):

@@ -32,11 +32,26 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-tensors = st.builds(lambda seed, dtype: (torch.randn(2, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype), st.integers(0, 99), DTYPES)
-leaves = tensors | st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+tensors = st.builds(
+    lambda seed, dtype: (torch.randn(2, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype),
+    st.integers(0, 99),
+    DTYPES,
+)
+leaves = (
+    tensors
+    | st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+)
 trees = st.recursive(
     leaves,
-    lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -45,7 +60,9 @@ trees = st.recursive(
 def test_nested_conditions_come_back_as_they_were(conditions: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         store = CalibrationStore(Path(directory))
-        store.append(call(7, **{}) if not conditions else Inputs(torch.randn(2, 3), torch.tensor([7, 7]), conditions))
+        store.append(
+            call(7, **{}) if not conditions else Inputs(torch.randn(2, 3), torch.tensor([7, 7]), conditions)
+        )
         assert equal(dict(store.read(0).conditions), conditions)
 
 
@@ -99,7 +116,9 @@ def test_every_keeps_both_guidance_halves_of_every_nth_distinct_timestep(tmp_pat
         store.append(call(timestep, number=number))
     assert [inputs.conditions["number"] for inputs in store.every(1)] == list(range(10))
     assert [int(inputs.timestep[0]) for inputs in store.every(2)] == [90, 90, 50, 50, 10, 10]
-    assert [inputs.conditions["number"] for inputs in store.every(99)] == [0, 1, 8, 9], "both ends, whatever the interval"
+    assert [inputs.conditions["number"] for inputs in store.every(99)] == [0, 1, 8, 9], (
+        "both ends, whatever the interval"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
@@ -135,5 +154,7 @@ def test_what_every_leaves_out_is_not_read(tmp_path: Path, monkeypatch: pytest.M
         store.append(call(float(60 - 10 * number)))
     store.timesteps()
     seen: list[int] = []
-    monkeypatch.setattr(CalibrationStore, "read", lambda self, index: (seen.append(index), read(self, index))[1])
+    monkeypatch.setattr(
+        CalibrationStore, "read", lambda self, index: (seen.append(index), read(self, index))[1]
+    )
     assert len(list(store.every(3))) == 3 and seen == [0, 3, 5]

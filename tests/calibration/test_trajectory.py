@@ -18,7 +18,10 @@ def test_every_call_of_a_sampler_is_recorded_in_order(sampler: Callable[..., Loo
     with recorded_calls(drawn.denoiser, calls.append):
         images = drawn.run(range(2), steps=3, seed=0)
     assert [inputs.timestep.tolist() for inputs in calls] == [[666, 666], [333, 333], [0, 0]]
-    assert all(inputs.sample.shape == (2, 4, 8, 8) and set(inputs.conditions) == {"encoder_hidden_states"} for inputs in calls)
+    assert all(
+        inputs.sample.shape == (2, 4, 8, 8) and set(inputs.conditions) == {"encoder_hidden_states"}
+        for inputs in calls
+    )
     assert torch.equal(images, drawn.run(range(2), steps=3, seed=0)), "recording changes nothing"
     assert len(calls) == 3 and hooks(drawn.denoiser.module) == 0
 
@@ -54,9 +57,14 @@ def test_a_sample_that_is_not_finite_names_its_own_timestep(build: Callable[...,
     check_finite(Inputs(sample[:1], torch.tensor([7])))
 
 
-@pytest.mark.parametrize("name", ["time_embedding.linear_1", "down_blocks.1.resnets.0.conv2", "mid_block.attentions.0.to_k", "conv_out"])
+@pytest.mark.parametrize(
+    "name",
+    ["time_embedding.linear_1", "down_blocks.1.resnets.0.conv2", "mid_block.attentions.0.to_k", "conv_out"],
+)
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_broken_layer_is_named_with_the_first_timestep(sampler: Callable[..., LoopSampler], name: str, steps: int) -> None:
+def test_a_broken_layer_is_named_with_the_first_timestep(
+    sampler: Callable[..., LoopSampler], name: str, steps: int
+) -> None:
     drawn = sampler("unet")
     drawn.denoiser.module.get_submodule(name).weight[0, 0] = torch.nan
     first = {1: 0, 3: 666}[steps]
@@ -76,5 +84,8 @@ def test_an_output_that_no_layer_broke_names_the_denoiser() -> None:
             return x / (x - x)
 
     denoiser = Denoiser(Dividing())
-    with pytest.raises(CalibrationError, match=r"Dividing .*timestep 4\b"), recorded_calls(denoiser, lambda inputs: None):
+    with (
+        pytest.raises(CalibrationError, match=r"Dividing .*timestep 4\b"),
+        recorded_calls(denoiser, lambda inputs: None),
+    ):
         denoiser.module(torch.ones(1, 2), torch.tensor([4]))

@@ -36,7 +36,9 @@ Run = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def no_word_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every work count as short: how long it takes is the machine's, and what tests read on stderr must not be."""
+    """Let every work count as short: how long it takes is the machine's, and what tests read on stderr must
+    not be.
+    """
     monkeypatch.setattr("tfmq.cli.progress.SHORT", float("inf"))
 
 
@@ -56,10 +58,14 @@ def tfmq(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Return the environment of a child process that finds this tfmq and computes with one thread, as the tests do."""
+    """Return the environment of a child process that finds this tfmq and computes with one thread, as the
+    tests do.
+    """
     import tfmq
 
-    path = os.pathsep.join(filter(None, [str(Path(tfmq.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(tfmq.__file__).parent.parent), os.environ.get("PYTHONPATH")])
+    )
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -79,8 +85,18 @@ def save_unconditional(directory: Path, *, channels: int = 3, **changes: Any) ->
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    shape = {"sample_size": 8, "in_channels": channels, "out_channels": channels, "block_out_channels": (8, 16), "layers_per_block": 1}
-    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    shape = {
+        "sample_size": 8,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+    }
+    kinds = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+    }
     unet = UNet2DModel(**shape, **kinds, norm_num_groups=4, **changes)
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained(directory)
     return directory

@@ -1,4 +1,6 @@
-"""`tfmq bench`. Times are the machine's, so no test asserts on one; workers run in this process but for one test."""
+"""`tfmq bench`. Times are the machine's, so no test asserts on one; workers run in this process but for one
+test.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,14 +18,36 @@ from tfmq.storage.atomic import write_tensors
 
 Run = Callable[..., Any]
 KEYS = {
-    *("backend", "model", "scheme", "batch", "ms_per_step", "speedup", "images_per_second", "sqnr_db", "load_s", "compile_s"),
-    *("restart_s", "peak_rss_bytes", "first_peak_rss_bytes", "baseline_rss_bytes", "disk_bytes", "rounds", "rounds_dropped", "clean"),
+    *(
+        "backend",
+        "model",
+        "scheme",
+        "batch",
+        "ms_per_step",
+        "speedup",
+        "images_per_second",
+        "sqnr_db",
+        "load_s",
+        "compile_s",
+    ),
+    *(
+        "restart_s",
+        "peak_rss_bytes",
+        "first_peak_rss_bytes",
+        "baseline_rss_bytes",
+        "disk_bytes",
+        "rounds",
+        "rounds_dropped",
+        "clean",
+    ),
 }
 MILLISECONDS = {"fp32": 8.0, "simulated": 16.0, "torch": 2.0}
 
 
 class InProcess:
-    """A worker without a process: steps are computed, times are made up. What its variant caches makes later starts cheaper."""
+    """A worker without a process: steps are computed, times are made up. What its variant caches makes later
+    starts cheaper.
+    """
 
     def __init__(self, name: str, setting: Setting, *, build: bool = False) -> None:
         setting.folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +64,12 @@ class InProcess:
             raise WorkerError("ValueError: out of luck")
         self.prepared = VARIANTS[self.name].prepare(self.setting)
         cached = self.setting.folder / "cached"
-        numbers = {"load_s": 1.0, "compile_s": 2.0, "peak_rss_bytes": 3_000_000, "baseline_rss_bytes": 2_000_000}
+        numbers = {
+            "load_s": 1.0,
+            "compile_s": 2.0,
+            "peak_rss_bytes": 3_000_000,
+            "baseline_rss_bytes": 2_000_000,
+        }
         if VARIANTS[self.name].caches and cached.exists():
             numbers |= {"compile_s": 0.5, "peak_rss_bytes": 2_500_000}
         cached.touch()
@@ -49,7 +78,9 @@ class InProcess:
     @torch.no_grad()
     def ask(self, *, do: str, path: str) -> dict[str, Any]:
         assert do == "outputs"
-        write_tensors(path, {str(number): self.prepared.step(call) for number, call in enumerate(self.setting.calls())})
+        write_tensors(
+            path, {str(number): self.prepared.step(call) for number, call in enumerate(self.setting.calls())}
+        )
         return {}
 
     def turn(self) -> Slice:
@@ -82,30 +113,49 @@ def bench_json(tfmq: Run, *arguments: object) -> dict[tuple[str, int], dict[str,
 
 @pytest.mark.usefixtures("in_process")
 def test_rows(tfmq: Run, model: Path, quantized: Path) -> None:
-    rows = bench_json(tfmq, quantized, "--reference", model, "--backends", "simulated,torch", "--batch", "1,2")
+    rows = bench_json(
+        tfmq, quantized, "--reference", model, "--backends", "simulated,torch", "--batch", "1,2"
+    )
     assert list(rows) == [(name, batch) for batch in (1, 2) for name in ("fp32", "simulated", "torch")]
     speedups = {name: rows[name, 2]["speedup"] for name in MILLISECONDS}
     assert speedups == pytest.approx({"fp32": 1.0, "simulated": 0.5, "torch": 4.0})
     full, fast = rows["fp32", 1], rows["torch", 1]
-    assert full["sqnr_db"] is None and full["scheme"] is None and fast["scheme"] == "quick" and fast["model"] == "model"
+    assert (
+        full["sqnr_db"] is None
+        and full["scheme"] is None
+        and fast["scheme"] == "quick"
+        and fast["model"] == "model"
+    )
     assert fast["sqnr_db"] == pytest.approx(rows["simulated", 1]["sqnr_db"], abs=0.5) and fast["sqnr_db"] > 3
-    assert fast["disk_bytes"] == sum(path.stat().st_size for path in (quantized / "unet").iterdir()) < full["disk_bytes"]
+    assert (
+        fast["disk_bytes"]
+        == sum(path.stat().st_size for path in (quantized / "unet").iterdir())
+        < full["disk_bytes"]
+    )
     # Four steps of 2 ms, and what the pipeline takes around them.
     assert 0 < fast["images_per_second"] < 1 / (4 * 0.002)
     assert rows["torch", 2]["images_per_second"] < 2 / (4 * 0.002)
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_report_takes_what_was_measured_of_its_own_weights(tfmq: Run, quantized: Path, other_quantized: Path, tmp_path: Path) -> None:
+def test_a_report_takes_what_was_measured_of_its_own_weights(
+    tfmq: Run, quantized: Path, other_quantized: Path, tmp_path: Path
+) -> None:
     """Two models that differ in their weights alone."""
-    (tmp_path / "b.json").write_text(tfmq("bench", quantized, "--backends", "torch", "--rounds", 1, "--threads", 1, "--json").out)
+    (tmp_path / "b.json").write_text(
+        tfmq("bench", quantized, "--backends", "torch", "--rounds", 1, "--threads", 1, "--json").out
+    )
     report = ("--bench", tmp_path / "b.json", "--output-dir", tmp_path / "r", "--json")
     taken = tfmq("report", quantized, *report)
     assert taken.status == 0, taken.err
     for name in ("report", "card"):
         assert "easured on " in Path(taken.json[name]).read_text()
     refused = tfmq("report", other_quantized, *report)
-    assert refused.status == 1 and "b.json is of a model with sha256" in refused.err and refused.err.count("\n") == 1
+    assert (
+        refused.status == 1
+        and "b.json is of a model with sha256" in refused.err
+        and refused.err.count("\n") == 1
+    )
 
 
 @pytest.mark.usefixtures("in_process")
@@ -126,7 +176,9 @@ def test_without_a_reference_there_is_speed_and_no_accuracy(tfmq: Run, quantized
 
 
 @pytest.mark.usefixtures("in_process")
-def test_what_is_absent_or_fails_is_left_out_with_a_line(tfmq: Run, model: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_absent_or_fails_is_left_out_with_a_line(
+    tfmq: Run, model: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(variant, "find_spec", lambda name: None)
     options = ("--backends", "torch,reference", "--peers", "openvino-nncf,quanto-int8")
     result = tfmq("bench", quantized, "--reference", model, *options, "--rounds", 1, "--threads", 1)
@@ -163,6 +215,8 @@ def test_a_worker_that_fails_says_why(tfmq: Run, model: Path, tmp_path: Path) ->
     from tfmq.evaluation.cost.process import Worker
     from tfmq.evaluation.cost.source import Source
 
-    setting = Setting(source=Source(quantized=None, folder=tmp_path / "none"), folder=tmp_path / "w", batch=1, threads=1)
+    setting = Setting(
+        source=Source(quantized=None, folder=tmp_path / "none"), folder=tmp_path / "w", batch=1, threads=1
+    )
     with Worker("fp32", setting) as worker, pytest.raises(WorkerError, match="Error"):
         worker.answer()

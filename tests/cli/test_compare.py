@@ -14,25 +14,56 @@ KEYS = {"scheme", "num_images", "psnr_db", "ssim", "bytes", "temporal", "steps",
 
 def test_metrics_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     exact = ("--backend", "simulated")
-    result = tfmq("compare", quantized, "--reference", model, "--num-images", 3, "--seed", 2, *exact, "--output-dir", tmp_path / "c", "--json")
+    result = tfmq(
+        "compare",
+        quantized,
+        "--reference",
+        model,
+        "--num-images",
+        3,
+        "--seed",
+        2,
+        *exact,
+        "--output-dir",
+        tmp_path / "c",
+        "--json",
+    )
     assert result.status == 0 and result.json["backend"] == "simulated"
     metrics = result.json
-    assert metrics.keys() == KEYS and metrics["num_images"] == 3 and metrics["steps"] == 4 and metrics["scheme"] == "quick"
-    assert metrics["psnr_db"].keys() == {"mean", "min"} and 0 < metrics["psnr_db"]["min"] <= metrics["psnr_db"]["mean"] < 100
+    assert (
+        metrics.keys() == KEYS
+        and metrics["num_images"] == 3
+        and metrics["steps"] == 4
+        and metrics["scheme"] == "quick"
+    )
+    assert (
+        metrics["psnr_db"].keys() == {"mean", "min"}
+        and 0 < metrics["psnr_db"]["min"] <= metrics["psnr_db"]["mean"] < 100
+    )
     assert 0 < metrics["ssim"] < 1
     assert metrics["temporal"].keys() == {"max_relative_error", "mean_relative_error", "mismatches"}
     report = json.loads((quantized / "tfmq_report.json").read_text())
     assert metrics["temporal"] == pytest.approx(report["temporal"])
     on_disk = sum(path.stat().st_size for path in (quantized / "unet").iterdir())
     assert metrics["bytes"] == {"reference": report["bytes"]["fp32"], "quantized": on_disk}
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["compare.png", "metrics.json", "samples.npz", "temporal.png"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "compare.png",
+        "metrics.json",
+        "samples.npz",
+        "temporal.png",
+    ]
     assert json.loads((tmp_path / "c" / "metrics.json").read_text()) == metrics
 
 
 def test_images_are_those_of_sample(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     numbers = ("--num-images", 2, "--seed", 2, "--steps", 4)
     simulated = ("--backend", "simulated")
-    assert tfmq("compare", quantized, "--reference", model, *numbers, *simulated, "--output-dir", tmp_path / "c").status == 0
+    assert (
+        tfmq(
+            "compare", quantized, "--reference", model, *numbers, *simulated, "--output-dir", tmp_path / "c"
+        ).status
+        == 0
+    )
     with np.load(tmp_path / "c" / "samples.npz") as both:
         compared = {"reference": both["reference"], "quantized": both["quantized"]}
     for name, source, backend in (("reference", model, ()), ("quantized", quantized, simulated)):
@@ -41,7 +72,9 @@ def test_images_are_those_of_sample(tfmq: Run, model: Path, quantized: Path, tmp
             assert np.array_equal(alone["images"], compared[name])
 
 
-def test_again_into_the_same_directory_gives_the_same_bytes(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_again_into_the_same_directory_gives_the_same_bytes(
+    tfmq: Run, model: Path, quantized: Path, tmp_path: Path
+) -> None:
     command = ("compare", quantized, "--reference", model, "--num-images", 1, "--output-dir", tmp_path / "c")
     first = tfmq(*command)
     before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
@@ -50,7 +83,9 @@ def test_again_into_the_same_directory_gives_the_same_bytes(tfmq: Run, model: Pa
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
 
 
-def test_models_that_do_not_belong_together(tfmq: Run, model: Path, grey_model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_models_that_do_not_belong_together(
+    tfmq: Run, model: Path, grey_model: Path, quantized: Path, tmp_path: Path
+) -> None:
     for directory, reference, cause in (
         (model, model, "holds no model quantized"),
         (quantized, quantized, "quantized itself"),
@@ -58,7 +93,9 @@ def test_models_that_do_not_belong_together(tfmq: Run, model: Path, grey_model: 
         (quantized, tmp_path / "nowhere", "does not exist"),
         (tmp_path / "nowhere", model, "not a directory"),
     ):
-        result = tfmq("compare", directory, "--reference", reference, "--num-images", 1, "--output-dir", tmp_path / "c")
+        result = tfmq(
+            "compare", directory, "--reference", reference, "--num-images", 1, "--output-dir", tmp_path / "c"
+        )
         assert result.status == 1 and cause in result.err and result.err.count("\n") == 1, (cause, result)
     assert list(tmp_path.iterdir()) == []
 
@@ -73,8 +110,22 @@ def test_a_foreign_file_in_the_output(tfmq: Run, model: Path, quantized: Path, t
 def test_the_backend_changes_little(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     found = {}
     for name in ("simulated", "reference", "auto"):
-        result = tfmq("compare", quantized, "--reference", model, "--num-images", 2, "--backend", name, "--output-dir", tmp_path / name, "--json")
-        assert result.status == 0 and json.loads((tmp_path / name / "metrics.json").read_text()) == result.json
+        result = tfmq(
+            "compare",
+            quantized,
+            "--reference",
+            model,
+            "--num-images",
+            2,
+            "--backend",
+            name,
+            "--output-dir",
+            tmp_path / name,
+            "--json",
+        )
+        assert (
+            result.status == 0 and json.loads((tmp_path / name / "metrics.json").read_text()) == result.json
+        )
         assert result.json["backend"] == name or name == "auto"
         found[name] = result.json["psnr_db"]["mean"]
     assert found == pytest.approx(dict.fromkeys(found, found["simulated"]), abs=0.5)

@@ -14,7 +14,19 @@ LOCAL = ("--extractor", "pooled-pixels", "--num-images", 5, "--batch-size", 2, "
 
 
 def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    command = ("evaluate", quantized, "--reference", model, "--num-pairs", 3, "--seed", 2, *LOCAL, "--output-dir", tmp_path / "e")
+    command = (
+        "evaluate",
+        quantized,
+        "--reference",
+        model,
+        "--num-pairs",
+        3,
+        "--seed",
+        2,
+        *LOCAL,
+        "--output-dir",
+        tmp_path / "e",
+    )
     result = tfmq(*command, "--json")
     assert result.status == 0, result.err
     assert [(row["metric"], row["model"], row["against"]) for row in result.json["rows"]] == [
@@ -22,26 +34,57 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
         ("kid[pooled-pixels]", "quantized", "full precision"),
     ]
     paired = result.json["paired"]
-    assert paired["count"] == 3 and paired["metrics"].keys() == {"psnr", "ssim"} and len(paired["trajectory"]["mean"]) == 4
-    assert result.json["protocol"]["settings"]["steps"] == 4 and result.json["protocol"]["quantized"]["backend"] == "simulated"
+    assert (
+        paired["count"] == 3
+        and paired["metrics"].keys() == {"psnr", "ssim"}
+        and len(paired["trajectory"]["mean"]) == 4
+    )
+    assert (
+        result.json["protocol"]["settings"]["steps"] == 4
+        and result.json["protocol"]["quantized"]["backend"] == "simulated"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
     assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["evaluation.json", "pairs.npz"]
     stored = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert {"output_dir": str(tmp_path / "e"), **stored} == result.json
     shown = tfmq(*command)
-    assert shown.status == 0 and "fd[pooled-pixels]" in shown.out and "3 pairs" in shown.out and "evaluation.json" in shown.out
-    assert {line.partition(":")[0] for line in shown.err.splitlines()} == {"full precision", "quantized", "pairs"}
+    assert (
+        shown.status == 0
+        and "fd[pooled-pixels]" in shown.out
+        and "3 pairs" in shown.out
+        and "evaluation.json" in shown.out
+    )
+    assert {line.partition(":")[0] for line in shown.err.splitlines()} == {
+        "full precision",
+        "quantized",
+        "pairs",
+    }
 
 
 def test_pairs_are_those_of_compare(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     numbers = ("--num-images", 2, "--batch-size", 2, "--seed", 2, "--backend", "simulated")
-    compared = tfmq("compare", quantized, "--reference", model, *numbers, "--output-dir", tmp_path / "c", "--json").json
-    evaluated = tfmq("evaluate", quantized, "--reference", model, *numbers, "--metrics", "psnr,ssim", "--output-dir", tmp_path / "e", "--json").json[
-        "paired"
-    ]["metrics"]
-    assert evaluated["psnr"]["mean"] == pytest.approx(compared["psnr_db"]["mean"]) and evaluated["ssim"]["mean"] == pytest.approx(compared["ssim"])
+    compared = tfmq(
+        "compare", quantized, "--reference", model, *numbers, "--output-dir", tmp_path / "c", "--json"
+    ).json
+    evaluated = tfmq(
+        "evaluate",
+        quantized,
+        "--reference",
+        model,
+        *numbers,
+        "--metrics",
+        "psnr,ssim",
+        "--output-dir",
+        tmp_path / "e",
+        "--json",
+    ).json["paired"]["metrics"]
+    assert evaluated["psnr"]["mean"] == pytest.approx(compared["psnr_db"]["mean"]) and evaluated["ssim"][
+        "mean"
+    ] == pytest.approx(compared["ssim"])
     with np.load(tmp_path / "c" / "samples.npz") as a, np.load(tmp_path / "e" / "pairs.npz") as b:
-        assert np.array_equal(a["reference"], b["reference"]) and np.array_equal(a["quantized"], b["quantized"])
+        assert np.array_equal(a["reference"], b["reference"]) and np.array_equal(
+            a["quantized"], b["quantized"]
+        )
 
 
 def test_shards_then_the_whole(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
@@ -62,9 +105,23 @@ def test_shards_then_the_whole(tfmq: Run, model: Path, quantized: Path, tmp_path
 def test_real_images_and_the_recipes_figures(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
     figure = "{metric: fid, value: 3.0, tolerance: 0.1, num_images: 50000, steps: 100, source: a paper}"
     (tmp_path / "r.yaml").write_text(recipe.read_text() + f"published: [{figure}]\n")
-    assert tfmq("quantize", model, "--recipe", tmp_path / "r.yaml", "--output-dir", tmp_path / "q").status == 0
-    np.savez(tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8))
-    command = ("evaluate", tmp_path / "q", "--reference", model, "--real", tmp_path / "real.npz", "--metrics", "fid", *LOCAL)
+    assert (
+        tfmq("quantize", model, "--recipe", tmp_path / "r.yaml", "--output-dir", tmp_path / "q").status == 0
+    )
+    np.savez(
+        tmp_path / "real.npz", images=np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    )
+    command = (
+        "evaluate",
+        tmp_path / "q",
+        "--reference",
+        model,
+        "--real",
+        tmp_path / "real.npz",
+        "--metrics",
+        "fid",
+        *LOCAL,
+    )
     result = tfmq(*command, "--json")
     assert [(row["model"], row["against"]) for row in result.json["rows"]] == [
         ("full precision", "real"),
@@ -98,7 +155,10 @@ def test_what_is_refused(tfmq: Run, model: Path, quantized: Path, tmp_path: Path
         ((quantized,), "--reference MODEL"),
         ((quantized, "--real", tmp_path / "nowhere"), "nowhere does not exist"),
         ((quantized, "--real", tmp_path / "r.npz"), "r.npz"),
-        ((quantized, "--real", tmp_path / "s.npz", "--metrics", "fid,kid"), "kid needs real images; the statistics in s.npz"),
+        (
+            (quantized, "--real", tmp_path / "s.npz", "--metrics", "fid,kid"),
+            "kid needs real images; the statistics in s.npz",
+        ),
         ((quantized, "--real", tmp_path / "s.npz", "--metrics", "sfid"), "sfid needs real images"),
     ):
         result = tfmq("evaluate", *arguments, *out)
@@ -109,7 +169,9 @@ def test_what_is_refused(tfmq: Run, model: Path, quantized: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "r.npz", "s.npz"]
 
 
-def test_another_evaluations_work_is_not_gone_on_with(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_another_evaluations_work_is_not_gone_on_with(
+    tfmq: Run, model: Path, quantized: Path, tmp_path: Path
+) -> None:
     command = ("evaluate", quantized, "--reference", model, "--output-dir", tmp_path / "e", *LOCAL)
     assert tfmq(*command, "--shard", "0/2").status == 0
     result = tfmq(*command, "--seed", 1, "--resume")

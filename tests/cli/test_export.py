@@ -13,8 +13,15 @@ def test_files(tfmq: Run, quantized: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     result = tfmq("export", quantized, "--to", "openvino", "--output-dir", tmp_path / "e", "--json")
     assert result.status == 0, result.err
-    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["denoiser.bin", "denoiser.xml", "tfmq_export.json"]
-    assert result.json["to"] == "openvino" and [port["name"] for port in result.json["inputs"]] == ["sample", "timestep"]
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [
+        "denoiser.bin",
+        "denoiser.xml",
+        "tfmq_export.json",
+    ]
+    assert result.json["to"] == "openvino" and [port["name"] for port in result.json["inputs"]] == [
+        "sample",
+        "timestep",
+    ]
 
 
 def test_an_unknown_target_is_a_usage_error(tfmq: Run, quantized: Path, tmp_path: Path) -> None:

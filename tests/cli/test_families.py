@@ -15,7 +15,11 @@ Run = Callable[..., Any]
 def _autoencoder() -> torch.nn.Module:
     from diffusers import AutoencoderKL
 
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 8),
+    }
     return AutoencoderKL(**blocks, latent_channels=4, norm_num_groups=4, sample_size=16)
 
 
@@ -35,11 +39,31 @@ def save_text_to_image(directory: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = _tokenizer(directory.parent)
-    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8}
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    }
     end = len(tokenizer) - 1
-    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, **size))
-    kinds = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    shape = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, **size
+        )
+    )
+    kinds = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    shape = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
     StableDiffusionPipeline(
         vae=_autoencoder(),
         text_encoder=text_encoder,
@@ -58,9 +82,20 @@ def save_clip(directory: Path) -> None:
     size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = _tokenizer(directory.parent)
     end = len(tokenizer) - 1
-    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 8, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    text = {
+        **size,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 8,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8))
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8
+        )
+    )
     model.save_pretrained(directory)
     pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(directory)
@@ -70,9 +105,17 @@ def save_class_conditional(directory: Path) -> None:
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     # The pipeline's guidance asks for class 1000, "no class".
-    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "num_embeds_ada_norm": 1000, "norm_num_groups": 4}
+    heads = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_embeds_ada_norm": 1000,
+        "norm_num_groups": 4,
+    }
     transformer = DiTTransformer2DModel(in_channels=4, out_channels=8, sample_size=8, patch_size=2, **heads)
-    DiTPipeline(transformer=transformer, vae=_autoencoder(), scheduler=DDIMScheduler()).save_pretrained(directory)
+    DiTPipeline(transformer=transformer, vae=_autoencoder(), scheduler=DDIMScheduler()).save_pretrained(
+        directory
+    )
 
 
 FAMILIES = {
@@ -91,15 +134,40 @@ def test_every_verb(tfmq: Run, recipe: Path, tmp_path: Path, family: str) -> Non
     found = tfmq("inspect", tmp_path / "model", "--json").json
     assert found["family"] == family
     assert {source for layer in found["temporal"] for source in layer["depends_on"]} == depends_on
-    result = tfmq("quantize", tmp_path / "model", "--output-dir", tmp_path / "q", "--recipe", recipe, *prompts)
+    result = tfmq(
+        "quantize", tmp_path / "model", "--output-dir", tmp_path / "q", "--recipe", recipe, *prompts
+    )
     assert result.status == 0, result.err
     numbers = ("--num-images", 2, *prompts)
-    result = tfmq("compare", tmp_path / "q", "--reference", tmp_path / "model", *numbers, "--output-dir", tmp_path / "c", "--json")
+    result = tfmq(
+        "compare",
+        tmp_path / "q",
+        "--reference",
+        tmp_path / "model",
+        *numbers,
+        "--output-dir",
+        tmp_path / "c",
+        "--json",
+    )
     assert result.status == 0, result.err
     assert 5 < result.json["psnr_db"]["min"] < 100 and result.json["temporal"]["max_relative_error"] > 0
     assert {line.partition(":")[0] for line in result.err.splitlines()} == {"sampling", "note"}
-    assert tfmq("sample", tmp_path / "q", *numbers, "--backend", result.json["backend"], "--output-dir", tmp_path / "s").status == 0
-    with np.load(tmp_path / "s" / "samples.npz") as alone, np.load(tmp_path / "c" / "samples.npz") as compared:
+    assert (
+        tfmq(
+            "sample",
+            tmp_path / "q",
+            *numbers,
+            "--backend",
+            result.json["backend"],
+            "--output-dir",
+            tmp_path / "s",
+        ).status
+        == 0
+    )
+    with (
+        np.load(tmp_path / "s" / "samples.npz") as alone,
+        np.load(tmp_path / "c" / "samples.npz") as compared,
+    ):
         assert alone["images"].shape == (2, 16, 16, 3)
         assert np.array_equal(alone["images"], compared["quantized"])
 
@@ -128,8 +196,30 @@ def test_evaluate_every_family(tfmq: Run, recipe: Path, tmp_path: Path) -> None:
         save(tmp_path / family)
         of_text = family == "UNet2DConditionModel"
         prompts = ("--prompts", tmp_path / "p.txt") if of_text else ()
-        assert tfmq("quantize", tmp_path / family, "--output-dir", tmp_path / f"{family}-q", "--recipe", recipe, *prompts).status == 0
-        command = ("evaluate", tmp_path / f"{family}-q", "--reference", tmp_path / family, "--num-images", 3, "--batch-size", 2, *prompts, "--json")
+        assert (
+            tfmq(
+                "quantize",
+                tmp_path / family,
+                "--output-dir",
+                tmp_path / f"{family}-q",
+                "--recipe",
+                recipe,
+                *prompts,
+            ).status
+            == 0
+        )
+        command = (
+            "evaluate",
+            tmp_path / f"{family}-q",
+            "--reference",
+            tmp_path / family,
+            "--num-images",
+            3,
+            "--batch-size",
+            2,
+            *prompts,
+            "--json",
+        )
         text = ("--metrics", "clip,trajectory", "--clip", tmp_path / "clip")
         result = tfmq(*command, *text)
         if not of_text:
@@ -143,10 +233,15 @@ def test_evaluate_every_family(tfmq: Run, recipe: Path, tmp_path: Path) -> None:
 
 
 def check_clip(rows: list[dict[str, Any]], tfmq: Run, folder: Path) -> None:
-    """The scores are `100 cos` of the images that `tfmq sample` draws and their own prompts, computed by transformers alone."""
+    """The scores are `100 cos` of the images that `tfmq sample` draws and their own prompts, computed by
+    transformers alone.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
-    model, processor = CLIPModel.from_pretrained(folder / "clip").eval(), CLIPProcessor.from_pretrained(folder / "clip")
+    model, processor = (
+        CLIPModel.from_pretrained(folder / "clip").eval(),
+        CLIPProcessor.from_pretrained(folder / "clip"),
+    )
     for row, source in zip(rows, ("UNet2DConditionModel", "UNet2DConditionModel-q"), strict=True):
         drawn = ("--num-images", 3, "--batch-size", 2, "--steps", 4, "--prompts", folder / "p.txt")
         assert tfmq("sample", folder / source, *drawn, "--output-dir", folder / "s").status == 0
@@ -155,7 +250,9 @@ def check_clip(rows: list[dict[str, Any]], tfmq: Run, folder: Path) -> None:
         inputs = processor(text=["a cat", "a dog", "a cat"], images=images, return_tensors="pt", padding=True)
         with torch.no_grad():
             similarity = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
-        assert row["metric"] == "clip" and row["value"] == pytest.approx(100 * float(similarity.mean()), rel=1e-4)
+        assert row["metric"] == "clip" and row["value"] == pytest.approx(
+            100 * float(similarity.mean()), rel=1e-4
+        )
 
 
 def test_without_clip_it_says_how_to_get_it(tmp_path: Path) -> None:

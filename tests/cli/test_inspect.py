@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 Run = Callable[..., Any]
-KEYS = {"family", "parameters", "temporal", "units", "layers", "bytes", "predicted_bytes", "temporal_parameters", "table_bytes", "schemes", "speed"}
+KEYS = {
+    "family",
+    "parameters",
+    "temporal",
+    "units",
+    "layers",
+    "bytes",
+    "predicted_bytes",
+    "temporal_parameters",
+    "table_bytes",
+    "schemes",
+    "speed",
+}
 KEYS |= {"inputs", "floating", "embeddings"}
 
 
@@ -16,11 +28,22 @@ def test_full_precision(tfmq: Run, model: Path) -> None:
     result = tfmq("inspect", model, "--json")
     assert result.status == 0 and result.err == "" and result.json.keys() == KEYS
     found = result.json
-    assert found["family"] == "UNet2DModel" and found["bytes"] == {"fp32": 4 * found["parameters"], "quantized": None}
+    assert found["family"] == "UNet2DModel" and found["bytes"] == {
+        "fp32": 4 * found["parameters"],
+        "quantized": None,
+    }
     assert found["predicted_bytes"]["w4"] < found["predicted_bytes"]["w8"] < found["bytes"]["fp32"]
     for layer in found["temporal"]:
-        assert layer.keys() == {"name", "depends_on", "cacheable", "role"} and layer["depends_on"] == ["timestep"] and layer["cacheable"] is True
-    assert {layer["weight_bits"] for layer in found["layers"]} == {None} == {layer["activation_bits"] for layer in found["layers"]}
+        assert (
+            layer.keys() == {"name", "depends_on", "cacheable", "role"}
+            and layer["depends_on"] == ["timestep"]
+            and layer["cacheable"] is True
+        )
+    assert (
+        {layer["weight_bits"] for layer in found["layers"]}
+        == {None}
+        == {layer["activation_bits"] for layer in found["layers"]}
+    )
     assert all(unit.keys() == {"name", "layers"} and unit["layers"] for unit in found["units"])
 
 
@@ -56,8 +79,16 @@ def test_one_screen(tfmq: Run, model: Path, quantized: Path) -> None:
 
 
 @pytest.mark.parametrize(("height", "rows"), [(36, 4), (60, 12), (24, 1)])
-def test_what_is_shown_fits_on_one_screen(tfmq: Run, monkeypatch: pytest.MonkeyPatch, height: int, rows: int) -> None:
-    for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "xterm"), ("LINES", str(height)), ("COLUMNS", "80")):
+def test_what_is_shown_fits_on_one_screen(
+    tfmq: Run, monkeypatch: pytest.MonkeyPatch, height: int, rows: int
+) -> None:
+    for name, value in (
+        ("FORCE_COLOR", "1"),
+        ("NO_COLOR", "1"),
+        ("TERM", "xterm"),
+        ("LINES", str(height)),
+        ("COLUMNS", "80"),
+    ):
         monkeypatch.setenv(name, value)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", tfmq("inspect", "default").out).splitlines()
     # Each list: as many rows as fit, the count of the rest.
@@ -68,7 +99,13 @@ def test_what_is_shown_fits_on_one_screen(tfmq: Run, monkeypatch: pytest.MonkeyP
 
 
 def test_folded_names_count_as_the_lines_that_they_take(tfmq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("FORCE_COLOR", "1"), ("NO_COLOR", "1"), ("TERM", "xterm"), ("LINES", "40"), ("COLUMNS", "48")):
+    for name, value in (
+        ("FORCE_COLOR", "1"),
+        ("NO_COLOR", "1"),
+        ("TERM", "xterm"),
+        ("LINES", "40"),
+        ("COLUMNS", "48"),
+    ):
         monkeypatch.setenv(name, value)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", tfmq("inspect", "default").out).splitlines()
     assert 34 < len(lines) < 40

@@ -1,4 +1,6 @@
-"""Every verb on a module that neither tfmq nor diffusers knows, named by the file and function that give its sampler."""
+"""Every verb on a module that neither tfmq nor diffusers knows, named by the file and function that give its
+sampler.
+"""
 
 import json
 from collections.abc import Callable
@@ -77,7 +79,21 @@ def made(own: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     from tfmq.cli.commands import run
 
     directory = tmp_path_factory.mktemp("made") / "q"
-    assert run(["quantize", "--module", f"{own / 'own.py'}:build", "--recipe", str(recipe), "--output-dir", str(directory), "--json"]) == 0
+    assert (
+        run(
+            [
+                "quantize",
+                "--module",
+                f"{own / 'own.py'}:build",
+                "--recipe",
+                str(recipe),
+                "--output-dir",
+                str(directory),
+                "--json",
+            ]
+        )
+        == 0
+    )
     return directory
 
 
@@ -87,7 +103,9 @@ def spec(own: Path, function: str = "build") -> tuple[object, ...]:
 
 def test_the_original_and_what_was_made_of_it_are_looked_at(tfmq: Run, own: Path, made: Path) -> None:
     before, after = tfmq("inspect", *spec(own), "--json"), tfmq("inspect", made, *spec(own), "--json")
-    assert before.status == 0 and before.json["family"] == "Own" and before.json["bytes"]["quantized"] is None, before.err
+    assert (
+        before.status == 0 and before.json["family"] == "Own" and before.json["bytes"]["quantized"] is None
+    ), before.err
     assert after.status == 0 and after.json["units"] == before.json["units"], after.err
     on_disk = sum(path.stat().st_size for path in made.iterdir())
     assert after.json["bytes"] == {"fp32": before.json["bytes"]["fp32"], "quantized": on_disk}
@@ -99,7 +117,18 @@ def test_images_are_drawn_with_both(tfmq: Run, own: Path, made: Path, tmp_path: 
     import numpy as np
 
     for number, model in enumerate(((), (made,))):
-        result = tfmq("sample", *model, *spec(own), "--num-images", 3, "--steps", 4, "--output-dir", tmp_path / str(number), "--json")
+        result = tfmq(
+            "sample",
+            *model,
+            *spec(own),
+            "--num-images",
+            3,
+            "--steps",
+            4,
+            "--output-dir",
+            tmp_path / str(number),
+            "--json",
+        )
         assert result.status == 0 and (result.json["backend"] is None) is (number == 0), result.err
     full, low = (np.load(tmp_path / name / "samples.npz")["images"].astype(float) for name in ("0", "1"))
     assert full.shape == low.shape == (3, 16, 16, 3) and 0 < np.abs(full - low).mean() < 30
@@ -113,10 +142,24 @@ def test_steps_are_those_of_the_calibration(tfmq: Run, own: Path, made: Path, tm
 def test_values_and_report(tfmq: Run, own: Path, made: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     evaluated = tfmq(
-        "evaluate", made, *spec(own), "--num-images", 4, "--num-pairs", 2, "--metrics", "kid,psnr", "--extractor", "pooled-pixels",
-        "--output-dir", tmp_path / "e", "--json",
-    )  # fmt: skip
-    assert evaluated.status == 0 and {row["model"] for row in evaluated.json["rows"]} == {"quantized"}, evaluated.err
+        "evaluate",
+        made,
+        *spec(own),
+        "--num-images",
+        4,
+        "--num-pairs",
+        2,
+        "--metrics",
+        "kid,psnr",
+        "--extractor",
+        "pooled-pixels",
+        "--output-dir",
+        tmp_path / "e",
+        "--json",
+    )
+    assert evaluated.status == 0 and {row["model"] for row in evaluated.json["rows"]} == {"quantized"}, (
+        evaluated.err
+    )
     assert evaluated.json["protocol"]["quantized"]["sampler"]["per_image"]["tensors"] == ["kind"]
     analysed = tfmq("analyze", made, *spec(own), "--output-dir", tmp_path / "a", "--json")
     assert analysed.status == 0 and analysed.json["trajectory"]["mean"][-1] > 0, analysed.err
@@ -126,19 +169,31 @@ def test_values_and_report(tfmq: Run, own: Path, made: Path, tmp_path: Path) -> 
     card = (tmp_path / "r" / "card.md").read_text()
     assert "from own import build" in card and "DiffusionPipeline" not in card
     wrong = tfmq("report", made, *spec(own, "other"), "--output-dir", tmp_path / "w")
-    assert wrong.status == 1 and "does not fit the architecture" in wrong.err and not (tmp_path / "w").exists()
+    assert (
+        wrong.status == 1 and "does not fit the architecture" in wrong.err and not (tmp_path / "w").exists()
+    )
 
 
-def test_time_is_measured_in_processes_that_open_the_file_themselves(tfmq: Run, own: Path, made: Path) -> None:
-    result = tfmq("bench", made, *spec(own), "--backends", "simulated", "--rounds", 1, "--threads", 1, "--json")
+def test_time_is_measured_in_processes_that_open_the_file_themselves(
+    tfmq: Run, own: Path, made: Path
+) -> None:
+    result = tfmq(
+        "bench", made, *spec(own), "--backends", "simulated", "--rounds", 1, "--threads", 1, "--json"
+    )
     assert result.status == 0, result.err
-    assert [row["backend"] for row in result.json["rows"]] == ["fp32", "simulated"] and result.json["rows"][1]["sqnr_db"] > 5
+    assert [row["backend"] for row in result.json["rows"]] == ["fp32", "simulated"] and result.json["rows"][
+        1
+    ]["sqnr_db"] > 5
 
 
 def test_a_graph_is_written(tfmq: Run, own: Path, made: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     result = tfmq("export", made, *spec(own), "--to", "openvino", "--output-dir", tmp_path / "x", "--json")
-    assert result.status == 0 and [port["name"] for port in result.json["inputs"]] == ["noisy_pixels", "when", "kind"], result.err
+    assert result.status == 0 and [port["name"] for port in result.json["inputs"]] == [
+        "noisy_pixels",
+        "when",
+        "kind",
+    ], result.err
 
 
 @pytest.mark.parametrize(
@@ -156,7 +211,12 @@ def test_a_file_that_gives_no_sampler_is_refused(tfmq: Run, own: Path, where: st
     import re
 
     result = tfmq("inspect", "--module", own / where)
-    assert result.status == 1 and result.err.startswith("error: ") and result.err.count("\n") == 1 and re.search(words, result.err), result.err
+    assert (
+        result.status == 1
+        and result.err.startswith("error: ")
+        and result.err.count("\n") == 1
+        and re.search(words, result.err)
+    ), result.err
 
 
 def test_a_function_that_keeps_its_module_is_told(tfmq: Run, own: Path, made: Path, tmp_path: Path) -> None:
@@ -195,4 +255,6 @@ def test_another_class_is_another_job(own: Path, recipe: Path, tmp_path: Path) -
     changed.per_image["kind"] = torch.tensor([0, 1, 1])
     with pytest.raises(JobMismatchError, match="sampler"):
         tfmq.quantize(changed, load(recipe), output_dir=tmp_path / "q", resume=True)
-    assert json.loads((tmp_path / "q" / "tfmq_report.json").read_text())["fingerprint"]["sampler"]["per_image"]["digest"]
+    assert json.loads((tmp_path / "q" / "tfmq_report.json").read_text())["fingerprint"]["sampler"][
+        "per_image"
+    ]["digest"]

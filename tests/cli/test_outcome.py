@@ -32,21 +32,30 @@ Run = Callable[..., Any]
         (ValueError(), "error: unexpected ValueError: (TFMQ_DEBUG=1 shows where)\n"),
     ],
 )
-def test_an_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], error: Exception, line: str) -> None:
+def test_an_error_is_one_line_and_status_1(
+    capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
     with pytest.raises(typer.Exit) as left, verb():
         raise error
     assert left.value.exit_code == 1
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_torchvision_that_does_not_fit_is_named_below_whatever_failed_because_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_torchvision_that_does_not_fit_is_named_below_whatever_failed_because_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(typer.Exit), verb():
         try:
             raise RuntimeError("operator torchvision::nms does not exist")
         except RuntimeError as error:
-            raise RuntimeError("Failed to import diffusers.pipelines.pipeline_utils (look up to see its traceback)") from error
+            raise RuntimeError(
+                "Failed to import diffusers.pipelines.pipeline_utils (look up to see its traceback)"
+            ) from error
     said = capsys.readouterr().err
-    assert said.startswith("error: the torchvision that is installed does not fit this torch") and "..." not in said
+    assert (
+        said.startswith("error: the torchvision that is installed does not fit this torch")
+        and "..." not in said
+    )
     assert "--index-url" in said and "or remove it" in said
 
 
@@ -108,11 +117,16 @@ def test_only_our_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None
         _warn_as("/usr/lib/python3/contextlib.py", "raised within a context")
         _warn_as(f"{site}/diffusers/utils.py", "something is outdated")
         _warn_as(f"{site}/tfmq/api.py", "for developers", DeprecationWarning)
-    assert capsys.readouterr().err == "warning: timestep 5 was not calibrated\nwarning: raised within a context\n"
+    assert (
+        capsys.readouterr().err
+        == "warning: timestep 5 was not calibrated\nwarning: raised within a context\n"
+    )
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_progress_is_on_stderr(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
     from tfmq.cli.progress import shown_progress
 
     monkeypatch.setenv("TERM", "xterm")
@@ -129,7 +143,11 @@ def test_progress_is_on_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert "3/3" in err and "eta" in err
     else:
         first, last = err.splitlines()
-        assert first.startswith("reconstruction: 1/3, ") and first.endswith(" left") and "done in 0:00:00" in last
+        assert (
+            first.startswith("reconstruction: 1/3, ")
+            and first.endswith(" left")
+            and "done in 0:00:00" in last
+        )
 
 
 def test_a_failed_stage_prints_nothing_more(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +177,9 @@ def test_bad_prompt_files(tmp_path: Path, content: bytes, error: str) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_notes_are_shown_where_the_verb_succeeds_and_an_error_is_one_line(capsys: pytest.CaptureFixture[str], fails: bool) -> None:
+def test_notes_are_shown_where_the_verb_succeeds_and_an_error_is_one_line(
+    capsys: pytest.CaptureFixture[str], fails: bool
+) -> None:
     log = logging.getLogger("tfmq")
     before = log.level, list(log.handlers)
     try:
@@ -169,11 +189,15 @@ def test_notes_are_shown_where_the_verb_succeeds_and_an_error_is_one_line(capsys
                 raise ValueError("no such model")
     except typer.Exit:
         assert fails
-    assert capsys.readouterr().err == ("error: no such model\n" if fails else "note: auto: abacus computes it\n")
+    assert capsys.readouterr().err == (
+        "error: no such model\n" if fails else "note: auto: abacus computes it\n"
+    )
     assert (log.level, list(log.handlers)) == before
 
 
-def test_ctrl_c_promises_to_continue_only_from_a_job_of_this_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_promises_to_continue_only_from_a_job_of_this_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tfmq.storage.journal import Journal
 
     job = tmp_path / "q.job"
@@ -190,18 +214,29 @@ def test_ctrl_c_promises_to_continue_only_from_a_job_of_this_run(tmp_path: Path,
     assert "as it was" in said(opens=False) and "continues" in said(opens=True)
 
 
-def test_time_is_said_before_work_that_takes_some(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_said_before_work_that_takes_some(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tfmq.cli.progress import foretell
 
     monkeypatch.setattr("tfmq.cli.progress.SHORT", 3.0)
     for seconds in (0.5, 40.2, 300.0, 9000.0, 7e6):
         foretell(seconds, "drawing")
-    assert capsys.readouterr() == ("", "about 40 s: drawing\nabout 5 min: drawing\nabout 2.5 h: drawing\nabout 81 days: drawing\n")
+    assert capsys.readouterr() == (
+        "",
+        "about 40 s: drawing\nabout 5 min: drawing\nabout 2.5 h: drawing\nabout 81 days: drawing\n",
+    )
 
 
 @pytest.mark.parametrize("verb", ["sample", "compare", "evaluate", "analyze", "quantize", "inspect"])
 def test_verbs_say_their_time(
-    tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    tfmq: Run,
+    model: Path,
+    quantized: Path,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
 ) -> None:
     monkeypatch.setattr("tfmq.cli.progress.SHORT", 0.0)
     out, few = ("--output-dir", tmp_path / "o"), ("--num-images", 1, "--backend", "simulated")
@@ -215,4 +250,6 @@ def test_verbs_say_their_time(
         "inspect": (model, "--device"),
     }
     result = tfmq(verb, *given[verb])
-    assert result.status == 0 and sum(line.startswith("about ") for line in result.err.splitlines()) == (2 if verb == "quantize" else 1), result.err
+    assert result.status == 0 and sum(line.startswith("about ") for line in result.err.splitlines()) == (
+        2 if verb == "quantize" else 1
+    ), result.err

@@ -17,18 +17,36 @@ import torch
 from tfmq.storage.journal import Journal
 
 Run = Callable[..., Any]
-KEYS = {"output_dir", "scheme", "seconds", "time_budget", "memory", "bytes", "units", "temporal", "sha256", "floating", "judged"}
+KEYS = {
+    "output_dir",
+    "scheme",
+    "seconds",
+    "time_budget",
+    "memory",
+    "bytes",
+    "units",
+    "temporal",
+    "sha256",
+    "floating",
+    "judged",
+}
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_report(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
     result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe, "--json")
     assert result.status == 0 and result.json.keys() == KEYS
     report = result.json
-    assert report["output_dir"] == str(tmp_path / "q") and report["scheme"] == "quick" and report["seconds"] > 0
+    assert (
+        report["output_dir"] == str(tmp_path / "q") and report["scheme"] == "quick" and report["seconds"] > 0
+    )
     on_disk = sum(path.stat().st_size for path in (tmp_path / "q" / "unet").iterdir())
     unet = torch.nn.Module.parameters(_unet(model))
     assert report["bytes"] == {"fp32": 4 * sum(p.numel() for p in unet), "quantized": on_disk}
@@ -37,25 +55,48 @@ def test_report(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
         assert unit.keys() == {"name", "error_before", "error_after", "iterations", "seconds"}
         assert unit["error_after"] >= 0 and unit["seconds"] > 0
     config = json.loads((tmp_path / "q" / "unet" / "config.json").read_text())
-    assert 0 < report["floating"]["share"] < 0.5 and {module["reason"] for module in report["floating"]["modules"]} == {"norm"}
+    assert 0 < report["floating"]["share"] < 0.5 and {
+        module["reason"] for module in report["floating"]["modules"]
+    } == {"norm"}
     assert report["floating"]["bytes"] == sum(module["bytes"] for module in report["floating"]["modules"])
     assert report["sha256"] == config["quantization_config"]["digest"]
-    assert "calibration: sampling" in result.err and "units: reconstruction" in result.err and "Loading" not in result.err
+    assert (
+        "calibration: sampling" in result.err
+        and "units: reconstruction" in result.err
+        and "Loading" not in result.err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
-def test_limits_are_kept_and_reported(tfmq: Run, model: Path, recipe: Path, quantized: Path, tmp_path: Path) -> None:
+def test_limits_are_kept_and_reported(
+    tfmq: Run, model: Path, recipe: Path, quantized: Path, tmp_path: Path
+) -> None:
     limits = ("--max-memory", "256MiB", "--time-budget", "30m")
     result = tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe, "--json", *limits)
     assert result.status == 0 and result.json["time_budget"] == 1800
     assert result.json["memory"]["limit_bytes"] == 256 * 2**20 and result.json["memory"]["peak_bytes"] > 10**7
     assert all(unit["error_after"] <= unit["error_before"] for unit in result.json["units"])
-    free = tfmq("quantize", model, "--output-dir", tmp_path / "f", "--recipe", recipe, "--json", "--max-memory", "256MiB")
+    free = tfmq(
+        "quantize",
+        model,
+        "--output-dir",
+        tmp_path / "f",
+        "--recipe",
+        recipe,
+        "--json",
+        "--max-memory",
+        "256MiB",
+    )
     assert free.json["sha256"] == json.loads((quantized / "tfmq_report.json").read_text())["sha256"]
 
 
-@pytest.mark.parametrize("wrong", [("--max-memory", "4 sheep"), ("--max-memory", "0"), ("--time-budget", "soon"), ("--time-budget", "-1m")])
-def test_limits_that_say_nothing_are_refused(tfmq: Run, model: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [("--max-memory", "4 sheep"), ("--max-memory", "0"), ("--time-budget", "soon"), ("--time-budget", "-1m")],
+)
+def test_limits_that_say_nothing_are_refused(
+    tfmq: Run, model: Path, tmp_path: Path, wrong: tuple[str, str]
+) -> None:
     result = tfmq("quantize", model, "--output-dir", tmp_path / "q", *wrong)
     assert result.status == 2 and wrong[0] in result.err and not (tmp_path / "q").exists()
 
@@ -66,12 +107,22 @@ def _unet(model: Path) -> torch.nn.Module:
     return UNet2DModel.from_pretrained(model, subfolder="unet")
 
 
-def test_same_seed_same_bytes_and_another_seed(tfmq: Run, model: Path, recipe: Path, quantized: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_and_another_seed(
+    tfmq: Run, model: Path, recipe: Path, quantized: Path, tmp_path: Path
+) -> None:
     assert tfmq("quantize", model, "--output-dir", tmp_path / "a", "--recipe", recipe).status == 0
     assert contents(tmp_path / "a") == contents(quantized)
     # Seeds are free: large ones too.
-    assert tfmq("quantize", model, "--output-dir", tmp_path / "b", "--recipe", recipe, "--seed", 2**31 - 1).status == 0
-    assert contents(tmp_path / "b")["unet/diffusion_pytorch_model.safetensors"] != contents(quantized)["unet/diffusion_pytorch_model.safetensors"]
+    assert (
+        tfmq(
+            "quantize", model, "--output-dir", tmp_path / "b", "--recipe", recipe, "--seed", 2**31 - 1
+        ).status
+        == 0
+    )
+    assert (
+        contents(tmp_path / "b")["unet/diffusion_pytorch_model.safetensors"]
+        != contents(quantized)["unet/diffusion_pytorch_model.safetensors"]
+    )
 
 
 def test_numbers_override_the_recipe(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
@@ -79,7 +130,11 @@ def test_numbers_override_the_recipe(tfmq: Run, model: Path, recipe: Path, tmp_p
     assert tfmq("quantize", model, "--output-dir", tmp_path / "q", "--recipe", recipe, *numbers).status == 0
     config = json.loads((tmp_path / "q" / "unet" / "config.json").read_text())["quantization_config"]
     used = config["provenance"]["recipe"]
-    assert (used["calibration"]["steps"], used["calibration"]["samples"], used["learning"]["iterations"]) == (1, 3, 0)
+    assert (used["calibration"]["steps"], used["calibration"]["samples"], used["learning"]["iterations"]) == (
+        1,
+        3,
+        0,
+    )
     assert config["structure"]["steps"] == 1
     assert tfmq("sample", tmp_path / "q", "--num-images", 1, "--output-dir", tmp_path / "s").status == 0
 
@@ -108,14 +163,19 @@ def test_a_finished_job_is_not_done_again(tfmq: Run, model: Path, recipe: Path, 
     result = tfmq(*command, "--resume", "--json")
     assert result.status == 0 and result.json.keys() == KEYS and result.err == ""
     assert {unit["seconds"] for unit in result.json["units"]} == {0.0}
-    for refused, cause in ((command, "already holds"), ((*command, "--resume", "--seed", "5"), "another seed")):
+    for refused, cause in (
+        (command, "already holds"),
+        ((*command, "--resume", "--seed", "5"), "another seed"),
+    ):
         result = tfmq(*refused)
         assert result.status == 1 and cause in result.err and result.err.count("\n") == 1
     assert contents(quantized) == before
 
 
 @pytest.mark.parametrize("place", ["tfmq.artifact.write_json", "tfmq.storage.atomic._sync"])
-def test_a_full_disk(tfmq: Run, model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_full_disk(
+    tfmq: Run, model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -132,7 +192,9 @@ def test_a_full_disk(tfmq: Run, model: Path, recipe: Path, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(tfmq: Run, model: Path, recipe: Path, tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite(
+    tfmq: Run, model: Path, recipe: Path, tmp_path: Path, value: float
+) -> None:
     from diffusers import DDIMPipeline
 
     pipeline = DDIMPipeline.from_pretrained(model)
@@ -155,25 +217,39 @@ def _until(path: Path, child: "subprocess.Popen[str]") -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_interrupted_killed_and_continued(
-    tfmq: Run, model: Path, recipe: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    tfmq: Run,
+    model: Path,
+    recipe: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     longer = ("--recipe", str(recipe), "--iterations", "25")
     assert tfmq("quantize", model, "--output-dir", tmp_path / "whole", *longer).status == 0
     # A shell that starts jobs in the background lets them ignore Ctrl-C.
-    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom tfmq.cli.app import main\nmain()"
+    code = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom "
+        "tfmq.cli.app import main\nmain()"
+    )
     arguments = ["quantize", str(model), "--output-dir", str(tmp_path / "parts"), *longer]
     job = tmp_path / "parts.job"
 
     def start(*more: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", code, *arguments, *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     with start() as child:
         _until(job / "unit_0001.safetensors", child)
         child.send_signal(signal.SIGINT)
         out, err = child.communicate()
     assert child.returncode == 130 and out == ""
-    assert err.splitlines()[-1].startswith("error: interrupted") and "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert (
+        err.splitlines()[-1].startswith("error: interrupted")
+        and "--resume" in err.splitlines()[-1]
+        and "Traceback" not in err
+    )
     with start("--resume") as child:
         _until(job / "unit_0006.safetensors", child)
         child.kill()
@@ -183,7 +259,11 @@ def test_interrupted_killed_and_continued(
     assert len(done) < len(json.loads((tmp_path / "whole" / "tfmq_report.json").read_text())["units"])
     # Seen in the moment before the job is cleared away: what was done stayed done.
     left: dict[str, int] = {}
-    monkeypatch.setattr(Journal, "remove", lambda _: left.update({path.name: path.stat().st_mtime_ns for path in job.glob("*.safetensors")}))
+    monkeypatch.setattr(
+        Journal,
+        "remove",
+        lambda _: left.update({path.name: path.stat().st_mtime_ns for path in job.glob("*.safetensors")}),
+    )
     assert tfmq(*arguments, "--resume").status == 0
     assert {name: left[name] for name in done} == done and len(left) > len(done)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")

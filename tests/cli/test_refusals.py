@@ -117,7 +117,9 @@ def test_no_model(tfmq: Run, tmp_path: Path, verb: str) -> None:
 def test_other_inputs(tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "typo.yaml").write_text("name: x\nlerning: {}\n")
     (tmp_path / "bits.yaml").write_text("name: x\nweights: {bits: 9}\n")
-    (tmp_path / "rule.yaml").write_text(recipe.read_text() + "rules: [{match: nothing.*, weight_bits: 8, activation_bits: 8}]\n")
+    (tmp_path / "rule.yaml").write_text(
+        recipe.read_text() + "rules: [{match: nothing.*, weight_bits: 8, activation_bits: 8}]\n"
+    )
     (tmp_path / "file").write_text("")
     out = ("--output-dir", tmp_path / "out")
     for arguments, cause in (
@@ -131,30 +133,55 @@ def test_other_inputs(tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp
         (("quantize", model, *out, "--recipe", tmp_path / "rule.yaml"), "nothing.*"),
     ):
         result = tfmq(*arguments)
-        assert result.status == 1 and result.out == "" and cause in result.err and result.err.count("\n") == 1, (arguments, result)
+        assert (
+            result.status == 1 and result.out == "" and cause in result.err and result.err.count("\n") == 1
+        ), (arguments, result)
 
 
 def test_a_component_that_is_no_denoiser(tfmq: Run, tmp_path: Path) -> None:
     result = tfmq("quantize", "default", "--output-dir", tmp_path / "q", "--component", "transformer")
-    assert result.status == 1 and "has no denoiser transformer; it has unet" in result.err and not list(tmp_path.iterdir())
+    assert (
+        result.status == 1
+        and "has no denoiser transformer; it has unet" in result.err
+        and not list(tmp_path.iterdir())
+    )
 
 
-def test_more_images_than_there_is_room_for(tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path) -> None:
-    """What they would take is said, and nothing of it is made first: neither a list of a billion batches nor a file."""
+def test_more_images_than_there_is_room_for(
+    tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """What they would take is said, and nothing of it is made first: neither a list of a billion batches nor
+    a file.
+    """
     images, out = ("--num-images", 10**15, "--num-pairs", 10**15), ("--output-dir", tmp_path / "o")
     local = ("--extractor", "pooled-pixels", "--metrics", "psnr")
     for arguments, causes in (
         (("sample", model, *out, *images[:2]), (" GB of memory, where ", "days", "--num-images")),
-        (("compare", quantized, "--reference", model, *out, *images[:2]), (" GB of memory, where ", "days", "--num-images")),
-        (("evaluate", quantized, "--reference", model, *out, *images, *local), (" GB of disk, where ", "--num-images")),
-        (("quantize", model, "--recipe", recipe, *out, "--calib-size", 10**15), (" GB of disk, where ", "days", "--calib-size")),
+        (
+            ("compare", quantized, "--reference", model, *out, *images[:2]),
+            (" GB of memory, where ", "days", "--num-images"),
+        ),
+        (
+            ("evaluate", quantized, "--reference", model, *out, *images, *local),
+            (" GB of disk, where ", "--num-images"),
+        ),
+        (
+            ("quantize", model, "--recipe", recipe, *out, "--calib-size", 10**15),
+            (" GB of disk, where ", "days", "--calib-size"),
+        ),
     ):
         result = tfmq(*arguments)
-        assert result.status == 1 and result.out == "" and all(cause in result.err.splitlines()[-1] for cause in causes), (arguments, result)
+        assert (
+            result.status == 1
+            and result.out == ""
+            and all(cause in result.err.splitlines()[-1] for cause in causes)
+        ), (arguments, result)
         assert not (tmp_path / "o").exists() or not any((tmp_path / "o").iterdir())
 
 
-def test_an_output_path_that_is_not_utf_8(tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path) -> None:
+def test_an_output_path_that_is_not_utf_8(
+    tfmq: Run, model: Path, quantized: Path, recipe: Path, tmp_path: Path
+) -> None:
     import os
 
     out = ("--output-dir", os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))

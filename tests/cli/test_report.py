@@ -30,19 +30,32 @@ def test_the_way_from_a_model_to_its_report(tfmq: Run, model: Path, quantized: P
     assert "base_model_relation: quantized" in card and page.count("data:image/png") == 6
 
 
-def test_a_whole_model_is_pushed_with_its_card(tfmq: Run, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_model_is_pushed_with_its_card(
+    tfmq: Run, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pushed: list[Any] = []
-    monkeypatch.setattr("tfmq.integrations.hub.push_folder", lambda *a, **k: pushed.append((a, k)) or "https://example.org/me/q")
+    monkeypatch.setattr(
+        "tfmq.integrations.hub.push_folder",
+        lambda *a, **k: pushed.append((a, k)) or "https://example.org/me/q",
+    )
     shutil.copytree(quantized, tmp_path / "q")
     command = ("report", tmp_path / "q", "--base-model", "owner/name", "--push-to-hub", "me/q")
     result = tfmq(*command, "--json")
     assert result.status == 0 and result.json["pushed_to"] == "https://example.org/me/q"
     ((directory, repository), options) = pushed.pop()
     assert (directory, repository) == (tmp_path / "q", "me/q") and not options["private"]
-    assert options["card"] == Path(result.json["card"]).read_text() and "base_model_relation: quantized" in options["card"]
-    assert 'DiffusionPipeline.from_pretrained("me/q")' in options["card"] and "from owner/name" in options["card"]
+    assert (
+        options["card"] == Path(result.json["card"]).read_text()
+        and "base_model_relation: quantized" in options["card"]
+    )
+    assert (
+        'DiffusionPipeline.from_pretrained("me/q")' in options["card"]
+        and "from owner/name" in options["card"]
+    )
     nameless = tfmq(*command[:2], *command[-2:])
-    assert nameless.status == 0 and "name it with --base-model" in nameless.err and "name it" not in result.err
+    assert (
+        nameless.status == 0 and "name it with --base-model" in nameless.err and "name it" not in result.err
+    )
     assert "base_model" not in pushed.pop()[1]["card"]
     weights = next((tmp_path / "q").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-10])

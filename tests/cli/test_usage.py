@@ -24,12 +24,30 @@ def test_version_and_help(tfmq: Run) -> None:
 @pytest.mark.parametrize(
     ("verb", "options"),
     [
-        ("quantize", "--output-dir --scheme --recipe --steps --calib-size --iterations --seed --device --prompts --resume --json"),
+        (
+            "quantize",
+            (
+                "--output-dir --scheme --recipe --steps --calib-size --iterations "
+                "--seed --device --prompts --resume --json"
+            ),
+        ),
         ("sample", "--num-images --steps --seed --output-dir --prompts --backend --weights"),
         ("compare", "--reference --num-images --seed --output-dir --prompts --backend --weights --json"),
-        ("evaluate", "--reference --real --num-images --steps --seed --metrics --extractor --weights-dir --shard --resume --json"),
-        ("analyze", "--reference --num-images --steps --seed --output-dir --prompts --backend --weights --json"),
-        ("report", "--evaluation --analysis --bench --base-model --push-to-hub --private --output-dir --json"),
+        (
+            "evaluate",
+            (
+                "--reference --real --num-images --steps --seed --metrics "
+                "--extractor --weights-dir --shard --resume --json"
+            ),
+        ),
+        (
+            "analyze",
+            "--reference --num-images --steps --seed --output-dir --prompts --backend --weights --json",
+        ),
+        (
+            "report",
+            "--evaluation --analysis --bench --base-model --push-to-hub --private --output-dir --json",
+        ),
         ("inspect", "--json"),
         ("import", "--config --output-dir --tokenizer --json"),
         ("bench", "--reference --backends --peers --batch --rounds --threads --steps --prompts --json"),
@@ -81,14 +99,19 @@ def test_options_of_the_contract(tfmq: Run, monkeypatch: pytest.MonkeyPatch, ver
         ("import --config c.yaml --output-dir d", "CHECKPOINT"),
         ("inspect m n", "n"),
         ("bench", "DIR"),
-        ("bench m --backends torch,abacus", "'abacus'; give all, none, or some of simulated, reference, torch"),
+        (
+            "bench m --backends torch,abacus",
+            "'abacus'; give all, none, or some of simulated, reference, torch",
+        ),
         ("bench m --peers torch", "'torch'; give all, none, or some of fp32, fp32-channels-last"),
         ("bench m --batch 1,0", "--batch"),
         ("bench m --batch 1,", "--batch"),
         ("bench m --rounds 0", "--rounds"),
     ],
 )
-def test_usage_errors(tfmq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, cause: str) -> None:
+def test_usage_errors(
+    tfmq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, cause: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = tfmq(*arguments.split())
     assert result.status == 2 and result.out == ""
@@ -97,10 +120,22 @@ def test_usage_errors(tfmq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_help_imports_nothing_heavy(environment: dict[str, str]) -> None:
-    code = "import sys\nfrom tfmq.cli.commands import run\nrun(['quantize', '--help'])\nprint(*sys.modules, file=sys.stderr)"
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    code = (
+        "import sys\nfrom tfmq.cli.commands import run\nrun(['quantize', "
+        "'--help'])\nprint(*sys.modules, file=sys.stderr)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     loaded = set(child.stderr.split())
-    assert "typer" in loaded and not loaded & {"torch", "numpy", "diffusers", "transformers", "matplotlib", "skimage"}
+    assert "typer" in loaded and not loaded & {
+        "torch",
+        "numpy",
+        "diffusers",
+        "transformers",
+        "matplotlib",
+        "skimage",
+    }
 
 
 def test_without_the_extra(environment: dict[str, str]) -> None:

@@ -52,7 +52,9 @@ def test_an_error_is_raised_as_it_was(sent_by_value: None) -> None:
         list(crew.team(refuser)([3]))
 
 
-def test_what_kills_every_worker_is_given_up(sent_by_value: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kills_every_worker_is_given_up(
+    sent_by_value: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "RETRIES", 1)
     with connected(Cluster()) as crew, pytest.raises(WorkerError, match="1 more on the same work"):
         list(crew.team(partial(dier, tmp_path))([0]))

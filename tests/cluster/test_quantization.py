@@ -26,11 +26,17 @@ def quick(inputs: UnitInputs) -> Recipe:
     recipe = tfmq.scheme("w4a8")
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=3))
     calibration = Calibration(samples=3, steps=3, interval=2, batch_size=2)
-    return replace(recipe, rounding=replace(recipe.rounding, inputs=inputs), temporal=temporal, calibration=calibration)
+    return replace(
+        recipe, rounding=replace(recipe.rounding, inputs=inputs), temporal=temporal, calibration=calibration
+    )
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 class Counting:
@@ -50,14 +56,21 @@ class Counting:
 
 
 @pytest.mark.parametrize("inputs", ["full", "quantized"])
-def test_two_workers_make_the_same_bytes_as_none(ray: Any, model: Path, tmp_path: Path, inputs: UnitInputs) -> None:
+def test_two_workers_make_the_same_bytes_as_none(
+    ray: Any, model: Path, tmp_path: Path, inputs: UnitInputs
+) -> None:
     recipe = quick(inputs)
     tfmq.quantize(str(model), recipe, output_dir=tmp_path / "alone", seed=3)
     with connected(Cluster(workers=2)) as crew:
-        helpers = Counting(Helpers(crew, Order(target=str(model), recipe=recipe, output_dir=tmp_path / "together", seed=3)))
+        helpers = Counting(
+            Helpers(crew, Order(target=str(model), recipe=recipe, output_dir=tmp_path / "together", seed=3))
+        )
         found = tfmq.quantize(str(model), recipe, output_dir=tmp_path / "together", seed=3, helpers=helpers)
     assert content(tmp_path / "together") == content(tmp_path / "alone")
-    assert helpers.asked == {"record": 2, "reconstruct": len(found.report["units"]) if inputs == "full" else 0}
+    assert helpers.asked == {
+        "record": 2,
+        "reconstruct": len(found.report["units"]) if inputs == "full" else 0,
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "together"]
 
 
@@ -70,7 +83,9 @@ def test_a_worker_with_another_model_refuses(ray: Any, model: Path, tmp_path: Pa
     assert not content(tmp_path / "m")
 
 
-def test_a_worker_keeps_to_the_limit_of_memory_itself(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_keeps_to_the_limit_of_memory_itself(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, job, files = quick("full"), job_of(tmp_path / "m"), 0
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -87,7 +102,9 @@ def test_a_worker_keeps_to_the_limit_of_memory_itself(model: Path, tmp_path: Pat
         return real(own)
 
     def codes(limits: Resources) -> dict[str, list[Any]]:
-        _make(Order(target=str(model), recipe=recipe, output_dir=tmp_path / "m", resources=limits))(("reconstruct", 0, None))
+        _make(Order(target=str(model), recipe=recipe, output_dir=tmp_path / "m", resources=limits))(
+            ("reconstruct", 0, None)
+        )
         path = job / f"{unit_file(0)}.safetensors"
         found = {name: tensor.tolist() for name, tensor in read_tensors(path)[0].items() if name != "report"}
         path.unlink()

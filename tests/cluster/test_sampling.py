@@ -37,7 +37,9 @@ def descendants(root: int) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_draws_the_same_bytes(ray: Any, open_model: Callable[[], Any], workers: int) -> None:
+def test_any_number_of_workers_draws_the_same_bytes(
+    ray: Any, open_model: Callable[[], Any], workers: int
+) -> None:
     with connected(Cluster(workers=workers)) as crew:
         images = draw_together(crew, open_model, 10, **OPTIONS)
     assert images.dtype == np.uint8

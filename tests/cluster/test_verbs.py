@@ -1,4 +1,6 @@
-"""The verbs of the command line on a cluster: the same values and pixels, by whichever number of workers, and at an address."""
+"""The verbs of the command line on a cluster: the same values and pixels, by whichever number of workers, and
+at an address.
+"""
 
 import json
 from collections.abc import Callable
@@ -36,15 +38,41 @@ def test_the_verbs_together(ray: Any, tfmq: Callable[..., Any], model: Path, tmp
     address = ray.get_runtime_context().gcs_address
     (tmp_path / "quick.yaml").write_text(RECIPE)
     made = [
-        tfmq("quantize", model, "--recipe", tmp_path / "quick.yaml", "--unit-inputs", "full", "--output-dir", tmp_path / name, *options)
+        tfmq(
+            "quantize",
+            model,
+            "--recipe",
+            tmp_path / "quick.yaml",
+            "--unit-inputs",
+            "full",
+            "--output-dir",
+            tmp_path / name,
+            *options,
+        )
         for name, options in (("alone", ()), ("together", ("--cluster", address)))
     ]
     assert made[0]["sha256"] == made[1]["sha256"]
     samples = ("sample", tmp_path / "alone", "--num-images", 5, "--batch-size", 2, "--backend", "simulated")
-    drawn = [tfmq(*samples, "--output-dir", tmp_path / name, *options) for name, options in (("a", ()), ("b", ("--cluster", "--workers", 1)))]
-    assert {key: drawn[0][key] for key in ("shape", "steps", "backend")} == {key: drawn[1][key] for key in ("shape", "steps", "backend")}
+    drawn = [
+        tfmq(*samples, "--output-dir", tmp_path / name, *options)
+        for name, options in (("a", ()), ("b", ("--cluster", "--workers", 1)))
+    ]
+    assert {key: drawn[0][key] for key in ("shape", "steps", "backend")} == {
+        key: drawn[1][key] for key in ("shape", "steps", "backend")
+    }
     assert (tmp_path / "a" / "00004.png").read_bytes() == (tmp_path / "b" / "00004.png").read_bytes()
-    request = ("evaluate", tmp_path / "alone", "--reference", model, "--extractor", "pooled-pixels", "--num-images", 5, "--batch-size", 2)
+    request = (
+        "evaluate",
+        tmp_path / "alone",
+        "--reference",
+        model,
+        "--extractor",
+        "pooled-pixels",
+        "--num-images",
+        5,
+        "--batch-size",
+        2,
+    )
     places = {"x": (), "y": ("--cluster", "--workers", 1), "z": ("--cluster", address)}
     for name, options in places.items():
         tfmq(*request, "--num-pairs", 3, "--backend", "simulated", "--output-dir", tmp_path / name, *options)

@@ -32,10 +32,14 @@ def tables(capabilities: ModuleType) -> dict[str, str]:
     return found
 
 
-def test_the_page_is_up_to_date(capabilities: ModuleType, tables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_up_to_date(
+    capabilities: ModuleType, tables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(capabilities, "tables", lambda: tables)
     text = capabilities.PAGE.read_text(encoding="utf-8")
-    assert capabilities.page(text) == text, "docs/capabilities.md is out of date: run `python3 tasks.py matrix`"
+    assert capabilities.page(text) == text, (
+        "docs/capabilities.md is out of date: run `python3 tasks.py matrix`"
+    )
 
 
 def test_everything_registered_is_on_the_page(tables: dict[str, str]) -> None:
@@ -45,7 +49,9 @@ def test_everything_registered_is_on_the_page(tables: dict[str, str]) -> None:
 
 def test_the_exact_reference_takes_every_layer_with_a_quantized_input(capabilities: ModuleType) -> None:
     column = list(BACKENDS).index("reference")
-    rows = capabilities.layer_rows([capabilities.Grids(capabilities.IntegerFormat(8), capabilities.IntegerFormat(8), "static")])
+    rows = capabilities.layer_rows(
+        [capabilities.Grids(capabilities.IntegerFormat(8), capabilities.IntegerFormat(8), "static")]
+    )
     assert len(rows) > 8 and {cells[column] for cells in rows.values()} == {"integers"}
 
 

@@ -1,4 +1,6 @@
-"""The documentation, executed: marked blocks run, links lead somewhere, and functions are where a page says they are."""
+"""The documentation, executed: marked blocks run, links lead somewhere, and functions are where a page says
+they are.
+"""
 
 import json
 import re
@@ -25,9 +27,10 @@ from tfmq.storage.errors import CheckpointError
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
-# ```python test model: the block runs in an empty folder that holds `model`. What can be asked for is below, in `folders`.
+# ```python test model: the block runs in an empty folder that holds `model`; `folders` has what to ask for.
 # ```python test small: the embedded model is a tiny pipeline, and w4a8 a recipe that learns next to nothing.
-# ```python test as:mine.py: the block is what ```sh test mine.py finds in its folder under that name. In that, each `tfmq` line is run.
+# ```python test as:mine.py: the block is what ```sh test mine.py finds in its folder under that name; there
+# each `tfmq` line is run.
 FENCE = re.compile(r"^```(python|yaml|sh) test([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PLACE = re.compile(r"\]\(((?:\.\./)?src/[^)#\s]+\.py)\)((?:,? `\w+`)+)")
@@ -84,8 +87,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with `stock`, a tiny full-precision pipeline, and `model`, the same at W4A8."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-    shape = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    shape = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    kinds = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipeline = DDIMPipeline(unet=UNet2DModel(**shape, **kinds), scheduler=DDIMScheduler())
@@ -122,7 +136,9 @@ def lay_out(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
                 shutil.copytree(folders / "stock", tmp_path / "shelf" / "default")
                 continue
             if name.endswith(".py"):
-                (source,) = (other for other in BLOCKS if other.page == block.page and f"as:{name}" in other.needs)
+                (source,) = (
+                    other for other in BLOCKS if other.page == block.page and f"as:{name}" in other.needs
+                )
                 (tmp_path / name).write_text(source.text)
                 continue
             if name == "exported" and not (folders / name).exists():
@@ -144,11 +160,17 @@ def test_python_blocks_run(block: Block, lay_out: Callable[[Block], None]) -> No
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "sh"], ids=str)
-def test_commands_run(block: Block, lay_out: Callable[[Block], None], capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run(
+    block: Block, lay_out: Callable[[Block], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     from tfmq.cli.commands import run
 
     lay_out(block)
-    commands = [shlex.split(line, comments=True)[1:] for line in block.text.replace("\\\n", " ").splitlines() if line.startswith("tfmq ")]
+    commands = [
+        shlex.split(line, comments=True)[1:]
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if line.startswith("tfmq ")
+    ]
     assert commands
     for command in commands:
         assert run(command) == 0, (command, capsys.readouterr().err)
@@ -161,20 +183,28 @@ def test_yaml_blocks_are_recipes(block: Block, tmp_path: Path) -> None:
     load_recipe(path)
 
 
-def test_the_documented_reader_agrees_with_tfmq_on_every_packed_layer(lay_out: Callable[[Block], None]) -> None:
+def test_the_documented_reader_agrees_with_tfmq_on_every_packed_layer(
+    lay_out: Callable[[Block], None],
+) -> None:
     (block,) = [block for block in BLOCKS if "def read_weight(" in block.text]
     lay_out(block)
     read = execute(block)["read_weight"]
     unet: nn.Module = load("model").unet
     layers = packed_layers(unet)
-    assert {layer.format.bits for layer in layers.values()} == {4, 8} and any(layer.segments for layer in layers.values())
+    assert {layer.format.bits for layer in layers.values()} == {4, 8} and any(
+        layer.segments for layer in layers.values()
+    )
     for name, layer in layers.items():
         assert torch.equal(torch.from_numpy(read("model/unet", name, layer.shape)), layer.weight), name
 
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.+)$",
+        re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL),
+        re.MULTILINE,
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -194,7 +224,9 @@ def test_functions_are_where_the_page_says(page: Path) -> None:
     for path, names in PLACE.findall(page.read_text(encoding="utf-8")):
         source = (page.parent / path).read_text(encoding="utf-8")
         for name in re.findall(r"\w+", names):
-            assert re.search(rf"^\s*(?:def|class) {name}\b|^\s*{name}\b.* = ", source, re.MULTILINE), f"{path} does not define {name}"
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^\s*{name}\b.* = ", source, re.MULTILINE), (
+                f"{path} does not define {name}"
+            )
 
 
 def test_the_format_names_every_error() -> None:
@@ -217,20 +249,34 @@ def test_the_index_names_every_page() -> None:
 def test_the_ablation_is_the_one_that_was_measured() -> None:
     page = (ROOT / "docs" / "ablation.md").read_text(encoding="utf-8")
     measured = ROOT / "benchmarks" / "results" / "ablation"
-    assert (measured / "ablation.md").read_text(encoding="utf-8") in page, "write it with benchmarks/ablation.py --write-docs"
-    assert (measured / "ablation.png").read_bytes() == (ROOT / "docs" / "figures" / "ablation.png").read_bytes()
+    assert (measured / "ablation.md").read_text(encoding="utf-8") in page, (
+        "write it with benchmarks/ablation.py --write-docs"
+    )
+    assert (measured / "ablation.png").read_bytes() == (
+        ROOT / "docs" / "figures" / "ablation.png"
+    ).read_bytes()
 
 
 def test_the_readme_has_rows_of_the_ablation() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (W\d+A\d+) \| (\S+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
-    summary = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "ablation.json").read_text(encoding="utf-8"))["summary"]
-    measured = {(row["scheme"].upper(), row["method"]): (f"{row['psnr_db']:.2f}", f"{row['ssim']:.4f}") for row in summary}
+    summary = json.loads(
+        (ROOT / "benchmarks" / "results" / "ablation" / "ablation.json").read_text(encoding="utf-8")
+    )["summary"]
+    measured = {
+        (row["scheme"].upper(), row["method"]): (f"{row['psnr_db']:.2f}", f"{row['ssim']:.4f}")
+        for row in summary
+    }
     assert 1 < len(rows) <= 8
-    assert all(measured[bits, method.replace("**tfmq**", "tfmq_cache")] == (psnr, ssim) for bits, method, psnr, ssim in rows)
+    assert all(
+        measured[bits, method.replace("**tfmq**", "tfmq_cache")] == (psnr, ssim)
+        for bits, method, psnr, ssim in rows
+    )
 
 
 def test_the_readme_keeps_to_its_form() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.count("\n|---") == 1 and len(re.findall(r"!\[", readme)) == 1
-    assert [len(block.text.strip().replace("\n\n", "\n").splitlines()) for block in blocks(ROOT / "README.md")] == [5, 5]
+    assert [
+        len(block.text.strip().replace("\n\n", "\n").splitlines()) for block in blocks(ROOT / "README.md")
+    ] == [5, 5]

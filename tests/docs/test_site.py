@@ -19,7 +19,11 @@ def site(script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def test_the_navigation_has_every_page_once() -> None:
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} | {"contributing.md", "changelog.md", "security.md"}
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} | {
+        "contributing.md",
+        "changelog.md",
+        "security.md",
+    }
     assert len(NAV) == len(set(NAV)) and set(NAV) == pages
 
 
@@ -38,7 +42,10 @@ def test_every_module_is_in_the_reference_once(site: ModuleType) -> None:
     ("text", "shown"),
     [
         ("[`api.py`](../src/tfmq/api.py) `quantize`", "[`api.py`](reference/tfmq.md#tfmq.api) `quantize`"),
-        ("[a](format.md#errors), [b](../benchmarks/results), [c](https://example.org)", "[a](format.md#errors), b, [c](https://example.org)"),
+        (
+            "[a](format.md#errors), [b](../benchmarks/results), [c](https://example.org)",
+            "[a](format.md#errors), b, [c](https://example.org)",
+        ),
         ("[d](../CONTRIBUTING.md)", "[d](contributing.md)"),
     ],
 )
@@ -47,7 +54,14 @@ def test_links(site: ModuleType, text: str, shown: str) -> None:
 
 
 def test_formulas_and_fences(site: ModuleType) -> None:
-    text = "$`a_i`$ and $b$ cost `$5` or $6\n\n```python test small\nx = '$y$'\n```\n\n```math\nc * d\n```\n\n```sh\necho $HOME $PATH\n```"
+    text = (
+        "$`a_i`$ and $b$ cost `$5` or $6\n\n```python test small\nx = "
+        "'$y$'\n```\n\n```math\nc * d\n```\n\n```sh\necho $HOME $PATH\n```"
+    )
     shown = site.TOKEN.sub(site._shown, text)
     assert shown.count("<math") == 3 and "`$5` or $6" in shown and "echo $HOME $PATH" in shown
-    assert "```python\nx = '$y$'" in shown and "c * d" not in shown and "&#42;" not in shown.partition("```python")[0]
+    assert (
+        "```python\nx = '$y$'" in shown
+        and "c * d" not in shown
+        and "&#42;" not in shown.partition("```python")[0]
+    )

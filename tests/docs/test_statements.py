@@ -49,7 +49,10 @@ def test_commands_of_the_log_name_scripts_and_their_options() -> None:
     assert len(commands) > 5
     for script, arguments in commands:
         source = page(script)
-        assert all(f'"{option}"' in source for option in re.findall(r"--[\w-]+", arguments)), (script, arguments)
+        assert all(f'"{option}"' in source for option in re.findall(r"--[\w-]+", arguments)), (
+            script,
+            arguments,
+        )
 
 
 def test_the_log_repeats_figures_that_are_written_where_it_says() -> None:

@@ -45,9 +45,13 @@ def bar() -> Remembering:
 def quick(maintenance: Maintenance = "cache") -> Recipe:
     """Return a recipe that takes a second on a tiny model."""
     recipe = tfmq.scheme("w4a8")
-    temporal = replace(recipe.temporal, maintenance=maintenance, learning=replace(recipe.temporal.learning, iterations=10))
+    temporal = replace(
+        recipe.temporal, maintenance=maintenance, learning=replace(recipe.temporal.learning, iterations=10)
+    )
     calibration = Calibration(samples=2, steps=4, interval=2, batch_size=2)
-    return replace(recipe, learning=replace(recipe.learning, iterations=0), temporal=temporal, calibration=calibration)
+    return replace(
+        recipe, learning=replace(recipe.learning, iterations=0), temporal=temporal, calibration=calibration
+    )
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ def test_a_figure_that_is_missed_stops_and_names_causes(value: float) -> None:
         (SETTINGS, {"kid": 9.0}, "not measured"),
     ],
 )
-def test_what_is_not_comparable_is_recorded_with_the_reason(settings: Settings, measured: dict[str, float], reason: str) -> None:
+def test_what_is_not_comparable_is_recorded_with_the_reason(
+    settings: Settings, measured: dict[str, float], reason: str
+) -> None:
     (record,) = check_baseline([FIGURE], measured, settings)
     assert reason in record["not_compared"]
 

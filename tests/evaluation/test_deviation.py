@@ -23,7 +23,9 @@ def test_the_images_and_states_are_those_of_the_run(sampler: Make) -> None:
     made = sampler()
     walked = follow(made, range(2, 4), steps=3, seed=1)
     assert np.array_equal(walked.images, draw(sampler(), 4, steps=3, seed=1, batch_size=2)[2:])
-    assert walked.timesteps.tolist() == made.scheduler.timesteps.tolist() and [len(state) for state in walked.states] == [2, 2, 2]
+    assert walked.timesteps.tolist() == made.scheduler.timesteps.tolist() and [
+        len(state) for state in walked.states
+    ] == [2, 2, 2]
     assert not made.denoiser.module._forward_pre_hooks
 
 
@@ -56,11 +58,17 @@ def test_another_schedule_is_refused() -> None:
 
 def test_summary() -> None:
     found = summarized(torch.tensor([9.0, 1.0]), torch.tensor([[0.0, 0.0], [0.2, 0.4]]))
-    assert found.timesteps == (9.0, 1.0) and found.mean == pytest.approx((0, 0.3)) and found.worst == pytest.approx((0, 0.4))
+    assert (
+        found.timesteps == (9.0, 1.0)
+        and found.mean == pytest.approx((0, 0.3))
+        and found.worst == pytest.approx((0, 0.4))
+    )
     assert found.values()["latent_error"] is None
 
 
-def test_a_broken_model_is_named_and_left_without_hooks(sampler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_model_is_named_and_left_without_hooks(
+    sampler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = sampler()
 
     def broken(*_: Any, **__: Any) -> torch.Tensor:
@@ -74,7 +82,9 @@ def test_a_broken_model_is_named_and_left_without_hooks(sampler: Make, monkeypat
 
 def test_the_latent_error_is_that_of_what_is_decoded() -> None:
     latent = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
-    reference, other = (replace(walk([latent]), latent=value) for value in (latent, latent + torch.tensor([0.0, 1.0])))
+    reference, other = (
+        replace(walk([latent]), latent=value) for value in (latent, latent + torch.tensor([0.0, 1.0]))
+    )
     found = latent_error(reference, other)
     assert found is not None and found.tolist() == pytest.approx([0.2, 0.02])
     assert latent_error(reference, walk([latent])) is None

@@ -19,46 +19,72 @@ from tfmq.recipes.recipe import Calibration
 BACKEND = "torch" if available() else "reference"
 
 
-def test_it_times_the_layers_that_remain(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_times_the_layers_that_remain(
+    sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
     made = sampler("unet")
     found = forecast(made, batch=2)
     module = made.denoiser.module
-    temporal = [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and ("time_emb" in name)]
+    temporal = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and ("time_emb" in name)
+    ]
     layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
     assert temporal and sum(timing.count for timing in found.shapes) == len(layers) - len(temporal)
     assert all(timing.input[0] == 2 for timing in found.shapes)
     assert found.fp32_ms > 0 and found.rest_ms >= 0
-    assert found.weight_bytes["fp32"] == 4 * sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear | nn.Conv2d))
+    assert found.weight_bytes["fp32"] == 4 * sum(
+        child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear | nn.Conv2d)
+    )
     if available():
         assert found.predicted_ms is not None and found.speedup == found.fp32_ms / found.predicted_ms
         assert all(timing.int8_ms is not None for timing in found.shapes)
 
 
 def test_a_trial_runs_what_a_quantized_model_runs(sampler: Callable[..., LoopSampler]) -> None:
-    """The same modules compute in the same ways as in a model that was calibrated; the sampler's own model stays as it is."""
+    """The same modules compute in the same ways as in a model that was calibrated; the sampler's own model
+    stays as it is.
+    """
     recipe = tfmq.scheme("w8a8")
     made, calibrated = sampler("unet"), sampler("unet")
     before = {name: tensor.clone() for name, tensor in made.denoiser.module.state_dict().items()}
     tried = trial(made, recipe, backend=BACKEND)
     rounding = replace(recipe.rounding, solver="nearest")
-    tfmq.quantize(calibrated, replace(recipe, rounding=rounding, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)))
+    tfmq.quantize(
+        calibrated,
+        replace(
+            recipe, rounding=rounding, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)
+        ),
+    )
     tfmq.execute(calibrated.denoiser.module, BACKEND)
 
     def anatomy(module: nn.Module) -> dict[str, tuple[str, str]]:
-        return {name: (type(child).__name__, type(getattr(child, "kernel", None)).__name__) for name, child in module.named_modules()}
+        return {
+            name: (type(child).__name__, type(getattr(child, "kernel", None)).__name__)
+            for name, child in module.named_modules()
+        }
 
     assert anatomy(tried.module) == anatomy(calibrated.denoiser.module)
     assert tried(made.example()).isfinite().all()
     after = made.denoiser.module.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
 
 
-def test_without_integer_operators_nothing_is_predicted(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_integer_operators_nothing_is_predicted(
+    sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
     monkeypatch.setattr("tfmq.evaluation.forecast.available", lambda: False)
     found = forecast(sampler("plain"))
-    assert found.predicted_ms is None and found.speedup is None and all(timing.int8_ms is None for timing in found.shapes)
+    assert (
+        found.predicted_ms is None
+        and found.speedup is None
+        and all(timing.int8_ms is None for timing in found.shapes)
+    )
 
 
 def test_a_quantized_model_is_refused(sampler: Callable[..., LoopSampler]) -> None:
@@ -71,18 +97,30 @@ def test_a_quantized_model_is_refused(sampler: Callable[..., LoopSampler]) -> No
         delattr(made.denoiser.module, STEPS)
 
 
-def test_a_quick_forecast_concludes_what_it_does_not_time(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no time is left after the first shape, and the model counts as large, the rest follows from the work of the layers."""
+def test_a_quick_forecast_concludes_what_it_does_not_time(
+    sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no time is left after the first shape, and the model counts as large, the rest follows from the
+    work of the layers.
+    """
     monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
     monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_SHAPES", 0.0)
     monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_WEIGHTS", 0)
     monkeypatch.setattr("tfmq.evaluation.forecast.trial", lambda *_, **__: pytest.fail("a copy was made"))
     made = sampler("unet")
     found = forecast(made, thorough=False)
-    assert len(found.shapes) == 1 and "1 of " in found.extrapolated[0] and "% of the work" in found.extrapolated[0]
+    assert (
+        len(found.shapes) == 1
+        and "1 of " in found.extrapolated[0]
+        and "% of the work" in found.extrapolated[0]
+    )
     assert found.rest_ms >= 0 and found.fp32_ms > 0
     if available():
-        assert found.predicted_ms is not None and found.predicted_ms > found.rest_ms and "no quantized copy" in found.extrapolated[1]
+        assert (
+            found.predicted_ms is not None
+            and found.predicted_ms > found.rest_ms
+            and "no quantized copy" in found.extrapolated[1]
+        )
 
 
 def test_shapes_that_are_not_timed_count_by_their_work() -> None:
@@ -90,12 +128,20 @@ def test_shapes_that_are_not_timed_count_by_their_work() -> None:
     sites = {Site(operation, (4, 4), (1, 4), False): 3, Site(operation, (8, 8), (2, 8), False): 1}
     large = next(site for site in sites if site.weight == (8, 8))
     assert [_work(site) for site in sites] == [16, 128]
-    timed = {large: ShapeTiming(operation="linear", weight=(8, 8), input=(2, 8), count=1, fp32_ms=4.0, int8_ms=1.0)}
+    timed = {
+        large: ShapeTiming(operation="linear", weight=(8, 8), input=(2, 8), count=1, fp32_ms=4.0, int8_ms=1.0)
+    }
     total = _total(sites, timed)
-    assert total.measured == 128 / 176 and total.fp32_ms == pytest.approx(4 * 176 / 128) and total.int8_ms == pytest.approx(176 / 128)
+    assert (
+        total.measured == 128 / 176
+        and total.fp32_ms == pytest.approx(4 * 176 / 128)
+        and total.int8_ms == pytest.approx(176 / 128)
+    )
 
 
-def test_the_word_before_the_work_is_bounded(sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_word_before_the_work_is_bounded(
+    sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tfmq.evaluation.forecast.PACKING", 1.0)
     monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_WEIGHTS", 0)
     made = sampler("unet")

@@ -27,7 +27,15 @@ from tfmq.recipes import Published
 from tfmq.storage.errors import JobMismatchError
 
 pytest.importorskip("torchmetrics")
-SETTINGS = Settings(num_images=7, steps=4, seed=3, batch_size=3, num_pairs=5, metrics=("fid", "psnr", "trajectory"), extractor="pooled-pixels")
+SETTINGS = Settings(
+    num_images=7,
+    steps=4,
+    seed=3,
+    batch_size=3,
+    num_pairs=5,
+    metrics=("fid", "psnr", "trajectory"),
+    extractor="pooled-pixels",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,12 @@ def models(request: pytest.FixtureRequest) -> tuple[LoopSampler, LoopSampler]:
     sampler = request.getfixturevalue("sampler")
     recipe = tfmq.scheme("rtn_w4a8")
     reference, quantized = sampler(), sampler()
-    tfmq.quantize(quantized, replace(recipe, calibration=replace(recipe.calibration, samples=2, steps=4, interval=2, batch_size=2)))
+    tfmq.quantize(
+        quantized,
+        replace(
+            recipe, calibration=replace(recipe.calibration, samples=2, steps=4, interval=2, batch_size=2)
+        ),
+    )
     return reference, quantized
 
 
@@ -53,10 +66,17 @@ def real(tmp_path: Path) -> Path:
 def run(models: tuple[LoopSampler, LoopSampler], tmp_path: Path) -> Callable[..., Any]:
     """Return a function that evaluates the models and returns what was found."""
 
-    def call(*, settings: Settings = SETTINGS, reference: bool = True, job: str = "job", **options: Any) -> Evaluation | None:
+    def call(
+        *, settings: Settings = SETTINGS, reference: bool = True, job: str = "job", **options: Any
+    ) -> Evaluation | None:
         full, low = models
         given = {name: options.pop(name) for name in ("real", "published") if name in options}
-        found = evaluate(low, full if reference else None, Request(settings=settings, job=tmp_path / job, **given), **options)
+        found = evaluate(
+            low,
+            full if reference else None,
+            Request(settings=settings, job=tmp_path / job, **given),
+            **options,
+        )
         return None if found is None else found[0]
 
     return call
@@ -64,10 +84,18 @@ def run(models: tuple[LoopSampler, LoopSampler], tmp_path: Path) -> Callable[...
 
 def values(found: Evaluation) -> str:
     assert found.paired is not None
-    return json.dumps([[asdict(row) for row in found.rows], [asdict(s) for s in found.paired.metrics.values()], asdict(found.paired.trajectory)])  # type: ignore[arg-type]
+    return json.dumps(
+        [
+            [asdict(row) for row in found.rows],
+            [asdict(s) for s in found.paired.metrics.values()],
+            asdict(found.paired.trajectory),
+        ]
+    )  # type: ignore[arg-type]
 
 
-def test_every_comparison_once_full_precision_first(run: Callable[..., Any], models: tuple[LoopSampler, LoopSampler], real: Path) -> None:
+def test_every_comparison_once_full_precision_first(
+    run: Callable[..., Any], models: tuple[LoopSampler, LoopSampler], real: Path
+) -> None:
     found = run(real=real)
     assert [(row.metric, row.model, row.against) for row in found.rows] == [
         ("fd[pooled-pixels]", FULL, REAL),
@@ -88,11 +116,20 @@ def test_every_comparison_once_full_precision_first(run: Callable[..., Any], mod
 
     with np.load(real) as stored:
         others = stored["images"]
-    expected = [frechet_distance(Flat(a), Flat(b), "pool") for a, b in ((full, others), (low, others), (low, full))]
+    expected = [
+        frechet_distance(Flat(a), Flat(b), "pool") for a, b in ((full, others), (low, others), (low, full))
+    ]
     assert [row.value for row in found.rows] == pytest.approx(expected, rel=1e-6)
-    assert found.paired.count == 5 and np.array_equal(found.paired.reference, full[:5]) and np.array_equal(found.paired.quantized, low[:5])
+    assert (
+        found.paired.count == 5
+        and np.array_equal(found.paired.reference, full[:5])
+        and np.array_equal(found.paired.quantized, low[:5])
+    )
     assert found.paired.metrics["psnr"].mean == pytest.approx(psnr(full[:5], low[:5]).mean())
-    assert found.paired.trajectory.mean[0] == 0 < found.paired.trajectory.mean[-1] and found.paired.trajectory.latent_mean is None
+    assert (
+        found.paired.trajectory.mean[0] == 0 < found.paired.trajectory.mean[-1]
+        and found.paired.trajectory.latent_mean is None
+    )
 
 
 def test_without_a_reference_only_real_images_compare(run: Callable[..., Any], real: Path) -> None:
@@ -100,7 +137,9 @@ def test_without_a_reference_only_real_images_compare(run: Callable[..., Any], r
     assert [(row.model, row.against) for row in found.rows] == [(QUANTIZED, REAL)] and found.paired is None
 
 
-def test_a_model_is_drawn_from_in_batches(run: Callable[..., Any], models: tuple[LoopSampler, LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_drawn_from_in_batches(
+    run: Callable[..., Any], models: tuple[LoopSampler, LoopSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No list of images: batch after batch, and what is kept of one is on disk before the next."""
     seen: list[range] = []
     for model in models:
@@ -134,7 +173,9 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_values(
     drawn: list[range] = []
     first = models[0].run
     with monkeypatch.context() as patch:
-        patch.setattr(models[0], "run", lambda indices, **options: drawn.append(indices) or first(indices, **options))  # type: ignore[func-returns-value]
+        patch.setattr(
+            models[0], "run", lambda indices, **options: drawn.append(indices) or first(indices, **options)
+        )  # type: ignore[func-returns-value]
         assert values(run(resume=True)) == expected
     # Full precision was drawn already; only the pairs are drawn from both.
     assert drawn == [range(0, 3), range(3, 5)]
@@ -154,7 +195,10 @@ def test_another_evaluation_does_not_go_on_with_this_work(run: Callable[..., Any
 
 
 def test_a_missed_baseline_stops_before_the_quantized_model(
-    run: Callable[..., Any], models: tuple[LoopSampler, LoopSampler], real: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any],
+    models: tuple[LoopSampler, LoopSampler],
+    real: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     figure = Published(metric="fid", value=1e6, tolerance=1.0, num_images=7, steps=4, source="nowhere")
     monkeypatch.setattr("tfmq.evaluation.baseline.STANDARD", "pooled-pixels")
@@ -171,20 +215,30 @@ def test_a_missed_baseline_stops_before_the_quantized_model(
         (("psnr", "trajectory"), {"reference": False}, "psnr, trajectory compare with full precision"),
     ],
 )
-def test_what_cannot_work_is_refused_first(run: Callable[..., Any], tmp_path: Path, metrics: Any, options: Any, cause: str) -> None:
+def test_what_cannot_work_is_refused_first(
+    run: Callable[..., Any], tmp_path: Path, metrics: Any, options: Any, cause: str
+) -> None:
     with pytest.raises(ValueError, match=cause):
         run(settings=replace(SETTINGS, metrics=metrics), **options)
     assert not (tmp_path / "job").exists()
 
 
-def test_a_metric_that_the_model_does_not_have_asks_for_no_weights(models: tuple[LoopSampler, LoopSampler], tmp_path: Path) -> None:
+def test_a_metric_that_the_model_does_not_have_asks_for_no_weights(
+    models: tuple[LoopSampler, LoopSampler], tmp_path: Path
+) -> None:
     """Without text there is no clip score, whatever is downloaded."""
-    settings = replace(SETTINGS, metrics=("lpips", "clip"), extractor="inception", clip=str(tmp_path / "no folder"))
+    settings = replace(
+        SETTINGS, metrics=("lpips", "clip"), extractor="inception", clip=str(tmp_path / "no folder")
+    )
     with pytest.raises(ValueError, match="does not draw from text; leave clip out"):
-        evaluate(models[1], models[0], Request(settings=settings, job=tmp_path / "job", weights=Weights(tmp_path)))
+        evaluate(
+            models[1], models[0], Request(settings=settings, job=tmp_path / "job", weights=Weights(tmp_path))
+        )
 
 
-def test_models_that_do_not_belong_together(models: tuple[LoopSampler, LoopSampler], sampler: Callable[..., LoopSampler], tmp_path: Path) -> None:
+def test_models_that_do_not_belong_together(
+    models: tuple[LoopSampler, LoopSampler], sampler: Callable[..., LoopSampler], tmp_path: Path
+) -> None:
     for reference, cause in ((models[1], "quantized itself"), (sampler("plain"), "shape")):
         with pytest.raises(ValueError, match=cause):
             evaluate(models[1], reference, Request(settings=SETTINGS, job=tmp_path / "job"))
@@ -196,20 +250,31 @@ def test_real_images_of_another_size_are_refused(run: Callable[..., Any], tmp_pa
         run(real=tmp_path / "large.npz")
 
 
-def test_grey_images_have_features_too(tmp_path: Path, models: tuple[LoopSampler, LoopSampler], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grey_images_have_features_too(
+    tmp_path: Path, models: tuple[LoopSampler, LoopSampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for model in models:
         inner = model.run
         monkeypatch.setattr(model, "run", lambda *a, inner=inner, **k: inner(*a, **k)[:, :1])
     found = evaluate(models[1], models[0], Request(settings=SETTINGS, job=tmp_path / "job"))
-    assert found is not None and found[0].paired is not None and found[0].paired.reference.shape == (5, 8, 8, 3)
+    assert (
+        found is not None and found[0].paired is not None and found[0].paired.reference.shape == (5, 8, 8, 3)
+    )
 
 
 def test_the_protocol_tells_all(models: tuple[LoopSampler, LoopSampler], tmp_path: Path, real: Path) -> None:
     found = evaluate(models[1], models[0], Request(settings=SETTINGS, job=tmp_path / "job", real=real))
     assert found is not None
     protocol = json.loads(json.dumps(found[1]))
-    assert protocol["settings"]["seed"] == 3 and protocol["real"]["images"] == 6 and protocol["tools"]["extractor"]["name"] == "pooled-pixels"
-    assert protocol["reference"]["weights"] != protocol["quantized"]["weights"] and protocol["versions"]["torch"] == torch.__version__
+    assert (
+        protocol["settings"]["seed"] == 3
+        and protocol["real"]["images"] == 6
+        and protocol["tools"]["extractor"]["name"] == "pooled-pixels"
+    )
+    assert (
+        protocol["reference"]["weights"] != protocol["quantized"]["weights"]
+        and protocol["versions"]["torch"] == torch.__version__
+    )
 
 
 class Brightness:
@@ -219,7 +284,10 @@ class Brightness:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> dict[str, list[bool | None]]:
         means = images.mean((1, 2, 3)).tolist()
-        return {"bright": [mean > float(prompt) for mean, prompt in zip(means, prompts, strict=True)], "never asked": [None] * len(prompts)}
+        return {
+            "bright": [mean > float(prompt) for mean, prompt in zip(means, prompts, strict=True)],
+            "never asked": [None] * len(prompts),
+        }
 
 
 class Prompted(LoopSampler):
@@ -227,14 +295,22 @@ class Prompted(LoopSampler):
         return ["0.5" if index % 2 else "-1" for index in indices]
 
 
-def test_adherence_is_the_share_of_images_that_hold(models: tuple[LoopSampler, LoopSampler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adherence_is_the_share_of_images_that_hold(
+    models: tuple[LoopSampler, LoopSampler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(JUDGES, "brightness", Brightness)
     settings = replace(SETTINGS, metrics=("adherence",), judge="brightness")
-    full, low = (Prompted(model.denoiser, model.scheduler, shape=model.shape, conditions=model.conditions) for model in models)
+    full, low = (
+        Prompted(model.denoiser, model.scheduler, shape=model.shape, conditions=model.conditions)
+        for model in models
+    )
     found = evaluate(low, full, Request(settings=settings, job=tmp_path / "job"))
     assert found is not None
     rows = found[0].rows
-    assert [(row.metric, row.model, row.against) for row in rows] == [("adherence.bright", FULL, None), ("adherence.bright", QUANTIZED, None)]
+    assert [(row.metric, row.model, row.against) for row in rows] == [
+        ("adherence.bright", FULL, None),
+        ("adherence.bright", QUANTIZED, None),
+    ]
     for model, row in zip((full, low), rows, strict=True):
         means = draw(model, 7, steps=4, seed=3, batch_size=3).reshape(7, -1).mean(1) / 255
         assert row.value == pytest.approx((4 + (means[1::2] > 0.5).sum()) / 7)

@@ -15,16 +15,27 @@ def images(seed: int, *, count: int = 3, side: int = 9, channels: int = 3) -> Im
 
 
 def ssim_by_formula(a: Images, b: Images, window: int = 7) -> float:
-    """Return equation 13 of Wang et al. (2004), with sample covariance, averaged over whole windows and channels."""
+    """Return equation 13 of Wang et al. (2004), with sample covariance, averaged over whole windows and
+    channels.
+    """
     values = []
     for channel in range(a.shape[-1]):
-        x, y = (np.lib.stride_tricks.sliding_window_view(v[..., channel].astype(float), (window, window)) for v in (a, b))
+        x, y = (
+            np.lib.stride_tricks.sliding_window_view(v[..., channel].astype(float), (window, window))
+            for v in (a, b)
+        )
         mean_x, mean_y = x.mean((-1, -2)), y.mean((-1, -2))
         weight = window**2 / (window**2 - 1)
         var_x, var_y = weight * x.var((-1, -2)), weight * y.var((-1, -2))
         cov = weight * ((x * y).mean((-1, -2)) - mean_x * mean_y)
         c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-        values.append(((2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
+        values.append(
+            (
+                (2 * mean_x * mean_y + c1)
+                * (2 * cov + c2)
+                / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+            ).mean()
+        )
     return float(np.mean(values))
 
 
@@ -53,12 +64,16 @@ def test_identical_images_are_capped_and_ordered() -> None:
 def test_ssim_is_the_formula(channels: int) -> None:
     a, b = images(0, channels=channels), images(1, channels=channels)
     b = ((a.astype(int) + b) // 2).astype(np.uint8)
-    np.testing.assert_allclose(ssim(a, b), [ssim_by_formula(x, y) for x, y in zip(a, b, strict=True)], rtol=1e-9)
+    np.testing.assert_allclose(
+        ssim(a, b), [ssim_by_formula(x, y) for x, y in zip(a, b, strict=True)], rtol=1e-9
+    )
 
 
 def test_ssim_of_tiny_images_uses_a_window_that_fits() -> None:
     a, b = images(0, side=4), images(1, side=4)
-    np.testing.assert_allclose(ssim(a, b), [ssim_by_formula(x, y, window=3) for x, y in zip(a, b, strict=True)], rtol=1e-9)
+    np.testing.assert_allclose(
+        ssim(a, b), [ssim_by_formula(x, y, window=3) for x, y in zip(a, b, strict=True)], rtol=1e-9
+    )
     with pytest.raises(ValueError, match="3 x 3"):
         ssim(images(0, side=2), images(1, side=2))
 

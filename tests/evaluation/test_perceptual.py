@@ -13,7 +13,9 @@ from tfmq.storage.digest import file_digest
 
 
 def test_it_is_the_librarys_distance_pair_by_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed (pip install 'tfmq[eval]')")
+    torchvision = pytest.importorskip(
+        "torchvision", reason="torchvision is not installed (pip install 'tfmq[eval]')"
+    )
     functional = pytest.importorskip("torchmetrics.functional.image")
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / perceptual.FILE.name
@@ -25,7 +27,10 @@ def test_it_is_the_librarys_distance_pair_by_pair(tmp_path: Path, monkeypatch: p
     found = perceptual.lpips(Weights(tmp_path))(reference, images)
     assert found.shape == (3,) and found[0] == 0 and (found[1:] > 0).all()
     for index in range(3):
-        pair = (torch.from_numpy(array[index : index + 1]).permute(0, 3, 1, 2).float() / 255 for array in (reference, images))
+        pair = (
+            torch.from_numpy(array[index : index + 1]).permute(0, 3, 1, 2).float() / 255
+            for array in (reference, images)
+        )
         with Weights(tmp_path).as_cache():
             own = functional.learned_perceptual_image_patch_similarity(*pair, net_type="alex", normalize=True)
         assert found[index] == pytest.approx(float(own), abs=1e-6)

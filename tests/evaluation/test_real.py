@@ -58,7 +58,10 @@ def test_statistics(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance[:2, :2])
     real = open_real(tmp_path / "s.npz")
     assert isinstance(real, RealStatistics) and real.moments.of.keys() == {"pool", "spatial"}
-    assert torch.equal(real.moments.of["pool"][0], torch.arange(3.0).double()) and real.moments.of["spatial"][1].dtype == torch.float64
+    assert (
+        torch.equal(real.moments.of["pool"][0], torch.arange(3.0).double())
+        and real.moments.of["spatial"][1].dtype == torch.float64
+    )
     np.savez(tmp_path / "s.npz", mu=mean, sigma=covariance)
     fewer = open_real(tmp_path / "s.npz")
     assert isinstance(fewer, RealStatistics) and fewer.moments.of.keys() == {"pool"}
@@ -99,7 +102,11 @@ def test_damaged_archives(tmp_path: Path, content: bytes) -> None:
 def test_what_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "s.pkl").write_text("")
-    for name, kind in (("nowhere", MissingFileError), ("empty", MissingFileError), ("s.pkl", ForeignFileError)):
+    for name, kind in (
+        ("nowhere", MissingFileError),
+        ("empty", MissingFileError),
+        ("s.pkl", ForeignFileError),
+    ):
         with pytest.raises(CheckpointError, match=name) as error:
             open_real(tmp_path / name)
         assert type(error.value) is kind

@@ -11,7 +11,11 @@ from tfmq.storage.errors import MissingFileError
 
 def test_metrics_are_told_apart() -> None:
     every = Settings(num_images=1, steps=1, metrics=metric_names(), judge="scenes")
-    assert every.of_sets == ("fid", "sfid", "is", "kid", "precision-recall") and every.of_pairs == ("psnr", "ssim", "lpips")
+    assert every.of_sets == ("fid", "sfid", "is", "kid", "precision-recall") and every.of_pairs == (
+        "psnr",
+        "ssim",
+        "lpips",
+    )
     assert every.draws_sets and every.draws_pairs
     text = Settings(num_images=1, steps=1, metrics=("clip",))
     assert text.draws_sets and not text.draws_pairs and not text.of_sets
@@ -45,5 +49,9 @@ def test_tools_are_what_the_metrics_need(tmp_path: Path) -> None:
 def test_what_is_missing_is_known_first(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="inception"):
         prepare(Settings(num_images=1, steps=1), Weights(tmp_path))
-    with pytest.raises(ValueError, match="is needs logits features, and the extractor pooled-pixels gives pool, spatial"):
-        prepare(Settings(num_images=1, steps=1, metrics=("is",), extractor="pooled-pixels"), Weights(tmp_path))
+    with pytest.raises(
+        ValueError, match="is needs logits features, and the extractor pooled-pixels gives pool, spatial"
+    ):
+        prepare(
+            Settings(num_images=1, steps=1, metrics=("is",), extractor="pooled-pixels"), Weights(tmp_path)
+        )

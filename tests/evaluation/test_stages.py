@@ -33,7 +33,9 @@ def test_results_are_in_the_order_of_the_images_and_computed_once(stages: Callab
 
     stored = stages().run("full precision", 8, compute)
     assert asked == [range(0, 3), range(3, 6), range(6, 8)] and stored.complete and len(stored) == 8
-    assert stored.joined("pool").flatten().tolist() == list(range(8)) and [len(chunk) for chunk in stored.chunks("pool")] == [3, 3, 2]
+    assert stored.joined("pool").flatten().tolist() == list(range(8)) and [
+        len(chunk) for chunk in stored.chunks("pool")
+    ] == [3, 3, 2]
     again = stages().run("full precision", 8, compute)
     assert len(asked) == 3 and torch.equal(again.joined("pool"), stored.joined("pool"))
     stages(resume=False).run("full precision", 8, compute)
@@ -56,10 +58,14 @@ def test_an_interrupted_stage_goes_on(stages: Callable[..., Stages]) -> None:
 def test_shards_share_the_work(stages: Callable[..., Stages]) -> None:
     asked: dict[int, list[int]] = {0: [], 1: []}
     for index in (1, 0):
-        stored = stages(Shard(index, 2)).run("real", 14, lambda indices, index=index: asked[index].append(indices.start) or numbers(indices))
+        stored = stages(Shard(index, 2)).run(
+            "real", 14, lambda indices, index=index: asked[index].append(indices.start) or numbers(indices)
+        )
         assert stored.complete == (index == 0)
     assert asked == {0: [0, 6, 12], 1: [3, 9]}
-    assert stages().run("real", 14, lambda _: pytest.fail("all is done")).joined("pool").flatten().tolist() == list(range(14))
+    assert stages().run("real", 14, lambda _: pytest.fail("all is done")).joined(
+        "pool"
+    ).flatten().tolist() == list(range(14))
 
 
 @pytest.mark.parametrize(("index", "count"), [(1, 1), (-1, 2), (0, 0)])

@@ -62,6 +62,8 @@ def test_refuses_another_architecture(pair: Pair, sampler: Callable[..., LoopSam
     with pytest.raises(ValueError, match="lacks"):
         temporal_disturbance(sampler("plain"), quantized.denoiser.module)
     wider = sampler()
-    wider.denoiser.module = type(wider.denoiser.module).from_config({**wider.denoiser.module.config, "block_out_channels": (8, 24)})
+    wider.denoiser.module = type(wider.denoiser.module).from_config(
+        {**wider.denoiser.module.config, "block_out_channels": (8, 24)}
+    )
     with pytest.raises(ValueError, match="width 24"):
         temporal_disturbance(wider, quantized.denoiser.module)

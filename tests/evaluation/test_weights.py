@@ -35,7 +35,9 @@ def test_libraries_look_into_the_users_folder_for_a_while(tmp_path: Path) -> Non
 def test_without_alexnet_lpips_says_which_file_goes_where(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError) as error:
         lpips(Weights(tmp_path))
-    assert str(tmp_path / "checkpoints" / ALEXNET.name) in str(error.value) and ALEXNET.origin in str(error.value)
+    assert str(tmp_path / "checkpoints" / ALEXNET.name) in str(error.value) and ALEXNET.origin in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04 and then nothing"])

@@ -42,7 +42,9 @@ def kinds(model: Any) -> Counter[str]:
 
 def computed(model: Any, *inputs: Tensor) -> list[Tensor]:
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return [torch.from_numpy(value.copy()) for value in compiled([tensor.numpy() for tensor in inputs]).values()]
+    return [
+        torch.from_numpy(value.copy()) for value in compiled([tensor.numpy() for tensor in inputs]).values()
+    ]
 
 
 @settings(max_examples=15)
@@ -50,7 +52,12 @@ def computed(model: Any, *inputs: Tensor) -> list[Tensor]:
 def test_a_group_normalisation_is_torchs(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     groups, each = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
-    shape = data.draw(st.integers(1, 3)), groups * each, data.draw(st.integers(2, 7)), data.draw(st.integers(1, 9))
+    shape = (
+        data.draw(st.integers(1, 3)),
+        groups * each,
+        data.draw(st.integers(2, 7)),
+        data.draw(st.integers(1, 9)),
+    )
     offset, spread = data.draw(st.sampled_from([(0.0, 1.0), (10.0, 1.0), (-0.1, 1e-2), (0.0, 1e3)]))
     x = torch.randn(shape) * spread + offset
     module = Norms(groups, groups * each, affine=data.draw(st.booleans()))
@@ -59,7 +66,11 @@ def test_a_group_normalisation_is_torchs(data: st.DataObject) -> None:
     assert not kinds(model)["GroupNormalization"] and kinds(model)["ReduceMean"] == 2
     exact, wide = module.double()(x.double()), x.double()
     parts = wide.reshape(shape[0], groups, -1)
-    deviation = (parts.var(dim=-1, correction=0) + module.norm.eps).sqrt().repeat_interleave(each, dim=1)[..., None, None]
+    deviation = (
+        (parts.var(dim=-1, correction=0) + module.norm.eps)
+        .sqrt()
+        .repeat_interleave(each, dim=1)[..., None, None]
+    )
     ratio = 1 + (wide.mean(dim=(2, 3), keepdim=True) / deviation).square().amax()
     gain = 1.0 if module.norm.weight is None else module.norm.weight.detach().abs()[:, None, None]
     # What the docstring states, of the terms that are added.
@@ -87,8 +98,13 @@ class Split(nn.Module):
         return whole.sum(dim=(2, 3)) + first.square().sum(), last.exp()
 
 
-@pytest.mark.parametrize(("widths", "axis", "left"), [((3, 5), 1, 0), ((5, 3), 1, 1), ((3, 2, 3), 1, 1), ((3, 5), 2, 1), ((3, 5), -3, 0)])
-def test_a_concatenation_is_split_where_it_was_not_joined_alone(widths: tuple[int, ...], axis: int, left: int) -> None:
+@pytest.mark.parametrize(
+    ("widths", "axis", "left"),
+    [((3, 5), 1, 0), ((5, 3), 1, 1), ((3, 2, 3), 1, 1), ((3, 5), 2, 1), ((3, 5), -3, 0)],
+)
+def test_a_concatenation_is_split_where_it_was_not_joined_alone(
+    widths: tuple[int, ...], axis: int, left: int
+) -> None:
     module, a, b = Split(widths, axis), torch.randn(2, 3, 8, 4), torch.randn(2, 5, 8, 4)
     model = converted(module, a, b)
     rewrite(model)
@@ -119,7 +135,8 @@ def test_tables_that_are_read_at_one_index_are_read_at_once() -> None:
     model = converted(module, *inputs)
     before = kinds(model)["Gather"]
     rewrite(model)
-    # The two float tables at `index` become one; the codes, and the tables at `other` of different lengths, keep their own.
+    # The two float tables at `index` become one; the codes, and the tables at `other` of different lengths,
+    # keep their own.
     assert kinds(model)["Gather"] == before - 1
     for through, expected in zip(computed(model, *inputs), module(*inputs), strict=True):
         torch.testing.assert_close(through, expected)

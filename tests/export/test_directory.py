@@ -18,12 +18,24 @@ from tfmq.numerics.errors import sqnr_db
 
 
 @pytest.fixture(scope="module", params=["plain", "upsampler"])
-def quantized(sampler: Callable[..., LoopSampler], request: pytest.FixtureRequest) -> tuple[LoopSampler, dict[str, Tensor], Tensor]:
+def quantized(
+    sampler: Callable[..., LoopSampler], request: pytest.FixtureRequest
+) -> tuple[LoopSampler, dict[str, Tensor], Tensor]:
     """A quantized denoiser, the inputs of a call at two timesteps, and its exact output."""
     made = sampler(request.param)
     recipe = tfmq.scheme("w8a8")
-    recipe = replace(recipe, calibration=replace(recipe.calibration, steps=3, samples=2), learning=replace(recipe.learning, iterations=0))
-    tfmq.quantize(made, replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))))
+    recipe = replace(
+        recipe,
+        calibration=replace(recipe.calibration, steps=3, samples=2),
+        learning=replace(recipe.learning, iterations=0),
+    )
+    tfmq.quantize(
+        made,
+        replace(
+            recipe,
+            temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1)),
+        ),
+    )
     module: nn.Module = made.denoiser.module
     torch.manual_seed(3)
     inputs = {"x": torch.randn(3, 2, 8, 8), "t": module.tfmq_steps.timesteps[[2, 0, 1]].long()}
@@ -42,14 +54,24 @@ def run_openvino(directory: Path, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def run_onnx(directory: Path, inputs: dict[str, Tensor]) -> Tensor:
-    session = pytest.importorskip("onnxruntime").InferenceSession(directory / "denoiser.onnx", providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["out_0"], {name: value.numpy() for name, value in inputs.items()})[0])
+    session = pytest.importorskip("onnxruntime").InferenceSession(
+        directory / "denoiser.onnx", providers=["CPUExecutionProvider"]
+    )
+    return torch.from_numpy(
+        session.run(["out_0"], {name: value.numpy() for name, value in inputs.items()})[0]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*was not calibrated")
-@pytest.mark.parametrize(("target", "package", "run"), [("openvino", "openvino", run_openvino), ("onnx", "onnxscript", run_onnx)])
+@pytest.mark.parametrize(
+    ("target", "package", "run"), [("openvino", "openvino", run_openvino), ("onnx", "onnxscript", run_onnx)]
+)
 def test_an_exported_model_runs_on_its_own(
-    quantized: tuple[LoopSampler, dict[str, Tensor], Tensor], tmp_path: Path, target: str, package: str, run: Callable[..., Tensor]
+    quantized: tuple[LoopSampler, dict[str, Tensor], Tensor],
+    tmp_path: Path,
+    target: str,
+    package: str,
+    run: Callable[..., Tensor],
 ) -> None:
     pytest.importorskip(package)
     made, inputs, expected = quantized
@@ -70,7 +92,9 @@ def test_an_exported_model_runs_on_its_own(
 
 
 def test_what_cannot_be_exported(
-    quantized: tuple[LoopSampler, dict[str, Tensor], Tensor], sampler: Callable[..., LoopSampler], tmp_path: Path
+    quantized: tuple[LoopSampler, dict[str, Tensor], Tensor],
+    sampler: Callable[..., LoopSampler],
+    tmp_path: Path,
 ) -> None:
     made = quantized[0]
     with pytest.raises(ValueError, match=r"cannot export to 'tflite'; choose one of openvino, onnx"):

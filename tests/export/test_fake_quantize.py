@@ -19,14 +19,20 @@ from tfmq.quantizers.steps import StepContext
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
-    """A layer with integers of four or eight bits, an input on or off the grid, and a row for each sample or for all."""
+    """A layer with integers of four or eight bits, an input on or off the grid, and a row for each sample or
+    for all.
+    """
     torch.manual_seed(draw(st.integers(0, 2**31)))
     segments, outputs = draw(st.sampled_from([(), (2, 4)])), 4
     if draw(st.booleans()):
         source: nn.Module = nn.Linear(6, outputs, bias=draw(st.booleans()))
         x = torch.randn(3, 4, 6)
     else:
-        options = {"stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 2)), "dilation": draw(st.integers(1, 2))}
+        options = {
+            "stride": draw(st.integers(1, 2)),
+            "padding": draw(st.integers(0, 2)),
+            "dilation": draw(st.integers(1, 2)),
+        }
         kind, size = draw(st.sampled_from([nn.Conv2d, nn.ConvTranspose2d])), draw(st.integers(1, 3))
         groups = draw(st.sampled_from([1, 2])) if kind is nn.ConvTranspose2d and not segments else 1
         source = kind(6, outputs, size, groups=groups, bias=draw(st.booleans()), **options)
@@ -39,17 +45,22 @@ def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
     bias = None if source.bias is None else source.bias.detach()
     weight = IntegerWeight(operation, values, torch.rand(outputs, columns) * 0.05 + 0.01, bias, segments)
     rows = Rows(
-        torch.rand(batch, columns) * 0.02 + 0.01, torch.randint(0, 256, (batch, columns), dtype=torch.uint8), draw(st.sampled_from([16, 256]))
+        torch.rand(batch, columns) * 0.02 + 0.01,
+        torch.randint(0, 256, (batch, columns), dtype=torch.uint8),
+        draw(st.sampled_from([16, 256])),
     )
     return weight, x, rows
 
 
 @given(cases(), st.sampled_from([None, True]))
-def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.Tensor, Rows], middle: bool | None) -> None:
+def test_it_computes_the_formula_of_the_layer(
+    case: tuple[IntegerWeight, torch.Tensor, Rows], middle: bool | None
+) -> None:
     weight, x, rows = case
     exact = ReferenceKernel(weight, rows.levels)(x, rows)
     through = FakeQuantizeKernel(weight, rows.zero_point, middle=middle and rows.levels // 2)(x, rows)
-    # The quotient is shifted before it is rounded, so a value within rounding error of a tie may fall on the other side: one code of one input.
+    # The quotient is shifted before it is rounded, so a value within rounding error of a tie may fall on the
+    # other side: one code of one input.
     step = (rows.scale.max() * weight.scale.max() * weight.values.abs().max()).item()
     difference = (exact - through).abs()
     assert difference.max() <= step * 1.001 + 1e-3
@@ -57,16 +68,28 @@ def test_it_computes_the_formula_of_the_layer(case: tuple[IntegerWeight, torch.T
 
 
 @given(st.integers(0, 2**31), st.sampled_from([(), (2, 4)]), st.integers(4, 8), st.booleans())
-def test_tokens_with_grids_of_their_own(seed: int, segments: tuple[int, ...], bits: int, symmetric: bool) -> None:
+def test_tokens_with_grids_of_their_own(
+    seed: int, segments: tuple[int, ...], bits: int, symmetric: bool
+) -> None:
     torch.manual_seed(seed)
     operation = operation_of(nn.Linear(6, 5))
     assert operation is not None
     weight = IntegerWeight(
-        operation, torch.randint(-127, 128, (5, 6)).to(torch.int16), torch.rand(5, max(1, len(segments))), torch.randn(5), segments
+        operation,
+        torch.randint(-127, 128, (5, 6)).to(torch.int16),
+        torch.rand(5, max(1, len(segments))),
+        torch.randn(5),
+        segments,
     )
-    quantizer, x = DynamicQuantizer(IntegerFormat(bits, symmetric), segments=segments), torch.randn(3, 4, 6) * torch.tensor([1.0, 100, 1, 5])[:, None]
+    quantizer, x = (
+        DynamicQuantizer(IntegerFormat(bits, symmetric), segments=segments),
+        torch.randn(3, 4, 6) * torch.tensor([1.0, 100, 1, 5])[:, None],
+    )
     rows = quantizer.rows(x)
-    exact, through = ReferenceKernel(weight, rows.levels)(x, rows), FakeQuantizeKernel(weight, quantizer.zero_points())(x, rows)
+    exact, through = (
+        ReferenceKernel(weight, rows.levels)(x, rows),
+        FakeQuantizeKernel(weight, quantizer.zero_points())(x, rows),
+    )
     step = rows.scale.amax(dim=-1, keepdim=True) * weight.scale.max() * 127
     assert bool(((exact - through).abs() <= step * 1.001 + 1e-3).all())
     assert ((exact - through).abs() > 1e-3 * step).float().mean() < 0.2
@@ -83,11 +106,15 @@ def test_rows_that_share_a_zero_point_need_no_correction() -> None:
         assert kernel.centres == [centre] and kernel.shifts == [zeros != centre]
 
 
-def product_quantizers(left: list[int], right: list[int], *, bits: int = 8, symmetric: bool = False) -> ProductQuantizers:
+def product_quantizers(
+    left: list[int], right: list[int], *, bits: int = 8, symmetric: bool = False
+) -> ProductQuantizers:
     """One product with these zero-points at two timesteps."""
     quantizers = []
     for zeros in (left, right):
-        quantizer = ActivationQuantizer(IntegerFormat(bits, symmetric), steps=StepContext(torch.tensor([1.0, 2.0])))
+        quantizer = ActivationQuantizer(
+            IntegerFormat(bits, symmetric), steps=StepContext(torch.tensor([1.0, 2.0]))
+        )
         quantizer.fit(torch.tensor([[0.02], [0.03]]), torch.tensor(zeros, dtype=torch.uint8)[:, None])
         quantizers.append(quantizer)
     return ProductQuantizers(quantizers[:1], quantizers[1:])
@@ -95,15 +122,28 @@ def product_quantizers(left: list[int], right: list[int], *, bits: int = 8, symm
 
 @pytest.mark.parametrize(
     ("left", "right", "integer"),
-    [([0, 0], [128, 128], True), ([128, 128], [128, 128], True), ([0, 128], [128, 128], False), ([7, 7], [128, 128], False), ([0, 0], [0, 0], False)],
+    [
+        ([0, 0], [128, 128], True),
+        ([128, 128], [128, 128], True),
+        ([0, 128], [128, 128], False),
+        ([7, 7], [128, 128], False),
+        ([0, 0], [0, 0], False),
+    ],
 )
-def test_products_with_the_zero_points_of_integer_products(left: list[int], right: list[int], integer: bool) -> None:
+def test_products_with_the_zero_points_of_integer_products(
+    left: list[int], right: list[int], integer: bool
+) -> None:
     kernels = product_kernels(product_quantizers(left, right))
     assert set(kernels) == ({0} if integer else set())
     if integer:
         x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 7, 4)
-        rows = [Rows(torch.tensor([[0.02], [0.03]]), torch.tensor(zeros, dtype=torch.uint8)[:, None], 256) for zeros in (left, right)]
-        torch.testing.assert_close(kernels[0](x, rows[0], y, rows[1]), reference_product(x, rows[0], y, rows[1]))
+        rows = [
+            Rows(torch.tensor([[0.02], [0.03]]), torch.tensor(zeros, dtype=torch.uint8)[:, None], 256)
+            for zeros in (left, right)
+        ]
+        torch.testing.assert_close(
+            kernels[0](x, rows[0], y, rows[1]), reference_product(x, rows[0], y, rows[1])
+        )
 
 
 def test_products_in_full_precision_have_no_kernel() -> None:
@@ -113,10 +153,14 @@ def test_products_in_full_precision_have_no_kernel() -> None:
 def test_weights_alone() -> None:
     operation = operation_of(nn.Linear(4, 3))
     assert operation is not None
-    weight = IntegerWeight(operation, torch.randint(-8, 8, (3, 4), dtype=torch.int16), torch.rand(3, 1), torch.randn(3))
+    weight = IntegerWeight(
+        operation, torch.randint(-8, 8, (3, 4), dtype=torch.int16), torch.rand(3, 1), torch.randn(3)
+    )
     x = torch.randn(2, 4)
     assert weight.bias is not None
-    torch.testing.assert_close(FakeQuantizeKernel(weight, None)(x, None), x @ (weight.values * weight.scale).T + weight.bias)
+    torch.testing.assert_close(
+        FakeQuantizeKernel(weight, None)(x, None), x @ (weight.values * weight.scale).T + weight.bias
+    )
 
 
 @pytest.mark.parametrize("levels", [16, 256])

@@ -1,4 +1,6 @@
-"""Models that an engine cannot compile as they are run all the same, and each fault of docs/upstream.md is still one."""
+"""Models that an engine cannot compile as they are run all the same, and each fault of docs/upstream.md is
+still one.
+"""
 
 import itertools
 from collections import Counter
@@ -28,13 +30,17 @@ from tfmq.export.workarounds import scale_by_single_weights  # noqa: E402
 
 
 class Normalized(nn.Module):
-    """A denoiser with normalisations over channels and places, whose first one is shifted by a perceptron of width one for its one channel."""
+    """A denoiser with normalisations over channels and places, whose first one is shifted by a perceptron of
+    width one for its one channel.
+    """
 
     def __init__(self, rows: Callable[[Tensor], int]) -> None:
         super().__init__()
         self.rows = rows
         self.embedding = nn.Embedding(1000, 16)
-        self.shifts = nn.ModuleList(nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, width)) for width in (1, 4))
+        self.shifts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, width)) for width in (1, 4)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm([width, 6, 6]) for width in (1, 4))
         self.convolutions = nn.ModuleList(nn.Conv2d(*widths, 3, padding=1) for widths in ((1, 4), (4, 4)))
         self.exit = nn.Conv2d(4, 1, 3, padding=1)
@@ -62,7 +68,9 @@ def quantized(rows: Callable[[Tensor], int]) -> LoopSampler:
 
 # `len` is a number to whoever captures a graph: it fixes the batch.
 @pytest.mark.parametrize("rows", [size, len])
-def test_a_perceptron_of_width_one_runs_at_every_batch(rows: Callable[[Tensor], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_perceptron_of_width_one_runs_at_every_batch(
+    rows: Callable[[Tensor], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TFMQ_CACHE", str(tmp_path))
     made = quantized(rows)
     module, noise = made.denoiser.module, torch.randn(3, 1, 6, 6)
@@ -76,7 +84,9 @@ def test_a_perceptron_of_width_one_runs_at_every_batch(rows: Callable[[Tensor], 
 
 
 @torch.no_grad()
-def test_an_engine_that_fails_to_compile_names_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_fails_to_compile_names_the_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     try:
         compiled(perceptron((3, 1, 1)))
         pytest.skip("this OpenVINO has the fault mended")
@@ -86,7 +96,10 @@ def test_an_engine_that_fails_to_compile_names_the_layer(tmp_path: Path, monkeyp
     monkeypatch.setattr("tfmq.export.openvino.scale_by_single_weights", lambda model: None)
     made = quantized(size)
     execute(made.denoiser.module, "openvino")
-    said = r"OpenVINO cannot compile the denoiser for a batch of 1: Layout rank .*; at MatMul \S+ of the layer shifts\.0\.2; torch computes"
+    said = (
+        r"OpenVINO cannot compile the denoiser for a batch of 1: Layout rank .*; "
+        r"at MatMul \S+ of the layer shifts\.0\.2; torch computes"
+    )
     with pytest.warns(UserWarning, match=said):
         made.denoiser(Inputs(torch.randn(1, 1, 6, 6), made.denoiser.module.tfmq_steps.timesteps[:1].long()))
 
@@ -95,7 +108,11 @@ def perceptron(widths: tuple[int, ...]) -> Any:
     """Return the OpenVINO model of a perceptron."""
     given = y = ops.parameter([2, widths[0]], ov.Type.f32)
     for entry, leave in itertools.pairwise(widths):
-        y = ops.relu(ops.matmul(y, np.arange(1.0, entry * leave + 1, dtype=np.float32).reshape(leave, entry), False, True))
+        y = ops.relu(
+            ops.matmul(
+                y, np.arange(1.0, entry * leave + 1, dtype=np.float32).reshape(leave, entry), False, True
+            )
+        )
     return ov.Model([y], [given])
 
 

@@ -50,24 +50,40 @@ def test_the_quantized_pipeline_comes_back_and_predicts_nearly_the_same(family: 
     assert type(loaded.pipeline).__name__ == made.pipeline
     images, reference = (sampler.run(range(1), steps=4, seed=0) for sampler in (loaded, made.reference))
     assert torch.equal(images, made.in_memory.run(range(1), steps=4, seed=0))
-    assert images.shape == reference.shape and torch.isfinite(images).all() and not torch.equal(images, reference)
+    assert (
+        images.shape == reference.shape
+        and torch.isfinite(images).all()
+        and not torch.equal(images, reference)
+    )
     with torch.no_grad():
         pairs = [(loaded.denoiser(inputs), output) for inputs, output in made.calls]
-    noise, signal = (sum(float(part.square().sum()) for part in parts) for parts in ([q - f for q, f in pairs], [f for _, f in pairs]))
-    # Random weights are a hard case: 11 dB for wan, whose one token amplifies the rounding of its own input, more for all others.
+    noise, signal = (
+        sum(float(part.square().sum()) for part in parts)
+        for parts in ([q - f for q, f in pairs], [f for _, f in pairs])
+    )
+    # Random weights are a hard case: 11 dB for wan, whose one token amplifies the rounding of its own input,
+    # more for all others.
     assert 10 ** (10 / 10) * noise < signal
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan"])
-def test_the_transformer_scheme_measures_every_linear_layer_and_inspection_shows_it(family: Make, name: str) -> None:
+def test_the_transformer_scheme_measures_every_linear_layer_and_inspection_shows_it(
+    family: Make, name: str
+) -> None:
     made = family(name)
     assert {"transformer_w8a8", "transformer_w4a8"} <= set(made.inspection.schemes)
     found = inspect(made.sampler(made.quantized), directory=made.quantized)
     temporal = {layer.name for layer in found.temporal}
     kinds = {layer.name: layer.input for layer in found.layers}
     measured = {entry.name: entry.kept for entry in found.inputs}
-    assert {name for name, kind in kinds.items() if kind == "dynamic"} == {name for name, kept in measured.items() if kept == "dynamic"}
-    assert measured and not temporal & measured.keys() and {kinds[name] for name in kinds.keys() - measured.keys()} == {"per_step"}
+    assert {name for name, kind in kinds.items() if kind == "dynamic"} == {
+        name for name, kept in measured.items() if kept == "dynamic"
+    }
+    assert (
+        measured
+        and not temporal & measured.keys()
+        and {kinds[name] for name in kinds.keys() - measured.keys()} == {"per_step"}
+    )
 
 
 # What a reader knows each family by.
@@ -91,13 +107,23 @@ NAMES = {
 }
 
 
-def test_the_page_has_a_row_for_each_family(family: Make, documented: Callable[[str, list[str]], None]) -> None:
-    rows = ["| family | pipeline | denoiser | scheme | temporal features depend on | tabulated |", "|---|---|---|---|---|---|"]
+def test_the_page_has_a_row_for_each_family(
+    family: Make, documented: Callable[[str, list[str]], None]
+) -> None:
+    rows = [
+        "| family | pipeline | denoiser | scheme | temporal features depend on | tabulated |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in FAMILIES:
         made = family(name)
         features = [layer for layer in made.inspection.temporal if layer.role == "feature"]
         kinds = sorted({layer.depends_on for layer in features}, key=lambda kind: (kind != T, kind))
         served = "all" if kinds == [T] else "$`h(t)`$" if T in kinds else "none"
-        depends = "; ".join(", ".join(sorted(kind, key=lambda source: source != "timestep")) for kind in kinds)
-        rows.append(f"| {NAMES[name]} | `{made.pipeline}` | `{made.inspection.family}` | `{made.scheme}` | {depends} | {served} |")
+        depends = "; ".join(
+            ", ".join(sorted(kind, key=lambda source: source != "timestep")) for kind in kinds
+        )
+        rows.append(
+            f"| {NAMES[name]} | `{made.pipeline}` | `{made.inspection.family}` "
+            f"| `{made.scheme}` | {depends} | {served} |"
+        )
     documented("families", rows)

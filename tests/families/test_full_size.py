@@ -1,4 +1,6 @@
-"""Models of today at their full size, without weights: parameters as published, and what quantization makes of them."""
+"""Models of today at their full size, without weights: parameters as published, and what quantization makes
+of them.
+"""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -50,7 +52,9 @@ def imagenet() -> tuple[Any, Inputs]:
         attention_head_dim=(6, 12, 18, 30),
         cross_attention_dim=512,
     )
-    return unet, Inputs(torch.zeros(1, 3, 64, 64), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 1, 512)})
+    return unet, Inputs(
+        torch.zeros(1, 3, 64, 64), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 1, 512)}
+    )
 
 
 def churches() -> tuple[Any, Inputs]:
@@ -72,12 +76,21 @@ def churches() -> tuple[Any, Inputs]:
 
 def sd15() -> tuple[Any, Inputs]:
     unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    return unet, Inputs(torch.zeros(1, 4, 64, 64), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 77, 768)})
+    return unet, Inputs(
+        torch.zeros(1, 4, 64, 64), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 77, 768)}
+    )
 
 
 def sd21() -> tuple[Any, Inputs]:
-    unet = diffusers.UNet2DConditionModel(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-    return unet, Inputs(torch.zeros(1, 4, 96, 96), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 77, 1024)})
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=96,
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
+    )
+    return unet, Inputs(
+        torch.zeros(1, 4, 96, 96), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 77, 1024)}
+    )
 
 
 def sdxl() -> tuple[Any, Inputs]:
@@ -101,19 +114,32 @@ def sdxl() -> tuple[Any, Inputs]:
 
 def dit() -> tuple[Any, Inputs]:
     transformer = diffusers.DiTTransformer2DModel(sample_size=32, out_channels=8)
-    return transformer, Inputs(torch.zeros(1, 4, 32, 32), torch.ones(1), {"class_labels": torch.zeros(1, dtype=torch.long)})
+    return transformer, Inputs(
+        torch.zeros(1, 4, 32, 32), torch.ones(1), {"class_labels": torch.zeros(1, dtype=torch.long)}
+    )
 
 
 def pixart() -> tuple[Any, Inputs]:
-    transformer = diffusers.PixArtTransformer2DModel(sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=False)
-    return transformer, Inputs(torch.zeros(1, 4, 128, 128), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 300, 4096)})
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
+    )
+    return transformer, Inputs(
+        torch.zeros(1, 4, 128, 128), torch.ones(1), {"encoder_hidden_states": torch.zeros(1, 300, 4096)}
+    )
 
 
 def sd3() -> tuple[Any, Inputs]:
     transformer = diffusers.SD3Transformer2DModel(
-        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, joint_attention_dim=4096, pos_embed_max_size=192
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        joint_attention_dim=4096,
+        pos_embed_max_size=192,
     )
-    conditions = {"encoder_hidden_states": torch.zeros(1, 333, 4096), "pooled_projections": torch.zeros(1, 2048)}
+    conditions = {
+        "encoder_hidden_states": torch.zeros(1, 333, 4096),
+        "pooled_projections": torch.zeros(1, 2048),
+    }
     return transformer, Inputs(torch.zeros(1, 16, 128, 128), torch.ones(1), conditions)
 
 
@@ -129,8 +155,9 @@ def flux() -> tuple[Any, Inputs]:
     return transformer, Inputs(torch.zeros(1, 4096, 64), torch.ones(1), conditions)
 
 
-# Parameters as their publishers count them; of LDM-8, as its original layout has (tests/integrations/original). Latent Diffusion prints its own
-# in millions: 274 (LDM-4, unconditional), 294 (LDM-8), 400 (LDM-4, ImageNet).
+# Parameters as their publishers count them; of LDM-8, as its original layout has
+# (tests/integrations/original). Latent Diffusion prints its own in millions: 274 (LDM-4, unconditional), 294
+# (LDM-8), 400 (LDM-4, ImageNet).
 SIZES: dict[str, tuple[Callable[[], tuple[Any, Inputs]], int]] = {
     "DDIM, CIFAR-10": (cifar10, 35_746_307),
     "LDM-4, LSUN-Bedrooms, CelebA-HQ, FFHQ": (ldm4, 274_056_163),
@@ -139,7 +166,8 @@ SIZES: dict[str, tuple[Callable[[], tuple[Any, Inputs]], int]] = {
     "Stable Diffusion 1.4, 1.5": (sd15, 859_520_964),
     "Stable Diffusion 2.1": (sd21, 865_910_724),
     "SDXL": (sdxl, 2_567_463_684),
-    # 675,129,632 without positions, which diffusers computes, and with 28 blocks that each embed timestep and class, where the original does once.
+    # 675,129,632 without positions, which diffusers computes, and with 28 blocks that each embed timestep and
+    # class, where the original does once.
     "DiT-XL/2": (dit, 675_129_632 - 256 * 1152 + 27 * (1001 * 1152 + (256 + 1) * 1152 + (1152 + 1) * 1152)),
     "PixArt-Sigma": (pixart, 610_856_096),
     "Stable Diffusion 3 medium": (sd3, 2_028_328_000),
@@ -162,33 +190,56 @@ def inspected() -> dict[str, Inspection]:
     for name, (build, _) in SIZES.items():
         with torch.device("meta"):
             module, example = build()
-        found[name] = inspect(SimpleNamespace(denoiser=Denoiser(module), example=lambda example=example: example))  # type: ignore[arg-type]
+        found[name] = inspect(
+            SimpleNamespace(denoiser=Denoiser(module), example=lambda example=example: example)
+        )  # type: ignore[arg-type]
     return found
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameters_are_the_published_ones_and_bytes_follow(inspected: dict[str, Inspection], name: str) -> None:
+def test_parameters_are_the_published_ones_and_bytes_follow(
+    inspected: dict[str, Inspection], name: str
+) -> None:
     found, (_, parameters) = inspected[name], SIZES[name]
     assert found.parameters == parameters
     rows, width = LOOKED_UP.get(name, (0, 0))
-    shares = {bits: (found.predicted_bytes[bits] - rows * (width + 4)) / (4 * (parameters - rows * width)) for bits in ("w8", "w4")}
+    shares = {
+        bits: (found.predicted_bytes[bits] - rows * (width + 4)) / (4 * (parameters - rows * width))
+        for bits in ("w8", "w4")
+    }
     assert 0.25 < shares["w8"] < 0.26 and 0.125 < shares["w4"] < 0.14
     tabulated = any(layer.cacheable for layer in found.temporal if layer.role == "feature")
     assert tabulated == (name != "DiT-XL/2")
-    assert 0 < found.table_bytes["20"] < found.table_bytes["50"] < 2e6 if tabulated else set(found.table_bytes.values()) == {0}
+    assert (
+        0 < found.table_bytes["20"] < found.table_bytes["50"] < 2e6
+        if tabulated
+        else set(found.table_bytes.values()) == {0}
+    )
 
 
 def test_the_published_recipes_fit_the_published_models(inspected: dict[str, Inspection]) -> None:
     assert set.union(*EXPERIMENTS.values()) == {protocol.name for protocol in PROTOCOLS}
     for name, experiments in EXPERIMENTS.items():
-        assert {f"{experiment}_{bits}" for experiment in experiments for bits in BITS} <= set(inspected[name].schemes)
+        assert {f"{experiment}_{bits}" for experiment in experiments for bits in BITS} <= set(
+            inspected[name].schemes
+        )
 
 
-def test_the_page_has_these_figures(inspected: dict[str, Inspection], documented: Callable[[str, list[str]], None]) -> None:
-    rows = ["| model | parameters | fp32 | W8 | W4 | temporal layers | tables, 20 / 50 steps |", "|---|---|---|---|---|---|---|"]
+def test_the_page_has_these_figures(
+    inspected: dict[str, Inspection], documented: Callable[[str, list[str]], None]
+) -> None:
+    rows = [
+        "| model | parameters | fp32 | W8 | W4 | temporal layers | tables, 20 / 50 steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, found in inspected.items():
-        sizes = [f"{count / 1e9:.2f} GB" for count in (4 * found.parameters, found.predicted_bytes["w8"], found.predicted_bytes["w4"])]
-        temporal = f"{found.temporal_parameters / 1e6:.1f} M ({found.temporal_parameters / found.parameters:.1%})"
+        sizes = [
+            f"{count / 1e9:.2f} GB"
+            for count in (4 * found.parameters, found.predicted_bytes["w8"], found.predicted_bytes["w4"])
+        ]
+        temporal = (
+            f"{found.temporal_parameters / 1e6:.1f} M ({found.temporal_parameters / found.parameters:.1%})"
+        )
         tables = f"{found.table_bytes['20'] / 1e3:.0f} kB / {found.table_bytes['50'] / 1e3:.0f} kB"
         rows.append(f"| {name} | {found.parameters:,} | {' | '.join(sizes)} | {temporal} | {tables} |")
     documented("sizes", rows)

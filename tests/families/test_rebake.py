@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.mark.parametrize("name", ["sd1", "pixart"])
-def test_another_schedule_is_exact_after_one_call_and_survives_saving(family: Make, name: str, tmp_path: Path) -> None:
+def test_another_schedule_is_exact_after_one_call_and_survives_saving(
+    family: Make, name: str, tmp_path: Path
+) -> None:
     made = family(name)
     moved = made.sampler(made.quantized)
     moved.pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(moved.pipeline.scheduler.config)

@@ -30,12 +30,18 @@ CONTINUOUS = {"Euler", "flow-matching Euler", "continuous EDM"}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_schedule_is_calibrated_exactly_and_another_one_is_warned_about(sampler: Callable[..., LoopSampler], name: str) -> None:
+def test_a_schedule_is_calibrated_exactly_and_another_one_is_warned_about(
+    sampler: Callable[..., LoopSampler], name: str
+) -> None:
     made = sampler("plain", scheduler=SCHEDULERS[name]())
-    recipe = replace(tfmq.scheme("w8a8"), calibration=Calibration(samples=1, steps=5, interval=1, batch_size=1))
+    recipe = replace(
+        tfmq.scheme("w8a8"), calibration=Calibration(samples=1, steps=5, interval=1, batch_size=1)
+    )
     learning = replace(recipe.temporal.learning, iterations=0)
     temporal = replace(recipe.temporal, learning=learning)
-    tfmq.quantize(made, replace(recipe, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal))
+    tfmq.quantize(
+        made, replace(recipe, rounding=replace(recipe.rounding, solver="nearest"), temporal=temporal)
+    )
     timesteps = steps_of(made.denoiser.module).timesteps
     assert len(timesteps) >= 5 and bool((timesteps != timesteps.round()).any()) == (name in CONTINUOUS)
     expected = sampler("plain", scheduler=SCHEDULERS[name]()).run(range(2), steps=5, seed=0)

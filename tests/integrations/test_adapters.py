@@ -29,10 +29,17 @@ def adapted(build: Any) -> UNet2DConditionModel:
 
 
 def loop(unet: UNet2DConditionModel) -> LoopSampler:
-    return LoopSampler(Denoiser(unet), DDIMScheduler(), shape=(4, 8, 8), conditions={"encoder_hidden_states": torch.ones(1, 5, 8)})
+    return LoopSampler(
+        Denoiser(unet),
+        DDIMScheduler(),
+        shape=(4, 8, 8),
+        conditions={"encoder_hidden_states": torch.ones(1, 5, 8)},
+    )
 
 
-QUICK = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1))
+QUICK = replace(
+    tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)
+)
 
 
 def test_a_fused_adapter_is_quantized_with_the_weights(build: Any, tmp_path: Path) -> None:
@@ -60,8 +67,14 @@ def test_a_quantized_model_takes_no_adapter(build: Any, tmp_path: Path) -> None:
                 entry({}, prefix=None)
 
 
-def carrying(build: Any, strength: float, targets: tuple[str, ...] = ("to_q", "to_v", "conv1", "time_emb_proj", "ff.net.2")) -> UNet2DConditionModel:
-    """Return a UNet with an adapter on attention, convolutions, feed-forward and the temporal path, of the given strength."""
+def carrying(
+    build: Any,
+    strength: float,
+    targets: tuple[str, ...] = ("to_q", "to_v", "conv1", "time_emb_proj", "ff.net.2"),
+) -> UNet2DConditionModel:
+    """Return a UNet with an adapter on attention, convolutions, feed-forward and the temporal path, of the
+    given strength.
+    """
     from peft import LoraConfig
 
     unet: UNet2DConditionModel = build("conditional")[0].module
@@ -76,26 +89,45 @@ def carrying(build: Any, strength: float, targets: tuple[str, ...] = ("to_q", "t
 def predictions(unet: Any) -> torch.Tensor:
     sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        return torch.cat([unet(sample, timestep, encoder_hidden_states=torch.ones(2, 5, 8)).sample for timestep in (0, 500)])
+        return torch.cat(
+            [
+                unet(sample, timestep, encoder_hidden_states=torch.ones(2, 5, 8)).sample
+                for timestep in (0, 500)
+            ]
+        )
 
 
 def test_a_lora_is_fused_into_the_quantized_model(build: Any) -> None:
     target, reference = loop(build("conditional")[0].module), loop(carrying(build, 0.2))
-    tfmq.quantize(target, replace(QUICK, temporal=Temporal(maintenance="cache", learning=Learning(iterations=1))))
+    tfmq.quantize(
+        target, replace(QUICK, temporal=Temporal(maintenance="cache", learning=Learning(iterations=1)))
+    )
     before, plain = predictions(target.denoiser.module), predictions(build("conditional")[0].module)
-    untouched = {name: tensor for name, tensor in target.denoiser.module.state_dict().items() if "conv2" in name}
+    untouched = {
+        name: tensor for name, tensor in target.denoiser.module.state_dict().items() if "conv2" in name
+    }
     tfmq.fuse_lora(target, reference)
     after, expected = predictions(target.denoiser.module), predictions(reference.denoiser.module)
     assert not getattr(reference.denoiser.module, "peft_config", None)
     effect = float((expected - plain).square().mean())
-    assert float((after - expected).square().mean()) < 0.1 * min(effect, float((before - expected).square().mean()))
-    assert all(torch.equal(tensor, target.denoiser.module.state_dict()[name]) for name, tensor in untouched.items())
+    assert float((after - expected).square().mean()) < 0.1 * min(
+        effect, float((before - expected).square().mean())
+    )
+    assert all(
+        torch.equal(tensor, target.denoiser.module.state_dict()[name]) for name, tensor in untouched.items()
+    )
 
 
 def test_the_drift_of_a_strong_lora_is_warned_about_with_its_figures(build: Any, tmp_path: Path) -> None:
     target = loop(build("conditional")[0].module)
     tfmq.quantize(target, QUICK)
-    with pytest.warns(UserWarning, match=r"the LoRA leaves the calibrated range of \d+ layers, furthest .* by \d+% of its range.*quantize the fused"):
+    with pytest.warns(
+        UserWarning,
+        match=(
+            r"the LoRA leaves the calibrated range of \d+ layers, furthest "
+            r".* by \d+% of its range.*quantize the fused"
+        ),
+    ):
         found = tfmq.fuse_lora(target, loop(carrying(build, 20.0)))
     assert found[0].excess > 0.5 and list(found) == sorted(found, key=lambda entry: -entry.excess)
     # What comes before the first adapter reads what it always did.

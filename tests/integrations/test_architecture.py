@@ -24,7 +24,9 @@ def test_a_quantized_model_gives_back_its_architecture(sampler: Callable[..., Lo
 
     original, made = sampler().denoiser.module, sampler()
     assert manifest_of(original) is None
-    result = tfmq.quantize(made, replace(rtn(tfmq.scheme("w4a8")), calibration=Calibration(samples=1, steps=2)))
+    result = tfmq.quantize(
+        made, replace(rtn(tfmq.scheme("w4a8")), calibration=Calibration(samples=1, steps=2))
+    )
     module = made.denoiser.module
     assert type(module) is not UNet2DModel and stock_class(module) is UNet2DModel
     mark_quantized(module, result.manifest)

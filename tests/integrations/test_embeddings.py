@@ -19,14 +19,20 @@ def test_a_component_with_a_quantized_embedding_is_opened_to_the_bit_and_in_half
     sampler: Callable[..., LoopSampler], tmp_path: Path
 ) -> None:
     made = sampler("class_conditional")
-    recipe = replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=2), weights=Weights(bits=4, ranges="min_max", embeddings=4))
+    recipe = replace(
+        tfmq.scheme("rtn_w4a8"),
+        calibration=Calibration(samples=1, steps=2),
+        weights=Weights(bits=4, ranges="min_max", embeddings=4),
+    )
     tfmq.quantize(made, recipe)
     module = made.denoiser.module
     module.save_pretrained(str(tmp_path))
     inputs = replace(made.example().resized(2), timestep=module.tfmq_steps.timesteps[[0, 1]].long())
     opened = UNet2DConditionModel.from_pretrained(str(tmp_path))
     tfmq.execute(opened, "simulated")
-    assert {name: layer.format.bits for name, layer in packed_embeddings(opened).items()} == {"class_embedding": 4}
+    assert {name: layer.format.bits for name, layer in packed_embeddings(opened).items()} == {
+        "class_embedding": 4
+    }
     assert torch.equal(Denoiser(opened)(inputs), made.denoiser(inputs))
     half = UNet2DConditionModel.from_pretrained(str(tmp_path), torch_dtype=torch.bfloat16)
     tfmq.execute(half, "simulated")

@@ -32,7 +32,11 @@ X, TIMESTEPS = torch.linspace(-2, 2, 2 * 3 * 64).sin().reshape(2, 3, 8, 8), torc
 
 def pairs(model: nn.Module) -> set[tuple[int, int]]:
     """Return widths and numbers of heads."""
-    return {(module.to_q.out_features, module.heads) for module in model.modules() if isinstance(module, Attention)}
+    return {
+        (module.to_q.out_features, module.heads)
+        for module in model.modules()
+        if isinstance(module, Attention)
+    }
 
 
 def test_every_attention_has_the_heads_and_both_of_diffusers_ways_to_attend_agree() -> None:
@@ -50,34 +54,50 @@ def test_every_attention_has_the_heads_and_both_of_diffusers_ways_to_attend_agre
 
 def test_one_head_is_the_stock_model() -> None:
     torch.manual_seed(0)
-    model, stock = tfmq.UNet2DHeadsModel(**SIZE, num_attention_heads=1).eval(), diffusers.UNet2DModel(**SIZE, attention_head_dim=None).eval()
+    model, stock = (
+        tfmq.UNet2DHeadsModel(**SIZE, num_attention_heads=1).eval(),
+        diffusers.UNet2DModel(**SIZE, attention_head_dim=None).eval(),
+    )
     stock.load_state_dict(model.state_dict())
     other = tfmq.UNet2DHeadsModel(**SIZE, num_attention_heads=2).eval()
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = stock(X, TIMESTEPS).sample
-        assert torch.equal(model(X, TIMESTEPS).sample, expected) and not torch.allclose(other(X, TIMESTEPS).sample, expected, atol=1e-5)
+        assert torch.equal(model(X, TIMESTEPS).sample, expected) and not torch.allclose(
+            other(X, TIMESTEPS).sample, expected, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"num_attention_heads": 3}, "num_attention_heads: 3 does not divide 8, the width of "), ({"attention_head_dim": 4}, "must be None, not 4")],
+    [
+        ({"num_attention_heads": 3}, "num_attention_heads: 3 does not divide 8, the width of "),
+        ({"attention_head_dim": 4}, "must be None, not 4"),
+    ],
 )
 def test_heads_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tfmq.UNet2DHeadsModel(**{**SIZE, "num_attention_heads": 2, **change})
 
 
-def test_the_configuration_says_it_and_nothing_of_it_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_configuration_says_it_and_nothing_of_it_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tfmq.UNet2DHeadsModel(**SIZE, num_attention_heads=4)
     assert stock_class(model) is tfmq.UNet2DHeadsModel and model.config.num_attention_heads == 4
     assert model.config.keys() - {"num_attention_heads"} == diffusers.UNet2DModel(**SIZE).config.keys()
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert (written["_class_name"], written["num_attention_heads"], written["attention_head_dim"]) == ("UNet2DHeadsModel", 4, None)
+    assert (written["_class_name"], written["num_attention_heads"], written["attention_head_dim"]) == (
+        "UNet2DHeadsModel",
+        4,
+        None,
+    )
     loaded = load_component(tmp_path, "UNet2DHeadsModel")
     again = tfmq.UNet2DHeadsModel.from_config(loaded.config)
-    assert pairs(loaded) == pairs(again) == {(8, 4), (16, 4)} and not [record for record in caplog.records if "ignored" in record.message]
+    assert pairs(loaded) == pairs(again) == {(8, 4), (16, 4)} and not [
+        record for record in caplog.records if "ignored" in record.message
+    ]
 
 
 # Whichever is imported first, and with the pipeline's own class.
@@ -91,7 +111,10 @@ OPENINGS = {
 def test_a_fresh_process_opens_and_saves_a_pipeline_with_it(tmp_path: Path, imports: str) -> None:
     model = tfmq.UNet2DHeadsModel(**SIZE, num_attention_heads=4)
     diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "made")
-    assert json.loads((tmp_path / "made" / "model_index.json").read_text())["unet"] == ["tfmq", "UNet2DHeadsModel"]
+    assert json.loads((tmp_path / "made" / "model_index.json").read_text())["unet"] == [
+        "tfmq",
+        "UNet2DHeadsModel",
+    ]
     script = f"""{imports}
 import sys
 pipeline = kind.from_pretrained(sys.argv[1])
@@ -99,7 +122,10 @@ assert type(pipeline.unet) is tfmq.UNet2DHeadsModel and pipeline.unet.mid_block.
 pipeline.save_pretrained(sys.argv[2])
 """
     source = str(Path(tfmq.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+    }
     command = [sys.executable, "-c", script, str(tmp_path / "made"), str(tmp_path / "again")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -116,5 +142,12 @@ def test_tfmq_has_every_component_that_diffusers_was_told_of(name: str) -> None:
 def test_the_hub_listing_knows_the_library() -> None:
     from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
 
-    index = {"_class_name": "DDPMPipeline", "unet": ["tfmq", "UNet2DHeadsModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    assert _get_custom_components_and_folders("me/model", index, ["unet/config.json"]) == ({}, ["unet", "scheduler"])
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["tfmq", "UNet2DHeadsModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    assert _get_custom_components_and_folders("me/model", index, ["unet/config.json"]) == (
+        {},
+        ["unet", "scheduler"],
+    )

@@ -29,11 +29,15 @@ def test_files_and_card_in_one_commit(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "unet").mkdir()
     for name in ("model_index.json", "unet/config.json", "README.md"):
         (tmp_path / name).write_text(name)
-    assert hub.push_folder(tmp_path, "me/model", card="# card", private=True) == "https://example.org/me/model"
+    assert (
+        hub.push_folder(tmp_path, "me/model", card="# card", private=True) == "https://example.org/me/model"
+    )
     (_, (created, options)), (_, (committed, files)) = recorder.calls
     assert created == committed == "me/model" and options == {"private": True, "exist_ok": True}
     assert files.keys() == {"model_index.json", "unet/config.json", "README.md"}
-    assert files["README.md"] == b"# card" and Path(files["unet/config.json"]).read_text() == "unet/config.json"
+    assert (
+        files["README.md"] == b"# card" and Path(files["unet/config.json"]).read_text() == "unet/config.json"
+    )
 
 
 def test_a_refusal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

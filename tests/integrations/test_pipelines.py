@@ -56,14 +56,20 @@ def test_a_quantized_pipeline_is_a_sampler_again(pipeline: DDIMPipeline, tmp_pat
     assert torch.equal(open_sampler(tmp_path / "q").run(range(2), steps=3, seed=0), in_memory)
     # The tables keep their own dtype whichever way the directory is opened.
     opened = open_pipeline(tmp_path / "q").unet.state_dict()
-    assert {name: value.dtype for name, value in opened.items()} == {name: value.dtype for name, value in pipeline.unet.state_dict().items()}
+    assert {name: value.dtype for name, value in opened.items()} == {
+        name: value.dtype for name, value in pipeline.unet.state_dict().items()
+    }
     assert torch.float16 in {value.dtype for value in opened.values()}
 
 
 def test_a_pipeline_without_its_weights_is_refused(pipeline: DDIMPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "p")
     path = tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if not name.startswith("conv_in")}, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in load_file(path).items() if not name.startswith("conv_in")},
+        path,
+        metadata={"format": "pt"},
+    )
     with quiet(), pytest.raises(ValueError, match="lacks 2 tensors of unet, such as conv_in"):
         open_pipeline(tmp_path / "p")
 
@@ -78,12 +84,17 @@ def test_prompts_without_effect_warn(pipeline: DDIMPipeline) -> None:
         open_sampler(pipeline, prompts=("a cat",))
 
 
-def test_eta_of_the_recipe_is_what_the_quantized_model_is_opened_with(pipeline: DDIMPipeline, tmp_path: Path) -> None:
+def test_eta_of_the_recipe_is_what_the_quantized_model_is_opened_with(
+    pipeline: DDIMPipeline, tmp_path: Path
+) -> None:
     recipe = replace(QUICK, calibration=replace(QUICK.calibration, eta=0.7))
     tfmq.quantize(pipeline, recipe, output_dir=tmp_path / "q")
     opened = open_sampler(tmp_path / "q")
     assert opened.options == {"eta": 0.7}
-    noisy, expected = (PipelineSampler(pipeline, options=options).run(range(1), steps=3, seed=0) for options in ({}, {"eta": 0.7}))
+    noisy, expected = (
+        PipelineSampler(pipeline, options=options).run(range(1), steps=3, seed=0)
+        for options in ({}, {"eta": 0.7})
+    )
     assert torch.equal(opened.run(range(1), steps=3, seed=0), expected) and not torch.equal(noisy, expected)
 
 
@@ -98,21 +109,47 @@ def test_quiet_silences_and_restores() -> None:
     diffusers_logging.set_verbosity(logging.INFO)
     try:
         with quiet():
-            assert diffusers_logging.get_verbosity() == logging.ERROR and not diffusers_logging.is_progress_bar_enabled()
-        assert diffusers_logging.get_verbosity() == logging.INFO and diffusers_logging.is_progress_bar_enabled()
+            assert (
+                diffusers_logging.get_verbosity() == logging.ERROR
+                and not diffusers_logging.is_progress_bar_enabled()
+            )
+        assert (
+            diffusers_logging.get_verbosity() == logging.INFO and diffusers_logging.is_progress_bar_enabled()
+        )
     finally:
         diffusers_logging.set_verbosity(logging.WARNING)
 
 
 def test_what_is_decoded_is_noted() -> None:
-    """A latent diffusion pipeline: its images are the decoder's of what was noted, which the last step left."""
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+    """A latent diffusion pipeline: its images are the decoder's of what was noted, which the last step
+    left.
+    """
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 8),
+    }
     torch.manual_seed(0)
-    first_stage = diffusers.VQModel(**levels, norm_num_groups=4, sample_size=16, latent_channels=3, num_vq_embeddings=16).eval()
-    shape = {"sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    kinds = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    first_stage = diffusers.VQModel(
+        **levels, norm_num_groups=4, sample_size=16, latent_channels=3, num_vq_embeddings=16
+    ).eval()
+    shape = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    kinds = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+    }
     unet = diffusers.UNet2DModel(**shape, **kinds).eval()
-    sampler = PipelineSampler(diffusers.LDMPipeline(first_stage, unet, diffusers.DDIMScheduler(clip_sample=False)))
+    sampler = PipelineSampler(
+        diffusers.LDMPipeline(first_stage, unet, diffusers.DDIMScheduler(clip_sample=False))
+    )
     with sampler.noted_latents() as noted:
         images = sampler.run(range(2), steps=3, seed=1)
     (latent,) = noted
@@ -123,18 +160,40 @@ def test_what_is_decoded_is_noted() -> None:
     assert walked.latent is not None and torch.equal(walked.latent, latent.flatten(1))
     assert not any(torch.equal(state, latent) for state in walked.states)
     # Pixels have no latent.
-    assert follow(PipelineSampler(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())), range(1), steps=2, seed=0).latent is None
+    assert (
+        follow(
+            PipelineSampler(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())),
+            range(1),
+            steps=2,
+            seed=0,
+        ).latent
+        is None
+    )
 
 
 def test_the_classes_of_images_can_be_chosen() -> None:
-    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_embeds_ada_norm": 10, "norm_num_groups": 4}
-    transformer = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=4, sample_size=8, patch_size=2, **heads)
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+    heads = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+        "num_embeds_ada_norm": 10,
+        "norm_num_groups": 4,
+    }
+    transformer = diffusers.DiTTransformer2DModel(
+        in_channels=4, out_channels=4, sample_size=8, patch_size=2, **heads
+    )
+    levels = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (4, 8),
+    }
     vae = diffusers.AutoencoderKL(**levels, norm_num_groups=4, sample_size=16, latent_channels=4)
     pipeline = diffusers.DiTPipeline(transformer, vae, DDIMScheduler())
     sampler = PipelineSampler(pipeline, labels=(7, 2), options={"guidance_scale": 1.0})
     seen: list[list[int]] = []
-    transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True)
+    transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
     sampler.run(range(1, 4), steps=1, seed=0)
     assert seen == [[2, 7, 2]] and sampler.describe()["labels"] == [7, 2]
     sampler.labels = (10,)

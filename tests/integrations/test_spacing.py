@@ -1,4 +1,6 @@
-"""Quadratic spacing against the published sampler's loop, written down once more in float64, repeated timesteps included."""
+"""Quadratic spacing against the published sampler's loop, written down once more in float64, repeated
+timesteps included.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -25,11 +27,16 @@ def visited(steps: int) -> list[int]:
 
 
 def published(model: Callable[[Tensor, int], Tensor], x: Tensor, steps: int) -> Tensor:
-    """DDIM without noise, as its authors loop: every timestep with the one before it, the last with a level of one."""
+    """DDIM without noise, as its authors loop: every timestep with the one before it, the last with a level
+    of one.
+    """
     levels = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     sequence = visited(steps)
     for timestep, following in zip(reversed(sequence), reversed([-1, *sequence[:-1]]), strict=True):
-        level, later = levels[timestep], levels[following] if following >= 0 else torch.tensor(1.0, dtype=torch.float64)
+        level, later = (
+            levels[timestep],
+            levels[following] if following >= 0 else torch.tensor(1.0, dtype=torch.float64),
+        )
         noise = model(x.float(), timestep).double()
         image = (x - noise * (1 - level).sqrt()) / level.sqrt()
         x = later.sqrt() * image + (1 - later).sqrt() * noise
@@ -56,18 +63,25 @@ def test_noise_is_that_of_the_formula(build: Callable[..., Any]) -> None:
     scheduler.set_timesteps(10)
     before, at = visited(10)[5:7]
     sample, noise = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    steps = [scheduler.step(torch.zeros_like(sample), at, sample, eta=eta, variance_noise=noise).prev_sample for eta in (0.0, 1.0)]
+    steps = [
+        scheduler.step(torch.zeros_like(sample), at, sample, eta=eta, variance_noise=noise).prev_sample
+        for eta in (0.0, 1.0)
+    ]
     level, later = (scheduler.alphas_cumprod[timestep].double() for timestep in (at, before))
     deviation = ((1 - later) / (1 - level) * (1 - level / later)).sqrt()
     assert torch.allclose(steps[1] - steps[0], (deviation * noise).float(), atol=1e-5)
     assert len(scheduler.alphas_cumprod) == 1000
 
 
-def test_a_recipe_draws_and_calibrates_with_it_and_the_pipeline_keeps_its_own(build: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_recipe_draws_and_calibrates_with_it_and_the_pipeline_keeps_its_own(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
     pipeline = DDIMPipeline(build("unet")[0].module, DDIMScheduler())
     before = pipeline.scheduler
     calibration = Calibration(samples=2, steps=5, interval=1, batch_size=2, eta=0.0, spacing="quadratic")
-    result = tfmq.quantize(pipeline, replace(tfmq.scheme("rtn_w8a8"), calibration=calibration), output_dir=tmp_path / "q")
+    result = tfmq.quantize(
+        pipeline, replace(tfmq.scheme("rtn_w8a8"), calibration=calibration), output_dir=tmp_path / "q"
+    )
     steps = pipeline.unet.tfmq_steps.timesteps.tolist()
     assert steps == sorted(set(visited(5))) and pipeline.scheduler is before
     assert result.manifest["provenance"]["recipe"]["calibration"]["spacing"] == "quadratic"
@@ -84,7 +98,12 @@ def test_a_recipe_draws_and_calibrates_with_it_and_the_pipeline_keeps_its_own(bu
 
 def test_other_schedulers_are_refused_with_advice(build: Callable[..., Any]) -> None:
     pipeline = DDPMPipeline(build("unet")[0].module, DDPMScheduler())
-    with pytest.raises(ValueError, match=r"quadratic spacing is one of DDIM's.*DDPMScheduler; set .*from_config"), spaced(pipeline, "quadratic"):
+    with (
+        pytest.raises(
+            ValueError, match=r"quadratic spacing is one of DDIM's.*DDPMScheduler; set .*from_config"
+        ),
+        spaced(pipeline, "quadratic"),
+    ):
         pass
     with pytest.raises(ValueError, match=r"calibration\.spacing is 'cubic'; it must be one of quadratic"):
         Calibration(spacing="cubic")  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Corrections as a part of a job: executed by every backend, stored, moved to another schedule, refused where they are damaged."""
+"""Corrections as a part of a job: executed by every backend, stored, moved to another schedule, refused where
+they are damaged.
+"""
 
 import json
 from collections.abc import Callable
@@ -59,11 +61,17 @@ def made(sampler: Make, recipe: Recipe) -> tuple[LoopSampler, dict[str, Any]]:
 
 def inputs_of(made: LoopSampler) -> Inputs:
     example = made.example().resized(2)
-    return Inputs(torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([333, 666]), example.conditions)
+    return Inputs(
+        torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([333, 666]),
+        example.conditions,
+    )
 
 
 @torch.no_grad()
-def test_a_correction_is_found_and_reported(made: tuple[LoopSampler, dict[str, Any]], sampler: Make, recipe: Recipe) -> None:
+def test_a_correction_is_found_and_reported(
+    made: tuple[LoopSampler, dict[str, Any]], sampler: Make, recipe: Recipe
+) -> None:
     drawn, report = made
     assert len(report["by_step"]) == STEPS and sum(report["steps"].values()) == STEPS
     assert 0 <= report["explained"] < 1 and all(0 <= share < 1 for share in report["by_step"])
@@ -117,11 +125,15 @@ def test_graphs_correct(made: tuple[LoopSampler, dict[str, Any]], kind: type[Gra
 
 
 @torch.no_grad()
-def test_a_correction_is_saved_and_loaded_and_follows_another_schedule(sampler: Make, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_correction_is_saved_and_loaded_and_follows_another_schedule(
+    sampler: Make, recipe: Recipe, tmp_path: Path
+) -> None:
     drawn = sampler("plain_rgb")
     tfmq.quantize(drawn, recipe, output_dir=tmp_path / "q")
     module, inputs = drawn.denoiser.module, inputs_of(drawn)
-    loaded = tfmq.load(tmp_path / "q", module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated")
+    loaded = tfmq.load(
+        tmp_path / "q", module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated"
+    )
     assert torch.equal(Denoiser(loaded)(inputs), drawn.denoiser(inputs))
     manifest = json.loads((tmp_path / "q" / "tfmq.json").read_text())
     assert manifest["version"] == 3
@@ -129,11 +141,15 @@ def test_a_correction_is_saved_and_loaded_and_follows_another_schedule(sampler: 
     correction = planted(module, gain=1.0)
     before = correction.gain.clone()
     tfmq.rebake(drawn, sampler("plain_rgb"), steps=2 * STEPS)
-    assert correction.gain.shape == (2 * STEPS, 3) and set(map(tuple, correction.gain.tolist())) <= set(map(tuple, before.tolist()))
+    assert correction.gain.shape == (2 * STEPS, 3) and set(map(tuple, correction.gain.tolist())) <= set(
+        map(tuple, before.tolist())
+    )
     assert bool(drawn.run(range(1), steps=2 * STEPS, seed=0).isfinite().all())
 
 
-def test_a_killed_job_has_the_same_correction(sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_job_has_the_same_correction(
+    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "whole").report
 
     def stop(*_: Any) -> Any:
@@ -161,7 +177,12 @@ def test_a_killed_job_has_the_same_correction(sampler: Make, recipe: Recipe, tmp
     ids=["channels", "none", "axis", "nan", "missing", "unknown section"],
 )
 def test_a_damaged_correction_is_refused_by_name(
-    sampler: Make, recipe: Recipe, tmp_path: Path, change: Callable[[Any, Any], Any], error: type[Exception], message: str
+    sampler: Make,
+    recipe: Recipe,
+    tmp_path: Path,
+    change: Callable[[Any, Any], Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     from tfmq.storage import read_tensors, seal, write_tensors
 
@@ -179,7 +200,9 @@ def test_a_damaged_correction_is_refused_by_name(
 def test_a_recipe_says_which_estimators_compete(recipe: Recipe) -> None:
     yaml = require("tfmq.recipes.yaml", extra="cli")
     assert yaml.from_dict(yaml.to_dict(recipe)) == recipe
-    with pytest.raises(ValueError, match=r"correction\.estimators is 'magic'; it must be one of bias, gain, affine"):
+    with pytest.raises(
+        ValueError, match=r"correction\.estimators is 'magic'; it must be one of bias, gain, affine"
+    ):
         CorrectionFields(estimators=("magic",))
     with pytest.raises(ValueError, match="twice"):
         CorrectionFields(estimators=("bias", "bias"))

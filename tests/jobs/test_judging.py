@@ -24,7 +24,11 @@ Make = Callable[..., LoopSampler]
 def recipe() -> Recipe:
     base = tfmq.scheme("w4a8")
     temporal = replace(base.temporal, learning=replace(base.temporal.learning, iterations=2))
-    return replace(base, calibration=Calibration(samples=4, steps=3, interval=1, batch_size=4, judged=0.5), temporal=temporal)
+    return replace(
+        base,
+        calibration=Calibration(samples=4, steps=3, interval=1, batch_size=4, judged=0.5),
+        temporal=temporal,
+    )
 
 
 def digest(sampler: LoopSampler) -> str:
@@ -42,8 +46,12 @@ def loser(monkeypatch: pytest.MonkeyPatch, worst: str) -> None:
     monkeypatch.setattr(judging, "psnr_db", measured)
 
 
-def test_what_draws_nearer_is_kept_to_the_bit(sampler: Make, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judged or not, each candidate is what its recipe makes alone, and the model that was passed in becomes it."""
+def test_what_draws_nearer_is_kept_to_the_bit(
+    sampler: Make, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged or not, each candidate is what its recipe makes alone, and the model that was passed in becomes
+    it.
+    """
     found = {}
     for worst in (PLAIN, RECIPE):
         loser(monkeypatch, worst)
@@ -68,7 +76,9 @@ def test_the_judge_sees_what_each_model_draws(sampler: Make, recipe: Recipe) -> 
     assert found["psnr_db"][found["kept"]] == max(found["psnr_db"].values())
 
 
-def test_a_killed_job_is_judged_to_the_same_bytes(sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_job_is_judged_to_the_same_bytes(
+    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "whole").report
 
     def stop(*_: Any) -> Any:

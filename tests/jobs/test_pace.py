@@ -34,18 +34,32 @@ def recipe() -> Recipe:
     )
 
 
-def run(sampler: LoopSampler, recipe: Recipe, directory: Path, seconds: float | None) -> tuple[Outcome, bytes]:
+def run(
+    sampler: LoopSampler, recipe: Recipe, directory: Path, seconds: float | None
+) -> tuple[Outcome, bytes]:
     journal = Journal(directory, {}, resume=True)
     store = CalibrationStore(directory / "calibration")
-    outcome = quantize_denoiser(Job(sampler=sampler, recipe=recipe, store=store, journal=journal, resources=Resources(time_budget=seconds)))
+    outcome = quantize_denoiser(
+        Job(
+            sampler=sampler,
+            recipe=recipe,
+            store=store,
+            journal=journal,
+            resources=Resources(time_budget=seconds),
+        )
+    )
     packed = packed_layers(sampler.denoiser.module)
     return outcome, b"".join(packed[name].packed.numpy().tobytes() for name in sorted(packed))
 
 
-def test_time_enough_is_the_job_without_a_budget(sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path) -> None:
+def test_time_enough_is_the_job_without_a_budget(
+    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path
+) -> None:
     # At the rate that a budget gives to so few steps.
     recipe = replace(recipe, learning=pace.within(recipe.learning, 12))
-    free, plenty = (run(sampler("plain"), recipe, tmp_path / f"{seconds}", seconds) for seconds in (None, 1e6))
+    free, plenty = (
+        run(sampler("plain"), recipe, tmp_path / f"{seconds}", seconds) for seconds in (None, 1e6)
+    )
     assert free[1] == plenty[1] and {unit.iterations for unit in plenty[0].units} == {12}
 
 
@@ -62,8 +76,12 @@ def test_what_was_granted_is_reported_and_a_resumed_job_goes_on_with_it(
 ) -> None:
     monkeypatch.setattr(pace, "Budget", Chosen)
     whole, expected = run(sampler("plain"), recipe, tmp_path / "whole", 1e6)
-    assert [unit.iterations for unit in whole.units] == [0 if number % 3 == 0 else number % 5 for number in range(len(whole.units))]
-    assert [unit.error_after is None for unit in whole.units] == [number % 3 == 0 for number in range(len(whole.units))]
+    assert [unit.iterations for unit in whole.units] == [
+        0 if number % 3 == 0 else number % 5 for number in range(len(whole.units))
+    ]
+    assert [unit.error_after is None for unit in whole.units] == [
+        number % 3 == 0 for number in range(len(whole.units))
+    ]
     assert len(whole.units) > 3
 
     class Killed(BaseException):
@@ -83,10 +101,16 @@ def test_what_was_granted_is_reported_and_a_resumed_job_goes_on_with_it(
     # The clock would say otherwise now, but unit 2 was promised its share before it was cut off.
     before = Chosen.grant
     monkeypatch.setattr(
-        Chosen, "grant", lambda self, waiting: pace.Grant(True, 11) if len(self.sensitivity) - len(waiting) == 2 else before(self, waiting)
+        Chosen,
+        "grant",
+        lambda self, waiting: (
+            pace.Grant(True, 11) if len(self.sensitivity) - len(waiting) == 2 else before(self, waiting)
+        ),
     )
     resumed, found = run(sampler("plain"), recipe, tmp_path / "cut", 1e6)
-    assert [unit.iterations for unit in resumed.units] == [unit.iterations for unit in whole.units] and found == expected
+    assert [unit.iterations for unit in resumed.units] == [
+        unit.iterations for unit in whole.units
+    ] and found == expected
 
 
 def test_the_clock_and_the_sensitivity_reach_the_budget(
@@ -102,8 +126,14 @@ def test_the_clock_and_the_sensitivity_reach_the_budget(
     monkeypatch.setattr(pace, "Budget", Watched)
     outcome, _ = run(sampler("plain"), recipe, tmp_path / "job", 500.0)
     (budget,) = seen
-    assert list(budget.sensitivity) == [unit.name for unit in outcome.units] and all(value > 0 for value in budget.sensitivity.values())
-    assert all(cost.base > 0 and cost.step > 0 for cost in budget.costs.values()) and budget.most == 12 and budget.seconds == 475
+    assert list(budget.sensitivity) == [unit.name for unit in outcome.units] and all(
+        value > 0 for value in budget.sensitivity.values()
+    )
+    assert (
+        all(cost.base > 0 and cost.step > 0 for cost in budget.costs.values())
+        and budget.most == 12
+        and budget.seconds == 475
+    )
     assert 0 < budget.elapsed() < 500 and budget.base.taken > 0 and budget.step.taken > 0
     assert budget.base.taken + budget.step.taken == pytest.approx(sum(unit.seconds for unit in outcome.units))
     before = budget.elapsed()
@@ -113,16 +143,32 @@ def test_the_clock_and_the_sensitivity_reach_the_budget(
 
 @pytest.mark.parametrize(("solver", "least"), [("adaround", 12), ("gptq_adaround", 0), ("gptq", 0)])
 def test_a_solver_that_only_learns_does_not_begin_what_it_cannot_learn(
-    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: Any, least: int
+    sampler: Callable[..., LoopSampler],
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    solver: Any,
+    least: int,
 ) -> None:
     found: list[int] = []
-    monkeypatch.setattr(Budget, "grant", lambda self, waiting: found.append(self.least) or pace.Grant(False, 0))  # type: ignore[func-returns-value]
-    run(sampler("plain"), replace(recipe, rounding=replace(recipe.rounding, solver=solver)), tmp_path / "job", 500.0)
+    monkeypatch.setattr(
+        Budget, "grant", lambda self, waiting: found.append(self.least) or pace.Grant(False, 0)
+    )  # type: ignore[func-returns-value]
+    run(
+        sampler("plain"),
+        replace(recipe, rounding=replace(recipe.rounding, solver=solver)),
+        tmp_path / "job",
+        500.0,
+    )
     assert set(found) == {least}
 
 
-def test_a_budget_that_calibration_alone_exceeds_is_refused(sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone before the first unit: the calibration alone takes about .* lower the steps"):
+def test_a_budget_that_calibration_alone_exceeds_is_refused(
+    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"gone before the first unit: the calibration alone takes about .* lower the steps"
+    ):
         run(sampler("plain"), recipe, tmp_path / "job", 1e-6)
 
 
@@ -134,12 +180,22 @@ def test_all_stages_before_the_units_count_against_a_budget(
     longer = replace(recipe, temporal=replace(recipe.temporal, learning=Learning(iterations=1000)))
     exact = replace(recipe, activations=replace(recipe.activations, ranges="min_max"))
     needed = {}
-    cases = {"base": (recipe, None), "longer": (longer, None), "exact": (exact, None), "passes": (recipe, 2**24)}
+    cases = {
+        "base": (recipe, None),
+        "longer": (longer, None),
+        "exact": (exact, None),
+        "passes": (recipe, 2**24),
+    }
     for name, (changed, memory) in cases.items():
-        journal, store = Journal(tmp_path / name, {}, resume=True), CalibrationStore(tmp_path / name / "calibration")
+        journal, store = (
+            Journal(tmp_path / name, {}, resume=True),
+            CalibrationStore(tmp_path / name / "calibration"),
+        )
         with pytest.raises(ValueError, match="gone before the first unit") as error:
             limits = Resources(time_budget=1, max_memory=memory)
-            quantize_denoiser(Job(sampler=sampler("plain"), recipe=changed, store=store, journal=journal, resources=limits))
+            quantize_denoiser(
+                Job(sampler=sampler("plain"), recipe=changed, store=store, journal=journal, resources=limits)
+            )
         needed[name] = float(str(error.value).partition("takes about ")[2].split()[0])
     assert needed["longer"] - needed["base"] == pytest.approx(4 * 998, abs=2)
     # Four calls: once drawn, and looked at for twice their time.
@@ -151,20 +207,32 @@ def test_a_budget_that_is_gone_on_the_way_is_told_and_leaves_nearest_codes(
     sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tfmq.jobs.calibration.check_time", lambda *_: None)
-    with pytest.warns(UserWarning, match=r"is gone after \d+ s of calibration: units keep their nearest codes"):
+    with pytest.warns(
+        UserWarning, match=r"is gone after \d+ s of calibration: units keep their nearest codes"
+    ):
         outcome, _ = run(sampler("plain"), recipe, tmp_path / "job", 1e-3)
     assert {(unit.error_after, unit.iterations, unit.seconds) for unit in outcome.units} == {(None, 0, 0.0)}
 
 
-def test_another_budget_is_another_job(sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_budget_is_another_job(
+    sampler: Callable[..., LoopSampler], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("tfmq.jobs.units.paced", stop)
-        tfmq.quantize(sampler("plain"), recipe, output_dir=tmp_path / "q", resources=Resources(time_budget=100))
+        tfmq.quantize(
+            sampler("plain"), recipe, output_dir=tmp_path / "q", resources=Resources(time_budget=100)
+        )
     with pytest.raises(JobMismatchError, match=r"time_budget was 100 and is 200"):
-        tfmq.quantize(sampler("plain"), recipe, output_dir=tmp_path / "q", resources=Resources(time_budget=200), resume=True)
+        tfmq.quantize(
+            sampler("plain"),
+            recipe,
+            output_dir=tmp_path / "q",
+            resources=Resources(time_budget=200),
+            resume=True,
+        )
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
@@ -173,7 +241,9 @@ def test_no_time_is_no_budget(wrong: float) -> None:
         Resources(time_budget=wrong)
 
 
-def test_sensitivity_is_the_error_of_the_output_with_one_unit_quantized(sampler: Callable[..., LoopSampler], recipe: Recipe) -> None:
+def test_sensitivity_is_the_error_of_the_output_with_one_unit_quantized(
+    sampler: Callable[..., LoopSampler], recipe: Recipe
+) -> None:
     from tfmq.models.trace import trace
     from tfmq.nn.plan import activation_sites, prepare
     from tfmq.quantizers.steps import StepContext
@@ -183,9 +253,16 @@ def test_sensitivity_is_the_error_of_the_output_with_one_unit_quantized(sampler:
     denoiser = sampler("plain").denoiser
     example = sampler("plain").example()
     full = denoiser(example)
-    recipe = replace(recipe, activations=replace(recipe.activations, bits=None, products=False, per_step="none"), rules=())
+    recipe = replace(
+        recipe, activations=replace(recipe.activations, bits=None, products=False, per_step="none"), rules=()
+    )
     traced = trace(denoiser, example)
-    prepare(denoiser.module, make_plan(recipe, traced), StepContext(torch.tensor([1.0])), timestep=denoiser.timestep)
+    prepare(
+        denoiser.module,
+        make_plan(recipe, traced),
+        StepContext(torch.tensor([1.0])),
+        timestep=denoiser.timestep,
+    )
     assert not activation_sites(denoiser.module)
     units = find_units(denoiser.module, [layer.name for layer in traced.layers])
     found = sensitivity.output_sensitivity(denoiser, units, [example])

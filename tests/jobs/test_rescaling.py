@@ -1,4 +1,6 @@
-"""Rescaled inputs as a part of a job: executed by every backend, in graphs, stored, refused where they are damaged."""
+"""Rescaled inputs as a part of a job: executed by every backend, in graphs, stored, refused where they are
+damaged.
+"""
 
 import json
 from collections.abc import Callable
@@ -57,7 +59,11 @@ def rescaled(module: torch.nn.Module) -> dict[str, PackedLayer]:
 
 def inputs_of(made: LoopSampler) -> Inputs:
     example = made.example().resized(2)
-    return Inputs(torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([333, 666]), example.conditions)
+    return Inputs(
+        torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([333, 666]),
+        example.conditions,
+    )
 
 
 @torch.no_grad()
@@ -74,7 +80,8 @@ def test_every_backend_rescales(made: dict[str, LoopSampler], name: str, backend
         found = denoiser(inputs)
     finally:
         execute(denoiser.module, "simulated")
-    # `float` does not round inputs, which the wild factors make coarse. Without the factors there would be no likeness.
+    # `float` does not round inputs, which the wild factors make coarse. Without the factors there would be no
+    # likeness.
     assert sqnr_db(expected, found) > (5 if backend == "float" else 30)
 
 
@@ -89,21 +96,33 @@ def test_graphs_rescale(made: dict[str, LoopSampler], name: str) -> None:
 
 
 @torch.no_grad()
-def test_what_is_rescaled_is_saved_and_loaded(sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_rescaled_is_saved_and_loaded(
+    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
     drawn = sampler("plain_rgb")
     tfmq.quantize(drawn, recipe, output_dir=tmp_path / "q")
     inputs = inputs_of(drawn)
-    loaded = tfmq.load(tmp_path / "q", module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated")
+    loaded = tfmq.load(
+        tmp_path / "q", module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated"
+    )
     assert torch.equal(Denoiser(loaded)(inputs), drawn.denoiser(inputs))
     manifest = json.loads((tmp_path / "q" / "tfmq.json").read_text())
-    named = {name for group in manifest["structure"]["layers"] for name in group["names"] if group.get("rescaled")}
+    named = {
+        name for group in manifest["structure"]["layers"] for name in group["names"] if group.get("rescaled")
+    }
     assert manifest["version"] == 3 and named == rescaled(drawn.denoiser.module).keys()
-    assert not any("embed" in name or "shift" in name for name in named), "the temporal block has exact ranges of its own"
+    assert not any("embed" in name or "shift" in name for name in named), (
+        "the temporal block has exact ranges of its own"
+    )
 
 
-def test_measured_factors_bring_a_planted_model_back(sampler: Make, recipe: Recipe, script: Callable[[str], Any]) -> None:
-    """One channel behind each norm is 64 times as large, and its readers' weights as much smaller: the same model, harder to quantize."""
+def test_measured_factors_bring_a_planted_model_back(
+    sampler: Make, recipe: Recipe, script: Callable[[str], Any]
+) -> None:
+    """One channel behind each norm is 64 times as large, and its readers' weights as much smaller: the same
+    model, harder to quantize.
+    """
 
     def planted() -> LoopSampler:
         drawn = sampler("dit")
@@ -111,22 +130,34 @@ def test_measured_factors_bring_a_planted_model_back(sampler: Make, recipe: Reci
         with torch.no_grad():
             # adaLN-Zero starts at zero, where nothing would show.
             for parameter in module.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+                parameter.add_(
+                    0.1
+                    * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                )
         outliers = script("benchmarks/planted.py").norm_outliers(module)
-        return LoopSampler(Denoiser(outliers), drawn.scheduler, shape=drawn.shape, conditions=drawn.conditions)
+        return LoopSampler(
+            Denoiser(outliers), drawn.scheduler, shape=drawn.shape, conditions=drawn.conditions
+        )
 
     inputs = inputs_of(planted())
     expected = planted().denoiser(inputs)
     found = {}
     for name, equalizers in (("off", ()), ("on", ("ranges",))):
         drawn = planted()
-        tfmq.quantize(drawn, replace(recipe, weights=replace(recipe.weights, bits=8), rescaling=Rescaling(equalizers=equalizers)))
+        tfmq.quantize(
+            drawn,
+            replace(
+                recipe, weights=replace(recipe.weights, bits=8), rescaling=Rescaling(equalizers=equalizers)
+            ),
+        )
         assert bool(rescaled(drawn.denoiser.module)) == bool(equalizers)
         found[name] = sqnr_db(expected, drawn.denoiser(inputs))
     assert found["on"] > found["off"] + 6, found
 
 
-def test_a_killed_job_has_the_same_factors(sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_job_has_the_same_factors(
+    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
     whole = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "whole").report
 

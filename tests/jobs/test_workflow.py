@@ -41,10 +41,20 @@ def quick(name: str, **changes: Any) -> Recipe:
     return replace(recipe, learning=learning, temporal=temporal, calibration=calibration, **changes)
 
 
-def quantize(sampler: LoopSampler, recipe: Recipe, directory: Path, *, seed: int = 0, resume: bool = False, **options: Any) -> Outcome:
+def quantize(
+    sampler: LoopSampler,
+    recipe: Recipe,
+    directory: Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    **options: Any,
+) -> Outcome:
     journal = Journal(directory / "job", {"recipe": to_dict(recipe), "seed": seed}, resume=resume)
     store = CalibrationStore(directory / "calls")
-    return quantize_denoiser(Job(sampler=sampler, recipe=recipe, seed=seed, store=store, journal=journal, **options))
+    return quantize_denoiser(
+        Job(sampler=sampler, recipe=recipe, seed=seed, store=store, journal=journal, **options)
+    )
 
 
 def digest(sampler: LoopSampler) -> str:
@@ -54,7 +64,9 @@ def digest(sampler: LoopSampler) -> str:
 VARIANTS = {
     **{name: quick(name) for name in ("w4a8", "w8a8", "w4a32", "rtn_w4a8", "rtn_w8a8", "brecq_w4a8", "w3a6")},
     "selected": quick("w4a8", temporal=Temporal(maintenance="selected")),
-    "selected per feature, half table": quick("w4a8", temporal=Temporal(maintenance="selected", scope="feature", table="float16")),
+    "selected per feature, half table": quick(
+        "w4a8", temporal=Temporal(maintenance="selected", scope="feature", table="float16")
+    ),
     "block": quick("w4a8", temporal=Temporal(maintenance="block")),
     "fast_w8a8": quick("fast_w8a8"),
 }
@@ -68,14 +80,20 @@ CASES = [("plain", variant) for variant in VARIANTS] + [("unet", "w4a8")]
 
 
 @pytest.mark.parametrize(("model", "variant"), CASES)
-def test_every_variant_ends_packed_with_the_bits_of_its_recipe(sampler: Sampling, tmp_path: Path, model: str, variant: str) -> None:
+def test_every_variant_ends_packed_with_the_bits_of_its_recipe(
+    sampler: Sampling, tmp_path: Path, model: str, variant: str
+) -> None:
     recipe, drawn = VARIANTS[variant], sampler(model)
     first, last, features, inner = SHAPES[model]
     module = drawn.denoiser.module
-    weighted = {name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear | torch.nn.Conv2d)}
+    weighted = {
+        name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear | torch.nn.Conv2d)
+    }
     outcome = quantize(drawn, recipe, tmp_path)
     packed = packed_layers(module)
-    assert set(packed) == weighted and not any(isinstance(child, CalibratedLayer) for child in module.modules())
+    assert set(packed) == weighted and not any(
+        isinstance(child, CalibratedLayer) for child in module.modules()
+    )
     for name, layer in packed.items():
         assert layer.format.bits == (8 if name in (first, last) and recipe.rules else recipe.weights.bits)
         assert (layer.input_quantizer is None) is (recipe.activations.bits is None)
@@ -86,7 +104,10 @@ def test_every_variant_ends_packed_with_the_bits_of_its_recipe(sampler: Sampling
     skipped = sum(isinstance(child, SkippedLayer) for child in module.modules())
     assert skipped == (inner if tables and all(table.everywhere for table in tables) else 0)
     assert recipe.temporal.maintenance != "cache" or skipped == inner
-    assert outcome.units[0].name == (first if recipe.temporal.maintenance != "none" else "embed") and outcome.units[-1].name == last
+    assert (
+        outcome.units[0].name == (first if recipe.temporal.maintenance != "none" else "embed")
+        and outcome.units[-1].name == last
+    )
     assert len(outcome.disturbance.relative_error) == features
     assert all(len(error) == 3 for error in outcome.disturbance.relative_error.values())
     images = drawn.run(range(2), steps=3, seed=5)
@@ -97,27 +118,44 @@ def test_every_variant_ends_packed_with_the_bits_of_its_recipe(sampler: Sampling
 def test_every_architecture_runs_through(sampler: Sampling, tmp_path: Path, name: str) -> None:
     drawn = sampler(name)
     full = drawn.run(range(2), steps=3, seed=5)
-    recipe = quick("w8a8", temporal=Temporal(maintenance="selected"), weights=Weights(bits=8, ranges="min_max"))
+    recipe = quick(
+        "w8a8", temporal=Temporal(maintenance="selected"), weights=Weights(bits=8, ranges="min_max")
+    )
     quantize(drawn, replace(recipe, learning=replace(FEW, iterations=1)), tmp_path)
     assert sqnr_db(full, drawn.run(range(2), steps=3, seed=5)) > 15
-    embeddings = {key for key, child in sampler(name).denoiser.module.named_modules() if isinstance(child, torch.nn.Embedding)}
+    embeddings = {
+        key
+        for key, child in sampler(name).denoiser.module.named_modules()
+        if isinstance(child, torch.nn.Embedding)
+    }
     assert set(packed_embeddings(drawn.denoiser.module)) == embeddings
 
 
-def test_transposed_convolutions_and_embeddings_are_quantized_and_the_rest_is_named(sampler: Sampling, tmp_path: Path) -> None:
+def test_transposed_convolutions_and_embeddings_are_quantized_and_the_rest_is_named(
+    sampler: Sampling, tmp_path: Path
+) -> None:
     drawn = sampler("upsampler")
     recipe = quick("w4a8", rules=(Rule(match="exit", weight_bits=None, activation_bits=None),))
     outcome = quantize(drawn, recipe, tmp_path)
     module = drawn.denoiser.module
-    assert packed_layers(module)["up"].input_quantizer is not None and packed_layers(module)["up"].format.bits == 4
+    assert (
+        packed_layers(module)["up"].input_quantizer is not None
+        and packed_layers(module)["up"].format.bits == 4
+    )
     assert {name: layer.format.bits for name, layer in packed_embeddings(module).items()} == {"labels": 8}
-    assert any("up" in unit.name for unit in outcome.units) and not any("labels" in unit.name for unit in outcome.units)
+    assert any("up" in unit.name for unit in outcome.units) and not any(
+        "labels" in unit.name for unit in outcome.units
+    )
     assert [(entry.name, entry.kind, entry.bytes) for entry in outcome.floating] == [
         ("exit", "Conv2d", 4 * (2 * 10 * 9 + 2)),
         ("norm", "GroupNorm", 4 * 16),
         ("", "Upsampler", 4 * 4),
     ]
-    assert [entry.reason for entry in outcome.floating] == ["rule of the recipe", "norm", "tensors of its own"]
+    assert [entry.reason for entry in outcome.floating] == [
+        "rule of the recipe",
+        "norm",
+        "tensors of its own",
+    ]
 
 
 class Tabled(torch.nn.Module):
@@ -157,12 +195,20 @@ def test_a_table_of_timesteps_is_quantized_behind_the_tables_of_its_features(tmp
 def test_a_rule_keeps_an_embedding_or_gives_it_other_bits(sampler: Sampling, tmp_path: Path) -> None:
     for bits in (None, 3):
         drawn = sampler("upsampler")
-        quantize(drawn, quick("w4a8", rules=(Rule(match="labels", weight_bits=bits, activation_bits=None),)), tmp_path / str(bits))
-        assert {layer.format.bits for layer in packed_embeddings(drawn.denoiser.module).values()} == ({bits} if bits else set())
+        quantize(
+            drawn,
+            quick("w4a8", rules=(Rule(match="labels", weight_bits=bits, activation_bits=None),)),
+            tmp_path / str(bits),
+        )
+        assert {layer.format.bits for layer in packed_embeddings(drawn.denoiser.module).values()} == (
+            {bits} if bits else set()
+        )
 
 
 @pytest.mark.parametrize("name", ["unet", "plain"])
-def test_at_eight_bits_the_output_is_close_at_every_calibrated_timestep(sampler: Sampling, tmp_path: Path, name: str) -> None:
+def test_at_eight_bits_the_output_is_close_at_every_calibrated_timestep(
+    sampler: Sampling, tmp_path: Path, name: str
+) -> None:
     drawn, stock = sampler(name), sampler(name)
     quantize(drawn, quick("w8a8"), tmp_path)
     for inputs in CalibrationStore(tmp_path / "calls"):
@@ -171,7 +217,9 @@ def test_at_eight_bits_the_output_is_close_at_every_calibrated_timestep(sampler:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_stay_in_half_precision(sampler: Sampling, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_half_precision_models_stay_in_half_precision(
+    sampler: Sampling, tmp_path: Path, dtype: torch.dtype
+) -> None:
     drawn = sampler("unet")
     drawn.denoiser.module.to(dtype)
     full = drawn.run(range(2), steps=3, seed=5)
@@ -194,11 +242,14 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples_one_by_one(sampler: Sampl
         together = drawn.denoiser(Inputs(sample, timesteps))
         alone = torch.cat([drawn.denoiser(Inputs(sample[i : i + 1], timesteps[i : i + 1])) for i in range(4)])
         shifted = drawn.denoiser(Inputs(sample, timesteps.roll(1)))
-    # Convolutions may sum in another order for another batch, which moves single codes; a wrong timestep moves far more.
+    # Convolutions may sum in another order for another batch, which moves single codes; a wrong timestep
+    # moves far more.
     assert sqnr_db(alone, together) > 40 > sqnr_db(alone, shifted)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(sampler: Sampling, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    sampler: Sampling, tmp_path: Path
+) -> None:
     found = []
     for number, seed in enumerate((0, 0, 1, 2**32)):
         drawn = sampler("plain")
@@ -208,7 +259,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(sampler: Sam
 
 
 def test_every_stage_of_every_seed_draws_its_own() -> None:
-    seeds = {stage_seed(seed, name) % 2**32 for seed in (0, 1, 256, 2**32) for name in ("calibration", "temporal", "conv_in")}
+    seeds = {
+        stage_seed(seed, name) % 2**32
+        for seed in (0, 1, 256, 2**32)
+        for name in ("calibration", "temporal", "conv_in")
+    }
     assert len(seeds) == 12, "generators look at the low 32 bits"
 
 
@@ -252,22 +307,34 @@ def uninterrupted() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("when", STAGES)
-def test_an_interrupted_job_resumes_to_the_same_bytes(sampler: Sampling, tmp_path: Path, uninterrupted: dict[str, str], when: str) -> None:
+def test_an_interrupted_job_resumes_to_the_same_bytes(
+    sampler: Sampling, tmp_path: Path, uninterrupted: dict[str, str], when: str
+) -> None:
     recipe = quick("w4a8", temporal=Temporal(maintenance="selected"))
     if not uninterrupted:
         drawn = sampler("plain")
         store = CalibrationStore(tmp_path / "whole")
-        quantize_denoiser(Job(sampler=drawn, recipe=recipe, seed=3, store=store, journal=Journal(None, {}, resume=False)))
+        quantize_denoiser(
+            Job(sampler=drawn, recipe=recipe, seed=3, store=store, journal=Journal(None, {}, resume=False))
+        )
         uninterrupted["digest"] = digest(drawn)
     stage, after = STAGES[when]
     with pytest.raises(Interrupted):
-        quantize(sampler("plain"), recipe, tmp_path, seed=3, progress=lambda text, total: stopping(text, total, stage=stage, after=after))
+        quantize(
+            sampler("plain"),
+            recipe,
+            tmp_path,
+            seed=3,
+            progress=lambda text, total: stopping(text, total, stage=stage, after=after),
+        )
     resumed = sampler("plain")
     quantize(resumed, recipe, tmp_path, seed=3, resume=True)
     assert digest(resumed) == uninterrupted["digest"]
 
 
-def test_a_finished_job_is_read_back_without_sampling_or_learning(sampler: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_job_is_read_back_without_sampling_or_learning(
+    sampler: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn, recipe = sampler("plain"), quick("w4a8")
     first = quantize(drawn, recipe, tmp_path)
     again = sampler("plain")
@@ -282,12 +349,23 @@ def test_a_finished_job_is_read_back_without_sampling_or_learning(sampler: Sampl
     [
         (quick("w4a8"), 1, "seed was 0 and is 1"),
         (quick("w3a8"), 0, r"recipe\.name was 'tfmq_w4a8'"),
-        (replace(quick("w4a8"), learning=replace(FEW, penalty=0.5)), 0, r"recipe\.learning\.penalty was 0\.01 and is 0\.5"),
+        (
+            replace(quick("w4a8"), learning=replace(FEW, penalty=0.5)),
+            0,
+            r"recipe\.learning\.penalty was 0\.01 and is 0\.5",
+        ),
     ],
 )
-def test_a_changed_job_is_not_resumed(sampler: Sampling, tmp_path: Path, recipe: Recipe, seed: int, message: str) -> None:
+def test_a_changed_job_is_not_resumed(
+    sampler: Sampling, tmp_path: Path, recipe: Recipe, seed: int, message: str
+) -> None:
     with pytest.raises(Interrupted):
-        quantize(sampler("plain"), quick("w4a8"), tmp_path, progress=lambda text, total: stopping(text, total, stage="temporal block: TIAR", after=0))
+        quantize(
+            sampler("plain"),
+            quick("w4a8"),
+            tmp_path,
+            progress=lambda text, total: stopping(text, total, stage="temporal block: TIAR", after=0),
+        )
     with pytest.raises(JobMismatchError, match=message):
         quantize(sampler("plain"), recipe, tmp_path, seed=seed, resume=True)
 
@@ -320,14 +398,18 @@ def test_a_schedule_of_one_step_works(sampler: Sampling, tmp_path: Path, mainten
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_schedules_between_integers_are_calibrated_at_their_own_timesteps(sampler: Sampling, tmp_path: Path) -> None:
+def test_schedules_between_integers_are_calibrated_at_their_own_timesteps(
+    sampler: Sampling, tmp_path: Path
+) -> None:
     from diffusers import EulerDiscreteScheduler
 
     drawn = sampler("plain", scheduler=EulerDiscreteScheduler(num_train_timesteps=1000))
     outcome = quantize(drawn, quick("w8a8", steps=5), tmp_path)
     timesteps = drawn.denoiser.module.tfmq_steps.timesteps
     assert len(timesteps) == 5 and float(timesteps[1]) == 249.75
-    assert outcome.disturbance.max_relative_error < 0.02, "tables hold the features of these timesteps, not of rounded ones"
+    assert outcome.disturbance.max_relative_error < 0.02, (
+        "tables hold the features of these timesteps, not of rounded ones"
+    )
     drawn.run(range(1), steps=5, seed=0)  # warns, hence fails, where a timestep were not a calibrated one
 
 
@@ -348,7 +430,10 @@ def test_a_broken_layer_is_named_with_the_timestep(sampler: Sampling, tmp_path: 
 
 
 def test_rules_keep_layers_in_full_precision_even_behind_a_table(sampler: Sampling, tmp_path: Path) -> None:
-    rules = (Rule(match="mid_block.*", weight_bits=None, activation_bits=None), Rule(match="*.conv1", weight_bits=2, activation_bits=None))
+    rules = (
+        Rule(match="mid_block.*", weight_bits=None, activation_bits=None),
+        Rule(match="*.conv1", weight_bits=2, activation_bits=None),
+    )
     drawn = sampler("unet")
     before = drawn.denoiser.module.mid_block.resnets[0].conv1.weight.clone()
     quantize(drawn, quick("w4a8", rules=rules), tmp_path)
@@ -356,7 +441,10 @@ def test_rules_keep_layers_in_full_precision_even_behind_a_table(sampler: Sampli
     assert not any(name.startswith("mid_block") for name in packed)
     assert torch.equal(drawn.denoiser.module.mid_block.resnets[0].conv1.weight, before)
     assert isinstance(drawn.denoiser.module.mid_block.resnets[0].time_emb_proj, CachedFeature)
-    assert packed["down_blocks.0.resnets.0.conv1"].format.bits == 2 and packed["down_blocks.0.resnets.0.conv1"].input_quantizer is None
+    assert (
+        packed["down_blocks.0.resnets.0.conv1"].format.bits == 2
+        and packed["down_blocks.0.resnets.0.conv1"].input_quantizer is None
+    )
     assert torch.isfinite(drawn.run(range(2), steps=3, seed=0)).all()
 
 
@@ -365,7 +453,9 @@ def test_calibration_and_evaluation_draw_other_noise(sampler: Sampling, tmp_path
     quantize(drawn, quick("w4a8"), tmp_path)
     calibrated = next(iter(CalibrationStore(tmp_path / "calls"))).sample[0]
     seen: list[torch.Tensor] = []
-    handle = drawn.denoiser.module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["x"][0]), with_kwargs=True)
+    handle = drawn.denoiser.module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["x"][0]), with_kwargs=True
+    )
     drawn.run(range(1), steps=3, seed=0)
     handle.remove()
     assert not torch.equal(seen[0], calibrated)

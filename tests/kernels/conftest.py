@@ -28,7 +28,9 @@ def draw_grid(draw: st.DrawFn, *, rows: tuple[tuple[int, ...], ...], segments: i
 
 
 def spread(values: Tensor, segments: tuple[int, ...], axis: int, ndim: int) -> Tensor:
-    """Return `[B or 1, G]` values, or those of tokens `[B, ..., G]`, for each channel of an input of `ndim` axes."""
+    """Return `[B or 1, G]` values, or those of tokens `[B, ..., G]`, for each channel of an input of `ndim`
+    axes.
+    """
     wide = values.float().repeat_interleave(torch.tensor(segments or (CHANNELS,)), dim=-1)
     if wide.ndim == ndim:
         return wide
@@ -38,8 +40,11 @@ def spread(values: Tensor, segments: tuple[int, ...], axis: int, ndim: int) -> T
 
 
 @st.composite
-def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], narrow: bool = False) -> LayerCase:
-    """A layer of 2- to 8-bit weights; its input lies `offset` steps of the grid away from codes inside and outside of the range.
+def layer_case(
+    draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], narrow: bool = False
+) -> LayerCase:
+    """A layer of 2- to 8-bit weights; its input lies `offset` steps of the grid away from codes inside and
+    outside of the range.
 
     `narrow` keeps to what oneDNN computes: signed bytes, at most two spatial axes.
     """
@@ -50,7 +55,9 @@ def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], 
     symmetric, bits = draw(st.booleans()), draw(st.integers(2, 8))
     bits = bits if symmetric or not narrow else min(bits, 7)
     if axes:
-        stride, padding, dilation = (tuple(draw(st.integers(low, high)) for _ in range(axes)) for low, high in ((1, 2), (0, 2), (1, 2)))
+        stride, padding, dilation = (
+            tuple(draw(st.integers(low, high)) for _ in range(axes)) for low, high in ((1, 2), (0, 2), (1, 2))
+        )
         kernel = tuple(draw(st.integers(1, 3)) for _ in range(axes))
         operation: Any = Convolution(stride, padding, dilation, groups)
         size = 6
@@ -63,13 +70,22 @@ def layer_case(draw: st.DrawFn, *, offset: Callable[[tuple[int, ...]], Tensor], 
         shape = (batch, *draw(st.sampled_from([(), (5,), (2, 3)])), CHANNELS)
     codes = torch.randint(2**bits, (6, CHANNELS // groups, *kernel))
     columns = max(1, len(segments))
-    zero_point = torch.full((6, columns), 2 ** (bits - 1)) if symmetric else torch.randint(2**bits, (6, columns))
-    wide_zero = zero_point.repeat_interleave(torch.tensor(segments or (CHANNELS // groups,)), dim=1).reshape(6, -1, *[1] * len(kernel))
+    zero_point = (
+        torch.full((6, columns), 2 ** (bits - 1)) if symmetric else torch.randint(2**bits, (6, columns))
+    )
+    wide_zero = zero_point.repeat_interleave(torch.tensor(segments or (CHANNELS // groups,)), dim=1).reshape(
+        6, -1, *[1] * len(kernel)
+    )
     bias = torch.randn(6) if draw(st.booleans()) else None
-    weight = IntegerWeight(operation, (codes - wide_zero).to(torch.int16), 0.001 + torch.rand(6, columns), bias, segments)
+    weight = IntegerWeight(
+        operation, (codes - wide_zero).to(torch.int16), 0.001 + torch.rand(6, columns), bias, segments
+    )
     # A grid for all, for each sample, and where channels come last for each token.
     rows = draw_grid(draw, rows=((1,), (batch,), shape[:-1] if not axes else (batch,)), segments=columns)
-    scale, zero = (spread(values, segments, operation.channel_axis % len(shape), len(shape)) for values in (rows.scale, rows.zero_point))
+    scale, zero = (
+        spread(values, segments, operation.channel_axis % len(shape), len(shape))
+        for values in (rows.scale, rows.zero_point)
+    )
     x = (torch.randint(-20, rows.levels + 20, shape) + offset(shape) - zero) * scale
     return LayerCase(weight, x, rows)
 

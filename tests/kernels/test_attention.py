@@ -29,7 +29,10 @@ def take_small_maps() -> Iterator[None]:
 
 def on_grid(x: Tensor, rows: Rows) -> Tensor:
     """Return `x` on its grid in float64."""
-    scale, zero_point = column(rows.scale[:, 0].double(), x.ndim), column(rows.zero_point[:, 0].double(), x.ndim)
+    scale, zero_point = (
+        column(rows.scale[:, 0].double(), x.ndim),
+        column(rows.zero_point[:, 0].double(), x.ndim),
+    )
     return (quantize(x.double(), scale, zero_point, rows.levels) - zero_point) * scale
 
 
@@ -46,11 +49,18 @@ def grid(samples: int, bits: int, scale: float) -> Rows:
 
 def grids(samples: int, bits: int) -> tuple[Rows, Rows, Rows, Rows]:
     width = 6 / (2**bits - 1)
-    return grid(samples, bits, width), grid(samples, bits, width), grid(samples, bits, 1 / (2**bits - 1)), grid(samples, bits, width)
+    return (
+        grid(samples, bits, width),
+        grid(samples, bits, width),
+        grid(samples, bits, 1 / (2**bits - 1)),
+        grid(samples, bits, width),
+    )
 
 
 def check(y: Tensor | None, call: Attention, rows: tuple[Rows, Rows, Rows, Rows]) -> None:
-    """A code of probabilities at a tie may differ by one, which moves an output by one step of theirs times a value; anything else is rounding."""
+    """A code of probabilities at a tie may differ by one, which moves an output by one step of theirs times a
+    value; anything else is rounding.
+    """
     assert y is not None
     expected = exact(call, rows)
     step = column(rows[2].scale[:, 0], y.ndim) * on_grid(call.value, rows[3]).abs().amax()
@@ -59,8 +69,16 @@ def check(y: Tensor | None, call: Attention, rows: tuple[Rows, Rows, Rows, Rows]
     assert float((difference <= 1e-4 * step).double().mean()) > 0.9
 
 
-@given(st.integers(0, 2**31), st.sampled_from([(), (2,), (2, 3)]), st.booleans(), st.integers(2, 8), st.integers(1, 200))
-def test_it_is_the_formula_on_quantized_operands(seed: int, heads: tuple[int, ...], mixed: bool, bits: int, block: int) -> None:
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(), (2,), (2, 3)]),
+    st.booleans(),
+    st.integers(2, 8),
+    st.integers(1, 200),
+)
+def test_it_is_the_formula_on_quantized_operands(
+    seed: int, heads: tuple[int, ...], mixed: bool, bits: int, block: int
+) -> None:
     torch.manual_seed(seed)
     shape = 2, *heads
     call = Attention.of(torch.randn(*shape, 9, 6), torch.randn(*shape, 11, 6), torch.randn(*shape, 11, 5))
@@ -87,7 +105,9 @@ def test_it_is_the_formula_on_quantized_operands(seed: int, heads: tuple[int, ..
 def test_it_takes_every_argument_of_torchs(options: dict[str, Any]) -> None:
     torch.manual_seed(1)
     keys = 2 if "enable_gqa" in options else 4
-    call = Attention.of(torch.randn(2, 4, 5, 8), torch.randn(2, keys, 7, 8), torch.randn(2, keys, 7, 6), **options)
+    call = Attention.of(
+        torch.randn(2, 4, 5, 8), torch.randn(2, keys, 7, 8), torch.randn(2, keys, 7, 6), **options
+    )
     rows = grids(2, 8)
     check(integer_attention(call, rows), call, rows)
 

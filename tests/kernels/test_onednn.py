@@ -14,7 +14,16 @@ from torch import Tensor
 
 from tfmq.kernels import onednn
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
-from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, constants, multipliable, product, quantize_u8, supports
+from tfmq.kernels.onednn import (
+    OnednnKernel,
+    UnpackingKernel,
+    available,
+    constants,
+    multipliable,
+    product,
+    quantize_u8,
+    supports,
+)
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
@@ -43,14 +52,20 @@ def distance_to_tie(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def agree(y: Tensor, exact: Tensor, weight: IntegerWeight, x: Tensor, rows: Rows) -> bool:
-    """Whether every bit is the same; for convolutions on AMX tiles, which apply both scales at once, whether the same sums were rounded otherwise."""
+    """Whether every bit is the same; for convolutions on AMX tiles, which apply both scales at once, whether
+    the same sums were rounded otherwise.
+    """
     if not TILES or isinstance(weight.operation, Linear):
         return torch.equal(y, exact)
     magnitude = torch.zeros_like(exact)
-    columns = zip(weight.split(x), rows.scale.unbind(-1), rows.zero_point.unbind(-1), weight.parts(), strict=True)
+    columns = zip(
+        weight.split(x), rows.scale.unbind(-1), rows.zero_point.unbind(-1), weight.parts(), strict=True
+    )
     for part, scale, zero_point, (values, weight_scale) in columns:
         s, z = column(scale, x.ndim), column(zero_point, x.ndim).float()
-        terms = weight.operation((quantize(part.float(), s, z, rows.levels) - z).abs(), values.abs().float(), None)
+        terms = weight.operation(
+            (quantize(part.float(), s, z, rows.levels) - z).abs(), values.abs().float(), None
+        )
         magnitude += terms * s * channels(weight_scale, weight.operation, x.ndim)
     if weight.bias is not None:
         magnitude += channels(weight.bias.abs(), weight.operation, x.ndim)
@@ -63,13 +78,19 @@ def test_clear_of_ties_every_bit_is_the_references(layer_cases: Cases, data: st.
     assert supports(weight, rows.levels)
     y, exact = OnednnKernel(weight)(x, rows), ReferenceKernel(weight, rows.levels)(x, rows)
     assert y.dtype == exact.dtype and agree(y, exact, weight, x, rows)
-    assert y.ndim != 4 or isinstance(weight.operation, Linear) or y.is_contiguous(memory_format=torch.channels_last)
+    assert (
+        y.ndim != 4
+        or isinstance(weight.operation, Linear)
+        or y.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 @given(st.data())
 def test_on_the_grid_every_bit_is_the_references(layer_cases: Cases, data: st.DataObject) -> None:
     weight, x, rows = data.draw(layer_cases(offset=torch.zeros, narrow=True))
-    assert agree(OnednnKernel(weight)(x, rows), ReferenceKernel(weight, rows.levels)(x, rows), weight, x, rows)
+    assert agree(
+        OnednnKernel(weight)(x, rows), ReferenceKernel(weight, rows.levels)(x, rows), weight, x, rows
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -84,15 +105,21 @@ def test_outputs_of_one_column_are_the_references(stride: tuple[int, int], width
     scale, zero_point = (column(grid[:, 0], 4).float() for grid in (rows.scale, rows.zero_point))
     x = (torch.randint(256, (2, 4, 12, width)) - zero_point) * scale
     y = OnednnKernel(weight)(x, rows)
-    assert agree(y, ReferenceKernel(weight, 256)(x, rows), weight, x, rows) and y.is_contiguous(memory_format=torch.channels_last)
+    assert agree(y, ReferenceKernel(weight, 256)(x, rows), weight, x, rows) and y.is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 @given(st.data())
-def test_near_ties_an_output_moves_by_the_codes_that_may_differ(layer_cases: Cases, data: st.DataObject) -> None:
+def test_near_ties_an_output_moves_by_the_codes_that_may_differ(
+    layer_cases: Cases, data: st.DataObject
+) -> None:
     weight, x, rows = data.draw(layer_cases(offset=near_ties, narrow=True))
     y, exact = OnednnKernel(weight)(x, rows), ReferenceKernel(weight, rows.levels)(x, rows)
     slack = torch.zeros_like(exact)
-    for part, scale, (values, weight_scale) in zip(weight.split(x), rows.scale.unbind(-1), weight.parts(), strict=True):
+    for part, scale, (values, weight_scale) in zip(
+        weight.split(x), rows.scale.unbind(-1), weight.parts(), strict=True
+    ):
         undecided = (distance_to_tie(part, column(scale, x.ndim)) <= TIE).float()
         moved = weight.operation(undecided, values.abs().float(), None)
         slack += moved * column(scale, x.ndim) * channels(weight_scale, weight.operation, x.ndim)
@@ -112,7 +139,9 @@ def test_mixed_rows_are_each_sample_alone(layer_cases: Cases, data: st.DataObjec
 
 
 @given(st.data(), st.booleans())
-def test_a_zero_point_that_all_rows_share_is_a_constant_that_changes_nothing(layer_cases: Cases, data: st.DataObject, static: bool) -> None:
+def test_a_zero_point_that_all_rows_share_is_a_constant_that_changes_nothing(
+    layer_cases: Cases, data: st.DataObject, static: bool
+) -> None:
     weight, x, drawn = data.draw(layer_cases(offset=clear_of_ties, narrow=True))
     assume(drawn.scale.ndim == 2)
     scale = drawn.scale[:1] if static else drawn.scale
@@ -129,7 +158,12 @@ def test_only_what_never_varies_is_a_constant() -> None:
 
 
 def test_with_a_constant_zero_point_a_compiled_layer_has_no_term_in_it() -> None:
-    weight = IntegerWeight(Convolution((1, 1), (1, 1), (1, 1), 1), torch.randint(-9, 9, (3, 4, 3, 3)).to(torch.int16), torch.ones(3, 1), None)
+    weight = IntegerWeight(
+        Convolution((1, 1), (1, 1), (1, 1), 1),
+        torch.randint(-9, 9, (3, 4, 3, 3)).to(torch.int16),
+        torch.ones(3, 1),
+        None,
+    )
     table, index = torch.rand(5, 1), torch.tensor([1, 3])
 
     def operators(zero_points: Tensor) -> list[str]:
@@ -147,13 +181,23 @@ def test_with_a_constant_zero_point_a_compiled_layer_has_no_term_in_it() -> None
         graph = torch.export.export(Layer(), (x,)).graph
         return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
-    varying, constant = operators(torch.tensor([[3], [3], [4], [3], [3]], dtype=torch.uint8)), operators(torch.full((5, 1), 3, dtype=torch.uint8))
+    varying, constant = (
+        operators(torch.tensor([[3], [3], [4], [3], [3]], dtype=torch.uint8)),
+        operators(torch.full((5, 1), 3, dtype=torch.uint8)),
+    )
     assert "aten.pad.default" in varying and "aten.sub.Tensor" in varying
-    assert not {"aten.pad.default", "aten.sub.Tensor"} & set(constant) and varying.count("aten.index.Tensor") > constant.count("aten.index.Tensor")
+    assert not {"aten.pad.default", "aten.sub.Tensor"} & set(constant) and varying.count(
+        "aten.index.Tensor"
+    ) > constant.count("aten.index.Tensor")
 
 
 def test_a_convolution_is_packed_for_the_sizes_it_is_called_with() -> None:
-    weight = IntegerWeight(Convolution((1, 1), (1, 1), (1, 1), 1), torch.randint(-9, 9, (96, 96, 3, 3)).to(torch.int16), torch.ones(96, 1), None)
+    weight = IntegerWeight(
+        Convolution((1, 1), (1, 1), (1, 1), 1),
+        torch.randint(-9, 9, (96, 96, 3, 3)).to(torch.int16),
+        torch.ones(96, 1),
+        None,
+    )
     rows, unpacked = Rows(torch.full((1, 1), 0.02), torch.full((1, 1), 9, dtype=torch.uint8), 256), []
 
     def again() -> IntegerWeight:
@@ -177,7 +221,9 @@ def test_unpacking_at_each_call_and_copies_change_nothing(layer_cases: Cases, da
 
 
 @given(st.data(), st.sampled_from([torch.float16, torch.bfloat16, torch.float64]))
-def test_the_output_has_the_dtype_of_the_input(layer_cases: Cases, data: st.DataObject, dtype: torch.dtype) -> None:
+def test_the_output_has_the_dtype_of_the_input(
+    layer_cases: Cases, data: st.DataObject, dtype: torch.dtype
+) -> None:
     weight, x, rows = data.draw(layer_cases(offset=clear_of_ties, narrow=True))
     kernel = OnednnKernel(weight)
     assert torch.equal(kernel(x.to(dtype), rows), kernel(x.to(dtype).float(), rows).to(dtype))
@@ -185,7 +231,12 @@ def test_the_output_has_the_dtype_of_the_input(layer_cases: Cases, data: st.Data
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "empty", "channels_last"])
 def test_any_layout_of_the_input(layout: str) -> None:
-    weight = IntegerWeight(Convolution((1, 1), (1, 1), (1, 1), 1), torch.randint(-128, 128, (6, 4, 3, 3)).to(torch.int16), torch.rand(6, 1), None)
+    weight = IntegerWeight(
+        Convolution((1, 1), (1, 1), (1, 1), 1),
+        torch.randint(-128, 128, (6, 4, 3, 3)).to(torch.int16),
+        torch.rand(6, 1),
+        None,
+    )
     rows = Rows(torch.full((1, 1), 0.03), torch.full((1, 1), 117, dtype=torch.uint8), 256)
     x = {
         "transposed": torch.randn(2, 6, 6, 4).permute(0, 3, 2, 1),
@@ -197,8 +248,16 @@ def test_any_layout_of_the_input(layout: str) -> None:
     assert agree(OnednnKernel(weight)(x, rows), ReferenceKernel(weight, 256)(x, rows), weight, x, rows)
 
 
-@given(st.floats(2.0**-13, 128.0, width=32), st.integers(2, 8), st.data(), st.integers(0, 2**31), st.sampled_from([1, 7, 64, 333]))
-def test_codes_differ_by_one_and_only_at_ties(scale: float, bits: int, data: st.DataObject, seed: int, count: int) -> None:
+@given(
+    st.floats(2.0**-13, 128.0, width=32),
+    st.integers(2, 8),
+    st.data(),
+    st.integers(0, 2**31),
+    st.sampled_from([1, 7, 64, 333]),
+)
+def test_codes_differ_by_one_and_only_at_ties(
+    scale: float, bits: int, data: st.DataObject, seed: int, count: int
+) -> None:
     torch.manual_seed(seed)
     levels, wide = 2**bits, torch.tensor(scale)
     zero_point = data.draw(st.integers(0, levels - 1))
@@ -225,7 +284,9 @@ def test_long_sums_round_as_the_formula_says(length: int, rows: int) -> None:
 
 
 def test_what_the_library_cannot_compute_exactly_is_not_supported() -> None:
-    def weight(shape: tuple[int, ...], operation: Any = None, low: int = -8, high: int = 7, **more: Any) -> IntegerWeight:
+    def weight(
+        shape: tuple[int, ...], operation: Any = None, low: int = -8, high: int = 7, **more: Any
+    ) -> IntegerWeight:
         values = torch.randint(low, high + 1, shape).to(torch.int16)
         values.view(-1)[:2] = torch.tensor([low, high])
         return IntegerWeight(operation or Linear(), values, torch.ones(shape[0], 1), None, **more)
@@ -242,12 +303,23 @@ def test_what_the_library_cannot_compute_exactly_is_not_supported() -> None:
     assert not supports(weight((1, 2**18), low=-128, high=-128), 256)
 
 
-@given(st.integers(0, 2**31), st.sampled_from([(2,), (2, 3), ()]), st.booleans(), st.integers(2, 8), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_a_product_is_the_references(seed: int, batch: tuple[int, ...], mixed: bool, bits: int, dtype: torch.dtype) -> None:
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(2,), (2, 3), ()]),
+    st.booleans(),
+    st.integers(2, 8),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_product_is_the_references(
+    seed: int, batch: tuple[int, ...], mixed: bool, bits: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(seed)
     left, right = torch.randn(4, *batch, 5, 7, dtype=dtype), torch.randn(4, *batch, 7, 3, dtype=dtype)
     rows = 4 if mixed else 1
-    grids = [Rows(0.01 + torch.rand(rows, 1), torch.randint(2**bits, (rows, 1)).to(torch.uint8), 2**bits) for _ in range(2)]
+    grids = [
+        Rows(0.01 + torch.rand(rows, 1), torch.randint(2**bits, (rows, 1)).to(torch.uint8), 2**bits)
+        for _ in range(2)
+    ]
     expected = reference_product(left, grids[0], right, grids[1])
     y = product(left, grids[0], right, grids[1])
     assert y.dtype == dtype and torch.equal(y, expected)
@@ -259,6 +331,12 @@ def test_a_product_is_the_references(seed: int, batch: tuple[int, ...], mixed: b
 
 
 def test_what_may_be_multiplied_stays_in_int32_and_eight_bits() -> None:
-    narrow, wide = (Rows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), levels) for levels in (256, 257))
+    narrow, wide = (
+        Rows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), levels) for levels in (256, 257)
+    )
     longest = (2**31 - 1) // (255 * 128)
-    assert multipliable(longest, narrow, narrow) and not multipliable(longest + 1, narrow, narrow) and not multipliable(1, narrow, wide)
+    assert (
+        multipliable(longest, narrow, narrow)
+        and not multipliable(longest + 1, narrow, narrow)
+        and not multipliable(1, narrow, wide)
+    )

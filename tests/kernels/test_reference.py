@@ -26,7 +26,9 @@ def gamma(n: int) -> float:
 
 
 def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Array:
-    """Return `x_hat` in float64, its codes found in float32; `scale` and `zero_point` are one value for each sample, or for each token."""
+    """Return `x_hat` in float64, its codes found in float32; `scale` and `zero_point` are one value for each
+    sample, or for each token.
+    """
     shape = (*scale.shape, *[1] * (x.ndim - scale.ndim))
     s, z = scale.numpy().reshape(shape), zero_point.numpy().astype(np.float32).reshape(shape)
     codes = np.clip(np.round(x.numpy().astype(np.float32) * (np.float32(1) / s)) + z, 0, levels - 1)
@@ -34,18 +36,27 @@ def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Array:
 
 
 def scattered(operation: TransposedConvolution, x: Array, weight: Array) -> Array:
-    """Return a transposed convolution without a bias: one tap of the window after another is added where it falls, and the rim cut off."""
+    """Return a transposed convolution without a bias: one tap of the window after another is added where it
+    falls, and the rim cut off.
+    """
     kernel, places = weight.shape[2:], x.shape[2:]
     sizes = [
         (n - 1) * s + d * (k - 1) + 1 + more
-        for n, s, d, k, more in zip(places, operation.stride, operation.dilation, kernel, operation.output_padding, strict=True)
+        for n, s, d, k, more in zip(
+            places, operation.stride, operation.dilation, kernel, operation.output_padding, strict=True
+        )
     ]
     parts = []
-    for part, rows in zip(np.split(x, operation.groups, axis=1), np.split(weight, operation.groups), strict=True):
+    for part, rows in zip(
+        np.split(x, operation.groups, axis=1), np.split(weight, operation.groups), strict=True
+    ):
         out = np.zeros((len(x), len(rows), *sizes))
         for tap in np.ndindex(*kernel):
             starts = [t * d for t, d in zip(tap, operation.dilation, strict=True)]
-            where = [slice(a, a + (n - 1) * s + 1, s) for a, n, s in zip(starts, places, operation.stride, strict=True)]
+            where = [
+                slice(a, a + (n - 1) * s + 1, s)
+                for a, n, s in zip(starts, places, operation.stride, strict=True)
+            ]
             out[(..., *where)] += np.moveaxis(np.tensordot(part, rows[(..., *tap)], axes=(1, 1)), -1, 1)
         parts.append(out)
     inner = [slice(cut, size - cut) for cut, size in zip(operation.padding, sizes, strict=True)]
@@ -53,7 +64,9 @@ def scattered(operation: TransposedConvolution, x: Array, weight: Array) -> Arra
 
 
 def apply(operation: Operation, x: Array, weight: Array) -> Array:
-    """Return the operation without a bias, in float64: explicit zeros at the borders, one window after another."""
+    """Return the operation without a bias, in float64: explicit zeros at the borders, one window after
+    another.
+    """
     if isinstance(operation, Linear):
         return x @ weight.T
     if isinstance(operation, TransposedConvolution):
@@ -67,7 +80,9 @@ def apply(operation: Operation, x: Array, weight: Array) -> Array:
     dilated = tuple(slice(None, None, step) for step in operation.dilation)
     windows = windows[(slice(None), slice(None), *strided, *dilated)]
     outputs = []
-    for part, kernel in zip(np.split(windows, operation.groups, axis=1), np.split(weight, operation.groups), strict=True):
+    for part, kernel in zip(
+        np.split(windows, operation.groups, axis=1), np.split(weight, operation.groups), strict=True
+    ):
         summed = [1, *range(2 + len(axes), part.ndim)]
         outputs.append(np.moveaxis(np.tensordot(part, kernel, axes=(summed, range(1, kernel.ndim))), -1, 1))
     return np.concatenate(outputs, axis=1)
@@ -77,7 +92,13 @@ def expected(weight: IntegerWeight, x: Tensor, rows: Rows) -> tuple[Array, Array
     """Return the output in float64, and the sum of the magnitudes of what is added up in it."""
     total = magnitude = np.float64(0.0)
     widths = weight.segments or (x.shape[weight.operation.channel_axis],)
-    columns = zip(x.split(widths, dim=weight.operation.channel_axis), rows.scale.unbind(-1), rows.zero_point.unbind(-1), weight.parts(), strict=True)
+    columns = zip(
+        x.split(widths, dim=weight.operation.channel_axis),
+        rows.scale.unbind(-1),
+        rows.zero_point.unbind(-1),
+        weight.parts(),
+        strict=True,
+    )
     for part, scale, zero_point, (values, weight_scale) in columns:
         x_hat = on_grid(part, scale, zero_point, rows.levels)
         w_hat = values.double().numpy() * weight_scale.double().numpy().reshape(-1, *[1] * (values.ndim - 1))
@@ -114,7 +135,9 @@ def test_mixed_rows_are_each_sample_alone(layer_cases: Cases, data: st.DataObjec
 
 
 @given(st.data(), st.sampled_from([torch.float16, torch.bfloat16, torch.float64]))
-def test_the_output_has_the_dtype_of_the_input(layer_cases: Cases, data: st.DataObject, dtype: torch.dtype) -> None:
+def test_the_output_has_the_dtype_of_the_input(
+    layer_cases: Cases, data: st.DataObject, dtype: torch.dtype
+) -> None:
     weight, x, rows = data.draw(layer_cases(offset=anywhere))
     kernel = ReferenceKernel(weight, rows.levels)
     assert torch.equal(kernel(x.to(dtype), rows), kernel(x.to(dtype).float(), rows).to(dtype))
@@ -124,20 +147,33 @@ def test_sums_go_up_to_the_end_of_int32_and_no_further() -> None:
     rows = Rows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), 256)
     longest = ACCUMULATOR // (128 * 255)
     for length in (longest, longest + 1):
-        weight = IntegerWeight(Linear(), torch.full((1, length), -128, dtype=torch.int16), torch.ones(1, 1), None)
+        weight = IntegerWeight(
+            Linear(), torch.full((1, length), -128, dtype=torch.int16), torch.ones(1, 1), None
+        )
         if length > longest:
             with pytest.raises(ValueError, match=rf"{length * 128 * 255} do not fit into int32"):
                 ReferenceKernel(weight, 256)
         else:
-            assert float(ReferenceKernel(weight, 256)(torch.full((1, length), 300.0), rows)) == -128 * 255 * length
+            assert (
+                float(ReferenceKernel(weight, 256)(torch.full((1, length), 300.0), rows))
+                == -128 * 255 * length
+            )
 
 
 @given(st.integers(0, 2**31), st.sampled_from([(2,), (2, 3), ()]), st.booleans(), st.integers(2, 8))
-def test_a_product_is_the_formula_in_float64(seed: int, batch: tuple[int, ...], mixed: bool, bits: int) -> None:
+def test_a_product_is_the_formula_in_float64(
+    seed: int, batch: tuple[int, ...], mixed: bool, bits: int
+) -> None:
     torch.manual_seed(seed)
     left, right = torch.randn(4, *batch, 5, 7), torch.randn(4, *batch, 7, 3)
-    grids = [Rows(0.01 + torch.rand(n, 1), torch.randint(2**bits, (n, 1)).to(torch.uint8), 2**bits) for n in ((4, 4) if mixed else (1, 1))]
-    a, b = (on_grid(x, rows.scale, rows.zero_point, rows.levels) for x, rows in zip((left, right), grids, strict=True))
+    grids = [
+        Rows(0.01 + torch.rand(n, 1), torch.randint(2**bits, (n, 1)).to(torch.uint8), 2**bits)
+        for n in ((4, 4) if mixed else (1, 1))
+    ]
+    a, b = (
+        on_grid(x, rows.scale, rows.zero_point, rows.levels)
+        for x, rows in zip((left, right), grids, strict=True)
+    )
     y = reference_product(left, grids[0], right, grids[1])
     assert y.dtype == torch.float32
     assert np.all(abs(y.double().numpy() - a @ b) <= gamma(3) * (abs(a) @ abs(b)))

@@ -41,10 +41,14 @@ def test_names_that_cannot_be_found_can_be_given() -> None:
 
 def test_binding_a_call_names_everything_and_repeats_a_scalar_timestep() -> None:
     denoiser, x = Denoiser(Model()), torch.zeros(3, 2)
-    inputs = denoiser.bind((x, 7), {"prompt": torch.ones(3), "extra": {"a": 1}, "return_dict": False, "nothing": None})
+    inputs = denoiser.bind(
+        (x, 7), {"prompt": torch.ones(3), "extra": {"a": 1}, "return_dict": False, "nothing": None}
+    )
     assert inputs.sample is x and inputs.timestep.tolist() == [7, 7, 7]
     assert set(inputs.conditions) == {"prompt", "extra"}
-    again = denoiser.bind((), {denoiser.sample: x, denoiser.timestep: torch.tensor([1, 2, 3]), **inputs.conditions})
+    again = denoiser.bind(
+        (), {denoiser.sample: x, denoiser.timestep: torch.tensor([1, 2, 3]), **inputs.conditions}
+    )
     assert again.timestep.tolist() == [1, 2, 3] and again.conditions["extra"] == {"a": 1}
 
 
@@ -67,12 +71,20 @@ def test_rows_and_chunks_cut_batched_tensors_and_keep_the_rest() -> None:
     assert [len(chunk) for chunk in chunks] == [2, 2, 1]
     assert chunks[1].timestep.tolist() == [2, 3] and chunks[1].conditions["text"].tolist() == [2, 3]
     assert chunks[2].conditions["nested"]["ids"][0].tolist() == [[8, 9]]
-    assert chunks[1].conditions["shared"].shape == (3,) and chunks[1].conditions["n"] == 2 and chunks[1].conditions["scalar"] == 1
+    assert (
+        chunks[1].conditions["shared"].shape == (3,)
+        and chunks[1].conditions["n"] == 2
+        and chunks[1].conditions["scalar"] == 1
+    )
     assert torch.equal(torch.cat([chunk.sample for chunk in chunks]), inputs.sample)
 
 
 def test_resizing_repeats_the_first_sample_without_sharing_memory() -> None:
-    inputs = Inputs(torch.tensor([[1.0], [2.0]]), torch.tensor([4, 5]), {"a": {"text": torch.tensor([7, 8])}, "flag": True})
+    inputs = Inputs(
+        torch.tensor([[1.0], [2.0]]),
+        torch.tensor([4, 5]),
+        {"a": {"text": torch.tensor([7, 8])}, "flag": True},
+    )
     grown = inputs.resized(3)
     assert grown.sample.tolist() == [[1.0]] * 3 and grown.timestep.tolist() == [4] * 3
     assert grown.conditions["a"]["text"].tolist() == [7] * 3 and grown.conditions["flag"] is True
@@ -81,20 +93,36 @@ def test_resizing_repeats_the_first_sample_without_sharing_memory() -> None:
 
 
 def test_inputs_are_labelled_by_the_innermost_name() -> None:
-    conditions = {"added": {"text": torch.zeros(1), "ids": (torch.ones(1),)}, "mask": torch.zeros(1), "flag": True}
+    conditions = {
+        "added": {"text": torch.zeros(1), "ids": (torch.ones(1),)},
+        "mask": torch.zeros(1),
+        "flag": True,
+    }
     labelled = Denoiser(Model()).labelled(Inputs(torch.zeros(1), torch.zeros(1), conditions))
     assert sorted(name for name, _ in labelled) == ["ids", "mask", "sample", "text", "timestep"]
 
 
 def test_conditions_are_replaced_by_the_name_that_labels_them() -> None:
     denoiser = Denoiser(Model())
-    inputs = Inputs(torch.zeros(1), torch.zeros(1), {"added": {"text": torch.zeros(1), "size": (2, 3)}, "mask": torch.zeros(1), "flag": True})
-    changed = denoiser.with_conditions(inputs, {"text": torch.ones(1), "flag": torch.ones(1), "unknown": torch.ones(1)})
-    assert changed.conditions == {"added": {"text": torch.ones(1), "size": (2, 3)}, "mask": torch.zeros(1), "flag": True}
+    inputs = Inputs(
+        torch.zeros(1),
+        torch.zeros(1),
+        {"added": {"text": torch.zeros(1), "size": (2, 3)}, "mask": torch.zeros(1), "flag": True},
+    )
+    changed = denoiser.with_conditions(
+        inputs, {"text": torch.ones(1), "flag": torch.ones(1), "unknown": torch.ones(1)}
+    )
+    assert changed.conditions == {
+        "added": {"text": torch.ones(1), "size": (2, 3)},
+        "mask": torch.zeros(1),
+        "flag": True,
+    }
     assert inputs.conditions["added"]["text"] == 0 and changed.sample is inputs.sample
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: {"sample": x}, lambda x: OrderedDict(sample=x)])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, None), lambda x: {"sample": x}, lambda x: OrderedDict(sample=x)]
+)
 def test_the_output_is_the_first_tensor_of_what_is_returned(wrap: Any) -> None:
     x = torch.ones(2)
     assert first_tensor(wrap(x)) is x
@@ -120,7 +148,12 @@ def test_tokens_of_frames_follow_their_video() -> None:
     video, tokens = torch.randn(3, 4, 2, 8, 8), torch.randn(6, 5, 8)
     inputs = Inputs(video, torch.zeros(3), {"encoder_hidden_states": tokens, "image_ids": torch.randn(6, 3)})
     part = inputs.rows(1, 3)
-    assert torch.equal(part.conditions["encoder_hidden_states"], tokens[2:]) and part.conditions["image_ids"].shape == (6, 3)
+    assert torch.equal(part.conditions["encoder_hidden_states"], tokens[2:]) and part.conditions[
+        "image_ids"
+    ].shape == (6, 3)
     copies = inputs.resized(2)
-    assert torch.equal(copies.conditions["encoder_hidden_states"], torch.cat([tokens[:2], tokens[:2]])) and len(copies) == 2
+    assert (
+        torch.equal(copies.conditions["encoder_hidden_states"], torch.cat([tokens[:2], tokens[:2]]))
+        and len(copies) == 2
+    )
     assert torch.equal(copies.sample, video[:1].expand(2, -1, -1, -1, -1))

@@ -36,15 +36,20 @@ def test_the_loop_is_diffusers_own(sampler: Callable[..., LoopSampler]) -> None:
     scheduler.set_timesteps(4)
     with torch.no_grad():
         for timestep in scheduler.timesteps:
-            sample = scheduler.step(drawn.denoiser.module(sample, timestep).sample, timestep, sample).prev_sample
+            sample = scheduler.step(
+                drawn.denoiser.module(sample, timestep).sample, timestep, sample
+            ).prev_sample
     torch.testing.assert_close(drawn.run(range(1), steps=4, seed=3), (sample / 2 + 0.5).clamp(0, 1))
 
 
-def test_the_denoiser_sees_the_schedule_once_per_sample_and_the_conditions(sampler: Callable[..., LoopSampler]) -> None:
+def test_the_denoiser_sees_the_schedule_once_per_sample_and_the_conditions(
+    sampler: Callable[..., LoopSampler],
+) -> None:
     drawn = sampler("class_conditional")
     seen: list[tuple[list[int], Any]] = []
     handle = drawn.denoiser.module.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((kwargs["timestep"].tolist(), kwargs["class_labels"].tolist())), with_kwargs=True
+        lambda _, args, kwargs: seen.append((kwargs["timestep"].tolist(), kwargs["class_labels"].tolist())),
+        with_kwargs=True,
     )
     drawn.run(range(2), steps=2, seed=0)
     handle.remove()
@@ -52,7 +57,9 @@ def test_the_denoiser_sees_the_schedule_once_per_sample_and_the_conditions(sampl
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_schedulers_that_scale_the_input_and_step_between_timesteps_work(sampler: Callable[..., LoopSampler]) -> None:
+def test_schedulers_that_scale_the_input_and_step_between_timesteps_work(
+    sampler: Callable[..., LoopSampler],
+) -> None:
     from diffusers import EulerDiscreteScheduler
 
     images = sampler(scheduler=EulerDiscreteScheduler()).run(range(2), steps=3, seed=0)
@@ -103,13 +110,19 @@ def test_images_have_conditions_in_turn_whatever_batch_they_are_drawn_in() -> No
     together = drawn.run(range(1, 5), steps=2, seed=0)
     assert [labels for labels, _ in drawn.denoiser.module.calls] == [[1, 2, 0, 1]] * 2
     for index in range(1, 5):
-        torch.testing.assert_close(drawn.run(range(index, index + 1), steps=2, seed=0)[0], together[index - 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            drawn.run(range(index, index + 1), steps=2, seed=0)[0], together[index - 1], atol=1e-5, rtol=0
+        )
     assert drawn.example().conditions["y"].tolist() == [0]
 
 
 @pytest.mark.parametrize("calls", [1, 2])
 def test_guidance_is_the_formula_in_one_call_or_two(calls: int) -> None:
-    drawn = labelled(per_image=LABELS, conditions={"places": torch.ones(3, 2)}, guidance=Guidance(unconditional=NONE, scale=3.0, calls=calls))
+    drawn = labelled(
+        per_image=LABELS,
+        conditions={"places": torch.ones(3, 2)},
+        guidance=Guidance(unconditional=NONE, scale=3.0, calls=calls),
+    )
     images = drawn.run(range(2), steps=2, seed=1)
     seen = [labels for labels, _ in drawn.denoiser.module.calls]
     assert seen == ([[4, 4, 0, 1]] * 2 if calls == 1 else [[4, 4], [0, 1]] * 2)
@@ -119,7 +132,10 @@ def test_guidance_is_the_formula_in_one_call_or_two(calls: int) -> None:
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             t, places = timestep.expand(2), torch.ones(3, 2)
-            without, towards = module(sample, t, torch.tensor([4, 4]), places), module(sample, t, torch.tensor([0, 1]), places)
+            without, towards = (
+                module(sample, t, torch.tensor([4, 4]), places),
+                module(sample, t, torch.tensor([0, 1]), places),
+            )
             sample = scheduler.step(without + 3.0 * (towards - without), timestep, sample).prev_sample
     torch.testing.assert_close(images, (sample / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
 
@@ -138,7 +154,13 @@ def test_images_are_what_the_map_makes_of_the_final_sample() -> None:
         ({"per_image": {"y": torch.zeros(0, dtype=torch.long)}}, "y has 0"),
         ({"per_image": {"y": torch.tensor(1)}}, "y has 0"),
         ({"per_image": LABELS, "conditions": NONE}, "leave it out of one"),
-        ({"per_image": LABELS, "guidance": Guidance(unconditional={"places": torch.ones(1, 2)}, scale=2.0)}, "use two calls"),
+        (
+            {
+                "per_image": LABELS,
+                "guidance": Guidance(unconditional={"places": torch.ones(1, 2)}, scale=2.0),
+            },
+            "use two calls",
+        ),
         (
             {
                 "per_image": LABELS,

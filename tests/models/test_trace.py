@@ -15,11 +15,24 @@ RESNETS = ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "mid_block.resn
 RESNETS += [f"up_blocks.{block}.resnets.{number}" for block in (0, 1) for number in (0, 1)]
 PROJECTIONS = [f"{name}.time_emb_proj" for name in RESNETS]
 EMBEDDING = ["time_embedding.linear_1", "time_embedding.linear_2"]
-ATTENTIONS = ["down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.0", "up_blocks.0.attentions.1"]
+ATTENTIONS = [
+    "down_blocks.1.attentions.0",
+    "mid_block.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+]
 CROSS = [f"{name}.transformer_blocks.0.{kind}" for name in ATTENTIONS for kind in ("attn1", "attn2")]
-DIT_EMBEDDERS = [f"transformer_blocks.{block}.norm1.emb.timestep_embedder.linear_{number}" for block in (0, 1) for number in (1, 2)]
+DIT_EMBEDDERS = [
+    f"transformer_blocks.{block}.norm1.emb.timestep_embedder.linear_{number}"
+    for block in (0, 1)
+    for number in (1, 2)
+]
 SD3_TEXT = ["transformer_blocks.0.norm1.linear", "transformer_blocks.0.norm1_context.linear"]
-SD3_TEXT += ["transformer_blocks.1.norm1.linear", "transformer_blocks.1.norm1_context.linear", "norm_out.linear"]
+SD3_TEXT += [
+    "transformer_blocks.1.norm1.linear",
+    "transformer_blocks.1.norm1_context.linear",
+    "norm_out.linear",
+]
 SD3_EMBEDDER = [f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)]
 
 
@@ -27,7 +40,8 @@ def depending(names: list[str], *sources: str) -> dict[str, frozenset[str]]:
     return {name: frozenset({T, *sources}) for name in names}
 
 
-# What each model's source says: which layers see the timestep and not the sample, what else they see, and which of them meet other data.
+# What each model's source says: which layers see the timestep and not the sample, what else they see, and
+# which of them meet other data.
 TEMPORAL: dict[str, dict[str, frozenset[str]]] = {
     "unet": depending([*EMBEDDING, *PROJECTIONS]),
     "own_attention": depending([*EMBEDDING, *PROJECTIONS]),
@@ -35,7 +49,10 @@ TEMPORAL: dict[str, dict[str, frozenset[str]]] = {
     "class_conditional": depending(EMBEDDING) | depending(PROJECTIONS, "class_labels"),
     "sdxl": depending(EMBEDDING) | depending(PROJECTIONS, "text_embeds", "time_ids"),
     "dit": depending(DIT_EMBEDDERS)
-    | depending(["transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1.linear", "proj_out_1"], "class_labels"),
+    | depending(
+        ["transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1.linear", "proj_out_1"],
+        "class_labels",
+    ),
     "sd3": depending(SD3_EMBEDDER) | depending(SD3_TEXT, "pooled_projections"),
     "plain": depending(["embed", "stages.0.shift", "stages.1.shift"]),
 }
@@ -60,21 +77,36 @@ PRODUCTS: dict[str, dict[str, int]] = {
     "sd3": {"transformer_blocks.0.attn": 2, "transformer_blocks.1.attn": 2},
     "plain": {"": 2},
 }
-# (width of what comes up, width of the skip) at each residual block of the up path, down to the output of `conv_in`.
-SKIPS = {"up_blocks.0.resnets.0": (16, 16), "up_blocks.0.resnets.1": (16, 8), "up_blocks.1.resnets.0": (16, 8), "up_blocks.1.resnets.1": (8, 8)}
-UNET_SEGMENTS = {f"{name}.{layer}": widths for name, widths in SKIPS.items() for layer in ("conv1", "conv_shortcut")}
-SEGMENTS = dict.fromkeys(["unet", "own_attention", "conditional", "class_conditional", "sdxl"], UNET_SEGMENTS) | {"plain": {"exit": (8, 8)}}
+# (width of what comes up, width of the skip) at each residual block of the up path, down to the output of
+# `conv_in`.
+SKIPS = {
+    "up_blocks.0.resnets.0": (16, 16),
+    "up_blocks.0.resnets.1": (16, 8),
+    "up_blocks.1.resnets.0": (16, 8),
+    "up_blocks.1.resnets.1": (8, 8),
+}
+UNET_SEGMENTS = {
+    f"{name}.{layer}": widths for name, widths in SKIPS.items() for layer in ("conv1", "conv_shortcut")
+}
+SEGMENTS = dict.fromkeys(
+    ["unet", "own_attention", "conditional", "class_conditional", "sdxl"], UNET_SEGMENTS
+) | {"plain": {"exit": (8, 8)}}
 MODELS = list(TEMPORAL)
 
 
 def check(name: str, found: Trace) -> None:
     assert {layer.name: layer.depends_on for layer in found.temporal} == TEMPORAL[name]
     assert list(found.features) == FEATURES[name]
-    assert {layer.name for layer in found.temporal if layer.cacheable} == {key for key, sources in TEMPORAL[name].items() if sources == {T}}
+    assert {layer.name for layer in found.temporal if layer.cacheable} == {
+        key for key, sources in TEMPORAL[name].items() if sources == {T}
+    }
     assert dict(found.products) == PRODUCTS[name]
     assert {layer.name: layer.segments for layer in found.layers if layer.segments} == SEGMENTS.get(name, {})
-    # Behind the norm of a residual block a concatenation is no longer the tensor that was concatenated; its shortcut and the plain model read that.
-    assert {layer.name for layer in found.layers if layer.direct} == {key for key in SEGMENTS.get(name, {}) if not key.endswith("conv1")}
+    # Behind the norm of a residual block a concatenation is no longer the tensor that was concatenated; its
+    # shortcut and the plain model read that.
+    assert {layer.name for layer in found.layers if layer.direct} == {
+        key for key in SEGMENTS.get(name, {}) if not key.endswith("conv1")
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,17 +127,29 @@ def test_structure_needs_no_weights(build: Callable[..., Any], name: str) -> Non
 
 def test_layers_come_in_execution_order(build: Callable[..., Any]) -> None:
     found = [layer.name for layer in trace(*build("plain")).layers]
-    assert found == ["embed", "entry", "stages.0.shift", "stages.0.block", "stages.1.shift", "stages.1.block", "exit"]
+    assert found == [
+        "embed",
+        "entry",
+        "stages.0.shift",
+        "stages.0.block",
+        "stages.1.shift",
+        "stages.1.block",
+        "exit",
+    ]
 
 
 def test_every_weighted_layer_is_traced_with_what_it_depends_on(build: Callable[..., Any]) -> None:
     denoiser, example = build("conditional")
     found = trace(denoiser, example)
-    weighted = {name for name, module in denoiser.module.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    weighted = {
+        name for name, module in denoiser.module.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     assert {layer.name for layer in found.layers} == weighted
     assert found.layer("conv_in").depends_on == {SAMPLE}
     assert found.layer("down_blocks.0.resnets.0.conv2").depends_on == {SAMPLE, T}
-    assert found.layer("mid_block.attentions.0.transformer_blocks.0.attn2.to_k").depends_on == {"encoder_hidden_states"}
+    assert found.layer("mid_block.attentions.0.transformer_blocks.0.attn2.to_k").depends_on == {
+        "encoder_hidden_states"
+    }
     assert found.layer("conv_out").depends_on == {SAMPLE, T, "encoder_hidden_states"}
 
 
@@ -128,7 +172,9 @@ def test_tracing_leaves_the_model_as_it_was(build: Callable[..., Any]) -> None:
 
 
 class Small(nn.Module):
-    """Layers to wire up as a test likes; `run(model, x, emb)` is the forward pass after the embedding `[B, 4]` of the timestep."""
+    """Layers to wire up as a test likes; `run(model, x, emb)` is the forward pass after the embedding `[B,
+    4]` of the timestep.
+    """
 
     def __init__(self, run: Callable[["Small", Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -160,11 +206,16 @@ def test_a_statistic_of_the_sample_ends_temporality() -> None:
 def test_a_class_of_unknown_meaning_is_not_a_finite_set() -> None:
     found = small(lambda m, x, emb, y: add(x, m.other(m.linear(emb) + y)), y=torch.randn(1, 4))
     assert {layer.name: layer.depends_on for layer in found.temporal} == {"linear": {T}, "other": {T, "y"}}
-    assert found.features == ("linear", "other") and [layer.name for layer in found.temporal if layer.cacheable] == ["linear"]
+    assert found.features == ("linear", "other") and [
+        layer.name for layer in found.temporal if layer.cacheable
+    ] == ["linear"]
 
 
 def test_meeting_a_prompts_tokens_ends_temporality() -> None:
-    found = small(lambda m, x, emb, tokens: add(x, m.other(m.linear(emb)[:, None] + tokens).mean(1)), tokens=torch.randn(1, 3, 4))
+    found = small(
+        lambda m, x, emb, tokens: add(x, m.other(m.linear(emb)[:, None] + tokens).mean(1)),
+        tokens=torch.randn(1, 3, 4),
+    )
     assert [layer.name for layer in found.temporal] == ["linear"] and found.features == ("linear",)
 
 
@@ -175,13 +226,17 @@ SHARED: list[Callable[..., Tensor]] = [
 
 
 @pytest.mark.parametrize("run", SHARED, ids=["timestep first", "sample first"])
-def test_a_layer_called_for_the_timestep_and_for_the_sample_is_not_temporal(run: Callable[..., Tensor]) -> None:
+def test_a_layer_called_for_the_timestep_and_for_the_sample_is_not_temporal(
+    run: Callable[..., Tensor],
+) -> None:
     found = small(run)
     assert found.temporal == () and found.features == () and found.layer("linear").depends_on == {T, SAMPLE}
 
 
 def test_a_feature_is_found_through_the_operations_after_its_layer() -> None:
-    found = small(lambda m, x, emb: x * (1 + F.silu(m.linear(emb)).chunk(2, dim=1)[0].repeat(1, 2)[:, :, None, None]))
+    found = small(
+        lambda m, x, emb: x * (1 + F.silu(m.linear(emb)).chunk(2, dim=1)[0].repeat(1, 2)[:, :, None, None])
+    )
     assert found.features == ("linear",)
 
 
@@ -193,12 +248,18 @@ SEGMENT_CASES: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]
     "read at once": (lambda m, x, emb: m.wide(cat(x)), {"wide": (3, 4, 1)}),
     "a negative axis": (lambda m, x, emb: m.wide(cat(x, dim=-3)), {"wide": (3, 4, 1)}),
     "through norm and activation": (lambda m, x, emb: m.wide(F.silu(m.norm(cat(x)))), {"wide": (3, 4, 1)}),
-    "through a resize": (lambda m, x, emb: m.wide(F.interpolate(cat(x), scale_factor=2.0)), {"wide": (3, 4, 1)}),
+    "through a resize": (
+        lambda m, x, emb: m.wide(F.interpolate(cat(x), scale_factor=2.0)),
+        {"wide": (3, 4, 1)},
+    ),
     "by a convolution over rows": (lambda m, x, emb: m.rows(cat(x.flatten(2))), {"rows": (3, 4, 1)}),
     "not beyond the layer that reads it": (lambda m, x, emb: m.conv(m.wide(cat(x))), {"wide": (3, 4, 1)}),
     "not along rows": (lambda m, x, emb: m.conv(torch.cat([x, x], dim=2)), {}),
     "not of samples": (lambda m, x, emb: m.conv(torch.cat([x, x], dim=0)), {}),
-    "not of what does not see the sample": (lambda m, x, emb: m.wide(torch.cat([x, m.linear(emb)[:, :, None, None].expand_as(x)], dim=1)), {}),
+    "not of what does not see the sample": (
+        lambda m, x, emb: m.wide(torch.cat([x, m.linear(emb)[:, :, None, None].expand_as(x)], dim=1)),
+        {},
+    ),
     "not by a linear layer over other channels": (lambda m, x, emb: m.tokens(cat(x.flatten(2)[..., :8])), {}),
     "not by groups, whose weights see no whole source": (lambda m, x, emb: m.grouped(cat(x)), {}),
 }
@@ -215,8 +276,14 @@ def test_a_layer_reads_a_concatenation_itself_through_what_computes_nothing() ->
         return {layer.name for layer in small(run).layers if layer.direct}
 
     assert direct(lambda m, x, emb: m.wide(cat(x).clone(memory_format=torch.channels_last))) == {"wide"}
-    assert direct(lambda m, x, emb: m.wide(F.interpolate(cat(x.flatten(2).view_as(x)), scale_factor=2.0))) == {"wide"}
-    assert direct(lambda m, x, emb: m.wide(cat(x) * 2)) == direct(lambda m, x, emb: m.wide(m.norm(cat(x)))) == set()
+    assert direct(
+        lambda m, x, emb: m.wide(F.interpolate(cat(x.flatten(2).view_as(x)), scale_factor=2.0))
+    ) == {"wide"}
+    assert (
+        direct(lambda m, x, emb: m.wide(cat(x) * 2))
+        == direct(lambda m, x, emb: m.wide(m.norm(cat(x))))
+        == set()
+    )
     assert direct(lambda m, x, emb: m.conv(x)) == set(), "there is nothing to split"
 
 

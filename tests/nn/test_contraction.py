@@ -12,8 +12,12 @@ SIZES = dict(zip("abcdefgh", (2, 3, 4, 5, 2, 3, 1, 6), strict=True))
 
 
 def tensors(left: str, right: str) -> tuple[Tensor, Tensor]:
-    """Return operands in float64: sums of many terms in another order then agree far within the tolerance of a comparison."""
-    first, second = (torch.randn([SIZES[letter] for letter in letters], dtype=torch.float64) for letters in (left, right))
+    """Return operands in float64: sums of many terms in another order then agree far within the tolerance of
+    a comparison.
+    """
+    first, second = (
+        torch.randn([SIZES[letter] for letter in letters], dtype=torch.float64) for letters in (left, right)
+    )
     return first, second
 
 
@@ -27,9 +31,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def test_any_contraction_is_the_einsum(data: st.DataObject) -> None:
     letters = data.draw(st.permutations("abcdefgh"))
     cuts = sorted(data.draw(st.lists(st.integers(1, 7), min_size=3, max_size=3)))
-    summed, batch, rows, columns = (letters[start:end] for start, end in zip((0, *cuts), (*cuts, 8), strict=True))
+    summed, batch, rows, columns = (
+        letters[start:end] for start, end in zip((0, *cuts), (*cuts, 8), strict=True)
+    )
     left, right, out = (
-        "".join(data.draw(st.permutations(parts))) for parts in (summed + batch + rows, summed + batch + columns, batch + rows + columns)
+        "".join(data.draw(st.permutations(parts)))
+        for parts in (summed + batch + rows, summed + batch + columns, batch + rows + columns)
     )
     equation = data.draw(st.sampled_from([f"{left},{right}->{out}", f" {left}, {right} -> {out}"]))
     operands = tensors(left, right)
@@ -49,7 +56,9 @@ def test_any_contraction_is_the_einsum(data: st.DataObject) -> None:
         ("bhid,bhjd->bhij", (2, 1, 5, 4), (2, 3, 6, 4)),
     ],
 )
-def test_ellipses_implied_results_and_broadcast_batches(equation: str, left: tuple[int, ...], right: tuple[int, ...]) -> None:
+def test_ellipses_implied_results_and_broadcast_batches(
+    equation: str, left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
     operands = torch.randn(left, dtype=torch.float64), torch.randn(right, dtype=torch.float64)
     found = contraction((equation, *operands))
     assert found is not None

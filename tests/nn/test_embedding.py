@@ -14,13 +14,30 @@ from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.weight import fit_grid
 
 
-def calibrated(bits: int = 8, *, symmetric: bool = False, rows: int = 6, width: int = 5, dtype: torch.dtype = torch.float32) -> CalibratedEmbedding:
+def calibrated(
+    bits: int = 8,
+    *,
+    symmetric: bool = False,
+    rows: int = 6,
+    width: int = 5,
+    dtype: torch.dtype = torch.float32,
+) -> CalibratedEmbedding:
     source = nn.Embedding(rows, width, dtype=dtype).requires_grad_(False)
-    return CalibratedEmbedding(source, fit_grid(source.weight, IntegerFormat(bits, symmetric), method="min_max"))
+    return CalibratedEmbedding(
+        source, fit_grid(source.weight, IntegerFormat(bits, symmetric), method="min_max")
+    )
 
 
-@given(st.integers(2, 8), st.booleans(), st.integers(1, 9), st.sampled_from([(3,), (2, 4), ()]), st.integers(0, 2**31))
-def test_a_row_is_off_by_half_a_step_of_its_own_grid_at_most(bits: int, symmetric: bool, width: int, shape: tuple[int, ...], seed: int) -> None:
+@given(
+    st.integers(2, 8),
+    st.booleans(),
+    st.integers(1, 9),
+    st.sampled_from([(3,), (2, 4), ()]),
+    st.integers(0, 2**31),
+)
+def test_a_row_is_off_by_half_a_step_of_its_own_grid_at_most(
+    bits: int, symmetric: bool, width: int, shape: tuple[int, ...], seed: int
+) -> None:
     torch.manual_seed(seed)
     layer, index = calibrated(bits, symmetric=symmetric, width=width), torch.randint(6, shape)
     assert torch.equal(layer(index), layer.weight[index])

@@ -17,15 +17,23 @@ from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 FORMATS = st.builds(IntegerFormat, st.integers(2, 8), symmetric=st.booleans())
 
 
-def calibrated(source: nn.Module, fmt: IntegerFormat, *, segments: tuple[int, ...] = (), inputs: bool = True) -> CalibratedLayer:
+def calibrated(
+    source: nn.Module, fmt: IntegerFormat, *, segments: tuple[int, ...] = (), inputs: bool = True
+) -> CalibratedLayer:
     """A layer whose weights and inputs are quantized."""
     operation = operation_of(source)
     assert operation is not None
-    quantizer = ActivationQuantizer(IntegerFormat(8), segments=segments, axis=operation.channel_axis) if inputs else None
+    quantizer = (
+        ActivationQuantizer(IntegerFormat(8), segments=segments, axis=operation.channel_axis)
+        if inputs
+        else None
+    )
     if quantizer is not None:
         groups = quantizer.scale.shape[1]
         quantizer.fit(torch.linspace(0.02, 0.05, groups)[None], torch.full((1, groups), 120.0))
-    layer = CalibratedLayer(source, operation, fit_grid(weight_of(source).detach(), fmt, segments=segments), quantizer)
+    layer = CalibratedLayer(
+        source, operation, fit_grid(weight_of(source).detach(), fmt, segments=segments), quantizer
+    )
     layer.weight_precision = layer.input_precision = "quantized"
     return layer
 
@@ -59,7 +67,9 @@ def oracle(source: nn.Module, x: Tensor, fmt: IntegerFormat) -> Tensor:
     """The stock layer with a weight and an input quantized by torch."""
     rows, operation = weight_of(source), operation_of(source)
     grid = fit_grid(rows.detach(), fmt)
-    weight = torch.fake_quantize_per_channel_affine(rows, grid.scale[:, 0], grid.zero_point[:, 0].to(torch.int32), 0, 0, fmt.levels - 1)
+    weight = torch.fake_quantize_per_channel_affine(
+        rows, grid.scale[:, 0], grid.zero_point[:, 0].to(torch.int32), 0, 0, fmt.levels - 1
+    )
     stock = copy.deepcopy(source)
     assert operation is not None
     stock.weight.data.copy_(operation.stored(weight))
@@ -67,7 +77,9 @@ def oracle(source: nn.Module, x: Tensor, fmt: IntegerFormat) -> Tensor:
 
 
 @given(convolutions() | linears(), FORMATS)
-def test_packed_and_calibrated_layers_are_the_stock_layer_on_quantized_values(case: tuple[nn.Module, Tensor], fmt: IntegerFormat) -> None:
+def test_packed_and_calibrated_layers_are_the_stock_layer_on_quantized_values(
+    case: tuple[nn.Module, Tensor], fmt: IntegerFormat
+) -> None:
     source, x = case
     layer = calibrated(source, fmt)
     expected = oracle(source, x, fmt)
@@ -76,7 +88,9 @@ def test_packed_and_calibrated_layers_are_the_stock_layer_on_quantized_values(ca
 
 
 @given(convolutions() | linears(), FORMATS)
-def test_a_calibrated_layer_starts_in_full_precision(case: tuple[nn.Module, Tensor], fmt: IntegerFormat) -> None:
+def test_a_calibrated_layer_starts_in_full_precision(
+    case: tuple[nn.Module, Tensor], fmt: IntegerFormat
+) -> None:
     source, x = case
     layer = calibrated(source, fmt)
     layer.weight_precision = layer.input_precision = "full"
@@ -93,7 +107,13 @@ def test_segments_survive_packing(fmt: IntegerFormat, segments: tuple[int, ...],
     packed = pack(layer)
     assert torch.equal(packed(x), layer(x))
     parts = [fit_grid(part, fmt) for part in source.weight.detach().split(segments, dim=1)]
-    expected = torch.cat([g.decode(g.encode(p)) for g, p in zip(parts, source.weight.detach().split(segments, dim=1), strict=True)], dim=1)
+    expected = torch.cat(
+        [
+            g.decode(g.encode(p))
+            for g, p in zip(parts, source.weight.detach().split(segments, dim=1), strict=True)
+        ],
+        dim=1,
+    )
     assert torch.equal(packed.weight, expected)
 
 
@@ -103,7 +123,9 @@ def test_learned_codes_are_what_gets_packed() -> None:
     packed = pack(layer)
     assert torch.equal(packed.codes, layer.codes)
     x = torch.randn(2, 4)
-    assert torch.equal(packed(x), F.linear(layer.input_quantizer(x), layer.grid.decode(layer.codes.float()), layer.bias))
+    assert torch.equal(
+        packed(x), F.linear(layer.input_quantizer(x), layer.grid.decode(layer.codes.float()), layer.bias)
+    )
 
 
 def test_roundings_take_the_place_of_codes_while_they_are_learned() -> None:
@@ -118,13 +140,24 @@ def test_roundings_take_the_place_of_codes_while_they_are_learned() -> None:
 
 
 @given(convolutions() | linears(), FORMATS)
-def test_the_state_of_a_packed_layer_is_complete_from_birth(case: tuple[nn.Module, Tensor], fmt: IntegerFormat) -> None:
+def test_the_state_of_a_packed_layer_is_complete_from_birth(
+    case: tuple[nn.Module, Tensor], fmt: IntegerFormat
+) -> None:
     source, x = case
     done = pack(calibrated(source, fmt, inputs=False))
-    born = PackedLayer(done.operation, fmt, tuple(weight_of(source).shape), bias=None if source.bias is None else torch.float32)
+    born = PackedLayer(
+        done.operation,
+        fmt,
+        tuple(weight_of(source).shape),
+        bias=None if source.bias is None else torch.float32,
+    )
     described = {name: (tuple(value.shape), value.dtype) for name, value in done.state_dict().items()}
     assert {name: (tuple(value.shape), value.dtype) for name, value in born.state_dict().items()} == described
-    expected = {"packed", "scale"} | ({"bias"} if source.bias is not None else set()) | (set() if fmt.symmetric else {"zero_point"})
+    expected = (
+        {"packed", "scale"}
+        | ({"bias"} if source.bias is not None else set())
+        | (set() if fmt.symmetric else {"zero_point"})
+    )
     assert set(described) == expected
     before = list(born.state_dict())
     born(x)
@@ -143,7 +176,8 @@ def test_packed_codes_take_the_bits_they_say(bits: int, per_row: int) -> None:
 @pytest.mark.parametrize("source", [nn.Conv2d(4, 6, 3), nn.Linear(4, 6)])
 def test_other_precisions_run_in_their_own_dtype(dtype: torch.dtype, source: nn.Module) -> None:
     source = copy.deepcopy(source).to(dtype)
-    # Within the grid of the inputs: 36 of them err by 0.01 each under weights of 1/6 at most, and weights by half a step of 1/765 under inputs of 2.
+    # Within the grid of the inputs: 36 of them err by 0.01 each under weights of 1/6 at most, and weights by
+    # half a step of 1/765 under inputs of 2.
     x = torch.randn(2, 4, *([5, 5] if isinstance(source, nn.Conv2d) else [])).clamp(-2, 2).to(dtype)
     layer = calibrated(source, IntegerFormat(8))
     full, packed = source(x), pack(layer)
@@ -179,7 +213,9 @@ def test_the_input_may_be_passed_by_the_name_it_has_in_torch() -> None:
 
 @pytest.mark.parametrize("fmt", [IntegerFormat(4), IntegerFormat(8, symmetric=True)])
 @pytest.mark.parametrize("segments", [(), (3, 1)])
-def test_another_weight_is_rounded_to_nearest_on_its_own_grid(fmt: IntegerFormat, segments: tuple[int, ...]) -> None:
+def test_another_weight_is_rounded_to_nearest_on_its_own_grid(
+    fmt: IntegerFormat, segments: tuple[int, ...]
+) -> None:
     source, other = nn.Linear(4, 3), nn.Linear(4, 3)
     layer, expected = (pack(calibrated(module, fmt, segments=segments)) for module in (source, other))
     layer.round(other.weight.detach())

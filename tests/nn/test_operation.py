@@ -39,7 +39,12 @@ def test_embeddings_that_only_look_up_are_known() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Embedding(3, 2), nn.LayerNorm(2), nn.Bilinear(2, 2, 2)],
+    [
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
+        nn.Embedding(3, 2),
+        nn.LayerNorm(2),
+        nn.Bilinear(2, 2, 2),
+    ],
 )
 def test_what_has_no_quantized_form_has_no_operation(module: nn.Module) -> None:
     assert operation_of(module) is None
@@ -61,7 +66,9 @@ def test_a_subclass_that_computes_something_else_is_not_mistaken_for_its_parent(
         (nn.ConvTranspose3d(4, 6, 2, dilation=2), (2, 4, 3, 3, 3)),
     ],
 )
-def test_the_operation_applied_to_the_modules_tensors_is_the_module(module: nn.Module, shape: tuple[int, ...]) -> None:
+def test_the_operation_applied_to_the_modules_tensors_is_the_module(
+    module: nn.Module, shape: tuple[int, ...]
+) -> None:
     operation, x = operation_of(module), torch.randn(shape)
     assert operation is not None
     assert torch.equal(operation(x, weight_of(module), module.bias), module(x))

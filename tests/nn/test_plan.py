@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from tfmq.nn.layer import CalibratedLayer, PackedLayer
-from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan, activation_sites, calibrated_layers, pack_all, packed_layers, prepare
+from tfmq.nn.plan import (
+    LayerPlan,
+    Plan,
+    QuantizerPlan,
+    activation_sites,
+    calibrated_layers,
+    pack_all,
+    packed_layers,
+    prepare,
+)
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.swap import replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable
@@ -16,7 +25,9 @@ A8 = QuantizerPlan(format=IntegerFormat(8), per_step=True, ranges="min_max")
 STATIC = QuantizerPlan(format=IntegerFormat(4), per_step=False, ranges="search")
 
 
-def layer_plan(bits: int = 4, *, segments: tuple[int, ...] = (), entry: QuantizerPlan | None = A8) -> LayerPlan:
+def layer_plan(
+    bits: int = 4, *, segments: tuple[int, ...] = (), entry: QuantizerPlan | None = A8
+) -> LayerPlan:
     return LayerPlan(weight=IntegerFormat(bits), ranges="min_max", segments=segments, input=entry)
 
 
@@ -50,27 +61,46 @@ def test_layers_and_sites_are_what_the_plan_says_and_nothing_else(build: Callabl
     for name in NAMES:
         assert torch.equal(
             layers[name].codes.float(),
-            fit_grid(sources[name], PLAN.layers[name].weight, segments=PLAN.layers[name].segments, method="min_max").encode(sources[name]),
+            fit_grid(
+                sources[name], PLAN.layers[name].weight, segments=PLAN.layers[name].segments, method="min_max"
+            ).encode(sources[name]),
         )
     sites = activation_sites(denoiser.module)
     shapes = {name: tuple(site.scale.shape) for name, site in sites.items()}
     products = {f"tfmq_products.{side}.{site}": (2, 1) for side in ("left", "right") for site in range(2)}
-    assert shapes == {"stages.0.block.input_quantizer": (2, 1), "stages.0.shift.input_quantizer": (2, 1), "exit.input_quantizer": (1, 2)} | products
+    assert (
+        shapes
+        == {
+            "stages.0.block.input_quantizer": (2, 1),
+            "stages.0.shift.input_quantizer": (2, 1),
+            "exit.input_quantizer": (1, 2),
+        }
+        | products
+    )
 
 
 def test_a_planned_layer_without_a_quantized_form_is_named(build: Callable[..., tuple]) -> None:
     denoiser, _ = build("plain")
     with pytest.raises(ValueError, match="stages is a ModuleList"):
-        prepare(denoiser.module, Plan({"stages": layer_plan()}, {}), StepContext(torch.tensor([5.0])), timestep="t")
+        prepare(
+            denoiser.module,
+            Plan({"stages": layer_plan()}, {}),
+            StepContext(torch.tensor([5.0])),
+            timestep="t",
+        )
 
 
-def test_packing_replaces_every_calibrated_layer_and_switches_products_on(build: Callable[..., tuple]) -> None:
+def test_packing_replaces_every_calibrated_layer_and_switches_products_on(
+    build: Callable[..., tuple],
+) -> None:
     denoiser, _ = build("plain")
     prepare(denoiser.module, PLAN, StepContext(torch.tensor([5.0])), timestep="t")
     pack_all(denoiser.module)
     assert sorted(packed_layers(denoiser.module)) == sorted(NAMES)
     assert calibrated_layers(denoiser.module) == {}
-    assert [child.enabled for child in denoiser.module.modules() if isinstance(child, ProductQuantizers)] == [True]
+    assert [child.enabled for child in denoiser.module.modules() if isinstance(child, ProductQuantizers)] == [
+        True
+    ]
 
 
 def test_a_layer_behind_a_table_goes_by_its_stock_name(build: Callable[..., tuple]) -> None:
@@ -79,10 +109,16 @@ def test_a_layer_behind_a_table_goes_by_its_stock_name(build: Callable[..., tupl
     prepare(denoiser.module, PLAN, steps, timestep="t")
     for name in ("stages.0.shift", "stages.0.block"):
         inner = denoiser.module.get_submodule(name)
-        replace_module(denoiser.module, name, CachedFeature(inner, FeatureTable(1, 8, "int8"), steps, everywhere=True))
+        replace_module(
+            denoiser.module, name, CachedFeature(inner, FeatureTable(1, 8, "int8"), steps, everywhere=True)
+        )
     layers = calibrated_layers(denoiser.module)
-    assert sorted(layers) == sorted(NAMES) and all(isinstance(layer, CalibratedLayer) for layer in layers.values())
+    assert sorted(layers) == sorted(NAMES) and all(
+        isinstance(layer, CalibratedLayer) for layer in layers.values()
+    )
     pack_all(denoiser.module)
     packed = packed_layers(denoiser.module)
-    assert sorted(packed) == sorted(NAMES) and all(isinstance(layer, PackedLayer) for layer in packed.values())
+    assert sorted(packed) == sorted(NAMES) and all(
+        isinstance(layer, PackedLayer) for layer in packed.values()
+    )
     assert isinstance(denoiser.module.stages[0].shift, CachedFeature)

@@ -43,8 +43,14 @@ def test_without_nan_the_output_is_the_same_object() -> None:
 
 def test_every_floating_tensor_of_an_output_is_spoiled_and_nothing_else() -> None:
     counts = torch.ones(2, 2, dtype=torch.long)
-    output = poisoned({"sample": torch.ones(2, 3), "counts": counts, "none": None}, {"sample": with_nan(2, 3)})
-    assert spoiled(output["sample"]) == [False, True] and torch.equal(output["counts"], counts) and output["none"] is None
+    output = poisoned(
+        {"sample": torch.ones(2, 3), "counts": counts, "none": None}, {"sample": with_nan(2, 3)}
+    )
+    assert (
+        spoiled(output["sample"]) == [False, True]
+        and torch.equal(output["counts"], counts)
+        and output["none"] is None
+    )
 
 
 def test_gradients_of_the_other_samples_stay() -> None:

@@ -48,7 +48,9 @@ def test_attention_in_full_precision_is_torchs(options: dict[str, Any]) -> None:
     query, key, value = heads(key_heads=2 if options.get("enable_gqa") else 4)
     with sdpa_kernel(SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(Attention.of(query, key, value, **options).by(plain, 0), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        Attention.of(query, key, value, **options).by(plain, 0), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_attention_is_the_formula_in_float64() -> None:
@@ -179,7 +181,9 @@ def quantizers(count: int) -> ProductQuantizers:
         quantizer.fit(torch.full((1, 1), scale), torch.full((1, 1), 128.0))
         return quantizer
 
-    return ProductQuantizers([fitted(0.1 + 0.01 * i) for i in range(count)], [fitted(0.2 + 0.01 * i) for i in range(count)])
+    return ProductQuantizers(
+        [fitted(0.1 + 0.01 * i) for i in range(count)], [fitted(0.2 + 0.01 * i) for i in range(count)]
+    )
 
 
 def test_an_owner_keeps_its_class_methods_state_and_values() -> None:
@@ -242,11 +246,18 @@ def test_a_kernel_of_attention_gets_the_call_with_the_grids_of_all_four_operands
     assert bool((module(x) == 7).all())
     ((call, rows),) = seen
     assert torch.equal(call.query, x) and torch.equal(call.key, x * 2) and torch.equal(call.value, x * 3)
-    assert [row.scales is grid.scale for row, grid in zip(rows, (q.left[0], q.right[0], q.left[1], q.right[1]), strict=True)] == [True] * 4
+    assert [
+        row.scales is grid.scale
+        for row, grid in zip(rows, (q.left[0], q.right[0], q.left[1], q.right[1]), strict=True)
+    ] == [True] * 4
 
 
-@pytest.mark.parametrize("reason", ["it declines", "a site is in full precision", "a graph is captured", "sites have kernels"])
-def test_without_a_kernel_of_attention_the_products_are_computed_one_by_one(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "reason", ["it declines", "a site is in full precision", "a graph is captured", "sites have kernels"]
+)
+def test_without_a_kernel_of_attention_the_products_are_computed_one_by_one(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, q, x = Attends(), quantizers(1 if "full" in reason else 2), torch.randn(1, 2, 3, 4)
     attach_products(module, q)
     calls: list[str] = []
@@ -264,4 +275,7 @@ def test_without_a_kernel_of_attention_the_products_are_computed_one_by_one(reas
     if "sites" in reason:
         q.site_kernels = {0: product, 1: product}
     torch.testing.assert_close(module(x), Attends()(x))
-    assert calls == {"it declines": ["attention", "product", "product"], "a site is in full precision": ["product"]}.get(reason, ["product"] * 2)
+    assert calls == {
+        "it declines": ["attention", "product", "product"],
+        "a site is in full precision": ["product"],
+    }.get(reason, ["product"] * 2)

@@ -24,10 +24,15 @@ MIXED = (
         name="mixed",
         weights=Weights(bits=3, symmetric=True, ranges="min_max"),
         activations=Activations(bits=5, symmetric=True, per_step="temporal", split=False),
-        rules=(Rule(match="role:first", weight_bits=None, activation_bits=None), Rule(match="role:temporal", weight_bits=8, activation_bits=None)),
+        rules=(
+            Rule(match="role:first", weight_bits=None, activation_bits=None),
+            Rule(match="role:temporal", weight_bits=8, activation_bits=None),
+        ),
     ),
     Recipe(name="dynamic", weights=Weights(ranges="min_max"), activations=Activations(tokens="dynamic")),
-    Recipe(name="w4a32", weights=Weights(ranges="min_max"), activations=Activations(bits=None, products=False)),
+    Recipe(
+        name="w4a32", weights=Weights(ranges="min_max"), activations=Activations(bits=None, products=False)
+    ),
 )
 
 
@@ -50,7 +55,9 @@ def randomize(module: nn.Module, seed: int) -> None:
 
 
 def quantized(denoiser: Denoiser, example: Inputs, recipe: Recipe, *, tables: bool = True) -> None:
-    """Quantize in place with made-up parameters; with `tables`, the first temporal layer is skipped and cacheable features are cached."""
+    """Quantize in place with made-up parameters; with `tables`, the first temporal layer is skipped and
+    cacheable features are cached.
+    """
     found = trace(denoiser, example)
     steps = StepContext(TIMESTEPS)
     prepare(denoiser.module, make_plan(recipe, found), steps, timestep=denoiser.timestep)
@@ -58,7 +65,11 @@ def quantized(denoiser: Denoiser, example: Inputs, recipe: Recipe, *, tables: bo
     for number, name in enumerate(names):
         block = denoiser.module.get_submodule(name)
         table = FeatureTable(len(TIMESTEPS), block.weight.shape[0], "int8" if number % 2 else "float16")
-        new = CachedFeature(block, table, steps, everywhere=False) if name in found.features else SkippedLayer(block, block.weight.shape[0], steps)
+        new = (
+            CachedFeature(block, table, steps, everywhere=False)
+            if name in found.features
+            else SkippedLayer(block, block.weight.shape[0], steps)
+        )
         replace_module(denoiser.module, name, new)
     randomize(denoiser.module, 3)
     pack_all(denoiser.module)
@@ -67,15 +78,22 @@ def quantized(denoiser: Denoiser, example: Inputs, recipe: Recipe, *, tables: bo
 def outputs(denoiser: Denoiser, example: Inputs) -> list[Tensor]:
     batch = example.resized(3)
     with torch.no_grad():
-        return [denoiser(Inputs(batch.sample, t, batch.conditions)) for t in (torch.tensor([1, 9, 5]), torch.tensor([5, 5, 5]))]
+        return [
+            denoiser(Inputs(batch.sample, t, batch.conditions))
+            for t in (torch.tensor([1, 9, 5]), torch.tensor([5, 5, 5]))
+        ]
 
 
 # Three architectures are enough for the variants.
-CASES = [(name, MIXED[0]) for name in MODELS] + [(name, recipe) for name in ("unet", "plain", "sd3") for recipe in MIXED[1:]]
+CASES = [(name, MIXED[0]) for name in MODELS] + [
+    (name, recipe) for name in ("unet", "plain", "sd3") for recipe in MIXED[1:]
+]
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES, ids=lambda value: getattr(value, "name", value))
-def test_a_stock_architecture_is_rebuilt_to_the_bit_from_json_and_tensors(build: Callable[..., Any], name: str, recipe: Recipe) -> None:
+def test_a_stock_architecture_is_rebuilt_to_the_bit_from_json_and_tensors(
+    build: Callable[..., Any], name: str, recipe: Recipe
+) -> None:
     denoiser, example = build(name)
     quantized(denoiser, example, recipe)
     structure = json.loads(json.dumps(describe(denoiser.module)))
@@ -106,8 +124,18 @@ def test_describing_names_layers_products_tables_and_skips(build: Callable[..., 
     quantized(denoiser, example, MIXED[0])
     structure = describe(denoiser.module)
     assert (structure["steps"], structure["timestep"]) == (3, "t")
-    layers, tables, products = (dict(named_specs(structure, kind)) for kind in ("layers", "tables", "products"))
-    assert sorted(layers) == ["embed", "entry", "exit", "stages.0.block", "stages.0.shift", "stages.1.block", "stages.1.shift"]
+    layers, tables, products = (
+        dict(named_specs(structure, kind)) for kind in ("layers", "tables", "products")
+    )
+    assert sorted(layers) == [
+        "embed",
+        "entry",
+        "exit",
+        "stages.0.block",
+        "stages.0.shift",
+        "stages.1.block",
+        "stages.1.shift",
+    ]
     assert layers["exit"]["segments"] == [8, 8] and layers["entry"]["segments"] == []
     assert (layers["embed"]["input"]["axis"], layers["exit"]["input"]["axis"]) == (-1, 1)
     assert {name: (spec["format"], spec["everywhere"]) for name, spec in tables.items()} == {
@@ -122,7 +150,10 @@ def test_layers_beyond_linear_ones_and_convolutions_say_their_kind(build: Callab
     denoiser, example = build("upsampler")
     quantized(denoiser, example, MIXED[0])
     layers = dict(named_specs(describe(denoiser.module), "layers"))
-    assert {name: spec.get("kind") for name, spec in layers.items() if "kind" in spec} == {"labels": "embedding", "up": "transposed_convolution"}
+    assert {name: spec.get("kind") for name, spec in layers.items() if "kind" in spec} == {
+        "labels": "embedding",
+        "up": "transposed_convolution",
+    }
     assert (layers["labels"]["bits"], layers["labels"]["input"]) == (8, None) and layers["up"]["bits"] == 4
     assert sorted(layers) == ["embed", "entry", "exit", "labels", "shift", "up"]
 
@@ -130,10 +161,25 @@ def test_layers_beyond_linear_ones_and_convolutions_say_their_kind(build: Callab
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("up", "butterfly", "up: the checkpoint holds a layer of kind 'butterfly', this tfmq knows 'embedding', 'transposed_convolution'; upgrade"),
+        (
+            "up",
+            "butterfly",
+            (
+                "up: the checkpoint holds a layer of kind 'butterfly', this tfmq "
+                "knows 'embedding', 'transposed_convolution'; upgrade"
+            ),
+        ),
         ("up", None, "up: the checkpoint holds a quantized layer, the architecture has a ConvTranspose2d"),
-        ("entry", "transposed_convolution", "entry: the checkpoint holds a quantized transposed convolution, the architecture has a Conv2d"),
-        ("entry", "embedding", "entry: the checkpoint holds a quantized embedding, the architecture has a Conv2d"),
+        (
+            "entry",
+            "transposed_convolution",
+            "entry: the checkpoint holds a quantized transposed convolution, the architecture has a Conv2d",
+        ),
+        (
+            "entry",
+            "embedding",
+            "entry: the checkpoint holds a quantized embedding, the architecture has a Conv2d",
+        ),
         ("norm", None, "norm: the checkpoint holds a quantized layer, the architecture has a GroupNorm"),
     ],
 )
@@ -154,7 +200,11 @@ def test_a_kind_that_is_unknown_or_not_the_architectures_is_refused_by_name(
 
 
 def test_tables_and_skips_over_full_precision_layers_are_rebuilt(build: Callable[..., Any]) -> None:
-    recipe = Recipe(name="r", weights=Weights(ranges="min_max"), rules=(Rule(match="role:temporal", weight_bits=None, activation_bits=None),))
+    recipe = Recipe(
+        name="r",
+        weights=Weights(ranges="min_max"),
+        rules=(Rule(match="role:temporal", weight_bits=None, activation_bits=None),),
+    )
     denoiser, example = build("unet")
     quantized(denoiser, example, recipe)
     fresh, _ = build("unet", seed=1)
@@ -169,10 +219,15 @@ def test_tables_and_skips_over_full_precision_layers_are_rebuilt(build: Callable
     [
         (lambda m: setattr(m, "conv_in", nn.Identity()), r"conv_in: .* Identity"),
         (lambda m: delattr(m, "conv_out"), "conv_out, which"),
-        (lambda m: setattr(m.mid_block, "attentions", nn.ModuleList([])), r"mid_block\.attentions\.0.*, which"),
+        (
+            lambda m: setattr(m.mid_block, "attentions", nn.ModuleList([])),
+            r"mid_block\.attentions\.0.*, which",
+        ),
     ],
 )
-def test_another_architecture_is_refused_by_the_name_of_the_layer(build: Callable[..., Any], change: Callable[..., Any], message: str) -> None:
+def test_another_architecture_is_refused_by_the_name_of_the_layer(
+    build: Callable[..., Any], change: Callable[..., Any], message: str
+) -> None:
     denoiser, example = build("unet")
     quantized(denoiser, example, MIXED[0])
     fresh, _ = build("unet", seed=1)
@@ -182,7 +237,9 @@ def test_another_architecture_is_refused_by_the_name_of_the_layer(build: Callabl
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_layer_of_another_shape_is_refused_by_its_name_when_filled(build: Callable[..., Any], assign: bool) -> None:
+def test_a_layer_of_another_shape_is_refused_by_its_name_when_filled(
+    build: Callable[..., Any], assign: bool
+) -> None:
     denoiser, example = build("unet")
     quantized(denoiser, example, MIXED[0])
     fresh, _ = build("unet", seed=1)
@@ -196,7 +253,10 @@ def test_a_table_for_a_missing_layer_is_refused_by_its_name(build: Callable[...,
     denoiser, example = build("unet")
     quantized(denoiser, example, MIXED[0])
     structure = describe(denoiser.module)
-    for place, value in (("tables", [{"format": "int8", "everywhere": True, "names": ["gone.proj"]}]), ("skipped", ["gone.proj"])):
+    for place, value in (
+        ("tables", [{"format": "int8", "everywhere": True, "names": ["gone.proj"]}]),
+        ("skipped", ["gone.proj"]),
+    ):
         fresh, _ = build("unet", seed=1)
         with pytest.raises(ValueError, match=r"gone\.proj, which"):
             assemble(fresh.module, {**structure, place: value})

@@ -100,7 +100,9 @@ def calibrated_pair() -> nn.Module:
         source = nn.Linear(4, 4)
         quantizer = ActivationQuantizer(IntegerFormat(2))
         quantizer.fit(torch.full((1, 1), 0.7), torch.full((1, 1), 1.0))
-        return CalibratedLayer(source, Linear(), fit_grid(source.weight.detach(), IntegerFormat(2)), quantizer)
+        return CalibratedLayer(
+            source, Linear(), fit_grid(source.weight.detach(), IntegerFormat(2)), quantizer
+        )
 
     model = nn.Module()
     model.layers = nn.Sequential(layer(), layer())
@@ -110,7 +112,9 @@ def calibrated_pair() -> nn.Module:
 
 
 def state(model: nn.Module) -> list[object]:
-    return [(layer.weight_precision, layer.input_precision) for layer in model.layers] + [model.products.enabled]
+    return [(layer.weight_precision, layer.input_precision) for layer in model.layers] + [
+        model.products.enabled
+    ]
 
 
 def test_precision_reaches_every_layer_and_product_for_a_while() -> None:

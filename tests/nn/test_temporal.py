@@ -41,7 +41,11 @@ def cached(*, allowed: bool, use: tuple[int, ...] = (1, 1, 1)) -> tuple[CachedFe
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 50.0]))
 def test_integer_tables_err_by_half_a_step_of_their_own_timestep_at_most(seed: int, spread: float) -> None:
-    feature = torch.randn(5, 16, generator=torch.Generator().manual_seed(seed)) * spread * torch.logspace(-2, 2, 5)[:, None]
+    feature = (
+        torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))
+        * spread
+        * torch.logspace(-2, 2, 5)[:, None]
+    )
     table = table_of(feature, "int8")
     assert table.values.dtype == torch.uint8 and table.scale is not None
     error = (table(torch.arange(5)) - feature).abs()
@@ -55,7 +59,9 @@ def test_half_tables_round_to_half() -> None:
     assert torch.equal(table_of(feature)(torch.tensor([2, 0])), feature[[2, 0]].half().float())
 
 
-@pytest.mark.parametrize(("table_format", "names"), [("int8", {"values", "scale", "zero_point"}), ("float16", {"values"})])
+@pytest.mark.parametrize(
+    ("table_format", "names"), [("int8", {"values", "scale", "zero_point"}), ("float16", {"values"})]
+)
 def test_the_state_of_a_table_is_complete_from_birth(table_format: str, names: set[str]) -> None:
     feature = torch.randn(3, 8)
     table, born = table_of(feature, table_format), FeatureTable(3, 8, table_format)  # type: ignore[arg-type]

@@ -29,7 +29,9 @@ def gradient(function: object, x: Tensor, upstream: Tensor) -> Tensor:
 
 
 @given(SEEDS, LEVELS, SPREADS)
-def test_one_scale_agrees_bitwise_with_torch_values_and_gradients(seed: int, levels: int, spread: float) -> None:
+def test_one_scale_agrees_bitwise_with_torch_values_and_gradients(
+    seed: int, levels: int, spread: float
+) -> None:
     x, (scale, zero) = draw((5, 40), seed=seed, spread=spread), grid(1, levels=levels, seed=seed)
 
     def torch_version(value: Tensor) -> Tensor:
@@ -44,7 +46,9 @@ def test_one_scale_agrees_bitwise_with_torch_values_and_gradients(seed: int, lev
 
 
 @given(SEEDS, LEVELS, SPREADS, st.integers(0, 2))
-def test_a_scale_per_channel_agrees_bitwise_with_torch_values_and_gradients(seed: int, levels: int, spread: float, axis: int) -> None:
+def test_a_scale_per_channel_agrees_bitwise_with_torch_values_and_gradients(
+    seed: int, levels: int, spread: float, axis: int
+) -> None:
     shape = (4, 3, 5)
     x, (scale, zero) = draw(shape, seed=seed, spread=spread), grid(shape[axis], levels=levels, seed=seed)
     broadcast = [-1 if i == axis else 1 for i in range(3)]
@@ -61,21 +65,31 @@ def test_a_scale_per_channel_agrees_bitwise_with_torch_values_and_gradients(seed
 
 
 @given(SEEDS, LEVELS)
-def test_fake_quantization_is_quantize_then_dequantize_with_and_without_gradients(seed: int, levels: int) -> None:
+def test_fake_quantization_is_quantize_then_dequantize_with_and_without_gradients(
+    seed: int, levels: int
+) -> None:
     x, (scale, zero) = draw((64,), seed=seed), grid(1, levels=levels, seed=seed)
     codes = quantize(x, scale, zero.float(), levels)
     assert torch.equal(codes, codes.round())
     assert codes.min() >= 0 and codes.max() <= levels - 1
     expected = dequantize(codes.to(torch.uint8), scale, zero.float())
     assert torch.equal(fake_quantize(x, scale, zero.float(), levels), expected)
-    assert torch.equal(fake_quantize(x.clone().requires_grad_(), scale, zero.float(), levels).detach(), expected)
+    assert torch.equal(
+        fake_quantize(x.clone().requires_grad_(), scale, zero.float(), levels).detach(), expected
+    )
 
 
 def test_halves_round_to_even() -> None:
     x = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5])
     assert quantize(x, torch.tensor(1.0), torch.tensor(8.0), 16).tolist() == [6.0, 8.0, 8.0, 10.0, 10.0]
     for leaf in (x, x.clone().requires_grad_()):
-        assert fake_quantize(leaf, torch.tensor(1.0), torch.tensor(8.0), 16).tolist() == [-2.0, 0.0, 0.0, 2.0, 2.0]
+        assert fake_quantize(leaf, torch.tensor(1.0), torch.tensor(8.0), 16).tolist() == [
+            -2.0,
+            0.0,
+            0.0,
+            2.0,
+            2.0,
+        ]
 
 
 @pytest.mark.parametrize("wants_gradient", [False, True])

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate, feedback, refit, segment_numbers, sweep
+from tfmq.numerics.compensation import (
+    CodeGrid,
+    Quadratic,
+    compensate,
+    feedback,
+    refit,
+    segment_numbers,
+    sweep,
+)
 
 LEVELS = 8
 
@@ -14,7 +22,9 @@ LEVELS = 8
 def problem(seed: int, *, groups: int = 1, rows: int = 3, columns: int = 5) -> tuple[Quadratic, CodeGrid]:
     """Return correlated inputs' error and a grid that the targets fill."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(groups, 4 * columns, columns, generator=generator) @ torch.randn(groups, columns, columns, generator=generator)
+    inputs = torch.randn(groups, 4 * columns, columns, generator=generator) @ torch.randn(
+        groups, columns, columns, generator=generator
+    )
     hessian = inputs.mT @ inputs / (4 * columns) + 0.01 * torch.eye(columns)
     target = torch.randn(groups, rows, columns, generator=generator)
     grid = CodeGrid(torch.full_like(target, 0.6), torch.full_like(target, 4.0), LEVELS)
@@ -26,7 +36,11 @@ def total(quadratic: Quadratic, grid: CodeGrid, codes: Tensor) -> float:
 
 
 def test_the_error_is_that_of_the_outputs() -> None:
-    inputs, weight, target = torch.randn(50, 4).double(), torch.randn(1, 2, 4).double(), torch.randn(1, 2, 4).double()
+    inputs, weight, target = (
+        torch.randn(50, 4).double(),
+        torch.randn(1, 2, 4).double(),
+        torch.randn(1, 2, 4).double(),
+    )
     quadratic = Quadratic(target, (inputs.mT @ inputs)[None])
     expected = (inputs @ (weight - target)[0].mT).square().sum(dim=0)
     torch.testing.assert_close(quadratic.error(weight)[0], expected)
@@ -48,13 +62,17 @@ def test_feedback_moves_the_rest_to_its_least_squares_solution(columns: int) -> 
         values[:, j] = grid.decode(expected[None].float())[0, :, j].double()
         if j + 1 < columns:
             fixed = (values - target)[:, : j + 1] @ hessian[: j + 1, j + 1 :]
-            values[:, j + 1 :] = target[:, j + 1 :] - torch.linalg.solve(hessian[j + 1 :, j + 1 :], fixed.mT).mT
+            values[:, j + 1 :] = (
+                target[:, j + 1 :] - torch.linalg.solve(hessian[j + 1 :, j + 1 :], fixed.mT).mT
+            )
     # A tie of rounding may fall either way in the other precision.
     assert (feedback(quadratic, grid)[0] != expected).double().mean() < 0.01
 
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 90))
-def test_sweeps_never_add_error_and_end_where_no_single_code_can_improve(seed: int, groups: int, columns: int) -> None:
+def test_sweeps_never_add_error_and_end_where_no_single_code_can_improve(
+    seed: int, groups: int, columns: int
+) -> None:
     quadratic, grid = problem(seed, groups=groups, columns=columns)
     codes = grid.nearest(quadratic.target)
     before = total(quadratic, grid, codes)
@@ -69,7 +87,11 @@ def test_sweeps_never_add_error_and_end_where_no_single_code_can_improve(seed: i
     for column, shift in itertools.product(range(min(columns, 6)), (-1.0, 1.0)):
         other = codes.clone()
         other[:, :, column] = (other[:, :, column] + shift).clamp(0, LEVELS - 1)
-        assert bool((quadratic.error(grid.decode(other)) >= quadratic.error(grid.decode(codes)) * (1 - 1e-3) - 1e-4).all())
+        assert bool(
+            (
+                quadratic.error(grid.decode(other)) >= quadratic.error(grid.decode(codes)) * (1 - 1e-3) - 1e-4
+            ).all()
+        )
 
 
 @given(st.integers(0, 10**6))
@@ -96,9 +118,16 @@ def test_groups_do_not_know_of_each_other() -> None:
     quadratic, grid = problem(4, groups=3, columns=70)
     codes, fitted = compensate(quadratic, grid, torch.zeros(70, dtype=torch.int64), sweeps=3)
     alone = Quadratic(quadratic.target[1:2], quadratic.hessian[1:2])
-    one, scale = compensate(alone, CodeGrid(grid.scale[1:2], grid.zero_point[1:2], LEVELS), torch.zeros(70, dtype=torch.int64), sweeps=3)
+    one, scale = compensate(
+        alone,
+        CodeGrid(grid.scale[1:2], grid.zero_point[1:2], LEVELS),
+        torch.zeros(70, dtype=torch.int64),
+        sweeps=3,
+    )
     assert (codes[1] != one[0]).double().mean() < 0.02
-    assert float(quadratic.error(fitted.decode(codes))[1].sum()) == pytest.approx(float(alone.error(scale.decode(one)).sum()), rel=0.05)
+    assert float(quadratic.error(fitted.decode(codes))[1].sum()) == pytest.approx(
+        float(alone.error(scale.decode(one)).sum()), rel=0.05
+    )
 
 
 def test_refitted_scales_are_the_least_squares_ones() -> None:

@@ -34,7 +34,11 @@ def test_weights_are_seen_by_input_channel() -> None:
     weight = torch.zeros(4, 3, 2)
     weight[1, 2, 1], weight[3, 0, 0] = -5.0, 7.0
     found = columns(weight, 2)
-    assert (found[2], found[3]) == (5.0, 7.0) and bool((found > 0).all()) and float(found.min()) == pytest.approx(7e-4)
+    assert (
+        (found[2], found[3]) == (5.0, 7.0)
+        and bool((found > 0).all())
+        and float(found.min()) == pytest.approx(7e-4)
+    )
 
 
 def test_powers_of_two_are_the_nearest() -> None:
@@ -42,7 +46,11 @@ def test_powers_of_two_are_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", EQUALIZERS)
-@pytest.mark.parametrize("high", [torch.zeros(3, 4), torch.tensor([[0.0, 1e-30, 1.0, 1e30]]).expand(3, -1)], ids=["nothing", "everything"])
+@pytest.mark.parametrize(
+    "high",
+    [torch.zeros(3, 4), torch.tensor([[0.0, 1e-30, 1.0, 1e30]]).expand(3, -1)],
+    ids=["nothing", "everything"],
+)
 def test_factors_are_positive_and_finite(name: str, high: Tensor) -> None:
     for factor in EQUALIZERS[name](Extremes(-high, high), torch.tensor([1.0, 2.0, 1e-3, 4.0])):
         snapped = power_of_two(factor)
@@ -50,7 +58,9 @@ def test_factors_are_positive_and_finite(name: str, high: Tensor) -> None:
 
 
 def test_peaks_weigh_timesteps_by_their_size() -> None:
-    """A channel that stands out tenfold at one of two timesteps, where its peak is ten times as large, counts nearly as if it always did."""
+    """A channel that stands out tenfold at one of two timesteps, where its peak is ten times as large, counts
+    nearly as if it always did.
+    """
     high = torch.tensor([[1.0, 10.0], [1.0, 1.0]])
     found = next(EQUALIZERS["peaks"](Extremes(-high, high), torch.ones(2)))
     assert found.tolist() == pytest.approx([1.0, 1 / ((10 * 10 + 1 * 1) / 11)])

@@ -13,9 +13,15 @@ def test_measures_agree_with_float64_formulas(seed: int) -> None:
     reference, value = rng.normal(size=(4, 9)), rng.normal(size=(4, 9))
     r, v = torch.from_numpy(reference), torch.from_numpy(value)
     norms = np.linalg.norm(reference, axis=1)
-    np.testing.assert_allclose(relative_error(r, v).numpy(), np.linalg.norm(reference - value, axis=1) / norms)
-    np.testing.assert_allclose(cosine(r, v).numpy(), (reference * value).sum(1) / norms / np.linalg.norm(value, axis=1), atol=1e-12)
-    assert sqnr_db(r, v) == pytest.approx(10 * np.log10((reference**2).sum() / ((reference - value) ** 2).sum()))
+    np.testing.assert_allclose(
+        relative_error(r, v).numpy(), np.linalg.norm(reference - value, axis=1) / norms
+    )
+    np.testing.assert_allclose(
+        cosine(r, v).numpy(), (reference * value).sum(1) / norms / np.linalg.norm(value, axis=1), atol=1e-12
+    )
+    assert sqnr_db(r, v) == pytest.approx(
+        10 * np.log10((reference**2).sum() / ((reference - value) ** 2).sum())
+    )
 
 
 def test_zeros_are_not_far_from_zeros() -> None:

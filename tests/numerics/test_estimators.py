@@ -11,7 +11,9 @@ SIZE = 20_000
 
 def values(seed: int, channels: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(SIZE, channels, generator=generator, dtype=torch.float64) * torch.tensor([0.5, 1.0, 3.0]) + torch.tensor([0.0, -1.0, 2.0])
+    return torch.randn(SIZE, channels, generator=generator, dtype=torch.float64) * torch.tensor(
+        [0.5, 1.0, 3.0]
+    ) + torch.tensor([0.0, -1.0, 2.0])
 
 
 def test_a_planted_bias_is_taken_off() -> None:
@@ -22,20 +24,32 @@ def test_a_planted_bias_is_taken_off() -> None:
 @pytest.mark.parametrize("name", ["gain", "affine"])
 def test_a_planted_gain_and_bias_are_taken_off(name: str) -> None:
     exact = values(1)
-    planted = Affine(torch.tensor([1.2, 1.0, 1.05], dtype=torch.float64), torch.tensor([0.1, -0.2, 0.0], dtype=torch.float64))
+    planted = Affine(
+        torch.tensor([1.2, 1.0, 1.05], dtype=torch.float64),
+        torch.tensor([0.1, -0.2, 0.0], dtype=torch.float64),
+    )
     computed = planted(exact)
     torch.testing.assert_close(ESTIMATORS[name](computed, exact)(computed), exact, rtol=0, atol=1e-10)
 
 
 def test_least_squares_shrinks_noise_by_wieners_gain_and_the_published_gain_does_not() -> None:
-    """At 20 dB of independent noise least squares has the gain 1 / 1.01, and takes one hundredth of the error away."""
+    """At 20 dB of independent noise least squares has the gain 1 / 1.01, and takes one hundredth of the error
+    away.
+    """
     exact = values(2)
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     computed = exact + 0.1 * exact.std(dim=0) * noise
-    torch.testing.assert_close(affine(computed, exact).gain, torch.full((3,), 1 / 1.01, dtype=torch.float64), rtol=0, atol=2e-3)
-    before, after = (float(((found - exact) / exact.std(dim=0)).square().mean()) for found in (computed, affine(computed, exact)(computed)))
+    torch.testing.assert_close(
+        affine(computed, exact).gain, torch.full((3,), 1 / 1.01, dtype=torch.float64), rtol=0, atol=2e-3
+    )
+    before, after = (
+        float(((found - exact) / exact.std(dim=0)).square().mean())
+        for found in (computed, affine(computed, exact)(computed))
+    )
     assert after / before == pytest.approx(1 / 1.01, abs=2e-3)
-    torch.testing.assert_close(gain(computed, exact).gain, torch.ones(3, dtype=torch.float64), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        gain(computed, exact).gain, torch.ones(3, dtype=torch.float64), rtol=0, atol=5e-3
+    )
 
 
 def test_gain_never_amplifies() -> None:

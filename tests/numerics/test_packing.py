@@ -26,7 +26,9 @@ def oracle(values: torch.Tensor, *, bits: int) -> np.ndarray:
 
 
 @given(BITS, SHAPES, DTYPES, st.integers(0, 2**32))
-def test_packing_agrees_with_single_bits_and_inverts(bits: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+def test_packing_agrees_with_single_bits_and_inverts(
+    bits: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> None:
     values = draw(shape, bits=bits, seed=seed)
     packed = pack_unsigned(values.to(dtype), bits=bits)
     assert packed.dtype == torch.uint8
@@ -40,7 +42,9 @@ def test_packing_agrees_with_single_bits_and_inverts(bits: int, shape: tuple[int
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_extremes_of_the_range_survive(bits: int) -> None:
     values = torch.full((3, 17), 2**bits - 1)
-    assert torch.equal(unpack_unsigned(pack_unsigned(values, bits=bits), bits=bits, shape=(3, 17)).long(), values)
+    assert torch.equal(
+        unpack_unsigned(pack_unsigned(values, bits=bits), bits=bits, shape=(3, 17)).long(), values
+    )
 
 
 def test_four_bits_put_the_even_element_in_the_low_nibble() -> None:

@@ -1,4 +1,5 @@
-"""The gate on quality: every model of the project, quantized in this run by a short calibration, still draws what full precision draws.
+"""The gate on quality: every model of the project, quantized in this run by a short calibration, still draws
+what full precision draws.
 
 Thresholds are in `thresholds.json`. Changing one needs a row in docs/log.md, which says why.
 """
@@ -28,8 +29,12 @@ THRESHOLDS = json.loads((Path(__file__).parent / "thresholds.json").read_text(en
 # Noise that no calibration of the gate has seen.
 IMAGES, SEED = 8, 4_711
 TIAR = 20
-PROMPTS = tuple((ROOT / "benchmarks" / "prompts" / "scenes.txt").read_text(encoding="utf-8").splitlines()[:IMAGES])
-CALIBRATION = tuple((ROOT / "benchmarks" / "prompts" / "calibration.txt").read_text(encoding="utf-8").splitlines()[:IMAGES])
+PROMPTS = tuple(
+    (ROOT / "benchmarks" / "prompts" / "scenes.txt").read_text(encoding="utf-8").splitlines()[:IMAGES]
+)
+CALIBRATION = tuple(
+    (ROOT / "benchmarks" / "prompts" / "calibration.txt").read_text(encoding="utf-8").splitlines()[:IMAGES]
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,24 @@ DRAWN = {
 def short(scheme: str, drawing: Drawing) -> Recipe:
     """Return a scheme that is done in seconds."""
     recipe = tfmq.scheme(scheme)
-    calibration = replace(recipe.calibration, samples=drawing.samples, steps=drawing.steps, interval=1, batch_size=drawing.samples, judged=0.0)
+    calibration = replace(
+        recipe.calibration,
+        samples=drawing.samples,
+        steps=drawing.steps,
+        interval=1,
+        batch_size=drawing.samples,
+        judged=0.0,
+    )
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=TIAR))
-    return replace(recipe, calibration=calibration, temporal=temporal, rounding=replace(recipe.rounding, sweeps=1))
+    return replace(
+        recipe, calibration=calibration, temporal=temporal, rounding=replace(recipe.rounding, sweeps=1)
+    )
 
 
 def opened(model: str, prompts: tuple[str, ...]) -> Any:
-    return open_sampler(model, prompts=prompts if model.startswith("text") else (), options=dict(DRAWN[model].options))
+    return open_sampler(
+        model, prompts=prompts if model.startswith("text") else (), options=dict(DRAWN[model].options)
+    )
 
 
 def drawn(sampler: Any, model: str) -> Images:
@@ -66,7 +82,9 @@ def drawn(sampler: Any, model: str) -> Images:
 
 
 def adherence(sampler: Any, model: str, images: Images) -> float | None:
-    """Return the share of attributes, over all images, that are as they were asked for; None where the model brings no judge."""
+    """Return the share of attributes, over all images, that are as they were asked for; None where the model
+    brings no judge.
+    """
     directory = named_directory(model)
     name = brought_judge(directory) if directory else None
     if name is None:
@@ -82,7 +100,9 @@ def references() -> Iterator[dict[str, Images]]:
     return {}  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("model", "scheme"), [(model, scheme) for model, schemes in THRESHOLDS.items() for scheme in schemes])
+@pytest.mark.parametrize(
+    ("model", "scheme"), [(model, scheme) for model, schemes in THRESHOLDS.items() for scheme in schemes]
+)
 def test_images_stay_what_they_were(references: dict[str, Images], model: str, scheme: str) -> None:
     limits, sampler = THRESHOLDS[model][scheme], opened(model, CALIBRATION)
     tfmq.quantize(sampler, short(scheme, DRAWN[model]), seed=0)
@@ -100,13 +120,19 @@ def test_images_stay_what_they_were(references: dict[str, Images], model: str, s
 
 
 def test_every_threshold_has_its_row_in_the_log() -> None:
-    """A row: model, scheme, dB, adherence or a dash, and why. The last one of a model and a scheme is the one that holds."""
+    """A row: model, scheme, dB, adherence or a dash, and why. The last one of a model and a scheme is the one
+    that holds.
+    """
     logged = {}
     for line in (ROOT / "docs" / "log.md").read_text(encoding="utf-8").splitlines():
         found = re.fullmatch(r"\| ([\w-]+) \| (w\da\d) \| ([\d.]+) dB \| ([\d.]+|-) \| (.+) \|", line)
         if found:
             model, scheme, psnr, share, reason = found.groups()
             assert reason.strip()
-            logged[model, scheme] = {"psnr_db": float(psnr)} | ({} if share == "-" else {"adherence": float(share)})
-    assert logged == {(model, scheme): limits for model, schemes in THRESHOLDS.items() for scheme, limits in schemes.items()}
+            logged[model, scheme] = {"psnr_db": float(psnr)} | (
+                {} if share == "-" else {"adherence": float(share)}
+            )
+    assert logged == {
+        (model, scheme): limits for model, schemes in THRESHOLDS.items() for scheme, limits in schemes.items()
+    }
     assert THRESHOLDS.keys() == {model for model in DRAWN if named_directory(model) is not None}

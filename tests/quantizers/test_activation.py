@@ -15,7 +15,9 @@ FMT = IntegerFormat(4)
 TIMESTEPS = torch.tensor([10.0, 20.0, 30.0])
 
 
-def fitted(*, steps: StepContext | None, segments: tuple[int, ...] = (), axis: int = 1) -> ActivationQuantizer:
+def fitted(
+    *, steps: StepContext | None, segments: tuple[int, ...] = (), axis: int = 1
+) -> ActivationQuantizer:
     """A quantizer whose every row and segment has a grid of its own."""
     quantizer = ActivationQuantizer(FMT, steps=steps, segments=segments, axis=axis)
     number = torch.arange(quantizer.scale.numel()).reshape(quantizer.scale.shape)
@@ -24,7 +26,9 @@ def fitted(*, steps: StepContext | None, segments: tuple[int, ...] = (), axis: i
 
 
 def row(quantizer: ActivationQuantizer, x: Tensor, index: int, segment: int = 0) -> Tensor:
-    return fake_quantize(x, quantizer.scale[index, segment], quantizer.zero_point[index, segment].float(), FMT.levels)
+    return fake_quantize(
+        x, quantizer.scale[index, segment], quantizer.zero_point[index, segment].float(), FMT.levels
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 5, 4), (3, 4, 6, 6)])
@@ -62,7 +66,9 @@ def test_heads_folded_into_the_batch_follow_their_sample() -> None:
     with steps.at(torch.tensor([10, 30])):
         folded = quantizer(x.flatten(0, 1))
         assert torch.equal(folded.view_as(x), quantizer(x))
-    assert torch.equal(folded[:3], row(quantizer, x[0], 0)) and torch.equal(folded[3:], row(quantizer, x[1], 2))
+    assert torch.equal(folded[:3], row(quantizer, x[0], 0)) and torch.equal(
+        folded[3:], row(quantizer, x[1], 2)
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -80,7 +86,9 @@ def test_segments_are_quantized_as_if_split(axis: int, shape: tuple[int, ...]) -
         out = quantizer(x)
     for sample, index in enumerate((1, 2)):
         parts = x[sample : sample + 1].split((4, 2), dim=axis)
-        expected = torch.cat([row(quantizer, part, index, segment) for segment, part in enumerate(parts)], dim=axis)
+        expected = torch.cat(
+            [row(quantizer, part, index, segment) for segment, part in enumerate(parts)], dim=axis
+        )
         assert torch.equal(out[sample : sample + 1], expected)
 
 
@@ -99,8 +107,13 @@ def test_a_table_of_one_row_makes_a_static_quantizer() -> None:
     quantizer, x = ActivationQuantizer(FMT, steps=StepContext(TIMESTEPS), segments=(4, 2)), torch.randn(4, 6)
     quantizer.fit(torch.tensor([[0.5, 0.25]]), torch.tensor([[7.0, 3.0]]))
     assert not quantizer.per_step and quantizer.describe()["per_step"] is False
-    assert {name: tuple(value.shape) for name, value in quantizer.state_dict().items()} == {"scale": (1, 2), "zero_point": (1, 2)}
-    expected = torch.cat([row(quantizer, part, 0, segment) for segment, part in enumerate(x.split((4, 2), dim=1))], dim=1)
+    assert {name: tuple(value.shape) for name, value in quantizer.state_dict().items()} == {
+        "scale": (1, 2),
+        "zero_point": (1, 2),
+    }
+    expected = torch.cat(
+        [row(quantizer, part, 0, segment) for segment, part in enumerate(x.split((4, 2), dim=1))], dim=1
+    )
     assert torch.equal(quantizer(x), expected)
 
 

@@ -13,7 +13,9 @@ formats = st.builds(IntegerFormat, st.integers(2, 8), st.booleans())
 
 
 @given(shapes, formats, st.sampled_from([(), (4, 2), (1, 2, 3)]), st.integers(0, 2**31))
-def test_each_token_is_quantized_as_if_it_were_alone(shape: tuple[int, ...], fmt: IntegerFormat, segments: tuple[int, ...], seed: int) -> None:
+def test_each_token_is_quantized_as_if_it_were_alone(
+    shape: tuple[int, ...], fmt: IntegerFormat, segments: tuple[int, ...], seed: int
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
     out = DynamicQuantizer(fmt, segments=segments)(x)
     for token, quantized in zip(x.flatten(0, -2), out.flatten(0, -2), strict=True):
@@ -23,12 +25,15 @@ def test_each_token_is_quantized_as_if_it_were_alone(shape: tuple[int, ...], fmt
 
 
 @given(shapes, formats, st.integers(0, 2**31))
-def test_a_value_moves_by_a_step_of_its_own_token_at_most(shape: tuple[int, ...], fmt: IntegerFormat, seed: int) -> None:
+def test_a_value_moves_by_a_step_of_its_own_token_at_most(
+    shape: tuple[int, ...], fmt: IntegerFormat, seed: int
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     x[0] *= 1000  # no other token may notice
     quantizer = DynamicQuantizer(fmt)
     moved = (quantizer(x) - x).abs()
-    # Where real zero falls between two codes, it is rounded to one, and an end of the range lies up to half a step further out.
+    # Where real zero falls between two codes, it is rounded to one, and an end of the range lies up to half a
+    # step further out.
     assert bool((moved <= quantizer.rows(x).scale * (1 + 1e-4)).all())
     assert bool((moved[1:] <= 12 / (fmt.levels - 2)).all())
 

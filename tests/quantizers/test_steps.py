@@ -22,7 +22,10 @@ def test_bins_meet_at_the_midpoints() -> None:
     assert index_at(steps, 30 + above, 40, 999) == [2, 2, 2]
 
 
-@given(st.sets(st.integers(0, 999), min_size=1, max_size=30), st.lists(st.integers(-10, 1100), min_size=1, max_size=20))
+@given(
+    st.sets(st.integers(0, 999), min_size=1, max_size=30),
+    st.lists(st.integers(-10, 1100), min_size=1, max_size=20),
+)
 def test_the_bin_of_a_timestep_is_a_nearest_calibrated_one(calibrated: set[int], wanted: list[int]) -> None:
     steps = StepContext(torch.tensor(sorted(calibrated, reverse=True)))
     index, exact = steps.lookup(torch.tensor(wanted))
@@ -74,10 +77,17 @@ def test_the_first_uncalibrated_timestep_is_named_in_the_only_warning() -> None:
     steps = StepContext(torch.tensor([1.0, 5.0, 9.0]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for timestep in (torch.tensor([1.0]), torch.tensor([5.0, 6.5]), torch.tensor([3.0]), torch.tensor(2.0)):
+        for timestep in (
+            torch.tensor([1.0]),
+            torch.tensor([5.0, 6.5]),
+            torch.tensor([3.0]),
+            torch.tensor(2.0),
+        ):
             with steps.at(timestep):
                 pass
-    assert [str(warning.message).partition(";")[0] for warning in caught] == ["timestep 6.5 was not calibrated"]
+    assert [str(warning.message).partition(";")[0] for warning in caught] == [
+        "timestep 6.5 was not calibrated"
+    ]
     assert "3 calibrated steps" in str(caught[0].message)
 
 

@@ -17,7 +17,9 @@ def draw(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 @given(SHAPES, FORMATS, SEEDS, st.sampled_from(["search", "min_max"]))
-def test_each_output_channel_is_fitted_apart(shape: tuple[int, ...], fmt: IntegerFormat, seed: int, method: str) -> None:
+def test_each_output_channel_is_fitted_apart(
+    shape: tuple[int, ...], fmt: IntegerFormat, seed: int, method: str
+) -> None:
     weight = draw(shape, seed)
     grid = fit_grid(weight, fmt, method=method)
     scale, zero = {"search": search, "min_max": min_max}[method](weight.flatten(1), fmt)
@@ -25,22 +27,32 @@ def test_each_output_channel_is_fitted_apart(shape: tuple[int, ...], fmt: Intege
 
 
 @given(SHAPES, FORMATS, SEEDS)
-def test_decoded_codes_are_torchs_fake_quantization(shape: tuple[int, ...], fmt: IntegerFormat, seed: int) -> None:
+def test_decoded_codes_are_torchs_fake_quantization(
+    shape: tuple[int, ...], fmt: IntegerFormat, seed: int
+) -> None:
     weight = draw(shape, seed)
     grid = fit_grid(weight, fmt)
-    expected = torch.fake_quantize_per_channel_affine(weight, grid.scale[:, 0], grid.zero_point[:, 0].to(torch.int32), 0, 0, fmt.levels - 1)
+    expected = torch.fake_quantize_per_channel_affine(
+        weight, grid.scale[:, 0], grid.zero_point[:, 0].to(torch.int32), 0, 0, fmt.levels - 1
+    )
     assert torch.equal(grid.decode(grid.encode(weight)), expected)
 
 
 @given(SHAPES, FORMATS, SEEDS, st.sampled_from([(4, 2), (1, 2, 3)]))
-def test_segments_are_fitted_and_coded_as_slices(shape: tuple[int, ...], fmt: IntegerFormat, seed: int, widths: tuple[int, ...]) -> None:
+def test_segments_are_fitted_and_coded_as_slices(
+    shape: tuple[int, ...], fmt: IntegerFormat, seed: int, widths: tuple[int, ...]
+) -> None:
     weight = draw(shape, seed)
     weight[:, widths[0] :] *= 10
     grid = fit_grid(weight, fmt, segments=widths)
     assert grid.scale.shape == (shape[0], len(widths))
     slices = [fit_grid(part, fmt) for part in weight.split(widths, dim=1)]
-    codes = torch.cat([part.encode(piece) for part, piece in zip(slices, weight.split(widths, dim=1), strict=True)], dim=1)
-    values = torch.cat([part.decode(piece) for part, piece in zip(slices, codes.split(widths, dim=1), strict=True)], dim=1)
+    codes = torch.cat(
+        [part.encode(piece) for part, piece in zip(slices, weight.split(widths, dim=1), strict=True)], dim=1
+    )
+    values = torch.cat(
+        [part.decode(piece) for part, piece in zip(slices, codes.split(widths, dim=1), strict=True)], dim=1
+    )
     assert torch.equal(grid.encode(weight), codes)
     assert torch.equal(grid.decode(codes), values)
 
@@ -59,7 +71,9 @@ def test_an_unknown_method_is_refused() -> None:
 
 
 @given(SHAPES, FORMATS, SEEDS)
-def test_soft_rounding_starts_at_full_precision_inside_the_range(shape: tuple[int, ...], fmt: IntegerFormat, seed: int) -> None:
+def test_soft_rounding_starts_at_full_precision_inside_the_range(
+    shape: tuple[int, ...], fmt: IntegerFormat, seed: int
+) -> None:
     weight = draw(shape, seed)
     grid = fit_grid(weight, fmt, method="min_max")
     scale = grid.expand(grid.scale, weight.ndim)
@@ -70,7 +84,9 @@ def test_soft_rounding_starts_at_full_precision_inside_the_range(shape: tuple[in
 
 
 @given(SHAPES, FORMATS, SEEDS)
-def test_hard_codes_start_at_the_nearest_and_stay_within_one_step(shape: tuple[int, ...], fmt: IntegerFormat, seed: int) -> None:
+def test_hard_codes_start_at_the_nearest_and_stay_within_one_step(
+    shape: tuple[int, ...], fmt: IntegerFormat, seed: int
+) -> None:
     weight = draw(shape, seed)
     grid = fit_grid(weight, fmt)
     rounding = AdaptiveRounding(weight, grid)

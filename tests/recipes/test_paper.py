@@ -33,26 +33,45 @@ def test_a_preset_goes_by_its_name_and_survives_yaml(name: str) -> None:
         ("sd14_coco", 50, 1, 128, None, 7.5),
     ],
 )
-def test_the_protocols_are_the_published_ones(name: str, steps: int, interval: int, samples: int, eta: Any, guidance: Any) -> None:
+def test_the_protocols_are_the_published_ones(
+    name: str, steps: int, interval: int, samples: int, eta: Any, guidance: Any
+) -> None:
     for bits, widths in BITS.items():
         recipe = scheme(f"{name}_{bits}")
         run = recipe.calibration
-        assert (run.steps, run.interval, run.samples, run.eta, run.guidance_scale) == (steps, interval, samples, eta, guidance)
+        assert (run.steps, run.interval, run.samples, run.eta, run.guidance_scale) == (
+            steps,
+            interval,
+            samples,
+            eta,
+            guidance,
+        )
         assert (recipe.weights.bits, recipe.activations.bits) == widths
-        assert recipe.learning.iterations == 20_000 and recipe.learning.learning_rate == 1e-3 and recipe.temporal.maintenance == "block"
+        assert (
+            recipe.learning.iterations == 20_000
+            and recipe.learning.learning_rate == 1e-3
+            and recipe.temporal.maintenance == "block"
+        )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)
 def test_published_figures_are_complete(protocol: Protocol) -> None:
     figures = protocol.results
     assert figures.keys() == ({"w4a32", "w4a8"} if protocol.name == "cifar10_ddim" else {"fp", *BITS})
-    assert all((result.clip_score is not None) == (protocol.name == "sd14_coco") for result in figures.values())
-    assert all((result.inception_score is not None) == (protocol.name == "ldm4_imagenet") for result in figures.values())
+    assert all(
+        (result.clip_score is not None) == (protocol.name == "sd14_coco") for result in figures.values()
+    )
+    assert all(
+        (result.inception_score is not None) == (protocol.name == "ldm4_imagenet")
+        for result in figures.values()
+    )
     assert all((result.sfid is None) == (protocol.name == "cifar10_ddim") for result in figures.values())
 
 
 @pytest.mark.parametrize("model", ["unet", "conditional"])
-def test_the_exceptions_of_the_released_code_match_layers_of_both_kinds_of_unet(build: Callable[..., Any], model: str) -> None:
+def test_the_exceptions_of_the_released_code_match_layers_of_both_kinds_of_unet(
+    build: Callable[..., Any], model: str
+) -> None:
     denoiser, example = build(model)
     traced = trace(denoiser, example)
     plan = make_plan(scheme("ldm4_bedrooms_w4a8"), traced)

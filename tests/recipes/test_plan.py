@@ -52,8 +52,12 @@ def test_every_layer_gets_the_recipes_bits_and_the_ends_their_own(plain: Trace) 
         ("measured", "cache", (True, "min_max"), ("measured", "search")),
     ],
 )
-def test_finite_set_calibration_reaches_its_scope(plain: Trace, per_step: str, maintenance: str, temporal: Any, others: Any) -> None:
-    recipe = Recipe(name="r", activations=Activations(per_step=per_step), temporal=Temporal(maintenance=maintenance))  # type: ignore[arg-type]
+def test_finite_set_calibration_reaches_its_scope(
+    plain: Trace, per_step: str, maintenance: str, temporal: Any, others: Any
+) -> None:
+    recipe = Recipe(
+        name="r", activations=Activations(per_step=per_step), temporal=Temporal(maintenance=maintenance)
+    )  # type: ignore[arg-type]
     plan = make_plan(recipe, plain)
     assert {entry(plan.layers[name]) for name in TEMPORAL} == {temporal}
     assert {entry(plan.layers[name]) for name in OTHERS} == {others}
@@ -65,7 +69,9 @@ def test_switches_turn_products_and_splitting_off(plain: Trace) -> None:
     plan = make_plan(Recipe(name="r", activations=Activations(products=False, split=False)), plain)
     assert dict(plan.products) == {"": (2, None)} and plan.layers["exit"].segments == ()
     plan = make_plan(tfmq_w4a32(), plain)
-    assert all(layer.input is None for layer in plan.layers.values()) and dict(plan.products) == {"": (2, None)}
+    assert all(layer.input is None for layer in plan.layers.values()) and dict(plan.products) == {
+        "": (2, None)
+    }
 
 
 def test_concatenations_are_split_where_they_are_read_directly(build: Callable[..., Any]) -> None:
@@ -80,9 +86,13 @@ def test_concatenations_are_split_where_they_are_read_directly(build: Callable[.
 
 
 @pytest.mark.parametrize("zero_points", ["per_step", "shared"])
-def test_zero_points_are_shared_by_the_grids_of_every_quantizer_or_of_none(plain: Trace, zero_points: Any) -> None:
+def test_zero_points_are_shared_by_the_grids_of_every_quantizer_or_of_none(
+    plain: Trace, zero_points: Any
+) -> None:
     plan = make_plan(Recipe(name="r", activations=Activations(zero_points=zero_points)), plain)
-    inputs = [layer.input for layer in plan.layers.values()] + [product for _, product in plan.products.values()]
+    inputs = [layer.input for layer in plan.layers.values()] + [
+        product for _, product in plan.products.values()
+    ]
     assert {entry is not None and entry.shared for entry in inputs} == {zero_points == "shared"}
 
 
@@ -90,7 +100,10 @@ def test_layers_that_a_rule_keeps_in_full_precision_are_not_planned(plain: Trace
     recipe = replace(tfmq_w4a8(), rules=(rule("*.block"), rule("role:temporal", 8, None)))
     layers = make_plan(recipe, plain).layers
     assert sorted(layers) == sorted(["entry", "exit", *TEMPORAL])
-    assert all(layers[name].input is None and layers[name].weight == IntegerFormat(8, symmetric=True) for name in TEMPORAL)
+    assert all(
+        layers[name].input is None and layers[name].weight == IntegerFormat(8, symmetric=True)
+        for name in TEMPORAL
+    )
 
 
 def test_earlier_rules_win(plain: Trace) -> None:
@@ -112,7 +125,12 @@ def test_a_rule_about_an_owner_decides_its_products(build: Callable[..., Any]) -
     recipe = Recipe(name="r", rules=(rule("mid_block.attentions.0", None, None), rule("up_blocks.*", 4, 6)))
     plan = make_plan(recipe, found)
     bits = {owner: product.format.bits if product else None for owner, (_, product) in plan.products.items()}
-    assert bits == {"down_blocks.1.attentions.0": 8, "mid_block.attentions.0": None, "up_blocks.0.attentions.0": 6, "up_blocks.0.attentions.1": 6}
+    assert bits == {
+        "down_blocks.1.attentions.0": 8,
+        "mid_block.attentions.0": None,
+        "up_blocks.0.attentions.0": 6,
+        "up_blocks.0.attentions.1": 6,
+    }
     assert "mid_block.attentions.0.to_q" in plan.layers, "the rule names the owner, not its layers"
 
 
@@ -136,7 +154,9 @@ def test_a_recipe_that_quantizes_nothing_is_an_error(plain: Trace) -> None:
 
 
 @pytest.mark.parametrize("tokens", ["dynamic", "measured"])
-def test_the_linear_layers_outside_of_the_temporal_block_get_the_grids_of_tokens(build: Callable[..., Any], tokens: str) -> None:
+def test_the_linear_layers_outside_of_the_temporal_block_get_the_grids_of_tokens(
+    build: Callable[..., Any], tokens: str
+) -> None:
     traced = trace(*build("dit"))
     plan = make_plan(Recipe(name="r", activations=Activations(tokens=tokens)), traced)  # type: ignore[arg-type]
     kinds = {name: layer.input.tokens for name, layer in plan.layers.items() if layer.input}

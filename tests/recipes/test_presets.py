@@ -17,21 +17,31 @@ def test_a_preset_goes_by_its_name(name: str) -> None:
 
 
 def test_the_presets_are_these() -> None:
-    general = [f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")]
-    assert sorted(PRESETS) == sorted([*general, *(f"{kind}_{name}" for kind in ("fast", "transformer") for name in ("w4a8", "w8a8"))])
+    general = [
+        f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")
+    ]
+    assert sorted(PRESETS) == sorted(
+        [*general, *(f"{kind}_{name}" for kind in ("fast", "transformer") for name in ("w4a8", "w8a8"))]
+    )
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])
 def test_the_transformer_schemes_differ_in_the_grids_of_tokens_alone(name: str) -> None:
     recipe = scheme(f"transformer_{name}")
     assert recipe.activations.tokens == "measured"
-    assert replace(recipe, name=f"tfmq_{name}", activations=replace(recipe.activations, tokens="static")) == scheme(name)
+    assert replace(
+        recipe, name=f"tfmq_{name}", activations=replace(recipe.activations, tokens="static")
+    ) == scheme(name)
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])
 def test_the_fast_schemes_differ_in_how_many_grids_they_have_alone(name: str) -> None:
     recipe = scheme(f"fast_{name}")
-    assert (recipe.activations.per_step, recipe.activations.zero_points, recipe.activations.split) == ("measured", "shared", "direct")
+    assert (recipe.activations.per_step, recipe.activations.zero_points, recipe.activations.split) == (
+        "measured",
+        "shared",
+        "direct",
+    )
     slow = replace(recipe.activations, per_step="all", zero_points="per_step", split=True)
     assert replace(recipe, name=f"tfmq_{name}", activations=slow) == scheme(name)
 
@@ -44,10 +54,14 @@ def test_the_fast_schemes_differ_in_how_many_grids_they_have_alone(name: str) ->
         ("w4a32", (4, None), "none", [("role:first", 8, None), ("role:last", 8, None)]),
     ],
 )
-def test_the_schemes_are_the_papers(name: str, bits: tuple[int, int | None], per_step: str, rules: list) -> None:
+def test_the_schemes_are_the_papers(
+    name: str, bits: tuple[int, int | None], per_step: str, rules: list
+) -> None:
     recipe = scheme(name)
     assert (recipe.weights.bits, recipe.activations.bits) == bits and recipe.activations.per_step == per_step
-    assert recipe.temporal.maintenance == "cache" and ends(recipe) == rules and recipe.rounding.solver == "gptq"
+    assert (
+        recipe.temporal.maintenance == "cache" and ends(recipe) == rules and recipe.rounding.solver == "gptq"
+    )
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8", "w4a32"])
@@ -57,9 +71,16 @@ def test_baselines_differ_from_the_method_in_what_they_leave_out_alone(name: str
     for recipe in (nearest, block):
         assert recipe.temporal.maintenance == "none" and recipe.activations.per_step == "none"
         calibration = replace(recipe.calibration, judged=method.calibration.judged)
-        assert (recipe.weights, recipe.rules, calibration) == (method.weights, method.rules, method.calibration)
+        assert (recipe.weights, recipe.rules, calibration) == (
+            method.weights,
+            method.rules,
+            method.calibration,
+        )
         assert recipe.activations.bits == method.activations.bits
-    assert (nearest.rounding.solver, block.rounding.solver) == ("nearest", "adaround") and block.learning == method.learning
+    assert (nearest.rounding.solver, block.rounding.solver) == (
+        "nearest",
+        "adaround",
+    ) and block.learning == method.learning
     assert (nearest, block) == (scheme(f"rtn_{name}"), scheme(f"brecq_{name}"))
 
 
@@ -74,7 +95,9 @@ def test_any_bits_make_a_scheme(text: str) -> None:
     assert all((rule.activation_bits is None) is full for rule in recipe.rules)
 
 
-@pytest.mark.parametrize("text", ["", "w4", "a8", "w4a", "w1a8", "w4a9", "w4a64", "W4A8", "w4a8 ", "xw4a8", "tfmq_w9a9", "w-4a8"])
+@pytest.mark.parametrize(
+    "text", ["", "w4", "a8", "w4a", "w1a8", "w4a9", "w4a64", "W4A8", "w4a8 ", "xw4a8", "tfmq_w9a9", "w-4a8"]
+)
 def test_an_unknown_scheme_is_refused_by_its_name_with_the_known_ones(text: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)unknown scheme {text!r}.*w4a8.*brecq_w4a32"):
         scheme(text)

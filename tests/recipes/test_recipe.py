@@ -15,7 +15,11 @@ from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal
         (Weights, {"ranges": "guess"}, r"weights\.ranges is 'guess'.*search, min_max"),
         (Activations, {"bits": 9}, r"2\.\.8, got 9"),
         (Activations, {"ranges": "guess"}, r"activations\.ranges is 'guess'"),
-        (Activations, {"per_step": "some"}, r"activations\.per_step is 'some'.*none, temporal, measured, all"),
+        (
+            Activations,
+            {"per_step": "some"},
+            r"activations\.per_step is 'some'.*none, temporal, measured, all",
+        ),
         (Temporal, {"maintenance": "hope"}, r"temporal\.maintenance is 'hope'.*none, block, cache, selected"),
         (Temporal, {"table": "int4"}, r"temporal\.table is 'int4'.*int8, float16"),
         (Temporal, {"scope": "all"}, r"temporal\.scope is 'all'.*key, feature, step, global"),
@@ -23,19 +27,27 @@ from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal
         (Calibration, {"steps": -3}, r"calibration\.steps must be at least 1, got -3"),
         (Calibration, {"interval": 0}, r"calibration\.interval .* got 0"),
         (Calibration, {"batch_size": 0}, r"calibration\.batch_size .* got 0"),
-        (Rule, {"match": "role:middle", "weight_bits": 8, "activation_bits": 8}, r"'role:middle'.*role:first, role:last, role:temporal"),
+        (
+            Rule,
+            {"match": "role:middle", "weight_bits": 8, "activation_bits": 8},
+            r"'role:middle'.*role:first, role:last, role:temporal",
+        ),
         (Rule, {"match": "*", "weight_bits": 1, "activation_bits": 8}, r"2\.\.8, got 1"),
         (Rule, {"match": "*", "weight_bits": None, "activation_bits": 16}, r"2\.\.8, got 16"),
     ],
 )
-def test_a_wrong_value_is_refused_with_the_allowed_ones(build: Any, values: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_is_refused_with_the_allowed_ones(
+    build: Any, values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build(**values)
 
 
 def test_weights_are_symmetric_at_eight_bits_unless_told() -> None:
     assert Weights().format(8) == IntegerFormat(8, symmetric=True) and Weights().format(4) == IntegerFormat(4)
-    assert Weights(symmetric=False).format(8) == IntegerFormat(8) and Weights(symmetric=True).format(4) == IntegerFormat(4, symmetric=True)
+    assert Weights(symmetric=False).format(8) == IntegerFormat(8) and Weights(symmetric=True).format(
+        4
+    ) == IntegerFormat(4, symmetric=True)
     assert Weights().format(None) is None and Activations().format(None) is None
     assert Activations(symmetric=True).format(6) == IntegerFormat(6, symmetric=True)
 
@@ -55,9 +67,15 @@ def test_the_first_rule_that_matches_wins() -> None:
 
 def test_patterns_tell_case_and_whole_names() -> None:
     rule = Rule(match="*.attn1.to_[qk]", weight_bits=8, activation_bits=8)
-    assert rule.matches("blocks.0.attn1.to_q", frozenset()) and not rule.matches("blocks.0.attn1.to_v", frozenset())
-    assert not rule.matches("Blocks.0.ATTN1.to_q", frozenset()) and not rule.matches("blocks.0.attn1.to_q.lora", frozenset())
-    assert not Rule(match="role:first", weight_bits=8, activation_bits=8).matches("role:firs", frozenset({"role:last"}))
+    assert rule.matches("blocks.0.attn1.to_q", frozenset()) and not rule.matches(
+        "blocks.0.attn1.to_v", frozenset()
+    )
+    assert not rule.matches("Blocks.0.ATTN1.to_q", frozenset()) and not rule.matches(
+        "blocks.0.attn1.to_q.lora", frozenset()
+    )
+    assert not Rule(match="role:first", weight_bits=8, activation_bits=8).matches(
+        "role:firs", frozenset({"role:last"})
+    )
 
 
 @pytest.mark.parametrize("part", [Weights(), Activations(), Temporal(), Calibration(), Recipe(name="r")])

@@ -61,7 +61,12 @@ recipes = st.builds(
         **{name: st.none() | st.floats(0.0, 20.0) for name in ("eta", "guidance_scale")},
     ),
     rules=st.lists(
-        st.builds(Rule, match=st.sampled_from(["role:first", "role:temporal", "*.conv?", "a[b]", "näme"]), weight_bits=BITS, activation_bits=BITS)
+        st.builds(
+            Rule,
+            match=st.sampled_from(["role:first", "role:temporal", "*.conv?", "a[b]", "näme"]),
+            weight_bits=BITS,
+            activation_bits=BITS,
+        )
     ).map(tuple),
 )
 
@@ -97,8 +102,14 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
         ({"wieghts": {}}, r"unknown key wieghts; a recipe has name, weights"),
         ({"weights": {"bit": 4}}, r"unknown key weights\.bit; weights has bits, symmetric, ranges"),
         ({"temporal": {"learning": {"epochs": 4}}}, r"unknown key temporal\.learning\.epochs"),
-        ({"rules": [{"match": "*", "weight_bits": 8, "activation_bits": 8, "why": 1}]}, r"unknown key rules\[0\]\.why; rules\[0\] has match"),
-        ({"rules": [{"match": 3, "weight_bits": 8, "activation_bits": 8}]}, r"rules\[0\]\.match must be of type str; got 3"),
+        (
+            {"rules": [{"match": "*", "weight_bits": 8, "activation_bits": 8, "why": 1}]},
+            r"unknown key rules\[0\]\.why; rules\[0\] has match",
+        ),
+        (
+            {"rules": [{"match": 3, "weight_bits": 8, "activation_bits": 8}]},
+            r"rules\[0\]\.match must be of type str; got 3",
+        ),
         ({"rules": {"match": "*"}}, r"rules must be a list; got"),
         ({"rules": ["conv_in"]}, r"rules\[0\] must be a mapping of match.*got 'conv_in'"),
         ({"weights": 4}, r"weights must be a mapping of bits.*got 4"),
@@ -111,7 +122,10 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
         ({"learning": {"learning_rate": float("nan")}}, r"learning_rate must be > 0"),
         ({"weights": {"bits": 1}}, r"2\.\.8, got 1"),
         ({"temporal": {"maintenance": "hope"}}, r"temporal\.maintenance is 'hope'"),
-        ({"rules": [{"match": "role:middle", "weight_bits": 8, "activation_bits": 8}]}, r"unknown role 'role:middle'"),
+        (
+            {"rules": [{"match": "role:middle", "weight_bits": 8, "activation_bits": 8}]},
+            r"unknown role 'role:middle'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
@@ -150,7 +164,10 @@ def test_a_missing_or_binary_file_is_refused_by_its_path(tmp_path: Path) -> None
 
 def bomb(levels: int) -> str:
     """Anchors that hold the one before nine times: nine to the power of `levels` values in a line each."""
-    lines = ["a0: &a0 [x]", *(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, levels + 1))]
+    lines = [
+        "a0: &a0 [x]",
+        *(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, levels + 1)),
+    ]
     return "\n".join([*lines, f"rules: *a{levels}"])
 
 
@@ -166,9 +183,15 @@ def bomb(levels: int) -> str:
         ("name: r\nweights: {bits: 0x" + "f" * 20_000 + "}", "an integer of 80000 bits|Exceeds the limit"),
         ("name: r\nweights: {bits: " + "1" * 20_000 + "}", "cannot read the recipe"),
         ("name: r\nweights: {bits: 2020-99-99}", "cannot read the recipe"),
-        ("name: r\nweights: {bits: " + "x" * 20_000 + "}", r"weights\.bits must be of type int or NoneType; got 'xxx"),
+        (
+            "name: r\nweights: {bits: " + "x" * 20_000 + "}",
+            r"weights\.bits must be of type int or NoneType; got 'xxx",
+        ),
         ("name: r\n" + "x" * 1000 + ": 1", "unknown key xxx"),
-        ("name: r\nrules: [{match: 'role:" + "x" * 20_000 + "', weight_bits: 8, activation_bits: 8}]", "unknown role 'role:xxx"),
+        (
+            "name: r\nrules: [{match: 'role:" + "x" * 20_000 + "', weight_bits: 8, activation_bits: 8}]",
+            "unknown role 'role:xxx",
+        ),
         ("name: r\nweights: !" + "x" * 20_000 + " 1", "cannot read the recipe"),
         ("name: r\n#" + "x" * 70_000, "larger than 65536 bytes"),
     ],

@@ -26,7 +26,9 @@ def calibrated(*, bits: int = 3, seed: int = 0) -> CalibratedLayer:
 def correlated(rows: int = 256) -> Tensor:
     """Inputs that vary mostly along one direction, where nearest rounding errors add up."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(rows, 1, generator=generator) * (1 + torch.rand(16, generator=generator)) + 0.1 * torch.randn(rows, 16, generator=generator)
+    return torch.randn(rows, 1, generator=generator) * (
+        1 + torch.rand(16, generator=generator)
+    ) + 0.1 * torch.randn(rows, 16, generator=generator)
 
 
 def output_error(layer: CalibratedLayer, x: Tensor) -> Tensor:
@@ -47,9 +49,13 @@ def learn(layers: dict[str, CalibratedLayer], loss: Any, config: Learning = QUIC
 def test_learned_rounding_beats_nearest_on_correlated_inputs() -> None:
     layer, x = calibrated(), correlated()
     nearest, before = layer.codes.clone(), float(output_error(layer, x))
-    assert learn({"a": layer}, lambda g: output_error(layer, x[torch.randint(256, (32,), generator=g)])) == 300
+    assert (
+        learn({"a": layer}, lambda g: output_error(layer, x[torch.randint(256, (32,), generator=g)])) == 300
+    )
     assert float(output_error(layer, x)) < 0.5 * before
-    assert int((layer.codes != nearest).sum()) > 0 and int((layer.codes.int() - nearest.int()).abs().max()) == 1
+    assert (
+        int((layer.codes != nearest).sum()) > 0 and int((layer.codes.int() - nearest.int()).abs().max()) == 1
+    )
     assert layer.rounding is None
 
 
@@ -59,7 +65,9 @@ def test_the_same_seed_gives_the_same_codes_and_another_other_draws() -> None:
         layer = calibrated()
         draws: list[list[int]] = []
 
-        def loss(g: torch.Generator, layer: CalibratedLayer = layer, draws: list[list[int]] = draws) -> Tensor:
+        def loss(
+            g: torch.Generator, layer: CalibratedLayer = layer, draws: list[list[int]] = draws
+        ) -> Tensor:
             draws.append(torch.randint(256, (8,), generator=g).tolist())
             return output_error(layer, x[draws[-1]])
 
@@ -79,7 +87,11 @@ def test_codes_that_would_get_worse_are_kept_as_they_came() -> None:
 
     def loss(g: torch.Generator) -> Tensor:
         # What is measured is best at the codes that came; what is learned leads away from them.
-        return -output_error(layer, x) if torch.is_grad_enabled() else (layer.quantized_weight() - layer.grid.decode(came.float())).square().sum()
+        return (
+            -output_error(layer, x)
+            if torch.is_grad_enabled()
+            else (layer.quantized_weight() - layer.grid.decode(came.float())).square().sum()
+        )
 
     learn({"a": layer}, loss, Learning(iterations=30, learning_rate=0.1))
     assert torch.equal(layer.codes, came)
@@ -88,7 +100,11 @@ def test_codes_that_would_get_worse_are_kept_as_they_came() -> None:
 def test_a_loss_that_is_no_number_keeps_the_codes() -> None:
     layer = calibrated()
     came = layer.codes.clone()
-    learn({"a": layer}, lambda g: layer.quantized_weight().sum() * math.nan, Learning(iterations=3, learning_rate=0.1))
+    learn(
+        {"a": layer},
+        lambda g: layer.quantized_weight().sum() * math.nan,
+        Learning(iterations=3, learning_rate=0.1),
+    )
     assert torch.equal(layer.codes, came)
 
 
@@ -105,7 +121,10 @@ def test_no_iterations_and_no_layers_leave_everything_alone() -> None:
 
 
 def test_several_layers_are_learned_together() -> None:
-    first, second = calibrated(bits=4), CalibratedLayer(nn.Linear(8, 4), Linear(), fit_grid(torch.randn(4, 8), IntegerFormat(3)), None)
+    first, second = (
+        calibrated(bits=4),
+        CalibratedLayer(nn.Linear(8, 4), Linear(), fit_grid(torch.randn(4, 8), IntegerFormat(3)), None),
+    )
     second.weight_precision = "quantized"
     x = correlated()
 
@@ -159,7 +178,14 @@ def test_it_ends_where_held_out_samples_gain_nothing_and_keeps_the_best_codes() 
 
     advances: list[int] = []
     config = Learning(iterations=400, learning_rate=3e-3, held_out=0.5)
-    taken = learn_rounding({"a": layer}, lambda g: output_error(layer, x), config, seed=0, advance=lambda n=1: advances.append(n), judge=judge)
+    taken = learn_rounding(
+        {"a": layer},
+        lambda g: output_error(layer, x),
+        config,
+        seed=0,
+        advance=lambda n=1: advances.append(n),
+        judge=judge,
+    )
     first, every = 80, 400 // CHECKS
     assert taken == first + (3 + PATIENCE) * every and sum(advances) == 400 and len(judged) == 3 + PATIENCE
     assert torch.equal(layer.codes, judged[2][1]) and layer.rounding is None
@@ -171,13 +197,20 @@ def test_without_an_end_in_sight_all_steps_are_taken() -> None:
     falling = iter(range(1000, 0, -1))
     config = Learning(iterations=40, learning_rate=1e-2, held_out=0.5)
     taken = learn_rounding(
-        {"a": layer}, lambda g: output_error(layer, x), config, seed=0, advance=lambda n=1: None, judge=lambda: float(next(falling))
+        {"a": layer},
+        lambda g: output_error(layer, x),
+        config,
+        seed=0,
+        advance=lambda n=1: None,
+        judge=lambda: float(next(falling)),
     )
     assert taken == 40
 
 
 def test_layers_that_learn_together_learn_what_plain_parameters_would() -> None:
-    """One tensor for all logits changes no number: the same steps of Adam on a tensor for each layer end in the same codes and logits."""
+    """One tensor for all logits changes no number: the same steps of Adam on a tensor for each layer end in
+    the same codes and logits.
+    """
     config = Learning(iterations=60, learning_rate=5e-2, warmup=0.2)
     pairs = [{"a": calibrated(seed=1), "b": calibrated(seed=2, bits=4)} for _ in range(2)]
     x = correlated()
@@ -193,11 +226,21 @@ def test_layers_that_learn_together_learn_what_plain_parameters_would() -> None:
         for iteration in range(config.iterations):
             optimizer.zero_grad()
             total = loss(pairs[1], generator)
-            beta = annealed_beta(iteration, config.iterations, start=config.beta_start, end=config.beta_end, warmup=config.warmup)
+            beta = annealed_beta(
+                iteration,
+                config.iterations,
+                start=config.beta_start,
+                end=config.beta_end,
+                warmup=config.warmup,
+            )
             if beta is not None:
-                total = total + config.penalty * sum(rounding_penalty(rounding.soft(), beta) for rounding in roundings)
+                total = total + config.penalty * sum(
+                    rounding_penalty(rounding.soft(), beta) for rounding in roundings
+                )
             total.backward()
             optimizer.step()
     nearest = {"a": calibrated(seed=1), "b": calibrated(seed=2, bits=4)}
     for name, layer in pairs[0].items():
-        assert torch.equal(layer.codes, pairs[1][name].codes) and not torch.equal(layer.codes, nearest[name].codes)
+        assert torch.equal(layer.codes, pairs[1][name].codes) and not torch.equal(
+            layer.codes, nearest[name].codes
+        )

@@ -33,10 +33,14 @@ def operation(module: nn.Module) -> Operation:
 
 
 def layer(module: Any, *, bits: int = 4) -> CalibratedLayer:
-    return CalibratedLayer(module, operation(module), fit_grid(weight_of(module).detach(), IntegerFormat(bits)), None)
+    return CalibratedLayer(
+        module, operation(module), fit_grid(weight_of(module).detach(), IntegerFormat(bits)), None
+    )
 
 
-@pytest.mark.parametrize(("module", "shape"), MODULES, ids=lambda value: str(value) if isinstance(value, nn.Module) else "")
+@pytest.mark.parametrize(
+    ("module", "shape"), MODULES, ids=lambda value: str(value) if isinstance(value, nn.Module) else ""
+)
 @torch.no_grad()
 def test_the_gathered_inputs_are_what_the_outputs_are_made_of(module: Any, shape: tuple[int, ...]) -> None:
     x, op = torch.randn(shape), operation(module)
@@ -60,7 +64,9 @@ def test_moments_are_those_of_inputs_and_of_what_the_weight_leaves(groups: int) 
         # Full precision has another output than the weight makes of this input: errors of earlier layers.
         calibrated(x[part])
 
-    handle = calibrated.register_forward_hook(lambda _, args, out: target[:4] if len(out) == 4 else target[4:])
+    handle = calibrated.register_forward_hook(
+        lambda _, args, out: target[:4] if len(out) == 4 else target[4:]
+    )
     regression.record_targets(run_full)
     handle.remove()
     moments = regression.moments("c", lambda part: calibrated(x[part]), widest=100)
@@ -70,7 +76,12 @@ def test_moments_are_those_of_inputs_and_of_what_the_weight_leaves(groups: int) 
     for group in range(groups):
         read, left = columns.chunk(groups, dim=1)[group], residual.chunk(groups, dim=1)[group]
         expected = read.mT @ read / len(read), left.mT @ read / len(read), read.mean(dim=0), left.mean(dim=0)
-        found = moments.hessians[0][group], moments.cross[group], moments.inputs[group], moments.residuals[group]
+        found = (
+            moments.hessians[0][group],
+            moments.cross[group],
+            moments.inputs[group],
+            moments.residuals[group],
+        )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     mean_square = moments.mean_square()
@@ -79,7 +90,9 @@ def test_moments_are_those_of_inputs_and_of_what_the_weight_leaves(groups: int) 
     for group in range(groups):
         read = columns.chunk(groups, dim=1)[group]
         centred = moments.hessians[0][group] - float(read.square().mean()) * torch.eye(read.shape[1])
-        torch.testing.assert_close(centred, torch.cov(read.mT, correction=0).reshape(centred.shape), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            centred, torch.cov(read.mT, correction=0).reshape(centred.shape), rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -108,7 +121,11 @@ def test_a_wide_layer_keeps_the_blocks_of_its_parts_alone() -> None:
         return regression.moments("c", lambda part: calibrated(x[part]), widest=widest)
 
     whole, parted = found(36), found(16)
-    assert [tuple(block.shape) for block in parted.hessians] == [(1, 16, 16), (1, 16, 16), (1, 4, 4)] and parted.cross is None
+    assert [tuple(block.shape) for block in parted.hessians] == [
+        (1, 16, 16),
+        (1, 16, 16),
+        (1, 4, 4),
+    ] and parted.cross is None
     for columns, block in parted.parts():
         torch.testing.assert_close(block, whole.hessians[0][:, columns, columns])
     torch.testing.assert_close(parted.mean_square(), whole.mean_square())

@@ -23,7 +23,13 @@ def test_nothing_is_known_where_the_system_says_nothing(machine: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "used", "free"),
-    [("", "", 8 * 2**20), ("max", "1", 8 * 2**20), (str(2**20), str(2**19), 2**19), (str(2**40), "0", 8 * 2**20), ("10", "20", 0)],
+    [
+        ("", "", 8 * 2**20),
+        ("max", "1", 8 * 2**20),
+        (str(2**20), str(2**19), 2**19),
+        (str(2**40), "0", 8 * 2**20),
+        ("10", "20", 0),
+    ],
 )
 def test_the_tighter_of_machine_and_container_holds(machine: Path, limit: str, used: str, free: int) -> None:
     (machine / "meminfo").write_text("MemTotal: 16384 kB\nMemAvailable:    8192 kB\n")

@@ -25,8 +25,12 @@ def calibrated(module: nn.Module, *, segments: tuple[int, ...] = (), bits: int =
     return layer
 
 
-def solve(layer: CalibratedLayer, x: Tensor, full: Tensor, config: Rounding = GPTQ, *, seed: int = 0) -> float:
-    """Round a layer that reads `x`, where full precision reads `full`; return the mean squared error of its outputs."""
+def solve(
+    layer: CalibratedLayer, x: Tensor, full: Tensor, config: Rounding = GPTQ, *, seed: int = 0
+) -> float:
+    """Round a layer that reads `x`, where full precision reads `full`; return the mean squared error of its
+    outputs.
+    """
     layer.weight_precision = "full"
     target = layer(full).detach()
     layer.weight_precision = "quantized"
@@ -62,8 +66,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]
     "tokens": (lambda: nn.Linear(24, 10, bias=False), (16, 9, 24), ()),
     "convolution": (lambda: nn.Conv2d(8, 10, 3, padding=1, stride=2), (32, 8, 7, 7), ()),
     "grouped": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4), (32, 8, 7, 7), ()),
-    "transposed": (lambda: nn.ConvTranspose2d(8, 10, 3, padding=1, stride=2, output_padding=1), (32, 8, 5, 5), ()),
-    "transposed groups": (lambda: nn.ConvTranspose2d(8, 12, 2, stride=2, dilation=2, groups=4), (32, 8, 5, 5), ()),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(8, 10, 3, padding=1, stride=2, output_padding=1),
+        (32, 8, 5, 5),
+        (),
+    ),
+    "transposed groups": (
+        lambda: nn.ConvTranspose2d(8, 12, 2, stride=2, dilation=2, groups=4),
+        (32, 8, 5, 5),
+        (),
+    ),
     "segments": (lambda: nn.Conv2d(8, 10, 3, padding=1), (32, 8, 7, 7), (3, 5)),
 }
 
@@ -97,7 +109,9 @@ def test_it_makes_up_for_errors_that_reach_it() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_noise_shrinks_what_least_squares_fits_and_not_what_has_unit_gain(bits: int) -> None:
-    """Inputs of variance 1 under noise of variance 0.1: a least squares fit has the gain 1 / 1.1 (errors in variables; Fuller, 1987, section 1.1)."""
+    """Inputs of variance 1 under noise of variance 0.1: a least squares fit has the gain 1 / 1.1 (errors in
+    variables; Fuller, 1987, section 1.1).
+    """
     torch.manual_seed(3)
     full = torch.randn(4096, 16)
     x = full + 0.1**0.5 * torch.randn_like(full)

@@ -17,7 +17,9 @@ from tfmq.reconstruction.unit import settle
 from tfmq.temporal.block import TemporalBlock
 
 TIMESTEPS = torch.linspace(0, 990, 12)
-W3 = Recipe(name="w3", weights=Weights(bits=3, ranges="min_max"), activations=Activations(bits=None, products=False))
+W3 = Recipe(
+    name="w3", weights=Weights(bits=3, ranges="min_max"), activations=Activations(bits=None, products=False)
+)
 QUICK = Learning(iterations=150, learning_rate=2e-2)
 
 
@@ -31,18 +33,28 @@ def prepared(build: Callable[..., Any], name: str) -> tuple[TemporalBlock, StepC
 
 def squared_error(block: TemporalBlock, target: dict[str, Tensor]) -> float:
     with torch.no_grad():
-        return float(sum((value - target[name]).square().sum(1).mean() for name, value in block(TIMESTEPS, block.features).items()))
+        return float(
+            sum(
+                (value - target[name]).square().sum(1).mean()
+                for name, value in block(TIMESTEPS, block.features).items()
+            )
+        )
 
 
 @pytest.mark.parametrize("name", ["unet", "sdxl", "dit", "plain"])
-def test_feature_errors_fall_below_nearest_and_other_layers_are_left_alone(build: Callable[..., Any], name: str) -> None:
+def test_feature_errors_fall_below_nearest_and_other_layers_are_left_alone(
+    build: Callable[..., Any], name: str
+) -> None:
     block, steps, layers = prepared(build, name)
     with torch.no_grad():
         target = block(TIMESTEPS, block.features)
     temporal = {layer.name: layers[layer.name] for layer in block.trace.temporal}
     for layer in temporal.values():
         layer.weight_precision = "quantized"
-    nearest, before = {name: layer.codes.clone() for name, layer in layers.items()}, squared_error(block, target)
+    nearest, before = (
+        {name: layer.codes.clone() for name, layer in layers.items()},
+        squared_error(block, target),
+    )
     assert before > 0
     reconstruct_temporal(block, temporal, steps, QUICK, seed=0, advance=lambda amount=1: None)
     assert squared_error(block, target) < 0.9 * before
@@ -55,13 +67,23 @@ def test_each_timestep_of_a_batch_is_learned_on_its_own_grid(build: Callable[...
     block = TemporalBlock(denoiser, example, batch=8)
     steps = StepContext(TIMESTEPS)
     prepare(denoiser.module, make_plan(Recipe(name="r"), block.trace), steps, timestep="t")
-    temporal = {name: layer for name, layer in calibrated_layers(denoiser.module).items() if block.trace.layer(name).temporal}
+    temporal = {
+        name: layer
+        for name, layer in calibrated_layers(denoiser.module).items()
+        if block.trace.layer(name).temporal
+    }
     for layer in temporal.values():
         settle(layer)
     seen: list[Tensor] = []
-    temporal["embed"].register_forward_pre_hook(lambda *_: seen.append(steps.index.clone()) if torch.is_grad_enabled() else None)
-    reconstruct_temporal(block, temporal, steps, Learning(iterations=4), seed=0, advance=lambda amount=1: None)
-    assert len(seen) == 4 and all(len(index) == 8 and len(index.unique()) == 8 for index in seen), "a random subset of the 12 timesteps"
+    temporal["embed"].register_forward_pre_hook(
+        lambda *_: seen.append(steps.index.clone()) if torch.is_grad_enabled() else None
+    )
+    reconstruct_temporal(
+        block, temporal, steps, Learning(iterations=4), seed=0, advance=lambda amount=1: None
+    )
+    assert len(seen) == 4 and all(len(index) == 8 and len(index.unique()) == 8 for index in seen), (
+        "a random subset of the 12 timesteps"
+    )
     assert len(torch.cat(seen).unique()) == 12
 
 
@@ -69,17 +91,25 @@ def calls(example: Inputs, labels: list[int]) -> list[Inputs]:
     """Calls of two samples each, one a timestep, with labels of their own."""
     grown = example.resized(2)
     return [
-        Inputs(grown.sample, torch.tensor([90 * i, 90 * i]), {**grown.conditions, "class_labels": torch.tensor([label, label + 1])})
+        Inputs(
+            grown.sample,
+            torch.tensor([90 * i, 90 * i]),
+            {**grown.conditions, "class_labels": torch.tensor([label, label + 1])},
+        )
         for i, label in enumerate(labels)
     ]
 
 
-def test_conditions_are_taken_in_pairs_with_their_timesteps(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_are_taken_in_pairs_with_their_timesteps(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     denoiser, example = build("class_conditional")
     block = TemporalBlock(denoiser, example, batch=4)
     assert block.conditions == ("class_labels",)
     timesteps, conditions = condition_pairs(block, TIMESTEPS, iter(calls(example, [4, 7])))
-    assert timesteps.tolist() == [0, 0, 90, 90] and {name: value.tolist() for name, value in conditions.items()} == {"class_labels": [4, 5, 7, 8]}
+    assert timesteps.tolist() == [0, 0, 90, 90] and {
+        name: value.tolist() for name, value in conditions.items()
+    } == {"class_labels": [4, 5, 7, 8]}
     monkeypatch.setattr(tiar, "MOST_PAIRS", 3)
     timesteps, conditions = condition_pairs(block, TIMESTEPS, iter(calls(example, [4, 7])))
     assert timesteps.tolist() == [0, 90] and conditions["class_labels"].tolist() == [4, 7]
@@ -110,7 +140,9 @@ def test_features_are_learned_on_the_classes_of_the_calibration(build: Callable[
         return float(sum((value - target[name]).square().sum() for name, value in features().items()))
 
     before = error()
-    reconstruct_temporal(block, temporal, steps, QUICK, batches=batches, seed=0, advance=lambda amount=1: None)
+    reconstruct_temporal(
+        block, temporal, steps, QUICK, batches=batches, seed=0, advance=lambda amount=1: None
+    )
     assert error() < 0.8 * before
 
 
@@ -136,7 +168,9 @@ def test_a_schedule_of_one_step_is_learned_too(build: Callable[..., Any]) -> Non
 
     def error() -> float:
         with torch.no_grad():
-            return float(sum((value - target[name]).square().sum() for name, value in block(steps.timesteps).items()))
+            return float(
+                sum((value - target[name]).square().sum() for name, value in block(steps.timesteps).items())
+            )
 
     before = error()
     reconstruct_temporal(block, temporal, steps, QUICK, seed=0, advance=lambda amount=1: None)

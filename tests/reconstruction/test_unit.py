@@ -19,17 +19,29 @@ from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding, SolverName
-from tfmq.reconstruction.unit import Feed, UnitReport, _FirstErrors, _split, capture_unit, reconstruct_unit, settle
+from tfmq.reconstruction.unit import (
+    Feed,
+    UnitReport,
+    _FirstErrors,
+    _split,
+    capture_unit,
+    reconstruct_unit,
+    settle,
+)
 from tfmq.reconstruction.units import find_units
 
 TIMESTEPS = torch.tensor([5.0, 300.0, 900.0])
 QUICK = Learning(iterations=120, learning_rate=2e-2, batch_size=8)
 
 
-def prepared(denoiser: Denoiser, example: Inputs, *, bits: int = 3, activation_bits: int | None = None) -> StepContext:
+def prepared(
+    denoiser: Denoiser, example: Inputs, *, bits: int = 3, activation_bits: int | None = None
+) -> StepContext:
     steps = StepContext(TIMESTEPS)
     recipe = Recipe(
-        name="r", weights=Weights(bits=bits, ranges="min_max"), activations=Activations(bits=activation_bits, products=activation_bits is not None)
+        name="r",
+        weights=Weights(bits=bits, ranges="min_max"),
+        activations=Activations(bits=activation_bits, products=activation_bits is not None),
     )
     prepare(denoiser.module, make_plan(recipe, trace(denoiser, example)), steps, timestep=denoiser.timestep)
     for site in activation_sites(denoiser.module).values():
@@ -44,11 +56,26 @@ def batches(example: Inputs, *, count: int = 4) -> list[Inputs]:
 
 
 def reconstruct(
-    denoiser: Denoiser, name: str, data: list[Inputs], steps: StepContext, *, exclude: tuple[str, ...] = (), solver: SolverName = "adaround"
+    denoiser: Denoiser,
+    name: str,
+    data: list[Inputs],
+    steps: StepContext,
+    *,
+    exclude: tuple[str, ...] = (),
+    solver: SolverName = "adaround",
 ) -> UnitReport:
-    units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)), exclude=exclude)}
+    units = {
+        unit.name: unit
+        for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)), exclude=exclude)
+    }
     return reconstruct_unit(
-        denoiser, units[name], Feed(data, Upstream(None), steps), Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None
+        denoiser,
+        units[name],
+        Feed(data, Upstream(None), steps),
+        Rounding(solver=solver),
+        QUICK,
+        seed=0,
+        advance=lambda amount=1: None,
     )
 
 
@@ -56,7 +83,10 @@ def whole(calls: UnitCalls) -> UnitCalls:
     return calls.rows(torch.arange(len(calls)))
 
 
-@pytest.mark.parametrize(("model", "unit"), [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")])
+@pytest.mark.parametrize(
+    ("model", "unit"),
+    [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")],
+)
 @pytest.mark.parametrize("activation_bits", [None, 8])
 @pytest.mark.parametrize("solver", ["adaround", "gptq", "gptq_adaround"])
 def test_the_outputs_error_falls_and_is_reported(
@@ -82,11 +112,15 @@ def test_the_unit_ends_quantized_and_the_rest_as_it_was(build: Callable[..., Any
     reconstruct(denoiser, "stages.0", batches(example), steps)
     for name, layer in layers.items():
         inside = name.startswith("stages.0.")
-        assert (layer.weight_precision, layer.input_precision) == (("quantized", "quantized") if inside else ("full", "full"))
+        assert (layer.weight_precision, layer.input_precision) == (
+            ("quantized", "quantized") if inside else ("full", "full")
+        )
         assert layer.rounding is None and (inside or torch.equal(layer.codes, before[name]))
 
 
-def test_excluded_temporal_codes_are_untouched_though_their_layer_runs_quantized(build: Callable[..., Any]) -> None:
+def test_excluded_temporal_codes_are_untouched_though_their_layer_runs_quantized(
+    build: Callable[..., Any],
+) -> None:
     denoiser, example = build("unet")
     steps = prepared(denoiser, example)
     layers = calibrated_layers(denoiser.module)
@@ -99,7 +133,9 @@ def test_excluded_temporal_codes_are_untouched_though_their_layer_runs_quantized
     assert layers[f"{name}.time_emb_proj"].weight_precision == "quantized"
 
 
-def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(build: Callable[..., Any]) -> None:
+def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
+    build: Callable[..., Any],
+) -> None:
     denoiser, example = build("plain")
     unit, data = denoiser.module.stages[1], batches(example)
     seen: list[Tensor] = []
@@ -117,7 +153,9 @@ def test_inputs_come_from_the_quantized_network_and_targets_from_full_precision(
         layer.weight_precision = "quantized" if layer is first.block else "full"
     table = FeatureTable(3, 8, "int8")
     table.fit(torch.full((3, 8), 100.0))
-    replace_module(denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True))
+    replace_module(
+        denoiser.module, "stages.1.shift", CachedFeature(unit.shift, table, steps, everywhere=True)
+    )
     watched()
     feed = Feed(data[:1], Upstream(None), steps)
     full, calls = map(whole, capture_unit(denoiser, unit, feed))
@@ -155,14 +193,20 @@ class TwoStreamDenoiser(nn.Module):
 def test_every_output_of_a_unit_is_reconstructed() -> None:
     denoiser = Denoiser(TwoStreamDenoiser().requires_grad_(False))
     direction = torch.rand(8) + 1
-    data = [Inputs(torch.randn(6, 9, 1) * direction + 0.1 * torch.randn(6, 9, 8), TIMESTEPS[[0, 0, 1, 1, 2, 2]]) for _ in range(4)]
+    data = [
+        Inputs(torch.randn(6, 9, 1) * direction + 0.1 * torch.randn(6, 9, 8), TIMESTEPS[[0, 0, 1, 1, 2, 2]])
+        for _ in range(4)
+    ]
     steps = prepared(denoiser, Inputs(data[0].sample[:1], data[0].timestep[:1]))
     layers = calibrated_layers(denoiser.module)
     nearest = {name: layer.codes.clone() for name, layer in layers.items()}
     reconstruct(denoiser, "joint", data, steps)
     for name, layer in layers.items():
         inputs = torch.cat([batch.sample for batch in data]).flatten(0, 1)
-        errors = [((inputs @ (layer.grid.decode(codes.float()) - layer.weight).T).square().sum(1).mean()) for codes in (nearest[name], layer.codes)]
+        errors = [
+            ((inputs @ (layer.grid.decode(codes.float()) - layer.weight).T).square().sum(1).mean())
+            for codes in (nearest[name], layer.codes)
+        ]
         assert errors[1] < 0.8 * errors[0], name
 
 
@@ -175,14 +219,20 @@ def test_settling_reaches_layers_and_products_below_the_unit(build: Callable[...
     assert unit.tfmq_products.enabled
     assert {layer.input_precision for layer in calibrated_layers(unit).values()} == {"quantized"}
     assert {layer.weight_precision for layer in calibrated_layers(unit).values()} == {"quantized"}
-    outside = {layer.weight_precision for name, layer in calibrated_layers(denoiser.module).items() if not name.startswith("mid_block.attentions.0")}
+    outside = {
+        layer.weight_precision
+        for name, layer in calibrated_layers(denoiser.module).items()
+        if not name.startswith("mid_block.attentions.0")
+    }
     assert outside == {"full"}
 
 
 @pytest.mark.parametrize(("count", "share"), [(10, 0.0), (10, 0.25), (7, 0.9), (3, 0.1)])
 def test_what_is_held_out_is_spread_and_never_learned_on(count: int, share: float) -> None:
     seen, held_out = _split(count, share)
-    assert len(held_out) == int(share * count) and sorted([*seen.tolist(), *held_out.tolist()]) == list(range(count))
+    assert len(held_out) == int(share * count) and sorted([*seen.tolist(), *held_out.tolist()]) == list(
+        range(count)
+    )
     if len(held_out) > 1:
         gaps = held_out.diff()
         assert int(gaps.max() - gaps.min()) <= 1
@@ -191,12 +241,24 @@ def test_what_is_held_out_is_spread_and_never_learned_on(count: int, share: floa
 def test_held_out_samples_judge_a_unit(build: Callable[..., Any]) -> None:
     denoiser, example = build("plain")
     steps, data = prepared(denoiser, example), batches(example)
-    units = {unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)))}
+    units = {
+        unit.name: unit for unit in find_units(denoiser.module, list(calibrated_layers(denoiser.module)))
+    }
     learning, advances = replace(QUICK, held_out=0.25), []
     report = reconstruct_unit(
-        denoiser, units["stages.0"], Feed(data, Upstream(None), steps), Rounding(), learning, seed=0, advance=lambda amount=1: advances.append(amount)
+        denoiser,
+        units["stages.0"],
+        Feed(data, Upstream(None), steps),
+        Rounding(),
+        learning,
+        seed=0,
+        advance=lambda amount=1: advances.append(amount),
     )
-    assert 0 < report.iterations <= QUICK.iterations and sum(advances) == QUICK.iterations and report.error_after < report.error_before
+    assert (
+        0 < report.iterations <= QUICK.iterations
+        and sum(advances) == QUICK.iterations
+        and report.error_after < report.error_before
+    )
 
 
 def test_full_precision_inputs_are_kept_for_those_alone_that_run_on_them(build: Callable[..., Any]) -> None:
@@ -208,8 +270,12 @@ def test_full_precision_inputs_are_kept_for_those_alone_that_run_on_them(build: 
 
 
 @pytest.mark.parametrize("solver", ["nearest", "gptq"])
-def test_kept_outputs_change_no_code_and_no_error(build: Callable[..., Any], tmp_path: Path, solver: SolverName) -> None:
-    """The error before is that of the nearest codes, and that after the same whether it is measured in the network or apart."""
+def test_kept_outputs_change_no_code_and_no_error(
+    build: Callable[..., Any], tmp_path: Path, solver: SolverName
+) -> None:
+    """The error before is that of the nearest codes, and that after the same whether it is measured in the
+    network or apart.
+    """
     found = []
     for directory in (None, tmp_path / "outputs"):
         torch.manual_seed(0)
@@ -220,14 +286,22 @@ def test_kept_outputs_change_no_code_and_no_error(build: Callable[..., Any], tmp
         upstream, reports = Upstream(directory, once={unit.name for unit in units}), []
         for unit in units:
             config = {"seed": 0, "advance": lambda amount=1: None}
-            reports.append(reconstruct_unit(denoiser, unit, Feed(data, upstream, steps), Rounding(solver=solver), QUICK, **config))
+            reports.append(
+                reconstruct_unit(
+                    denoiser, unit, Feed(data, upstream, steps), Rounding(solver=solver), QUICK, **config
+                )
+            )
             upstream.add(unit.name, denoiser.module.get_submodule(unit.name))
         found.append((reports, {name: layer.codes.clone() for name, layer in layers.items()}))
     (apart, codes), (kept, same) = found
     assert all(torch.equal(value, same[name]) for name, value in codes.items())
     for one, other in zip(apart, kept, strict=True):
-        assert one.error_before == pytest.approx(other.error_before, rel=1e-5) and one.error_after == pytest.approx(other.error_after, rel=1e-5)
-        assert one.error_after <= one.error_before and (solver == "gptq" or one.error_after == pytest.approx(one.error_before, rel=1e-5))
+        assert one.error_before == pytest.approx(
+            other.error_before, rel=1e-5
+        ) and one.error_after == pytest.approx(other.error_after, rel=1e-5)
+        assert one.error_after <= one.error_before and (
+            solver == "gptq" or one.error_after == pytest.approx(one.error_before, rel=1e-5)
+        )
 
 
 def test_the_first_error_of_every_batch_counts() -> None:

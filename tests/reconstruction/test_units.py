@@ -10,14 +10,20 @@ from tfmq.reconstruction.units import Unit, find_units
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 RESNET = ("conv1", "time_emb_proj", "conv2")
 SHORTCUT = (*RESNET, "conv_shortcut")
-CROSS = (*(f"{kind}.{layer}" for kind in ("attn1", "attn2") for layer in ATTENTION), "ff.net.0.proj", "ff.net.2")
+CROSS = (
+    *(f"{kind}.{layer}" for kind in ("attn1", "attn2") for layer in ATTENTION),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
 
 
 def cross(name: str) -> dict[str, tuple[str, ...]]:
     return {f"{name}.proj_in": ("",), f"{name}.transformer_blocks.0": CROSS, f"{name}.proj_out": ("",)}
 
 
-def unet(attention: Callable[[str], dict[str, tuple[str, ...]]], *, added: bool = False) -> dict[str, tuple[str, ...]]:
+def unet(
+    attention: Callable[[str], dict[str, tuple[str, ...]]], *, added: bool = False
+) -> dict[str, tuple[str, ...]]:
     return {
         "time_embedding": ("linear_1", "linear_2"),
         **({"add_embedding": ("linear_1", "linear_2")} if added else {}),
@@ -41,8 +47,18 @@ def unet(attention: Callable[[str], dict[str, tuple[str, ...]]], *, added: bool 
 
 
 DIT_EMBEDDER = ("norm1.emb.timestep_embedder.linear_1", "norm1.emb.timestep_embedder.linear_2")
-DIT_BLOCK = (*DIT_EMBEDDER, "norm1.linear", *(f"attn1.{layer}" for layer in ATTENTION), "ff.net.0.proj", "ff.net.2")
-JOINT = ("norm1.linear", "norm1_context.linear", *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")))
+DIT_BLOCK = (
+    *DIT_EMBEDDER,
+    "norm1.linear",
+    *(f"attn1.{layer}" for layer in ATTENTION),
+    "ff.net.0.proj",
+    "ff.net.2",
+)
+JOINT = (
+    "norm1.linear",
+    "norm1_context.linear",
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")),
+)
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 # Unit -> its layers below it, in execution order; "" is the unit itself.
 UNITS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -60,14 +76,32 @@ UNITS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sd3": {
         "pos_embed": ("proj",),
-        "time_text_embed": ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "text_embedder.linear_1", "text_embedder.linear_2"),
+        "time_text_embed": (
+            "timestep_embedder.linear_1",
+            "timestep_embedder.linear_2",
+            "text_embedder.linear_1",
+            "text_embedder.linear_2",
+        ),
         "context_embedder": ("",),
-        "transformer_blocks.0": (*JOINT, "attn.to_add_out", "attn.to_out.0", *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2"),
+        "transformer_blocks.0": (
+            *JOINT,
+            "attn.to_add_out",
+            "attn.to_out.0",
+            *FEED_FORWARD,
+            "ff_context.net.0.proj",
+            "ff_context.net.2",
+        ),
         "transformer_blocks.1": (*JOINT, "attn.to_out.0", *FEED_FORWARD),
         "norm_out": ("linear",),
         "proj_out": ("",),
     },
-    "plain": {"embed": ("",), "entry": ("",), "stages.0": ("shift", "block"), "stages.1": ("shift", "block"), "exit": ("",)},
+    "plain": {
+        "embed": ("",),
+        "entry": ("",),
+        "stages.0": ("shift", "block"),
+        "stages.1": ("shift", "block"),
+        "exit": ("",),
+    },
 }
 
 
@@ -83,7 +117,9 @@ def test_units_of_every_model(build: Callable[..., Any], name: str) -> None:
     units = find_units(denoiser.module, order)
     assert [unit.name for unit in units] == list(UNITS[name])
     assert named(units) == {unit: set(layers) for unit, layers in UNITS[name].items()}
-    assert sorted(layer for unit in units for layer in unit.layers) == sorted(order), "every layer is in exactly one unit"
+    assert sorted(layer for unit in units for layer in unit.layers) == sorted(order), (
+        "every layer is in exactly one unit"
+    )
     assert all(list(unit.layers) == sorted(unit.layers, key=order.index) for unit in units)
 
 
@@ -94,7 +130,10 @@ def test_excluded_layers_are_in_no_unit_and_change_no_other(build: Callable[...,
     temporal = {layer.name for layer in found.temporal}
     order = [layer.name for layer in found.layers]
     units = named(find_units(denoiser.module, order, exclude=sorted(temporal)))
-    full = {unit: {layer for layer in layers if f"{unit}.{layer}".removesuffix(".") not in temporal} for unit, layers in UNITS[name].items()}
+    full = {
+        unit: {layer for layer in layers if f"{unit}.{layer}".removesuffix(".") not in temporal}
+        for unit, layers in UNITS[name].items()
+    }
     assert units == {unit: layers for unit, layers in full.items() if layers}
 
 
@@ -115,7 +154,10 @@ def test_sequences_and_lists_of_plain_layers_are_one_unit() -> None:
 def test_names_that_begin_alike_are_not_confused() -> None:
     module = nn.Module()
     module.layer, module.layer1 = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
-    assert find_units(module, ["layer1", "layer.0"]) == (Unit("layer1", ("layer1",)), Unit("layer", ("layer.0",)))
+    assert find_units(module, ["layer1", "layer.0"]) == (
+        Unit("layer1", ("layer1",)),
+        Unit("layer", ("layer.0",)),
+    )
 
 
 def test_layers_that_stay_in_full_precision_do_not_make_units(build: Callable[..., Any]) -> None:

@@ -10,7 +10,14 @@ import torch
 from PIL import Image
 
 from tfmq.evaluation.analysis.analyze import Analysis
-from tfmq.report.analysis import ANALYSIS_FILES, PARQUET_FILE, analysis_values, mismatch_map, read_analysis, write_analysis
+from tfmq.report.analysis import (
+    ANALYSIS_FILES,
+    PARQUET_FILE,
+    analysis_values,
+    mismatch_map,
+    read_analysis,
+    write_analysis,
+)
 from tfmq.storage.errors import CheckpointError
 from tfmq.temporal.disturbance import Disturbance
 
@@ -25,7 +32,10 @@ def test_values_and_files(tmp_path: Path, analysis: Callable[..., Analysis]) -> 
     made = analysis()
     values = analysis_values(made, {"seed": 0})
     assert json.loads(json.dumps(values)) == values
-    assert values["disturbance"]["mismatches"] == made.disturbance.mismatches and values["trajectory"]["latent_error"] is None
+    assert (
+        values["disturbance"]["mismatches"] == made.disturbance.mismatches
+        and values["trajectory"]["latent_error"] is None
+    )
     np.testing.assert_allclose(values["sensitivity"]["error"], made.sensitivity.error)
     write_analysis(tmp_path, made, values, title="w4a8")
     assert {path.name for path in tmp_path.iterdir()} == {*ANALYSIS_FILES} - {PARQUET_FILE}
@@ -35,7 +45,9 @@ def test_values_and_files(tmp_path: Path, analysis: Callable[..., Analysis]) -> 
 
 
 @pytest.mark.parametrize("shape", [{"steps": 1}, {"features": 0}, {"features": 40, "steps": 60}])
-def test_odd_shapes_are_drawn(tmp_path: Path, analysis: Callable[..., Analysis], shape: dict[str, int]) -> None:
+def test_odd_shapes_are_drawn(
+    tmp_path: Path, analysis: Callable[..., Analysis], shape: dict[str, int]
+) -> None:
     made = analysis(**shape)
     write_analysis(tmp_path, made, analysis_values(made, {}), title="t")
     assert (tmp_path / "mismatch.png").stat().st_size > 0

@@ -13,8 +13,16 @@ from tfmq.report.html import write_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("plotly")
-CHROMIUM = os.environ.get("TFMQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path; install the package chromium, or name one by TFMQ_CHROMIUM")
+CHROMIUM = (
+    os.environ.get("TFMQ_CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no Chromium on the path; install the package chromium, or name one by TFMQ_CHROMIUM",
+)
 # The plotting library is large, and machines that test are slow.
 PATIENCE = 120_000
 
@@ -22,7 +30,9 @@ PATIENCE = 120_000
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"], timeout=PATIENCE)
+        opened = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"], timeout=PATIENCE
+        )
         yield opened
         opened.close()
 
@@ -35,9 +45,17 @@ def page(browser: Any, write_model: Any, gathered: Any, bench_file: Any, tmp_pat
     context = browser.new_context(offline=True, color_scheme="light", viewport={"width": 1200, "height": 900})
     opened = context.new_page()
     complaints: list[str] = []
-    opened.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on(
+        "console",
+        lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None,
+    )
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else complaints.append(request.url))
+    opened.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith(("file:", "data:", "blob:")) else complaints.append(request.url)
+        ),
+    )
     opened.goto((tmp_path / "report.html").as_uri(), timeout=PATIENCE)
     opened.wait_for_selector("html[data-drawn=yes]", state="attached", timeout=PATIENCE)
     yield opened
@@ -51,7 +69,10 @@ def test_the_page(page: Any, tmp_path: Path) -> None:
     charts = page.locator(".chart")
     assert charts.count() == 6
     for number in range(6):
-        assert charts.nth(number).locator("svg.main-svg").count() > 0 and charts.nth(number).bounding_box()["height"] > 100
+        assert (
+            charts.nth(number).locator("svg.main-svg").count() > 0
+            and charts.nth(number).bounding_box()["height"] > 100
+        )
     check_slider(page)
     check_sorting(page)
     check_names(page)
@@ -79,7 +100,9 @@ HIDDEN = """() => [...document.querySelectorAll('.chart')].flatMap(chart => {
     const under = [...chart.querySelectorAll('.xtick text')].filter(text => text.getBoundingClientRect().bottom > title.top + 1);
     return [...cut, ...under].map(text => `${chart.id}: ${text.textContent}`);
 })"""
-CAPTIONS = "[...document.querySelectorAll('caption span')].map(caption => caption.getBoundingClientRect().right)"
+CAPTIONS = (
+    "[...document.querySelectorAll('caption span')].map(caption => caption.getBoundingClientRect().right)"
+)
 
 
 def check_width(page: Any, width: int) -> None:
@@ -87,7 +110,9 @@ def check_width(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     # Figures are drawn anew for the width a moment later.
-    page.wait_for_function(f"document.documentElement.scrollWidth <= {width} && !({HIDDEN})().length", timeout=PATIENCE)
+    page.wait_for_function(
+        f"document.documentElement.scrollWidth <= {width} && !({HIDDEN})().length", timeout=PATIENCE
+    )
     assert page.evaluate(BROKEN) == [] and max(page.evaluate(CAPTIONS)) <= width
     table = page.get_by_role("region", name="Table of layers")
     table.evaluate("region => { region.scrollLeft = region.scrollWidth; }")
@@ -141,7 +166,9 @@ def check_names(page: Any) -> None:
         return !name || !name.trim();
     }).map(element => element.outerHTML.slice(0, 80))""")
     assert unnamed == []
-    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(heading => Number(heading.tagName[1]))")
+    levels = page.evaluate(
+        "[...document.querySelectorAll('h1, h2, h3')].map(heading => Number(heading.tagName[1]))"
+    )
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in pairwise(levels))
 
 
@@ -158,7 +185,9 @@ def check_colours(page: Any) -> None:
     (light, ground), light_text = page.evaluate(contrast), page.evaluate(text)
     page.emulate_media(color_scheme="dark")
     page.wait_for_function(
-        "before => getComputedStyle(document.querySelector('.chart text.xtitle')).fill !== before", arg=light_text, timeout=PATIENCE
+        "before => getComputedStyle(document.querySelector('.chart text.xtitle')).fill !== before",
+        arg=light_text,
+        timeout=PATIENCE,
     )
     dark, dark_ground = page.evaluate(contrast)
     assert min(light, dark) > 7 and ground > 0.9 and dark_ground < 0.1

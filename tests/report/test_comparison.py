@@ -30,7 +30,10 @@ def test_picture_holds_the_images_unchanged(tmp_path: Path, comparison: Make, ch
     made = comparison(count=COLUMNS + 3, channels=channels)
     write_comparison(tmp_path / "c.png", made, title="t")
     pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
-    rows = [images[:COLUMNS] if channels == 3 else images[:COLUMNS].repeat(3, axis=-1) for images in (made.reference, made.quantized)]
+    rows = [
+        images[:COLUMNS] if channels == 3 else images[:COLUMNS].repeat(3, axis=-1)
+        for images in (made.reference, made.quantized)
+    ]
     rows.append(difference(*rows)[0])
     expected = montage(enlarged(np.concatenate(rows)), columns=COLUMNS, gap=6)
     height, width = expected.shape[:2]
@@ -41,7 +44,11 @@ def test_picture_holds_the_images_unchanged(tmp_path: Path, comparison: Make, ch
 
 
 def test_one_pair_leaves_room_for_the_title(tmp_path: Path, comparison: Make) -> None:
-    write_comparison(tmp_path / "c.png", comparison(count=1), title="tfmq_w4a8   PSNR 100.0 dB   SSIM 0.888   888.88 MB → 888.88 MB (0.888x)")
+    write_comparison(
+        tmp_path / "c.png",
+        comparison(count=1),
+        title="tfmq_w4a8   PSNR 100.0 dB   SSIM 0.888   888.88 MB → 888.88 MB (0.888x)",
+    )
     assert (np.asarray(Image.open(tmp_path / "c.png").convert("L"))[:, -8:] == 255).all()
 
 

@@ -35,13 +35,18 @@ def test_an_earlier_run_is_replaced_whole(tmp_path: Path) -> None:
 def test_foreign_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")
-    with pytest.raises(OutputExistsError, match=r"thesis\.tex"), completed_directory(tmp_path / "out", owned=OWNED):
+    with (
+        pytest.raises(OutputExistsError, match=r"thesis\.tex"),
+        completed_directory(tmp_path / "out", owned=OWNED),
+    ):
         raise AssertionError("the block must not run")
     assert names(tmp_path / "out") == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("existed", [False, True])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("no")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError("no")]
+)
 def test_a_failure_leaves_what_was_there(tmp_path: Path, existed: bool, error: BaseException) -> None:
     target = tmp_path / "out"
     if existed:
@@ -57,7 +62,10 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, existed: bool, error: B
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(OutputExistsError, match="not a directory"), completed_directory(tmp_path / "out", owned=OWNED):
+    with (
+        pytest.raises(OutputExistsError, match="not a directory"),
+        completed_directory(tmp_path / "out", owned=OWNED),
+    ):
         raise AssertionError("the block must not run")
 
 

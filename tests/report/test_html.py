@@ -99,7 +99,9 @@ def test_charts_hold_the_analysis(write_model: Any, gathered: Any) -> None:
     first = next(iter(analysis["disturbance"]["relative_error"]))
     assert made["error"]["data"][0]["y"] == pytest.approx(analysis["disturbance"]["relative_error"][first])
     assert made["trajectory"]["data"][1]["y"] == analysis["trajectory"]["mean"]
-    assert made["sensitivity"]["data"][0]["x"] == pytest.approx([0.15, 0.2]) and made["sensitivity"]["data"][0]["y"] == ["out", "mid"]
+    assert made["sensitivity"]["data"][0]["x"] == pytest.approx([0.15, 0.2]) and made["sensitivity"]["data"][
+        0
+    ]["y"] == ["out", "mid"]
     assert np.array(made["mismatch"]["data"][0]["z"]).sum(axis=1) == pytest.approx(1)
 
 
@@ -111,7 +113,9 @@ def test_bars_have_the_ends_of_long_names(write_model: Any, gathered: Any) -> No
     made = next(json.loads(chart.json) for chart in charts(analysis) if chart.name == "sensitivity")
     labels = made["layout"]["yaxis"]["ticktext"]
     assert made["data"][0]["y"] == made["layout"]["yaxis"]["tickvals"] == long[::-1]
-    assert [label[0] for label in labels] == ["…", "…"] and all(name.endswith(label[1:]) for name, label in zip(long[::-1], labels, strict=True))
+    assert [label[0] for label in labels] == ["…", "…"] and all(
+        name.endswith(label[1:]) for name, label in zip(long[::-1], labels, strict=True)
+    )
 
 
 @pytest.mark.parametrize("part", ["disturbance", "ranges", "trajectory", "accumulation", "sensitivity"])
@@ -123,5 +127,7 @@ def test_a_damaged_analysis_is_refused(write_model: Any, gathered: Any, part: st
 
 def test_every_chart_says_what_it_shows(write_model: Any, gathered: Any) -> None:
     text = render(gathered(write_model()))
-    described: list[str] = re.findall(r'class="chart" id="chart-\w+" role="img" aria-labelledby="([\w-]+)"', text)
+    described: list[str] = re.findall(
+        r'class="chart" id="chart-\w+" role="img" aria-labelledby="([\w-]+)"', text
+    )
     assert len(described) == 7 and all(f'id="{name}"' in text for name in described)

@@ -24,28 +24,44 @@ def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
     facts = dict(found.facts)
     on_disk = sum(path.stat().st_size for path in folder.iterdir())
     assert facts["stays in floating point"] == "0.8 kB (7.0% of the size) in 7 modules"
-    assert facts["the largest of it"].startswith("norms.0 (GroupNorm, 0.1 kB): norm; norms.1") and facts["the largest of it"].endswith(
-        "norms.5 (GroupNorm, 0.1 kB): norm; and 1 more"
+    assert facts["the largest of it"].startswith("norms.0 (GroupNorm, 0.1 kB): norm; norms.1") and facts[
+        "the largest of it"
+    ].endswith("norms.5 (GroupNorm, 0.1 kB): norm; and 1 more")
+    assert (
+        facts["seed of the quantization"] == "5"
+        and f"({on_disk / 10_000:.3f}x)" in facts["size of the denoiser"]
     )
-    assert facts["seed of the quantization"] == "5" and f"({on_disk / 10_000:.3f}x)" in facts["size of the denoiser"]
-    assert "100 images of 4 steps, seed 7" in facts["evaluated on"] and "torch-fidelity" not in facts["evaluated by"]
+    assert (
+        "100 images of 4 steps, seed 7" in facts["evaluated on"]
+        and "torch-fidelity" not in facts["evaluated by"]
+    )
     assert [(row.name, row.full, row.quantized) for row in found.metrics] == [
         ("fid against real", "3.25", "3.5"),
         ("fid against full precision", "", "0.75"),
         ("is", "9 ± 0.5", ""),
     ]
-    assert dict(found.pairs)["latent error"].startswith("relative error 0.05 mean, 0.07 worst") and found.units == (("mid", 0.2, 0.1),)
+    assert dict(found.pairs)["latent error"].startswith(
+        "relative error 0.05 mean, 0.07 worst"
+    ) and found.units == (("mid", 0.2, 0.1),)
     first, last = found.layers
     assert (first.name, first.weight_bits, first.activation_bits, first.error) == ("mid.a", 4, 8, 0.1)
     assert first.scheme == "weight asymmetric, input per timestep, split in 2"
-    assert (last.activation_bits, last.scheme, last.quantized_ms) == (None, "weight symmetric, input in full precision", 0.5)
+    assert (last.activation_bits, last.scheme, last.quantized_ms) == (
+        None,
+        "weight symmetric, input in full precision",
+        0.5,
+    )
     assert dict(found.recipe)["rules[0]"] == "match: role:first, weight_bits: 8"
 
 
-def test_reports_of_releases_that_did_not_say_what_stays_in_floating_point_are_read(write_model: Write) -> None:
+def test_reports_of_releases_that_did_not_say_what_stays_in_floating_point_are_read(
+    write_model: Write,
+) -> None:
     folder = write_model()
     report = json.loads((folder / "tfmq_report.json").read_text())
-    (folder / "tfmq_report.json").write_text(json.dumps({key: value for key, value in report.items() if key != "floating"}))
+    (folder / "tfmq_report.json").write_text(
+        json.dumps({key: value for key, value in report.items() if key != "floating"})
+    )
     assert not {"stays in floating point", "the largest of it"} & dict(gather(folder).facts).keys()
 
 
@@ -56,12 +72,19 @@ def test_what_was_not_measured_is_absent(write_model: Write) -> None:
     assert "Not evaluated" in render_card(found)
 
 
-def test_speed_stands_with_the_machine_it_was_measured_on(write_model: Write, gathered: Read, bench_file: Write) -> None:
+def test_speed_stands_with_the_machine_it_was_measured_on(
+    write_model: Write, gathered: Read, bench_file: Write
+) -> None:
     folder = write_model()
     assert gathered(folder).speed is None and "## Speed" not in render_card(gathered(folder))
     card = render_card(gathered(folder, bench=bench_file()))
-    assert "Measured on A 1 (avx2), 2 threads on 4 processors, torch 2.\n" in card and "| torch | 1 | 1234.2 | 2.50x | 1250 |" in card
-    assert "kept the processors busy" in render_card(gathered(folder, bench=bench_file(of_row={"clean": False})))
+    assert (
+        "Measured on A 1 (avx2), 2 threads on 4 processors, torch 2.\n" in card
+        and "| torch | 1 | 1234.2 | 2.50x | 1250 |" in card
+    )
+    assert "kept the processors busy" in render_card(
+        gathered(folder, bench=bench_file(of_row={"clean": False}))
+    )
 
 
 @pytest.mark.parametrize("part", ["evaluation", "analysis"])
@@ -69,12 +92,19 @@ def test_values_of_another_model_are_refused(write_model: Write, gathered: Read,
     folder = write_model()
     path = folder.with_name(f"model.{part}") / f"{part}.json"
     path.write_text(path.read_text().replace(f'"{DIGEST}"', '"d2"'))
-    with pytest.raises(CheckpointError, match=f"model.{part} is of a model with sha256 d2, this one has {DIGEST}"):
+    with pytest.raises(
+        CheckpointError, match=f"model.{part} is of a model with sha256 d2, this one has {DIGEST}"
+    ):
         gathered(folder)
 
 
-def test_a_benchmark_of_other_weights_is_refused(write_model: Write, gathered: Read, bench_file: Write) -> None:
-    with pytest.raises(CheckpointError, match=rf"bench\.json is of a model with sha256 d2, this one has {DIGEST}; measure again"):
+def test_a_benchmark_of_other_weights_is_refused(
+    write_model: Write, gathered: Read, bench_file: Write
+) -> None:
+    with pytest.raises(
+        CheckpointError,
+        match=rf"bench\.json is of a model with sha256 d2, this one has {DIGEST}; measure again",
+    ):
         gathered(write_model(), bench=bench_file(weights="d2"))
 
 
@@ -91,7 +121,9 @@ def test_a_benchmark_of_other_weights_is_refused(write_model: Write, gathered: R
         ({"machine": "mine"}, "does not describe the machine"),
     ],
 )
-def test_what_is_no_benchmark_is_refused(write_model: Write, gathered: Read, bench_file: Write, changes: dict[str, Any], cause: str) -> None:
+def test_what_is_no_benchmark_is_refused(
+    write_model: Write, gathered: Read, bench_file: Write, changes: dict[str, Any], cause: str
+) -> None:
     with pytest.raises(CheckpointError, match=rf"bench\.json {cause}"):
         gathered(write_model(), bench=bench_file(**changes))
 
@@ -119,12 +151,18 @@ def test_damaged_files_are_named(write_model: Write, gathered: Read, file: str, 
         gathered(folder)
 
 
-def test_the_card_has_the_numbers_and_the_hubs_metadata(write_model: Write, gathered: Read, tmp_path: Path) -> None:
+def test_the_card_has_the_numbers_and_the_hubs_metadata(
+    write_model: Write, gathered: Read, tmp_path: Path
+) -> None:
     found = gathered(write_model(), base_model="google/ddpm-cifar10-32")
     write_card(tmp_path / "card.md", found)
     _, metadata, text = (tmp_path / "card.md").read_text().split("---\n", 2)
     values: dict[str, Any] = yaml.safe_load(metadata)
-    assert values["base_model"] == "google/ddpm-cifar10-32" and values["base_model_relation"] == "quantized" and "tfmq" in values["tags"]
+    assert (
+        values["base_model"] == "google/ddpm-cifar10-32"
+        and values["base_model_relation"] == "quantized"
+        and "tfmq" in values["tags"]
+    )
     for expected in (
         "| metric | full precision | quantized |",
         "| fid against real | 3.25 | 3.5 |",

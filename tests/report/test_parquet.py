@@ -29,7 +29,10 @@ def test_every_value_is_a_row(values: dict[str, Any]) -> None:
     found = list(rows(values))
     disturbed, ranges, moved = values["disturbance"], values["ranges"], values["sensitivity"]
     features, steps = len(disturbed["cosine"]), len(disturbed["timesteps"])
-    counts = {part: sum(row[0] == part for row in found) for part in ("disturbance", "ranges", "trajectory", "accumulation", "sensitivity", "layers")}
+    counts = {
+        part: sum(row[0] == part for row in found)
+        for part in ("disturbance", "ranges", "trajectory", "accumulation", "sensitivity", "layers")
+    }
     assert counts == {
         "disturbance": 3 * features * steps,
         "ranges": 4 * len(ranges["inputs"]["low"]) * steps,
@@ -49,7 +52,13 @@ def test_every_value_is_a_row(values: dict[str, Any]) -> None:
 def test_what_images_are_decoded_from(values: dict[str, Any]) -> None:
     values["trajectory"]["latent_error"] = {"mean": 0.25, "worst": 0.5}
     found = list(rows(values))
-    assert ("trajectory", "latent_mean", None, None, 0.25) in found and ("trajectory", "latent_worst", None, None, 0.5) in found
+    assert ("trajectory", "latent_mean", None, None, 0.25) in found and (
+        "trajectory",
+        "latent_worst",
+        None,
+        None,
+        0.5,
+    ) in found
 
 
 def test_equal_analyses_are_equal_bytes(values: dict[str, Any], tmp_path: Path) -> None:

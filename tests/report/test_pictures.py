@@ -51,7 +51,11 @@ def test_png_keeps_the_pixels(tmp_path: Path, channels: int) -> None:
 def test_samples(tmp_path: Path, channels: int) -> None:
     drawn = images(5, channels=channels)
     write_samples(tmp_path, drawn)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"{i:05d}.png" for i in range(5)), "grid.png", "samples.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"{i:05d}.png" for i in range(5)),
+        "grid.png",
+        "samples.npz",
+    ]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "00003.png")).reshape(drawn[3].shape), drawn[3])
     with np.load(tmp_path / "samples.npz") as stored:
         assert stored.files == ["images"] and stored["images"].dtype == np.uint8

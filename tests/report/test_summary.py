@@ -27,4 +27,6 @@ def test_summary_and_files(tmp_path: Path, comparison: Make) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(COMPARISON_FILES)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     with np.load(tmp_path / "samples.npz") as stored:
-        assert np.array_equal(stored["reference"], made.reference) and np.array_equal(stored["quantized"], made.quantized)
+        assert np.array_equal(stored["reference"], made.reference) and np.array_equal(
+            stored["quantized"], made.quantized
+        )

@@ -28,7 +28,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def test_lines_are_errors_and_cosines_and_their_means(tmp_path: Path, comparison: Make, drawn: list[Figure]) -> None:
+def test_lines_are_errors_and_cosines_and_their_means(
+    tmp_path: Path, comparison: Make, drawn: list[Figure]
+) -> None:
     temporal = comparison(features=3).temporal
     write_temporal(tmp_path / "t.png", temporal, title="t")
     left, middle, _ = drawn[0].axes
@@ -40,7 +42,9 @@ def test_lines_are_errors_and_cosines_and_their_means(tmp_path: Path, comparison
         np.testing.assert_allclose(axes.lines[0].get_xdata(), temporal.timesteps)
 
 
-def test_map_shows_how_many_steps_away_the_nearest_is(tmp_path: Path, comparison: Make, drawn: list[Figure]) -> None:
+def test_map_shows_how_many_steps_away_the_nearest_is(
+    tmp_path: Path, comparison: Make, drawn: list[Figure]
+) -> None:
     temporal = comparison(noise=5.0).temporal
     assert temporal.mismatches > 0
     write_temporal(tmp_path / "t.png", temporal, title="t")
@@ -50,7 +54,9 @@ def test_map_shows_how_many_steps_away_the_nearest_is(tmp_path: Path, comparison
     assert f"{temporal.mismatches} of 10" in drawn[0].axes[2].get_title(loc="left")
 
 
-@pytest.mark.parametrize("shape", [{"noise": 0.0}, {"steps": 1}, {"features": 0}, {"features": 40, "steps": 100}])
+@pytest.mark.parametrize(
+    "shape", [{"noise": 0.0}, {"steps": 1}, {"features": 0}, {"features": 40, "steps": 100}]
+)
 def test_odd_shapes_are_drawn(tmp_path: Path, comparison: Make, shape: dict[str, float]) -> None:
     write_temporal(tmp_path / "t.png", comparison(**shape).temporal, title="t")
     pixels = np.asarray(Image.open(tmp_path / "t.png").convert("L"))

@@ -44,7 +44,11 @@ def test_what_holds_no_pairs(tmp_path: Path, content: bytes | str | None) -> Non
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        other = {None: {}, "shape": {"quantized": noise(1, 4)}, "dtype": {"quantized": noise(2, 4).astype(float)}}[content]
+        other = {
+            None: {},
+            "shape": {"quantized": noise(1, 4)},
+            "dtype": {"quantized": noise(2, 4).astype(float)},
+        }[content]
         np.savez(path, reference=noise(2, 4) if content != "dtype" else noise(2, 4).astype(float), **other)
     with pytest.raises(ForeignFileError, match=r"p\.npz"):
         build_wall(path, budget=1000)

@@ -23,7 +23,12 @@ from tfmq.storage import (
 )
 from tfmq.storage.atomic import full_disk_named, remove_orphans
 
-TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2, 3], dtype=torch.uint8), "c": torch.tensor(1.5), "d": torch.zeros(0, 2)}
+TENSORS = {
+    "b": torch.arange(6.0).reshape(2, 3),
+    "a": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "c": torch.tensor(1.5),
+    "d": torch.zeros(0, 2),
+}
 
 
 def names(directory: Path) -> list[str]:
@@ -48,7 +53,11 @@ def test_success_replaces_the_file_and_leaves_nothing_else(old: Path) -> None:
 
 def test_file_and_then_directory_are_synced(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[tuple[bool, bytes]] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), old.read_bytes())))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), old.read_bytes())),
+    )
     with atomic_write(old) as temporary:
         temporary.write_bytes(b"new")
     assert synced == [(False, b"old"), (True, b"new")]
@@ -73,13 +82,18 @@ def test_files_obey_the_umask(tmp_path: Path) -> None:
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="absent does not exist"), atomic_write(tmp_path / "absent" / "file"):
+    with (
+        pytest.raises(MissingFileError, match="absent does not exist"),
+        atomic_write(tmp_path / "absent" / "file"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["fsync", "replace", "open"])
-def test_full_disk_is_named_and_leaves_the_old_file(old: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int) -> None:
+def test_full_disk_is_named_and_leaves_the_old_file(
+    old: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
     def full(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -94,7 +108,10 @@ def test_full_disk_is_named_and_leaves_the_old_file(old: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_that_the_library_puts_into_words(code: int) -> None:
-    with pytest.raises(StorageFullError, match=rf"file needs 80 bytes \({os.strerror(code)}\)"), full_disk_named(Path("file"), needed_bytes=80):
+    with (
+        pytest.raises(StorageFullError, match=rf"file needs 80 bytes \({os.strerror(code)}\)"),
+        full_disk_named(Path("file"), needed_bytes=80),
+    ):
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
 
 
@@ -105,7 +122,10 @@ def test_other_failures_of_the_library_pass(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_full_disk_is_noticed_while_writing(old: Path) -> None:
-    with pytest.raises(StorageFullError, match="needs more bytes than are left"), atomic_write(old) as temporary:
+    with (
+        pytest.raises(StorageFullError, match="needs more bytes than are left"),
+        atomic_write(old) as temporary,
+    ):
         temporary.unlink()
         temporary.symlink_to("/dev/full")
         temporary.write_bytes(bytes(100))
@@ -157,7 +177,9 @@ def test_values_json_lacks_leave_the_old_file(old: Path, value: object, error: t
         (b" " * (16 * 2**20) + b"{}", ForeignFileError),
     ],
 )
-def test_each_malformed_json_has_its_error(tmp_path: Path, content: bytes, error: type[CheckpointError]) -> None:
+def test_each_malformed_json_has_its_error(
+    tmp_path: Path, content: bytes, error: type[CheckpointError]
+) -> None:
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"file\.json .*; (copy|pass)") as caught:
         read_json(tmp_path / "file.json")
@@ -174,7 +196,12 @@ def test_devices_and_pipes_are_not_read_as_json(tmp_path: Path) -> None:
 def test_orphans_are_told_from_files_of_others(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     orphans = [tmp_path / ".a.json.0123456789ab.tmp", tmp_path / "deep" / ".b.safetensors.abcdef012345.tmp"]
-    others = [tmp_path / "a.tmp", tmp_path / ".a.tmp", tmp_path / "a.json.0123456789ab.tmp", tmp_path / ".a.0123456789AB.tmp"]
+    others = [
+        tmp_path / "a.tmp",
+        tmp_path / ".a.tmp",
+        tmp_path / "a.json.0123456789ab.tmp",
+        tmp_path / ".a.0123456789AB.tmp",
+    ]
     for path in (*orphans, *others):
         path.write_bytes(b"half")
     remove_orphans(tmp_path)
@@ -206,7 +233,9 @@ def test_bytes_do_not_depend_on_order_strides_or_sharing(tmp_path: Path) -> None
         tensors = {name: TENSORS[name].clone() for name in order}
         tensors["b"] = tensors["b"].T.contiguous().T
         tensors["e"] = tensors["a"] if index % 2 else tensors["a"].clone()
-        write_tensors(tmp_path / "file", tensors, metadata=dict(sorted(metadata.items(), reverse=bool(index % 2))))
+        write_tensors(
+            tmp_path / "file", tensors, metadata=dict(sorted(metadata.items(), reverse=bool(index % 2)))
+        )
         written.add((tmp_path / "file").read_bytes())
     assert len(written) == 1
 

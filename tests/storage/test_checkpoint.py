@@ -29,7 +29,11 @@ from tfmq.storage import (
     verify,
 )
 
-TENSORS = {"weight": torch.arange(64, dtype=torch.uint8).reshape(8, 8), "scale": torch.linspace(0.5, 1, 8), "step": torch.tensor(3)}
+TENSORS = {
+    "weight": torch.arange(64, dtype=torch.uint8).reshape(8, 8),
+    "scale": torch.linspace(0.5, 1, 8),
+    "step": torch.tensor(3),
+}
 MANIFEST = {"scheme": "w4a8", "steps": [1, 2]}
 
 
@@ -53,7 +57,10 @@ def test_checkpoints_invert(saved: Path) -> None:
 
 def test_the_manifest_on_disk_has_the_documented_fields(saved: Path) -> None:
     manifest = json.loads((saved / MANIFEST_FILE).read_text())
-    assert manifest.items() >= {**MANIFEST, "format": "tfmq", "version": 2, "digest": tensor_digest(TENSORS)}.items()
+    assert (
+        manifest.items()
+        >= {**MANIFEST, "format": "tfmq", "version": 2, "digest": tensor_digest(TENSORS)}.items()
+    )
     assert manifest["tensors"]["scale"] == {"dtype": "float32", "shape": [8]}
 
 
@@ -74,12 +81,17 @@ def test_the_version_is_the_lowest_that_has_all_of_the_structure() -> None:
     plain = {"bits": 4, "symmetric": False, "segments": [], "input": None, "names": ["a"]}
     assert seal(TENSORS, {"structure": {"layers": [plain]}})["version"] == 2
     kinds = [{**plain, "kind": kind} for kind in ("embedding", "transposed_convolution")]
-    assert all(seal(TENSORS, {"structure": {"layers": [plain, group]}})["version"] == FORMAT_VERSION == 3 for group in kinds)
+    assert all(
+        seal(TENSORS, {"structure": {"layers": [plain, group]}})["version"] == FORMAT_VERSION == 3
+        for group in kinds
+    )
 
 
 def test_verify_takes_tensors_and_manifest_from_elsewhere() -> None:
     manifest = json.loads(json.dumps(seal(TENSORS, {**MANIFEST, "quant_method": "tfmq"})))
-    verify({name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in TENSORS.items()}, manifest)
+    verify(
+        {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in TENSORS.items()}, manifest
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,7 +108,9 @@ def test_verify_takes_tensors_and_manifest_from_elsewhere() -> None:
         ({"extra": 1}, ChecksumError, "was changed since it was sealed"),
     ],
 )
-def test_each_defect_of_the_manifest_has_its_error(saved: Path, changes: dict[str, Any], error: type[CheckpointError], message: str) -> None:
+def test_each_defect_of_the_manifest_has_its_error(
+    saved: Path, changes: dict[str, Any], error: type[CheckpointError], message: str
+) -> None:
     edit(saved, **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(saved)
@@ -140,14 +154,20 @@ def test_no_flipped_bit_of_the_tensors_file_goes_unnoticed(saved: Path) -> None:
         damaged = bytearray(good)
         damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
-        expected = ChecksumError if position // 8 >= data else (ForeignFileError, TruncatedFileError, TensorMismatchError)
+        expected = (
+            ChecksumError
+            if position // 8 >= data
+            else (ForeignFileError, TruncatedFileError, TensorMismatchError)
+        )
         with pytest.raises(expected):
             load_checkpoint(saved)
 
 
 @pytest.mark.parametrize("stop", ["write_tensors", "write_json"])
 @pytest.mark.parametrize("fresh", [True, False])
-def test_an_interrupted_save_never_loads_as_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, fresh: bool) -> None:
+def test_an_interrupted_save_never_loads_as_the_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, fresh: bool
+) -> None:
     directory = tmp_path / "model"
     if not fresh:
         save_checkpoint(directory, TENSORS, MANIFEST)
@@ -195,8 +215,13 @@ def test_outputs_that_are_files_are_refused(saved: Path, below: str) -> None:
         prepare_output(saved / MANIFEST_FILE / below, overwrite=True)
 
 
-@pytest.mark.parametrize(("code", "error"), [("EROFS", PermissionError), ("EACCES", PermissionError), ("ENOSPC", StorageFullError), ("EIO", OSError)])
-def test_outputs_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [("EROFS", PermissionError), ("EACCES", PermissionError), ("ENOSPC", StorageFullError), ("EIO", OSError)],
+)
+def test_outputs_that_cannot_be_written_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception]
+) -> None:
     number = getattr(checkpoint.errno, code)
 
     def refuse(**_: object) -> None:

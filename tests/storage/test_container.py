@@ -21,7 +21,10 @@ def with_header(text: bytes, *, data: bytes = GOOD[DATA:]) -> bytes:
 
 
 def entry(**changes: object) -> bytes:
-    return with_header(json.dumps({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]} | changes}).encode(), data=b"abc")
+    return with_header(
+        json.dumps({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]} | changes}).encode(),
+        data=b"abc",
+    )
 
 
 MALFORMED: dict[str, tuple[bytes, type[CheckpointError]]] = {
@@ -106,7 +109,9 @@ def test_every_dtype_is_read_back_by_the_library() -> None:
     tensors = {name: torch.zeros(3, dtype=getattr(torch, name)) for name in names}
     size = sum(tensor.nbytes for tensor in tensors.values())
     loaded = load(encode_header(tensors) + bytes(size))
-    assert {name: tensor.dtype for name, tensor in loaded.items()} == {name: tensor.dtype for name, tensor in tensors.items()}
+    assert {name: tensor.dtype for name, tensor in loaded.items()} == {
+        name: tensor.dtype for name, tensor in tensors.items()
+    }
 
 
 def test_what_the_format_lacks_is_refused() -> None:

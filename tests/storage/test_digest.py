@@ -8,11 +8,17 @@ from hypothesis import strategies as st
 
 from tfmq.storage import MissingFileError, file_digest, tensor_digest
 
-TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2], dtype=torch.uint8), "c": torch.tensor(1.5)}
+TENSORS = {
+    "b": torch.arange(6.0).reshape(2, 3),
+    "a": torch.tensor([1, 2], dtype=torch.uint8),
+    "c": torch.tensor(1.5),
+}
 
 
 def test_canonical_form_is_stable() -> None:
-    expected = b'["a", "uint8", [2]]\n' + bytes([1, 2]) + b'["c", "float32", []]\n' + bytes([0, 0, 0xC0, 0x3F])
+    expected = (
+        b'["a", "uint8", [2]]\n' + bytes([1, 2]) + b'["c", "float32", []]\n' + bytes([0, 0, 0xC0, 0x3F])
+    )
     assert tensor_digest({"c": TENSORS["c"], "a": TENSORS["a"]}) == hashlib.sha256(expected).hexdigest()
 
 

@@ -1,6 +1,8 @@
-"""Files that lie: a tiny checkpoint and a tiny pipeline, mutated in every way that a stranger or a bad disk may think of, all seeded.
+"""Files that lie: a tiny checkpoint and a tiny pipeline, mutated in every way that a stranger or a bad disk
+may think of, all seeded.
 
-Whatever is done to them, loading ends in one of the documented errors, in no other and in no time; or the model loads and computes.
+Whatever is done to them, loading ends in one of the documented errors, in no other and in no time; or the
+model loads and computes.
 """
 
 import json
@@ -43,14 +45,42 @@ Mutation = Callable[[Path, Random], None]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What no field of a manifest can be, and what some can.
 VALUES: list[Any] = [
-    None, True, -1, 0, 1, 3, 10**12, 10**400, 0.5, 1e300, float("nan"), float("inf"), "", "x", "x" * 5000, "\ud800", "\0", "..", [], [[]],
-    [0], [10**9], [-1], ["x"], [None], {}, {"x": 1}, {"": {}},
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**12,
+    10**400,
+    0.5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "x" * 5000,
+    "\ud800",
+    "\0",
+    "..",
+    [],
+    [[]],
+    [0],
+    [10**9],
+    [-1],
+    ["x"],
+    [None],
+    {},
+    {"x": 1},
+    {"": {}},
+]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to lie: what is done, how often, and the errors that are right for it; `loads` where some of it does no harm."""
+    """A way to lie: what is done, how often, and the errors that are right for it; `loads` where some of it
+    does no harm.
+    """
 
     mutate: Mutation
     cases: int
@@ -111,11 +141,16 @@ def resealed(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any
 
 
 def a_bit_of_the_data(directory: Path, chance: Random) -> None:
-    spoiled(directory / TENSORS_FILE, lambda content: flip(content, chance.randrange(8 * header_end(content), 8 * len(content))))
+    spoiled(
+        directory / TENSORS_FILE,
+        lambda content: flip(content, chance.randrange(8 * header_end(content), 8 * len(content))),
+    )
 
 
 def a_bit_of_the_header(directory: Path, chance: Random) -> None:
-    spoiled(directory / TENSORS_FILE, lambda content: flip(content, chance.randrange(8 * header_end(content))))
+    spoiled(
+        directory / TENSORS_FILE, lambda content: flip(content, chance.randrange(8 * header_end(content)))
+    )
 
 
 def an_entry_of_the_header(directory: Path, chance: Random) -> None:
@@ -130,21 +165,32 @@ def an_entry_of_the_header(directory: Path, chance: Random) -> None:
 
 
 def a_shorter_file(directory: Path, chance: Random) -> None:
-    spoiled(directory / TENSORS_FILE, lambda content: content.__delitem__(slice(chance.randrange(len(content)), None)))
+    spoiled(
+        directory / TENSORS_FILE,
+        lambda content: content.__delitem__(slice(chance.randrange(len(content)), None)),
+    )
 
 
 def a_longer_file(directory: Path, chance: Random) -> None:
-    spoiled(directory / TENSORS_FILE, lambda content: content.extend(chance.randbytes(chance.randrange(1, 99))))
+    spoiled(
+        directory / TENSORS_FILE, lambda content: content.extend(chance.randbytes(chance.randrange(1, 99)))
+    )
 
 
 def a_shorter_manifest(directory: Path, chance: Random) -> None:
-    spoiled(directory / MANIFEST_FILE, lambda content: content.__delitem__(slice(chance.randrange(len(content) - 2), None)))
+    spoiled(
+        directory / MANIFEST_FILE,
+        lambda content: content.__delitem__(slice(chance.randrange(len(content) - 2), None)),
+    )
 
 
 def a_bit_of_the_manifest(directory: Path, chance: Random) -> None:
     text = (directory / MANIFEST_FILE).read_bytes()
     letters = [place for place, letter in enumerate(text) if not chr(letter).isspace()]
-    spoiled(directory / MANIFEST_FILE, lambda content: flip(content, 8 * chance.choice(letters) + chance.randrange(8)))
+    spoiled(
+        directory / MANIFEST_FILE,
+        lambda content: flip(content, 8 * chance.choice(letters) + chance.randrange(8)),
+    )
 
 
 def a_field(directory: Path, chance: Random) -> None:
@@ -170,7 +216,9 @@ def a_depth(directory: Path, chance: Random) -> None:
 def a_scale(directory: Path, chance: Random) -> None:
     def change(tensors: dict[str, Tensor], _: Any) -> None:
         scale = tensors[chance.choice([name for name in tensors if name.endswith(".scale")])].view(-1)
-        scale[chance.randrange(len(scale))] = chance.choice([0.0, -0.0, -1.0, torch.inf, -torch.inf, torch.nan])
+        scale[chance.randrange(len(scale))] = chance.choice(
+            [0.0, -0.0, -1.0, torch.inf, -torch.inf, torch.nan]
+        )
 
     resealed(directory, change)
 
@@ -178,14 +226,28 @@ def a_scale(directory: Path, chance: Random) -> None:
 def a_timestep(directory: Path, chance: Random) -> None:
     def change(tensors: dict[str, Tensor], _: Any) -> None:
         steps = tensors["tfmq_steps.timesteps"]
-        steps.copy_(chance.choice([steps.flip(0), steps[:1].expand(len(steps)), steps * torch.nan, steps * torch.inf, steps.roll(1)]).clone())
+        steps.copy_(
+            chance.choice(
+                [
+                    steps.flip(0),
+                    steps[:1].expand(len(steps)),
+                    steps * torch.nan,
+                    steps * torch.inf,
+                    steps.roll(1),
+                ]
+            ).clone()
+        )
 
     resealed(directory, change)
 
 
 def a_zero_point(directory: Path, chance: Random) -> None:
     def change(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-        groups = [group for group in manifest["structure"]["layers"] if group["bits"] == 4 and not group["symmetric"]]
+        groups = [
+            group
+            for group in manifest["structure"]["layers"]
+            if group["bits"] == 4 and not group["symmetric"]
+        ]
         name = chance.choice(chance.choice(groups)["names"])
         grid = tensors.get(f"{name}.zero_point", tensors.get(f"{name}.block.zero_point"))
         assert grid is not None
@@ -200,7 +262,9 @@ def a_tensor(directory: Path, chance: Random) -> None:
     def change(tensors: dict[str, Tensor], _: Any) -> None:
         name = chance.choice(sorted(tensors))
         tensor = tensors.pop(name)
-        other = chance.choice([None, tensor[..., :-1], tensor[None], tensor.to(torch.int32), tensor[:0], torch.zeros(7, 7)])
+        other = chance.choice(
+            [None, tensor[..., :-1], tensor[None], tensor.to(torch.int32), tensor[:0], torch.zeros(7, 7)]
+        )
         if other is not None:
             tensors[name] = other.contiguous()
 
@@ -227,9 +291,14 @@ def a_size(directory: Path, chance: Random) -> None:
 
 
 def a_stranger_below(directory: Path, chance: Random) -> None:
-    """Tensors of another model under this manifest, or its manifest above these tensors; then sealed as if they belonged together."""
+    """Tensors of another model under this manifest, or its manifest above these tensors; then sealed as if
+    they belonged together.
+    """
     tensors, manifest = checkpoint_of(directory)
-    other = {name: torch.rand_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    other = {
+        name: torch.rand_like(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     if chance.random() < 0.5:
         write_tensors(directory / TENSORS_FILE, other)
     else:
@@ -245,11 +314,32 @@ def a_name_in_the_list(directory: Path, chance: Random) -> None:
     (directory / "round").symlink_to("round")
     os.mkfifo(directory / "pipe")
     names = [
-        str(outside), "/dev/zero", "/etc/hostname", "../outside", "scheduler/../../outside", "..", ".", "", "/", "scheduler/", "./model_index.json",
-        "scheduler//scheduler_config.json", "link", "up/outside", "device", "pipe", "scheduler", "x" * 5000, "x" * 300, "y/" * 400 + "y",
-        "model_index.json\0", "\ud800",
-    ]  # fmt: skip
-    edited(directory / LISTING_FILE, lambda listing: listing["files"].update({chance.choice(names): "0" * 64}))
+        str(outside),
+        "/dev/zero",
+        "/etc/hostname",
+        "../outside",
+        "scheduler/../../outside",
+        "..",
+        ".",
+        "",
+        "/",
+        "scheduler/",
+        "./model_index.json",
+        "scheduler//scheduler_config.json",
+        "link",
+        "up/outside",
+        "device",
+        "pipe",
+        "scheduler",
+        "x" * 5000,
+        "x" * 300,
+        "y/" * 400 + "y",
+        "model_index.json\0",
+        "\ud800",
+    ]
+    edited(
+        directory / LISTING_FILE, lambda listing: listing["files"].update({chance.choice(names): "0" * 64})
+    )
 
 
 def a_value_in_the_list(directory: Path, chance: Random) -> None:
@@ -269,7 +359,9 @@ def a_listed_file(directory: Path, chance: Random) -> None:
 
 def something_gone(directory: Path, chance: Random) -> None:
     """The list, a file in it, the component's folder, or one of the two files in that."""
-    gone = chance.choice([LISTING_FILE, "model_index.json", "scheduler", "unet", f"unet/{WEIGHTS}", "unet/config.json"])
+    gone = chance.choice(
+        [LISTING_FILE, "model_index.json", "scheduler", "unet", f"unet/{WEIGHTS}", "unet/config.json"]
+    )
     shutil.rmtree(directory / gone) if (directory / gone).is_dir() else (directory / gone).unlink()
 
 
@@ -279,7 +371,9 @@ def a_component_resealed(directory: Path, chance: Random) -> None:
     def change(config: dict[str, Any]) -> None:
         manifest = config["quantization_config"]
         provenance = {**manifest["provenance"], "seed": chance.randrange(1, 10**6)}
-        config["quantization_config"] = seal(read_tensors(directory / "unet" / WEIGHTS)[0], {**manifest, "provenance": provenance}, table=False)
+        config["quantization_config"] = seal(
+            read_tensors(directory / "unet" / WEIGHTS)[0], {**manifest, "provenance": provenance}, table=False
+        )
 
     edited(directory / "unet" / "config.json", change)
 
@@ -287,7 +381,9 @@ def a_component_resealed(directory: Path, chance: Random) -> None:
 def a_component_edited(directory: Path, chance: Random) -> None:
     def change(config: dict[str, Any]) -> None:
         if chance.random() < 0.3:
-            config["quantization_config"] = chance.choice([value for value in VALUES if value not in (None, True)])
+            config["quantization_config"] = chance.choice(
+                [value for value in VALUES if value not in (None, True)]
+            )
         else:
             lie(config["quantization_config"], chance)
 
@@ -295,7 +391,10 @@ def a_component_edited(directory: Path, chance: Random) -> None:
 
 
 def a_bit_of_the_component(directory: Path, chance: Random) -> None:
-    spoiled(directory / "unet" / WEIGHTS, lambda content: flip(content, chance.randrange(8 * header_end(content), 8 * len(content))))
+    spoiled(
+        directory / "unet" / WEIGHTS,
+        lambda content: flip(content, chance.randrange(8 * header_end(content), 8 * len(content))),
+    )
 
 
 FOREIGN, MISMATCH = ForeignFileError, TensorMismatchError
@@ -307,9 +406,13 @@ BARE = {
     "a shorter file": Kind(a_shorter_file, 30, (TruncatedFileError,)),
     "a longer file": Kind(a_longer_file, 10, (FOREIGN,)),
     "a shorter manifest": Kind(a_shorter_manifest, 20, (FOREIGN, TruncatedFileError)),
-    "a bit of the manifest": Kind(a_bit_of_the_manifest, 30, (FOREIGN, VersionError, MISMATCH, ChecksumError)),
+    "a bit of the manifest": Kind(
+        a_bit_of_the_manifest, 30, (FOREIGN, VersionError, MISMATCH, ChecksumError)
+    ),
     "a field": Kind(a_field, 50, (FOREIGN, VersionError, MISMATCH, ChecksumError)),
-    "a field, resealed": Kind(a_field_resealed, 60, (FOREIGN, VersionError, MISMATCH, ValueError), loads=True),
+    "a field, resealed": Kind(
+        a_field_resealed, 60, (FOREIGN, VersionError, MISMATCH, ValueError), loads=True
+    ),
     "a part, resealed": Kind(a_part_resealed, 100, (FOREIGN, MISMATCH, ValueError), loads=True),
     "a depth": Kind(a_depth, 6, (FOREIGN,)),
     "a scale, resealed": Kind(a_scale, 15, (MISMATCH,)),
@@ -372,7 +475,9 @@ def run_cases(name: str, kind: Kind, whole: Path, folder: Path, use: Callable[[P
 
 @pytest.mark.filterwarnings("ignore:timestep .* was not calibrated")
 @pytest.mark.parametrize("name", BARE)
-def test_a_checkpoint_that_lies_is_refused(build: Callable[..., Any], bare: Path, tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_that_lies_is_refused(
+    build: Callable[..., Any], bare: Path, tmp_path: Path, name: str
+) -> None:
     def use(directory: Path) -> None:
         denoiser, inputs = build("plain")
         module = tfmq.load(directory, module=denoiser.module, backend="simulated")
@@ -384,7 +489,9 @@ def test_a_checkpoint_that_lies_is_refused(build: Callable[..., Any], bare: Path
 
 @pytest.mark.parametrize("name", PIPELINE)
 def test_a_pipeline_that_lies_is_refused(pipeline: Path, tmp_path: Path, name: str) -> None:
-    run_cases(name, PIPELINE[name], pipeline, tmp_path, lambda directory: tfmq.load(directory, backend="simulated"))
+    run_cases(
+        name, PIPELINE[name], pipeline, tmp_path, lambda directory: tfmq.load(directory, backend="simulated")
+    )
 
 
 def test_there_are_enough_cases() -> None:
@@ -414,7 +521,9 @@ def test_sizes_are_compared_with_the_tensors_before_anything_is_built(
         tfmq.load(tmp_path / "q", module=torch.nn.Identity())
 
 
-def test_an_unknown_timestep_argument_is_refused_by_its_name(build: Callable[..., Any], bare: Path, tmp_path: Path) -> None:
+def test_an_unknown_timestep_argument_is_refused_by_its_name(
+    build: Callable[..., Any], bare: Path, tmp_path: Path
+) -> None:
     shutil.copytree(bare, tmp_path / "q")
     resealed(tmp_path / "q", lambda _, manifest: manifest["structure"].update(timestep="sigma"))
     with pytest.raises(ValueError, match="PlainDenoiser has no argument 'sigma' for the timestep"):
@@ -444,17 +553,24 @@ def test_an_input_that_the_layer_cannot_have_is_refused(
         tfmq.load(tmp_path / "q", module=build("plain")[0].module)
 
 
-def test_a_device_and_a_pipe_are_never_opened(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_and_a_pipe_are_never_opened(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[str] = []
     digest = tfmq.storage.listing.file_digest
-    monkeypatch.setattr("tfmq.storage.listing.file_digest", lambda path: (opened.append(Path(path).name), digest(path))[1])
+    monkeypatch.setattr(
+        "tfmq.storage.listing.file_digest", lambda path: (opened.append(Path(path).name), digest(path))[1]
+    )
     for name in ("device", "pipe", "scheduler"):
         directory = tmp_path / name
         shutil.copytree(pipeline, directory)
         (directory / "device").symlink_to("/dev/zero")
         os.mkfifo(directory / "pipe")
         # First in the list, so that nothing else refuses it.
-        edited(directory / LISTING_FILE, lambda listing, name=name: listing.update(files={name: "0" * 64, **listing["files"]}))
+        edited(
+            directory / LISTING_FILE,
+            lambda listing, name=name: listing.update(files={name: "0" * 64, **listing["files"]}),
+        )
         with pytest.raises(ForeignFileError, match=name):
             tfmq.load(directory)
     assert not {"device", "pipe", "scheduler"}.intersection(opened)
@@ -462,7 +578,9 @@ def test_a_device_and_a_pipe_are_never_opened(pipeline: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo])
 @pytest.mark.parametrize("name", [MANIFEST_FILE, TENSORS_FILE])
-def test_a_checkpoint_of_no_regular_files_is_refused(bare: Path, tmp_path: Path, make: Callable[[Path], object], name: str) -> None:
+def test_a_checkpoint_of_no_regular_files_is_refused(
+    bare: Path, tmp_path: Path, make: Callable[[Path], object], name: str
+) -> None:
     shutil.copytree(bare, tmp_path / "q")
     (tmp_path / "q" / name).unlink()
     make(tmp_path / "q" / name)
@@ -470,11 +588,19 @@ def test_a_checkpoint_of_no_regular_files_is_refused(bare: Path, tmp_path: Path,
         tfmq.load(tmp_path / "q", module=torch.nn.Identity())
 
 
-def test_a_component_belongs_to_its_pipeline(build: Callable[..., Any], pipeline: Path, tmp_path: Path) -> None:
-    """The whole denoiser of another artifact draws other images; each file of it is as its own manifest has it."""
+def test_a_component_belongs_to_its_pipeline(
+    build: Callable[..., Any], pipeline: Path, tmp_path: Path
+) -> None:
+    """The whole denoiser of another artifact draws other images; each file of it is as its own manifest has
+    it.
+    """
     from diffusers import DDIMPipeline, DDIMScheduler
 
-    tfmq.quantize(DDIMPipeline(build("unet", seed=1)[0].module, DDIMScheduler()), recipe(), output_dir=tmp_path / "other")
+    tfmq.quantize(
+        DDIMPipeline(build("unet", seed=1)[0].module, DDIMScheduler()),
+        recipe(),
+        output_dir=tmp_path / "other",
+    )
     shutil.copytree(pipeline, tmp_path / "q")
     shutil.rmtree(tmp_path / "q" / "unet")
     shutil.copytree(tmp_path / "other" / "unet", tmp_path / "q" / "unet")
@@ -488,10 +614,14 @@ def test_a_component_belongs_to_its_pipeline(build: Callable[..., Any], pipeline
         tfmq.load(tmp_path / "q")
 
 
-@pytest.mark.parametrize(("gone", "message"), [(LISTING_FILE, "tfmq_files.json does not exist"), ("unet", "unet is missing")])
+@pytest.mark.parametrize(
+    ("gone", "message"), [(LISTING_FILE, "tfmq_files.json does not exist"), ("unet", "unet is missing")]
+)
 def test_a_missing_list_or_folder_is_said(pipeline: Path, tmp_path: Path, gone: str, message: str) -> None:
     shutil.copytree(pipeline, tmp_path / "q")
-    shutil.rmtree(tmp_path / "q" / gone) if (tmp_path / "q" / gone).is_dir() else (tmp_path / "q" / gone).unlink()
+    shutil.rmtree(tmp_path / "q" / gone) if (tmp_path / "q" / gone).is_dir() else (
+        tmp_path / "q" / gone
+    ).unlink()
     with pytest.raises(MissingFileError, match=message):
         tfmq.load(tmp_path / "q")
 
@@ -527,10 +657,18 @@ def test_a_snapshot_of_the_hubs_cache_opens(pipeline: Path, tmp_path: Path) -> N
         tfmq.load(snapshot)
 
 
-def test_tensors_are_hashed_once(pipeline: Path, build: Callable[..., Any], bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_hashed_once(
+    pipeline: Path, build: Callable[..., Any], bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed: list[Mapping[str, Tensor]] = []
-    monkeypatch.setattr("tfmq.storage.checkpoint.tensor_digest", lambda tensors: (hashed.append(tensors), tensor_digest(tensors))[1])
-    monkeypatch.setattr("tfmq.storage.digest.tensor_digest", lambda tensors: (hashed.append(tensors), tensor_digest(tensors))[1])
+    monkeypatch.setattr(
+        "tfmq.storage.checkpoint.tensor_digest",
+        lambda tensors: (hashed.append(tensors), tensor_digest(tensors))[1],
+    )
+    monkeypatch.setattr(
+        "tfmq.storage.digest.tensor_digest",
+        lambda tensors: (hashed.append(tensors), tensor_digest(tensors))[1],
+    )
     for load in (
         lambda: tfmq.load(pipeline, backend="simulated").unet,
         lambda: tfmq.load(bare, module=build("plain")[0].module, backend="simulated"),

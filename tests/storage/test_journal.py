@@ -58,7 +58,10 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"seed": 1}, "seed was 0 and is 1"),
-        ({"recipe": {"weights": {"bits": 8}, "rules": [{"match": "*"}]}}, r"recipe\.weights\.bits was 4 and is 8"),
+        (
+            {"recipe": {"weights": {"bits": 8}, "rules": [{"match": "*"}]}},
+            r"recipe\.weights\.bits was 4 and is 8",
+        ),
         ({"recipe": {"weights": {"bits": 4}, "rules": []}}, r"recipe\.rules was \[.*\] and is \[\]"),
         ({"extra": 1}, "extra was None and is 1"),
     ],
@@ -67,7 +70,9 @@ def test_another_job_is_refused_by_the_field_that_differs(tmp_path: Path, change
     Journal(tmp_path / "job", FINGERPRINT, resume=False).stage("a", lambda: counting([], "a"))
     with pytest.raises(JobMismatchError, match=message):
         Journal(tmp_path / "job", {**FINGERPRINT, **change}, resume=True)
-    assert Journal(tmp_path / "job", FINGERPRINT, resume=True).done("a"), "the refused attempt destroyed nothing"
+    assert Journal(tmp_path / "job", FINGERPRINT, resume=True).done("a"), (
+        "the refused attempt destroyed nothing"
+    )
 
 
 def test_resuming_what_never_began_begins(tmp_path: Path) -> None:
@@ -76,7 +81,9 @@ def test_resuming_what_never_began_begins(tmp_path: Path) -> None:
     assert not Journal(tmp_path / "empty", FINGERPRINT, resume=True).done("a")
 
 
-def test_without_a_directory_every_stage_is_computed_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_directory_every_stage_is_computed_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     journal, log = Journal(None, FINGERPRINT, resume=False), []
     for _ in range(2):

@@ -30,7 +30,9 @@ def test_a_list_names_every_file_that_nothing_else_seals_and_the_seals(listed: P
     found = {listed / "unet": component()}
     before = (listed / LISTING_FILE).read_bytes()
     values = json.loads(before)
-    assert list(values["files"]) == ["model_index.json", "scheduler/config.json"] and values["components"] == {"unet": SEAL}
+    assert list(values["files"]) == ["model_index.json", "scheduler/config.json"] and values[
+        "components"
+    ] == {"unet": SEAL}
     verify_listed(listed, found)
     digest = write_listing(listed, components=found)
     assert (listed / LISTING_FILE).read_bytes() == before
@@ -72,7 +74,9 @@ def test_components_are_those_that_were_listed(listed: Path) -> None:
         (LISTING_FILE, "[", ForeignFileError),
     ],
 )
-def test_each_damage_has_its_error(listed: Path, name: str, content: str | None, error: type[CheckpointError]) -> None:
+def test_each_damage_has_its_error(
+    listed: Path, name: str, content: str | None, error: type[CheckpointError]
+) -> None:
     path = listed / name
     if content is None:
         path.unlink()

@@ -8,7 +8,10 @@ from tfmq.storage.raw import dtype_name, raw_bytes
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3)])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.complex64],
+)
 def test_bytes_are_those_of_the_contiguous_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.arange(60).reshape(3, 4, 5)[0, 0].sum().expand(shape).to(dtype)
     expected = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

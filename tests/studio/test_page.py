@@ -14,29 +14,44 @@ import pytest
 
 from tfmq.studio.page import LOOPBACK, Studio, find_models, original_of
 
-CHROMIUM = os.environ.get("TFMQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    os.environ.get("TFMQ_CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 PATIENCE = 120_000
 
 
 def test_models_are_found_where_they_are(quantized: Path, original: Path, tmp_path: Path) -> None:
-    assert find_models(quantized) == [str(quantized)] == find_models(quantized.parent) and find_models(original) == []
+    assert (
+        find_models(quantized) == [str(quantized)] == find_models(quantized.parent)
+        and find_models(original) == []
+    )
     (tmp_path / "a" / "b").mkdir(parents=True)
     shutil.copytree(quantized, tmp_path / "a" / "b" / "c")
     assert find_models(tmp_path) == [] and find_models(tmp_path / "a") == [str(tmp_path / "a" / "b" / "c")]
 
 
-def test_the_original_is_found_by_what_a_model_seals(quantized: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_original_is_found_by_what_a_model_seals(
+    quantized: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of three models that are known by name, one has another scheduler and one another width."""
     for name in ("mine", "other-scheduler", "wider"):
         shutil.copytree(original, tmp_path / name)
-    for path, old, new in (("other-scheduler/model_index.json", "DDIMScheduler", "DDPMScheduler"), ("wider/unet/config.json", "16", "32")):
+    for path, old, new in (
+        ("other-scheduler/model_index.json", "DDIMScheduler", "DDPMScheduler"),
+        ("wider/unet/config.json", "16", "32"),
+    ):
         text = (tmp_path / path).read_text()
         assert old in text
         (tmp_path / path).write_text(text.replace(old, new))
     monkeypatch.setattr("tfmq.targets.SHELVES", (tmp_path,))
     assert original_of(str(quantized)) == "mine"
     shutil.rmtree(tmp_path / "mine")
-    assert original_of(str(quantized)) == original_of(None) == original_of(str(tmp_path / "absent")) == "default"
+    assert (
+        original_of(str(quantized)) == original_of(None) == original_of(str(tmp_path / "absent")) == "default"
+    )
     shutil.copytree(original, tmp_path / "text")
     assert original_of(None) == "text"
 
@@ -57,17 +72,31 @@ def address(original: Path, quantized: Path) -> Iterator[str]:
     studio.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path; install the package chromium, or name one by TFMQ_CHROMIUM")
+@pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="no Chromium on the path; install the package chromium, or name one by TFMQ_CHROMIUM",
+)
 def test_both_images_appear(address: str, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     assert address.startswith(f"http://{LOOPBACK}:")
     complaints: list[str] = []
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"], timeout=PATIENCE)
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu"], timeout=PATIENCE
+        )
         page = browser.new_page(viewport={"width": 1200, "height": 1000})
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type == "error" else None
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:")) else complaints.append(request.url))
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((address, "data:", "blob:"))
+                else complaints.append(request.url)
+            ),
+        )
         page.goto(address, timeout=PATIENCE)
         check_drawing(page)
         page.screenshot(path=tmp_path / "studio.png")
@@ -76,19 +105,33 @@ def test_both_images_appear(address: str, tmp_path: Path) -> None:
 
 
 def check_drawing(page: Any) -> None:
-    """Two images of the size that people can see, each with its time and memory; what cannot be drawn is said."""
+    """Two images of the size that people can see, each with its time and memory; what cannot be drawn is
+    said.
+    """
     page.get_by_label("Steps").first.wait_for(timeout=PATIENCE)
     page.get_by_label("Seed").fill("7")
     # Those that the model was calibrated on.
     assert page.get_by_role("spinbutton", name="Steps").input_value() == "3"
     page.get_by_role("button", name="Draw").click()
     page.wait_for_function(
-        "document.querySelectorAll('.drawn img').length >= 2 && document.body.innerText.match(/of memory at most/g)?.length === 2", timeout=PATIENCE
+        (
+            "document.querySelectorAll('.drawn img').length >= 2 && "
+            "document.body.innerText.match(/of memory at most/g)?.length === 2"
+        ),
+        timeout=PATIENCE,
     )
-    sizes = page.evaluate("Promise.all([...document.querySelectorAll('.drawn img')].map(image => image.decode().then(() => image.naturalWidth)))")
+    sizes = page.evaluate(
+        "Promise.all([...document.querySelectorAll('.drawn img')].map(image "
+        "=> image.decode().then(() => image.naturalWidth)))"
+    )
     assert sizes == [512, 512]
     text = page.inner_text("body")
-    assert "backend simulated" in text and "was not calibrated" not in text and "Full precision" in text and "Quantized" in text
+    assert (
+        "backend simulated" in text
+        and "was not calibrated" not in text
+        and "Full precision" in text
+        and "Quantized" in text
+    )
     page.get_by_label("Reference").fill("/no/such/model")
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Draw").click()
@@ -107,7 +150,12 @@ def test_the_page_answers_its_own_machine_alone(address: str) -> None:
         return found
 
     assert status() == status(Origin=f"http://{host}") == 200
-    assert status(Host="evil.example:7860") == status(Origin="http://evil.example") == status(Origin="null") == 403
+    assert (
+        status(Host="evil.example:7860")
+        == status(Origin="http://evil.example")
+        == status(Origin="null")
+        == 403
+    )
 
 
 def test_a_port_that_is_taken_is_named(original: Path) -> None:
@@ -117,5 +165,7 @@ def test_a_port_that_is_taken_is_named(original: Path) -> None:
         taken.bind((LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} of {LOOPBACK} is taken; name a free one with --port"):
+        with pytest.raises(
+            ValueError, match=f"port {port} of {LOOPBACK} is taken; name a free one with --port"
+        ):
             Studio([], str(original)).launch(port=port)

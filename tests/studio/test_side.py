@@ -27,10 +27,14 @@ def side() -> Iterator[Side]:
     made.close()
 
 
-def test_models_have_a_process_each_and_one_that_dies_is_replaced(side: Side, quantized: Path, original: Path) -> None:
+def test_models_have_a_process_each_and_one_that_dies_is_replaced(
+    side: Side, quantized: Path, original: Path
+) -> None:
     """One test for all, because each process imports diffusers, which takes seconds."""
     drawn = side.draw(str(quantized), Wish(seed=3, steps=3))
-    assert np.array_equal(drawn.image, draw(open_sampler(str(quantized)), 1, steps=3, seed=3, batch_size=1)[0])
+    assert np.array_equal(
+        drawn.image, draw(open_sampler(str(quantized)), 1, steps=3, seed=3, batch_size=1)[0]
+    )
     assert drawn.backend == "simulated" and drawn.seconds > 0 and 0 < drawn.memory_bytes < 2**32
     assert drawn.warnings == ()
     for _ in range(2):
@@ -79,7 +83,12 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_models_process_does_not_outlive_the_page(tmp_path: Path, end: signal.Signals) -> None:
     (tmp_path / "page.py").write_text(PAGE)
-    page = subprocess.Popen([sys.executable, tmp_path / "page.py"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": SOURCE})
+    page = subprocess.Popen(
+        [sys.executable, tmp_path / "page.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": SOURCE},
+    )
     with page:
         assert page.stdout is not None
         process = int(page.stdout.readline())
@@ -140,12 +149,21 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("moment", ["starting", "drawing"])
-def test_interrupted_during_a_draw_it_ends_with_130_and_one_line(original: Path, tmp_path: Path, moment: str) -> None:
+def test_interrupted_during_a_draw_it_ends_with_130_and_one_line(
+    original: Path, tmp_path: Path, moment: str
+) -> None:
     """A terminal sends Ctrl-C to every process of the group, the model's included."""
     (tmp_path / "studio.py").write_text(INTERRUPTED)
     command = [sys.executable, str(tmp_path / "studio.py"), str(original), moment]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}, **pipes) as studio:
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}, **pipes
+    ) as studio:
         assert studio.stdout is not None
         said = studio.stdout.readline()
         os.killpg(studio.pid, signal.SIGINT)

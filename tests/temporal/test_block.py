@@ -14,7 +14,9 @@ MODELS = ["unet", "own_attention", "conditional", "class_conditional", "sdxl", "
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_replay_is_what_the_model_computes_at_every_timestep(build: Callable[..., Any], name: str) -> None:
+def test_the_replay_is_what_the_model_computes_at_every_timestep(
+    build: Callable[..., Any], name: str
+) -> None:
     denoiser, example = build(name)
     block = TemporalBlock(denoiser, example, batch=4)
     names = [layer.name for layer in block.trace.temporal]
@@ -36,7 +38,10 @@ def test_conditions_come_from_the_call_or_else_from_the_example(build: Callable[
     t = torch.tensor([5, 5])
     three, four = ({"class_labels": torch.tensor([label, label])} for label in (3, 4))
     base = example.resized(2)
-    runs = [block.run(Inputs(base.sample, t, {**base.conditions, **labels}), [name])[name] for labels in (three, four)]
+    runs = [
+        block.run(Inputs(base.sample, t, {**base.conditions, **labels}), [name])[name]
+        for labels in (three, four)
+    ]
     assert torch.equal(block.run(block.at(t), [name])[name], runs[0])
     assert not torch.allclose(runs[0], runs[1])
 
@@ -81,7 +86,9 @@ def test_the_replay_is_differentiable_in_the_layers(build: Callable[..., Any]) -
     denoiser, example = build("unet")
     block = TemporalBlock(denoiser, example, batch=2)
     weight = denoiser.module.time_embedding.linear_1.weight.requires_grad_()
-    sum(value.sum() for value in block.run(block.at(torch.tensor([3, 7])), block.features).values()).backward()
+    sum(
+        value.sum() for value in block.run(block.at(torch.tensor([3, 7])), block.features).values()
+    ).backward()
     assert weight.grad is not None and weight.grad.abs().sum() > 0
 
 
@@ -97,7 +104,9 @@ def test_timesteps_between_integers_are_not_rounded(build: Callable[..., Any]) -
 
 
 class Folded(nn.Module):
-    """A video model: the embedding is repeated for each frame before the layer whose output is the feature."""
+    """A video model: the embedding is repeated for each frame before the layer whose output is the
+    feature.
+    """
 
     def __init__(self, frames: int) -> None:
         super().__init__()
@@ -105,13 +114,17 @@ class Folded(nn.Module):
         self.proj, self.exit = nn.Linear(4, 3), nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        emb = torch.sin(t[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])).repeat_interleave(self.frames, dim=0)
+        emb = torch.sin(t[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])).repeat_interleave(
+            self.frames, dim=0
+        )
         return self.exit(x.flatten(0, 1) + self.proj(emb)[:, :, None, None])
 
 
 def test_frames_share_the_feature_of_their_timestep() -> None:
     block = TemporalBlock(Denoiser(Folded(2)), Inputs(torch.randn(1, 2, 3, 4, 4), torch.tensor([5])), batch=4)
-    single = TemporalBlock(Denoiser(Folded(1)), Inputs(torch.randn(1, 1, 3, 4, 4), torch.tensor([5])), batch=4)
+    single = TemporalBlock(
+        Denoiser(Folded(1)), Inputs(torch.randn(1, 1, 3, 4, 4), torch.tensor([5])), batch=4
+    )
     single.module.load_state_dict(block.module.state_dict())
     assert torch.equal(block(torch.tensor([1, 2]))["proj"], single(torch.tensor([1, 2]))["proj"])
 

@@ -19,7 +19,9 @@ from tfmq.temporal.cache import install_tables, quantized_features
 from tfmq.temporal.probe import layer_outputs
 
 TIMESTEPS = torch.tensor([1.0, 5.0, 400.0, 900.0, 999.0])
-W2 = Recipe(name="w2", weights=Weights(bits=2, ranges="min_max"), activations=Activations(bits=None, products=False))
+W2 = Recipe(
+    name="w2", weights=Weights(bits=2, ranges="min_max"), activations=Activations(bits=None, products=False)
+)
 
 
 def prepared(build: Callable[..., Any], name: str) -> tuple[TemporalBlock, StepContext, dict[str, Tensor]]:
@@ -50,7 +52,9 @@ def test_quantized_features_are_what_the_whole_model_computes(build: Callable[..
 
 
 @pytest.mark.parametrize("table_format", ["int8", "float16"])
-def test_a_cached_model_has_its_full_precision_features_at_the_calibrated_timesteps(build: Callable[..., Any], table_format: str) -> None:
+def test_a_cached_model_has_its_full_precision_features_at_the_calibrated_timesteps(
+    build: Callable[..., Any], table_format: str
+) -> None:
     block, steps, full = prepared(build, "unet")
     install_tables(block, full, steps, table_format=table_format)  # type: ignore[arg-type]
     assert kinds(block.module, CachedFeature) == set(full)
@@ -96,7 +100,9 @@ def test_a_selection_takes_for_each_key_the_smaller_disturbance(build: Callable[
     for key, feature in full.items():
         cached = block.module.get_submodule(key)
         through_table = cached.table(torch.arange(len(TIMESTEPS)))  # type: ignore[operator]
-        best = torch.minimum(relative_error(feature, through_block[key]), relative_error(feature, through_table))
+        best = torch.minimum(
+            relative_error(feature, through_block[key]), relative_error(feature, through_table)
+        )
         assert (relative_error(feature, selected[key]) <= best + 1e-6).all()
 
 

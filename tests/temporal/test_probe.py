@@ -9,8 +9,12 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.temporal.probe import ProbeError, layer_outputs, probe
 
 
-@pytest.mark.parametrize("name", ["unet", "own_attention", "conditional", "class_conditional", "sdxl", "dit", "sd3", "plain"])
-def test_the_traced_structure_of_every_model_holds_on_its_weights(build: Callable[..., Any], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["unet", "own_attention", "conditional", "class_conditional", "sdxl", "dit", "sd3", "plain"]
+)
+def test_the_traced_structure_of_every_model_holds_on_its_weights(
+    build: Callable[..., Any], name: str
+) -> None:
     denoiser, example = build(name)
     assert probe(denoiser, example, batch=4).features
 
@@ -39,11 +43,20 @@ def written_in_place(model: Tricky, x: Tensor, t: Tensor) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[[Tricky, Tensor, Tensor], Tensor], str]] = {
-    "a number": (lambda m, x, t: (float(t[0]) * m.frequencies).sin().expand(len(t), -1), "proj changes with the timestep"),
+    "a number": (
+        lambda m, x, t: (float(t[0]) * m.frequencies).sin().expand(len(t), -1),
+        "proj changes with the timestep",
+    ),
     "item": (lambda m, x, t: torch.full((len(t), 4), t[0].item() / 500), "proj changes with the timestep"),
     "writing in place": (written_in_place, "proj changes with the timestep"),
-    "a statistic of the sample": (lambda m, x, t: m.sinusoid(t) * x.abs().sum().item(), "proj .* independent of the sample"),
-    "a branch on the timestep": (lambda m, x, t: m.sinusoid(t) * (3 if t.max() > 100 else 1), "proj does not give what the model computes"),
+    "a statistic of the sample": (
+        lambda m, x, t: m.sinusoid(t) * x.abs().sum().item(),
+        "proj .* independent of the sample",
+    ),
+    "a branch on the timestep": (
+        lambda m, x, t: m.sinusoid(t) * (3 if t.max() > 100 else 1),
+        "proj does not give what the model computes",
+    ),
 }
 
 
@@ -55,14 +68,20 @@ def test_what_a_trace_cannot_see_is_refused_by_the_name_of_the_layer(case: str) 
 
 
 def test_the_same_model_with_a_tensor_timestep_passes() -> None:
-    block = probe(Denoiser(Tricky(lambda m, x, t: m.sinusoid(t))), Inputs(torch.randn(1, 3, 4, 4), torch.tensor([5])), batch=4)
+    block = probe(
+        Denoiser(Tricky(lambda m, x, t: m.sinusoid(t))),
+        Inputs(torch.randn(1, 3, 4, 4), torch.tensor([5])),
+        batch=4,
+    )
     assert block.features == ("proj",)
 
 
 def test_weights_that_are_not_numbers_are_no_false_structure() -> None:
     model = Tricky(lambda m, x, t: m.sinusoid(t)).requires_grad_(False)
     model.proj.weight[0, 0] = torch.nan
-    assert probe(Denoiser(model), Inputs(torch.randn(1, 3, 4, 4), torch.tensor([5])), batch=4).features == ("proj",)
+    assert probe(Denoiser(model), Inputs(torch.randn(1, 3, 4, 4), torch.tensor([5])), batch=4).features == (
+        "proj",
+    )
 
 
 def test_probing_leaves_no_hooks() -> None:

@@ -10,7 +10,9 @@ BLOCK = {"a": torch.tensor([0.1, 0.1, 0.4]), "b": torch.tensor([0.2, 0.2, 0.9])}
 TABLE = {"a": torch.tensor([0.3, 0.3, 0.3]), "b": torch.tensor([0.3, 0.1, 0.1])}
 
 
-def chosen(scope: str, block: dict[str, torch.Tensor] = BLOCK, table: dict[str, torch.Tensor] = TABLE) -> dict[str, list[bool]]:
+def chosen(
+    scope: str, block: dict[str, torch.Tensor] = BLOCK, table: dict[str, torch.Tensor] = TABLE
+) -> dict[str, list[bool]]:
     return {name: use.tolist() for name, use in select_tables(block, table, scope=scope).items()}  # type: ignore[arg-type]
 
 
@@ -52,8 +54,12 @@ def test_what_is_selected_is_never_worse_than_both(errors: list[list[float]], se
     table = {name: torch.rand(3, generator=torch.Generator().manual_seed(seed)) for name in block}
     picked = select_tables(block, table)
     for name in block:
-        assert torch.equal(torch.where(picked[name], table[name], block[name]), torch.minimum(block[name], table[name]))
+        assert torch.equal(
+            torch.where(picked[name], table[name], block[name]), torch.minimum(block[name], table[name])
+        )
     for scope, axes in (("feature", 1), ("step", 0), ("global", (0, 1))):
         use = torch.stack(list(select_tables(block, table, scope=scope).values()))  # type: ignore[arg-type]
         b, t = torch.stack(list(block.values())).square(), torch.stack(list(table.values())).square()
-        assert (torch.where(use, t, b).mean(dim=axes) <= torch.minimum(b.mean(dim=axes), t.mean(dim=axes)) + 1e-6).all()
+        assert (
+            torch.where(use, t, b).mean(dim=axes) <= torch.minimum(b.mean(dim=axes), t.mean(dim=axes)) + 1e-6
+        ).all()

@@ -1,1 +1,3 @@
-"""What executes a quantized denoiser: the simulation it was calibrated in, exact integers, or an integer engine."""
+"""What executes a quantized denoiser: the simulation it was calibrated in, exact integers, or an integer
+engine.
+"""

@@ -1,4 +1,6 @@
-"""The choice "auto": made at the first call of a kind, by a measurement of every candidate, and remembered on disk."""
+"""The choice "auto": made at the first call of a kind, by a measurement of every candidate, and remembered on
+disk.
+"""
 
 import logging
 import math
@@ -22,10 +24,12 @@ from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
 from tfmq.reconstruction.resources import free_bytes
 from tfmq.storage.digest import tensor_digest
 
-# Backends that are measured, by kind of device, the quickest to prepare first. The first one, torch's own floating point, is the baseline.
+# Backends that are measured, by kind of device, the quickest to prepare first. The first one, torch's own
+# floating point, is the baseline.
 CANDIDATES = {"cpu": ("float", "torch", "openvino"), "cuda": ("float", "cuda")}
 ELSEWHERE = ("float",)
-# Replaces "float" where the quality of the quantized model is judged: "float" does not quantize the inputs of layers.
+# Replaces "float" where the quality of the quantized model is judged: "float" does not quantize the inputs of
+# layers.
 JUDGED = "simulated"
 # Bytes of memory for each weight that a backend of the CPU needs while it prepares.
 BYTES = {"float": 4, JUDGED: 4, "torch": 2, "openvino": 10}
@@ -39,22 +43,35 @@ log = logging.getLogger("tfmq")
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
-    return next(leaf.device for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1)
+    return next(
+        leaf.device for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1
+    )
 
 
 def _sample(arguments: Mapping[str, Any]) -> Tensor:
     """Return the first tensor of several axes, as `tfmq.export.capture.Call` does."""
-    return next(leaf for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1)
+    return next(
+        leaf for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1
+    )
 
 
 def _lack(module: nn.Module, name: str, options: Options) -> str:
     """Return what memory a candidate lacks, in words, or nothing."""
     each = 0 if options.weights == "packed" and name in ("float", JUDGED) else BYTES.get(name, 0)
-    needed, free = each * sum(math.prod(layer.shape) for layer in packed_layers(module).values()), free_bytes()
-    return "" if free is None or needed <= free else f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    needed, free = (
+        each * sum(math.prod(layer.shape) for layer in packed_layers(module).values()),
+        free_bytes(),
+    )
+    return (
+        ""
+        if free is None or needed <= free
+        else f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    )
 
 
-def candidates(module: nn.Module, device: torch.device, options: Options, *, judged: bool) -> tuple[dict[str, Way], dict[str, str]]:
+def candidates(
+    module: nn.Module, device: torch.device, options: Options, *, judged: bool
+) -> tuple[dict[str, Way], dict[str, str]]:
     """Return the ways to measure by name, the baseline first, and why others are not tried that could be."""
     ways: dict[str, Way] = {}
     untried: dict[str, str] = {}
@@ -83,8 +100,9 @@ def candidates(module: nn.Module, device: torch.device, options: Options, *, jud
 class AutoExecutor:
     """Computes each kind of call by what was the fastest for it.
 
-    A call that gradients are asked of is simulated, and so is what somebody watches layer by layer before a choice was made. With `judged` every
-    candidate computes the quantized model, so that who measures its quality does not measure another one's.
+    A call that gradients are asked of is simulated, and so is what somebody watches layer by layer before a
+    choice was made. With `judged` every candidate computes the quantized model, so that who measures its
+    quality does not measure another one's.
     """
 
     def __init__(self, options: Options, *, judged: bool = False) -> None:
@@ -111,7 +129,12 @@ class AutoExecutor:
         subject = f"{type(module).__name__} at batch {len(_sample(arguments))}"
         baseline, *others = ways
         if not others:
-            log.info("%s", " ".join([f"auto: {baseline} computes {subject}; nothing else is there to try", *_said(untried)]))
+            log.info(
+                "%s",
+                " ".join(
+                    [f"auto: {baseline} computes {subject}; nothing else is there to try", *_said(untried)]
+                ),
+            )
             return (ways[baseline],)
         stored = self._stored(module, kind, ways, _device(arguments))
         choice = stored.read(tuple(ways)) if stored else None
@@ -119,7 +142,11 @@ class AutoExecutor:
         found = Race()
         if choice is None:
             found, rows = self._race(module, ways, arguments)
-            origin = f"measured on {rows} of {len(_sample(arguments))} rows" if rows < len(_sample(arguments)) else ""
+            origin = (
+                f"measured on {rows} of {len(_sample(arguments))} rows"
+                if rows < len(_sample(arguments))
+                else ""
+            )
             failed = {name: in_a_line(error) for name, error in found.failed.items()}
             choice = Choice({name: 1e3 * seconds for name, seconds in found.seconds.items()}, failed)
             if stored:
@@ -131,16 +158,30 @@ class AutoExecutor:
         log.info("%s", _chosen(subject, order[0], choice, origin, untried))
         return tuple(ways[name] for name in order)
 
-    def _stored(self, module: nn.Module, kind: Kind, ways: Mapping[str, Way], device: torch.device) -> Stored | None:
-        """Return where the choice is kept; nowhere for a model whose values are elsewhere, as while it is offloaded."""
+    def _stored(
+        self, module: nn.Module, kind: Kind, ways: Mapping[str, Way], device: torch.device
+    ) -> Stored | None:
+        """Return where the choice is kept; nowhere for a model whose values are elsewhere, as while it is
+        offloaded.
+        """
         try:
             self.digest = self.digest or tensor_digest(module.state_dict())
         except (ValueError, NotImplementedError):
             return None
         setting = {"threads": torch.get_num_threads(), "options": self.options, "candidates": list(ways)}
-        return Stored({"model": self.digest, "kind": kind, "machine": machine(device), **setting, **versions(tuple(ways))})
+        return Stored(
+            {
+                "model": self.digest,
+                "kind": kind,
+                "machine": machine(device),
+                **setting,
+                **versions(tuple(ways)),
+            }
+        )
 
-    def _race(self, module: nn.Module, ways: Mapping[str, Way], arguments: Mapping[str, Any]) -> tuple[Race, int]:
+    def _race(
+        self, module: nn.Module, ways: Mapping[str, Way], arguments: Mapping[str, Any]
+    ) -> tuple[Race, int]:
         """Measure; return the number of rows that were computed, too."""
         device, given, entered = _device(arguments), arguments, set[str]()
 
@@ -151,7 +192,12 @@ class AutoExecutor:
 
         def enter(name: str) -> Any:
             if name in CONVERTING and name not in entered:
-                log.info("auto: preparing %s for %s; the first time may take minutes", name, type(module).__name__, extra={"waiting": True})
+                log.info(
+                    "auto: preparing %s for %s; the first time may take minutes",
+                    name,
+                    type(module).__name__,
+                    extra={"waiting": True},
+                )
             entered.add(name)
             self.prepared.use(module, ways[name])
             return lambda: call(ways[name])
@@ -164,12 +210,16 @@ class AutoExecutor:
             with steps_of(module).at(torch.as_tensor(given[getattr(module, TIMESTEP)])):
                 return race(tuple(ways), enter, leave), len(_sample(given))
 
-    def _affordable(self, module: nn.Module, baseline: Way, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _affordable(
+        self, module: nn.Module, baseline: Way, arguments: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Return the call, or its first row where the whole would take long."""
         sample, timestep = _sample(arguments), torch.as_tensor(arguments[getattr(module, TIMESTEP)])
         if len(sample) == 1:
             return arguments
-        row: Mapping[str, Any] = Inputs(sample, timestep, {"row": dict(arguments)}).rows(0, 1).conditions["row"]
+        row: Mapping[str, Any] = (
+            Inputs(sample, timestep, {"row": dict(arguments)}).rows(0, 1).conditions["row"]
+        )
         try:
             with steps_of(module).at(timestep.flatten()[:1]):
                 self.prepared.run(module, baseline, row)
@@ -181,8 +231,12 @@ class AutoExecutor:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether somebody looks at the calls of layers: they would see those of the measurement, and none of an engine."""
-    return any(child._forward_hooks or child._forward_pre_hooks for child in module.modules() if child is not module)
+    """Whether somebody looks at the calls of layers: they would see those of the measurement, and none of an
+    engine.
+    """
+    return any(
+        child._forward_hooks or child._forward_pre_hooks for child in module.modules() if child is not module
+    )
 
 
 def _said(untried: Mapping[str, str]) -> list[str]:
@@ -192,14 +246,24 @@ def _said(untried: Mapping[str, str]) -> list[str]:
 def _chosen(subject: str, name: str, choice: Choice, origin: str, untried: Mapping[str, str]) -> str:
     """Return the line that says what was chosen, why, and what to install for more."""
     times = choice.milliseconds
-    others = ", ".join(f"{other} {times[other]:.1f}" for other in sorted(times, key=lambda other: times[other]) if other != name)
-    parts = [f"{times[name]:.1f} ms a call", *([f"against {others}"] if others else []), *([origin] if origin else [])]
+    others = ", ".join(
+        f"{other} {times[other]:.1f}"
+        for other in sorted(times, key=lambda other: times[other])
+        if other != name
+    )
+    parts = [
+        f"{times[name]:.1f} ms a call",
+        *([f"against {others}"] if others else []),
+        *([origin] if origin else []),
+    ]
     parts += [f"{other} failed: {text}" for other, text in choice.failed.items()]
     return " ".join([f"auto: {name} computes {subject}: {'; '.join(parts)}", *_said(untried)])
 
 
 def decide(denoiser: Denoiser, inputs: Inputs, options: Options, *, judged: bool) -> str:
-    """Return the backend that is chosen for calls like `inputs`, at a timestep that was calibrated; the simulation is in place afterwards."""
+    """Return the backend that is chosen for calls like `inputs`, at a timestep that was calibrated; the
+    simulation is in place afterwards.
+    """
     module = denoiser.module
     known = steps_of(module).timesteps
     timestep = known[len(known) // 2].to(inputs.timestep).expand(len(inputs))

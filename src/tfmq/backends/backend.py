@@ -14,15 +14,19 @@ Weights = Literal["unpacked", "packed"]
 
 
 class EngineError(RuntimeError):
-    """An engine could not compile or run a model; the message names the engine and, where known, the layer."""
+    """An engine could not compile or run a model; the message names the engine and, where known, the
+    layer.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a backend trades memory for time.
 
-    `weights`: "unpacked" keeps each weight in the form that executes fastest, one byte each beside the packed codes; "packed" unpacks at each call.
-    `compile`: let the backend's graph compiler run; the first call takes longer. `threads`: of an engine with threads of its own.
+    `weights`: "unpacked" keeps each weight in the form that executes fastest, one byte each beside the packed
+    codes; "packed" unpacks at each call.
+    `compile`: let the backend's graph compiler run; the first call takes longer. `threads`: of an engine with
+    threads of its own.
     """
 
     weights: Weights = "unpacked"
@@ -45,7 +49,8 @@ class Coverage:
 class Backend(Protocol):
     """Makes a packed denoiser compute by its means, in place; its state dict does not change.
 
-    `missing` names what the machine lacks for it, or is empty. `attach` returns what it covers; `release` below undoes it.
+    `missing` names what the machine lacks for it, or is empty. `attach` returns what it covers; `release`
+    below undoes it.
 
     """
 
@@ -81,14 +86,20 @@ def release(module: nn.Module) -> None:
 
 
 def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:
-    """Return the layers that can compute in integers, those with a quantized input, and for each other layer why it cannot."""
+    """Return the layers that can compute in integers, those with a quantized input, and for each other layer
+    why it cannot.
+    """
     layers = packed_layers(module)
-    floating = {name: "its input is not quantized" for name, layer in layers.items() if layer.input_quantizer is None}
+    floating = {
+        name: "its input is not quantized" for name, layer in layers.items() if layer.input_quantizer is None
+    }
     return {name: layer for name, layer in layers.items() if name not in floating}, floating
 
 
 def keep_unpacked(module: nn.Module, options: Options) -> None:
-    """Keep the float weight of every layer that computes in floating point, unless memory counts more than time."""
+    """Keep the float weight of every layer that computes in floating point, unless memory counts more than
+    time.
+    """
     for layer in packed_layers(module).values():
         if layer.kernel is None and options.weights == "unpacked":
             layer.unpacked = layer.weight

@@ -1,4 +1,6 @@
-"""Choices that were measured on this machine before: a small file for each model, kind of call and set of versions."""
+"""Choices that were measured on this machine before: a small file for each model, kind of call and set of
+versions.
+"""
 
 import math
 import platform
@@ -33,7 +35,11 @@ def machine(device: torch.device) -> str:
 def versions(backends: Sequence[str]) -> dict[str, str]:
     """Return the versions of all that decides how fast `backends` are."""
     libraries = sorted(LIBRARIES[name] for name in backends if name in LIBRARIES)
-    return {"tfmq": __version__, "torch": torch.__version__, **{name: metadata.version(name) for name in libraries}}
+    return {
+        "tfmq": __version__,
+        "torch": torch.__version__,
+        **{name: metadata.version(name) for name in libraries},
+    }
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,20 @@ class Stored:
         self.path = cache_directory("auto") / f"{sha256(text.encode()).hexdigest()[:32]}.json"
 
     def read(self, backends: Sequence[str]) -> Choice | None:
-        """Return the choice among `backends`; None where there is no file, or none that says something of each of them."""
+        """Return the choice among `backends`; None where there is no file, or none that says something of
+        each of them.
+        """
         try:
             found = read_json(self.path)
         except (CheckpointError, OSError):
             return None
         times, failed = found.get("milliseconds"), found.get("failed")
-        if not isinstance(times, dict) or not isinstance(failed, dict) or {*times, *failed} != {*backends} or not times:
+        if (
+            not isinstance(times, dict)
+            or not isinstance(failed, dict)
+            or {*times, *failed} != {*backends}
+            or not times
+        ):
             return None
         if not all(isinstance(time, int | float) and 0 < time < math.inf for time in times.values()):
             return None
@@ -69,6 +82,13 @@ class Stored:
         """Keep the choice; where the disk is full or read-only, this process alone does."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"depends": self.depends, "milliseconds": dict(choice.milliseconds), "failed": dict(choice.failed)})
+            write_json(
+                self.path,
+                {
+                    "depends": self.depends,
+                    "milliseconds": dict(choice.milliseconds),
+                    "failed": dict(choice.failed),
+                },
+            )
         except (CheckpointError, OSError):
             return

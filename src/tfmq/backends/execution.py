@@ -19,7 +19,8 @@ from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import is_quantized
 
 AUTO = "auto"
-# Backends that take over, in this order, where an engine fails. The last one, torch's own floating point, needs no engine.
+# Backends that take over, in this order, where an engine fails. The last one, torch's own floating point,
+# needs no engine.
 FALLBACKS = ("torch", "simulated")
 # Backends that run layer by layer unless `Options(compile=True)` asks for more.
 LAYERWISE = ("torch", "operators", "cuda")
@@ -63,7 +64,9 @@ def _order(module: nn.Module, backend: str, options: Options) -> tuple[Way, ...]
 
 
 def computed_by(module: nn.Module) -> str | None:
-    """Return the backend that has computed the last call of a denoiser which chooses by itself or falls back; None for any other."""
+    """Return the backend that has computed the last call of a denoiser which chooses by itself or falls back;
+    None for any other.
+    """
     executor = getattr(module, "tfmq_executor", None)
     if not isinstance(executor, AutoExecutor | FallbackExecutor) or executor.prepared.current is None:
         return None
@@ -87,14 +90,22 @@ def _check_values(module: nn.Module) -> None:
     """Raise `ValueError` for a NaN among the model's own values, which integers would hide."""
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise ValueError(f"{name} holds NaN: the model is damaged, and integer arithmetic would turn that into plausible numbers")
+            raise ValueError(
+                f"{name} holds NaN: the model is damaged, and integer arithmetic "
+                "would turn that into plausible numbers"
+            )
 
 
 def _attach(module: nn.Module, backend: str, options: Options) -> Coverage:
-    """Make a denoiser compute by `backend`, or by what comes after it where its engine fails, now or at a call; undone if nothing can be prepared."""
+    """Make a denoiser compute by `backend`, or by what comes after it where its engine fails, now or at a
+    call; undone if nothing can be prepared.
+    """
     if backend == AUTO:
         module.tfmq_executor = AutoExecutor(options)  # type: ignore[assignment]
-        return Coverage(integer=(), floating=dict.fromkeys(packed_layers(module), "what computes it is measured at the first call"))
+        return Coverage(
+            integer=(),
+            floating=dict.fromkeys(packed_layers(module), "what computes it is measured at the first call"),
+        )
     order, prepared = _order(module, backend, options), Prepared()
     for way, following in zip(order, (*order[1:], None), strict=True):
         try:
@@ -114,12 +125,14 @@ def _attach(module: nn.Module, backend: str, options: Options) -> Coverage:
 def execute(target: Any, backend: str = AUTO, *, options: Options | None = None) -> Coverage:
     """Make a quantized pipeline or denoiser compute by `backend` from now on, in place.
 
-    The pipeline stays what it is: schedulers, guidance, saving. Only the denoiser's arithmetic changes, within the bounds that
-    docs/performance.md states.
+    The pipeline stays what it is: schedulers, guidance, saving. Only the denoiser's arithmetic changes,
+    within the bounds that docs/performance.md states.
 
-    "auto" measures at the first call, and at the first of another batch: some calls of each backend that is installed, and of the dequantized model
-    in floating point ("float"), which is nearer to full precision than the integers are. What is fastest then computes such calls; it is kept in
-    the user's cache, and said in one line by the logger `tfmq` at the level INFO. Where an engine fails, the next one computes, with a warning.
+    "auto" measures at the first call, and at the first of another batch: some calls of each backend that is
+    installed, and of the dequantized model in floating point ("float"), which is nearer to full precision
+    than the integers are. What is fastest then computes such calls; it is kept in the user's cache, and said
+    in one line by the logger `tfmq` at the level INFO. Where an engine fails, the next one computes, with a
+    warning.
 
     Args:
         target: a pipeline with a quantized component, or a quantized module.
@@ -130,7 +143,8 @@ def execute(target: Any, backend: str = AUTO, *, options: Options | None = None)
         Which layers compute in integers; none is known to while "auto" has not measured.
 
     Raises:
-        ValueError: no such backend, nothing quantized, the machine lacks what it needs, or the model holds NaN.
+        ValueError: no such backend, nothing quantized, the machine lacks what it needs, or the model holds
+            NaN.
         MissingExtraError: the backend's library is not installed.
     """
     _check_name(backend)
@@ -145,4 +159,6 @@ def execute(target: Any, backend: str = AUTO, *, options: Options | None = None)
         give_back()
         covered |= dict.fromkeys(coverage.integer, None) | dict(coverage.floating)
     integer = tuple(name for name, reason in covered.items() if reason is None)
-    return Coverage(integer=integer, floating={name: reason for name, reason in covered.items() if reason is not None})
+    return Coverage(
+        integer=integer, floating={name: reason for name, reason in covered.items() if reason is not None}
+    )

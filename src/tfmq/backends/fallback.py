@@ -23,15 +23,19 @@ def complain(failed: Way, error: Exception, instead: Way, *, stacklevel: int = 2
     """Warn that `instead` computes what another way could not."""
     warnings.warn(
         f"{failed} cannot run this model: {in_a_line(error)}; {instead} computes such calls instead. "
-        f'Choose backend="{instead.backend}" to do so from the start, and report it where the engine is developed',
+        f'Choose backend="{instead.backend}" to do so from the start, '
+        "and report it where the engine is developed",
         stacklevel=stacklevel + 1,
     )
 
 
-def first_that_runs(prepared: Prepared, module: nn.Module, ways: tuple[Way, ...], arguments: Mapping[str, Any]) -> tuple[Any, tuple[Way, ...]]:
+def first_that_runs(
+    prepared: Prepared, module: nn.Module, ways: tuple[Way, ...], arguments: Mapping[str, Any]
+) -> tuple[Any, tuple[Way, ...]]:
     """Return the output of the first of `ways` that computes a call, and the ways from that one on.
 
-    The last way is torch's own floating point. What it raises is a mistake of the call, and of no engine: it passes.
+    The last way is torch's own floating point. What it raises is a mistake of the call, and of no engine: it
+    passes.
     """
     failures: list[tuple[Way, RuntimeError]] = []
     for position, way in enumerate(ways[:-1]):
@@ -44,14 +48,18 @@ def first_that_runs(prepared: Prepared, module: nn.Module, ways: tuple[Way, ...]
     return _after(failures, prepared.run(module, ways[-1], arguments), ways[-1:])
 
 
-def _after(failures: list[tuple[Way, RuntimeError]], output: Any, ways: tuple[Way, ...]) -> tuple[Any, tuple[Way, ...]]:
+def _after(
+    failures: list[tuple[Way, RuntimeError]], output: Any, ways: tuple[Way, ...]
+) -> tuple[Any, tuple[Way, ...]]:
     for way, error in failures:
         complain(way, error, ways[0], stacklevel=5)
     return output, ways
 
 
 class FallbackExecutor:
-    """Computes each kind of call by the first of `order` that can; a kind that an engine has failed at is not tried again."""
+    """Computes each kind of call by the first of `order` that can; a kind that an engine has failed at is not
+    tried again.
+    """
 
     def __init__(self, order: tuple[Way, ...], prepared: Prepared) -> None:
         self.order = order
@@ -62,5 +70,7 @@ class FallbackExecutor:
         if torch.compiler.is_compiling():
             return plain_forward(module, arguments)
         kind = kind_of(arguments)
-        output, self.ways[kind] = first_that_runs(self.prepared, module, self.ways.get(kind, self.order), arguments)
+        output, self.ways[kind] = first_that_runs(
+            self.prepared, module, self.ways.get(kind, self.order), arguments
+        )
         return output

@@ -1,4 +1,6 @@
-"""The float backend: the dequantized weights in the model's own floating point, inputs as they come. As fast as the full-precision model."""
+"""The float backend: the dequantized weights in the model's own floating point, inputs as they come. As fast
+as the full-precision model.
+"""
 
 from torch import nn
 
@@ -10,10 +12,11 @@ from tfmq.nn.products import ProductQuantizers
 
 @register("float")
 class Float:
-    """Dequantized layers: the fastest way for a small model, whose integer layers take longer to call than to compute.
+    """Dequantized layers: the fastest way for a small model, whose integer layers take longer to call than to
+    compute.
 
-    No input and no attention product is quantized. So the outputs are not those of the other backends: as a rule they are nearer to full
-    precision.
+    No input and no attention product is quantized. So the outputs are not those of the other backends: as a
+    rule they are nearer to full precision.
     """
 
     def missing(self) -> str:
@@ -21,8 +24,12 @@ class Float:
         return ""
 
     def attach(self, module: nn.Module, options: Options) -> Coverage:
-        """Let every layer leave its input as it comes, and keep its weight in the model's dtype, if that is wanted."""
-        dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+        """Let every layer leave its input as it comes, and keep its weight in the model's dtype, if that is
+        wanted.
+        """
+        dtype = next(
+            (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None
+        )
         layers = packed_layers(module)
         for layer in layers.values():
             layer.input_precision = "full"

@@ -1,11 +1,14 @@
-"""Fuse the operators of a captured denoiser: what stands before a quantizer and behind a product goes into one operator with it.
+"""Fuse the operators of a captured denoiser: what stands before a quantizer and behind a product goes into
+one operator with it.
 
-Four rewrites of the graph, each of which leaves the values as they are up to the rounding of what is no longer rounded in between (in a float32
-model: every bit):
+Four rewrites of the graph, each of which leaves the values as they are up to the rounding of what is no
+longer rounded in between (in a float32 model: every bit):
 
 * what does nothing in inference goes (dropout, a division by one);
-* quantizers of one tensor with equal grids become one: layers that read the same tensor were calibrated on it;
-* a normalisation in front of a quantizer alone, with SiLU or adaptive modulation, writes codes (`group_norm_codes`, `layer_norm_codes`);
+* quantizers of one tensor with equal grids become one: layers that read the same tensor were calibrated on
+  it;
+* a normalisation in front of a quantizer alone, with SiLU or adaptive modulation, writes codes
+  (`group_norm_codes`, `layer_norm_codes`);
 * an activation function and a residual behind a product move into its epilogue.
 """
 
@@ -29,14 +32,17 @@ PRODUCTS = (TFMQ.linear_codes.default, TFMQ.convolution_codes.default)
 # Names of the epilogue's activation functions by operator and its options.
 ACTIVATIONS: dict[Any, Callable[[Node], str]] = {
     ATEN.silu.default: lambda node: "silu",
-    ATEN.gelu.default: lambda node: "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu",
+    ATEN.gelu.default: lambda node: (
+        "gelu_tanh" if node.kwargs.get("approximate", "none") == "tanh" else "gelu"
+    ),
 }
 
 
 def fused(captured: ExportedProgram) -> GraphModule:
     """Return the graph of a captured call with its operators fused.
 
-    A rewrite lets a tensor be read later than before, so operators that write to one in place are replaced first.
+    A rewrite lets a tensor be read later than before, so operators that write to one in place are replaced
+    first.
     """
     if _mutates(captured.graph_module):
         with quiet_tools():
@@ -51,7 +57,14 @@ def _mutates(program: GraphModule) -> bool:
 
 def fuse(program: GraphModule) -> GraphModule:
     """Return a graph that writes to no tensor in place with its operators fused, in place."""
-    for rewrite in (_drop_identity, _merge_quantizer, _fuse_group_norm, _fuse_layer_norm, _fuse_activation, _fuse_residual):
+    for rewrite in (
+        _drop_identity,
+        _merge_quantizer,
+        _fuse_group_norm,
+        _fuse_layer_norm,
+        _fuse_activation,
+        _fuse_residual,
+    ):
         for node in list(program.graph.nodes):
             rewrite(program, node)
         program.graph.eliminate_dead_code()
@@ -73,7 +86,11 @@ def _put(program: GraphModule, before: Node, target: Any, *arguments: Any) -> No
     """Insert a call in front of a node, with the meta value of what it makes."""
     with program.graph.inserting_before(before):
         made = program.graph.call_function(target, arguments)
-    mode = next(node.meta["val"].fake_mode for node in program.graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
+    mode = next(
+        node.meta["val"].fake_mode
+        for node in program.graph.nodes
+        if isinstance(node.meta.get("val"), FakeTensor)
+    )
 
     def shown(given: Node) -> Any:
         return given.meta["val"] if "val" in given.meta else mode.from_tensor(value(program, given))
@@ -96,7 +113,11 @@ def _drop_identity(program: GraphModule, node: Node) -> None:
 
 def _equal(program: GraphModule, left: Any, right: Any) -> bool:
     a, b = value(program, left), value(program, right)
-    return bool(torch.equal(a, b)) if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape else left is right or left == right
+    return (
+        bool(torch.equal(a, b))
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+        else left is right or left == right
+    )
 
 
 def _merge_quantizer(program: GraphModule, node: Node) -> None:
@@ -106,7 +127,9 @@ def _merge_quantizer(program: GraphModule, node: Node) -> None:
     for other in program.graph.nodes:
         if other is node:
             return
-        if calls(other, QUANTIZE) and all(_equal(program, a, b) for a, b in zip(_viewed(other), _viewed(node), strict=True)):
+        if calls(other, QUANTIZE) and all(
+            _equal(program, a, b) for a, b in zip(_viewed(other), _viewed(node), strict=True)
+        ):
             _replace(node, other)
             return
 
@@ -130,7 +153,12 @@ def _fuse_group_norm(program: GraphModule, node: Node) -> None:
     source: Any = given(node)[0].args[0]
     activation = "silu" if calls(source, ATEN.silu.default) else ""
     norm = given(source)[0] if activation else source
-    if not (calls(norm, ATEN.group_norm.default) and _alone(source) and _alone(norm) and norm.meta["val"].ndim == 4):
+    if not (
+        calls(norm, ATEN.group_norm.default)
+        and _alone(source)
+        and _alone(norm)
+        and norm.meta["val"].ndim == 4
+    ):
         return
     weight, bias = argument(norm, "weight"), argument(norm, "bias")
     if weight is None or bias is None:
@@ -146,15 +174,35 @@ def _fuse_layer_norm(program: GraphModule, node: Node) -> None:
         return
     source: Any = given(node)[0]
     norm, gain, shift = _modulated(source) if calls(source, ATEN.add.Tensor) else (source, None, None)
-    if not (calls(norm, ATEN.layer_norm.default) and _alone(norm) and _alone(source) and len(argument(norm, "normalized_shape")) == 1):
+    if not (
+        calls(norm, ATEN.layer_norm.default)
+        and _alone(norm)
+        and _alone(source)
+        and len(argument(norm, "normalized_shape")) == 1
+    ):
         return
-    modulation = [None if part is None else _put(program, node, ATEN.squeeze.dim, part, 1) for part in (gain, shift)]
+    modulation = [
+        None if part is None else _put(program, node, ATEN.squeeze.dim, part, 1) for part in (gain, shift)
+    ]
     affine = (argument(norm, "weight"), argument(norm, "bias"), argument(norm, "eps"))
-    _replace(node, _put(program, node, TFMQ.layer_norm_codes.default, given(norm)[0], *affine, *modulation, *given(node)[1:6]))
+    _replace(
+        node,
+        _put(
+            program,
+            node,
+            TFMQ.layer_norm_codes.default,
+            given(norm)[0],
+            *affine,
+            *modulation,
+            *given(node)[1:6],
+        ),
+    )
 
 
 def _modulated(node: Node) -> tuple[Any, Any, Any]:
-    """Return what `x * (1 + gain) + shift` is made of, gain and shift `[B or 1, 1, C]`; thrice None where it is anything else."""
+    """Return what `x * (1 + gain) + shift` is made of, gain and shift `[B or 1, 1, C]`; thrice None where it
+    is anything else.
+    """
     product, shift = given(node)[:2]
     if not (calls(product, ATEN.mul.Tensor) and _alone(product)):
         return None, None, None
@@ -162,13 +210,17 @@ def _modulated(node: Node) -> tuple[Any, Any, Any]:
     if not (calls(factor, ATEN.add.Tensor) and given(factor)[1] == 1):
         return None, None, None
     gain = given(factor)[0]
-    rows: list[list[int]] = [list(part.meta["val"].shape) if isinstance(part, Node) else [] for part in (gain, shift)]
+    rows: list[list[int]] = [
+        list(part.meta["val"].shape) if isinstance(part, Node) else [] for part in (gain, shift)
+    ]
     fits = rows[0] == rows[1] and len(rows[0]) == 3 and rows[0][1] == 1
     return (x, gain, shift) if fits and x.meta["val"].ndim == 3 else (None, None, None)
 
 
 def _product_behind(node: Any) -> tuple[Node | None, bool]:
-    """Return the product that a node shows, and whether through a view that puts channels back; None if others read it too."""
+    """Return the product that a node shows, and whether through a view that puts channels back; None if
+    others read it too.
+    """
     if not (isinstance(node, Node) and _alone(node)):
         return None, False
     viewed = calls(node, ATEN.movedim.int) and given(node)[1] == -1
@@ -188,7 +240,11 @@ def _fuse_activation(program: GraphModule, node: Node) -> None:
         return
     view: Any = given(node)[0]
     product, _ = _product_behind(view)
-    if product is not None and argument(product, "activation") == "" and argument(product, "residual") is None:
+    if (
+        product is not None
+        and argument(product, "activation") == ""
+        and argument(product, "residual") is None
+    ):
         _renew(program, node, product, view, activation=ACTIVATIONS[node.target](node))
 
 
@@ -197,7 +253,12 @@ def _fuse_residual(program: GraphModule, node: Node) -> None:
         return
     for view, residual in (given(node)[:2], given(node)[1::-1]):
         product, viewed = _product_behind(view)
-        if product is None or view is residual or not (_same(view, residual) and _same(view, node)) or argument(product, "residual") is not None:
+        if (
+            product is None
+            or view is residual
+            or not (_same(view, residual) and _same(view, node))
+            or argument(product, "residual") is not None
+        ):
             continue
         last = _put(program, node, ATEN.movedim.int, residual, 1, -1) if viewed else residual
         _renew(program, node, product, view, residual=last)

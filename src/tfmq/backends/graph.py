@@ -19,21 +19,24 @@ Build = Callable[[Graph, Call], Run]
 Key = tuple[str, int]
 Kept = TypeVar("Kept")
 
-# Number of kinds of call whose graphs stay compiled. Each graph holds its own copy of every weight, so the least recently used one goes.
-# Four are enough for two batch sizes of two prompt lengths.
+# Number of kinds of call whose graphs stay compiled. Each graph holds its own copy of every weight, so the
+# least recently used one goes. Four are enough for two batch sizes of two prompt lengths.
 KEPT = 4
 # Characters of an engine's message that are passed on: some engines print the whole graph.
 MESSAGE = 600
 
 
 class GraphExecutor:
-    """Builds a graph when a call of a new kind comes, and keeps it while it is among the `KEPT` last ones used.
+    """Builds a graph when a call of a new kind comes, and keeps it while it is among the `KEPT` last ones
+    used.
 
-    The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up here, at any other a graph of their
-    own computes them, which holds the layers behind the tables and is built when the first such timestep comes.
+    The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up
+    here, at any other a graph of their own computes them, which holds the layers behind the tables and is
+    built when the first such timestep comes.
 
-    A call raises `EngineError` where the engine, called `engine` in the message, cannot compile a graph or run it for the first time. What the
-    model itself refuses, such as inputs that do not fit, is raised as it is.
+    A call raises `EngineError` where the engine, called `engine` in the message, cannot compile a graph or
+    run it for the first time. What the model itself refuses, such as inputs that do not fit, is raised as it
+    is.
     """
 
     def __init__(self, module: nn.Module, build: Build, *, engine: str = "torch's compiler") -> None:
@@ -42,23 +45,32 @@ class GraphExecutor:
         cached = cached_features(module).values()
         timesteps = steps_of(module).timesteps
         with torch.no_grad():
-            self.table = tabulated(module, torch.arange(len(timesteps), device=timesteps.device)) if cached else None
+            self.table = (
+                tabulated(module, torch.arange(len(timesteps), device=timesteps.device)) if cached else None
+            )
             # True at the timesteps where every feature comes from its table.
-            self.chosen = torch.stack([child.use_table.bool() for child in cached]).all(dim=0) if cached else None
+            self.chosen = (
+                torch.stack([child.use_table.bool() for child in cached]).all(dim=0) if cached else None
+            )
         self.everywhere = all(child.everywhere for child in cached)
         self.denoisers: OrderedDict[Key, tuple[Run, TreeSpec]] = OrderedDict()
         self.features: OrderedDict[Key, Run] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphExecutor":
-        # A graph holds the weights it was built with, which do not change; the copy of a model runs the same ones.
+        # A graph holds the weights it was built with, which do not change; the copy of a model runs the same
+        # ones.
         return self
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         steps: StepContext = steps_of(module)
         call = Call.of(module, arguments)
-        run, structure = _used(self.denoisers, (call.signature.key, call.batch), lambda: self._denoiser(module, steps, call))
+        run, structure = _used(
+            self.denoisers, (call.signature.key, call.batch), lambda: self._denoiser(module, steps, call)
+        )
         features = () if self.table is None else (self._features(module, steps, call),)
-        return tree_unflatten(list(run(steps.index.expand(call.batch), (*features, *call.tensors))), structure)
+        return tree_unflatten(
+            list(run(steps.index.expand(call.batch), (*features, *call.tensors))), structure
+        )
 
     def _features(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
         """Return the temporal features of a call, float32 `[B, D]`."""
@@ -67,7 +79,11 @@ class GraphExecutor:
         if steps.all_exact and (self.everywhere or bool(self.chosen.to(index.device)[index].all())):
             self.table = self.table.to(index.device)
             return self.table[index].expand(call.batch, -1)
-        run = _used(self.features, (call.signature.key, call.batch), lambda: self._compiled(FeatureGraph(module, call.signature), call))
+        run = _used(
+            self.features,
+            (call.signature.key, call.batch),
+            lambda: self._compiled(FeatureGraph(module, call.signature), call),
+        )
         (features,) = run(index.expand(call.batch), (steps.exact.expand(call.batch), *call.tensors))
         return features
 
@@ -80,13 +96,17 @@ class GraphExecutor:
         try:
             run = self.build(graph, call)
             # Run once: some engines compile at the first run.
-            bins, *inputs = graph.arguments(torch.zeros(call.batch, dtype=torch.long, device=call.tensors[0].device), call.tensors)
+            bins, *inputs = graph.arguments(
+                torch.zeros(call.batch, dtype=torch.long, device=call.tensors[0].device), call.tensors
+            )
             run(bins, tuple(inputs))
         except EngineError:
             raise
         except RuntimeError as error:
             text = " ".join(str(error).split())
-            raise EngineError(f"{self.engine} cannot compile the {graph.kind} for a batch of {call.batch}: {text[:MESSAGE]}") from error
+            raise EngineError(
+                f"{self.engine} cannot compile the {graph.kind} for a batch of {call.batch}: {text[:MESSAGE]}"
+            ) from error
         return run
 
 

@@ -1,12 +1,14 @@
 """Rewrite a captured denoiser into what torch's compiler makes good loops of, on a CPU.
 
-The compiler computes a cheap value again in each loop that reads it. For two kinds of values, of which a step has hundreds, that is the wrong
-choice: a row of a table, whose index it then checks for every value of an activation, and the gain of a normalisation, which it then derives from
-the sums of the group for every value. `stored` makes it write such a value to memory once.
+The compiler computes a cheap value again in each loop that reads it. For two kinds of values, of which a step
+has hundreds, that is the wrong choice: a row of a table, whose index it then checks for every value of an
+activation, and the gain of a normalisation, which it then derives from the sums of the group for every value.
+`stored` makes it write such a value to memory once.
 
 * All tables that are read at the same bins become one, and one look-up gives their rows.
-* Group normalisations are written by moments of channels, so that activations stay in the layout of integer convolutions, channels last. The
-  compiler's own way computes them in planes, and moves each activation there and back.
+* Group normalisations are written by moments of channels, so that activations stay in the layout of integer
+  convolutions, channels last. The compiler's own way computes them in planes, and moves each activation there
+  and back.
 * What is concatenated is written channels last, for the same reason.
 """
 
@@ -39,7 +41,9 @@ STORED = torch.ops.tfmq.stored.default
 
 @cache
 def teach_stored() -> None:
-    """Let the compiler write down what `stored` gets, in the loop that computes it; as an operator of ours it would be a call from Python."""
+    """Let the compiler write down what `stored` gets, in the loop that computes it; as an operator of ours it
+    would be a call from Python.
+    """
     from torch._inductor import ir, lowering
 
     def lowered(x: Any) -> Any:
@@ -81,12 +85,18 @@ def _constant(program: GraphModule, node: Any) -> Any:
         return node
     if node.op == "get_attr":
         return value(program, node)
-    operands = [_constant(program, operand) for operand in node.args] if node.op == "call_function" and not node.kwargs else [None]
+    operands = (
+        [_constant(program, operand) for operand in node.args]
+        if node.op == "call_function" and not node.kwargs
+        else [None]
+    )
     return None if any(operand is None for operand in operands) else node.target(*operands)  # type: ignore[operator]
 
 
 def join_lookups(program: GraphModule) -> None:
-    """Let one look-up give the rows of all tables of a dtype that are read at the bins, the first input, in place."""
+    """Let one look-up give the rows of all tables of a dtype that are read at the bins, the first input, in
+    place.
+    """
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     found: dict[tuple[torch.dtype, int], list[tuple[Node, Tensor]]] = {}
     for node in program.graph.nodes:
@@ -98,7 +108,9 @@ def join_lookups(program: GraphModule) -> None:
         name, start = f"joined_tables_{number}", 0
         program.register_buffer(name, torch.cat([table.reshape(count, -1) for _, table in lookups], dim=1))
         with program.graph.inserting_before(inputs[-1].next):
-            rows = _call(program, STORED, _call(program, ATEN.index.Tensor, program.graph.get_attr(name), inputs[:1]))
+            rows = _call(
+                program, STORED, _call(program, ATEN.index.Tensor, program.graph.get_attr(name), inputs[:1])
+            )
         for node, table in lookups:
             stop = start + math.prod(table.shape[1:])
             with program.graph.inserting_before(node):
@@ -108,10 +120,12 @@ def join_lookups(program: GraphModule) -> None:
 
 
 def spread_norms(program: GraphModule) -> None:
-    """Compute each group normalisation of a float32 `x` `[B, C, H, W]` by moments of its channels, in place; others stay.
+    """Compute each group normalisation of a float32 `x` `[B, C, H, W]` by moments of its channels, in place;
+    others stay.
 
-    With `m` the mean of a group's values and `q` that of their squares, `y = x a + (bias - m a)` where `a = weight / sqrt(q - m**2 + eps)`, as
-    torch's own channels-last kernel has it; see `tfmq.export.channels_last.spread_norms` for its error.
+    With `m` the mean of a group's values and `q` that of their squares, `y = x a + (bias - m a)` where `a =
+    weight / sqrt(q - m**2 + eps)`, as torch's own channels-last kernel has it; see
+    `tfmq.export.channels_last.spread_norms` for its error.
     """
     for node in list(program.graph.nodes):
         made = _makes(node)
@@ -126,7 +140,9 @@ def _moments(program: GraphModule, node: Node, batch: int, count: int) -> Node:
     def call(target: Any, *arguments: Any) -> Node:
         return _call(program, target, *arguments)
 
-    x, groups, weight, bias, epsilon = (argument(node, name) for name in ("input", "num_groups", "weight", "bias", "eps"))
+    x, groups, weight, bias, epsilon = (
+        argument(node, name) for name in ("input", "num_groups", "weight", "bias", "eps")
+    )
     by_group = [-1, groups, count // groups]
     mean, square = (
         call(ATEN.mean.dim, call(ATEN.view.default, call(ATEN.mean.dim, values, [2, 3]), by_group), [2], True)
@@ -142,7 +158,9 @@ def _moments(program: GraphModule, node: Node, batch: int, count: int) -> Node:
 
 
 def store_parts(program: GraphModule) -> None:
-    """Write each part of a concatenation of channels `[B, C, H, W]` in channels last, in place; views stay."""
+    """Write each part of a concatenation of channels `[B, C, H, W]` in channels last, in place; views
+    stay.
+    """
     for node in list(program.graph.nodes):
         if calls(node, ATEN.cat.default) and _makes(node).ndim == 4 and node.args[1:] == (1,):
             for part in filter(_owns, node.args[0]):

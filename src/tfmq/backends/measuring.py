@@ -32,15 +32,18 @@ def timed(run: Callable[[], object]) -> float:
     return clock() - began
 
 
-def race(names: Sequence[str], enter: Callable[[str], Callable[[], object]], leave: Callable[[str], object]) -> Race:
+def race(
+    names: Sequence[str], enter: Callable[[str], Callable[[], object]], leave: Callable[[str], object]
+) -> Race:
     """Return the median seconds of a call by each of `names`.
 
-    Each is called by itself first: once untimed, which prepares it, and then as often as a fraction of the time allows. One that is far behind
-    leaves, so that its memory is free before the next one comes. The rest take turns, so that other load on the machine slows all of them.
+    Each is called by itself first: once untimed, which prepares it, and then as often as a fraction of the
+    time allows. One that is far behind leaves, so that its memory is free before the next one comes. The rest
+    take turns, so that other load on the machine slows all of them.
 
     Args:
-        names: names of the ways, in the order in which they are prepared. The first one is the baseline: an error of it passes on, while any other
-            that fails is out.
+        names: names of the ways, in the order in which they are prepared. The first one is the baseline: an
+            error of it passes on, while any other that fails is out.
         enter: gets one ready, and returns a call of it.
         leave: lets one go.
     """
@@ -85,7 +88,8 @@ def _some(run: Callable[[], object], seconds: float) -> list[float]:
 def ranked(seconds: dict[str, float], baseline: str, held: str | None = None) -> tuple[str, ...]:
     """Return who computes, who does where that one fails, and so on up to the baseline.
 
-    The baseline is preferred to who is hardly faster, and otherwise the one that is `held` already, so that nobody is prepared for nothing.
+    The baseline is preferred to who is hardly faster, and otherwise the one that is `held` already, so that
+    nobody is prepared for nothing.
 
     >>> ranked({"float": 3.1, "torch": 43.6, "openvino": 1.4}, "float")
     ('openvino', 'float')

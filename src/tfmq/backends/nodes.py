@@ -25,10 +25,18 @@ def argument(node: Node, name: str) -> Any:
     """Return an argument of an operator by the name that its schema has for it."""
     for position, declared in enumerate(schema(node)):
         if declared.name == name:
-            return given(node)[position] if position < len(given(node)) else node.kwargs.get(name, declared.default_value)
+            return (
+                given(node)[position]
+                if position < len(given(node))
+                else node.kwargs.get(name, declared.default_value)
+            )
     raise ValueError(f"{node.target} has no argument {name}")
 
 
 def value(program: GraphModule, node: Any) -> Any:
     """Return the tensor that a node reads from the module, or the node itself."""
-    return operator.attrgetter(str(node.target))(program) if isinstance(node, Node) and node.op == "get_attr" else node
+    return (
+        operator.attrgetter(str(node.target))(program)
+        if isinstance(node, Node) and node.op == "get_attr"
+        else node
+    )

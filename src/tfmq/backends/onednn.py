@@ -1,4 +1,6 @@
-"""The torch backend: integer layers through the library inside torch on x86, eager or compiled; no other dependency."""
+"""The torch backend: integer layers through the library inside torch on x86, eager or compiled; no other
+dependency.
+"""
 
 import platform
 from functools import partial
@@ -22,11 +24,17 @@ from tfmq.nn.products import ProductQuantizers
 
 @register("torch")
 class Torch:
-    """u8 x s8 linear layers and convolutions by oneDNN, attention u8 x s8, other products on integers in float registers."""
+    """u8 x s8 linear layers and convolutions by oneDNN, attention u8 x s8, other products on integers in
+    float registers.
+    """
 
     def missing(self) -> str:
         """Return what this machine lacks."""
-        return "" if available() else f"oneDNN's integer operators, which this torch for {platform.machine()} does not have"
+        return (
+            ""
+            if available()
+            else f"oneDNN's integer operators, which this torch for {platform.machine()} does not have"
+        )
 
     def attach(self, module: nn.Module, options: Options) -> Coverage:
         """Give every layer that the library computes exactly its kernel."""
@@ -57,8 +65,8 @@ def compiled(graph: Graph, call: Call) -> Run:
     with quiet_tools():
         from torch._inductor import config
 
-        # The executor has a program for each kind of call, so there is nothing to guard, which would take a millisecond a step. Older releases
-        # of torch guard all the same.
+        # The executor has a program for each kind of call, so there is nothing to guard, which would take a
+        # millisecond a step. Older releases of torch guard all the same.
         unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)
         options: dict[str, Any] | None = {"guard_filter_fn": unguarded} if unguarded else None
         captured = capture(graph, call, dynamic=False).module()
@@ -66,8 +74,8 @@ def compiled(graph: Graph, call: Call) -> Run:
         program = torch.compile(captured, dynamic=False, options=options)
 
     def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # Freezing makes constants of the weights; without it every call would lay them out again. From C++ the hundreds of calls of a step
-        # take a few per cent less of it than from Python.
+        # Freezing makes constants of the weights; without it every call would lay them out again. From C++
+        # the hundreds of calls of a step take a few per cent less of it than from Python.
         with torch.no_grad(), config.patch(freezing=True, cpp_wrapper=True), quiet_tools():
             return tuple(program(bins.contiguous(), *(tensor.contiguous() for tensor in tensors)))
 
@@ -75,7 +83,9 @@ def compiled(graph: Graph, call: Call) -> Run:
 
 
 def _unpacked(layer: PackedLayer) -> IntegerWeight:
-    """Return a layer's integers; the library has its own copy soon, so nothing reads the packed codes for a while."""
+    """Return a layer's integers; the library has its own copy soon, so nothing reads the packed codes for a
+    while.
+    """
     # Give back the memory that packing the previous layer took.
     give_back()
     weight = layer.integer_weight()

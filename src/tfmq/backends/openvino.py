@@ -1,4 +1,6 @@
-"""The openvino backend: the whole denoiser as one OpenVINO model on the CPU, its layers fused to INT8 with our scales."""
+"""The openvino backend: the whole denoiser as one OpenVINO model on the CPU, its layers fused to INT8 with
+our scales.
+"""
 
 import os
 from collections.abc import Mapping
@@ -33,8 +35,9 @@ GROUPED = "it is a grouped transposed convolution, whose weight has no axis for 
 def shared_core() -> Any:
     """Return the one `openvino.Core` of this process, which lives as long as the process.
 
-    A core's CPU plug-in gives the process a stack for signals and, when it ends, puts back the one it had found. Two cores that do not end in the
-    reverse order of their making leave a stack that is freed already, and the next signal, a Ctrl-C for one, ends in a segmentation fault.
+    A core's CPU plug-in gives the process a stack for signals and, when it ends, puts back the one it had
+    found. Two cores that do not end in the reverse order of their making leave a stack that is freed already,
+    and the next signal, a Ctrl-C for one, ends in a segmentation fault.
     """
     import openvino as ov
 
@@ -43,7 +46,9 @@ def shared_core() -> Any:
 
 @register("openvino")
 class OpenVINO:
-    """INT8 linear layers and convolutions of the CPU plug-in. A converted model is kept on disk, compiled ones too; any batch is compiled for."""
+    """INT8 linear layers and convolutions of the CPU plug-in. A converted model is kept on disk, compiled
+    ones too; any batch is compiled for.
+    """
 
     def missing(self) -> str:
         """Return nothing.
@@ -65,7 +70,9 @@ class OpenVINO:
 
 
 def _narrow(layer: PackedLayer) -> bool:
-    """Whether the integer weight fits into eight signed bits. Codes of an asymmetric 8-bit grid alone have to be unpacked to see."""
+    """Whether the integer weight fits into eight signed bits. Codes of an asymmetric 8-bit grid alone have to
+    be unpacked to see.
+    """
     return layer.format.bits < 8 or layer.format.symmetric or layer.integer_weight().narrow
 
 
@@ -109,17 +116,26 @@ class _Builder:
         order = [graph.names.index(port.get_any_name()) for port in model.inputs]
         model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         threads = self.options.threads or torch.get_num_threads()
-        # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the other backends.
+        # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the
+        # other backends.
         settings = {
-            "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
             "CACHE_DIR": str(cache_directory("openvino")),
-        }  # fmt: skip
+        }
         request = self._compiled(core, model, settings, graph, call).create_infer_request()
         outputs = len(model.outputs)
 
         def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given = (bins, *tensors)
-            request.infer({position: given[index].detach().contiguous().numpy() for position, index in enumerate(order)}, share_inputs=True)
+            request.infer(
+                {
+                    position: given[index].detach().contiguous().numpy()
+                    for position, index in enumerate(order)
+                },
+                share_inputs=True,
+            )
             return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(outputs))
 
         return run
@@ -128,7 +144,11 @@ class _Builder:
         try:
             return core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
-            where = blamed(model, packed_layers(graph.module), lambda part: _compiles(core, part, {**settings, "CACHE_DIR": ""}))
+            where = blamed(
+                model,
+                packed_layers(graph.module),
+                lambda part: _compiles(core, part, {**settings, "CACHE_DIR": ""}),
+            )
             last = str(error).split("\n\n")[0].strip().splitlines()[-1]
             text = f"OpenVINO cannot compile the {graph.kind} for a batch of {call.batch}: {last}"
             raise EngineError(f"{text}; at {where}" if where else text) from error
@@ -147,8 +167,15 @@ class _Builder:
         with graph_kernels(graph.module):
             try:
                 model = convert(graph, call)
-            except (frontend.GeneralFailure, frontend.NotImplementedFailure, frontend.OpConversionFailure, frontend.OpValidationFailure) as error:
-                raise EngineError(f"OpenVINO cannot convert the {graph.kind}: {' '.join(str(error).split())}") from error
+            except (
+                frontend.GeneralFailure,
+                frontend.NotImplementedFailure,
+                frontend.OpConversionFailure,
+                frontend.OpValidationFailure,
+            ) as error:
+                raise EngineError(
+                    f"OpenVINO cannot convert the {graph.kind}: {' '.join(str(error).split())}"
+                ) from error
         fixed = all(port.partial_shape.is_static for port in model.inputs)
         path = self._path(graph, call, str(call.batch) if fixed else "any")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,5 +188,15 @@ class _Builder:
     def _path(self, graph: Graph, call: Call, batch: str) -> Path:
         import openvino as ov
 
-        text = "\n".join([CONVERSION, graph.kind, self.digest, call.signature.key, batch, ov.__version__, torch.__version__])
+        text = "\n".join(
+            [
+                CONVERSION,
+                graph.kind,
+                self.digest,
+                call.signature.key,
+                batch,
+                ov.__version__,
+                torch.__version__,
+            ]
+        )
         return cache_directory("openvino") / f"{sha256(text.encode()).hexdigest()[:32]}.xml"

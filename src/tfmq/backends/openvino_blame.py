@@ -1,4 +1,6 @@
-"""Find the layer at which OpenVINO fails to compile a model, for a message that says more than a line of the engine's source."""
+"""Find the layer at which OpenVINO fails to compile a model, for a message that says more than a line of the
+engine's source.
+"""
 
 import time
 from collections import deque
@@ -15,7 +17,8 @@ _LEAVES = ("Parameter", "Constant", "Result")
 
 
 def blamed(model: Any, layers: Mapping[str, PackedLayer], compiles: Callable[[Any], bool]) -> str:
-    """Return where an `openvino.Model` fails to compile: the node, and the layer that it computes or follows; nothing if that takes too long.
+    """Return where an `openvino.Model` fails to compile: the node, and the layer that it computes or follows;
+    nothing if that takes too long.
 
     Looks for the shortest part of the model, in the order of execution, that `compiles` says no to.
     """
@@ -36,7 +39,12 @@ def _first(model: Any, nodes: list[Any]) -> Any:
     import openvino as ov
 
     inside = {node.get_name() for node in nodes}
-    read = [port for node in nodes for port in node.outputs() if any(t.get_node().get_name() not in inside for t in port.get_target_inputs())]
+    read = [
+        port
+        for node in nodes
+        for port in node.outputs()
+        if any(t.get_node().get_name() not in inside for t in port.get_target_inputs())
+    ]
     return ov.Model(read, model.get_parameters())
 
 

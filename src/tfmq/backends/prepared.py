@@ -12,14 +12,17 @@ from tfmq.backends.backend import BACKENDS, Coverage, Options, release
 from tfmq.nn.swap import Executor, parts_of, plain_forward
 from tfmq.quantizers.part import Part
 
-# Calls of one kind take the same time: the shapes, dtypes and devices of their tensors, and their other arguments by type.
+# Calls of one kind take the same time: the shapes, dtypes and devices of their tensors, and their other
+# arguments by type.
 Kind = tuple[Any, ...]
 
 
 def kind_of(arguments: Mapping[str, Any]) -> Kind:
     """Return the kind of a call. Values of numbers do not count: a timestep may be one."""
     leaves = tree_flatten(dict(arguments))[0]
-    return tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+    return tuple(
+        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+    )
 
 
 class Way(NamedTuple):
@@ -45,7 +48,9 @@ def _parts(module: nn.Module, executor: Executor | None) -> _Parts:
 
 
 class Prepared:
-    """Holds what was prepared, and changes what is in place. The denoiser's own executor stays whoever holds this."""
+    """Holds what was prepared, and changes what is in place. The denoiser's own executor stays whoever holds
+    this.
+    """
 
     def __init__(self) -> None:
         self.current: Way | None = None
@@ -110,7 +115,9 @@ class Prepared:
     def run(self, module: nn.Module, way: Way, arguments: Mapping[str, Any]) -> Any:
         """Compute a call by a way."""
         self.use(module, way)
-        return plain_forward(module, arguments) if self._executor is None else self._executor(module, arguments)
+        return (
+            plain_forward(module, arguments) if self._executor is None else self._executor(module, arguments)
+        )
 
 
 def differentiates(module: nn.Module, arguments: Mapping[str, Any]) -> bool:

@@ -1,4 +1,6 @@
-"""The reference backend: exact integers for every layer and attention product, slow, on any device. The oracle of the others."""
+"""The reference backend: exact integers for every layer and attention product, slow, on any device. The
+oracle of the others.
+"""
 
 from torch import nn
 
@@ -31,7 +33,9 @@ class Reference:
 
 @register("simulated")
 class Simulated:
-    """Floating point on values that lie on the integer grids: the arithmetic of calibration, differentiable and on any device."""
+    """Floating point on values that lie on the integer grids: the arithmetic of calibration, differentiable
+    and on any device.
+    """
 
     def missing(self) -> str:
         """Return nothing: it runs wherever torch does."""

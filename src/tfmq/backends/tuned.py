@@ -16,8 +16,8 @@ from tfmq.version import __version__
 class StoredTiles(MutableMapping[str, Sequence[int]]):
     """Choices by key, read from `path` when made and written to it as they come.
 
-    Nothing in the file is needed: one that is missing, damaged, or cannot be written costs the time to measure again. What another process wrote
-    in the meantime is read again before the file is replaced.
+    Nothing in the file is needed: one that is missing, damaged, or cannot be written costs the time to
+    measure again. What another process wrote in the meantime is read again before the file is replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,11 @@ class StoredTiles(MutableMapping[str, Sequence[int]]):
             found = read_json(self.path).items()
         except (CheckpointError, OSError):
             return {}
-        return {key: tile for key, tile in found if isinstance(tile, list) and all(type(size) is int for size in tile)}
+        return {
+            key: tile
+            for key, tile in found
+            if isinstance(tile, list) and all(type(size) is int for size in tile)
+        }
 
     def __getitem__(self, key: str) -> Sequence[int]:
         return self.tiles[key]

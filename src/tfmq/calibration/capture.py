@@ -22,12 +22,13 @@ Keep = Callable[[int, Any], None]
 
 @dataclass(frozen=True)
 class UnitCalls:
-    """Calls of a unit: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each `[N, ...]`, for `N` samples.
+    """Calls of a unit: `args` and `kwargs` trees with `[N, ...]` tensors, `timestep` `[N]`, `outputs` each
+    `[N, ...]`, for `N` samples.
 
     Tensors of a `capture` are columns of its spool; `rows` returns tensors.
 
-    Where a video model folds frames into the batch axis, tensors have a row for each frame, `[N * F, ...]`, sample by sample; the frames of a
-    sample stay together.
+    Where a video model folds frames into the batch axis, tensors have a row for each frame, `[N * F, ...]`,
+    sample by sample; the frames of a sample stay together.
     """
 
     args: Any
@@ -44,11 +45,17 @@ class UnitCalls:
         folded = (index[:, None] * frames + torch.arange(frames, device=index.device)).flatten()
 
         def pick(value: Any) -> Any:
-            if not isinstance(value, Tensor | Column) or not value.shape or value.shape[0] not in (len(self), len(self) * frames):
+            if (
+                not isinstance(value, Tensor | Column)
+                or not value.shape
+                or value.shape[0] not in (len(self), len(self) * frames)
+            ):
                 return value
             return value[index if value.shape[0] == len(self) else folded]
 
-        return UnitCalls(*(tree_map(pick, part) for part in (self.args, self.kwargs, self.timestep, self.outputs)))
+        return UnitCalls(
+            *(tree_map(pick, part) for part in (self.args, self.kwargs, self.timestep, self.outputs))
+        )
 
 
 class _Reached(Exception):
@@ -56,7 +63,9 @@ class _Reached(Exception):
 
 
 class _Leaves:
-    """The leaves at one place of the trees of all calls: joined where all have the batch axis of samples or of rows, else the first of them."""
+    """The leaves at one place of the trees of all calls: joined where all have the batch axis of samples or
+    of rows, else the first of them.
+    """
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
@@ -88,7 +97,9 @@ class _Calls:
         self.spec: TreeSpec | None = None
         self.leaves: list[_Leaves] = []
 
-    def add(self, args: Any, kwargs: Any, outputs: tuple[Tensor, ...], timestep: Tensor, *, rows: int) -> None:
+    def add(
+        self, args: Any, kwargs: Any, outputs: tuple[Tensor, ...], timestep: Tensor, *, rows: int
+    ) -> None:
         """Take a call whose outputs have, or would have, so many `rows`."""
         leaves, spec = tree_flatten((args, kwargs, outputs))
         if self.spec is None:
@@ -110,11 +121,20 @@ def alone(batch: int) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def run_to(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], see: See, *, around: Around = alone, through: bool = True) -> None:
+def run_to(
+    denoiser: Denoiser,
+    unit: nn.Module,
+    batches: Iterable[Inputs],
+    see: See,
+    *,
+    around: Around = alone,
+    through: bool = True,
+) -> None:
     """Run `denoiser` over `batches` as far as `unit`, and hand over what goes in and out of it.
 
-    `see(number, inputs, args, kwargs, output)` is called for each batch, by its number, that reaches the unit. The call of batch `n` runs inside
-    of the context `around(n)`. Unless it goes `through` the unit, that does not run, and `output` is None.
+    `see(number, inputs, args, kwargs, output)` is called for each batch, by its number, that reaches the
+    unit. The call of batch `n` runs inside of the context `around(n)`. Unless it goes `through` the unit,
+    that does not run, and `output` is None.
     """
     running: list[tuple[int, Inputs]] = []
 
@@ -122,7 +142,9 @@ def run_to(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], see: 
         see(*running[-1], args, kwargs, output)
         raise _Reached
 
-    handle = (unit.register_forward_hook if through else unit.register_forward_pre_hook)(hook, with_kwargs=True)
+    handle = (unit.register_forward_hook if through else unit.register_forward_pre_hook)(
+        hook, with_kwargs=True
+    )
     try:
         for number, batch in enumerate(batches):
             running[:] = [(number, batch)]
@@ -142,9 +164,11 @@ def capture(
     spool: Spool | None = None,
     keep: Keep | None = None,
 ) -> UnitCalls:
-    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or only its outputs without `inputs`.
+    """Run `denoiser` over `batches` as far as `unit` and return what went in and out of it, or only its
+    outputs without `inputs`.
 
-    See `run_to` for `around`. What is captured is kept in `spool`, by default in memory; `keep(number, output)` gets each output as it is.
+    See `run_to` for `around`. What is captured is kept in `spool`, by default in memory; `keep(number,
+    output)` gets each output as it is.
 
     Raises:
         ValueError: the unit was never called.
@@ -163,9 +187,16 @@ def capture(
 
 
 def capture_inputs(
-    denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], *, frames: int, around: Around = alone, spool: Spool | None = None
+    denoiser: Denoiser,
+    unit: nn.Module,
+    batches: Iterable[Inputs],
+    *,
+    frames: int,
+    around: Around = alone,
+    spool: Spool | None = None,
 ) -> UnitCalls:
-    """Return what goes into `unit`, which itself does not run: a row of each sample, or `frames` rows, as its outputs have.
+    """Return what goes into `unit`, which itself does not run: a row of each sample, or `frames` rows, as its
+    outputs have.
 
     Raises:
         ValueError: the unit was never called.

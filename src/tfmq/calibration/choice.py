@@ -1,7 +1,9 @@
-"""Static or dynamic grids for the input of a layer, whichever leaves less error in its output on the calibration calls.
+"""Static or dynamic grids for the input of a layer, whichever leaves less error in its output on the
+calibration calls.
 
-Published results disagree: per-token dynamic grids are near lossless on transformers whose tokens have outliers (Q-DiT), static ones cost no
-pass over the input and their fitted range cuts off what is rare. So each layer is measured.
+Published results disagree: per-token dynamic grids are near lossless on transformers whose tokens have
+outliers (Q-DiT), static ones cost no pass over the input and their fitted range cuts off what is rare. So
+each layer is measured.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,14 +23,18 @@ from tfmq.quantizers.input import InputQuantizer
 
 @dataclass(frozen=True)
 class InputErrors:
-    """Errors of a layer's output under two quantizers of its input: energy of the error over energy of the output, with full-precision weights."""
+    """Errors of a layer's output under two quantizers of its input: energy of the error over energy of the
+    output, with full-precision weights.
+    """
 
     static: float
     dynamic: float
 
     @property
     def kept(self) -> str:
-        """The kind with less error, `static` or `dynamic`; a tie goes to the static one, which costs nothing at inference."""
+        """The kind with less error, `static` or `dynamic`; a tie goes to the static one, which costs nothing
+        at inference.
+        """
         return "dynamic" if self.dynamic < self.static else "static"
 
 
@@ -36,7 +42,9 @@ def _dynamic(quantizer: InputQuantizer) -> DynamicQuantizer:
     return DynamicQuantizer(quantizer.format, segments=quantizer.segments)
 
 
-def _watch(layer: CalibratedLayer, energies: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _watch(
+    layer: CalibratedLayer, energies: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """Return a hook that adds up the energies of the output and of both errors in `energies` `[3]`."""
     static = layer.input_quantizer
     assert static is not None
@@ -46,7 +54,9 @@ def _watch(layer: CalibratedLayer, energies: Tensor) -> Callable[[nn.Module, tup
         x = layer.rescaled(args[0]).float()
         # The layer is linear, so the error of its output is the layer applied to the error of its input.
         for index, part in enumerate((x, static(x) - x, dynamic(x) - x)):
-            energies[index] += layer.operation(part, weight.float(), None).square().sum(dtype=torch.float64).cpu()
+            energies[index] += (
+                layer.operation(part, weight.float(), None).square().sum(dtype=torch.float64).cpu()
+            )
 
     return hook
 
@@ -55,7 +65,8 @@ def _watch(layer: CalibratedLayer, energies: Tensor) -> Callable[[nn.Module, tup
 def measure_inputs(
     denoiser: Denoiser, layers: Mapping[str, CalibratedLayer], batches: Iterable[Inputs], *, advance: Advance
 ) -> dict[str, InputErrors]:
-    """Run the full-precision `denoiser` over `batches` and return what fitted and dynamic grids do to each of `layers`, which read tokens.
+    """Run the full-precision `denoiser` over `batches` and return what fitted and dynamic grids do to each of
+    `layers`, which read tokens.
 
     A layer that no call reaches has no error either way.
     """
@@ -67,7 +78,10 @@ def measure_inputs(
         for inputs in batches:
             denoiser(inputs)
             advance()
-    relative = {name: (row[1:] / row[0].clamp(min=torch.finfo(row.dtype).tiny)).tolist() for name, row in energies.items()}
+    relative = {
+        name: (row[1:] / row[0].clamp(min=torch.finfo(row.dtype).tiny)).tolist()
+        for name, row in energies.items()
+    }
     return {name: InputErrors(*errors) for name, errors in relative.items()}
 
 

@@ -1,7 +1,8 @@
-"""Fit the correction of a prediction while a quantized model draws what full precision has drawn from the same noise.
+"""Fit the correction of a prediction while a quantized model draws what full precision has drawn from the
+same noise.
 
-A step is fitted with all steps before it corrected already, so that what an earlier step has mended is not mended again. Every other image decides
-which estimator is used, or that none is.
+A step is fitted with all steps before it corrected already, so that what an earlier step has mended is not
+mended again. Every other image decides which estimator is used, or that none is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +19,16 @@ from tfmq.nn.swap import steps_of
 from tfmq.numerics.estimators import ESTIMATORS, Affine, identity
 
 NONE = "none"
-# Share of a step's error on the deciding images that a more complex candidate has to remove beyond a simpler one.
+# Share of a step's error on the deciding images that a more complex candidate has to remove beyond a simpler
+# one.
 WORTH = 0.01
 
 
 @dataclass(frozen=True)
 class StepFit:
-    """What was found for one step: the estimator that was `kept`, the squared error on the deciding images before and after."""
+    """What was found for one step: the estimator that was `kept`, the squared error on the deciding images
+    before and after.
+    """
 
     kept: str
     before: float
@@ -40,7 +44,9 @@ def explained(before: float, after: float) -> float:
 def recorded_predictions(module: nn.Module) -> Iterator[list[Tensor]]:
     """Note the prediction of every call, in order."""
     found: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, output: found.append(first_tensor(output).detach().clone()))
+    handle = module.register_forward_hook(
+        lambda _, __, output: found.append(first_tensor(output).detach().clone())
+    )
     try:
         yield found
     finally:
@@ -48,17 +54,27 @@ def recorded_predictions(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class Fitting:
-    """Fits the rows of a correction at the first call of each step; every call of the denoiser is corrected by it.
+    """Fits the rows of a correction at the first call of each step; every call of the denoiser is corrected
+    by it.
 
     Args:
         denoiser: has been quantized, and draws `images` images at once.
         correction: starts as the identity; it must not be attached yet.
         expected: predictions in full precision, call by call.
         estimators: names among `ESTIMATORS`.
-        images: number of images; rows of a call are these, several times over where guidance calls with both halves at once.
+        images: number of images; rows of a call are these, several times over where guidance calls with both
+            halves at once.
     """
 
-    def __init__(self, denoiser: Denoiser, correction: Correction, expected: Sequence[Tensor], *, estimators: tuple[str, ...], images: int) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        correction: Correction,
+        expected: Sequence[Tensor],
+        *,
+        estimators: tuple[str, ...],
+        images: int,
+    ) -> None:
         self.denoiser, self.correction = denoiser, correction
         self.expected = iter(expected)
         self.estimators, self.images = estimators, images
@@ -73,7 +89,9 @@ class Fitting:
         finally:
             handle.remove()
 
-    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    def _called(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
         steps, exact = steps_of(module), next(self.expected)
         bins, _ = steps.lookup(self.denoiser.bind(args, kwargs).timestep)
         computed = first_tensor(output)
@@ -85,14 +103,22 @@ class Fitting:
 
     def _values(self, prediction: Tensor) -> Tensor:
         """Return the corrected channels of a prediction `[B, ...]`, float64 `[B, N, C]`."""
-        channels = prediction.narrow(self.correction.axis, 0, self.correction.channels).movedim(self.correction.axis, -1)
+        channels = prediction.narrow(self.correction.axis, 0, self.correction.channels).movedim(
+            self.correction.axis, -1
+        )
         return channels.reshape(len(prediction), -1, self.correction.channels).double()
 
     def _fit(self, step: int, rows: Tensor, computed: Tensor, exact: Tensor) -> None:
         decides = rows % self.images % 2 == 1
-        fitted = [ESTIMATORS[name](computed[~decides].flatten(0, 1), exact[~decides].flatten(0, 1)) for name in self.estimators]
+        fitted = [
+            ESTIMATORS[name](computed[~decides].flatten(0, 1), exact[~decides].flatten(0, 1))
+            for name in self.estimators
+        ]
         candidates = {NONE: identity(computed.shape[-1]), **dict(zip(self.estimators, fitted, strict=True))}
-        errors = {name: float((found(computed[decides]) - exact[decides]).square().sum()) for name, found in candidates.items()}
+        errors = {
+            name: float((found(computed[decides]) - exact[decides]).square().sum())
+            for name, found in candidates.items()
+        }
         kept = NONE
         for name in self.estimators:
             if errors[name] < errors[kept] - WORTH * errors[NONE]:

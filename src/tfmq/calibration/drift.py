@@ -1,4 +1,6 @@
-"""How far a changed model, such as one with a LoRA, leaves the activation ranges that another was calibrated on."""
+"""How far a changed model, such as one with a LoRA, leaves the activation ranges that another was calibrated
+on.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,13 +16,15 @@ from tfmq.nn.operation import operand
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 
-# Share of its range by which an input may leave that range before a warning. An 8-bit grid that grew by so much would lose 0.4 dB.
+# Share of its range by which an input may leave that range before a warning. An 8-bit grid that grew by so
+# much would lose 0.4 dB.
 TOLERATED = 0.05
 
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """By how much the input of a layer goes beyond its calibrated range, in widths of that range (0.25 is a quarter).
+    """By how much the input of a layer goes beyond its calibrated range, in widths of that range (0.25 is a
+    quarter).
 
     `timestep` is where that is worst, None where one range serves all.
     """
@@ -40,7 +44,11 @@ class Extremes:
 
 def _update(seen: Extremes, quantizer: ActivationQuantizer, x: Tensor, bins: Tensor) -> None:
     axis = quantizer.axis % x.ndim
-    index = bins.repeat_interleave(x.shape[0] // len(bins)) if quantizer.per_step else torch.zeros(x.shape[0], dtype=torch.long)
+    index = (
+        bins.repeat_interleave(x.shape[0] // len(bins))
+        if quantizer.per_step
+        else torch.zeros(x.shape[0], dtype=torch.long)
+    )
     for segment, part in enumerate(x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)):
         rows = part.detach().float().flatten(1).cpu()
         seen.low[:, segment].scatter_reduce_(0, index, rows.amin(dim=1), "amin")
@@ -49,35 +57,57 @@ def _update(seen: Extremes, quantizer: ActivationQuantizer, x: Tensor, bins: Ten
 
 def static_inputs(layers: Mapping[str, PackedLayer]) -> dict[str, ActivationQuantizer]:
     """Return the static input quantizers of `layers`, by the names of these."""
-    return {name: layer.input_quantizer for name, layer in layers.items() if isinstance(layer.input_quantizer, ActivationQuantizer)}
+    return {
+        name: layer.input_quantizer
+        for name, layer in layers.items()
+        if isinstance(layer.input_quantizer, ActivationQuantizer)
+    }
 
 
 @contextmanager
-def extremes(denoiser: Denoiser, layers: Mapping[str, PackedLayer], steps: StepContext) -> Iterator[dict[str, Extremes]]:
-    """Note what the `layers`, which have static grids, would read in a full-precision `denoiser`, at the nearest of the calibrated `steps`."""
+def extremes(
+    denoiser: Denoiser, layers: Mapping[str, PackedLayer], steps: StepContext
+) -> Iterator[dict[str, Extremes]]:
+    """Note what the `layers`, which have static grids, would read in a full-precision `denoiser`, at the
+    nearest of the calibrated `steps`.
+    """
     quantizers = static_inputs(layers)
-    seen = {name: Extremes(torch.zeros(q.scale.shape), torch.zeros(q.scale.shape)) for name, q in quantizers.items()}
+    seen = {
+        name: Extremes(torch.zeros(q.scale.shape), torch.zeros(q.scale.shape))
+        for name, q in quantizers.items()
+    }
     running: list[Tensor] = []
 
     def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
         running[:] = [steps.lookup(denoiser.bind(args, kwargs).timestep)[0].cpu()]
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: _update(seen[name], quantizers[name], layers[name].rescaled(operand(args, kwargs)), running[0])
+        return lambda _, args, kwargs: _update(
+            seen[name], quantizers[name], layers[name].rescaled(operand(args, kwargs)), running[0]
+        )
 
     with ExitStack() as stack:
         stack.callback(denoiser.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
         for name in quantizers:
-            stack.callback(denoiser.module.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True).remove)
+            stack.callback(
+                denoiser.module.get_submodule(name)
+                .register_forward_pre_hook(note(name), with_kwargs=True)
+                .remove
+            )
         yield seen
 
 
 def drift(
-    quantizers: Mapping[str, ActivationQuantizer], steps: StepContext, base: Mapping[str, Extremes], changed: Mapping[str, Extremes]
+    quantizers: Mapping[str, ActivationQuantizer],
+    steps: StepContext,
+    base: Mapping[str, Extremes],
+    changed: Mapping[str, Extremes],
 ) -> tuple[LayerDrift, ...]:
-    """Return the layers whose input in the `changed` model goes beyond the calibrated range, the furthest first.
+    """Return the layers whose input in the `changed` model goes beyond the calibrated range, the furthest
+    first.
 
-    What the `base` model reaches beyond it was cut off on purpose when the range was fitted, and does not count.
+    What the `base` model reaches beyond it was cut off on purpose when the range was fitted, and does not
+    count.
     """
     found = []
     for name, quantizer in quantizers.items():
@@ -94,7 +124,9 @@ def drift(
 
 
 def complaint(found: Sequence[LayerDrift]) -> str:
-    """Return what to say about `found`, the furthest first, as the end of a sentence; nothing while all of it is tolerable."""
+    """Return what to say about `found`, the furthest first, as the end of a sentence; nothing while all of it
+    is tolerable.
+    """
     beyond = [entry for entry in found if entry.excess > TOLERATED]
     worst = ", ".join(f"{entry.name} by {entry.excess:.0%} of its range" for entry in beyond[:3])
     return f"leaves the calibrated range of {len(beyond)} layers, furthest {worst}" if beyond else ""

@@ -9,7 +9,9 @@ from torch import nn
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `module` compute by `forward`, which takes the same arguments, instead of its own, which does not run; hooks do."""
+    """Let `module` compute by `forward`, which takes the same arguments, instead of its own, which does not
+    run; hooks do.
+    """
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

@@ -1,4 +1,6 @@
-"""What activation quantizers see on a trajectory, and the ranges that follow (finite set calibration; TFMQ-DM section 4.3)."""
+"""What activation quantizers see on a trajectory, and the ranges that follow (finite set calibration; TFMQ-DM
+section 4.3).
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +26,8 @@ RangeMethod = Literal["search", "min_max"]
 KEPT = 2**18
 # Number of shrunk ranges that the search tries.
 SHRINKS = 40
-# One grid for all timesteps is accepted if its error is at most this times the error of a grid for each timestep: 1 dB. Where the errors of
-# layers add up, the error of the output grows by no more.
+# One grid for all timesteps is accepted if its error is at most this times the error of a grid for each
+# timestep: 1 dB. Where the errors of layers add up, the error of the output grows by no more.
 TOLERATED = 10**0.1
 # Bytes that the kept values of one site and their search take, about.
 SITE_BYTES = 4 * KEPT * 2
@@ -37,7 +39,9 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class SiteStatistics:
-    """Exact extremes `[S, G]` of one quantizer's input, and evenly spaced values of it for each `(step, segment)`."""
+    """Exact extremes `[S, G]` of one quantizer's input, and evenly spaced values of it for each `(step,
+    segment)`.
+    """
 
     low: Tensor
     high: Tensor
@@ -60,7 +64,9 @@ class SiteStatistics:
         self.values.setdefault((step, segment), []).append(flat[:: stride | 1].cpu().clone())
 
 
-def _observe(site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, steps: StepContext, calls: int) -> None:
+def _observe(
+    site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, steps: StepContext, calls: int
+) -> None:
     index = steps.index.cpu() if quantizer.per_step else torch.zeros(1, dtype=torch.long)
     axis = quantizer.axis % x.ndim
     parts = x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)
@@ -74,9 +80,13 @@ def _observe(site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, st
 
 @contextmanager
 def observed(
-    sites: Mapping[str, ActivationQuantizer], steps: StepContext, calls: int, passing: Iterable[ActivationQuantizer] = ()
+    sites: Mapping[str, ActivationQuantizer],
+    steps: StepContext,
+    calls: int,
+    passing: Iterable[ActivationQuantizer] = (),
 ) -> Iterator[dict[str, SiteStatistics]]:
-    """Collect statistics of every quantizer in `sites`; these and the ones `passing` hand their input through while the context is open.
+    """Collect statistics of every quantizer in `sites`; these and the ones `passing` hand their input through
+    while the context is open.
 
     Raises (inside the context):
         CalibrationError: a NaN or infinite input; names the site and the timestep.
@@ -118,7 +128,9 @@ def collect(
     advance: Advance,
     passing: Iterable[ActivationQuantizer] = (),
 ) -> dict[str, SiteStatistics]:
-    """Run `denoiser` over `batches`, `calls` of them, and return what every quantizer in `sites` saw; see `observed`."""
+    """Run `denoiser` over `batches`, `calls` of them, and return what every quantizer in `sites` saw; see
+    `observed`.
+    """
     with observed(sites, steps, calls, passing) as statistics:
         for inputs in batches:
             denoiser(inputs)
@@ -127,8 +139,13 @@ def collect(
 
 
 def _stack(site: SiteStatistics, segment: int) -> Tensor:
-    """Return the kept values of a segment as `[S, n]`; steps with fewer values repeat theirs, steps without any are zero."""
-    rows = [torch.cat(site.values[step, segment]) if (step, segment) in site.values else torch.zeros(1) for step in range(site.low.shape[0])]
+    """Return the kept values of a segment as `[S, n]`; steps with fewer values repeat theirs, steps without
+    any are zero.
+    """
+    rows = [
+        torch.cat(site.values[step, segment]) if (step, segment) in site.values else torch.zeros(1)
+        for step in range(site.low.shape[0])
+    ]
     longest = max(len(row) for row in rows)
     return torch.stack([row[torch.arange(longest) % len(row)] for row in rows])
 
@@ -138,30 +155,48 @@ def _at_once(low: Tensor, high: Tensor, values: Tensor) -> tuple[Tensor, Tensor,
     return low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True), values.reshape(1, -1)
 
 
-def _error(grids: Sequence[tuple[Tensor, Tensor]], seen: Sequence[tuple[Tensor, Tensor, Tensor]], fmt: IntegerFormat) -> float:
-    """Return the energy of what `grids` do to the kept values over the energy of these, a mean over timesteps."""
+def _error(
+    grids: Sequence[tuple[Tensor, Tensor]], seen: Sequence[tuple[Tensor, Tensor, Tensor]], fmt: IntegerFormat
+) -> float:
+    """Return the energy of what `grids` do to the kept values over the energy of these, a mean over
+    timesteps.
+    """
     pairs = [
-        (values, fake_quantize(values, scale[:, None], zero[:, None], fmt.levels)) for (scale, zero), (_, _, values) in zip(grids, seen, strict=True)
+        (values, fake_quantize(values, scale[:, None], zero[:, None], fmt.levels))
+        for (scale, zero), (_, _, values) in zip(grids, seen, strict=True)
     ]
     kept, found = (torch.cat(part, dim=1).double() for part in zip(*pairs, strict=True))
     return float(relative_error(kept, found).square().mean())
 
 
 def fit_site(
-    quantizer: ActivationQuantizer, site: SiteStatistics, *, method: RangeMethod, shared: Sequence[int] = (), measured: bool = False
+    quantizer: ActivationQuantizer,
+    site: SiteStatistics,
+    *,
+    method: RangeMethod,
+    shared: Sequence[int] = (),
+    measured: bool = False,
 ) -> None:
-    """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search within them.
+    """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search
+    within them.
 
-    With `shared` the grids of a segment get one zero-point, one of these. With `measured` one grid serves all steps if it leaves little more
-    error in the kept values, see `TOLERATED`.
+    With `shared` the grids of a segment get one zero-point, one of these. With `measured` one grid serves all
+    steps if it leaves little more error in the kept values, see `TOLERATED`.
     """
 
     def fitted(low: Tensor, high: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        grid = from_range(low, high, fmt) if method == "min_max" else search(values, fmt, low=low, high=high, shrinks=SHRINKS)
+        grid = (
+            from_range(low, high, fmt)
+            if method == "min_max"
+            else search(values, fmt, low=low, high=high, shrinks=SHRINKS)
+        )
         return share_zero_point(*grid, fmt, allowed=shared) if shared else grid
 
     fmt = quantizer.format
-    seen = [(site.low[:, segment], site.high[:, segment], _stack(site, segment)) for segment in range(site.low.shape[1])]
+    seen = [
+        (site.low[:, segment], site.high[:, segment], _stack(site, segment))
+        for segment in range(site.low.shape[1])
+    ]
     columns = [fitted(*column) for column in seen]
     if measured:
         static = [fitted(*_at_once(*column)) for column in seen]

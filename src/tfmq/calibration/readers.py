@@ -1,4 +1,6 @@
-"""Find which units read the output of which, and which run exactly once in a call. Outputs of the latter can be kept instead of computed."""
+"""Find which units read the output of which, and which run exactly once in a call. Outputs of the latter can
+be kept instead of computed.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +18,9 @@ def _floating(tree: Any) -> Iterator[Tensor]:
 
 
 class _Origins:
-    """Follows outputs of units to the inputs of others along the graph that autograd records, which is cut at every unit."""
+    """Follows outputs of units to the inputs of others along the graph that autograd records, which is cut at
+    every unit.
+    """
 
     def __init__(self) -> None:
         # Keep the variables: the number of a freed one could be given to another.
@@ -51,10 +55,12 @@ class _Origins:
 
 
 def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> dict[str, set[str]]:
-    """Return for each of `units`, in the order of their calls, the units that read its output other than through a unit between.
+    """Return for each of `units`, in the order of their calls, the units that read its output other than
+    through a unit between.
 
-    One call of the denoiser in full precision, for the first sample of `example`. A unit that reads something in a way that no gradient
-    follows is not seen to read it. A denoiser that cannot be differentiated at all gives an empty result.
+    One call of the denoiser in full precision, for the first sample of `example`. A unit that reads something
+    in a way that no gradient follows is not seen to read it. A denoiser that cannot be differentiated at all
+    gives an empty result.
     """
     origins = _Origins()
     readers: dict[str, set[str]] = {name: set() for name in units}
@@ -84,7 +90,9 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
 
 @torch.no_grad()
 def called_once(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> set[str]:
-    """Return those of `units` that one call of the denoiser calls once; one call for the first sample of `example`."""
+    """Return those of `units` that one call of the denoiser calls once; one call for the first sample of
+    `example`.
+    """
     counts = dict.fromkeys(units, 0)
     with ExitStack() as stack:
         for name in units:

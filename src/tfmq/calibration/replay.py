@@ -1,4 +1,6 @@
-"""Keep the outputs of finished units instead of running these units again: calls of the next unit begin where the last one ended."""
+"""Keep the outputs of finished units instead of running these units again: calls of the next unit begin where
+the last one ended.
+"""
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -37,14 +39,18 @@ class _Outputs:
 
     @contextmanager
     def around(self, units: Mapping[str, nn.Module], batch: int) -> Iterator[None]:
-        """Let `units` return what they returned for this batch before, as far as it was kept; keep what the others return."""
+        """Let `units` return what they returned for this batch before, as far as it was kept; keep what the
+        others return.
+        """
         seen: dict[str, list[Any]] = {}
         with ExitStack() as stack:
             for name, unit in units.items():
                 if batch in self._kept.get(name, {}):
                     stack.enter_context(_returning(unit, partial(self._read, name, batch)))
                 elif name not in self._run:
-                    handle = unit.register_forward_hook(lambda _, __, output, name=name: seen.setdefault(name, []).append(_copied(output)))
+                    handle = unit.register_forward_hook(
+                        lambda _, __, output, name=name: seen.setdefault(name, []).append(_copied(output))
+                    )
                     stack.callback(handle.remove)
             yield
         for name, outputs in seen.items():
@@ -53,7 +59,11 @@ class _Outputs:
     def _keep(self, name: str, batch: int, outputs: list[Any]) -> None:
         values, spec = tree_flatten(outputs[0])
         leaves = [_Leaf.of(value) for value in values]
-        tensors = {str(i): leaf.stored(value) for i, (leaf, value) in enumerate(zip(leaves, values, strict=True)) if leaf.device}
+        tensors = {
+            str(i): leaf.stored(value)
+            for i, (leaf, value) in enumerate(zip(leaves, values, strict=True))
+            if leaf.device
+        }
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         # A unit has to run itself if it runs twice in a call, or hides tensors in what it returns.
         if len(outputs) > 1 or not tensors or size > self.bytes_left:
@@ -82,7 +92,9 @@ class _Outputs:
         return output.unread() if name in self._unread else output.read()
 
     def forget(self, readers: Mapping[str, set[str]]) -> None:
-        """Delete what nobody will read: each of its `readers` returns what it returned before, and so does not look at its inputs."""
+        """Delete what nobody will read: each of its `readers` returns what it returned before, and so does
+        not look at its inputs.
+        """
         settled = {name for name in self._kept if name not in self._run}
         for name in settled - self._unread:
             if name in readers and readers[name] <= settled:
@@ -92,7 +104,9 @@ class _Outputs:
                     self.bytes_left += output.size
 
     def revive(self) -> bool:
-        """Take nothing for kept any more, if something was deleted: what ran since may have read it. Return whether that was so."""
+        """Take nothing for kept any more, if something was deleted: what ran since may have read it. Return
+        whether that was so.
+        """
         revived = bool(self._unread)
         if revived:
             for name in self._kept.keys() - self._unread:
@@ -120,18 +134,28 @@ class _Output:
 
     def read(self) -> Any:
         tensors, _ = read_tensors(self.path)
-        return tree_unflatten([leaf.restored(tensors[str(i)]) if leaf.device else leaf.value for i, leaf in enumerate(self.leaves)], self.spec)
+        return tree_unflatten(
+            [
+                leaf.restored(tensors[str(i)]) if leaf.device else leaf.value
+                for i, leaf in enumerate(self.leaves)
+            ],
+            self.spec,
+        )
 
     def unread(self) -> Any:
         """Return something of the same form that shows wherever it gets to."""
-        return tree_unflatten([leaf.unread() if leaf.device else leaf.value for leaf in self.leaves], self.spec)
+        return tree_unflatten(
+            [leaf.unread() if leaf.device else leaf.value for leaf in self.leaves], self.spec
+        )
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A leaf of an output: a plain `value`, or a tensor like `form` on `device` with its axes in the `order` of memory.
+    """A leaf of an output: a plain `value`, or a tensor like `form` on `device` with its axes in the `order`
+    of memory.
 
-    The order is part of a result: kernels sum otherwise over another, and a resumed job must end in the same bytes.
+    The order is part of a result: kernels sum otherwise over another, and a resumed job must end in the same
+    bytes.
     """
 
     value: Any = None
@@ -143,12 +167,21 @@ class _Leaf:
     def of(cls, value: Any) -> "_Leaf":
         if not isinstance(value, Tensor):
             return cls(value=value)
-        return cls(device=value.device, order=tuple(sorted(range(value.ndim), key=value.stride, reverse=True)), form=value.to("meta"))
+        return cls(
+            device=value.device,
+            order=tuple(sorted(range(value.ndim), key=value.stride, reverse=True)),
+            form=value.to("meta"),
+        )
 
     def unread(self) -> Tensor:
         """Return a tensor of that form: NaN where there is such a number."""
         assert self.form is not None
-        return torch.full(self.form.shape, nan if self.form.is_floating_point() else 0, dtype=self.form.dtype, device=self.device)
+        return torch.full(
+            self.form.shape,
+            nan if self.form.is_floating_point() else 0,
+            dtype=self.form.dtype,
+            device=self.device,
+        )
 
     def stored(self, tensor: Tensor) -> Tensor:
         """Return the tensor as it goes to disk."""
@@ -156,7 +189,9 @@ class _Leaf:
 
     def restored(self, tensor: Tensor) -> Tensor:
         """Return the tensor as it was; in memory of its own, since that of a file is aligned otherwise."""
-        return tensor.to(self.device, copy=True).permute([self.order.index(axis) for axis in range(tensor.ndim)])
+        return tensor.to(self.device, copy=True).permute(
+            [self.order.index(axis) for axis in range(tensor.ndim)]
+        )
 
 
 def _returning(unit: nn.Module, value: Callable[[], Any]) -> AbstractContextManager[None]:
@@ -167,9 +202,11 @@ def _returning(unit: nn.Module, value: Callable[[], Any]) -> AbstractContextMana
 class Upstream:
     """The units that are done, whose outputs the calls of later units start from.
 
-    Outputs are kept for the full-precision network and for the quantized one, in `directory`, which is emptied first; at most `most_bytes` of
-    them, and no more than half of the space that is left. Without a directory every unit runs again. `readers` names the units that read the
-    output of a unit, where that is known: once all of them are kept, it is deleted. `once` are the units that are known to run once in a call.
+    Outputs are kept for the full-precision network and for the quantized one, in `directory`, which is
+    emptied first; at most `most_bytes` of them, and no more than half of the space that is left. Without a
+    directory every unit runs again. `readers` names the units that read the output of a unit, where that is
+    known: once all of them are kept, it is deleted. `once` are the units that are known to run once in a
+    call.
     """
 
     def __init__(
@@ -189,7 +226,9 @@ class Upstream:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         most = min(most_bytes, int(SHARE * shutil.disk_usage(directory).free))
-        self._networks = {network: _Outputs(directory / network, most // 2) for network in ("full", "quantized")}
+        self._networks = {
+            network: _Outputs(directory / network, most // 2) for network in ("full", "quantized")
+        }
 
     def add(self, name: str, unit: nn.Module) -> None:
         """Take a unit for done: its outputs do not change any more."""
@@ -198,13 +237,21 @@ class Upstream:
         self._units[name] = unit
 
     def revive(self) -> bool:
-        """Let the units run again, because somebody reads outputs that were deleted; return whether any were."""
+        """Let the units run again, because somebody reads outputs that were deleted; return whether any
+        were.
+        """
         self._readers = {}
         return any([network.revive() for network in self._networks.values()])
 
     def keeper(self, network: Network, name: str) -> Keep | None:
-        """Return what takes the outputs of a unit whose turn it is, so that it does not have to run again for them; None where it has to."""
-        return partial(self._networks[network].keep, name) if network in self._networks and name in self._once else None
+        """Return what takes the outputs of a unit whose turn it is, so that it does not have to run again for
+        them; None where it has to.
+        """
+        return (
+            partial(self._networks[network].keep, name)
+            if network in self._networks and name in self._once
+            else None
+        )
 
     def discard(self, network: Network, name: str) -> None:
         """Forget the outputs of a unit, which has changed."""

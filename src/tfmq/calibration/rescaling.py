@@ -1,4 +1,6 @@
-"""Choose how the inputs of layers are rescaled: equalizers propose, and the error of the layer's output on what it has read decides."""
+"""Choose how the inputs of layers are rescaled: equalizers propose, and the error of the layer's output on
+what it has read decides.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ from tfmq.quantizers.weight import fit_grid
 # Values of a layer's inputs that are kept, and the fewest and most rows that these make.
 KEPT = 2**19
 FEWEST, MOST = 16, 256
-# Bytes that one layer takes while it is looked at, about: what is kept, and the same a few times while candidates are compared.
+# Bytes that one layer takes while it is looked at, about: what is kept, and the same a few times while
+# candidates are compared.
 LAYER_BYTES = 4 * KEPT * 4
 # Share of the error that a rescaling has to take away: what it does costs a multiplication at every call.
 WORTH = 0.01
@@ -29,7 +32,9 @@ WORTH = 0.01
 
 @dataclass
 class Seen:
-    """What a layer has read: extremes of every channel `[S, C]`, and rows `[groups, R, n]` as its weight reads them, with the step of each."""
+    """What a layer has read: extremes of every channel `[S, C]`, and rows `[groups, R, n]` as its weight
+    reads them, with the step of each.
+    """
 
     low: Tensor
     high: Tensor
@@ -59,7 +64,9 @@ class Seen:
 
 
 @contextmanager
-def watched(layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: int) -> Iterator[dict[str, Seen]]:
+def watched(
+    layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: int
+) -> Iterator[dict[str, Seen]]:
     """Note what `layers` read in the next `calls` calls of the denoiser."""
     seen = {name: Seen.nothing(layer, len(steps.timesteps)) for name, layer in layers.items()}
     handles = []
@@ -67,7 +74,14 @@ def watched(layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: in
         total = min(MOST, max(FEWEST, KEPT // layer.weight[0].numel()))
         most = max(1, total // calls)
 
-        def note(_: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name, layer: CalibratedLayer = layer, most: int = most) -> None:
+        def note(
+            _: nn.Module,
+            args: tuple[Any, ...],
+            output: Tensor,
+            name: str = name,
+            layer: CalibratedLayer = layer,
+            most: int = most,
+        ) -> None:
             seen[name].update(layer, args[0], output, steps.index, most=most)
 
         handles.append(layer.register_forward_hook(note))
@@ -80,9 +94,17 @@ def watched(layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: in
 
 @torch.no_grad()
 def observe(
-    denoiser: Denoiser, layers: Mapping[str, CalibratedLayer], steps: StepContext, batches: Iterable[Inputs], *, calls: int, advance: Advance
+    denoiser: Denoiser,
+    layers: Mapping[str, CalibratedLayer],
+    steps: StepContext,
+    batches: Iterable[Inputs],
+    *,
+    calls: int,
+    advance: Advance,
 ) -> dict[str, Seen]:
-    """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read; a layer that none reaches is left out."""
+    """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read; a
+    layer that none reaches is left out.
+    """
     with watched(layers, steps, calls) as seen:
         for inputs in batches:
             denoiser(inputs)
@@ -91,7 +113,9 @@ def observe(
 
 
 def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
-    """Return rescaled `rows` `[groups, R, n]` as they come out of the layer's quantizer, on grids over exact extremes."""
+    """Return rescaled `rows` `[groups, R, n]` as they come out of the layer's quantizer, on grids over exact
+    extremes.
+    """
     quantizer = layer.input_quantizer
     if quantizer is None:
         return rows
@@ -100,20 +124,32 @@ def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, fa
         return quantizer(rows)
     low, high = seen.low * factor, seen.high * factor
     if not quantizer.per_step:
-        low, high, steps = low.amin(dim=0, keepdim=True), high.amax(dim=0, keepdim=True), torch.zeros_like(steps)
+        low, high, steps = (
+            low.amin(dim=0, keepdim=True),
+            high.amax(dim=0, keepdim=True),
+            torch.zeros_like(steps),
+        )
     widths = quantizer.segments or (len(factor),)
     grids = [
         from_range(below.amin(dim=1), above.amax(dim=1), quantizer.format)
         for below, above in zip(low.split(widths, dim=1), high.split(widths, dim=1), strict=True)
     ]
-    scale, zero = (torch.stack(column, dim=1).repeat_interleave(torch.tensor(widths), dim=1)[steps] for column in zip(*grids, strict=True))
+    scale, zero = (
+        torch.stack(column, dim=1).repeat_interleave(torch.tensor(widths), dim=1)[steps]
+        for column in zip(*grids, strict=True)
+    )
     taps = rows.shape[2] * layer.operation.groups // len(factor)
-    scale, zero = (value.unflatten(1, (layer.operation.groups, -1)).transpose(0, 1).repeat_interleave(taps, dim=2) for value in (scale, zero))
+    scale, zero = (
+        value.unflatten(1, (layer.operation.groups, -1)).transpose(0, 1).repeat_interleave(taps, dim=2)
+        for value in (scale, zero)
+    )
     return fake_quantize(rows, scale, zero, quantizer.format.levels)
 
 
 def output_error(layer: CalibratedLayer, seen: Seen, factor: Tensor, *, ranges: str) -> float:
-    """Return the squared error of a layer's output on what it has read, with its inputs rescaled, quantized, and nearest codes of its weight."""
+    """Return the squared error of a layer's output on what it has read, with its inputs rescaled, quantized,
+    and nearest codes of its weight.
+    """
     groups = layer.operation.groups
     exact, rows = layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
     weight = exact / by_row(factor, exact, groups)
@@ -126,8 +162,12 @@ def output_error(layer: CalibratedLayer, seen: Seen, factor: Tensor, *, ranges: 
     return float((entered @ found - rows @ full).double().square().sum())
 
 
-def best_factor(layer: CalibratedLayer, seen: Seen, *, equalizers: Iterable[str], ranges: str) -> Tensor | None:
-    """Return the factor `[C_in]` that leaves the least error; None where no rescaling takes away `WORTH` of it."""
+def best_factor(
+    layer: CalibratedLayer, seen: Seen, *, equalizers: Iterable[str], ranges: str
+) -> Tensor | None:
+    """Return the factor `[C_in]` that leaves the least error; None where no rescaling takes away `WORTH` of
+    it.
+    """
     weights = columns(layer.weight.float().cpu(), layer.operation.groups)
     extremes = Extremes(seen.low, seen.high)
     one = torch.ones_like(weights)

@@ -1,4 +1,6 @@
-"""Tensors that grow batch by batch. They stay in memory while they fit and move to a file then; any of their rows can be read from either."""
+"""Tensors that grow batch by batch. They stay in memory while they fit and move to a file then; any of their
+rows can be read from either.
+"""
 
 import tempfile
 import weakref
@@ -18,8 +20,8 @@ from tfmq.storage.raw import raw_bytes
 class Column:
     """Batches `[n_i, ...]` of one tensor, one after the other; rows are numbered through.
 
-    What is read has the order of axes in memory that `torch.cat` of the batches gives: kernels sum otherwise over another. They are not joined
-    by it: that would hold them twice for a moment.
+    What is read has the order of axes in memory that `torch.cat` of the batches gives: kernels sum otherwise
+    over another. They are not joined by it: that would hold them twice for a moment.
     """
 
     def __init__(self, spool: "Spool", first: Tensor) -> None:
@@ -39,7 +41,10 @@ class Column:
 
     def flush(self) -> None:
         """Move what is in memory to the file."""
-        with full_disk_named(self._spool.directory, needed_bytes=sum(part.numel() * part.element_size() for part in self._parts)):
+        with full_disk_named(
+            self._spool.directory,
+            needed_bytes=sum(part.numel() * part.element_size() for part in self._parts),
+        ):
             if self._file is None:
                 self._file = self._spool.file()
                 weakref.finalize(self, self._file.close)
@@ -70,7 +75,17 @@ class Column:
         buffer = torch.empty([shape[axis] for axis in self._order], dtype=self._like.dtype, device=device)
         rows = buffer.permute([self._order.index(axis) for axis in range(len(shape))])
         if self._file is None:
-            torch.cat([self._like, *(piece for start, stop, first in runs for piece in self._held(first, first + stop - start))], out=rows)
+            torch.cat(
+                [
+                    self._like,
+                    *(
+                        piece
+                        for start, stop, first in runs
+                        for piece in self._held(first, first + stop - start)
+                    ),
+                ],
+                out=rows,
+            )
             return rows
         octets = buffer.flatten().view(torch.uint8).numpy().data
         size = len(octets) // max(1, len(index))
@@ -98,9 +113,11 @@ def _whole(move: Callable[[memoryview], int], octets: memoryview) -> None:
 
 
 class Spool:
-    """Gives out columns that together hold at most `most_bytes` in memory; beyond that, all of them go to nameless files in `directory`.
+    """Gives out columns that together hold at most `most_bytes` in memory; beyond that, all of them go to
+    nameless files in `directory`.
 
-    Without a number they stay in memory. Values are the same either way. The files vanish with their columns, and with the process.
+    Without a number they stay in memory. Values are the same either way. The files vanish with their columns,
+    and with the process.
     """
 
     def __init__(self, directory: Path | None = None, most_bytes: int | None = None) -> None:

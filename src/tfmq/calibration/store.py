@@ -23,13 +23,19 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"a denoiser argument with a key of type {type(key).__name__} cannot be stored ({name}); names can")
+                raise TypeError(
+                    f"a denoiser argument with a key of type {type(key).__name__} "
+                    f"cannot be stored ({name}); names can"
+                )
         return {"dict": {key: _encode(item, f"{name}.{key}", tensors) for key, item in value.items()}}
     if isinstance(value, list | tuple):
         return {type(value).__name__: [_encode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
-    raise TypeError(f"a denoiser argument of type {type(value).__name__} cannot be stored ({name}); tensors and plain values can")
+    raise TypeError(
+        f"a denoiser argument of type {type(value).__name__} cannot be "
+        f"stored ({name}); tensors and plain values can"
+    )
 
 
 def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -45,7 +51,9 @@ def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 class CalibrationStore:
-    """A directory of recorded denoiser calls in the order in which the sampler made them; reading streams one call at a time."""
+    """A directory of recorded denoiser calls in the order in which the sampler made them; reading streams one
+    call at a time.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
@@ -66,7 +74,9 @@ class CalibrationStore:
             shutil.rmtree(part)
 
     def part(self, number: int) -> "CalibrationStore":
-        """Return an empty store that lies within this one, for calls that this one takes over later; see `adopt`."""
+        """Return an empty store that lies within this one, for calls that this one takes over later; see
+        `adopt`.
+        """
         part = CalibrationStore(self.directory / f"part_{number:05d}")
         part.clear()
         return part
@@ -85,12 +95,18 @@ class CalibrationStore:
         tensors = {"sample": inputs.sample.cpu(), "timestep": inputs.timestep.cpu()}
         conditions = _encode(dict(inputs.conditions), "conditions", tensors)
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        write_tensors(self.directory / f"call_{len(self):05d}.safetensors", tensors, metadata={"conditions": json.dumps(conditions)})
+        write_tensors(
+            self.directory / f"call_{len(self):05d}.safetensors",
+            tensors,
+            metadata={"conditions": json.dumps(conditions)},
+        )
 
     def read(self, index: int) -> Inputs:
         """Read one call."""
         tensors, metadata = read_tensors(self._paths()[index])
-        return Inputs(tensors["sample"], tensors["timestep"], _decode(json.loads(metadata["conditions"]), tensors))
+        return Inputs(
+            tensors["sample"], tensors["timestep"], _decode(json.loads(metadata["conditions"]), tensors)
+        )
 
     def __iter__(self) -> Iterator[Inputs]:
         for index in range(len(self)):
@@ -103,7 +119,9 @@ class CalibrationStore:
         return torch.cat(self._timesteps).unique()
 
     def every(self, interval: int) -> Iterator[Inputs]:
-        """Yield the calls of every `interval`-th distinct timestep from noise to image, and of the last (all guidance halves), in order."""
+        """Yield the calls of every `interval`-th distinct timestep from noise to image, and of the last (all
+        guidance halves), in order.
+        """
         timesteps = self.timesteps().flip(0).tolist()
         kept = {*timesteps[::interval], timesteps[-1]}
         # The timesteps are known, so calls that are left out need not be read.
@@ -113,7 +131,9 @@ class CalibrationStore:
 
 @dataclass(frozen=True)
 class StoredBatches:
-    """The calls of every `interval`-th timestep of a store, read from disk again whenever they are iterated over."""
+    """The calls of every `interval`-th timestep of a store, read from disk again whenever they are iterated
+    over.
+    """
 
     store: CalibrationStore
     interval: int

@@ -19,11 +19,16 @@ def check_finite(inputs: Inputs) -> None:
     bad = ~torch.isfinite(inputs.sample).flatten(1).all(dim=1)
     if bad.any():
         timestep = float(inputs.timestep[bad][0])
-        raise CalibrationError(f"the sample is not finite at timestep {timestep:g}: the full-precision model breaks on its own trajectory")
+        raise CalibrationError(
+            f"the sample is not finite at timestep {timestep:g}: the "
+            "full-precision model breaks on its own trajectory"
+        )
 
 
 def first_broken(denoiser: Denoiser, inputs: Inputs) -> str:
-    """Return the name of the first innermost module that gives a NaN or infinite value in this call; the model's own where none does."""
+    """Return the name of the first innermost module that gives a NaN or infinite value in this call; the
+    model's own where none does.
+    """
     broken: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -46,7 +51,8 @@ def recorded_calls(denoiser: Denoiser, sink: Callable[[Inputs], None]) -> Iterat
     """Hand the inputs of every call of `denoiser.module` to `sink` while the context is open.
 
     Raises (inside the context):
-        CalibrationError: a sample or an output is NaN or infinite; names the timestep, and the layer that made it.
+        CalibrationError: a sample or an output is NaN or infinite; names the timestep, and the layer that
+            made it.
     """
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,7 +66,10 @@ def recorded_calls(denoiser: Denoiser, sink: Callable[[Inputs], None]) -> Iterat
             remove()
             inputs = denoiser.bind(args, kwargs)
             timestep = float(inputs.timestep[int(bad.int().argmax()) * len(inputs) // len(bad)])
-            raise CalibrationError(f"{first_broken(denoiser, inputs)} gives NaN or infinite values at timestep {timestep:g}, in full precision")
+            raise CalibrationError(
+                f"{first_broken(denoiser, inputs)} gives NaN or infinite values "
+                f"at timestep {timestep:g}, in full precision"
+            )
 
     handles = (
         denoiser.module.register_forward_pre_hook(before, with_kwargs=True),

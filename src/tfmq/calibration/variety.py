@@ -13,23 +13,34 @@ from tfmq.models.program import Trace
 def finite_conditions(denoiser: Denoiser, example: Inputs, traced: Trace) -> tuple[str, ...]:
     """Return the names of conditions with one whole number a sample that a layer depends on."""
     heeded = frozenset().union(*(layer.depends_on for layer in traced.layers))
-    return tuple(name for name, tensor in denoiser.labelled(example)[2:] if name in heeded and _is_label(tensor))
+    return tuple(
+        name for name, tensor in denoiser.labelled(example)[2:] if name in heeded and _is_label(tensor)
+    )
 
 
 def _is_label(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.ndim > 0 and tensor[0].numel() == 1
+    return (
+        not tensor.is_floating_point()
+        and not tensor.is_complex()
+        and tensor.ndim > 0
+        and tensor[0].numel() == 1
+    )
 
 
-def single_values(denoiser: Denoiser, names: Sequence[str], store: CalibrationStore, batches: Sequence[range]) -> dict[str, tuple[int, ...]]:
-    """Return those of the conditions `names` that were the same for all images, with the value, or under guidance the two values, of each.
+def single_values(
+    denoiser: Denoiser, names: Sequence[str], store: CalibrationStore, batches: Sequence[range]
+) -> dict[str, tuple[int, ...]]:
+    """Return those of the conditions `names` that were the same for all images, with the value, or under
+    guidance the two values, of each.
 
-    An image has the value of its class, and under guidance also that of none, in two rows of one call or in two calls: a row is compared with
-    those of other images at the same call of the trajectory.
+    An image has the value of its class, and under guidance also that of none, in two rows of one call or in
+    two calls: a row is compared with those of other images at the same call of the trajectory.
 
     Args:
         denoiser: names the conditions.
         names: names of the conditions that have one whole number for each sample.
-        store: the calls of the first batch of images, then those of the next. They are read until every condition has shown two values.
+        store: the calls of the first batch of images, then those of the next. They are read until every
+            condition has shown two values.
         batches: the images of each.
     """
     left = {name: dict[int, tuple[int, ...]]() for name in names}
@@ -44,15 +55,25 @@ def single_values(denoiser: Denoiser, names: Sequence[str], store: CalibrationSt
                     del left[name]
         if not left:
             break
-    return {name: tuple(sorted({value for values in seen.values() for value in values})) for name, seen in left.items() if seen}
+    return {
+        name: tuple(sorted({value for values in seen.values() for value in values}))
+        for name, seen in left.items()
+        if seen
+    }
 
 
-def warn_of_single_values(denoiser: Denoiser, example: Inputs, traced: Trace, store: CalibrationStore, batches: Sequence[range]) -> None:
-    """Warn of every condition that a calibration saw one value of: what depends on it was fitted to that value alone."""
+def warn_of_single_values(
+    denoiser: Denoiser, example: Inputs, traced: Trace, store: CalibrationStore, batches: Sequence[range]
+) -> None:
+    """Warn of every condition that a calibration saw one value of: what depends on it was fitted to that
+    value alone.
+    """
     names = finite_conditions(denoiser, example, traced)
     for name, values in single_values(denoiser, names, store, batches).items():
         warnings.warn(
-            f"the calibration saw one {name} alone, {' and '.join(map(str, values))}: other values may come out badly. Draw more images "
-            "(--calib-size), or give them values in turn: per_image of tfmq.LoopSampler, labels of tfmq.PipelineSampler",
+            f"the calibration saw one {name} alone, {' and '.join(map(str, values))}: "
+            "other values may come out badly. Draw more images "
+            "(--calib-size), or give them values in turn: per_image of "
+            "tfmq.LoopSampler, labels of tfmq.PipelineSampler",
             stacklevel=2,
         )

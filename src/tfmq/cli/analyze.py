@@ -34,21 +34,35 @@ def analyze(
     directory: Directory,
     reference: Reference = None,
     num_images: Annotated[
-        int | None, typer.Option("--num-images", min=1, help="Images whose trajectories are followed. Default: 1, with --thorough 4.")
+        int | None,
+        typer.Option(
+            "--num-images",
+            min=1,
+            help="Images whose trajectories are followed. Default: 1, with --thorough 4.",
+        ),
     ] = None,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Look at every unit, and at more calls and images.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Look at every unit, and at more calls and images.")
+    ] = False,
     module: Module = None,
     steps: Steps = None,
     seed: Seed = 0,
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.analysis.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.analysis."),
+    ] = None,
     device: Device = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
-    parquet: Annotated[bool, typer.Option("--parquet", help="Write the values as analysis.parquet too, one a row.")] = False,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Write the values as analysis.parquet too, one a row.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity of units, errors of layers."""
+    """Show where a quantized model loses: temporal features by timestep, ranges, the trajectory, sensitivity
+    of units, errors of layers.
+    """
     target = output_dir or beside(directory, SUFFIX)
     with verb():
         from tfmq.cli.models import default_steps, execute_model, open_model, provenance, quantized_directory
@@ -69,7 +83,11 @@ def analyze(
         own = check_module(module)
         execution = check_execution(backend, weights)
         source = quantized_directory(directory)
-        with quiet(), completed_directory(target, owned=ANALYSIS_FILES) as folder, shown_progress() as progress:
+        with (
+            quiet(),
+            completed_directory(target, owned=ANALYSIS_FILES) as folder,
+            shown_progress() as progress,
+        ):
             quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
             full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device)
             described = provenance(quantized, directory)
@@ -80,7 +98,13 @@ def analyze(
             schedule: dict[str, Any] = {"steps": steps or default_steps(described)}
             foretell(expected_seconds(full, quantized, extent=extent, **schedule), "the analysis")
             found = run(full, quantized, extent=extent, seed=seed, **schedule, progress=progress)
-            settings = {"num_images": extent.num_images, **schedule, "seed": seed, "thorough": thorough, "calls": extent.calls}
+            settings = {
+                "num_images": extent.num_images,
+                **schedule,
+                "seed": seed,
+                "thorough": thorough,
+                "calls": extent.calls,
+            }
             settings |= {"parts": len(found.sensitivity.parts), "of_parts": found.of_parts}
             weights_digest = module_digest(quantized.denoiser.module)
             values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})

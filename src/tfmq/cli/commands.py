@@ -1,7 +1,7 @@
 """The command `tfmq` and its verbs.
 
-Exit status: 0 done; 2 usage; 1 a refused input or a failed run; 130 interrupted by Ctrl-C, as shells have it. Whatever is not 0 comes with one
-line on stderr that names the cause.
+Exit status: 0 done; 2 usage; 1 a refused input or a failed run; 130 interrupted by Ctrl-C, as shells have it.
+Whatever is not 0 comes with one line on stderr that names the cause.
 """
 
 from typing import Annotated
@@ -23,7 +23,10 @@ from tfmq.cli.sample import sample
 from tfmq.cli.studio import studio
 from tfmq.version import __version__
 
-EPILOG = "Exit status: 0 done, 1 refused input or failed run, 2 usage, 130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
+EPILOG = (
+    "Exit status: 0 done, 1 refused input or failed run, 2 usage, "
+    "130 interrupted. TFMQ_DEBUG=1 shows tracebacks."
+)
 
 app = typer.Typer(name="tfmq", add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG)
 for verb in (quantize, sample, compare, evaluate, analyze, report, studio, inspect, export, bench):
@@ -41,18 +44,22 @@ def _show_version(value: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave."),
+    ] = False,
 ) -> None:
     """Quantize diffusion models with Temporal Feature Maintenance Quantization.
 
-    MODEL is a diffusers pipeline directory, a hub id (owner/name), or "default", the model that comes with tfmq.
+    MODEL is a diffusers pipeline directory, a hub id (owner/name), or "default", the model that comes with
+    tfmq.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-# The base of the parser's errors, found through a class that derives from it: recent releases of typer carry a click of their own, earlier ones
-# import click.
+# The base of the parser's errors, found through a class that derives from it: recent releases of typer carry
+# a click of their own, earlier ones import click.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 

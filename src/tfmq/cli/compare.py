@@ -45,7 +45,9 @@ def compare(
     weights: Weights = "unpacked",
     json: Json = False,
 ) -> None:
-    """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal disturbance."""
+    """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal
+    disturbance.
+    """
     with verb():
         from tfmq.artifact import stored_bytes
         from tfmq.cli.models import execute_model, open_model, provenance, quantized_directory
@@ -63,10 +65,18 @@ def compare(
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}
             quantized = open_model(str(source), module=own, prompts=read_prompts(prompts), device=device)
             described = provenance(quantized, directory)
-            full = open_model(reference, module=own, prompts=read_prompts(prompts), device=device, options=calibrated_options(described))
+            full = open_model(
+                reference,
+                module=own,
+                prompts=read_prompts(prompts),
+                device=device,
+                options=calibrated_options(described),
+            )
             # Choose the backend after everything that may be refused: choosing may take a measurement.
             name = execute_model(quantized, backend, execution, rows=min(batch_size, num_images), judged=True)
-            result = _compared(full, quantized, folder, described, stored_bytes(source), backend=name, **options)
+            result = _compared(
+                full, quantized, folder, described, stored_bytes(source), backend=name, **options
+            )
     if json:
         emit(result)
     else:

@@ -46,38 +46,91 @@ QUICK, THOROUGH = (64, 16), (1000, 64)
 
 def evaluate(
     directory: Directory,
-    reference: Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from; evaluated first.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="MODEL", help="The model that it was made from; evaluated first."
+        ),
+    ] = None,
     module: Module = None,
-    real: Annotated[Path | None, typer.Option("--real", metavar="IMAGES", help="Folder of images, or .npz of images or of statistics.")] = None,
-    num_images: Annotated[int | None, typer.Option("--num-images", min=1, help="How many images to draw. Default: 64, with --thorough 1000.")] = None,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Draw as many images as make metrics of sets worth reading.")] = False,
+    real: Annotated[
+        Path | None,
+        typer.Option(
+            "--real", metavar="IMAGES", help="Folder of images, or .npz of images or of statistics."
+        ),
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            "--num-images", min=1, help="How many images to draw. Default: 64, with --thorough 1000."
+        ),
+    ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Draw as many images as make metrics of sets worth reading.")
+    ] = False,
     steps: Steps = None,
     seed: Seed = 0,
     metrics: Annotated[
         str,
         typer.Option(
-            "--metrics", metavar="A,B", help="Some of fid, sfid, kid, is, precision-recall, clip, adherence, psnr, ssim, lpips, trajectory."
+            "--metrics",
+            metavar="A,B",
+            help=(
+                "Some of fid, sfid, kid, is, precision-recall, clip, "
+                "adherence, psnr, ssim, lpips, trajectory."
+            ),
         ),
     ] = METRICS,
     num_pairs: Annotated[
-        int | None, typer.Option("--num-pairs", min=1, help="Images of these that are compared pair by pair. Default: 16, with --thorough 64.")
+        int | None,
+        typer.Option(
+            "--num-pairs",
+            min=1,
+            help="Images of these that are compared pair by pair. Default: 16, with --thorough 64.",
+        ),
     ] = None,
     extractor: Annotated[
-        str, typer.Option("--extractor", metavar="NAME", help="inception; efficientnet-lite0 or pooled-pixels: local, and part of the metric's name.")
+        str,
+        typer.Option(
+            "--extractor",
+            metavar="NAME",
+            help="inception; efficientnet-lite0 or pooled-pixels: local, and part of the metric's name.",
+        ),
     ] = "inception",
     weights_dir: Annotated[
         Path | None,
-        typer.Option("--weights-dir", metavar="DIR", help="Folder with checkpoints/ that has downloaded weights. Default: torch's cache."),
+        typer.Option(
+            "--weights-dir",
+            metavar="DIR",
+            help="Folder with checkpoints/ that has downloaded weights. Default: torch's cache.",
+        ),
     ] = None,
-    clip: Annotated[str, typer.Option("--clip", metavar="MODEL", help="Folder or hub id of the CLIP model.")] = "openai/clip-vit-base-patch16",
+    clip: Annotated[
+        str, typer.Option("--clip", metavar="MODEL", help="Folder or hub id of the CLIP model.")
+    ] = "openai/clip-vit-base-patch16",
     judge: Annotated[
-        str | None, typer.Option("--judge", metavar="NAME", help="What reads the images for adherence. Default: the one that the model brings.")
+        str | None,
+        typer.Option(
+            "--judge",
+            metavar="NAME",
+            help="What reads the images for adherence. Default: the one that the model brings.",
+        ),
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.evaluation.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.evaluation."),
+    ] = None,
     shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Draw every N-th batch only; a run with --resume puts the shards together.")
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Draw every N-th batch only; a run with --resume puts the shards together.",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted evaluation, or the work of shards.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted evaluation, or the work of shards.")
+    ] = False,
     batch_size: BatchSize = 16,
     device: Device = None,
     prompts: Prompts = None,
@@ -88,7 +141,9 @@ def evaluate(
     threads: Threads = 1,
     json: Json = False,
 ) -> None:
-    """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the same noise."""
+    """Judge a quantized model: FID and its kin against real images and full precision, and pairs from the
+    same noise.
+    """
     target = output_dir or beside(directory, SUFFIX)
     with verb(interrupted=job_hint(beside(str(target), ".job"))):
         from tfmq.cli.models import (
@@ -112,7 +167,9 @@ def evaluate(
         execution, part, names = check_execution(backend, weights), _shard(shard), _names(metrics, extractor)
         place = check_cluster(cluster, workers, threads, device=device)
         if place is not None and part is not None:
-            raise typer.BadParameter("a cluster shares the work out itself; leave one of them out", param_hint="--shard")
+            raise typer.BadParameter(
+                "a cluster shares the work out itself; leave one of them out", param_hint="--shard"
+            )
         check_reference(reference, module, needed=False)
         source, own = quantized_directory(directory), check_module(module)
         opening: dict[str, Any] = {"module": own, "prompts": read_prompts(prompts), "device": device}
@@ -120,7 +177,10 @@ def evaluate(
             quantized = open_model(str(source), **opening)
             described = provenance(quantized, directory)
             reader = judge or _brought(source, reference)
-            absent = {*(() if draws_from_text(quantized) else (CLIP_METRIC,)), *(() if reader else (ADHERENCE,))}
+            absent = {
+                *(() if draws_from_text(quantized) else (CLIP_METRIC,)),
+                *(() if reader else (ADHERENCE,)),
+            }
             settings = Settings(
                 num_images=num_images or (THOROUGH if thorough else QUICK)[0],
                 steps=steps or default_steps(described),
@@ -132,7 +192,9 @@ def evaluate(
                 clip=clip,
                 judge=reader,
             )
-            name = execute_model(quantized, backend, execution, rows=min(batch_size, settings.num_images), judged=True)
+            name = execute_model(
+                quantized, backend, execution, rows=min(batch_size, settings.num_images), judged=True
+            )
             full = None if reference is None and own is None else open_model(reference, **opening)
             request = Request(
                 settings=settings,
@@ -144,14 +206,24 @@ def evaluate(
             )
             # Every worker uses the backend that was chosen here.
             again = partial(
-                ready_models, located(str(source)), reference and located(reference), backend=name or "auto", options=execution, **opening
+                ready_models,
+                located(str(source)),
+                reference and located(reference),
+                backend=name or "auto",
+                options=execution,
+                **opening,
             )
-            values = _evaluated(quantized, full, request, target=target, again=again, place=place, shard=part, resume=resume)
+            values = _evaluated(
+                quantized, full, request, target=target, again=again, place=place, shard=part, resume=resume
+            )
         result = {"output_dir": str(target), **({"shard": shard} if values is None else values)}
     if json:
         emit(result)
     elif values is None:
-        print(f"shard {shard} is drawn; once all are, the same command with --resume instead of --shard gives the values")
+        print(
+            f"shard {shard} is drawn; once all are, the same command with "
+            "--resume instead of --shard gives the values"
+        )
     else:
         from tfmq.cli.tables import show_evaluation
 
@@ -181,7 +253,9 @@ def _shard(text: str | None) -> "Shard | None":
     try:
         return Shard(int(index), int(count))
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no shard; give I/N with 0 <= I < N, such as 0/4", param_hint="--shard") from error
+        raise typer.BadParameter(
+            f"{text!r} is no shard; give I/N with 0 <= I < N, such as 0/4", param_hint="--shard"
+        ) from error
 
 
 def _names(metrics: str, extractor: str) -> tuple[str, ...]:
@@ -194,12 +268,22 @@ def _names(metrics: str, extractor: str) -> tuple[str, ...]:
     from tfmq.evaluation.settings import metric_names
 
     known = metric_names()
-    names = known if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
+    names = (
+        known
+        if metrics == "all"
+        else tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
+    )
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise typer.BadParameter(f"there is no metric {', '.join(unknown)}; give all, or some of {', '.join(known)}", param_hint="--metrics")
+        raise typer.BadParameter(
+            f"there is no metric {', '.join(unknown)}; give all, or some of {', '.join(known)}",
+            param_hint="--metrics",
+        )
     if extractor not in EXTRACTORS:
-        raise typer.BadParameter(f"there is no extractor {extractor!r}; give one of {', '.join(EXTRACTORS)}", param_hint="--extractor")
+        raise typer.BadParameter(
+            f"there is no extractor {extractor!r}; give one of {', '.join(EXTRACTORS)}",
+            param_hint="--extractor",
+        )
     return names
 
 
@@ -214,7 +298,9 @@ def _evaluated(
     shard: "Shard | None",
     resume: bool,
 ) -> dict[str, Any] | None:
-    """Evaluate, with help where there is a `place` whose workers open the models `again`, and write the files; None for a shard."""
+    """Evaluate, with help where there is a `place` whose workers open the models `again`, and write the
+    files; None for a shard.
+    """
     import shutil
 
     from tfmq.cli.progress import foretell, shown_progress

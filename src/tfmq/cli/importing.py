@@ -10,15 +10,29 @@ from tfmq.cli.outcome import emit, verb
 
 
 def import_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors of DDIM, latent diffusion or SD v1.")],
-    config: Annotated[Path, typer.Option("--config", metavar="FILE.yaml", help="The configuration that came with it.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors of DDIM, latent diffusion or SD v1."
+        ),
+    ],
+    config: Annotated[
+        Path, typer.Option("--config", metavar="FILE.yaml", help="The configuration that came with it.")
+    ],
     output_dir: OutputDir,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", metavar="DIR", help="Directory or hub id of the tokenizer of a text-to-image model.")
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="DIR",
+            help="Directory or hub id of the tokenizer of a text-to-image model.",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Turn an original CHECKPOINT into a diffusers pipeline directory, the EMA weights where the originals sample with them."""
+    """Turn an original CHECKPOINT into a diffusers pipeline directory, the EMA weights where the originals
+    sample with them.
+    """
     with verb():
         from tfmq.integrations.diffusers.original.convert import CLIP
         from tfmq.integrations.diffusers.original.convert import import_checkpoint as convert
@@ -33,4 +47,7 @@ def import_checkpoint(
     if json:
         emit(result)
     else:
-        print(f"{result['pipeline']} in {output_dir}: {', '.join(f'{name} {kind}' for name, kind in parts.items())}")
+        print(
+            f"{result['pipeline']} in {output_dir}: "
+            f"{', '.join(f'{name} {kind}' for name, kind in parts.items())}"
+        )

@@ -9,13 +9,28 @@ import typer
 from tfmq.cli.options import Json, Model, Module, check_model, check_module
 from tfmq.cli.outcome import emit, verb
 
-Device = Annotated[bool, typer.Option("--device", help="Measure what integers bring on this machine at the model's own shapes.")]
-Thorough = Annotated[bool, typer.Option("--thorough", help="With --device: time every layer shape and a quantized copy, whatever the size.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows of the denoiser call that --device measures.")]
+Device = Annotated[
+    bool,
+    typer.Option("--device", help="Measure what integers bring on this machine at the model's own shapes."),
+]
+Thorough = Annotated[
+    bool,
+    typer.Option(
+        "--thorough", help="With --device: time every layer shape and a quantized copy, whatever the size."
+    ),
+]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, metavar="N", help="Rows of the denoiser call that --device measures.")
+]
 
 
 def inspect(
-    model: Model = None, module: Module = None, device: Device = False, thorough: Thorough = False, batch: Batch = 1, json: Json = False
+    model: Model = None,
+    module: Module = None,
+    device: Device = False,
+    thorough: Thorough = False,
+    batch: Batch = 1,
+    json: Json = False,
 ) -> None:
     """Show the temporal block, what each feature depends on, units, bits per layer and bytes of MODEL."""
     with verb():
@@ -31,7 +46,9 @@ def inspect(
         path = None if model is None or not holds_quantized(Path(model)) else Path(model)
         with quiet():
             sampler = open_model(model, module=own)
-            inspection = look(sampler, directory=path, stock=None if own is None or path is None else own.sampler().denoiser)
+            inspection = look(
+                sampler, directory=path, stock=None if own is None or path is None else own.sampler().denoiser
+            )
             expected = None
             if device:
                 foretell(expected_seconds(sampler, batch=batch, thorough=thorough), "timing layers and steps")

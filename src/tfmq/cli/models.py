@@ -43,10 +43,14 @@ def open_model(
     return sampler
 
 
-def execute_model(sampler: "Sampler", backend: str, options: "Options", *, rows: int = 1, judged: bool = False) -> str | None:
-    """Make a quantized denoiser compute by `backend`, on the device it is on; return the backend's name, None for a full-precision model.
+def execute_model(
+    sampler: "Sampler", backend: str, options: "Options", *, rows: int = 1, judged: bool = False
+) -> str | None:
+    """Make a quantized denoiser compute by `backend`, on the device it is on; return the backend's name, None
+    for a full-precision model.
 
-    "auto" is measured with `rows` images at once. With `judged` it is one of the backends that compute the quantized model: `float` does not.
+    "auto" is measured with `rows` images at once. With `judged` it is one of the backends that compute the
+    quantized model: `float` does not.
 
     Raises:
         ValueError: a backend for a full-precision model, or the machine lacks what it needs.
@@ -60,12 +64,19 @@ def execute_model(sampler: "Sampler", backend: str, options: "Options", *, rows:
     module = sampler.denoiser.module
     if not is_quantized(module):
         if backend != AUTO:
-            raise ValueError(f"the model is not quantized, so the backend {backend} cannot run it; quantize it first, or leave out --backend")
+            raise ValueError(
+                f"the model is not quantized, so the backend {backend} cannot "
+                "run it; quantize it first, or leave out --backend"
+            )
         if options != Options():
             warnings.warn("--weights has no effect: the model is not quantized", stacklevel=2)
         return None
     # Choose one backend for the whole run, whatever the size of its last batch.
-    name = backend if backend != AUTO else decide(sampler.denoiser, sampler.example().resized(rows), options, judged=judged)
+    name = (
+        backend
+        if backend != AUTO
+        else decide(sampler.denoiser, sampler.example().resized(rows), options, judged=judged)
+    )
     # Where a pipeline calls two quantized denoisers in turn, both get it.
     execute(getattr(sampler, "pipeline", module), name, options=options)
     return name
@@ -101,7 +112,9 @@ def ready_models(
     options: "Options",
 ) -> "tuple[Sampler, Sampler | None]":
     """Return the samplers of a quantized model and of its original, which with `module` is that."""
-    low = ready_model(quantized, module=module, prompts=prompts, device=device, backend=backend, options=options)
+    low = ready_model(
+        quantized, module=module, prompts=prompts, device=device, backend=backend, options=options
+    )
     if reference is None and module is None:
         return low, None
     return low, ready_model(reference, module=module, prompts=prompts, device=device)
@@ -113,7 +126,9 @@ def located(model: str) -> str:
 
 
 def provenance(sampler: "Sampler", model: str | None) -> "Provenance":
-    """Return where a quantized model comes from, by the manifest in the directory MODEL where its module has none itself; nothing of any other."""
+    """Return where a quantized model comes from, by the manifest in the directory MODEL where its module has
+    none itself; nothing of any other.
+    """
     from tfmq.artifact import holds_quantized, stored_manifest
     from tfmq.integrations.diffusers.architecture import manifest_of
     from tfmq.nn.swap import is_quantized

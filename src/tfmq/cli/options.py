@@ -17,34 +17,67 @@ if TYPE_CHECKING:
 LOCAL = "local"
 ADDRESS = re.compile(r"local|auto|[\w.-]+:\d+")
 
-Model = Annotated[str | None, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')]
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help='Pipeline directory, hub id, or "default".')
+]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="What tfmq quantize wrote.")]
-Reference = Annotated[str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from.")]
+Reference = Annotated[
+    str | None, typer.Option("--reference", metavar="MODEL", help="The model that it was made from.")
+]
 Module = Annotated[
     str | None,
-    typer.Option("--module", metavar="FILE.py:FUNCTION", help="A module of your own: the function returns its tfmq.LoopSampler, full precision."),
+    typer.Option(
+        "--module",
+        metavar="FILE.py:FUNCTION",
+        help="A module of your own: the function returns its tfmq.LoopSampler, full precision.",
+    ),
 ]
 OutputDir = Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where the files go.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of every random draw.")]
 NumImages = Annotated[int, typer.Option("--num-images", min=1, help="How many images to draw.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn at once.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps. Default: those of the calibration, else 50.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Denoising steps. Default: those of the calibration, else 50."),
+]
 Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Such as cpu or cuda.")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Text file with one prompt a line, for text-to-image models.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", metavar="FILE", help="Text file with one prompt a line, for text-to-image models."
+    ),
+]
 Backend = Annotated[
     str,
     typer.Option(
         "--backend",
         metavar="NAME",
-        help="What a quantized model computes with: auto, float, simulated, reference, operators, torch, openvino or cuda.",
+        help=(
+            "What a quantized model computes with: auto, float, simulated, "
+            "reference, operators, torch, openvino or cuda."
+        ),
     ),
 ]
-Weights = Annotated[str, typer.Option("--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller."
+    ),
+]
 Cluster = Annotated[
     str | None,
-    typer.Option("--cluster", metavar="[ADDRESS]", help="Share the work among processes of this machine, or of the Ray cluster at HOST:PORT."),
+    typer.Option(
+        "--cluster",
+        metavar="[ADDRESS]",
+        help="Share the work among processes of this machine, or of the Ray cluster at HOST:PORT.",
+    ),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="Of --cluster, at the same time. Default: one for each CPU.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=1, metavar="N", help="Of --cluster, at the same time. Default: one for each CPU."
+    ),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, metavar="T", help="Of each worker of --cluster.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
@@ -85,7 +118,10 @@ SECONDS = {"": 1, "S": 1, "M": 60, "MIN": 60, "H": 3600}
 def _measured(text: str, units: dict[str, int], hint: str, example: str) -> float:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in units or not float(found[1]) > 0:
-        raise typer.BadParameter(f"{text!r} is not above 0 in {', '.join(unit for unit in units if unit)}; give it like {example}", param_hint=hint)
+        raise typer.BadParameter(
+            f"{text!r} is not above 0 in {', '.join(unit for unit in units if unit)}; give it like {example}",
+            param_hint=hint,
+        )
     return float(found[1]) * units[found[2].upper()]
 
 
@@ -127,7 +163,9 @@ def check_device(name: str | None) -> None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise typer.BadParameter(f"{name!r} is no device; give cpu, cuda, cuda:1 or the like", param_hint="--device") from error
+        raise typer.BadParameter(
+            f"{name!r} is no device; give cpu, cuda, cuda:1 or the like", param_hint="--device"
+        ) from error
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -157,19 +195,27 @@ def check_model(model: str | None, module: str | None) -> None:
         typer.BadParameter: there is neither MODEL nor `--module`.
     """
     if model is None and module is None:
-        raise typer.BadParameter("give a MODEL, or --module FILE.py:FUNCTION for one of your own", param_hint="MODEL")
+        raise typer.BadParameter(
+            "give a MODEL, or --module FILE.py:FUNCTION for one of your own", param_hint="MODEL"
+        )
 
 
 def check_reference(reference: str | None, module: str | None, *, needed: bool = True) -> None:
     """Refuse a command with no original to compare with, or with two.
 
     Raises:
-        typer.BadParameter: there is neither `--reference` nor `--module` where one is `needed`, or there are both.
+        typer.BadParameter: there is neither `--reference` nor `--module` where one is `needed`, or there are
+            both.
     """
     if reference is not None and module is not None:
-        raise typer.BadParameter("--module brings the original itself; leave one of them out", param_hint="--reference")
+        raise typer.BadParameter(
+            "--module brings the original itself; leave one of them out", param_hint="--reference"
+        )
     if needed and reference is None and module is None:
-        raise typer.BadParameter("give the MODEL that it was made from, or --module FILE.py:FUNCTION for one of your own", param_hint="--reference")
+        raise typer.BadParameter(
+            "give the MODEL that it was made from, or --module FILE.py:FUNCTION for one of your own",
+            param_hint="--reference",
+        )
 
 
 def check_execution(backend: str, weights: str) -> "Options":
@@ -182,7 +228,10 @@ def check_execution(backend: str, weights: str) -> "Options":
     from tfmq.backends.execution import backend_names
 
     if backend not in backend_names():
-        raise typer.BadParameter(f"there is no backend {backend!r}; give one of {', '.join(backend_names())}", param_hint="--backend")
+        raise typer.BadParameter(
+            f"there is no backend {backend!r}; give one of {', '.join(backend_names())}",
+            param_hint="--backend",
+        )
     try:
         return Options(weights=weights)  # type: ignore[arg-type]
     except ValueError as error:
@@ -203,8 +252,12 @@ def with_addresses(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def check_cluster(address: str | None, workers: int | None, threads: int, *, device: str | None) -> "Place | None":
-    """Return where the work is done; None for this process. Options that a cluster alone would heed are warned about."""
+def check_cluster(
+    address: str | None, workers: int | None, threads: int, *, device: str | None
+) -> "Place | None":
+    """Return where the work is done; None for this process. Options that a cluster alone would heed are
+    warned about.
+    """
     from tfmq.cluster.crew import Cluster as Place
 
     if address is None:

@@ -18,11 +18,14 @@ import typer
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST = 600
 NOTHING = "nothing was written"
-# torchvision says this where its compiled part does not load. It is also the cause of what libraries that import torchvision say then.
+# torchvision says this where its compiled part does not load. It is also the cause of what libraries that
+# import torchvision say then.
 MISFIT_SIGN = "operator torchvision::"
 MISFIT = (
-    "the torchvision that is installed does not fit this torch: it is of another version, or of another index (CPU, CUDA). Install one that fits, "
-    "the version that belongs to the torch, from where the torch came (pip install --force-reinstall --no-deps torchvision, with the same "
+    "the torchvision that is installed does not fit this torch: it is of another "
+    "version, or of another index (CPU, CUDA). Install one that fits, "
+    "the version that belongs to the torch, from where the torch came (pip "
+    "install --force-reinstall --no-deps torchvision, with the same "
     "--index-url); or remove it: only inception, precision-recall and lpips of tfmq evaluate need it"
 )
 
@@ -66,7 +69,14 @@ def _is_ours(filename: str) -> bool:
 def _own_warnings() -> Iterator[None]:
     """Show tfmq's warnings as one line each, and nobody else's."""
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
         if category is UserWarning and _is_ours(filename):
             complain(str(message), kind="warning")
 
@@ -92,7 +102,9 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _shown_notes() -> Iterator[None]:
-    """Show what tfmq has to say that is no warning, such as what was chosen by a measurement; nothing where the verb fails, which is one line."""
+    """Show what tfmq has to say that is no warning, such as what was chosen by a measurement; nothing where
+    the verb fails, which is one line.
+    """
     log, notes = logging.getLogger("tfmq"), _Notes()
     level = log.level
     log.addHandler(notes)
@@ -110,7 +122,8 @@ def _shown_notes() -> Iterator[None]:
 def _noted_interrupts() -> Iterator[list[int]]:
     """Yield a list that grows with each Ctrl-C, which raises `KeyboardInterrupt` as ever.
 
-    Extensions in C may answer that exception with one of their own: safetensors, interrupted while it makes a tensor, raises `RuntimeError`.
+    Extensions in C may answer that exception with one of their own: safetensors, interrupted while it makes a
+    tensor, raises `RuntimeError`.
     """
     seen: list[int] = []
 
@@ -118,8 +131,12 @@ def _noted_interrupts() -> Iterator[list[int]]:
         seen.append(number)
         signal.default_int_handler(number, frame)
 
-    # Only the main thread may set a handler, and a process that ignores Ctrl-C, such as a job in the background, goes on ignoring it.
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    # Only the main thread may set a handler, and a process that ignores Ctrl-C, such as a job in the
+    # background, goes on ignoring it.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
         yield seen
         return
     signal.signal(signal.SIGINT, note)
@@ -130,12 +147,16 @@ def _noted_interrupts() -> Iterator[list[int]]:
 
 
 def _stamp(job: Path) -> int | None:
-    """Return when something in the folder of a job was last made, as opening the job does; None where there is none."""
+    """Return when something in the folder of a job was last made, as opening the job does; None where there
+    is none.
+    """
     return job.stat().st_mtime_ns if job.exists() else None
 
 
 def job_hint(job: Path) -> Callable[[], str]:
-    """Return what says after Ctrl-C whether `--resume` goes on: only where this run has opened the job that lives in the folder `job`."""
+    """Return what says after Ctrl-C whether `--resume` goes on: only where this run has opened the job that
+    lives in the folder `job`.
+    """
     before = _stamp(job)
 
     def hint() -> str:
@@ -149,10 +170,11 @@ def job_hint(job: Path) -> Callable[[], str]:
 
 @contextmanager
 def verb(*, interrupted: str | Callable[[], str] = NOTHING) -> Iterator[None]:
-    """Run the body of a verb: stdout stays free for its result, libraries are quiet, and an error becomes one line and an exit status.
+    """Run the body of a verb: stdout stays free for its result, libraries are quiet, and an error becomes one
+    line and an exit status.
 
-    Every exception ends here, the unforeseen ones too: this is the outermost boundary, and the line on stderr is a promise. Set TFMQ_DEBUG=1
-    to let them pass.
+    Every exception ends here, the unforeseen ones too: this is the outermost boundary, and the line on stderr
+    is a promise. Set TFMQ_DEBUG=1 to let them pass.
 
     Args:
         interrupted: what to say after Ctrl-C; a function is asked then.

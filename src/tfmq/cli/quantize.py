@@ -60,7 +60,14 @@ def _named(scheme: str | None, path: Path | None) -> "Recipe":
         raise typer.BadParameter(str(error), param_hint="--scheme") from error
 
 
-def _adjusted(recipe: "Recipe", *, steps: int | None, calib_size: int | None, iterations: int | None, unit_inputs: str | None) -> "Recipe":
+def _adjusted(
+    recipe: "Recipe",
+    *,
+    steps: int | None,
+    calib_size: int | None,
+    iterations: int | None,
+    unit_inputs: str | None,
+) -> "Recipe":
     """Return the recipe with what the command line gives.
 
     Raises:
@@ -71,9 +78,16 @@ def _adjusted(recipe: "Recipe", *, steps: int | None, calib_size: int | None, it
             recipe = replace(recipe, rounding=replace(recipe.rounding, inputs=unit_inputs))  # type: ignore[arg-type]
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--unit-inputs") from error
-    calibration = replace(recipe.calibration, steps=steps or recipe.calibration.steps, samples=calib_size or recipe.calibration.samples)
+    calibration = replace(
+        recipe.calibration,
+        steps=steps or recipe.calibration.steps,
+        samples=calib_size or recipe.calibration.samples,
+    )
     if iterations is not None:
-        rounding, learning = replace(recipe.rounding, solver="adaround"), replace(recipe.learning, iterations=iterations)
+        rounding, learning = (
+            replace(recipe.rounding, solver="adaround"),
+            replace(recipe.learning, iterations=iterations),
+        )
         recipe = replace(recipe, rounding=rounding, learning=learning)
     return replace(recipe, calibration=calibration)
 
@@ -82,45 +96,100 @@ def quantize(
     output_dir: OutputDir,
     model: Model = None,
     module: Module = None,
-    scheme: Annotated[str | None, typer.Option("--scheme", help=f"w4a8, w8a8, w4a32, rtn_w4a8, brecq_w8a8, ... [default: {DEFAULT_SCHEME}]")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="A recipe file instead of a scheme.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps of the calibration and of the finite set.")] = None,
-    calib_size: Annotated[int | None, typer.Option("--calib-size", min=1, help="Images drawn for the calibration.")] = None,
-    iterations: Annotated[int | None, typer.Option("--iterations", min=0, help="AdaRound with so many steps a unit; 0 rounds to nearest.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            "--scheme", help=f"w4a8, w8a8, w4a32, rtn_w4a8, brecq_w8a8, ... [default: {DEFAULT_SCHEME}]"
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", metavar="FILE.yaml", help="A recipe file instead of a scheme.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Denoising steps of the calibration and of the finite set."),
+    ] = None,
+    calib_size: Annotated[
+        int | None, typer.Option("--calib-size", min=1, help="Images drawn for the calibration.")
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option("--iterations", min=0, help="AdaRound with so many steps a unit; 0 rounds to nearest."),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     prompts: Prompts = None,
     component: Annotated[
-        str | None, typer.Option("--component", metavar="NAME", help="Which denoiser of a pipeline that calls two in turn: transformer_2.")
+        str | None,
+        typer.Option(
+            "--component",
+            metavar="NAME",
+            help="Which denoiser of a pipeline that calls two in turn: transformer_2.",
+        ),
     ] = None,
     unit_inputs: Annotated[
         str | None,
-        typer.Option("--unit-inputs", metavar="KIND", help="quantized: units one after the other; full: side by side, on full-precision inputs."),
+        typer.Option(
+            "--unit-inputs",
+            metavar="KIND",
+            help="quantized: units one after the other; full: side by side, on full-precision inputs.",
+        ),
     ] = None,
     cluster: Cluster = None,
     workers: Workers = None,
     threads: Threads = 1,
-    max_memory: Annotated[str | None, typer.Option("--max-memory", metavar="SIZE", help="What calibration may hold beside the model: 4GiB.")] = None,
-    time_budget: Annotated[str | None, typer.Option("--time-budget", metavar="TIME", help="What all of it may take: 10m. Units share it.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted job; the result is the same to the byte.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory", metavar="SIZE", help="What calibration may hold beside the model: 4GiB."
+        ),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option("--time-budget", metavar="TIME", help="What all of it may take: 10m. Units share it."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue an interrupted job; the result is the same to the byte."),
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Quantize MODEL and save it: a pipeline as a pipeline that diffusers opens, a module of your own as a checkpoint."""
+    """Quantize MODEL and save it: a pipeline as a pipeline that diffusers opens, a module of your own as a
+    checkpoint.
+    """
     began = time.perf_counter()
     with verb(interrupted=job_hint(beside(str(output_dir), ".job"))):
-        chosen = _adjusted(_named(scheme, recipe), steps=steps, calib_size=calib_size, iterations=iterations, unit_inputs=unit_inputs)
+        chosen = _adjusted(
+            _named(scheme, recipe),
+            steps=steps,
+            calib_size=calib_size,
+            iterations=iterations,
+            unit_inputs=unit_inputs,
+        )
         check_device(device)
         check_model(model, module)
         if model is not None and module is not None:
             raise typer.BadParameter("give MODEL or --module, not both", param_hint="--module")
         place = check_cluster(cluster, workers, threads, device=device)
         if place is not None and chosen.rounding.inputs != "full":
-            warnings.warn("units wait for each other, so the cluster shares the trajectory alone; --unit-inputs full shares them too", stacklevel=2)
+            warnings.warn(
+                (
+                    "units wait for each other, so the cluster shares the trajectory "
+                    "alone; --unit-inputs full shares them too"
+                ),
+                stacklevel=2,
+            )
         limits, read = _limits(max_memory, time_budget), read_prompts(prompts)
         options: dict[str, Any] = {"seed": seed, "device": device, "prompts": read, "component": component}
-        report = _quantized(check_module(module) or str(model), chosen, output_dir, place, limits, resume=resume, **options)
+        report = _quantized(
+            check_module(module) or str(model), chosen, output_dir, place, limits, resume=resume, **options
+        )
         name = chosen.name if recipe else scheme or DEFAULT_SCHEME
-        taken = {"seconds": round(time.perf_counter() - began, 3), "time_budget": limits.time_budget, "memory": _memory(limits)}
+        taken = {
+            "seconds": round(time.perf_counter() - began, 3),
+            "time_budget": limits.time_budget,
+            "memory": _memory(limits),
+        }
         result = {"output_dir": str(output_dir), "scheme": name, **taken, **report}
     if json:
         emit(result)
@@ -140,17 +209,30 @@ def _limits(max_memory: str | None, time_budget: str | None) -> "Resources":
 
 
 def _memory(limits: "Resources") -> dict[str, int | None]:
-    """Return the most that this process has held, on the GPU too where one was used, and the limit that was set."""
+    """Return the most that this process has held, on the GPU too where one was used, and the limit that was
+    set.
+    """
     import torch
 
     from tfmq.evaluation.cost.system import peak_bytes
 
     used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"peak_bytes": peak_bytes(), "peak_gpu_bytes": torch.cuda.max_memory_allocated() if used else None, "limit_bytes": limits.max_memory}
+    return {
+        "peak_bytes": peak_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if used else None,
+        "limit_bytes": limits.max_memory,
+    }
 
 
 def _quantized(
-    model: "str | ModuleFile", recipe: "Recipe", output_dir: Path, place: "Place | None", resources: "Resources", *, resume: bool, **options: Any
+    model: "str | ModuleFile",
+    recipe: "Recipe",
+    output_dir: Path,
+    place: "Place | None",
+    resources: "Resources",
+    *,
+    resume: bool,
+    **options: Any,
 ) -> dict[str, Any]:
     """Run the job, with help where there is a `place`; return its report, with the bytes that are on disk."""
     import tfmq
@@ -167,7 +249,12 @@ def _quantized(
         target = located(model) if isinstance(model, str) else model
         order = Order(target=target, recipe=recipe, output_dir=output_dir, resources=resources, **options)
         helpers = None if crew is None else Helpers(crew, order)
-        given: dict[str, Any] = {"helpers": helpers, "resources": resources, "foretold": foretell, "progress": progress}
+        given: dict[str, Any] = {
+            "helpers": helpers,
+            "resources": resources,
+            "foretold": foretell,
+            "progress": progress,
+        }
         found = tfmq.quantize(model, recipe, output_dir=output_dir, resume=resume, **given, **options)
     report, keys = found.report, ("units", "temporal", "sha256")
     size = {**report["bytes"], "quantized": stored_bytes(output_dir / (options["component"] or ""))}

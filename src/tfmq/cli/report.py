@@ -20,22 +20,45 @@ SUFFIX = ".report"
 def report(
     directory: Directory,
     evaluation: Annotated[
-        Path | None, typer.Option("--evaluation", metavar="E", help="What tfmq evaluate wrote. Default: DIR.evaluation, if it is there.")
+        Path | None,
+        typer.Option(
+            "--evaluation",
+            metavar="E",
+            help="What tfmq evaluate wrote. Default: DIR.evaluation, if it is there.",
+        ),
     ] = None,
     analysis: Annotated[
-        Path | None, typer.Option("--analysis", metavar="A", help="What tfmq analyze wrote. Default: DIR.analysis, if it is there.")
+        Path | None,
+        typer.Option(
+            "--analysis", metavar="A", help="What tfmq analyze wrote. Default: DIR.analysis, if it is there."
+        ),
     ] = None,
-    bench: Annotated[Path | None, typer.Option("--bench", metavar="FILE", help="What tfmq bench --json printed.")] = None,
-    base_model: Annotated[str | None, typer.Option("--base-model", metavar="ID", help="Hub id of the original, for the model card.")] = None,
+    bench: Annotated[
+        Path | None, typer.Option("--bench", metavar="FILE", help="What tfmq bench --json printed.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="ID", help="Hub id of the original, for the model card."),
+    ] = None,
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", metavar="ID", help="Upload DIR there, with the card; created if need be.")
+        str | None,
+        typer.Option(
+            "--push-to-hub", metavar="ID", help="Upload DIR there, with the card; created if need be."
+        ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a repository that --push-to-hub creates private.")] = False,
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.report.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a repository that --push-to-hub creates private.")
+    ] = False,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.report."),
+    ] = None,
     module: Module = None,
     json: Json = False,
 ) -> None:
-    """Make one HTML file that shows a quantized model, what it lost and where; and the same numbers as a model card."""
+    """Make one HTML file that shows a quantized model, what it lost and where; and the same numbers as a
+    model card.
+    """
     with verb():
         from tfmq.cli.models import open_model, quantized_directory
         from tfmq.report.card import write_card
@@ -60,14 +83,25 @@ def report(
             write_html(folder / "report.html", found)
             write_card(folder / "card.md", found, place=push_to_hub)
         if push_to_hub is not None and base_model is None:
-            warnings.warn("the card does not say what this model was made from; name it with --base-model", stacklevel=1)
+            warnings.warn(
+                "the card does not say what this model was made from; name it with --base-model", stacklevel=1
+            )
         size = (target / "report.html").stat().st_size
         address = None if push_to_hub is None else _pushed(source, push_to_hub, found, private=private)
-        result = {"report": str(target / "report.html"), "card": str(target / "card.md"), "bytes": size, "pushed_to": address}
+        result = {
+            "report": str(target / "report.html"),
+            "card": str(target / "card.md"),
+            "bytes": size,
+            "pushed_to": address,
+        }
     if json:
         emit(result)
     else:
-        missing = [name for name, value in (("evaluate", found.evaluation), ("analyze", found.analysis)) if value is None]
+        missing = [
+            name
+            for name, value in (("evaluate", found.evaluation), ("analyze", found.analysis))
+            if value is None
+        ]
         note = f" (nothing from tfmq {' and '.join(missing)} in it)" if missing else ""
         print(f"{result['report']}, {size / 1e6:.2f} MB{note}; the same numbers in {result['card']}")
         if address is not None:

@@ -63,29 +63,51 @@ def sample(
 
         check_device(device)
         check_model(model, module)
-        options, place = check_execution(backend, weights), check_cluster(cluster, workers, threads, device=device)
+        options, place = (
+            check_execution(backend, weights),
+            check_cluster(cluster, workers, threads, device=device),
+        )
         with quiet(), completed_directory(output_dir, owned=SAMPLE_FILES) as directory:
-            opening: dict[str, Any] = {"module": check_module(module), "prompts": read_prompts(prompts), "device": device}
+            opening: dict[str, Any] = {
+                "module": check_module(module),
+                "prompts": read_prompts(prompts),
+                "device": device,
+            }
             sampler = open_model(model, **opening)
             name = execute_model(sampler, backend, options, rows=min(batch_size, num_images))
             steps = steps or default_steps(provenance(sampler, model))
             # Every worker uses the backend that was chosen here.
-            again = partial(ready_model, model and located(model), backend=name or "auto", options=options, **opening)
-            seconds = check_memory([drawing(sampler, num_images, steps=steps, batch_size=batch_size)], num_images)
+            again = partial(
+                ready_model, model and located(model), backend=name or "auto", options=options, **opening
+            )
+            seconds = check_memory(
+                [drawing(sampler, num_images, steps=steps, batch_size=batch_size)], num_images
+            )
             shared = "" if place is None else " in one process, which the workers share"
             foretell(seconds, f"{num_images} images in {steps} steps{shared}")
             images = _drawn(sampler, again, place, num_images, steps=steps, seed=seed, batch_size=batch_size)
             write_samples(directory, images)
         shape = list(images.shape)
-        result: dict[str, Any] = {"output_dir": str(output_dir), "num_images": num_images, "steps": steps, "seed": seed, "shape": shape}
+        result: dict[str, Any] = {
+            "output_dir": str(output_dir),
+            "num_images": num_images,
+            "steps": steps,
+            "seed": seed,
+            "shape": shape,
+        }
         result |= {"backend": name}
     if json:
         emit(result)
     else:
-        print(f"{num_images} images of {shape[2]} x {shape[1]} pixels, {steps} steps, in {output_dir} (all of them in grid.png)")
+        print(
+            f"{num_images} images of {shape[2]} x {shape[1]} pixels, {steps} "
+            f"steps, in {output_dir} (all of them in grid.png)"
+        )
 
 
-def _drawn(sampler: "Sampler", again: "Callable[[], Sampler]", place: "Place | None", num_images: int, **options: Any) -> "Images":
+def _drawn(
+    sampler: "Sampler", again: "Callable[[], Sampler]", place: "Place | None", num_images: int, **options: Any
+) -> "Images":
     """Draw images, in this process or on a cluster whose workers open the model `again`."""
     from tfmq.cli.progress import shown_progress
     from tfmq.cluster.crew import connected

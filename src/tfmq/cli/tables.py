@@ -48,15 +48,27 @@ def _size(full: int, quantized: int) -> str:
 
 
 def _disturbance(temporal: Mapping[str, Any]) -> str:
-    return f"relative error {temporal['mean_relative_error']:.2e} mean, {temporal['max_relative_error']:.2e} max; {temporal['mismatches']} mismatches"
+    return (
+        f"relative error {temporal['mean_relative_error']:.2e} mean, "
+        f"{temporal['max_relative_error']:.2e} max; {temporal['mismatches']} mismatches"
+    )
 
 
 def _floating(found: Mapping[str, Any], listed: int = LISTED) -> Table:
     """Return the modules that stay in floating point, the largest first, with at most `listed` rows."""
     table = Table(
-        Column("stays in float", overflow="fold"), "kind", Column("size", justify="right"), "why", box=None, pad_edge=False, header_style="dim"
+        Column("stays in float", overflow="fold"),
+        "kind",
+        Column("size", justify="right"),
+        "why",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
     )
-    rows = [(entry["name"] or "(the model itself)", entry["kind"], megabytes(entry["bytes"]), entry["reason"]) for entry in found["modules"]]
+    rows = [
+        (entry["name"] or "(the model itself)", entry["kind"], megabytes(entry["bytes"]), entry["reason"])
+        for entry in found["modules"]
+    ]
     return _shortened(table, rows, listed)
 
 
@@ -79,7 +91,11 @@ def show_quantized(result: Mapping[str, Any]) -> None:
         ("scheme", result["scheme"]),
         ("size", _size(size["fp32"], size["quantized"])),
         *([("stays in float", floating_in_words(found))] if found else []),
-        *([("correction explains", correction_in_words(result["correction"]))] if result.get("correction") else []),
+        *(
+            [("correction explains", correction_in_words(result["correction"]))]
+            if result.get("correction")
+            else []
+        ),
         *([("judged by its images", judged_in_words(result["judged"]))] if result["judged"] else []),
         ("temporal features", _disturbance(result["temporal"])),
         ("time", f"{result['seconds']:.0f} s"),
@@ -115,7 +131,12 @@ def _bits(layers: Sequence["LayerBits"]) -> str:
 
 
 # Words for how an input is quantized.
-INPUTS = {"full": "in full precision", "static": "static", "per_step": "per timestep", "dynamic": "dynamic by token"}
+INPUTS = {
+    "full": "in full precision",
+    "static": "static",
+    "per_step": "per timestep",
+    "dynamic": "dynamic by token",
+}
 
 
 def _inputs(inspection: "Inspection") -> str:
@@ -126,7 +147,9 @@ def _inputs(inspection: "Inspection") -> str:
         return text
     gains = [found for found in inspection.inputs if found.kept == "dynamic"]
     largest = max(gains, key=lambda found: found.static - found.dynamic, default=None)
-    most = f", most for {largest.name}: error {largest.static:.2g} to {largest.dynamic:.2g}" if largest else ""
+    most = (
+        f", most for {largest.name}: error {largest.static:.2g} to {largest.dynamic:.2g}" if largest else ""
+    )
     return f"{text}; measured, dynamic is better for {len(gains)} of {len(inspection.inputs)}{most}"
 
 
@@ -139,16 +162,35 @@ def _shortened(table: Table, rows: Sequence[tuple[str, ...]], listed: int = LIST
 
 
 def _lists(inspection: "Inspection", listed: int) -> tuple[Table, ...]:
-    """Return the tables of temporal layers, of units and of what stays in floating point, with at most `listed` rows each."""
-    temporal = Table(Column("temporal layer", overflow="fold"), "role", "depends on", "cacheable", box=None, pad_edge=False, header_style="dim")
-    layers = [(layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no") for layer in inspection.temporal]
+    """Return the tables of temporal layers, of units and of what stays in floating point, with at most
+    `listed` rows each.
+    """
+    temporal = Table(
+        Column("temporal layer", overflow="fold"),
+        "role",
+        "depends on",
+        "cacheable",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    layers = [
+        (layer.name, layer.role, ", ".join(layer.depends_on), "yes" if layer.cacheable else "no")
+        for layer in inspection.temporal
+    ]
     units = Table(Column("unit", overflow="fold"), "layers", box=None, pad_edge=False, header_style="dim")
     parts = _shortened(units, [(unit.name, str(len(unit.layers))) for unit in inspection.units], listed)
-    return _shortened(temporal, layers, listed), parts, _floating(_floating_of(inspection), min(FLOATING, listed))
+    return (
+        _shortened(temporal, layers, listed),
+        parts,
+        _floating(_floating_of(inspection), min(FLOATING, listed)),
+    )
 
 
 def _floating_of(inspection: "Inspection") -> dict[str, Any]:
-    """Return what stays in floating point of a quantized model, or would of a full-precision one in the smallest size predicted for it."""
+    """Return what stays in floating point of a quantized model, or would of a full-precision one in the
+    smallest size predicted for it.
+    """
     size = inspection.bytes["quantized"] or min(inspection.predicted_bytes.values(), default=0)
     return summary(inspection.floating, size)
 
@@ -162,19 +204,29 @@ def _fitting_lists(console: Console, above: Table, inspection: "Inspection") -> 
         # A space before each list; the last line is the prompt's.
         return sum(len(console.render_lines(table)) for table in (above, *_lists(inspection, listed))) + 3 + 1
 
-    return _lists(inspection, next((listed for listed in range(LISTED, 1, -1) if height(listed) <= console.height), 1))
+    return _lists(
+        inspection, next((listed for listed in range(LISTED, 1, -1) if height(listed) <= console.height), 1)
+    )
 
 
 def _temporal(inspection: "Inspection") -> str:
     """Return how many features depend on what, and the share of the block."""
     features = Counter(layer.depends_on for layer in inspection.temporal if layer.role == "feature")
-    kinds = [f"{count} of {' + '.join(on)} ({'tabulated' if on == ('timestep',) else 'learned, not tabulated'})" for on, count in features.items()]
+    kinds = [
+        f"{count} of {' + '.join(on)} ({'tabulated' if on == ('timestep',) else 'learned, not tabulated'})"
+        for on, count in features.items()
+    ]
     share = inspection.temporal_parameters / max(1, inspection.parameters)
-    return f"{'; '.join(kinds) or 'no features'}; {len(inspection.temporal)} layers, {share:.1%} of the parameters"
+    return (
+        f"{'; '.join(kinds) or 'no features'}; {len(inspection.temporal)} "
+        f"layers, {share:.1%} of the parameters"
+    )
 
 
 def _schemes(names: Sequence[str]) -> str:
-    """Return what to begin with, the other general schemes, and the number of published experiments, whatever their bits."""
+    """Return what to begin with, the other general schemes, and the number of published experiments, whatever
+    their bits.
+    """
     own = {name for name in names if "_" not in name or name.startswith("transformer_")}
     first, smaller, *others = [name for name in names if name in own]
     published = {name.rpartition("_")[0] for name in names if name not in own}
@@ -187,17 +239,32 @@ def show_inspection(inspection: "Inspection") -> None:
     console = Console()
     size = inspection.bytes
     fp32, quantized = size["fp32"] or 0, size["quantized"]
-    predicted = ", ".join(f"{name} about {megabytes(count)}" for name, count in inspection.predicted_bytes.items())
+    predicted = ", ".join(
+        f"{name} about {megabytes(count)}" for name, count in inspection.predicted_bytes.items()
+    )
     rows = [
         ("family", inspection.family),
         ("parameters", f"{inspection.parameters:,}"),
         ("size", f"{megabytes(fp32)}; {predicted}" if quantized is None else _size(fp32, quantized)),
         ("layers", f"{len(inspection.layers)}: {_bits(inspection.layers)}"),
-        *([("embeddings", f"{len(inspection.embeddings)}: {_bits(inspection.embeddings)}")] if inspection.embeddings else []),
-        ("stays in float", floating_in_words(_floating_of(inspection)) + (" with the smallest weights" if quantized is None else "")),
+        *(
+            [("embeddings", f"{len(inspection.embeddings)}: {_bits(inspection.embeddings)}")]
+            if inspection.embeddings
+            else []
+        ),
+        (
+            "stays in float",
+            floating_in_words(_floating_of(inspection))
+            + (" with the smallest weights" if quantized is None else ""),
+        ),
         ("units", str(len(inspection.units))),
         ("temporal", _temporal(inspection)),
-        ("tables", ", ".join(f"{megabytes(count)} for {steps} steps" for steps, count in inspection.table_bytes.items())),
+        (
+            "tables",
+            ", ".join(
+                f"{megabytes(count)} for {steps} steps" for steps, count in inspection.table_bytes.items()
+            ),
+        ),
         ("speed", SPEED[inspection.speed]),
     ]
     if inspection.schemes:
@@ -213,7 +280,9 @@ def show_inspection(inspection: "Inspection") -> None:
 
 
 def show_forecast(expected: "Forecast") -> None:
-    """Print what `tfmq inspect --device` measured: the machine, the slowest shapes, and the step to expect."""
+    """Print what `tfmq inspect --device` measured: the machine, the slowest shapes, and the step to
+    expect.
+    """
     console = Console()
     console.print()
     table = Table(Column("layer shape", overflow="fold"), box=None, pad_edge=False, header_style="dim")
@@ -221,8 +290,14 @@ def show_forecast(expected: "Forecast") -> None:
         table.add_column(heading, justify="right")
     listed = []
     for timing in expected.shapes:
-        int8, ratio = ("", "") if timing.int8_ms is None else (f"{timing.int8_ms:.3f}", f"{timing.fp32_ms / timing.int8_ms:.2f}")
-        shape = f"{timing.operation} {'x'.join(map(str, timing.weight))} on {'x'.join(map(str, timing.input))}"
+        int8, ratio = (
+            ("", "")
+            if timing.int8_ms is None
+            else (f"{timing.int8_ms:.3f}", f"{timing.fp32_ms / timing.int8_ms:.2f}")
+        )
+        shape = (
+            f"{timing.operation} {'x'.join(map(str, timing.weight))} on {'x'.join(map(str, timing.input))}"
+        )
         listed.append((shape, str(timing.count), f"{timing.fp32_ms:.3f}", int8, ratio))
     console.print(_shortened(table, listed))
     console.print()
@@ -231,11 +306,25 @@ def show_forecast(expected: "Forecast") -> None:
     if expected.predicted_ms is None:
         step += "; this torch has no integer operators here"
     else:
-        step += f"; about {expected.predicted_ms:.1f} ms in W8A8 by the torch backend ({expected.speedup:.2f}x)"
+        step += (
+            f"; about {expected.predicted_ms:.1f} ms in W8A8 by the torch backend ({expected.speedup:.2f}x)"
+        )
     rows = [
-        ("machine", f"{machine['processor']}, {machine['threads']} threads; {', '.join(machine['instructions']) or 'no integer instructions'}"),
+        (
+            "machine",
+            (
+                f"{machine['processor']}, {machine['threads']} threads; "
+                f"{', '.join(machine['instructions']) or 'no integer instructions'}"
+            ),
+        ),
         ("step", f"batch {expected.batch}: {step}"),
-        ("weights in memory", f"{megabytes(weights['fp32'])}; W8A8 {megabytes(weights['w8a8'])}, W4A8 {megabytes(weights['w4a8'])}"),
+        (
+            "weights in memory",
+            (
+                f"{megabytes(weights['fp32'])}; W8A8 {megabytes(weights['w8a8'])}, "
+                f"W4A8 {megabytes(weights['w4a8'])}"
+            ),
+        ),
     ]
     rows += [("not measured", text) for text in expected.extrapolated]
     console.print(_figures(rows))
@@ -245,11 +334,26 @@ def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
     """Print the rows of `tfmq bench`, and what they were measured on."""
     console = Console()
     table = Table(Column("backend", no_wrap=True), box=None, pad_edge=False, header_style="dim")
-    for heading in ("batch", "ms/step", "speedup", "img/s", "SQNR dB", "peak MB", "disk MB", "start s", "again"):
+    for heading in (
+        "batch",
+        "ms/step",
+        "speedup",
+        "img/s",
+        "SQNR dB",
+        "peak MB",
+        "disk MB",
+        "start s",
+        "again",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
         accuracy = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-        figures = (f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x", f"{row['images_per_second']:.3g}", accuracy)
+        figures = (
+            f"{row['ms_per_step']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['images_per_second']:.3g}",
+            accuracy,
+        )
         sizes = (
             f"{row['peak_rss_bytes'] / 1e6:.0f}",
             f"{row['disk_bytes'] / 1e6:.1f}",
@@ -259,7 +363,14 @@ def show_bench(result: Mapping[str, Any], *, exact: bool) -> None:
         table.add_row(row["backend"], str(row["batch"]), *figures, *sizes)
     console.print(table)
     console.print()
-    console.print(_figures([("machine", machine_in_words(result["machine"])), ("speedup", "against eager fp32 torch in the same rounds")]))
+    console.print(
+        _figures(
+            [
+                ("machine", machine_in_words(result["machine"])),
+                ("speedup", "against eager fp32 torch in the same rounds"),
+            ]
+        )
+    )
     if not exact:
         console.print("Without --reference there is no SQNR; fp32 has the dequantized weights.")
     if not all(row["clean"] for row in result["rows"]):
@@ -270,17 +381,31 @@ def show_evaluation(values: Mapping[str, Any], output_dir: Path) -> None:
     """Print what `tfmq evaluate` found: sets of images first, full precision before quantized, then pairs."""
     console = Console()
     if values["rows"]:
-        table = Table(Column("metric", no_wrap=True), "images of", "against", box=None, pad_edge=False, header_style="dim")
+        table = Table(
+            Column("metric", no_wrap=True),
+            "images of",
+            "against",
+            box=None,
+            pad_edge=False,
+            header_style="dim",
+        )
         table.add_column("value", justify="right", no_wrap=True)
         for row in values["rows"]:
             spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2g}"
-            table.add_row(escape(row["metric"]), row["model"], row["against"] or "", f"{row['value']:.4g}{spread}")
+            table.add_row(
+                escape(row["metric"]), row["model"], row["against"] or "", f"{row['value']:.4g}{spread}"
+            )
         console.print(table)
         console.print()
     rows = [*pair_rows(values["paired"]), *published_rows(values["baseline"])]
     count = values["protocol"]["settings"]["num_images"]
     if values["rows"] and count < FEW:
-        rows.append(("images", f"{count}: few for metrics of sets, which move with their number; --thorough draws more"))
+        rows.append(
+            (
+                "images",
+                f"{count}: few for metrics of sets, which move with their number; --thorough draws more",
+            )
+        )
     rows.append(("protocol and values", str(output_dir / "evaluation.json")))
     console.print(_figures(rows))
 
@@ -289,21 +414,44 @@ def show_analysis(values: Mapping[str, Any], output_dir: Path) -> None:
     """Print what `tfmq analyze` found: the units that disturb the output most, and the totals."""
     console = Console()
     found = values["sensitivity"]
-    means = sorted(((sum(row) / len(row), part["name"]) for row, part in zip(found["error"], found["parts"], strict=True)), reverse=True)
-    table = Table(Column("unit", overflow="fold"), Column("output error alone", justify="right"), box=None, pad_edge=False, header_style="dim")
+    means = sorted(
+        (
+            (sum(row) / len(row), part["name"])
+            for row, part in zip(found["error"], found["parts"], strict=True)
+        ),
+        reverse=True,
+    )
+    table = Table(
+        Column("unit", overflow="fold"),
+        Column("output error alone", justify="right"),
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     console.print(_shortened(table, [(name, f"{error:.3g}") for error, name in means]))
     console.print()
     disturbed = values["disturbance"]
     features = len(disturbed["nearest"])
     rows = [
         ("everything quantized", f"output error {sum(found['whole']) / len(found['whole']):.3g}"),
-        ("temporal features", f"{disturbed['mismatches']} of {features * len(disturbed['timesteps'])} nearest to another timestep's"),
+        (
+            "temporal features",
+            (
+                f"{disturbed['mismatches']} of {features * len(disturbed['timesteps'])} "
+                "nearest to another timestep's"
+            ),
+        ),
         *in_words(values["trajectory"]),
         *added_in_words(values["accumulation"]),
         ("data and pictures", str(output_dir)),
     ]
     settings = values["settings"]
     if settings["parts"] < settings["of_parts"]:
-        share = f"{settings['parts']} of {settings['of_parts']} units, evenly spread, at {len(found['whole'])} calls"
-        rows.insert(0, ("looked at", f"{share} of {settings['num_images']} image(s); --thorough looks at every unit"))
+        share = (
+            f"{settings['parts']} of {settings['of_parts']} units, evenly "
+            f"spread, at {len(found['whole'])} calls"
+        )
+        rows.insert(
+            0, ("looked at", f"{share} of {settings['num_images']} image(s); --thorough looks at every unit")
+        )
     console.print(_figures(rows))

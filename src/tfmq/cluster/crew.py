@@ -14,7 +14,8 @@ from tfmq.errors import require
 
 # Number of further attempts at a task whose worker died or whose machine was lost.
 RETRIES = 3
-# Bytes of Ray's object store, which would take a third of the memory by default. Only drawn images and tasks go through it.
+# Bytes of Ray's object store, which would take a third of the memory by default. Only drawn images and tasks
+# go through it.
 STORE_BYTES = 128 * 2**20
 
 Task = TypeVar("Task")
@@ -38,11 +39,11 @@ class Cluster:
     """Where work is done.
 
     Args:
-        address: address of a running Ray cluster, `host:port`, or `auto` for the one that this machine is part of. None starts workers here, which
-            end with the run.
+        address: address of a running Ray cluster, `host:port`, or `auto` for the one that this machine is
+            part of. None starts workers here, which end with the run.
         workers: number of workers at the same time; None is as many as the CPUs allow.
-        threads: number of threads of each worker. A result may depend on it in its last bits, as on any machine; it never depends on the number of
-            workers.
+        threads: number of threads of each worker. A result may depend on it in its last bits, as on any
+            machine; it never depends on the number of workers.
         gpus: number of GPUs of each worker.
     """
 
@@ -53,7 +54,10 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.gpus < 0 or (self.workers is not None and self.workers < 1):
-            raise ValueError(f"workers and threads must be at least 1 and gpus at least 0, got {self.workers}, {self.threads} and {self.gpus}")
+            raise ValueError(
+                "workers and threads must be at least 1 and gpus at least 0, got "
+                f"{self.workers}, {self.threads} and {self.gpus}"
+            )
 
 
 def _perform(key: str, make: Callable[[], Callable[[Any], Any]], threads: int, task: Any) -> Any:
@@ -75,14 +79,17 @@ class Crew:
     @property
     def _at_once(self) -> int:
         """Tasks that are handed out before the first comes back: one more for each worker keeps it busy."""
-        return self._cluster.workers or 2 * max(1, int(self._ray.cluster_resources().get("CPU", 1)) // self._cluster.threads)
+        return self._cluster.workers or 2 * max(
+            1, int(self._ray.cluster_resources().get("CPU", 1)) // self._cluster.threads
+        )
 
     def team(self, make: Callable[[], Callable[[Task], Result]]) -> Team[Task, Result]:
         """Return what does tasks on the workers.
 
         Args:
-            make: called once in each worker process; what it returns does a task. It is sent there, so it is a function of a module, or a partial
-                of one. Doing a task twice must do no harm: that is what happens after a worker dies.
+            make: called once in each worker process; what it returns does a task. It is sent there, so it is
+                a function of a module, or a partial of one. Doing a task twice must do no harm: that is what
+                happens after a worker dies.
 
         Raises (where results are iterated over):
             WorkerError: a task killed every worker that it was given to.
@@ -90,7 +97,9 @@ class Crew:
         """
         ray, threads = self._ray, self._cluster.threads
         shipped = ray.put(make)
-        remote = ray.remote(_perform).options(num_cpus=threads, num_gpus=self._cluster.gpus, max_retries=RETRIES)
+        remote = ray.remote(_perform).options(
+            num_cpus=threads, num_gpus=self._cluster.gpus, max_retries=RETRIES
+        )
 
         def do(tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
             waiting = iter(enumerate(tasks))
@@ -124,7 +133,8 @@ class Crew:
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
             cause = str(error).strip().splitlines()[0]
             raise WorkerError(
-                f"a worker died, and so did {RETRIES} more on the same work ({cause}); give them more memory, or fewer at once"
+                f"a worker died, and so did {RETRIES} more on the same work "
+                f"({cause}); give them more memory, or fewer at once"
             ) from error
 
 
@@ -140,7 +150,9 @@ def check_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=PATIENCE).close()
     except OSError as error:
-        raise ConnectionError(f"there is no Ray cluster at {address} ({error}); start one with: ray start --head") from error
+        raise ConnectionError(
+            f"there is no Ray cluster at {address} ({error}); start one with: ray start --head"
+        ) from error
 
 
 @contextmanager

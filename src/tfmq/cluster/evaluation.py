@@ -13,7 +13,9 @@ OpenModels = Callable[[], tuple[Sampler, Sampler | None]]
 
 
 def _make(open_models: OpenModels, request: Request) -> Callable[[tuple[str, range]], None]:
-    """Open the job in a worker, and return what does a batch of a stage there; refuse where the worker would compute something else."""
+    """Open the job in a worker, and return what does a batch of a stage there; refuse where the worker would
+    compute something else.
+    """
     evaluator, _ = open_job(*open_models(), request)
     return lambda task: evaluator.batch(*task)
 
@@ -24,7 +26,8 @@ def helpers(crew: Crew, open_models: OpenModels, request: Request) -> Helpers:
     Args:
         crew: does it.
         open_models: is called in each worker.
-        request: the one that is evaluated here. Its folder, and every file that it or `open_models` names, must be the same one on all machines.
+        request: the one that is evaluated here. Its folder, and every file that it or `open_models` names,
+            must be the same one on all machines.
 
     Raises (where batches are asked for):
         JobMismatchError: a worker has another model, other weights of metrics, or other versions.

@@ -30,7 +30,8 @@ class Order:
     Attributes:
         target: a pipeline directory, a hub id, a name of a model, or a module's file.
         recipe: units are shared out where `rounding.inputs` is `full`; else the trajectory alone is.
-        output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on all machines.
+        output_dir: where the quantized model goes. The folder of the job, beside it, must be the same one on
+            all machines.
         seed: the seed that `tfmq.quantize` was given.
         device: the device that `tfmq.quantize` was given.
         prompts: the prompts that `tfmq.quantize` was given.
@@ -49,7 +50,9 @@ class Order:
 
 
 class _Worker:
-    """The job as a worker sees it: an interrupted one, which it reads back as far as it is, to do one more stage of it."""
+    """The job as a worker sees it: an interrupted one, which it reads back as far as it is, to do one more
+    stage of it.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -60,7 +63,10 @@ class _Worker:
             record_batch(self.job, self.job.store.part(number).append, indices)
         else:
             with silent(kind, 0) as advance:
-                self.job.journal.stage(unit_file(number), lambda: reconstruct_alone(self.job, self._work, number, advance=advance))
+                self.job.journal.stage(
+                    unit_file(number),
+                    lambda: reconstruct_alone(self.job, self._work, number, advance=advance),
+                )
 
     @cached_property
     def _work(self) -> Work:
@@ -72,11 +78,25 @@ def _make(order: Order) -> Callable[[Task], None]:
     """Open the job in a worker; refuse where the worker would compute something else."""
     folder = job_of(order.output_dir.absolute())
     sampler, fingerprint = open_target(
-        order.target, order.recipe, seed=order.seed, device=order.device, prompts=order.prompts, component=order.component
+        order.target,
+        order.recipe,
+        seed=order.seed,
+        device=order.device,
+        prompts=order.prompts,
+        component=order.component,
     )
     order.resources.prepare()
     journal = Journal(folder, fingerprint, resume=True)
-    return _Worker(Job(sampler=sampler, recipe=order.recipe, store=store_of(folder), journal=journal, seed=order.seed, resources=order.resources))
+    return _Worker(
+        Job(
+            sampler=sampler,
+            recipe=order.recipe,
+            store=store_of(folder),
+            journal=journal,
+            seed=order.seed,
+            resources=order.resources,
+        )
+    )
 
 
 class Helpers:

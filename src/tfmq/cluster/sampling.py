@@ -26,7 +26,8 @@ def draw(
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> Images:
-    """Draw the images 0 to `num_images - 1` of the stream `seed`, uint8 `[N, H, W, C]`, as `tfmq.evaluation.sampling.draw` does.
+    """Draw the images 0 to `num_images - 1` of the stream `seed`, uint8 `[N, H, W, C]`, as
+    `tfmq.evaluation.sampling.draw` does.
 
     Args:
         crew: does it.
@@ -34,7 +35,8 @@ def draw(
         num_images: how many.
         steps: number of denoising steps of each image.
         seed: seed of the stream of images.
-        batch_size: images that a worker draws at once. Batches do not depend on the number of workers, so neither do the images.
+        batch_size: images that a worker draws at once. Batches do not depend on the number of workers, so
+            neither do the images.
         progress: shows a bar.
 
     Raises:

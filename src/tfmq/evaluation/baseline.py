@@ -17,10 +17,14 @@ CAUSES = (
 
 
 class BaselineError(ValueError):
-    """The full-precision model does not reach its published figure, so a comparison with it would mean nothing."""
+    """The full-precision model does not reach its published figure, so a comparison with it would mean
+    nothing.
+    """
 
 
-def check_baseline(published: Sequence[Published], measured: Mapping[str, float], settings: Settings) -> list[dict[str, Any]]:
+def check_baseline(
+    published: Sequence[Published], measured: Mapping[str, float], settings: Settings
+) -> list[dict[str, Any]]:
     """Compare what full precision reaches with what was published for this protocol.
 
     Args:
@@ -42,8 +46,10 @@ def check_baseline(published: Sequence[Published], measured: Mapping[str, float]
         elif not reason and abs(value - figure.value) > figure.tolerance:
             published_as = f"{figure.value:g} in {figure.source}"
             raise BaselineError(
-                f"full precision has {figure.metric} {value:.4g}, published is {published_as}, more than {figure.tolerance:g} apart: "
-                f"the protocol differs, so the quantized model is not evaluated. Likely causes: {'; '.join(CAUSES)}"
+                f"full precision has {figure.metric} {value:.4g}, published is "
+                f"{published_as}, more than {figure.tolerance:g} apart: "
+                "the protocol differs, so the quantized model is not "
+                f"evaluated. Likely causes: {'; '.join(CAUSES)}"
             )
         records.append({**asdict(figure), "measured": value, "not_compared": reason})
     return records

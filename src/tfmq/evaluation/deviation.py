@@ -17,7 +17,8 @@ from tfmq.numerics.errors import relative_error
 
 @dataclass(frozen=True)
 class Walk:
-    """One batch of images, uint8 `[N, H, W, C]`, and the states they came from: the sample of every denoiser call, with its timestep.
+    """One batch of images, uint8 `[N, H, W, C]`, and the states they came from: the sample of every denoiser
+    call, with its timestep.
 
     `latent` `[N, ...]` is what the images were decoded from; None where the model draws pixels.
     """
@@ -30,7 +31,9 @@ class Walk:
 
 @runtime_checkable
 class Decoding(Protocol):
-    """A sampler that may decode its images from latents: `noted_latents` collects what is decoded while the context is open."""
+    """A sampler that may decode its images from latents: `noted_latents` collects what is decoded while the
+    context is open.
+    """
 
     def noted_latents(self) -> AbstractContextManager[list[Tensor]]: ...
 
@@ -57,7 +60,9 @@ def follow(sampler: Sampler, indices: range, *, steps: int, seed: int) -> Walk:
     Raises:
         SamplingError: what is drawn is no image.
     """
-    noted: AbstractContextManager[list[Tensor]] = sampler.noted_latents() if isinstance(sampler, Decoding) else nullcontext([])
+    noted: AbstractContextManager[list[Tensor]] = (
+        sampler.noted_latents() if isinstance(sampler, Decoding) else nullcontext([])
+    )
     with _noted_calls(sampler.denoiser) as calls, noted as decoded:
         images = to_bytes(sampler.run(indices, steps=steps, seed=seed).detach().cpu(), first=indices.start)
     timesteps = torch.stack([call.timestep.flatten()[0].float() for call in calls])
@@ -74,14 +79,21 @@ def deviation(reference: Walk, other: Walk) -> Tensor:
         ValueError: the two made other calls: their schedules differ.
     """
     if not torch.equal(reference.timesteps, other.timesteps):
-        raise ValueError(f"the models are called at other timesteps ({len(reference.timesteps)} and {len(other.timesteps)} calls); use one scheduler")
+        raise ValueError(
+            f"the models are called at other timesteps ({len(reference.timesteps)} "
+            f"and {len(other.timesteps)} calls); use one scheduler"
+        )
     count = len(reference.images)
-    rows = [relative_error(a.flatten(1), b.flatten(1)) for a, b in zip(reference.states, other.states, strict=True)]
+    rows = [
+        relative_error(a.flatten(1), b.flatten(1))
+        for a, b in zip(reference.states, other.states, strict=True)
+    ]
     return torch.stack([row.reshape(-1, count).mean(dim=0) for row in rows])
 
 
 def latent_error(reference: Walk, other: Walk) -> Tensor | None:
-    """Return `||z - z'|| / ||z||` of what each image was decoded from, `[N]`; None where the models draw pixels.
+    """Return `||z - z'|| / ||z||` of what each image was decoded from, `[N]`; None where the models draw
+    pixels.
 
     Where the model works on latents, the states of `deviation` are latents too: those on the way to this one.
     """
@@ -92,9 +104,11 @@ def latent_error(reference: Walk, other: Walk) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Relative error of the state at each denoiser call, from noise to image: mean over images, and that of the image that strays most.
+    """Relative error of the state at each denoiser call, from noise to image: mean over images, and that of
+    the image that strays most.
 
-    `latent_mean` and `latent_worst` are the same of what the images are decoded from, which the last step leaves; None without a decoder.
+    `latent_mean` and `latent_worst` are the same of what the images are decoded from, which the last step
+    leaves; None without a decoder.
     """
 
     timesteps: tuple[float, ...]
@@ -106,13 +120,22 @@ class Trajectory:
     def values(self) -> dict[str, Any]:
         """Return the trajectory as values that JSON keeps."""
         latent = None if self.latent_mean is None else {"mean": self.latent_mean, "worst": self.latent_worst}
-        return {"timesteps": list(self.timesteps), "mean": list(self.mean), "worst": list(self.worst), "latent_error": latent}
+        return {
+            "timesteps": list(self.timesteps),
+            "mean": list(self.mean),
+            "worst": list(self.worst),
+            "latent_error": latent,
+        }
 
 
 def summarized(timesteps: Tensor, errors: Tensor, latent: Tensor | None = None) -> Trajectory:
     """Return the trajectory of errors `[calls, N]`, and of `latent` `[N]` where images are decoded."""
     table = errors.double().numpy()
-    found = tuple(timesteps.tolist()), tuple(np.mean(table, axis=1).tolist()), tuple(np.max(table, axis=1).tolist())
+    found = (
+        tuple(timesteps.tolist()),
+        tuple(np.mean(table, axis=1).tolist()),
+        tuple(np.max(table, axis=1).tolist()),
+    )
     if latent is None:
         return Trajectory(*found)
     return Trajectory(*found, float(latent.double().mean()), float(latent.double().max()))
@@ -120,7 +143,20 @@ def summarized(timesteps: Tensor, errors: Tensor, latent: Tensor | None = None) 
 
 def in_words(trajectory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what the values of a trajectory say, as names and texts."""
-    rows = [("trajectory", f"relative error {trajectory['mean'][-1]:.3g} at the last of {len(trajectory['mean'])} calls")]
+    rows = [
+        (
+            "trajectory",
+            f"relative error {trajectory['mean'][-1]:.3g} at the last of {len(trajectory['mean'])} calls",
+        )
+    ]
     if latent := trajectory["latent_error"]:
-        rows.append(("latent error", f"relative error {latent['mean']:.3g} mean, {latent['worst']:.3g} worst, of what images are decoded from"))
+        rows.append(
+            (
+                "latent error",
+                (
+                    f"relative error {latent['mean']:.3g} mean, {latent['worst']:.3g} "
+                    "worst, of what images are decoded from"
+                ),
+            )
+        )
     return rows

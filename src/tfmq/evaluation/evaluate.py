@@ -1,4 +1,6 @@
-"""Evaluate a quantized model: full precision first, then the quantized one, then both pair by pair from the same noise."""
+"""Evaluate a quantized model: full precision first, then the quantized one, then both pair by pair from the
+same noise.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +34,11 @@ KEPT = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One value of a set of images: `metric` of the images of `model`, compared with those of `against`, if with any.
+    """One value of a set of images: `metric` of the images of `model`, compared with those of `against`, if
+    with any.
 
-    `deviation` is a metric's standard deviation over subsets; for shares of images, half the width of the 95 % interval.
+    `deviation` is a metric's standard deviation over subsets; for shares of images, half the width of the 95
+    % interval.
     """
 
     metric: str
@@ -55,7 +59,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """Metrics of pairs by name, the trajectory where it was asked for, and the first pairs themselves, uint8 `[n, H, W, 3]`."""
+    """Metrics of pairs by name, the trajectory where it was asked for, and the first pairs themselves, uint8
+    `[n, H, W, 3]`.
+    """
 
     count: int
     metrics: Mapping[str, Spread]
@@ -73,26 +79,36 @@ class Evaluation:
     baseline: tuple[Mapping[str, Any], ...]
 
 
-def check_request(quantized: Sampler, reference: Sampler | None, real: Real | None, settings: Settings) -> None:
+def check_request(
+    quantized: Sampler, reference: Sampler | None, real: Real | None, settings: Settings
+) -> None:
     """Refuse what cannot work before anything is drawn.
 
     Raises:
-        ValueError: there is nothing to compare with, the models do not belong together, or clip is asked of a model without text.
+        ValueError: there is nothing to compare with, the models do not belong together, or clip is asked of a
+            model without text.
     """
     comparing = [name for name in settings.of_sets if SET_METRICS[name].compares]
     if comparing and reference is None and real is None:
-        raise ValueError(f"{comparing[0]} compares with other images: pass --reference MODEL, --real IMAGES, or both")
+        raise ValueError(
+            f"{comparing[0]} compares with other images: pass --reference MODEL, --real IMAGES, or both"
+        )
     if isinstance(real, RealStatistics):
         _check_statistics(comparing, real)
     if settings.draws_pairs and reference is None:
         names = ", ".join(name for name in settings.metrics if name in (*settings.of_pairs, TRAJECTORY))
-        raise ValueError(f"{names} compare with full precision: pass --reference MODEL, or leave them out of --metrics")
+        raise ValueError(
+            f"{names} compare with full precision: pass --reference MODEL, or leave them out of --metrics"
+        )
     if reference is not None:
         if is_quantized(reference.denoiser.module):
             raise ValueError("the reference is quantized itself; pass the full-precision model")
         shapes = [tuple(sampler.example().sample.shape[1:]) for sampler in (reference, quantized)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"the reference denoises samples of shape {shapes[0]}, the quantized model {shapes[1]}; pass its own original")
+            raise ValueError(
+                f"the reference denoises samples of shape {shapes[0]}, the "
+                f"quantized model {shapes[1]}; pass its own original"
+            )
     if CLIP_METRIC in settings.metrics:
         prompts_of(quantized, range(1))
     if ADHERENCE in settings.metrics:
@@ -104,7 +120,10 @@ def _check_statistics(metrics: Sequence[str], real: RealStatistics) -> None:
     for name in metrics:
         metric = SET_METRICS[name]
         if not metric.of_moments or metric.kind not in real.moments.of:
-            raise ValueError(f"{name} needs real images; the statistics in {real.described['source']} hold mean and covariance of some features only")
+            raise ValueError(
+                f"{name} needs real images; the statistics in {real.described['source']} "
+                "hold mean and covariance of some features only"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,9 +180,14 @@ class Evaluator:
 
     def _computations(self) -> dict[str, Callable[[range], dict[str, Tensor]]]:
         """Return what computes a batch of each stage."""
-        found: dict[str, Callable[[range], dict[str, Tensor]]] = {QUANTIZED: partial(self._features, self.quantized)}
+        found: dict[str, Callable[[range], dict[str, Tensor]]] = {
+            QUANTIZED: partial(self._features, self.quantized)
+        }
         if self.reference is not None:
-            found |= {FULL: partial(self._features, self.reference), PAIRS: partial(self._pairs, self.reference)}
+            found |= {
+                FULL: partial(self._features, self.reference),
+                PAIRS: partial(self._pairs, self.reference),
+            }
         if isinstance(self.real, RealImages):
             real = self.real
             found[REAL] = lambda indices: self._described(real.read(indices))
@@ -202,7 +226,10 @@ class Evaluator:
         """Return what is kept of images: the features that metrics need."""
         assert self.tools.extractor is not None
         features = self.tools.extractor(as_colour(images))
-        return {kind: features[kind].float().cpu().contiguous() for kind in {SET_METRICS[name].kind for name in self.settings.of_sets}}
+        return {
+            kind: features[kind].float().cpu().contiguous()
+            for kind in {SET_METRICS[name].kind for name in self.settings.of_sets}
+        }
 
     def _features(self, sampler: Sampler, indices: range) -> dict[str, Tensor]:
         """Draw images of a model and return what metrics need of them."""
@@ -212,7 +239,10 @@ class Evaluator:
             _check_size(images, self.real)
             found = self._described(images)
         if self.tools.clip is not None:
-            found["clip"] = torch.tensor([self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)], dtype=torch.float64)
+            found["clip"] = torch.tensor(
+                [self.tools.clip(as_colour(images), prompts_of(sampler, indices)), len(indices)],
+                dtype=torch.float64,
+            )
         if self.tools.judge is not None:
             pixels = torch.from_numpy(as_colour(images)).permute(0, 3, 1, 2).float() / 255
             verdicts = encoded(self.tools.judge(pixels, asked_of(sampler, indices)))
@@ -227,7 +257,10 @@ class Evaluator:
             metric = SET_METRICS[name]
             for against in given if metric.compares else (None,):
                 scores = metric(images, given[against] if against else None, seed=self.settings.seed)
-                rows += [Row(labelled(key, self.settings.extractor), model, against, score.value, score.deviation) for key, score in scores.items()]
+                rows += [
+                    Row(labelled(key, self.settings.extractor), model, against, score.value, score.deviation)
+                    for key, score in scores.items()
+                ]
         if self.tools.clip is not None:
             means, counts = torch.stack([part["clip"] for part in images.parts()]).unbind(dim=1)
             rows.append(Row(CLIP_METRIC, model, None, float((means * counts).sum() / counts.sum()), None))
@@ -244,12 +277,20 @@ class Evaluator:
         return rows
 
     def _pairs(self, reference: Sampler, indices: range) -> dict[str, Tensor]:
-        """Draw pairs from the same noise and return their metrics, the deviation of their states, and the first pixels."""
-        full, low = (follow(sampler, indices, steps=self.settings.steps, seed=self.settings.seed) for sampler in (reference, self.quantized))
+        """Draw pairs from the same noise and return their metrics, the deviation of their states, and the
+        first pixels.
+        """
+        full, low = (
+            follow(sampler, indices, steps=self.settings.steps, seed=self.settings.seed)
+            for sampler in (reference, self.quantized)
+        )
         images = as_colour(full.images), as_colour(low.images)
         values = {name: torch.from_numpy(metric(*images)) for name, metric in self.tools.pairs.items()}
         kept = max(0, min(len(indices), KEPT - indices.start))
-        pixels = {f"{name} images": torch.from_numpy(array[:kept]) for name, array in zip((FULL, QUANTIZED), images, strict=True)}
+        pixels = {
+            f"{name} images": torch.from_numpy(array[:kept])
+            for name, array in zip((FULL, QUANTIZED), images, strict=True)
+        }
         latent = latent_error(full, low)
         decoded = {} if latent is None else {"latent": latent}
         return {**values, **pixels, **decoded, "deviation": deviation(full, low), "timesteps": full.timesteps}
@@ -260,7 +301,8 @@ def _check_size(images: Images, real: Real | None) -> None:
     if isinstance(real, RealImages) and images.shape[1:3] != tuple(real.size):
         (height, width), (other_height, other_width) = images.shape[1:3], real.size
         raise ValueError(
-            f"the real images have {other_width} x {other_height} pixels, the drawn ones {width} x {height}; crop and resize the real ones as "
+            f"the real images have {other_width} x {other_height} pixels, the drawn "
+            f"ones {width} x {height}; crop and resize the real ones as "
             "the model's data were: how that is done changes every metric"
         )
 

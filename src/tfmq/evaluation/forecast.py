@@ -1,7 +1,8 @@
 """What to expect of integers on this machine, measured in seconds, before hours of calibration.
 
-Each layer's shape is timed in float32 and in int8, which shows where time goes, and a step of the model in float32 and of a copy whose layers
-compute on arbitrary grids: a step takes what layers take, and attention, and calling them all.
+Each layer's shape is timed in float32 and in int8, which shows where time goes, and a step of the model in
+float32 and of a copy whose layers compute on arbitrary grids: a step takes what layers take, and attention,
+and calling them all.
 """
 
 import time
@@ -32,9 +33,11 @@ from tfmq.recipes.recipe import Recipe
 
 # Seconds for which each shape is timed, float32 and int8 in turns. The medians count.
 SECONDS = 0.08
-# A quick forecast spends so many seconds on shapes and on steps, and packs no copy of a model with more weights than this.
+# A quick forecast spends so many seconds on shapes and on steps, and packs no copy of a model with more
+# weights than this.
 QUICK_SHAPES, QUICK_STEPS, QUICK_WEIGHTS = 20.0, 15.0, 50_000_000
-# Number of turns of each model, and steps in a turn. The first step of a turn does not count, since the other model's weights are in the caches.
+# Number of turns of each model, and steps in a turn. The first step of a turn does not count, since the other
+# model's weights are in the caches.
 ROUNDS, RUN = 3, 4
 LEVELS = 256
 # Seconds that packing one weight takes, for the estimate that is printed before the work.
@@ -53,7 +56,9 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeTiming:
-    """The time of one call of a layer of this kind, in ms; `count` layers of the model are like it. Without an integer form `int8_ms` is None."""
+    """The time of one call of a layer of this kind, in ms; `count` layers of the model are like it. Without
+    an integer form `int8_ms` is None.
+    """
 
     operation: str
     weight: tuple[int, ...]
@@ -65,11 +70,13 @@ class ShapeTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The machine, the measured shapes from slow to fast, a step in float32 and in W8A8 by the torch backend, and weight bytes.
+    """The machine, the measured shapes from slow to fast, a step in float32 and in W8A8 by the torch backend,
+    and weight bytes.
 
-    `rest_ms` is the part of the float32 step outside the layers, `predicted_ms` the step of a model without calibration. `weight_bytes` are
-    those in memory while a W8A8 model runs: packed codes and executable copy, against float32's. `instructions` that decide are in `machine`.
-    `extrapolated` says in words what was not measured and how it was concluded; empty where everything was measured.
+    `rest_ms` is the part of the float32 step outside the layers, `predicted_ms` the step of a model without
+    calibration. `weight_bytes` are those in memory while a W8A8 model runs: packed codes and executable copy,
+    against float32's. `instructions` that decide are in `machine`. `extrapolated` says in words what was not
+    measured and how it was concluded; empty where everything was measured.
     """
 
     machine: Mapping[str, Any]
@@ -91,7 +98,14 @@ def _sites(module: nn.Module, names: set[str]) -> Iterator[Counter[Site]]:
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         operation = operation_of(layer)
         if operation is not None:
-            found[Site(operation, tuple(weight_of(layer).shape), tuple(operand(args, kwargs).shape), layer.bias is not None)] += 1
+            found[
+                Site(
+                    operation,
+                    tuple(weight_of(layer).shape),
+                    tuple(operand(args, kwargs).shape),
+                    layer.bias is not None,
+                )
+            ] += 1
 
     handles = [module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True) for name in names]
     try:
@@ -116,7 +130,9 @@ def _milliseconds(*calls: Callable[[], object]) -> list[float]:
 
 
 def _steps(*calls: Callable[[], object], most: float) -> list[float]:
-    """Return the median time of a step of each model in ms; runs of them take turns, in rounds that begin within `most` seconds."""
+    """Return the median time of a step of each model in ms; runs of them take turns, in rounds that begin
+    within `most` seconds.
+    """
     seconds: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + most
     for number in range(ROUNDS):
@@ -132,7 +148,9 @@ def _steps(*calls: Callable[[], object], most: float) -> list[float]:
 
 
 def _work(site: Site) -> int:
-    """Return the multiplications of a call: every weight at every place of the output, or of the input that is spread out."""
+    """Return the multiplications of a call: every weight at every place of the output, or of the input that
+    is spread out.
+    """
     if isinstance(site.operation, Linear):
         return prod(site.weight) * prod(site.input[:-1])
     sizes = site.input[2:]
@@ -154,7 +172,9 @@ def _timed(sites: Mapping[Site, int], *, most: float, advance: Advance) -> dict[
 
 @dataclass(frozen=True)
 class _Total:
-    """Milliseconds of all layers in float32 and in int8 (float32 where there is no integer form), and the share of work that was measured."""
+    """Milliseconds of all layers in float32 and in int8 (float32 where there is no integer form), and the
+    share of work that was measured.
+    """
 
     fp32_ms: float
     int8_ms: float
@@ -162,12 +182,20 @@ class _Total:
 
 
 def _total(sites: Mapping[Site, int], found: Mapping[Site, ShapeTiming]) -> _Total:
-    """Return the time of all layers: those of shapes that were not timed take as long for their work as the timed ones do."""
+    """Return the time of all layers: those of shapes that were not timed take as long for their work as the
+    timed ones do.
+    """
     work = {site: _work(site) * count for site, count in sites.items()}
     measured = sum(work[site] for site in found) / max(1, sum(work.values()))
     share = max(measured, 1e-9)
     fp32 = sum(timing.fp32_ms * timing.count for timing in found.values()) / share
-    int8 = sum((timing.fp32_ms if timing.int8_ms is None else timing.int8_ms) * timing.count for timing in found.values()) / share
+    int8 = (
+        sum(
+            (timing.fp32_ms if timing.int8_ms is None else timing.int8_ms) * timing.count
+            for timing in found.values()
+        )
+        / share
+    )
     return _Total(fp32, int8, measured) if found else _Total(0.0, 0.0, 1.0)
 
 
@@ -175,7 +203,12 @@ def _kernel(site: Site) -> OnednnKernel | None:
     if not available():
         return None
     values = torch.randint(-127, 128, site.weight, dtype=torch.int16)
-    weight = IntegerWeight(site.operation, values, torch.full((site.weight[0], 1), 1e-3), torch.zeros(site.weight[0]) if site.bias else None)
+    weight = IntegerWeight(
+        site.operation,
+        values,
+        torch.full((site.weight[0], 1), 1e-3),
+        torch.zeros(site.weight[0]) if site.bias else None,
+    )
     return OnednnKernel(weight) if supports(weight, LEVELS) else None
 
 
@@ -192,30 +225,45 @@ def _time(site: Site, count: int) -> ShapeTiming:
     times = _milliseconds(*calls)
     name = type(site.operation).__name__.lower()
     int8 = times[1] if kernel is not None else None
-    return ShapeTiming(operation=name, weight=site.weight, input=site.input, count=count, fp32_ms=times[0], int8_ms=int8)
+    return ShapeTiming(
+        operation=name, weight=site.weight, input=site.input, count=count, fp32_ms=times[0], int8_ms=int8
+    )
 
 
 @torch.no_grad()
-def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, thorough: bool = True, progress: Progress = silent) -> Forecast:
-    """Measure the layers of a full-precision denoiser in float32 and int8 at its own shapes, and predict a W8A8 step on this machine's CPU.
+def forecast(
+    sampler: Sampler,
+    *,
+    recipe: Recipe | None = None,
+    batch: int = 1,
+    thorough: bool = True,
+    progress: Progress = silent,
+) -> Forecast:
+    """Measure the layers of a full-precision denoiser in float32 and int8 at its own shapes, and predict a
+    W8A8 step on this machine's CPU.
 
-    Layers whose features would come from a table are counted in float32 alone: the quantized model does not run them. `recipe` is what the model
-    would be quantized by, the scheme `w8a8` if it is None. What is not `thorough` stays within about a minute, whatever the model: it times the
-    shapes with most work, and concludes the others, and the step of a large model, from these.
+    Layers whose features would come from a table are counted in float32 alone: the quantized model does not
+    run them. `recipe` is what the model would be quantized by, the scheme `w8a8` if it is None. What is not
+    `thorough` stays within about a minute, whatever the model: it times the shapes with most work, and
+    concludes the others, and the step of a large model, from these.
 
     Raises:
         ValueError: the model is quantized already, or is not on the CPU.
     """
     module = sampler.denoiser.module
     if is_quantized(module):
-        raise ValueError("the model is quantized already; measure it with tfmq bench, or pass the full-precision one")
+        raise ValueError(
+            "the model is quantized already; measure it with tfmq bench, or pass the full-precision one"
+        )
     if next(module.parameters()).device.type != "cpu":
         raise ValueError("the forecast is for the CPU, whose integer operators it measures")
     example: Inputs = sampler.example()
     traced = trace(sampler.denoiser, example)
     inputs = example.resized(batch)
     features = {layer.name: layer.cacheable for layer in traced.temporal if layer.name in traced.features}
-    tabulated = {layer.name for layer in traced.temporal if all(features.values()) or features.get(layer.name, False)}
+    tabulated = {
+        layer.name for layer in traced.temporal if all(features.values()) or features.get(layer.name, False)
+    }
     with _sites(module, {layer.name for layer in traced.layers} - tabulated) as kept:
         sampler.denoiser(inputs)
     with _sites(module, tabulated) as dropped:
@@ -246,7 +294,9 @@ def forecast(sampler: Sampler, *, recipe: Recipe | None = None, batch: int = 1, 
         predicted_ms=predicted,
         speedup=None if predicted is None else step / predicted,
         weight_bytes={"fp32": 4 * weights, "w8a8": 2 * weights, "w4a8": weights + weights // 2},
-        extrapolated=_extrapolated(layers, shapes=len(kept), timed=len(timings), tried=tried or not available()),
+        extrapolated=_extrapolated(
+            layers, shapes=len(kept), timed=len(timings), tried=tried or not available()
+        ),
     )
 
 
@@ -254,14 +304,22 @@ def _extrapolated(layers: _Total, *, shapes: int, timed: int, tried: bool) -> tu
     """Return in words what a forecast did not measure."""
     said = []
     if timed < shapes:
-        said.append(f"{timed} of {shapes} layer shapes were timed, with {layers.measured:.0%} of the work; the others count by their work")
+        said.append(
+            f"{timed} of {shapes} layer shapes were timed, with {layers.measured:.0%} "
+            "of the work; the others count by their work"
+        )
     if not tried:
-        said.append("the W8A8 step is that of the layers and of what is around them in float32; no quantized copy was run")
+        said.append(
+            "the W8A8 step is that of the layers and of what is around "
+            "them in float32; no quantized copy was run"
+        )
     return tuple(said)
 
 
 def expected_seconds(sampler: Sampler, *, batch: int = 1, thorough: bool = True) -> float:
-    """Return about what a forecast takes: each shape twice for a moment, some steps, and a copy of the model."""
+    """Return about what a forecast takes: each shape twice for a moment, some steps, and a copy of the
+    model.
+    """
     traced = trace(sampler.denoiser, sampler.example())
     modules = [sampler.denoiser.module.get_submodule(layer.name) for layer in traced.layers]
     weights = sum(weight_of(module).numel() for module in modules)
@@ -275,4 +333,8 @@ def expected_seconds(sampler: Sampler, *, batch: int = 1, thorough: bool = True)
     packing = PACKING * weights
     if thorough:
         return timing + steps + packing
-    return min(timing, QUICK_SHAPES) + min(steps, max(QUICK_STEPS, 4 * step)) + (packing if weights <= QUICK_WEIGHTS else 0.0)
+    return (
+        min(timing, QUICK_SHAPES)
+        + min(steps, max(QUICK_STEPS, 4 * step))
+        + (packing if weights <= QUICK_WEIGHTS else 0.0)
+    )

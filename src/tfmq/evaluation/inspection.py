@@ -38,7 +38,9 @@ TABLE_STEPS = (20, 50)
 
 @dataclass(frozen=True)
 class TemporalLayer:
-    """A layer that depends on the timestep and not on the sample: a feature that other data meets, or a layer that only leads to one."""
+    """A layer that depends on the timestep and not on the sample: a feature that other data meets, or a layer
+    that only leads to one.
+    """
 
     name: str
     depends_on: tuple[str, ...]
@@ -48,7 +50,9 @@ class TemporalLayer:
 
 @dataclass(frozen=True)
 class LayerBits:
-    """The precision of one layer, None being full precision, and how its input is quantized: once, per timestep, or dynamically by token."""
+    """The precision of one layer, None being full precision, and how its input is quantized: once, per
+    timestep, or dynamically by token.
+    """
 
     name: str
     weight_bits: int | None
@@ -58,7 +62,9 @@ class LayerBits:
 
 @dataclass(frozen=True)
 class MeasuredInput:
-    """What static and dynamic input grids did to a layer's output in calibration, as energy of the error over that of the output; see `kept`."""
+    """What static and dynamic input grids did to a layer's output in calibration, as energy of the error over
+    that of the output; see `kept`.
+    """
 
     name: str
     static: float
@@ -68,15 +74,18 @@ class MeasuredInput:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Family (class of the denoiser), number of parameters, temporal layers, reconstruction units, bits per layer, and bytes.
+    """Family (class of the denoiser), number of parameters, temporal layers, reconstruction units, bits per
+    layer, and bytes.
 
-    `bytes` has `fp32` and `quantized` (None for a full-precision model); `predicted_bytes` of the tensors of 8- and 4-bit weights for a
-    full-precision model, empty for a quantized one. `temporal_parameters` are those of the temporal layers, `table_bytes` what int8 tables of
-    the cacheable features take, by number of steps. `schemes` are the schemes and published experiments whose rules fit the model's layers.
-    `inputs` are the layers of a quantized model whose input grids were chosen by measured error. `floating` are the modules with tensors that
-    stay in floating point, the largest first: of a full-precision model those that no scheme quantizes. `embeddings` are the look-ups whose
-    tables can be quantized.
-    `speed` is what to expect of integers on this machine's CPU: `integer` with instructions for them, `integer-slow` without, else `simulated`.
+    `bytes` has `fp32` and `quantized` (None for a full-precision model); `predicted_bytes` of the tensors of
+    8- and 4-bit weights for a full-precision model, empty for a quantized one. `temporal_parameters` are
+    those of the temporal layers, `table_bytes` what int8 tables of the cacheable features take, by number of
+    steps. `schemes` are the schemes and published experiments whose rules fit the model's layers. `inputs`
+    are the layers of a quantized model whose input grids were chosen by measured error. `floating` are the
+    modules with tensors that stay in floating point, the largest first: of a full-precision model those that
+    no scheme quantizes. `embeddings` are the look-ups whose tables can be quantized. `speed` is what to
+    expect of integers on this machine's CPU: `integer` with instructions for them, `integer-slow` without,
+    else `simulated`.
     """
 
     family: str
@@ -103,7 +112,9 @@ def speed_class() -> Speed:
 
 
 def _fitting_schemes(traced: Trace) -> tuple[str, ...]:
-    """Return the names of the recipes whose every rule matches a layer: what to begin with, the same with 4-bit weights, and others."""
+    """Return the names of the recipes whose every rule matches a layer: what to begin with, the same with
+    4-bit weights, and others.
+    """
 
     def fits(name: str) -> bool:
         try:
@@ -113,11 +124,15 @@ def _fitting_schemes(traced: Trace) -> tuple[str, ...]:
         return True
 
     tokenwise = sum(layer.tokenwise for layer in traced.layers) > 0.9 * len(traced.layers)
-    return tuple(name for name in (*(TRANSFORMER_SCHEMES if tokenwise else ()), *SCHEMES, *PAPER) if fits(name))
+    return tuple(
+        name for name in (*(TRANSFORMER_SCHEMES if tokenwise else ()), *SCHEMES, *PAPER) if fits(name)
+    )
 
 
 def _temporal_figures(module: nn.Module, traced: Trace) -> tuple[int, dict[str, int]]:
-    """Return the parameters of the temporal layers, and the bytes of tables: a code for each value, a scale, a zero-point and a choice a step."""
+    """Return the parameters of the temporal layers, and the bytes of tables: a code for each value, a scale,
+    a zero-point and a choice a step.
+    """
     layers = [module.get_submodule(layer.name) for layer in traced.temporal]
     cacheable = [layer.name for layer in traced.temporal if layer.cacheable and layer.name in traced.features]
     row = sum(weight_of(module.get_submodule(name)).shape[0] + 4 + 1 + 1 for name in cacheable)
@@ -126,7 +141,12 @@ def _temporal_figures(module: nn.Module, traced: Trace) -> tuple[int, dict[str, 
 
 def _temporal(traced: Trace) -> tuple[TemporalLayer, ...]:
     def describe_layer(layer: LayerTrace) -> TemporalLayer:
-        return TemporalLayer(layer.name, tuple(sorted(layer.depends_on)), layer.cacheable, "feature" if layer.name in traced.features else "inner")
+        return TemporalLayer(
+            layer.name,
+            tuple(sorted(layer.depends_on)),
+            layer.cacheable,
+            "feature" if layer.name in traced.features else "inner",
+        )
 
     return tuple(describe_layer(layer) for layer in traced.temporal)
 
@@ -136,17 +156,22 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _predicted_bytes(module: nn.Module, traced: Trace, bits: int) -> int:
-    """Return the bytes of the tensors if the weights of the layers had `bits`, apart from activation grids and temporal tables.
+    """Return the bytes of the tensors if the weights of the layers had `bits`, apart from activation grids
+    and temporal tables.
 
-    A weight takes its packed codes, and for each row and concatenated source a scale, below 8 bits with a zero-point. Rows of embeddings have the
-    bits that recipes have for them.
+    A weight takes its packed codes, and for each row and concatenated source a scale, below 8 bits with a
+    zero-point. Rows of embeddings have the bits that recipes have for them.
     """
     weights = [(layer.name, bits, max(1, len(layer.segments))) for layer in traced.layers]
     weights += [(name, Weights().embeddings or bits, 1) for name in traced.embeddings]
     total = 4 * _parameters(module)
     for name, own, sources in weights:
         shape = tuple(weight_of(module.get_submodule(name)).shape)
-        total += prod(packed_shape(shape, bits=own)) + shape[0] * sources * (4 if own == 8 else 5) - 4 * prod(shape)
+        total += (
+            prod(packed_shape(shape, bits=own))
+            + shape[0] * sources * (4 if own == 8 else 5)
+            - 4 * prod(shape)
+        )
     return total
 
 
@@ -170,15 +195,23 @@ def _of_full_precision(module: nn.Module, traced: Trace) -> Inspection:
 
 
 def _stock(module: nn.Module, example: Inputs) -> tuple[nn.Module, Trace, Provenance]:
-    """Return the stock architecture of a quantized diffusers model, without weights, its trace, and where the model comes from."""
+    """Return the stock architecture of a quantized diffusers model, without weights, its trace, and where the
+    model comes from.
+    """
     from tfmq.integrations.diffusers.architecture import manifest_of, stock_architecture
 
     stock, values = stock_architecture(module), manifest_of(module)
-    provenance = Provenance() if values is None else Manifest.from_json(values, source="the manifest of the model").provenance
+    provenance = (
+        Provenance()
+        if values is None
+        else Manifest.from_json(values, source="the manifest of the model").provenance
+    )
     return stock, trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta"))), provenance
 
 
-def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None, original: Denoiser | None) -> Inspection:
+def _of_quantized(
+    module: nn.Module, example: Inputs, directory: Path | None, original: Denoiser | None
+) -> Inspection:
     if original is None:
         stock, traced, provenance = _stock(module, example)
     else:
@@ -187,13 +220,20 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None, or
     specs = dict(named_specs(describe(module), "layers"))
     maintained = provenance.maintenance != "none"
     names = [layer.name for layer in traced.layers]
-    bits = {name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"])) for name, spec in specs.items()}
+    bits = {
+        name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"]))
+        for name, spec in specs.items()
+    }
     parameters = _parameters(stock)
     return Inspection(
         type(stock).__name__,
         parameters,
         _temporal(traced),
-        find_units(stock, [name for name in names if name in specs], exclude=[layer.name for layer in traced.temporal] if maintained else []),
+        find_units(
+            stock,
+            [name for name in names if name in specs],
+            exclude=[layer.name for layer in traced.temporal] if maintained else [],
+        ),
         tuple(LayerBits(name, *bits.get(name, (None, None))) for name in names),
         {"fp32": 4 * parameters, "quantized": stored_bytes(directory) if directory else state_bytes(module)},
         {},
@@ -209,12 +249,15 @@ def _of_quantized(module: nn.Module, example: Inputs, directory: Path | None, or
 def inspect(sampler: Sampler, *, directory: Path | None = None, stock: Denoiser | None = None) -> Inspection:
     """Describe the denoiser of `sampler`, full-precision or quantized.
 
-    No weight is read: the structure comes from a traced call, for a quantized model from one of its stock architecture.
+    No weight is read: the structure comes from a traced call, for a quantized model from one of its stock
+    architecture.
 
     Args:
         sampler: gives the denoiser and an example of its inputs.
-        directory: where a quantized model is stored; its bytes on disk count. Without it the bytes of its tensors do.
-        stock: the full-precision denoiser that a quantized module was made from, where diffusers cannot build it.
+        directory: where a quantized model is stored; its bytes on disk count. Without it the bytes of its
+            tensors do.
+        stock: the full-precision denoiser that a quantized module was made from, where diffusers cannot build
+            it.
 
     Raises:
         ValueError: a quantized module that diffusers cannot rebuild.

@@ -1,4 +1,6 @@
-"""An evaluation as a job: everything its values depend on is recorded, an interrupted one goes on, and shards meet in one folder."""
+"""An evaluation as a job: everything its values depend on is recorded, an interrupted one goes on, and shards
+meet in one folder.
+"""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -44,7 +46,13 @@ def _model(sampler: Sampler) -> dict[str, Any]:
 
 
 def _protocol(
-    quantized: Sampler, reference: Sampler | None, real: Real | None, *, settings: Settings, tools: Tools, backend: str | None
+    quantized: Sampler,
+    reference: Sampler | None,
+    real: Real | None,
+    *,
+    settings: Settings,
+    tools: Tools,
+    backend: str | None,
 ) -> dict[str, Any]:
     """Return everything that the values depend on, as JSON keeps it."""
     return {
@@ -79,7 +87,9 @@ class Request:
 
 
 def _image_bytes(settings: Settings, tools: Tools) -> int:
-    """Return the least bytes that a job keeps of an image: its features, by those of a blank one, or a number for each call of a pair."""
+    """Return the least bytes that a job keeps of an image: its features, by those of a blank one, or a number
+    for each call of a pair.
+    """
     if tools.extractor is None or not settings.of_sets:
         return 4 * settings.steps
     found = tools.extractor(np.zeros((1, 32, 32, 3), dtype=np.uint8))
@@ -96,17 +106,23 @@ def check_room(settings: Settings, tools: Tools, folder: Path, *, models: int) -
     needed, free = count * models * _image_bytes(settings, tools), shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"what is kept of {count} images of {models} models takes at least {needed / 1e9:.3g} GB of disk, where {free / 1e9:.3g} GB are free; "
+            f"what is kept of {count} images of {models} models takes at least "
+            f"{needed / 1e9:.3g} GB of disk, where {free / 1e9:.3g} GB are free; "
             "draw fewer (--num-images)"
         )
 
 
 def expected_seconds(quantized: Sampler, reference: Sampler | None, settings: Settings) -> float:
     """Return about what drawing takes, of both models as sets and in pairs; metrics come on top."""
-    pairs = min(settings.num_pairs, settings.num_images) if settings.draws_pairs and reference is not None else 0
+    pairs = (
+        min(settings.num_pairs, settings.num_images) if settings.draws_pairs and reference is not None else 0
+    )
     count = pairs + (settings.num_images if settings.draws_sets else 0)
     samplers = [quantized] if reference is None else [quantized, reference]
-    return sum(drawing(sampler, count, steps=settings.steps, batch_size=settings.batch_size).seconds for sampler in samplers)
+    return sum(
+        drawing(sampler, count, steps=settings.steps, batch_size=settings.batch_size).seconds
+        for sampler in samplers
+    )
 
 
 def open_job(
@@ -125,13 +141,23 @@ def open_job(
     check_request(quantized, reference, images, request.settings)
     tools = prepare(request.settings, request.weights)
     check_room(request.settings, tools, existing(request.job), models=1 if reference is None else 2)
-    protocol = _protocol(quantized, reference, images, settings=request.settings, tools=tools, backend=request.backend)
+    protocol = _protocol(
+        quantized, reference, images, settings=request.settings, tools=tools, backend=request.backend
+    )
     going_on = resume or shard is not None
     if going_on:
         # Shards start at the same time, so none may take the folder for remains of another job.
         request.job.mkdir(parents=True, exist_ok=True)
-    stages = Stages(Journal(request.job, protocol, resume=going_on), request.settings.batch_size, shard or Shard(), progress, helpers)
-    return Evaluator(quantized, reference, images, request.settings, tools, stages, request.published), protocol
+    stages = Stages(
+        Journal(request.job, protocol, resume=going_on),
+        request.settings.batch_size,
+        shard or Shard(),
+        progress,
+        helpers,
+    )
+    return Evaluator(
+        quantized, reference, images, request.settings, tools, stages, request.published
+    ), protocol
 
 
 def evaluate(
@@ -151,8 +177,8 @@ def evaluate(
         quantized: draws with the quantized model.
         reference: draws with the full-precision one; it is evaluated first.
         request: how many images, which metrics, and where the work is kept.
-        shard: the part of the batches that this process draws and leaves in the job's folder; a run without one, and with `resume`, gives the
-            values.
+        shard: the part of the batches that this process draws and leaves in the job's folder; a run without
+            one, and with `resume`, gives the values.
         resume: go on with the work in the job's folder; otherwise it is started over.
         progress: shows bars.
         helpers: compute batches elsewhere; see `tfmq.cluster`.
@@ -163,11 +189,14 @@ def evaluate(
 
     Raises:
         ValueError: what is asked for cannot be computed from what is given.
-        CheckpointError: weights or real images are missing or damaged, or the folder is of another evaluation.
+        CheckpointError: weights or real images are missing or damaged, or the folder is of another
+            evaluation.
         BaselineError: full precision misses a published figure.
         MissingExtraError: a library is not installed.
     """
-    evaluator, protocol = open_job(quantized, reference, request, shard=shard, resume=resume, progress=progress, helpers=helpers)
+    evaluator, protocol = open_job(
+        quantized, reference, request, shard=shard, resume=resume, progress=progress, helpers=helpers
+    )
     if foretold is not None:
         foretold(expected_seconds(quantized, reference, request.settings) / (shard or Shard()).count)
     found = evaluator.run()

@@ -26,7 +26,9 @@ class Outlay:
 
 @torch.no_grad()
 def drawing(sampler: Sampler, num_images: int, *, steps: int, batch_size: int) -> Outlay:
-    """Return about what drawing `num_images` images takes: one batch is drawn with a denoiser that computes once, and one call is timed."""
+    """Return about what drawing `num_images` images takes: one batch is drawn with a denoiser that computes
+    once, and one call is timed.
+    """
     size = min(batch_size, num_images)
     found = rehearsed(sampler, images=size, steps=steps)
     a_call = seconds_of(lambda: sampler.denoiser(found.call))
@@ -49,10 +51,15 @@ def check_memory(outlays: Sequence[Outlay], num_images: int) -> float:
     Raises:
         ValueError: the memory does not hold them; says what they take.
     """
-    seconds, needed, free = sum(each.seconds for each in outlays), sum(each.image_bytes for each in outlays), available_bytes()
+    seconds, needed, free = (
+        sum(each.seconds for each in outlays),
+        sum(each.image_bytes for each in outlays),
+        available_bytes(),
+    )
     if free is not None and needed > free:
         raise ValueError(
-            f"{num_images} images take {needed / 1e9:.3g} GB of memory, where {free / 1e9:.3g} GB are free, and about {seconds / DAY:.3g} days; "
+            f"{num_images} images take {needed / 1e9:.3g} GB of memory, where {free / 1e9:.3g} "
+            f"GB are free, and about {seconds / DAY:.3g} days; "
             "draw fewer (--num-images)"
         )
     return seconds

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from tfmq.errors import require
 from tfmq.evaluation.sampling import Images
 
-# Identical images have no finite PSNR. A single value off by one among 2**20 gives 108 dB: beyond 100 dB nothing is left to see.
+# Identical images have no finite PSNR. A single value off by one among 2**20 gives 108 dB: beyond 100 dB
+# nothing is left to see.
 PSNR_CAP = 100.0
 WINDOW = 7
 
@@ -48,7 +49,8 @@ def psnr(reference: Images, images: Images) -> Floats:
 
 
 def ssim(reference: Images, images: Images) -> Floats:
-    """Return the structural similarity of each pair (Wang et al., 2004; uniform window of 7, or of the largest odd size that fits).
+    """Return the structural similarity of each pair (Wang et al., 2004; uniform window of 7, or of the
+    largest odd size that fits).
 
     Raises:
         ValueError: images smaller than 3 pixels a side.
@@ -57,10 +59,18 @@ def ssim(reference: Images, images: Images) -> Floats:
     metrics = require("skimage.metrics", extra="report")
     side = min(reference.shape[1:3])
     if side < 3:
-        raise ValueError(f"structural similarity needs images of at least 3 x 3 pixels, got {reference.shape[1:3]}")
+        raise ValueError(
+            f"structural similarity needs images of at least 3 x 3 pixels, got {reference.shape[1:3]}"
+        )
     window = min(WINDOW, side - 1 + side % 2)
     pairs = zip(reference, images, strict=True)
-    return np.array([metrics.structural_similarity(a, b, data_range=255, channel_axis=-1, win_size=window) for a, b in pairs], dtype=np.float64)
+    return np.array(
+        [
+            metrics.structural_similarity(a, b, data_range=255, channel_axis=-1, win_size=window)
+            for a, b in pairs
+        ],
+        dtype=np.float64,
+    )
 
 
 def paired_fidelity(reference: Images, images: Images) -> PairedFidelity:
@@ -70,7 +80,9 @@ def paired_fidelity(reference: Images, images: Images) -> PairedFidelity:
         ValueError: other shapes or types.
     """
     if reference.shape != images.shape or reference.ndim != 4 or not len(reference):
-        raise ValueError(f"pairs need two arrays [N, H, W, C] of one shape, got {reference.shape} and {images.shape}")
+        raise ValueError(
+            f"pairs need two arrays [N, H, W, C] of one shape, got {reference.shape} and {images.shape}"
+        )
     if reference.dtype != np.uint8 or images.dtype != np.uint8:
         raise ValueError(f"pairs need uint8 images, got {reference.dtype} and {images.dtype}")
     return PairedFidelity(psnr(reference, images), ssim(reference, images))

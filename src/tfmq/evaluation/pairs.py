@@ -16,4 +16,8 @@ class PairMetric(Protocol):
 
 
 # For each metric, what builds it from the place of the weights. Add a metric here.
-PAIR_METRICS: dict[str, Callable[[Weights], PairMetric]] = {"psnr": lambda _: psnr, "ssim": lambda _: ssim, "lpips": lpips}
+PAIR_METRICS: dict[str, Callable[[Weights], PairMetric]] = {
+    "psnr": lambda _: psnr,
+    "ssim": lambda _: ssim,
+    "lpips": lpips,
+}

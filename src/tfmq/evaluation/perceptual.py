@@ -25,7 +25,9 @@ def lpips(weights: Weights) -> Callable[[Images, Images], Floats]:
         ForeignFileError: it is no such file.
         MissingExtraError: torchmetrics or torchvision is not installed.
     """
-    path = weights.find(FILE, instead="there is no lpips without it; --metrics psnr,ssim compares pairs without a network")
+    path = weights.find(
+        FILE, instead="there is no lpips without it; --metrics psnr,ssim compares pairs without a network"
+    )
     check_state(path)
     require("torchvision", extra="eval")
     library = require("torchmetrics.image.lpip", extra="eval")
@@ -36,6 +38,13 @@ def lpips(weights: Weights) -> Callable[[Images, Images], Floats]:
     def distance(reference: Images, images: Images) -> Floats:
         pairs = zip(reference, images, strict=True)
         # One pair at a time: torchmetrics gives the mean of a batch.
-        return np.array([float(metric(*(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 for image in pair))) for pair in pairs])
+        return np.array(
+            [
+                float(
+                    metric(*(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255 for image in pair))
+                )
+                for pair in pairs
+            ]
+        )
 
     return distance

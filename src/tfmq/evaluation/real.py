@@ -24,9 +24,11 @@ ARRAYS = ("images", "arr_0")
 
 @dataclass(frozen=True)
 class RealImages:
-    """Images of one size `(H, W)`, read when they are asked for; `described` says what they are, as JSON values.
+    """Images of one size `(H, W)`, read when they are asked for; `described` says what they are, as JSON
+    values.
 
-    `read(range)` returns uint8 `[n, H, W, C]` and raises `ForeignFileError` for an image that is damaged or of another size.
+    `read(range)` returns uint8 `[n, H, W, C]` and raises `ForeignFileError` for an image that is damaged or
+    of another size.
     """
 
     count: int
@@ -58,7 +60,9 @@ def _of_folder(folder: Path) -> RealImages:
             with pil.open(path) as image:
                 return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError) as error:
-            raise ForeignFileError(f"{path} is no readable image ({error}); copy it again or remove it") from error
+            raise ForeignFileError(
+                f"{path} is no readable image ({error}); copy it again or remove it"
+            ) from error
 
     height, width = one(paths[0]).shape[:2]
 
@@ -66,12 +70,18 @@ def _of_folder(folder: Path) -> RealImages:
         images = [one(paths[index]) for index in indices]
         for index, image in zip(indices, images, strict=True):
             if image.shape[:2] != (height, width):
-                raise ForeignFileError(f"{paths[index]} is {_size(image.shape)}, {paths[0]} is {_size((height, width))}; crop all to one size")
+                raise ForeignFileError(
+                    f"{paths[index]} is {_size(image.shape)}, {paths[0]} is "
+                    f"{_size((height, width))}; crop all to one size"
+                )
         return np.stack(images)
 
     names = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in paths)
     return RealImages(
-        len(paths), (height, width), read, {"images": len(paths), "source": folder.name, "files": hashlib.sha256(names.encode()).hexdigest()}
+        len(paths),
+        (height, width),
+        read,
+        {"images": len(paths), "source": folder.name, "files": hashlib.sha256(names.encode()).hexdigest()},
     )
 
 
@@ -81,8 +91,15 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _of_array(path: Path, images: Any) -> RealImages:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
-        raise ForeignFileError(f"{path} holds {images.dtype} {images.shape}; images are uint8 [N, H, W, 1 or 3]")
-    return RealImages(len(images), images.shape[1:3], lambda indices: images[indices.start : indices.stop], _described(path, images=len(images)))
+        raise ForeignFileError(
+            f"{path} holds {images.dtype} {images.shape}; images are uint8 [N, H, W, 1 or 3]"
+        )
+    return RealImages(
+        len(images),
+        images.shape[1:3],
+        lambda indices: images[indices.start : indices.stop],
+        _described(path, images=len(images)),
+    )
 
 
 def _described(path: Path, **more: Any) -> dict[str, Any]:
@@ -94,8 +111,15 @@ def _moments(path: Path, stored: Mapping[str, Any]) -> Moments:
     for kind, names in STATISTICS.items():
         if all(name in stored for name in names):
             mean, covariance = (stored[name] for name in names)
-            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-                raise ForeignFileError(f"{path} has {names[0]} {mean.shape} and {names[1]} {covariance.shape}; statistics are finite [d] and [d, d]")
+            if (
+                mean.ndim != 1
+                or covariance.shape != (len(mean), len(mean))
+                or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
+            ):
+                raise ForeignFileError(
+                    f"{path} has {names[0]} {mean.shape} and {names[1]} {covariance.shape}; "
+                    "statistics are finite [d] and [d, d]"
+                )
             found[kind] = torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()
     return Moments(found)
 
@@ -112,7 +136,9 @@ def _of_npz(path: Path) -> Real:
             return _of_array(path, stored[name])
     moments = _moments(path, stored)
     if not moments.of:
-        raise ForeignFileError(f"{path} holds neither images ({' or '.join(ARRAYS)}) nor statistics (mu and sigma)")
+        raise ForeignFileError(
+            f"{path} holds neither images ({' or '.join(ARRAYS)}) nor statistics (mu and sigma)"
+        )
     return RealStatistics(moments, _described(path))
 
 
@@ -120,7 +146,8 @@ def open_real(source: Path) -> Real:
     """Return real images, or the statistics of their features.
 
     Args:
-        source: a folder of image files, or an `.npz` file with `images` or `arr_0` (uint8 `[N, H, W, C]`) or with `mu` and `sigma`.
+        source: a folder of image files, or an `.npz` file with `images` or `arr_0` (uint8 `[N, H, W, C]`) or
+            with `mu` and `sigma`.
 
     Raises:
         MissingFileError: nothing is there.
@@ -132,5 +159,7 @@ def open_real(source: Path) -> Real:
     if not source.is_file():
         raise MissingFileError(f"{source} does not exist; pass a folder of images or an .npz file")
     if source.suffix != ".npz":
-        raise ForeignFileError(f"{source} is neither a folder of images nor an .npz file of images or statistics")
+        raise ForeignFileError(
+            f"{source} is neither a folder of images nor an .npz file of images or statistics"
+        )
     return _of_npz(source)

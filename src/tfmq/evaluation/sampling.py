@@ -20,13 +20,18 @@ def as_colour(images: Images) -> Images:
 
 
 def to_bytes(images: Tensor, *, first: int = 0) -> Images:
-    """Return images `[N, C, H, W]` in [0, 1] as uint8 `[N, H, W, C]`, rounded to nearest; values outside are clipped.
+    """Return images `[N, C, H, W]` in [0, 1] as uint8 `[N, H, W, C]`, rounded to nearest; values outside are
+    clipped.
 
     Raises:
-        SamplingError: NaN or infinite values, or a number of channels other than 1 or 3; `first` is the index of the first image.
+        SamplingError: NaN or infinite values, or a number of channels other than 1 or 3; `first` is the index
+            of the first image.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise SamplingError(f"expected images [N, C, H, W] of 1 or 3 channels, got {tuple(images.shape)}; latents need a decoder to be seen")
+        raise SamplingError(
+            "expected images [N, C, H, W] of 1 or 3 channels, got "
+            f"{tuple(images.shape)}; latents need a decoder to be seen"
+        )
     broken = ~images.isfinite().flatten(1).all(dim=1)
     if broken.any():
         raise SamplingError(f"image {first + int(broken.nonzero()[0])} holds NaN or infinite values")
@@ -69,8 +74,9 @@ def draw(
 ) -> Images:
     """Draw the images 0 to `num_images - 1` of the stream `seed`, uint8 `[N, H, W, C]`.
 
-    The noise of an image depends on `(seed, index)` alone, so that two samplers given the same seed start from the same noise, and more
-    images leave the first ones as they are (up to the last bit of kernels that sum in another order for another batch size).
+    The noise of an image depends on `(seed, index)` alone, so that two samplers given the same seed start
+    from the same noise, and more images leave the first ones as they are (up to the last bit of kernels that
+    sum in another order for another batch size).
 
     Raises:
         ValueError: fewer than one image or step.
@@ -84,6 +90,8 @@ def draw(
 
         handle = sampler.denoiser.module.register_forward_pre_hook(count)
         try:
-            return np.concatenate([draw_batch(sampler, indices, steps=steps, seed=seed) for indices in ranges])
+            return np.concatenate(
+                [draw_batch(sampler, indices, steps=steps, seed=seed) for indices in ranges]
+            )
         finally:
             handle.remove()

@@ -21,15 +21,19 @@ DEFAULT = ("fid", "kid", "psnr", "ssim", "trajectory")
 
 
 def metric_names() -> tuple[str, ...]:
-    """Return every metric's name: of sets of images, of text and image, of what was asked for, of pairs of images, of their trajectories."""
+    """Return every metric's name: of sets of images, of text and image, of what was asked for, of pairs of
+    images, of their trajectories.
+    """
     return (*SET_METRICS, CLIP_METRIC, ADHERENCE, *PAIR_METRICS, TRAJECTORY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One evaluation: the images 0 to `num_images - 1` of the stream `seed`, of which the first `num_pairs` are compared pair by pair.
+    """One evaluation: the images 0 to `num_images - 1` of the stream `seed`, of which the first `num_pairs`
+    are compared pair by pair.
 
-    `judge` names what reads the images for the metric adherence; a model that brings its own says which in its `judge.json`.
+    `judge` names what reads the images for the metric adherence; a model that brings its own says which in
+    its `judge.json`.
     """
 
     num_images: int
@@ -48,11 +52,19 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         unknown = [name for name in self.metrics if name not in metric_names()]
         if unknown or not self.metrics:
-            raise ValueError(f"there is no metric {', '.join(unknown) or 'to compute'}; choose some of {', '.join(metric_names())}")
+            raise ValueError(
+                f"there is no metric {', '.join(unknown) or 'to compute'}; "
+                f"choose some of {', '.join(metric_names())}"
+            )
         if self.extractor not in EXTRACTORS:
-            raise ValueError(f"there is no extractor {self.extractor!r}; choose one of {', '.join(EXTRACTORS)}")
+            raise ValueError(
+                f"there is no extractor {self.extractor!r}; choose one of {', '.join(EXTRACTORS)}"
+            )
         if ADHERENCE in self.metrics and self.judge not in JUDGES:
-            raise ValueError(f"adherence needs a judge of the images, one of {', '.join(JUDGES)}; this model brings {self.judge or 'none'}")
+            raise ValueError(
+                f"adherence needs a judge of the images, one of {', '.join(JUDGES)}; "
+                f"this model brings {self.judge or 'none'}"
+            )
 
     @property
     def of_sets(self) -> tuple[str, ...]:
@@ -77,7 +89,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Tools:
-    """What the metrics of one evaluation need, ready: extractor, metrics of pairs by name, CLIP score, judge."""
+    """What the metrics of one evaluation need, ready: extractor, metrics of pairs by name, CLIP score,
+    judge.
+    """
 
     extractor: Extractor | None
     pairs: Mapping[str, PairMetric]
@@ -108,7 +122,10 @@ def prepare(settings: Settings, weights: Weights) -> Tools:
         kind = SET_METRICS[name].kind
         if extractor is not None and kind not in extractor.kinds:
             given = ", ".join(extractor.kinds)
-            raise ValueError(f"{name} needs {kind} features, and the extractor {settings.extractor} gives {given}; leave it out of --metrics")
+            raise ValueError(
+                f"{name} needs {kind} features, and the extractor {settings.extractor} "
+                f"gives {given}; leave it out of --metrics"
+            )
     pairs = {name: PAIR_METRICS[name](weights) for name in settings.of_pairs}
     clip = clip_score(settings.clip) if CLIP_METRIC in settings.metrics else None
     judge = JUDGES[settings.judge]() if ADHERENCE in settings.metrics and settings.judge else None

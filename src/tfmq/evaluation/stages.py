@@ -1,4 +1,6 @@
-"""Work in batches that outlives an interruption and can be shared among processes: each batch of images is a file of results."""
+"""Work in batches that outlives an interruption and can be shared among processes: each batch of images is a
+file of results.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ class Shard:
 
 
 class Helpers(Protocol):
-    """Computes batches of a stage elsewhere: those that it gives back are in the journal by then, and none has to be."""
+    """Computes batches of a stage elsewhere: those that it gives back are in the journal by then, and none
+    has to be.
+    """
 
     def __call__(self, name: str, todo: Sequence[range], /) -> Iterator[range]: ...
 
@@ -43,7 +47,9 @@ def nobody(name: str, todo: Sequence[range]) -> Iterator[range]:
 
 @dataclass(frozen=True)
 class Stored:
-    """Results of `count` images in the journal's files `names`, in the order of the images; see `Features`."""
+    """Results of `count` images in the journal's files `names`, in the order of the images; see
+    `Features`.
+    """
 
     journal: Journal
     names: tuple[str, ...]
@@ -90,9 +96,15 @@ class Stages:
     helpers: Helpers = nobody
 
     def run(self, name: str, count: int, compute: Callable[[range], dict[str, Tensor]]) -> Stored:
-        """Compute the results of the images 0 to `count - 1` with `compute`, one batch at a time, and return where they are."""
+        """Compute the results of the images 0 to `count - 1` with `compute`, one batch at a time, and return
+        where they are.
+        """
         ranges = batches(count, self.batch_size)
-        todo = [indices for number, indices in enumerate(ranges) if self.shard.has(number) and not self.journal.done(_file(name, indices))]
+        todo = [
+            indices
+            for number, indices in enumerate(ranges)
+            if self.shard.has(number) and not self.journal.done(_file(name, indices))
+        ]
         with self.progress(name, sum(map(len, todo))) as advance:
             helped = set()
             for indices in self.helpers(name, todo):

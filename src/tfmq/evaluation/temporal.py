@@ -17,7 +17,8 @@ def temporal_disturbance(reference: Sampler, quantized: nn.Module) -> Disturbanc
     Features that depend on a class or a prompt too are compared on the conditions of the reference's example.
 
     Raises:
-        ValueError: `quantized` was not quantized by tfmq or the reference was, or they differ in architecture.
+        ValueError: `quantized` was not quantized by tfmq or the reference was, or they differ in
+            architecture.
     """
     if is_quantized(reference.denoiser.module):
         raise ValueError("the reference is quantized itself; pass the full-precision model")
@@ -27,10 +28,16 @@ def temporal_disturbance(reference: Sampler, quantized: nn.Module) -> Disturbanc
     known = {name for name, _ in quantized.named_modules()}
     missing = sorted({call.module for call in block.trace.calls if call.module} - known)
     if missing:
-        raise ValueError(f"the reference has {missing[0]}, which the quantized model lacks; compare it with the model that it was made from")
+        raise ValueError(
+            f"the reference has {missing[0]}, which the quantized model lacks; "
+            "compare it with the model that it was made from"
+        )
     full = block(steps.timesteps, block.features)
     through = quantized_features(block.of(quantized), steps, block.features)
     for name, feature in full.items():
         if feature.shape != through[name].shape:
-            raise ValueError(f"{name} has width {feature.shape[1]} in the reference and {through[name].shape[1]} in the quantized model")
+            raise ValueError(
+                f"{name} has width {feature.shape[1]} in the reference and "
+                f"{through[name].shape[1]} in the quantized model"
+            )
     return disturbance(steps.timesteps, full, through)

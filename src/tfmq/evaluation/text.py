@@ -16,13 +16,16 @@ ClipScore = Callable[[Images, Sequence[str]], float]
 
 @runtime_checkable
 class Asking(Protocol):
-    """A sampler that says in words what each image is asked to show: its prompt, or the name of its class; None where it has no words."""
+    """A sampler that says in words what each image is asked to show: its prompt, or the name of its class;
+    None where it has no words.
+    """
 
     def asked(self, indices: range) -> list[str] | None: ...
 
 
 def clip_score(model: str = CLIP) -> ClipScore:
-    """Build the metric: `100 max(cos(image, text), 0)` (Hessel et al., 2021), the mean over a batch of images.
+    """Build the metric: `100 max(cos(image, text), 0)` (Hessel et al., 2021), the mean over a batch of
+    images.
 
     Raises:
         MissingFileError, ForeignFileError: the model is not there; see `tfmq.integrations.clip`.
@@ -36,7 +39,11 @@ def clip_score(model: str = CLIP) -> ClipScore:
 
     @torch.no_grad()
     def score(images: Images, prompts: Sequence[str]) -> float:
-        return float(library.clip_score(list(torch.from_numpy(images).permute(0, 3, 1, 2)), list(prompts), lambda: loaded))
+        return float(
+            library.clip_score(
+                list(torch.from_numpy(images).permute(0, 3, 1, 2)), list(prompts), lambda: loaded
+            )
+        )
 
     return score
 
@@ -56,7 +63,10 @@ def prompts_of(sampler: Sampler, indices: range) -> list[str]:
         ValueError: the sampler does not draw from text.
     """
     if not draws_from_text(sampler):
-        raise ValueError("the clip score is for text-to-image models, and this one does not draw from text; leave clip out of --metrics")
+        raise ValueError(
+            "the clip score is for text-to-image models, and this one does "
+            "not draw from text; leave clip out of --metrics"
+        )
     return sampler.prompts_of(indices)  # type: ignore[attr-defined]
 
 
@@ -68,5 +78,7 @@ def asked_of(sampler: Sampler, indices: range) -> list[str]:
     """
     asked = sampler.asked(indices) if isinstance(sampler, Asking) else None
     if asked is None:
-        raise ValueError("adherence is for models that draw from prompts or from named classes; leave it out of --metrics")
+        raise ValueError(
+            "adherence is for models that draw from prompts or from named classes; leave it out of --metrics"
+        )
     return asked

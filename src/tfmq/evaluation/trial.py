@@ -1,4 +1,6 @@
-"""A quantized model without calibration: all that its speed depends on, and nothing that its images depend on."""
+"""A quantized model without calibration: all that its speed depends on, and nothing that its images depend
+on.
+"""
 
 import tempfile
 from copy import deepcopy
@@ -40,23 +42,39 @@ class _Still:
 def _hasty(recipe: Recipe) -> Recipe:
     """Return a recipe of the same form whose values cost no time."""
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=0))
-    weights, activations = replace(recipe.weights, ranges="min_max"), replace(recipe.activations, ranges="min_max")
+    weights, activations = (
+        replace(recipe.weights, ranges="min_max"),
+        replace(recipe.activations, ranges="min_max"),
+    )
     return replace(recipe, weights=weights, activations=activations, temporal=temporal)
 
 
 @torch.no_grad()
 def trial(sampler: Sampler, recipe: Recipe, *, backend: str) -> Denoiser:
-    """Return a copy of the denoiser that runs as `recipe` would have it at the timestep of the sampler's example.
+    """Return a copy of the denoiser that runs as `recipe` would have it at the timestep of the sampler's
+    example.
 
-    Grids are those of the extremes of weights and of one call; temporal features come from tables if they would. The sampler's own model stays as
-    it is, so both are in memory.
+    Grids are those of the extremes of weights and of one call; temporal features come from tables if they
+    would. The sampler's own model stays as it is, so both are in memory.
     """
     original, example = sampler.denoiser, sampler.example()
-    denoiser = Denoiser(deepcopy(original.module).requires_grad_(False).eval(), sample=original.sample, timestep=original.timestep)
+    denoiser = Denoiser(
+        deepcopy(original.module).requires_grad_(False).eval(),
+        sample=original.sample,
+        timestep=original.timestep,
+    )
     with tempfile.TemporaryDirectory(prefix="tfmq-") as folder:
         store = CalibrationStore(Path(folder) / "calls")
         store.append(example)
-        run(Job(sampler=_Still(denoiser, example), recipe=_hasty(recipe), store=store, journal=Journal(None, {}, resume=False)), LAYING_OUT)
+        run(
+            Job(
+                sampler=_Still(denoiser, example),
+                recipe=_hasty(recipe),
+                store=store,
+                journal=Journal(None, {}, resume=False),
+            ),
+            LAYING_OUT,
+        )
     pack_all(denoiser.module)
     execute(denoiser.module, backend)
     return denoiser

@@ -1,4 +1,6 @@
-"""Weights that tfmq does not have: where the user's copy is, and what to say where there is none. Nothing is ever downloaded."""
+"""Weights that tfmq does not have: where the user's copy is, and what to say where there is none. Nothing is
+ever downloaded.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,10 +50,13 @@ class Weights:
         path = self.hub / "checkpoints" / file.name
         if not path.is_file():
             raise MissingFileError(
-                f"{path} does not exist: download {file.origin} and put it there, or into DIR/checkpoints and pass --weights-dir DIR; {instead}"
+                f"{path} does not exist: download {file.origin} and put it there, or into "
+                f"DIR/checkpoints and pass --weights-dir DIR; {instead}"
             )
         if not file_digest(path).startswith(file.digest):
-            raise ForeignFileError(f"{path} has another sha256 than published ({file.digest}...); download {file.origin} again")
+            raise ForeignFileError(
+                f"{path} has another sha256 than published ({file.digest}...); download {file.origin} again"
+            )
         return path
 
     @contextmanager

@@ -1,4 +1,6 @@
-"""One call of a denoiser as a graph, with its step bins as an input, so that nothing in it branches on values."""
+"""One call of a denoiser as a graph, with its step bins as an input, so that nothing in it branches on
+values.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,16 +21,18 @@ from tfmq.temporal.probe import layer_outputs
 
 # Stands in the place of a tensor among the constants of a signature.
 TENSOR = "<tensor>"
-# dB of SQNR. Two runs of the same arithmetic agree far better than this; another branch would agree far worse.
+# dB of SQNR. Two runs of the same arithmetic agree far better than this; another branch would agree far
+# worse.
 SAME_DB = 40.0
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a graph is specific to: the structure of the arguments, their values that are no tensors, and dtype and shape of the tensors.
+    """What a graph is specific to: the structure of the arguments, their values that are no tensors, and
+    dtype and shape of the tensors.
 
-    `batched` says of each tensor whether its first axis is the batch, which is left out of its `shape`. `names` are paths in the arguments,
-    `timestep` the position of the timesteps among the tensors.
+    `batched` says of each tensor whether its first axis is the batch, which is left out of its `shape`.
+    `names` are paths in the arguments, `timestep` the position of the timesteps among the tensors.
     """
 
     structure: TreeSpec
@@ -60,29 +64,52 @@ class Call:
         The batch is the first axis of the first tensor that has several axes: the sample.
         """
         name = getattr(module, TIMESTEP)
-        batch, device = next((leaf.shape[0], leaf.device) for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1)
+        batch, device = next(
+            (leaf.shape[0], leaf.device)
+            for leaf in tree_flatten(dict(arguments))[0]
+            if isinstance(leaf, Tensor) and leaf.ndim > 1
+        )
         timestep = torch.as_tensor(arguments[name], device=device).flatten()
         paths, structure = tree_flatten_with_path({**arguments, name: timestep.expand(batch)})
         leaves = [leaf for _, leaf in paths]
-        names = tuple(".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path, leaf in paths if isinstance(leaf, Tensor))
+        names = tuple(
+            ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
+            for path, leaf in paths
+            if isinstance(leaf, Tensor)
+        )
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         batched = tuple(tensor.ndim > 0 and tensor.shape[0] == batch for tensor in tensors)
         shapes = tuple(tuple(t.shape[1:] if b else t.shape) for t, b in zip(tensors, batched, strict=True))
-        return cls(Signature(structure, constants, tuple(t.dtype for t in tensors), shapes, batched, names, names.index(name)), tensors, batch)
+        return cls(
+            Signature(
+                structure,
+                constants,
+                tuple(t.dtype for t in tensors),
+                shapes,
+                batched,
+                names,
+                names.index(name),
+            ),
+            tensors,
+            batch,
+        )
 
     def resized(self, batch: int) -> tuple[Tensor, ...]:
         """Return the tensors with the first sample repeated `batch` times."""
         pairs = zip(self.tensors, self.signature.batched, strict=True)
-        return tuple(tensor[:1].expand(batch, *tensor.shape[1:]).clone() if batched else tensor for tensor, batched in pairs)
+        return tuple(
+            tensor[:1].expand(batch, *tensor.shape[1:]).clone() if batched else tensor
+            for tensor, batched in pairs
+        )
 
 
 class Graph(nn.Module):
     """A denoiser as a function `(bins [B], features [B, D], *tensors) -> tensors`.
 
-    The bins look up the grids of activations. The temporal features that have tables are an input, whether they come from the tables or, at
-    timesteps that these do not know, from a `FeatureGraph`: neither the tables nor the layers behind them are in this graph. A model without
-    tables has no such input.
+    The bins look up the grids of activations. The temporal features that have tables are an input, whether
+    they come from the tables or, at timesteps that these do not know, from a `FeatureGraph`: neither the
+    tables nor the layers behind them are in this graph. A model without tables has no such input.
     """
 
     kind = "denoiser"
@@ -124,7 +151,9 @@ class Graph(nn.Module):
             return tuple(tree_flatten(self.output(bins, rest))[0])
 
     def _between(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the tensors with the timesteps halfway between those of `bins` and their neighbours, which were not calibrated if there is room."""
+        """Return the tensors with the timesteps halfway between those of `bins` and their neighbours, which
+        were not calibrated if there is room.
+        """
         timesteps, position = steps_of(self.module).timesteps, self.signature.timestep
         near = torch.where(bins + 1 < len(timesteps), bins + 1, (bins - 1).clamp(min=0))
         halfway = ((timesteps[bins] + timesteps[near]) / 2).to(tensors[position].dtype)
@@ -134,8 +163,8 @@ class Graph(nn.Module):
 class FeatureGraph(Graph):
     """The temporal features of a denoiser as a function `(bins [B], exact [B], *tensors) -> features [B, D]`.
 
-    Each comes from its table at timesteps that are `exact` and chose it, and from the layer behind it at any other. Of the tensors only the
-    timesteps `[B]` matter, since a table has one row a timestep.
+    Each comes from its table at timesteps that are `exact` and chose it, and from the layer behind it at any
+    other. Of the tensors only the timesteps `[B]` matter, since a table has one row a timestep.
     """
 
     kind = "features"
@@ -150,18 +179,25 @@ class FeatureGraph(Graph):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         bins, exact, *tensors = inputs
         children = cached_features(self.module)
-        with steps_of(self.module).at_bins(bins, exact), layer_outputs(self.module, list(children)) as outputs:
+        with (
+            steps_of(self.module).at_bins(bins, exact),
+            layer_outputs(self.module, list(children)) as outputs,
+        ):
             self.called(tensors)
         batch = bins.shape[0]
         # A layer that this kind of call leaves out is not read either.
-        parts = [outputs[name] if name in outputs else bins.new_zeros(batch, child.width) for name, child in children.items()]
+        parts = [
+            outputs[name] if name in outputs else bins.new_zeros(batch, child.width)
+            for name, child in children.items()
+        ]
         # The frames of a video stand at one timestep: one row serves them.
         rows = [part if part.shape[0] == batch else part.unflatten(0, (batch, -1))[:, 0] for part in parts]
         return (torch.cat([row.float() for row in rows], dim=1),)
 
 
 class KeyedGraph(Graph):
-    """A denoiser as a function `tensors -> tensors` that finds the bins from the timesteps itself: nearest calibrated one, tables included.
+    """A denoiser as a function `tensors -> tensors` that finds the bins from the timesteps itself: nearest
+    calibrated one, tables included.
 
     It computes the layers behind the tables too, and takes from the tables what they know.
     """
@@ -199,8 +235,11 @@ def capture(graph: Graph, call: Call, *, dynamic: bool) -> torch.export.Exported
     shapes = (tuple({0: torch.export.Dim.AUTO} if varies else None for varies in graph.batched),)
     graph(*arguments)  # Kernels make their constants.
     with quiet_tools():
-        program = torch.export.export(graph, arguments, dynamic_shapes=shapes if dynamic else None, strict=False)
-    # Erase assertions: they would keep everything alive that they look at, such as the layers behind the tables.
+        program = torch.export.export(
+            graph, arguments, dynamic_shapes=shapes if dynamic else None, strict=False
+        )
+    # Erase assertions: they would keep everything alive that they look at, such as the layers behind the
+    # tables.
     for node in [node for node in program.graph.nodes if "_assert_" in str(node.target)]:
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
@@ -208,23 +247,31 @@ def capture(graph: Graph, call: Call, *, dynamic: bool) -> torch.export.Exported
 
 
 def any_batch(program: torch.export.ExportedProgram, graph: Graph) -> bool:
-    """Whether a graph that was captured for any batch is that: code that takes the batch for a number fixes it."""
+    """Whether a graph that was captured for any batch is that: code that takes the batch for a number fixes
+    it.
+    """
     inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     given = [inputs[name] for name in program.graph_signature.user_inputs]
-    return not any(varies and is_concrete_int(tensor.shape[0]) for tensor, varies in zip(given, graph.batched, strict=True))
+    return not any(
+        varies and is_concrete_int(tensor.shape[0])
+        for tensor, varies in zip(given, graph.batched, strict=True)
+    )
 
 
 @torch.no_grad()
 def trace(graph: Graph, call: Call) -> Any | None:
-    """Return the graph for any batch as one run shows it, several times faster than `capture`; None where one run does not show all of it.
+    """Return the graph for any batch as one run shows it, several times faster than `capture`; None where one
+    run does not show all of it.
 
-    A branch on values or on the batch would be frozen as that run took it. So the traced graph has to give what the model gives for another
-    batch, other values and other timesteps.
+    A branch on values or on the batch would be frozen as that run took it. So the traced graph has to give
+    what the model gives for another batch, other values and other timesteps.
     """
     device, count = call.tensors[0].device, len(steps_of(graph.module).timesteps)
 
     def arguments(batch: int, first: int, factor: float) -> tuple[Tensor, ...]:
-        tensors = [tensor * factor if tensor.is_floating_point() else tensor for tensor in call.resized(batch)]
+        tensors = [
+            tensor * factor if tensor.is_floating_point() else tensor for tensor in call.resized(batch)
+        ]
         return graph.arguments((first + torch.arange(batch, device=device)) % count, tensors)
 
     # Activations of each sample are in memory at once, so the other batch is the smallest.
@@ -241,5 +288,8 @@ def trace(graph: Graph, call: Call) -> Any | None:
                 found = traced(*other)
         except RuntimeError:
             return None
-    same = all(one.shape == two.shape and sqnr_db(one, two) > SAME_DB for one, two in zip(expected, found, strict=True))
+    same = all(
+        one.shape == two.shape and sqnr_db(one, two) > SAME_DB
+        for one, two in zip(expected, found, strict=True)
+    )
     return traced if same else None

@@ -1,8 +1,10 @@
-"""Rewrite OpenVINO models so that activations stay channels last, the layout of integer convolutions, from one convolution to the next.
+"""Rewrite OpenVINO models so that activations stay channels last, the layout of integer convolutions, from
+one convolution to the next.
 
-The plug-in's own group normalisation works on planes. Between convolutions it costs three passes over each activation: into planes, its own, and
-back. Here it is written as sums over pixels, an average of a few channels and a multiplication. That takes any layout, and the plug-in fuses the
-last pass with the activation function and the quantizer behind it.
+The plug-in's own group normalisation works on planes. Between convolutions it costs three passes over each
+activation: into planes, its own, and back. Here it is written as sums over pixels, an average of a few
+channels and a multiplication. That takes any layout, and the plug-in fuses the last pass with the activation
+function and the quantizer behind it.
 """
 
 from typing import Any
@@ -23,15 +25,16 @@ def rewrite(model: ov.Model) -> None:
 
 
 def spread_norms(model: ov.Model) -> None:
-    """Compute each group normalisation of an `x` `[B, C, H, W]` by moments of its channels, in place; others stay.
+    """Compute each group normalisation of an `x` `[B, C, H, W]` by moments of its channels, in place; others
+    stay.
 
     With `m` the mean of a group's values and `q` that of their squares,
 
         y = x a + (bias - m a),    a = weight / sqrt(q - m**2 + eps)
 
-    as torch's own channels-last kernel has it: a mean of `r` times the group's deviation costs a relative error of about `6e-8 r**2` in the
-    variance. A step has dozens of normalisations, and each node of a few values costs as much as thousands of multiplications: hence no more
-    nodes than these.
+    as torch's own channels-last kernel has it: a mean of `r` times the group's deviation costs a relative
+    error of about `6e-8 r**2` in the variance. A step has dozens of normalisations, and each node of a few
+    values costs as much as thousands of multiplications: hence no more nodes than these.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() != "GroupNormalization":
@@ -43,7 +46,9 @@ def spread_norms(model: ov.Model) -> None:
 
 
 def _moments(node: Any, channels: int, places: int) -> Any:
-    """Return the nodes for one normalisation: channels are summed up over places, then groups over their channels."""
+    """Return the nodes for one normalisation: channels are summed up over places, then groups over their
+    channels.
+    """
     (x, weight, bias), groups = node.input_values(), int(node.get_attributes()["num_groups"])
     epsilon = np.float32(node.get_attributes()["epsilon"])
 
@@ -54,48 +59,73 @@ def _moments(node: Any, channels: int, places: int) -> Any:
         return ops.reshape(values, np.array([-1, channels, 1, 1]), special_zero=False)
 
     mean = ops.reduce_mean(by_group(ops.reduce_mean(x, PLACES, keep_dims=True)), LAST, keep_dims=True)
-    # Take roots of sums of squares, not squared distances: that saves a pass over the pixels and writes nothing.
+    # Take roots of sums of squares, not squared distances: that saves a pass over the pixels and writes
+    # nothing.
     root = ops.reduce_l2(by_group(ops.reduce_l2(x, PLACES, keep_dims=True)), LAST, keep_dims=True)
     square = ops.multiply(ops.multiply(root, root), np.float32(groups / (channels * places)))
     variance = ops.relu(ops.subtract(square, ops.multiply(mean, mean)))
     gain = ops.divide(by_group(weight), ops.sqrt(ops.add(variance, epsilon)))
     shift = ops.subtract(by_group(bias), ops.multiply(mean, gain))
-    # Gain and shift keep one value for each channel until here, or the plug-in would compute them for every pixel.
+    # Gain and shift keep one value for each channel until here, or the plug-in would compute them for every
+    # pixel.
     return ops.add(ops.multiply(x, by_place(gain)), by_place(shift))
 
 
 def join_splits(model: ov.Model) -> None:
-    """Let whoever reads the parts of a concatenation that is split where it was joined read what was joined, in place."""
+    """Let whoever reads the parts of a concatenation that is split where it was joined read what was joined,
+    in place.
+    """
     for node in model.get_ordered_ops():
         source = node.input_value(0).get_node() if node.get_type_name() == "VariadicSplit" else None
-        if source is None or source.get_type_name() != "Concat" or source.get_input_size() != node.get_output_size():
+        if (
+            source is None
+            or source.get_type_name() != "Concat"
+            or source.get_input_size() != node.get_output_size()
+        ):
             continue
         axis = int(node.input_value(1).get_node().get_data())
         rank = len(source.output(0).get_partial_shape())
         parts = [source.input_value(index) for index in range(source.get_input_size())]
         widths = [part.get_partial_shape()[axis % rank] for part in parts]
         same = source.get_axis() % rank == axis % rank and all(width.is_static for width in widths)
-        if same and [width.get_length() for width in widths] == [int(width) for width in node.input_value(2).get_node().get_data()]:
+        if same and [width.get_length() for width in widths] == [
+            int(width) for width in node.input_value(2).get_node().get_data()
+        ]:
             for output, part in zip(node.outputs(), parts, strict=True):
                 output.replace(part)
 
 
 def join_lookups(model: ov.Model) -> None:
-    """Let one look-up give the rows of all tables that are read at the same index, in place: a step has hundreds, of a few values each."""
+    """Let one look-up give the rows of all tables that are read at the same index, in place: a step has
+    hundreds, of a few values each.
+    """
     found: dict[tuple[Any, ...], list[Any]] = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Gather" and _is_lookup(node):
             table, index = node.input_value(0), node.input_value(1)
-            found.setdefault((index.get_node().get_name(), index.get_index(), table.get_element_type().to_string(), table.get_shape()[0]), []).append(
-                node
-            )
+            found.setdefault(
+                (
+                    index.get_node().get_name(),
+                    index.get_index(),
+                    table.get_element_type().to_string(),
+                    table.get_shape()[0],
+                ),
+                [],
+            ).append(node)
     for nodes in found.values():
-        tables = [node.input_value(0).get_node().get_data().reshape(node.input_value(0).get_shape()[0], -1) for node in nodes]
+        tables = [
+            node.input_value(0).get_node().get_data().reshape(node.input_value(0).get_shape()[0], -1)
+            for node in nodes
+        ]
         joined = ops.constant(np.concatenate(tables, axis=1), dtype=nodes[0].get_element_type())
         rows = ops.gather(joined, nodes[0].input_value(1), np.array(0))
         parts = ops.variadic_split(rows, np.array(1), np.array([table.shape[1] for table in tables]))
         for node, part in zip(nodes, parts.outputs(), strict=True):
-            node.output(0).replace(ops.reshape(part, np.array([-1, *node.input_value(0).get_shape()[1:]]), special_zero=False).output(0))
+            node.output(0).replace(
+                ops.reshape(
+                    part, np.array([-1, *node.input_value(0).get_shape()[1:]]), special_zero=False
+                ).output(0)
+            )
 
 
 def _is_lookup(node: Any) -> bool:

@@ -43,11 +43,15 @@ def _onnx(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], directory: Pa
 
 
 # For each target, by name, the packages it needs and the function that writes it.
-TARGETS: dict[str, tuple[tuple[str, ...], Write]] = {"openvino": (("openvino",), _openvino), "onnx": (("onnx", "onnxscript"), _onnx)}
+TARGETS: dict[str, tuple[tuple[str, ...], Write]] = {
+    "openvino": (("openvino",), _openvino),
+    "onnx": (("onnx", "onnxscript"), _onnx),
+}
 
 
 def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> dict[str, Any]:
-    """Write a quantized denoiser to an existing `directory`, for any batch, the temporal table inside and keyed by timestep.
+    """Write a quantized denoiser to an existing `directory`, for any batch, the temporal table inside and
+    keyed by timestep.
 
     Args:
         denoiser: quantized by tfmq.
@@ -76,15 +80,25 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
     with torch.no_grad(), graph_kernels(module):
         output = graph.output(torch.zeros(call.batch, dtype=torch.long), call.tensors)
         # Outputs of diffusers' models have names.
-        names = tuple(output.keys()) if hasattr(output, "keys") else tuple(str(index) for index in range(len(output_tensors(output))))
+        names = (
+            tuple(output.keys())
+            if hasattr(output, "keys")
+            else tuple(str(index) for index in range(len(output_tensors(output))))
+        )
         # Inputs and outputs share one name space, and both are often called `sample`.
         outputs = tuple(f"out_{name}" for name in names)
         files = write(graph, call, outputs, directory)
-    shapes = [["batch", *shape] if batched else list(shape) for shape, batched in zip(call.signature.shapes, call.signature.batched, strict=True)]
+    shapes = [
+        ["batch", *shape] if batched else list(shape)
+        for shape, batched in zip(call.signature.shapes, call.signature.batched, strict=True)
+    ]
     dtypes = [str(dtype).removeprefix("torch.") for dtype in call.signature.dtypes]
     description = {
         "files": files,
-        "inputs": [{"name": n, "dtype": d, "shape": s} for n, d, s in zip(call.signature.names, dtypes, shapes, strict=True)],
+        "inputs": [
+            {"name": n, "dtype": d, "shape": s}
+            for n, d, s in zip(call.signature.names, dtypes, shapes, strict=True)
+        ],
         "outputs": list(outputs),
         "timesteps": steps_of(module).timesteps.tolist(),
         "tfmq": __version__,

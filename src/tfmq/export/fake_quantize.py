@@ -1,19 +1,23 @@
-"""A layer in terms that static-range integer engines fuse: one fixed fake-quantizer in front of the operation, everything else around it.
+"""A layer in terms that static-range integer engines fuse: one fixed fake-quantizer in front of the
+operation, everything else around it.
 
-Such an engine wants the input range of a layer as a constant. The range of each timestep enters as a normalisation before the quantizer and is
-folded back after the operation. With the row `(s, z)` of a sample, a fixed zero-point `c` and `d = z - c`,
+Such an engine wants the input range of a layer as a constant. The range of each timestep enters as a
+normalisation before the quantizer and is folded back after the operation. With the row `(s, z)` of a sample,
+a fixed zero-point `c` and `d = z - c`,
 
     u = fake_quantize(x / s + d; scale 1, zero-point c, 0 .. levels - 1)         = q - c
     y = (operation(u, v s_w) - d m) s + bias,    m = operation(1, v s_w)
 
-`m` differs from its inner value only where zero padding is seen, so a padded convolution keeps it as a map of its output. In exact arithmetic
-`y` is the layer's own formula. Where all timesteps share `z`, `c` is that and `d` is gone.
+`m` differs from its inner value only where zero padding is seen, so a padded convolution keeps it as a map of
+its output. In exact arithmetic `y` is the layer's own formula. Where all timesteps share `z`, `c` is that and
+`d` is gone.
 
-An attention product has such an operand on either side. OpenVINO computes it in integers if the right one has the middle code for its zero-point and
-the left one that or 0, for all timesteps; other products stay in floating point, on quantized values.
+An attention product has such an operand on either side. OpenVINO computes it in integers if the right one has
+the middle code for its zero-point and the left one that or 0, for all timesteps; other products stay in
+floating point, on quantized values.
 
-Two operators stand for what an engine has by other names: `tfmq::codes`, the quantizer, and `tfmq::integer_weight`, the integers of a weight
-times their scale. Each exporter says what they become.
+Two operators stand for what an engine has by other names: `tfmq::codes`, the quantizer, and
+`tfmq::integer_weight`, the integers of a weight times their scale. Each exporter says what they become.
 """
 
 from collections.abc import Iterator
@@ -53,36 +57,56 @@ def _(values: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 class FakeQuantizeKernel:
-    """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the input is not quantized.
+    """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the
+    input is not quantized.
 
-    With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed convolutions of signed and of unsigned
-    codes, and none with a zero-point between. The maps `m` are kept by the size of the input, so that a call before the capture makes constants of
-    them.
+    With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed
+    convolutions of signed and of unsigned codes, and none with a zero-point between. The maps `m` are kept by
+    the size of the input, so that a call before the capture makes constants of them.
     """
 
-    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None) -> None:
-        # Keep the integers in the parts alone, one byte each: a model is in memory several times while it is converted.
+    def __init__(
+        self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None
+    ) -> None:
+        # Keep the integers in the parts alone, one byte each: a model is in memory several times while it is
+        # converted.
         self.weight = replace(weight, values=weight.values.new_empty(0))
-        # Keep the layout of the module, which engines know. Where it has no axis for the scales they are multiplied into the weight: a plug-in that
-        # moves them errs.
+        # Keep the layout of the module, which engines know. Where it has no axis for the scales they are
+        # multiplied into the weight: a plug-in that moves them errs.
         operation, self.axis = weight.operation, weight.operation.stored_axis
         self.parts = [
-            (operation.stored(values.to(torch.int8) if self.axis is not None else values * column(scale, values.ndim)), scale.float().contiguous())
+            (
+                operation.stored(
+                    values.to(torch.int8) if self.axis is not None else values * column(scale, values.ndim)
+                ),
+                scale.float().contiguous(),
+            )
             for values, scale in weight.parts()
         ]
         self.maps: dict[tuple[int, ...], Tensor] = {}
         columns = [] if zero_points is None else zero_points.int().unbind(1)
-        self.centres = [int(values.median()) if middle is None else middle * bool(values.any()) for values in columns]
-        self.shifts = [bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)]
+        self.centres = [
+            int(values.median()) if middle is None else middle * bool(values.any()) for values in columns
+        ]
+        self.shifts = [
+            bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)
+        ]
 
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
         operation, partials = self.weight.operation, []
         if rows is None:
-            partials = [self._multiply(segment, *part) for segment, part in zip(self.weight.split(x), self.parts, strict=True)]
+            partials = [
+                self._multiply(segment, *part)
+                for segment, part in zip(self.weight.split(x), self.parts, strict=True)
+            ]
             return combined(partials, self.weight.bias, operation).to(x.dtype)
-        for index, (segment, (values, weight_scale)) in enumerate(zip(self.weight.split(x), self.parts, strict=True)):
+        for index, (segment, (values, weight_scale)) in enumerate(
+            zip(self.weight.split(x), self.parts, strict=True)
+        ):
             centre, scales = self.centres[index], rows.scales[..., index]
-            scale, inverse = (column(rows.looked_up(table), x.ndim) for table in (scales, scales.reciprocal()))
+            scale, inverse = (
+                column(rows.looked_up(table), x.ndim) for table in (scales, scales.reciprocal())
+            )
             if not self.shifts[index]:
                 u = codes(segment * inverse, centre, rows.levels)
                 partials.append(self._multiply(u, values, weight_scale) * scale)
@@ -105,14 +129,20 @@ class FakeQuantizeKernel:
     def _ones_through(self, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
         """Return `m`: for each output channel, or with zero padding for each place of one sample's output."""
         operation = self.weight.operation
-        real = operation.rows(values) if self.axis is None else operation.rows(values) * column(weight_scale, values.ndim)
+        real = (
+            operation.rows(values)
+            if self.axis is None
+            else operation.rows(values) * column(weight_scale, values.ndim)
+        )
         if not operation.window(real.shape[2:]).reads_zeros:
             return channels(real.flatten(1).sum(dim=1), operation, x.ndim)
         return operation(torch.ones(1, *[int(size) for size in x.shape[1:]]), real, None)
 
 
 class FakeQuantizeProduct:
-    """An attention product as two fixed fake-quantizers, the product of what they put out, and a rescale; zero-points are constants."""
+    """An attention product as two fixed fake-quantizers, the product of what they put out, and a rescale;
+    zero-points are constants.
+    """
 
     def __init__(self, left_zero: int, right_zero: int) -> None:
         self.zeros = left_zero, right_zero
@@ -120,7 +150,10 @@ class FakeQuantizeProduct:
     def __call__(self, left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
         operands, scales = [], []
         for x, rows, zero in ((left, left_rows, self.zeros[0]), (right, right_rows, self.zeros[1])):
-            scale, inverse = (column(rows.looked_up(table)[:, 0], x.ndim) for table in (rows.scales, rows.scales.reciprocal()))
+            scale, inverse = (
+                column(rows.looked_up(table)[:, 0], x.ndim)
+                for table in (rows.scales, rows.scales.reciprocal())
+            )
             operands.append(codes(x * inverse, zero, rows.levels))
             scales.append(scale)
         return ((operands[0] @ operands[1]) * (scales[0] * scales[1])).to(left.dtype)
@@ -130,7 +163,10 @@ def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
     """Return the kernels of the sites whose product an engine computes in integers, by site."""
     kernels: dict[int, ProductKernel] = {}
     for site, grids in enumerate(zip(products.left, products.right, strict=True)):
-        zeros = [grid.zero_points().unique().tolist() if isinstance(grid, ActivationQuantizer) else [] for grid in grids]
+        zeros = [
+            grid.zero_points().unique().tolist() if isinstance(grid, ActivationQuantizer) else []
+            for grid in grids
+        ]
         middles = [grid.format.middle if isinstance(grid, ActivationQuantizer) else None for grid in grids]
         if zeros[0] in ([0], [middles[0]]) and zeros[1] == [middles[1]]:
             kernels[site] = FakeQuantizeProduct(*zeros[0], *zeros[1])
@@ -141,12 +177,16 @@ def _kernel(weight: IntegerWeight, quantizer: InputQuantizer | None) -> FakeQuan
     if quantizer is None:
         return FakeQuantizeKernel(weight, None)
     transposed = weight.operation.window(weight.values.shape[2:]).mirrored
-    return FakeQuantizeKernel(weight, quantizer.zero_points(), middle=quantizer.format.middle if transposed else None)
+    return FakeQuantizeKernel(
+        weight, quantizer.zero_points(), middle=quantizer.format.middle if transposed else None
+    )
 
 
 @contextmanager
 def graph_kernels(module: nn.Module) -> Iterator[None]:
-    """Let the layers, embeddings and attention products of a packed denoiser compute in terms of engines for a while."""
+    """Let the layers, embeddings and attention products of a packed denoiser compute in terms of engines for
+    a while.
+    """
     layers = list(packed_layers(module).values())
     products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
     before = [(layer.kernel, layer.input_precision) for layer in layers], [child.idle for child in products]

@@ -1,4 +1,6 @@
-"""ONNX models of captured graphs: QuantizeLinear and DequantizeLinear around stock operators, weights as int8."""
+"""ONNX models of captured graphs: QuantizeLinear and DequantizeLinear around stock operators, weights as
+int8.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +22,11 @@ def _codes(x: Any, zero_point: int, levels: int) -> Any:
     one = op.Constant(value_float=1.0)
     if levels < 256:
         # The operator saturates at the limits of eight bits and at no others.
-        x = op.Clip(x, op.Constant(value_float=float(-zero_point)), op.Constant(value_float=float(levels - 1 - zero_point)))
+        x = op.Clip(
+            x,
+            op.Constant(value_float=float(-zero_point)),
+            op.Constant(value_float=float(levels - 1 - zero_point)),
+        )
     return op.DequantizeLinear(op.QuantizeLinear(x, one, zero), one, zero)
 
 
@@ -28,9 +34,16 @@ def _integer_weight(values: Any, scale: Any, axis: int) -> Any:
     return op.DequantizeLinear(values, scale, axis=axis)
 
 
-def convert(program: torch.export.ExportedProgram, *, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-    """Return the ONNX model of a captured graph, its inputs and outputs called by these names, the batch axis by `batch`."""
-    table: dict[Any, Any] = {torch.ops.tfmq.codes.default: _codes, torch.ops.tfmq.integer_weight.default: _integer_weight}
+def convert(
+    program: torch.export.ExportedProgram, *, inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """Return the ONNX model of a captured graph, its inputs and outputs called by these names, the batch axis
+    by `batch`.
+    """
+    table: dict[Any, Any] = {
+        torch.ops.tfmq.codes.default: _codes,
+        torch.ops.tfmq.integer_weight.default: _integer_weight,
+    }
     log = logging.getLogger("torch.onnx")
     level = log.level
     try:

@@ -27,11 +27,14 @@ def _integer_weight(node: Any) -> list[Any]:
     wide = ops.reshape(scale, axes, special_zero=False)
     low, high = ops.multiply(wide, np.float32(-128)), ops.multiply(wide, np.float32(127))
     # Integers of four bits lie on the eight-bit grid too, which is what executes fastest.
-    return ops.fake_quantize(ops.multiply(ops.convert(values, "f32"), wide), low, high, low, high, 256).outputs()
+    return ops.fake_quantize(
+        ops.multiply(ops.convert(values, "f32"), wide), low, high, low, high, 256
+    ).outputs()
 
 
 def convert(graph: Graph, call: Call) -> ov.Model:
-    """Return the OpenVINO model of a graph: for any batch, or for the batch of `call` if the model's code fixes it.
+    """Return the OpenVINO model of a graph: for any batch, or for the batch of `call` if the model's code
+    fixes it.
 
     Its inputs are called by the graph's names; one that the graph does not read may be missing.
     """
@@ -39,7 +42,8 @@ def convert(graph: Graph, call: Call) -> ov.Model:
     scale_by_single_weights(model)
     rewrite(model)
     for port in model.inputs:
-        # Drop other names: an input that is read instead of a part of a concatenation has the part's names too.
+        # Drop other names: an input that is read instead of a part of a concatenation has the part's names
+        # too.
         port.set_names(port.get_names() & set(graph.names))
     return model
 
@@ -47,7 +51,10 @@ def convert(graph: Graph, call: Call) -> ov.Model:
 def _shaped(graph: Graph, call: Call) -> ov.Model:
     traced = trace(graph, call)
     if traced is not None:
-        model = _named(_converted(traced), dict(zip((value.debugName() for value in traced.graph.inputs()), graph.names, strict=True)))
+        model = _named(
+            _converted(traced),
+            dict(zip((value.debugName() for value in traced.graph.inputs()), graph.names, strict=True)),
+        )
         shapes = sizes(graph, call, -1)
         model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         return model
@@ -74,8 +81,12 @@ def _converted(source: Any) -> ov.Model:
         from openvino.frontend.pytorch import ConversionExtension
 
         kinds = {"codes": _codes, "integer_weight": _integer_weight}
-        names = {f"tfmq.{name}.default": convert for name, convert in kinds.items()} | {f"tfmq::{name}": convert for name, convert in kinds.items()}
-        return ov.convert_model(source, extension=[ConversionExtension(name, convert) for name, convert in names.items()])
+        names = {f"tfmq.{name}.default": convert for name, convert in kinds.items()} | {
+            f"tfmq::{name}": convert for name, convert in kinds.items()
+        }
+        return ov.convert_model(
+            source, extension=[ConversionExtension(name, convert) for name, convert in names.items()]
+        )
 
 
 def sizes(graph: Graph, call: Call, batch: int) -> dict[str, list[int]]:

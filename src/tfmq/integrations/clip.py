@@ -7,7 +7,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-# The error that torch raises for a file with more than tensors. It has no public name but in the pickle module.
+# The error that torch raises for a file with more than tensors. It has no public name but in the pickle
+# module.
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 from transformers import CLIPModel, CLIPProcessor
 
@@ -15,7 +16,9 @@ from tfmq.storage.errors import ForeignFileError, MissingFileError
 
 
 class ClipFeatures(CLIPModel):
-    """CLIP whose features are tensors, as metrics expect, where recent transformers wrap them in an output object."""
+    """CLIP whose features are tensors, as metrics expect, where recent transformers wrap them in an output
+    object.
+    """
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Tensor:
         return _unwrapped(super().get_image_features(*args, **kwargs))
@@ -40,8 +43,13 @@ def clip_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        advice = f"run: hf download {model}, or name a folder with its files (config.json, weights, preprocessor and tokenizer) with --clip"
-        raise MissingFileError(f"{model} is neither a folder nor in the Hugging Face cache; {advice}") from error
+        advice = (
+            f"run: hf download {model}, or name a folder with its files (config.json, "
+            "weights, preprocessor and tokenizer) with --clip"
+        )
+        raise MissingFileError(
+            f"{model} is neither a folder nor in the Hugging Face cache; {advice}"
+        ) from error
 
 
 def open_clip(model: str) -> tuple[Any, Any]:
@@ -57,6 +65,10 @@ def open_clip(model: str) -> tuple[Any, Any]:
         network = ClipFeatures.from_pretrained(folder, local_files_only=True, weights_only=True).eval()
         return network, CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except UnpicklingError as error:
-        raise ForeignFileError(f"{folder} holds no CLIP model (a file has Python objects beside tensors); download it again") from error
+        raise ForeignFileError(
+            f"{folder} holds no CLIP model (a file has Python objects beside tensors); download it again"
+        ) from error
     except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise ForeignFileError(f"{folder} holds no CLIP model ({str(error).strip().splitlines()[0]}); download it again") from error
+        raise ForeignFileError(
+            f"{folder} holds no CLIP model ({str(error).strip().splitlines()[0]}); download it again"
+        ) from error

@@ -1,4 +1,6 @@
-"""Execute a quantized model once another library has loaded it. The package sets how, since backends stand above this folder."""
+"""Execute a quantized model once another library has loaded it. The package sets how, since backends stand
+above this folder.
+"""
 
 from typing import Protocol
 

@@ -1,4 +1,6 @@
-"""The stages that look at the full-precision model: its calls, the ranges of activations, static or dynamic inputs."""
+"""The stages that look at the full-precision model: its calls, the ranges of activations, static or dynamic
+inputs.
+"""
 
 from collections.abc import Callable
 
@@ -25,7 +27,9 @@ def record_batch(job: Job, sink: Callable[[Inputs], None], indices: range) -> No
 
 
 def record_calls(job: Job, work: Work) -> None:
-    """Run the sampler in full precision and store every denoiser call; warn of classes and the like that are one and the same in all of them."""
+    """Run the sampler in full precision and store every denoiser call; warn of classes and the like that are
+    one and the same in all of them.
+    """
 
     def compute() -> dict[str, Tensor]:
         check_time(job, work)
@@ -41,7 +45,10 @@ def record_calls(job: Job, work: Work) -> None:
 
 def _record(job: Job, work: Work) -> None:
     config, store = job.recipe.calibration, job.store
-    batches = [range(start, min(start + config.batch_size, config.samples)) for start in range(0, config.samples, config.batch_size)]
+    batches = [
+        range(start, min(start + config.batch_size, config.samples))
+        for start in range(0, config.samples, config.batch_size)
+    ]
     with job.progress("calibration: sampling", len(batches) * config.steps) as advance:
 
         def sink(inputs: Inputs) -> None:
@@ -59,7 +66,9 @@ def _record(job: Job, work: Work) -> None:
 
 
 def rescale_layers(job: Job, work: Work) -> None:
-    """Let equalizers choose how inputs outside of the temporal block are rescaled, where the recipe has any."""
+    """Let equalizers choose how inputs outside of the temporal block are rescaled, where the recipe has
+    any.
+    """
     if not job.recipe.rescaling.equalizers:
         return
     factors = job.journal.stage("rescaling", lambda: _factors(job, work))
@@ -69,9 +78,13 @@ def rescale_layers(job: Job, work: Work) -> None:
 
 
 def _factors(job: Job, work: Work) -> dict[str, Tensor]:
-    """Return the factors of the layers that are rescaled. The trajectory is run again for each group of layers that fits the memory."""
+    """Return the factors of the layers that are rescaled. The trajectory is run again for each group of
+    layers that fits the memory.
+    """
     temporal = {layer.name for layer in work.block.trace.temporal}
-    layers = {name: layer for name, layer in calibrated_layers(job.denoiser.module).items() if name not in temporal}
+    layers = {
+        name: layer for name, layer in calibrated_layers(job.denoiser.module).items() if name not in temporal
+    }
     names, size = list(layers), job.resources.sites_at_once(LAYER_BYTES) or len(layers)
     groups = [names[start : start + size] for start in range(0, len(names), size)]
     found: dict[str, Tensor] = {}
@@ -79,10 +92,18 @@ def _factors(job: Job, work: Work) -> dict[str, Tensor]:
         for group in groups:
             chosen = {name: layers[name] for name in group}
             with precision(job.denoiser.module, weights="full", inputs="full"):
-                seen = observe(job.denoiser, chosen, work.steps, job.store, calls=len(job.store), advance=advance)
+                seen = observe(
+                    job.denoiser, chosen, work.steps, job.store, calls=len(job.store), advance=advance
+                )
             for name in group:
                 ranges = work.plan.layers[name].ranges
-                factor = best_factor(layers[name], seen[name], equalizers=job.recipe.rescaling.equalizers, ranges=ranges) if name in seen else None
+                factor = (
+                    best_factor(
+                        layers[name], seen[name], equalizers=job.recipe.rescaling.equalizers, ranges=ranges
+                    )
+                    if name in seen
+                    else None
+                )
                 if factor is not None:
                     found[name] = factor
                 advance()
@@ -111,11 +132,16 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
     names, size = list(sites), job.resources.sites_at_once(SITE_BYTES) or len(sites)
     groups = [names[start : start + size] for start in range(0, len(names), size)]
     amount = len(groups) * len(store) + len(sites)
-    with job.progress("calibration: activation ranges", amount) as advance, precision(module, weights="full", inputs="quantized"):
+    with (
+        job.progress("calibration: activation ranges", amount) as advance,
+        precision(module, weights="full", inputs="quantized"),
+    ):
         for group in groups:
             seen = {name: sites[name] for name in group}
             others = [quantizer for name, quantizer in sites.items() if name not in seen]
-            statistics = collect(job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others)
+            statistics = collect(
+                job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others
+            )
             for name in group:
                 if name in statistics:
                     chosen = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
@@ -127,19 +153,34 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
                         measured=chosen.per_step == "measured",
                     )
                 advance()
-    return {f"{name}.{key}": value for name, quantizer in sites.items() for key, value in quantizer.state_dict().items()}
+    return {
+        f"{name}.{key}": value
+        for name, quantizer in sites.items()
+        for key, value in quantizer.state_dict().items()
+    }
 
 
 def choose_inputs(job: Job, work: Work) -> None:
-    """Measure static and dynamic input grids where the plan says so, and let each layer keep the better ones."""
-    layers = {name: layer for name, layer in calibrated_layers(job.denoiser.module).items() if work.plan.measures(name)}
+    """Measure static and dynamic input grids where the plan says so, and let each layer keep the better
+    ones.
+    """
+    layers = {
+        name: layer
+        for name, layer in calibrated_layers(job.denoiser.module).items()
+        if work.plan.measures(name)
+    }
     if not layers:
         return
 
     def compute() -> dict[str, Tensor]:
-        with job.progress("calibration: static or dynamic inputs", len(job.store) // job.recipe.calibration.interval) as advance:
+        with job.progress(
+            "calibration: static or dynamic inputs", len(job.store) // job.recipe.calibration.interval
+        ) as advance:
             found = measure_inputs(job.denoiser, layers, job.batches, advance=advance)
-        return {name: torch.tensor([errors.static, errors.dynamic], dtype=torch.float64) for name, errors in found.items()}
+        return {
+            name: torch.tensor([errors.static, errors.dynamic], dtype=torch.float64)
+            for name, errors in found.items()
+        }
 
     tensors = job.journal.stage("inputs", compute)
     work.inputs = {name: InputErrors(*tensors[name].tolist()) for name in layers}

@@ -1,4 +1,6 @@
-"""The correction of what a quantized model predicts, as a part of the job: both models draw a batch of images from the same noise."""
+"""The correction of what a quantized model predicts, as a part of the job: both models draw a batch of images
+from the same noise.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +37,15 @@ def correct(job: Job, full: nn.Module, last: str) -> tuple[StepFit, ...]:
     attach_correction(module, correction.to(steps_of(module).timesteps.device))
     rows = zip(found["kept"].tolist(), found["before"].tolist(), found["after"].tolist(), strict=True)
     names = (NONE, *job.recipe.correction.estimators)
-    return tuple(StepFit(NONE if kept == UNVISITED else names[kept], before, after) for kept, before, after in rows)
+    return tuple(
+        StepFit(NONE if kept == UNVISITED else names[kept], before, after) for kept, before, after in rows
+    )
 
 
 def channel_axis(prediction: Tensor, last: nn.Module) -> int:
-    """Return where a `prediction` has its channels: behind the batch, unless it is rows of tokens, which a linear layer put out `last`."""
+    """Return where a `prediction` has its channels: behind the batch, unless it is rows of tokens, which a
+    linear layer put out `last`.
+    """
     operation = operation_of(last)
     return 1 if prediction.ndim != 3 or operation is None else operation.channel_axis
 
@@ -55,10 +61,17 @@ def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
         # Where a model predicts a variance too, its channels are behind those of the sample.
         channels = min(expected[0].shape[axis], job.sampler.example().sample.shape[axis])
         correction = Correction(steps_of(module), channels=channels, axis=axis).to(expected[0].device)
-        fitting = Fitting(job.denoiser, correction, expected, estimators=recipe.correction.estimators, images=count)
+        fitting = Fitting(
+            job.denoiser, correction, expected, estimators=recipe.correction.estimators, images=count
+        )
         with fitting.running():
             _draw(job, count, seed, advance)
-    return {"axis": torch.tensor(correction.axis), "gain": correction.gain, "bias": correction.bias, **_numbers(fitting, len(correction.gain))}
+    return {
+        "axis": torch.tensor(correction.axis),
+        "gain": correction.gain,
+        "bias": correction.bias,
+        **_numbers(fitting, len(correction.gain)),
+    }
 
 
 def _draw(job: Job, count: int, seed: int, advance: Advance) -> None:
@@ -71,7 +84,15 @@ def _draw(job: Job, count: int, seed: int, advance: Advance) -> None:
 
 def _numbers(fitting: Fitting, steps: int) -> dict[str, Tensor]:
     """Return what was kept and the errors, step by step."""
-    kept, before, after = torch.full((steps,), UNVISITED, dtype=torch.uint8), torch.zeros(steps), torch.zeros(steps)
+    kept, before, after = (
+        torch.full((steps,), UNVISITED, dtype=torch.uint8),
+        torch.zeros(steps),
+        torch.zeros(steps),
+    )
     for step, fit in fitting.fits.items():
-        kept[step], before[step], after[step] = (NONE, *fitting.estimators).index(fit.kept), fit.before, fit.after
+        kept[step], before[step], after[step] = (
+            (NONE, *fitting.estimators).index(fit.kept),
+            fit.before,
+            fit.after,
+        )
     return {"kept": kept, "before": before, "after": after}

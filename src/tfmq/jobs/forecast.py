@@ -23,35 +23,56 @@ OBSERVED = 2.0
 
 @torch.no_grad()
 def calibration_seconds(job: Job, work: Work) -> float:
-    """Return about what the stages before the units take: by the time of one call, of one search for a range and of one pass of the block."""
-    config, learning, plan, block = job.recipe.calibration, job.recipe.temporal.learning, work.plan, work.block
+    """Return about what the stages before the units take: by the time of one call, of one search for a range
+    and of one pass of the block.
+    """
+    config, learning, plan, block = (
+        job.recipe.calibration,
+        job.recipe.temporal.learning,
+        work.plan,
+        work.block,
+    )
     example = job.sampler.example().resized(min(config.batch_size, config.samples))
-    a_call = seconds_of(lambda: job.denoiser(example)) * -(-config.samples // config.batch_size) * config.steps
+    a_call = (
+        seconds_of(lambda: job.denoiser(example)) * -(-config.samples // config.batch_size) * config.steps
+    )
     inputs = [layer.input for layer in plan.layers.values()]
     operands = [quantizer for count, quantizer in plan.products.values() for _ in range(2 * count)]
-    quantizers = [quantizer for quantizer in (*inputs, *operands) if quantizer and quantizer.tokens != "dynamic"]
+    quantizers = [
+        quantizer for quantizer in (*inputs, *operands) if quantizer and quantizer.tokens != "dynamic"
+    ]
     passes = -(-len(quantizers) // (job.resources.sites_at_once(SITE_BYTES) or max(1, len(quantizers))))
     searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search"]
     # One grid for all timesteps is searched for beside those of each.
     searches = sum(2 if quantizer.per_step == "measured" else 1 for quantizer in searched)
     values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
     a_range = seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
-    maintained = [layer.name for layer in block.trace.temporal if layer.name in plan.layers] if job.recipe.temporal.maintenance != "none" else []
+    maintained = (
+        [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
+        if job.recipe.temporal.maintenance != "none"
+        else []
+    )
     a_step = 0.0
     if maintained:
         timesteps = block.at(torch.zeros(1))
         weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
-        a_step = STEP_RUNS * seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
+        a_step = (
+            STEP_RUNS * seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
+        )
     return (1 + OBSERVED * passes) * a_call + searches * a_range + learning.iterations * a_step
 
 
 def unit_costs(job: Job, units: Sequence[Unit]) -> list[Cost]:
-    """Return what each unit will cost, by the time of its part in one call, its sizes and this machine's speed."""
+    """Return what each unit will cost, by the time of its part in one call, its sizes and this machine's
+    speed.
+    """
     denoiser, recipe = job.denoiser, job.recipe
     device = next(denoiser.module.parameters()).device
     call = job.store.read(len(job.store) // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device))
     samples = sum(len(batch) for batch in job.batches)
-    costs = predicted_costs(denoiser, units, call, samples=samples, rounding=recipe.rounding, learning=recipe.learning)
+    costs = predicted_costs(
+        denoiser, units, call, samples=samples, rounding=recipe.rounding, learning=recipe.learning
+    )
     return [costs[unit.name] for unit in units]
 
 
@@ -64,7 +85,12 @@ def units_seconds(job: Job, units: Sequence[Unit]) -> float:
 
 def expected_bytes(example: Inputs, recipe: Recipe) -> int:
     """Return the least bytes that a calibration leaves on disk: the sample of every call."""
-    return recipe.calibration.samples * recipe.calibration.steps * example.sample.numel() * example.sample.element_size()
+    return (
+        recipe.calibration.samples
+        * recipe.calibration.steps
+        * example.sample.numel()
+        * example.sample.element_size()
+    )
 
 
 def check_room(job: Job) -> None:
@@ -73,15 +99,20 @@ def check_room(job: Job) -> None:
     Raises:
         ValueError: says what it takes of disk and time.
     """
-    needed, free = expected_bytes(job.sampler.example(), job.recipe), shutil.disk_usage(job.store.directory.parent).free
+    needed, free = (
+        expected_bytes(job.sampler.example(), job.recipe),
+        shutil.disk_usage(job.store.directory.parent).free,
+    )
     if needed <= free:
         return
     config = job.recipe.calibration
     with torch.no_grad():
         a_call = seconds_of(lambda: job.denoiser(job.sampler.example()))
     raise ValueError(
-        f"a calibration of {config.samples} images in {config.steps} steps takes at least {needed / 1e9:.3g} GB of disk, where "
-        f"{free / 1e9:.3g} GB are free, and about {a_call * config.samples * config.steps / 86400:.3g} days; lower the images (--calib-size) or steps"
+        f"a calibration of {config.samples} images in {config.steps} steps "
+        f"takes at least {needed / 1e9:.3g} GB of disk, where "
+        f"{free / 1e9:.3g} GB are free, and about {a_call * config.samples * config.steps / 86400:.3g} "
+        "days; lower the images (--calib-size) or steps"
     )
 
 
@@ -97,6 +128,7 @@ def check_time(job: Job, work: Work) -> None:
     needed = calibration_seconds(job, work)
     if needed > budget:
         raise ValueError(
-            f"a time budget of {budget:.0f} s is gone before the first unit: the calibration alone takes about {needed:.0f} s; "
+            f"a time budget of {budget:.0f} s is gone before the first unit: "
+            f"the calibration alone takes about {needed:.0f} s; "
             "raise it, or lower the steps, samples (--calib-size) or batch size of the calibration"
         )

@@ -29,8 +29,9 @@ Foretold = Callable[[float, str], None]
 class Helpers(Protocol):
     """Does parts of a job elsewhere, in any order, and gives back the numbers of those that are done.
 
-    `record(batches)` leaves the calls of each batch in a part of the job's store, by the batch's number; `reconstruct(units)` leaves units, by
-    their numbers, in the job's journal. Whoever helps does both with the functions that the job itself would call.
+    `record(batches)` leaves the calls of each batch in a part of the job's store, by the batch's number;
+    `reconstruct(units)` leaves units, by their numbers, in the job's journal. Whoever helps does both with
+    the functions that the job itself would call.
     """
 
     def record(self, batches: Sequence[range]) -> Iterator[int]: ...
@@ -39,7 +40,9 @@ class Helpers(Protocol):
 
 
 def stage_seed(seed: int, name: str) -> int:
-    """Return the seed of a stage: its own, so that the order and the number of stages before it do not matter."""
+    """Return the seed of a stage: its own, so that the order and the number of stages before it do not
+    matter.
+    """
     return crc32(f"{name} {seed}".encode())
 
 
@@ -51,10 +54,12 @@ class Job:
         sampler: brings the denoiser, which is quantized in place, and draws what it is calibrated on.
         recipe: how it is quantized.
         store: keeps the recorded calls.
-        journal: keeps what finished stages found; with the journal of an interrupted run the result is the same to the byte.
+        journal: keeps what finished stages found; with the journal of an interrupted run the result is the
+            same to the byte.
         seed: of calibration noise and of every learning stage.
         resources: limits of memory and time.
-        helpers: do what they can ahead of this process: the trajectory, and units that do not wait for each other.
+        helpers: do what they can ahead of this process: the trajectory, and units that do not wait for each
+            other.
         foretold: is told about how many seconds calibration takes, and later the units, before they begin.
         progress: shows bars.
         began: value of `time.perf_counter` from which a budget of time counts.

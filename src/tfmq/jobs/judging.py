@@ -1,7 +1,9 @@
-"""The last judge of a model is what it draws. Candidates for the whole model draw the same images, and the one nearest to full precision is kept.
+"""The last judge of a model is what it draws. Candidates for the whole model draw the same images, and the
+one nearest to full precision is kept.
 
-An error of one prediction says little of the image: errors that repeat from step to step add up, and others do not. So the model that a recipe makes
-is compared with the plainest one, nearest codes and inputs on grids over their exact extremes, from noise that calibration has not seen.
+An error of one prediction says little of the image: errors that repeat from step to step add up, and others
+do not. So the model that a recipe makes is compared with the plainest one, nearest codes and inputs on grids
+over their exact extremes, from noise that calibration has not seen.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,9 @@ NO_ERROR = 1e-10
 
 @dataclass(frozen=True)
 class Verdict:
-    """How near the images of each candidate were to full precision's, PSNR in dB image by image; `kept` is the candidate that the model became."""
+    """How near the images of each candidate were to full precision's, PSNR in dB image by image; `kept` is
+    the candidate that the model became.
+    """
 
     psnr_db: dict[str, tuple[float, ...]]
     kept: str
@@ -50,19 +54,35 @@ class Known(Journal):
 
 
 def plain(recipe: Recipe) -> Recipe:
-    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs on grids over their exact extremes."""
+    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs on
+    grids over their exact extremes.
+    """
     activations = replace(recipe.activations, ranges="min_max")
-    return replace(recipe, activations=activations, rounding=Rounding(solver="nearest"), rescaling=Rescaling(), correction=Correction())
+    return replace(
+        recipe,
+        activations=activations,
+        rounding=Rounding(solver="nearest"),
+        rescaling=Rescaling(),
+        correction=Correction(),
+    )
 
 
 def judged(job: Job) -> int:
-    """Return the number of images that candidates are judged by; none where the recipe is as plain as they come."""
+    """Return the number of images that candidates are judged by; none where the recipe is as plain as they
+    come.
+    """
     recipe = job.recipe
-    return 0 if recipe.rounding.solver == "nearest" else int(recipe.calibration.judged * recipe.calibration.samples)
+    return (
+        0
+        if recipe.rounding.solver == "nearest"
+        else int(recipe.calibration.judged * recipe.calibration.samples)
+    )
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module, for inference, that has the same tensors: quantization replaces modules, and writes into no tensor of theirs."""
+    """Return a copy of a module, for inference, that has the same tensors: quantization replaces modules, and
+    writes into no tensor of theirs.
+    """
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     return deepcopy(module, {id(tensor): tensor for tensor in tensors}).eval()
 
@@ -91,7 +111,9 @@ def draw(job: Job, count: int, advance: Advance) -> Tensor:
     """Return images of the job's model as it is now, from noise that no stage has seen."""
     handle = job.denoiser.module.register_forward_pre_hook(lambda *_: advance())
     try:
-        return job.sampler.run(range(count), steps=job.recipe.calibration.steps, seed=job.seed_of("judging")).double()
+        return job.sampler.run(
+            range(count), steps=job.recipe.calibration.steps, seed=job.seed_of("judging")
+        ).double()
     finally:
         handle.remove()
 
@@ -103,11 +125,15 @@ def psnr_db(images: Tensor, expected: Tensor) -> Tensor:
 
 
 def compare(job: Job, full: nn.Module, other: nn.Module, count: int) -> Verdict:
-    """Draw with the job's model, with its plain candidate `other` and with the `full` precision model, or read back what was found before."""
+    """Draw with the job's model, with its plain candidate `other` and with the `full` precision model, or
+    read back what was found before.
+    """
     module = job.denoiser.module
 
     def compute() -> dict[str, Tensor]:
-        with job.progress("judging: images of three models", 3 * count * job.recipe.calibration.steps) as advance:
+        with job.progress(
+            "judging: images of three models", 3 * count * job.recipe.calibration.steps
+        ) as advance:
             found = draw(job, count, advance)
             with exchanged(module, other):
                 plainly = draw(job, count, advance)

@@ -1,4 +1,6 @@
-"""Decide how much of its solver each unit gets: all that the recipe says, or what a budget of time leaves it."""
+"""Decide how much of its solver each unit gets: all that the recipe says, or what a budget of time leaves
+it.
+"""
 
 import time
 import warnings
@@ -20,14 +22,16 @@ from tfmq.reconstruction.units import Unit
 
 # Learning rate times iterations must be about this for a rounding to flip.
 REACH = 4.0
-# Fewest steps that a unit gets from a solver which only learns. With fewer steps it would pay for its calls and gain next to nothing.
+# Fewest steps that a unit gets from a solver which only learns. With fewer steps it would pay for its calls
+# and gain next to nothing.
 LEAST = 100
 
 
 class Pace(Protocol):
     """Says what a unit gets before it is reconstructed, and is told what it took.
 
-    `learning` returns the hyper-parameters of the unit with this number, or None where it keeps its nearest codes.
+    `learning` returns the hyper-parameters of the unit with this number, or None where it keeps its nearest
+    codes.
     """
 
     def learning(self, number: int) -> Learning | None: ...
@@ -49,11 +53,15 @@ class Unhurried:
 
 def within(config: Learning, iterations: int) -> Learning:
     """Return the learning of so many steps, at a rate that lets roundings cross over in them."""
-    return replace(config, iterations=iterations, learning_rate=max(config.learning_rate, REACH / max(1, iterations)))
+    return replace(
+        config, iterations=iterations, learning_rate=max(config.learning_rate, REACH / max(1, iterations))
+    )
 
 
 class Paced:
-    """A budget's grants, each recorded in the journal before its unit begins: a resumed job goes on with the same."""
+    """A budget's grants, each recorded in the journal before its unit begins: a resumed job goes on with the
+    same.
+    """
 
     def __init__(self, budget: Budget, units: Sequence[Unit], job: Job) -> None:
         self.budget, self.units, self.config, self.journal = budget, units, job.recipe.learning, job.journal
@@ -70,12 +78,20 @@ class Paced:
         return within(self.config, grant.iterations) if grant.solved else None
 
     def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None:
-        """Tell the budget; `moments` are when the solver advanced: once for each layer in closed form, once for each step."""
+        """Tell the budget; `moments` are when the solver advanced: once for each layer in closed form, once
+        for each step.
+        """
         first = len(self.units[number].layers) if self.closed_form else 0
         steps = moments[first : first + report.iterations]
         learned = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1) if len(steps) > 1 else 0.0
         iterations = report.iterations if learned else 0
-        self.budget.took(self.units[number].name, self.grants[number], base=report.seconds - learned, steps=learned, iterations=iterations)
+        self.budget.took(
+            self.units[number].name,
+            self.grants[number],
+            base=report.seconds - learned,
+            steps=learned,
+            iterations=iterations,
+        )
 
 
 class Noted:
@@ -93,15 +109,22 @@ class Noted:
 
 
 def paced(job: Job, units: Sequence[Unit]) -> Pace:
-    """Return how much each unit gets: all that the recipe says or, where the job has a budget of time, a share of it by what is measured first."""
+    """Return how much each unit gets: all that the recipe says or, where the job has a budget of time, a
+    share of it by what is measured first.
+    """
     seconds, recipe = job.resources.time_budget, job.recipe
     if seconds is None:
         return Unhurried(recipe.learning)
     if job.elapsed() > seconds:
-        text = f"the time budget of {seconds:.0f} s is gone after {job.elapsed():.0f} s of calibration: units keep their nearest codes"
+        text = (
+            f"the time budget of {seconds:.0f} s is gone after {job.elapsed():.0f} "
+            "s of calibration: units keep their nearest codes"
+        )
         warnings.warn(text + "; raise it, or calibrate on fewer samples or steps", stacklevel=2)
     measured = job.journal.stage("sensitivity", lambda: _measured(job, units, seconds))
-    sensitivity = {unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)}
+    sensitivity = {
+        unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)
+    }
     costs = {unit.name: Cost(*row) for unit, row in zip(units, measured["costs"].tolist(), strict=True)}
     solver = SOLVERS[recipe.rounding.solver]
     most = recipe.learning.iterations if solver.work(recipe.learning, 0) else 0
@@ -110,12 +133,20 @@ def paced(job: Job, units: Sequence[Unit]) -> Pace:
 
 
 def _measured(job: Job, units: Sequence[Unit], seconds: float) -> dict[str, torch.Tensor]:
-    """Return the sensitivity and the costs of units; zeros where the budget is gone, since measuring would only add to it."""
+    """Return the sensitivity and the costs of units; zeros where the budget is gone, since measuring would
+    only add to it.
+    """
     if job.elapsed() > seconds:
-        return {"sensitivity": torch.zeros(len(units), dtype=torch.float64), "costs": torch.zeros(len(units), 2, dtype=torch.float64)}
+        return {
+            "sensitivity": torch.zeros(len(units), dtype=torch.float64),
+            "costs": torch.zeros(len(units), 2, dtype=torch.float64),
+        }
     denoiser, store = job.denoiser, job.store
     device = next(denoiser.module.parameters()).device
     # From the noisier and from the cleaner half of the schedule.
-    calls = [store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device)) for part in (1, 3)]
+    calls = [
+        store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device))
+        for part in (1, 3)
+    ]
     rows = torch.tensor([[cost.base, cost.step] for cost in unit_costs(job, units)], dtype=torch.float64)
     return {"sensitivity": output_sensitivity(denoiser, units, calls), "costs": rows.reshape(-1, 2)}

@@ -11,7 +11,9 @@ from tfmq.temporal.cache import install_tables
 
 
 def maintained(job: Job, work: Work) -> dict[str, CalibratedLayer]:
-    """Return the layers of the temporal block that this stage answers for; none where the recipe treats them like any other."""
+    """Return the layers of the temporal block that this stage answers for; none where the recipe treats them
+    like any other.
+    """
     if job.recipe.temporal.maintenance == "none":
         return {}
     names = {layer.name for layer in work.block.trace.temporal if layer.name in work.plan.layers}
@@ -35,5 +37,13 @@ def maintain_temporal(job: Job, work: Work) -> None:
 def _learned(job: Job, work: Work, layers: dict[str, CalibratedLayer]) -> dict[str, Tensor]:
     config = job.recipe.temporal.learning
     with job.progress("temporal block: TIAR", config.iterations) as advance:
-        reconstruct_temporal(work.block, layers, work.steps, config, batches=job.store, seed=job.seed_of("temporal"), advance=advance)
+        reconstruct_temporal(
+            work.block,
+            layers,
+            work.steps,
+            config,
+            batches=job.store,
+            seed=job.seed_of("temporal"),
+            advance=advance,
+        )
     return learned(layers)

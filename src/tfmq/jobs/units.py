@@ -19,7 +19,15 @@ from tfmq.nn.plan import calibrated_layers
 from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import SOLVERS, work_amount
-from tfmq.reconstruction.unit import Feed, UnitReport, full_precision, learned, reconstruct_unit, restore, settle
+from tfmq.reconstruction.unit import (
+    Feed,
+    UnitReport,
+    full_precision,
+    learned,
+    reconstruct_unit,
+    restore,
+    settle,
+)
 from tfmq.reconstruction.units import Unit, find_units
 
 
@@ -43,14 +51,17 @@ def reconstruct_alone(job: Job, work: Work, number: int, *, advance: Advance) ->
 
 
 def reconstruct_units(job: Job, work: Work) -> None:
-    """Reconstruct the units in execution order, each on inputs as the recipe's rounding has them; journal each.
+    """Reconstruct the units in execution order, each on inputs as the recipe's rounding has them; journal
+    each.
 
     Where no unit waits for another, helpers leave units in the journal, in any order.
     """
     module, rounding, units = job.denoiser.module, job.recipe.rounding, work.units
     layers = calibrated_layers(module)
     for unit in units:
-        job.resources.check(unit.name, SOLVERS[rounding.solver].memory([layers[name] for name in unit.layers], rounding))
+        job.resources.check(
+            unit.name, SOLVERS[rounding.solver].memory([layers[name] for name in unit.layers], rounding)
+        )
     with full_precision(module):
         names, example = [unit.name for unit in units], job.store.read(0)
         readers, once = find_readers(job.denoiser, names, example), called_once(job.denoiser, names, example)
@@ -80,12 +91,18 @@ def reconstruct_units(job: Job, work: Work) -> None:
 
 
 def _helped(job: Job, units: Sequence[Unit]) -> Iterator[int]:
-    """Let helpers reconstruct what they can ahead; yield the number of each unit that is in the journal then."""
+    """Let helpers reconstruct what they can ahead; yield the number of each unit that is in the journal
+    then.
+    """
     if job.helpers is not None and job.recipe.rounding.inputs == "full":
-        yield from job.helpers.reconstruct([number for number in range(len(units)) if not job.journal.done(unit_file(number))])
+        yield from job.helpers.reconstruct(
+            [number for number in range(len(units)) if not job.journal.done(unit_file(number))]
+        )
 
 
-def _computed(job: Job, work: Work, number: int, upstream: Upstream, pace: Pace, noted: Noted) -> dict[str, Tensor]:
+def _computed(
+    job: Job, work: Work, number: int, upstream: Upstream, pace: Pace, noted: Noted
+) -> dict[str, Tensor]:
     """Reconstruct a unit by what its pace leaves it, and count the rest of its work as done."""
     unit, layers = work.units[number], calibrated_layers(job.denoiser.module)
     granted, report = pace.learning(number), UnitReport(work.units[number].name, None, None, 0, 0.0)
@@ -96,14 +113,20 @@ def _computed(job: Job, work: Work, number: int, upstream: Upstream, pace: Pace,
     return _result(report, {name: layers[name] for name in unit.layers})
 
 
-def _reconstructed(job: Job, work: Work, unit: Unit, upstream: Upstream, learning: Learning, advance: Advance) -> UnitReport:
+def _reconstructed(
+    job: Job, work: Work, unit: Unit, upstream: Upstream, learning: Learning, advance: Advance
+) -> UnitReport:
     spool = Spool(job.store.directory / "calls", job.resources.captured)
     feed = Feed(job.batches, upstream, work.steps, spool)
-    return reconstruct_unit(job.denoiser, unit, feed, job.recipe.rounding, learning, seed=job.seed_of(unit.name), advance=advance)
+    return reconstruct_unit(
+        job.denoiser, unit, feed, job.recipe.rounding, learning, seed=job.seed_of(unit.name), advance=advance
+    )
 
 
 def _result(report: UnitReport, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
-    """Return what the journal keeps of a unit: what was learned, and its figures as `report`; NaN is no error."""
+    """Return what the journal keeps of a unit: what was learned, and its figures as `report`; NaN is no
+    error.
+    """
     errors = [nan if error is None else error for error in (report.error_before, report.error_after)]
     figures = torch.tensor([*errors, report.iterations, report.seconds], dtype=torch.float64)
     return {"report": figures, **learned(layers)}
@@ -111,4 +134,6 @@ def _result(report: UnitReport, layers: Mapping[str, CalibratedLayer]) -> dict[s
 
 def _report(name: str, figures: Tensor) -> UnitReport:
     before, after, iterations, seconds = figures.tolist()
-    return UnitReport(name, None if isnan(before) else before, None if isnan(after) else after, int(iterations), seconds)
+    return UnitReport(
+        name, None if isnan(before) else before, None if isnan(after) else after, int(iterations), seconds
+    )

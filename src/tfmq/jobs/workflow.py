@@ -5,7 +5,13 @@ from dataclasses import dataclass, field, replace
 
 from tfmq.calibration.choice import InputErrors
 from tfmq.calibration.correction import StepFit
-from tfmq.jobs.calibration import choose_inputs, fit_activations, record_calls, rescale_layers, settle_embeddings
+from tfmq.jobs.calibration import (
+    choose_inputs,
+    fit_activations,
+    record_calls,
+    rescale_layers,
+    settle_embeddings,
+)
 from tfmq.jobs.correction import correct
 from tfmq.jobs.job import Job, Stage, Work
 from tfmq.jobs.judging import RECIPE, Known, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
@@ -26,8 +32,9 @@ from tfmq.temporal.probe import probe
 class Outcome:
     """What quantization did.
 
-    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what stays in floating point, what
-    candidates for the whole model drew, and for each step what correction was found.
+    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what
+    stays in floating point, what candidates for the whole model drew, and for each step what correction was
+    found.
     """
 
     units: tuple[UnitReport, ...]
@@ -48,7 +55,14 @@ def swap_layers(job: Job, work: Work) -> None:
 
 
 # All that gives the model its quantized form and its grids. Every recorded call is on disk after the first.
-LAYING_OUT: tuple[Stage, ...] = (swap_layers, rescale_layers, fit_activations, choose_inputs, settle_embeddings, maintain_temporal)
+LAYING_OUT: tuple[Stage, ...] = (
+    swap_layers,
+    rescale_layers,
+    fit_activations,
+    choose_inputs,
+    settle_embeddings,
+    maintain_temporal,
+)
 # What a helper does as well, or reads back, before it takes its units.
 BEFORE_UNITS: tuple[Stage, ...] = (record_calls, *LAYING_OUT, list_units)
 STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
@@ -83,7 +97,8 @@ def quantize_denoiser(job: Job) -> Outcome:
     if not count:
         return found
     with exchanged(module, other):
-        # The recorded calls are there, and temporal layers are what they are; the rest is found again in less time than it takes to keep.
+        # The recorded calls are there, and temporal layers are what they are; the rest is found again in less
+        # time than it takes to keep.
         simple = replace(job, recipe=plain(job.recipe), journal=Known({"temporal": temporal}))
         simplest = _packed(simple, run(simple, LAYING_OUT))
     verdict = compare(job, full, other, count)

@@ -1,1 +1,3 @@
-"""Integer arithmetic of one layer or product: an exact reference, and library kernels that are tested against it."""
+"""Integer arithmetic of one layer or product: an exact reference, and library kernels that are tested against
+it.
+"""

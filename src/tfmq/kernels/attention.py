@@ -1,6 +1,8 @@
-"""Attention in integers on the CPU: both products u8 x s8, a block of scores at a time, so that no whole map is ever in memory.
+"""Attention in integers on the CPU: both products u8 x s8, a block of scores at a time, so that no whole map
+is ever in memory.
 
-The codes of keys and values are moved by 128 to fit into s8, with `k' = k - 128` and `v' = v - 128`. Of the scores
+The codes of keys and values are moved by 128 to fit into s8, with `k' = k - 128` and `v' = v - 128`. Of the
+scores
 
     s_q s_k scale (sum q k' - z_q sum k' + (128 - z_k) sum (q - z_q))
 
@@ -23,9 +25,11 @@ from tfmq.kernels.kernel import Rows
 from tfmq.kernels.onednn import MIDDLE, multipliable, quantize_u8
 from tfmq.numerics.attention import Attention, probabilities
 
-# Number of scores in a block of queries. They should stay in the processor's caches until they have become codes of probabilities.
+# Number of scores in a block of queries. They should stay in the processor's caches until they have become
+# codes of probabilities.
 BLOCK = 2**19
-# Smallest number of scores in a map. Below it batched products in floating point are faster, since each head takes two calls here.
+# Smallest number of scores in a map. Below it batched products in floating point are faster, since each head
+# takes two calls here.
 SMALLEST = 2**14
 
 
@@ -54,7 +58,8 @@ class Grids(NamedTuple):
 
 
 def integer_attention(call: Attention, rows: tuple[Rows, Rows, Rows, Rows]) -> Tensor | None:
-    """Return the attention of `call` with query, key, probabilities and value on the grids `rows`, in the dtype of the query.
+    """Return the attention of `call` with query, key, probabilities and value on the grids `rows`, in the
+    dtype of the query.
 
     None where that is no gain, where codes have more than eight bits or sums could leave int32.
     """
@@ -62,14 +67,25 @@ def integer_attention(call: Attention, rows: tuple[Rows, Rows, Rows, Rows]) -> T
     if call.query.shape[-2] * keys < SMALLEST or not multipliable(max(keys, width), *rows):
         return None
     heads = torch.broadcast_shapes(*(x.shape[:-2] for x in (call.query, call.key, call.value)))
-    query, key, value = (x.float().expand(*heads, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (call.query, call.key, call.value))
+    query, key, value = (
+        x.float().expand(*heads, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
+        for x in (call.query, call.key, call.value)
+    )
     out = query.new_empty(len(query), query.shape[-2], value.shape[-1])
     masks = None if call.mask is None else _Masks.of(call.mask, heads)
     grids = list(_grids(rows))
     of_sample = len(query) // len(grids)
     for number, grid in enumerate(grids):
         part = slice(number * of_sample, (number + 1) * of_sample)
-        _attend(query[part], key[part], value[part], None if masks is None else masks.of_heads(part), call.scale, grid, out[part])
+        _attend(
+            query[part],
+            key[part],
+            value[part],
+            None if masks is None else masks.of_heads(part),
+            call.scale,
+            grid,
+            out[part],
+        )
     return out.reshape(*heads, *out.shape[-2:]).to(call.query.dtype)
 
 
@@ -77,7 +93,12 @@ def _grids(rows: tuple[Rows, Rows, Rows, Rows]) -> Iterator[Grids]:
     """Yield the grids of each sample, or once those of all."""
     samples = max(len(grid.scale) for grid in rows)
     columns = [
-        [Grid(scale, zero_point, grid.levels) for scale, zero_point in zip(grid.scale[:, 0].tolist(), grid.zero_point[:, 0].tolist(), strict=True)]
+        [
+            Grid(scale, zero_point, grid.levels)
+            for scale, zero_point in zip(
+                grid.scale[:, 0].tolist(), grid.zero_point[:, 0].tolist(), strict=True
+            )
+        ]
         for grid in rows
     ]
     yield from map(Grids, *(column * samples if len(column) == 1 else column for column in columns))
@@ -85,7 +106,9 @@ def _grids(rows: tuple[Rows, Rows, Rows, Rows]) -> Iterator[Grids]:
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks `[M, L or 1, S or 1]`, and which of them each head `[N]` has: a mask that heads share is not repeated."""
+    """Masks `[M, L or 1, S or 1]`, and which of them each head `[N]` has: a mask that heads share is not
+    repeated.
+    """
 
     masks: Tensor
     index: Tensor
@@ -105,8 +128,12 @@ class _Masks:
         return masks[self.index[heads]]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, masks: _Masks | None, scale: float, grids: Grids, out: Tensor) -> None:
-    """Write the attention of heads on one grid, `[N, L, D]`, `[N, S, D]` and `[N, S, E]`, to `out` `[N, L, E]`."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, masks: _Masks | None, scale: float, grids: Grids, out: Tensor
+) -> None:
+    """Write the attention of heads on one grid, `[N, L, D]`, `[N, S, D]` and `[N, S, E]`, to `out` `[N, L,
+    E]`.
+    """
     (heads, queries, _), keys = query.shape, key.shape[1]
     left, right = grids.query.codes(query), grids.key.signed(key)
     values = grids.value.signed(value)
@@ -116,7 +143,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, masks: _Masks | None, sca
     right = right.transpose(1, 2)
     group, step = max(1, min(heads, BLOCK // (queries * keys))), max(1, min(queries, BLOCK // keys))
     # One buffer for all blocks: the system would have to map fresh memory for each.
-    integers, real, seen = (torch.empty(group, step, keys, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.float32))
+    integers, real, seen = (
+        torch.empty(group, step, keys, dtype=dtype) for dtype in (torch.int32, torch.float32, torch.float32)
+    )
     sums = torch.empty(heads, queries, values.shape[-1], dtype=torch.int32)
     for first in range(0, heads, group):
         some = slice(first, min(first + group, heads))
@@ -126,7 +155,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, masks: _Masks | None, sca
             scores = real[size].copy_(_multiplied(left[some, block], right[some], integers[size]))
             torch.add(shift[some], scores, alpha=factor, out=scores)
             mask = None if masks is None else masks.block(some, block)
-            _multiplied(grids.probabilities.codes(probabilities(scores, mask, out=seen[size])), values[some], sums[some, block])
+            _multiplied(
+                grids.probabilities.codes(probabilities(scores, mask, out=seen[size])),
+                values[some],
+                sums[some, block],
+            )
     total = sums.float()
     if grids.probabilities.zero_point:
         total -= grids.probabilities.zero_point * values.sum(dim=1, keepdim=True, dtype=torch.int32)

@@ -1,7 +1,9 @@
-"""A layer through the operators of `tfmq.kernels.operators`: on a GPU their kernels, anywhere else their definitions.
+"""A layer through the operators of `tfmq.kernels.operators`: on a GPU their kernels, anywhere else their
+definitions.
 
-The integers of the layer lie in buffers, in the layout of the operators, so that a kernel moves with the model: `.to(device)` and the hooks that
-offload a model are all it takes. The buffers are no part of the state dict.
+The integers of the layer lie in buffers, in the layout of the operators, so that a kernel moves with the
+model: `.to(device)` and the hooks that offload a model are all it takes. The buffers are no part of the state
+dict.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ NIBBLE = 16
 
 
 def refusal(weight: IntegerWeight, levels: int) -> str:
-    """Return why the operators cannot compute a layer with a quantized input in exact integers; nothing where they can."""
+    """Return why the operators cannot compute a layer with a quantized input in exact integers; nothing where
+    they can.
+    """
     if not weight.narrow:
         return "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
     if levels > 256 or weight.peak(levels) > ACCUMULATOR:
@@ -46,7 +50,9 @@ def shape_refusal(weight: IntegerWeight) -> str:
 def _bounds(weight: IntegerWeight) -> tuple[Tensor, Tensor]:
     """Return the least and the largest integer of each row and segment, `[N, G]`."""
     parts = [values.flatten(1) for values, _ in weight.parts()]
-    return torch.stack([part.amin(dim=1) for part in parts], dim=1), torch.stack([part.amax(dim=1) for part in parts], dim=1)
+    return torch.stack([part.amin(dim=1) for part in parts], dim=1), torch.stack(
+        [part.amax(dim=1) for part in parts], dim=1
+    )
 
 
 def fits_nibbles(weight: IntegerWeight) -> bool:
@@ -57,7 +63,9 @@ def fits_nibbles(weight: IntegerWeight) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a convolution reads its input: `padding` is top, left, bottom, right; one axis is the second of two."""
+    """How a convolution reads its input: `padding` is top, left, bottom, right; one axis is the second of
+    two.
+    """
 
     stride: tuple[int, int]
     dilation: tuple[int, int]
@@ -69,7 +77,11 @@ class Geometry:
         missing = 2 - len(window.size)
         stride, dilation = ([*[1] * missing, *values] for values in (window.stride, window.dilation))
         (top, bottom), (left, right) = [*[(0, 0)] * missing, *window.border]
-        return cls(stride=(stride[0], stride[1]), dilation=(dilation[0], dilation[1]), padding=(top, left, bottom, right))
+        return cls(
+            stride=(stride[0], stride[1]),
+            dilation=(dilation[0], dilation[1]),
+            padding=(top, left, bottom, right),
+        )
 
 
 def geometry_of(operation: Operation, values: Tensor) -> Geometry | None:
@@ -89,7 +101,8 @@ def channels_back(y: Tensor, axis: int) -> Tensor:
 
 
 class Integers(nn.Module):
-    """The weight of a layer in device memory, channels last: `weight` `[N, C]` or `[N, KH, KW, C]`, its zero-point if it is packed, `scale`, `bias`.
+    """The weight of a layer in device memory, channels last: `weight` `[N, C]` or `[N, KH, KW, C]`, its
+    zero-point if it is packed, `scale`, `bias`.
 
     With `nibbles` two codes share a byte, which halves the weight; they are unpacked in registers.
     """
@@ -109,10 +122,16 @@ class Integers(nn.Module):
         values, zero = values.movedim(1, -1), None
         if nibbles:
             zero = (-_bounds(source)[0]).to(torch.int8)
-            wide = zero if not self.segments else zero.repeat_interleave(torch.tensor(self.segments, device=zero.device), dim=1)
+            wide = (
+                zero
+                if not self.segments
+                else zero.repeat_interleave(torch.tensor(self.segments, device=zero.device), dim=1)
+            )
             codes = values + wide.reshape(len(wide), *[1] * (values.ndim - 2), -1)
         sums = torch.stack([part.flatten(1).sum(dim=1) for part, _ in source.parts()], dim=1)
-        self._keep("weight", half_packed(codes, self.segments) if nibbles else values.to(torch.int8).contiguous())
+        self._keep(
+            "weight", half_packed(codes, self.segments) if nibbles else values.to(torch.int8).contiguous()
+        )
         self._keep("weight_zero", zero)
         self._keep("scale", source.scale.float().contiguous())
         self._keep("sums", sums.to(torch.int32))
@@ -136,11 +155,15 @@ class OperatorKernel(Integers):
         self._keep("first", torch.zeros(1, dtype=torch.int64, device=source.values.device))
 
     def _grid(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-        """Return the tables as the operators have them, `[S, G]`, the row of each sample or token, and the segments."""
+        """Return the tables as the operators have them, `[S, G]`, the row of each sample or token, and the
+        segments.
+        """
         if rows.index is not None:
             return rows.scales, rows.zero_points, rows.index, self.segments
         # Return the table itself, so that a graph recognises equal tables.
-        scales, zero_points = (table if table.ndim == 2 else table.flatten(0, -2) for table in (rows.scales, rows.zero_points))
+        scales, zero_points = (
+            table if table.ndim == 2 else table.flatten(0, -2) for table in (rows.scales, rows.zero_points)
+        )
         index = self.first if len(scales) == 1 else torch.arange(len(scales), device=scales.device)
         return scales, zero_points, index, self.segments
 
@@ -154,12 +177,16 @@ class OperatorKernel(Integers):
             return channels_back(y, self.channel_axis)
         images = last.unsqueeze(1) if last.ndim == 3 else last
         codes = quantize_codes(images, *grid, rows.levels, self.geometry.padding)
-        y = convolution_codes(codes, *grid, *values, self.geometry.stride, self.geometry.dilation, "", None, x.dtype)
+        y = convolution_codes(
+            codes, *grid, *values, self.geometry.stride, self.geometry.dilation, "", None, x.dtype
+        )
         return channels_back(y.squeeze(1) if last.ndim == 3 else y, self.channel_axis)
 
 
 class WeightOnlyKernel(Integers):
-    """A linear layer, or a convolution of single pixels, whose input is not quantized: integers at rest alone, unpacked in registers."""
+    """A linear layer, or a convolution of single pixels, whose input is not quantized: integers at rest
+    alone, unpacked in registers.
+    """
 
     def __init__(self, source: IntegerWeight, *, nibbles: bool = False) -> None:
         super().__init__(source, nibbles=nibbles)
@@ -175,4 +202,6 @@ def operator_product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: R
     """Return `left_hat @ right_hat` by the operator; the dtype is that of `left`."""
     a, b = ((rows.scale[:, 0], rows.zero_point[:, 0], rows.levels) for rows in (left_rows, right_rows))
     shape = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    return product_codes(left.expand(*shape, *left.shape[-2:]), *a, right.expand(*shape, *right.shape[-2:]), *b)
+    return product_codes(
+        left.expand(*shape, *left.shape[-2:]), *a, right.expand(*shape, *right.shape[-2:]), *b
+    )

@@ -1,15 +1,19 @@
-"""Integer linear layers and convolutions by oneDNN, the library inside torch on x86: u8 inputs, s8 weights, int32 sums.
+"""Integer linear layers and convolutions by oneDNN, the library inside torch on x86: u8 inputs, s8 weights,
+int32 sums.
 
-In eager mode a call whose batch stands at one timestep passes that timestep's scale and zero-point to the library, which fuses everything.
-A compiled graph must not branch on values: there the grid of each sample is applied in tensor operations, which the compiler fuses with their
-neighbours, and the integer operation runs on a grid of scale one and zero-point zero. Borders are padded with the zero-point's code first, and
+In eager mode a call whose batch stands at one timestep passes that timestep's scale and zero-point to the
+library, which fuses everything. A compiled graph must not branch on values: there the grid of each sample is
+applied in tensor operations, which the compiler fuses with their neighbours, and the integer operation runs
+on a grid of scale one and zero-point zero. Borders are padded with the zero-point's code first, and
 
     y = (sum q v - z sum v) s s_w + bias
 
-Where all timesteps share one zero-point it is a constant: the library takes it, pads with it and leaves no term in `z` to compute.
+Where all timesteps share one zero-point it is a constant: the library takes it, pads with it and leaves no
+term in `z` to compute.
 
-A batch of mixed timesteps, or of tokens with a grid each, takes that path in eager mode too. Both equal the reference bit for bit while sums stay
-below 2**24, beyond which float32 rounds `sum q v` (the tests hold them to it).
+A batch of mixed timesteps, or of tokens with a grid each, takes that path in eager mode too. Both equal the
+reference bit for bit while sums stay below 2**24, beyond which float32 rounds `sum q v` (the tests hold them
+to it).
 """
 
 import math
@@ -28,7 +32,8 @@ from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, colu
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Operation, Window
 
-# A batched product of a captured graph is computed one by one if it has at most UNROLLED products of at least LARGE multiplications each.
+# A batched product of a captured graph is computed one by one if it has at most UNROLLED products of at least
+# LARGE multiplications each.
 UNROLLED, LARGE = 16, 2**21
 # Subtracted from an unsigned code of eight bits, it gives a signed one.
 MIDDLE = 128
@@ -46,7 +51,10 @@ def available() -> bool:
 @cache
 def multiplies() -> bool:
     """Whether this torch has products of u8 and s8 matrices on the CPU, and gets the largest sums right."""
-    codes, values = torch.full((17, 64), 255, dtype=torch.uint8), torch.full((64, 16), -MIDDLE, dtype=torch.int8)
+    codes, values = (
+        torch.full((17, 64), 255, dtype=torch.uint8),
+        torch.full((64, 16), -MIDDLE, dtype=torch.int8),
+    )
     try:
         return bool((torch._int_mm(codes, values) == -64 * 255 * MIDDLE).all())
     except (AttributeError, RuntimeError):
@@ -54,30 +62,40 @@ def multiplies() -> bool:
 
 
 def multipliable(depth: int, *rows: Rows) -> bool:
-    """Whether codes on these grids have at most eight bits, and sums of `depth` of their products, one side moved into s8, stay in int32."""
+    """Whether codes on these grids have at most eight bits, and sums of `depth` of their products, one side
+    moved into s8, stay in int32.
+    """
     return all(grid.levels <= 256 for grid in rows) and depth * 255 * MIDDLE <= ACCUMULATOR
 
 
 def supports(weight: IntegerWeight, levels: int) -> bool:
-    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, at most two spatial axes."""
+    """Whether the library computes this layer exactly: integers that fit into s8 and u8, sums into int32, at
+    most two spatial axes.
+    """
     fits = weight.narrow and levels <= 256 and weight.peak(levels) <= ACCUMULATOR
     return fits and weight.values.ndim <= 4 and (weight.operation.groups == 1 or not weight.segments)
 
 
 def pads(window: Window) -> bool:
-    """Whether the library lays an input out as a window wants it: without spaces, and with as many zeros behind it as in front.
+    """Whether the library lays an input out as a window wants it: without spaces, and with as many zeros
+    behind it as in front.
 
-    No window may lie in the padding altogether: for a single input channel the library (torch 2.13) then returns what memory happens to hold.
+    No window may lie in the padding altogether: for a single input channel the library (torch 2.13) then
+    returns what memory happens to hold.
     """
     reach = (step * (taps - 1) for taps, step in zip(window.size, window.dilation, strict=True))
-    return not window.spaced and all(before == after and 0 <= before <= most for (before, after), most in zip(window.border, reach, strict=True))
+    return not window.spaced and all(
+        before == after and 0 <= before <= most
+        for (before, after), most in zip(window.border, reach, strict=True)
+    )
 
 
 def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     """Return the codes of `x` on one grid, uint8, in the memory format of `x`: one vectorised pass.
 
-    torch adds the zero-point before it rounds: `round(x / s + z)`. The sum has at most eight bits before the point and rounds off less than
-    2**-16, so a code may differ by one from that of `numerics.affine.quantize` where `x / s` lies within 2**-15 of a tie, and nowhere else.
+    torch adds the zero-point before it rounds: `round(x / s + z)`. The sum has at most eight bits before the
+    point and rounds off less than 2**-16, so a code may differ by one from that of `numerics.affine.quantize`
+    where `x / s` lies within 2**-15 of a tie, and nowhere else.
     """
     with warnings.catch_warnings():
         # torch warns that this function will go; nothing else in eager torch quantizes in one pass.
@@ -88,14 +106,18 @@ def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor
 
 
 def constants(zero_points: Tensor | None, groups: int) -> list[int | None]:
-    """Return the zero-point of each of `groups` segments, None for one that varies over `zero_points` `[any, G]`."""
+    """Return the zero-point of each of `groups` segments, None for one that varies over `zero_points` `[any,
+    G]`.
+    """
     if zero_points is None:
         return [None] * groups
     return [int(codes[0]) if bool((codes == codes[0]).all()) else None for codes in zero_points.unbind(1)]
 
 
 class _Part:
-    """One input segment of a layer: its weight, packed for inputs of `size` `(B, ...)`, and the sums of its integers for each output channel."""
+    """One input segment of a layer: its weight, packed for inputs of `size` `(B, ...)`, and the sums of its
+    integers for each output channel.
+    """
 
     def __init__(self, operation: Operation, values: Tensor, scale: Tensor, size: Sequence[int]) -> None:
         self.groups, self.window = operation.groups, operation.window(values.shape[2:])
@@ -132,42 +154,66 @@ class _Part:
         """Return `sum (q - z) v`, float32."""
         return self._padded_run(codes, 1.0, zero_point, self.ones, None)
 
-    def _padded_run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    def _padded_run(
+        self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
         if not self.window.size:
             return self._run(codes, scale, zero_point, weight_scale, bias, [])
         codes = codes if self.pads else self.window.laid_out(codes, zero_point)
         return self._run(codes, scale, zero_point, weight_scale, bias, self.padding)
 
-    def _run(self, codes: Tensor, scale: float, zero_point: int, weight_scale: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    def _run(
+        self,
+        codes: Tensor,
+        scale: float,
+        zero_point: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        padding: list[int],
+    ) -> Tensor:
         tail: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
         if not self.window.size:
-            return torch.ops.onednn.qlinear_pointwise(codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail)
+            return torch.ops.onednn.qlinear_pointwise(
+                codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail
+            )
         geometry = self.stride, padding, self.dilation, self.groups
         wide = codes.unsqueeze(2) if codes.ndim == 3 else codes
-        # Where a strided convolution puts out one column, the library (torch 2.13, on AMX tiles) adds up wrong rows: let it put out two.
+        # Where a strided convolution puts out one column, the library (torch 2.13, on AMX tiles) adds up
+        # wrong rows: let it put out two.
         stride, columns = self.stride[1], wide.shape[3] + 2 * geometry[1][1] - self.reach
         narrow = stride > 1 and columns <= stride
         if narrow:
             wide = F.pad(wide, (0, stride), value=zero_point).contiguous(memory_format=torch.channels_last)
-        y = torch.ops.onednn.qconv2d_pointwise(wide, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *geometry, *tail)
+        y = torch.ops.onednn.qconv2d_pointwise(
+            wide, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *geometry, *tail
+        )
         if narrow:
             y = y[..., :1].contiguous(memory_format=torch.channels_last)
         return y.squeeze(2) if codes.ndim == 3 else y
 
 
 class OnednnKernel:
-    """A layer through oneDNN. `supports` says which layers it takes. What it computes never changes, so that copies of a model share it.
+    """A layer through oneDNN. `supports` says which layers it takes. What it computes never changes, so that
+    copies of a model share it.
 
-    The library wants the weight of a convolution in a layout that depends on the size of the input. In another one it would be rearranged at each
-    call, which can take several times as long as the convolution. So the first input of a size has the weight packed for it.
+    The library wants the weight of a convolution in a layout that depends on the size of the input. In
+    another one it would be rearranged at each call, which can take several times as long as the convolution.
+    So the first input of a size has the weight packed for it.
 
     Args:
         weight: integer weight of the layer.
         zero_points: `[any, G]`, all that can occur; None where nothing is known of them.
-        again: returns the weight when it is packed for another size. Without it the kernel keeps the integers of its own.
+        again: returns the weight when it is packed for another size. Without it the kernel keeps the integers
+            of its own.
     """
 
-    def __init__(self, weight: IntegerWeight, zero_points: Tensor | None = None, *, again: Callable[[], IntegerWeight] | None = None) -> None:
+    def __init__(
+        self,
+        weight: IntegerWeight,
+        zero_points: Tensor | None = None,
+        *,
+        again: Callable[[], IntegerWeight] | None = None,
+    ) -> None:
         self.constants = constants(zero_points, max(1, len(weight.segments)))
         self.layout = replace(weight, values=weight.values.new_empty(0))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
@@ -183,7 +229,9 @@ class OnednnKernel:
             return self.packed.get(size) or next(reversed(self.packed.values()))
         if size not in self.packed:
             weight = self.again()
-            self.packed[size] = [_Part(weight.operation, values, scale, size) for values, scale in weight.parts()]
+            self.packed[size] = [
+                _Part(weight.operation, values, scale, size) for values, scale in weight.parts()
+            ]
             if len(self.packed) > 2:
                 self.packed.popitem(last=False)
         self.packed.move_to_end(size)
@@ -204,8 +252,12 @@ class OnednnKernel:
         known = [constant for constant in self.constants if constant is not None]
         zero_points = known if len(known) == len(parts) else rows.zero_point.flatten().tolist()
         bias, partials = self.bias, []
-        for segment, part, scale, zero_point in zip(self.layout.split(x), parts, rows.scale.flatten().tolist(), zero_points, strict=True):
-            partials.append(part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias))
+        for segment, part, scale, zero_point in zip(
+            self.layout.split(x), parts, rows.scale.flatten().tolist(), zero_points, strict=True
+        ):
+            partials.append(
+                part.fused(quantize_u8(segment, scale, zero_point, rows.levels), scale, zero_point, bias)
+            )
             bias = None
         return combined(partials, None, self.layout.operation)
 
@@ -214,7 +266,9 @@ class OnednnKernel:
         for index, (segment, part) in enumerate(zip(self.layout.split(x), self.parts(x), strict=True)):
             scale, constant = column(rows.scale[..., index], x.ndim), self.constants[index]
             if constant is None:
-                sums = self._shifted_sums(part, segment, scale, rows.zero_point[..., index].float(), rows.levels)
+                sums = self._shifted_sums(
+                    part, segment, scale, rows.zero_point[..., index].float(), rows.levels
+                )
             else:
                 codes = quantize(segment, scale, constant, rows.levels).to(torch.uint8)
                 sums = part.centred_sums_of(codes, constant)
@@ -226,20 +280,33 @@ class OnednnKernel:
         wide_zero = column(zero_point, x.ndim)
         codes = quantize(x, scale, wide_zero, levels) - wide_zero
         codes = part.window.laid_out(codes).add(wide_zero).to(torch.uint8)
-        return part.sums_of(codes) - channels(zero_point[..., None] * part.sums, self.layout.operation, x.ndim)
+        return part.sums_of(codes) - channels(
+            zero_point[..., None] * part.sums, self.layout.operation, x.ndim
+        )
 
 
 def product(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
-    """Return `left_hat @ right_hat` through integers held in float32, exact while sums stay below 2**24; the dtype is that of `left`.
+    """Return `left_hat @ right_hat` through integers held in float32, exact while sums stay below 2**24; the
+    dtype is that of `left`.
 
-    torch has no batched product of unsigned operands; at the sizes of attention in a denoiser, a float product of integers loses nothing.
-    In a captured graph large matrices are multiplied as u8 and s8, one by one.
+    torch has no batched product of unsigned operands; at the sizes of attention in a denoiser, a float
+    product of integers loses nothing. In a captured graph large matrices are multiplied as u8 and s8, one by
+    one.
     """
     grids = [
-        (x.float(), column(rows.scale[:, 0], x.ndim), column(rows.zero_point[:, 0], x.ndim).float(), rows.levels)
+        (
+            x.float(),
+            column(rows.scale[:, 0], x.ndim),
+            column(rows.zero_point[:, 0], x.ndim).float(),
+            rows.levels,
+        )
         for x, rows in ((left, left_rows), (right, right_rows))
     ]
-    if torch.compiler.is_compiling() and multipliable(left.shape[-1], left_rows, right_rows) and _worth_unrolling(left, right):
+    if (
+        torch.compiler.is_compiling()
+        and multipliable(left.shape[-1], left_rows, right_rows)
+        and _worth_unrolling(left, right)
+    ):
         sums = _unrolled(*(quantize(*grid) for grid in grids), *(grid[2] for grid in grids))
     else:
         operands = [quantize(*grid).sub_(grid[2]) for grid in grids]
@@ -260,19 +327,27 @@ def _worth_unrolling(left: Tensor, right: Tensor) -> bool:
 
 
 def _unrolled(left: Tensor, right: Tensor, left_zero: Tensor, right_zero: Tensor) -> Tensor:
-    """Return `(left - left_zero) @ (right - right_zero)` of codes in float32, by integer products of each matrix.
+    """Return `(left - left_zero) @ (right - right_zero)` of codes in float32, by integer products of each
+    matrix.
 
-    With `r = right - 128`, which is s8, and `d = right_zero - 128`, it is `sum l r - d sum l - z_l (sum r - K d)`.
+    With `r = right - 128`, which is s8, and `d = right_zero - 128`, it is `sum l r - d sum l - z_l (sum r - K
+    d)`.
     """
     signed, shift = right - MIDDLE, right_zero - MIDDLE
     codes, values = left.to(torch.uint8).flatten(0, -3), signed.to(torch.int8).flatten(0, -3)
-    sums = torch.stack([torch._int_mm(a, b) for a, b in zip(codes.unbind(), values.unbind(), strict=True)]).unflatten(0, left.shape[:-2]).float()
+    sums = (
+        torch.stack([torch._int_mm(a, b) for a, b in zip(codes.unbind(), values.unbind(), strict=True)])
+        .unflatten(0, left.shape[:-2])
+        .float()
+    )
     columns = signed.sum(dim=-2, keepdim=True) - left.shape[-1] * shift
     return sums - shift * left.sum(dim=-1, keepdim=True) - left_zero * columns
 
 
 class UnpackingKernel:
-    """A layer whose weight is unpacked and packed for the library at each call: as small as the checkpoint, slower."""
+    """A layer whose weight is unpacked and packed for the library at each call: as small as the checkpoint,
+    slower.
+    """
 
     def __init__(self, weight: Callable[[], IntegerWeight], zero_points: Tensor | None = None) -> None:
         self.weight = weight

@@ -15,17 +15,23 @@ def check_rows(values: Mapping[str, Any]) -> None:
     """Refuse conditions of images in turn whose tensors do not go together.
 
     Raises:
-        ValueError: a tensor has no rows, or two have different numbers above one: which row of one goes with which of the other nobody could say.
+        ValueError: a tensor has no rows, or two have different numbers above one: which row of one goes with
+            which of the other nobody could say.
     """
     counts = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in _tensors(values).items()}
     several = {name: count for name, count in counts.items() if count != 1}
     if 0 in several.values() or len(set(several.values())) > 1:
         listed = ", ".join(f"{name} has {count}" for name, count in several.items())
-        raise ValueError(f"conditions of images in turn are tensors with one row, or all with the same number of rows; {listed}")
+        raise ValueError(
+            "conditions of images in turn are tensors with one row, or "
+            f"all with the same number of rows; {listed}"
+        )
 
 
 def in_turn(values: Mapping[str, Any], indices: range) -> dict[str, Any]:
-    """Return the conditions of the images `indices`: image `i` gets row `i % N` of a tensor with `N` rows; other values go to all images."""
+    """Return the conditions of the images `indices`: image `i` gets row `i % N` of a tensor with `N` rows;
+    other values go to all images.
+    """
 
     def chosen(value: Any) -> Any:
         return value[[index % len(value) for index in indices]] if isinstance(value, Tensor) else value
@@ -34,7 +40,9 @@ def in_turn(values: Mapping[str, Any], indices: range) -> dict[str, Any]:
 
 
 def described(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what identifies conditions, as JSON values: the names and a digest of the tensors, and all that is no tensor."""
+    """Return what identifies conditions, as JSON values: the names and a digest of the tensors, and all that
+    is no tensor.
+    """
     tensors = _tensors(values)
     others = {name: repr(leaf) for name, leaf in _leaves(values).items() if not isinstance(leaf, Tensor)}
     return {"tensors": sorted(tensors), "digest": tensor_digest(tensors), "values": others}
@@ -65,15 +73,24 @@ def joined(first: Inputs, second: Inputs) -> Inputs:
         names = f"{', '.join(first.conditions)} and {', '.join(second.conditions)}"
         raise ValueError(f"one call has the same arguments in both halves, not {names}; use two calls")
     both = [_both(first, _name(path), a, b) for (path, a), (_, b) in zip(leaves, others, strict=True)]
-    return Inputs(torch.cat([first.sample, second.sample]), torch.cat([first.timestep, second.timestep]), tree_unflatten(both, tree))
+    return Inputs(
+        torch.cat([first.sample, second.sample]),
+        torch.cat([first.timestep, second.timestep]),
+        tree_unflatten(both, tree),
+    )
 
 
 def _both(call: Inputs, name: str, first: Any, second: Any) -> Any:
     tensors = isinstance(first, Tensor) and isinstance(second, Tensor)
     if tensors and call.rows_each(first):
         if first.shape != second.shape:
-            raise ValueError(f"one call has rows of one shape, and {name} has {list(first.shape[1:])} and {list(second.shape[1:])}; use two calls")
+            raise ValueError(
+                f"one call has rows of one shape, and {name} has {list(first.shape[1:])} "
+                f"and {list(second.shape[1:])}; use two calls"
+            )
         return torch.cat([first, second])
     if not (torch.equal(first, second) if tensors else first == second):
-        raise ValueError(f"one call has {name} but once, and it is not the same in both halves; use two calls")
+        raise ValueError(
+            f"one call has {name} but once, and it is not the same in both halves; use two calls"
+        )
     return first

@@ -15,9 +15,11 @@ TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
 
 @dataclass(frozen=True)
 class Inputs:
-    """One batched denoiser call: `sample` `[B, ...]`, `timestep` `[B]`, and the other arguments by name (tensors with `B` rows or values).
+    """One batched denoiser call: `sample` `[B, ...]`, `timestep` `[B]`, and the other arguments by name
+    (tensors with `B` rows or values).
 
-    Beside a video `[B, C, F, H, W]`, tokens `[B * F, N, C]` have a row for each frame, sample by sample (AnimateDiff's prompt).
+    Beside a video `[B, C, F, H, W]`, tokens `[B * F, N, C]` have a row for each frame, sample by sample
+    (AnimateDiff's prompt).
     """
 
     sample: Tensor
@@ -30,7 +32,9 @@ class Inputs:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
         """Apply `function` to every tensor."""
         return Inputs(
-            function(self.sample), function(self.timestep), tree_map(lambda v: function(v) if isinstance(v, Tensor) else v, dict(self.conditions))
+            function(self.sample),
+            function(self.timestep),
+            tree_map(lambda v: function(v) if isinstance(v, Tensor) else v, dict(self.conditions)),
         )
 
     def rows_each(self, tensor: Tensor) -> int:
@@ -52,7 +56,11 @@ class Inputs:
     def resized(self, size: int) -> "Inputs":
         """Return `size` copies of the first sample."""
         first = self.rows(0, 1)
-        return first.map(lambda tensor: tensor.repeat(size, *[1] * (tensor.ndim - 1)) if first.rows_each(tensor) else tensor)
+        return first.map(
+            lambda tensor: (
+                tensor.repeat(size, *[1] * (tensor.ndim - 1)) if first.rows_each(tensor) else tensor
+            )
+        )
 
     def chunks(self, size: int) -> Iterator["Inputs"]:
         """Yield the samples in batches of at most `size`."""
@@ -99,12 +107,15 @@ class Denoiser:
                 return name
         names_text = ", ".join(names)
         raise TypeError(
-            f"{type(self.module).__name__}.forward{self.signature} has no {role} argument called one of {names_text}; "
+            f"{type(self.module).__name__}.forward{self.signature} has no "
+            f"{role} argument called one of {names_text}; "
             f"name it: Denoiser(module, {role}=...)"
         )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-        """Return the arguments of a `forward` call as `Inputs`; a scalar timestep is repeated for each sample."""
+        """Return the arguments of a `forward` call as `Inputs`; a scalar timestep is repeated for each
+        sample.
+        """
         bound = dict(self.signature.bind(*args, **kwargs).arguments)
         for name, parameter in self.signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -113,7 +124,9 @@ class Denoiser:
         timestep = torch.as_tensor(bound.pop(self.timestep), device=sample.device).flatten()
         if len(timestep) == 1:
             timestep = timestep.expand(sample.shape[0]).clone()
-        conditions = {name: value for name, value in bound.items() if value is not None and name != "return_dict"}
+        conditions = {
+            name: value for name, value in bound.items() if value is not None and name != "return_dict"
+        }
         return Inputs(sample, timestep, conditions)
 
     def __call__(self, inputs: Inputs) -> Tensor:
@@ -121,10 +134,14 @@ class Denoiser:
         device = next((parameter.device for parameter in self.module.parameters()), inputs.sample.device)
         if inputs.sample.device != device:
             inputs = inputs.map(lambda tensor: tensor.to(device))
-        return first_tensor(self.module(**{self.sample: inputs.sample, self.timestep: inputs.timestep, **inputs.conditions}))
+        return first_tensor(
+            self.module(**{self.sample: inputs.sample, self.timestep: inputs.timestep, **inputs.conditions})
+        )
 
     def labelled(self, inputs: Inputs) -> list[tuple[str, Tensor]]:
-        """Return every input tensor with the name of what it carries: `sample`, `timestep`, or the innermost condition name."""
+        """Return every input tensor with the name of what it carries: `sample`, `timestep`, or the innermost
+        condition name.
+        """
         pairs = [("sample", inputs.sample), ("timestep", inputs.timestep)]
         paths, _ = torch.utils._pytree.tree_flatten_with_path(dict(inputs.conditions))
         for path, leaf in paths:
@@ -133,12 +150,18 @@ class Denoiser:
         return pairs
 
     def with_conditions(self, inputs: Inputs, values: Mapping[str, Tensor]) -> Inputs:
-        """Return `inputs` with the condition tensors that `labelled` calls by the names in `values` replaced by these."""
+        """Return `inputs` with the condition tensors that `labelled` calls by the names in `values` replaced
+        by these.
+        """
 
         def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
             return values.get(_label(path), leaf) if isinstance(leaf, Tensor) else leaf
 
-        return Inputs(inputs.sample, inputs.timestep, torch.utils._pytree.tree_map_with_path(replaced, dict(inputs.conditions)))
+        return Inputs(
+            inputs.sample,
+            inputs.timestep,
+            torch.utils._pytree.tree_map_with_path(replaced, dict(inputs.conditions)),
+        )
 
 
 def _label(path: tuple[Any, ...]) -> str:

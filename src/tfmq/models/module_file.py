@@ -20,9 +20,11 @@ class ModuleFileError(ValueError):
 
 @dataclass(frozen=True)
 class ModuleFile:
-    """`FILE.py:FUNCTION`: the function is called without arguments and returns a sampler of the full-precision model, built anew each time.
+    """`FILE.py:FUNCTION`: the function is called without arguments and returns a sampler of the
+    full-precision model, built anew each time.
 
-    The file is run once in a process, with its folder first among the places that Python imports from, as `python FILE.py` would have it.
+    The file is run once in a process, with its folder first among the places that Python imports from, as
+    `python FILE.py` would have it.
     """
 
     path: Path
@@ -37,7 +39,9 @@ class ModuleFile:
         """
         path, _, function = text.rpartition(":")
         if not path.endswith(".py") or not function.isidentifier():
-            raise ModuleFileError(f"{text!r} is no FILE.py:FUNCTION; the function returns a sampler, such as tfmq.LoopSampler")
+            raise ModuleFileError(
+                f"{text!r} is no FILE.py:FUNCTION; the function returns a sampler, such as tfmq.LoopSampler"
+            )
         return ModuleFile(Path(path).absolute(), function)
 
     def __str__(self) -> str:
@@ -47,24 +51,31 @@ class ModuleFile:
         """Call the function.
 
         Raises:
-            ModuleFileError: there is no such file or function, one of them fails, or what is returned is no sampler of a full-precision model.
+            ModuleFileError: there is no such file or function, one of them fails, or what is returned is no
+                sampler of a full-precision model.
         """
         sampler = self._attempt(f"{self.function} of {self.path}", self._called())
         lacking = [name for name in NEEDED if not hasattr(sampler, name)]
         if lacking:
             kind = type(sampler).__name__
             raise ModuleFileError(
-                f"{self.function} of {self.path} returned a {kind}, which is no sampler: it has no {', '.join(lacking)}; return a tfmq.LoopSampler, "
+                f"{self.function} of {self.path} returned a {kind}, which is no sampler: it "
+                f"has no {', '.join(lacking)}; return a tfmq.LoopSampler, "
                 "or what docs/extending.md says of loops of one's own"
             )
         if is_quantized(sampler.denoiser.module):
-            raise ModuleFileError(f"{self.function} of {self.path} returned a quantized model; it has to build the full-precision one at each call")
+            raise ModuleFileError(
+                f"{self.function} of {self.path} returned a quantized model; it "
+                "has to build the full-precision one at each call"
+            )
         found: Sampler = sampler
         return found
 
     def _called(self) -> Callable[[], Any]:
         if not self.path.is_file():
-            raise ModuleFileError(f"{self.path} does not exist; name the file with the function: FILE.py:FUNCTION")
+            raise ModuleFileError(
+                f"{self.path} does not exist; name the file with the function: FILE.py:FUNCTION"
+            )
         name = f"tfmq_module_{self.path.stem}_{crc32(str(self.path).encode(errors='surrogateescape')):08x}"
         if name not in sys.modules:
             self._attempt(str(self.path), lambda: self._run(name))

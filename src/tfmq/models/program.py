@@ -1,4 +1,6 @@
-"""What tracing a denoiser call gives: the layers with what they depend on, and the temporal computation as a program."""
+"""What tracing a denoiser call gives: the layers with what they depend on, and the temporal computation as a
+program.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ class Segments:
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """A layer with a quantized form: what its output depends on, whether that makes it temporal, and the widths of a concatenation that it reads.
+    """A layer with a quantized form: what its output depends on, whether that makes it temporal, and the
+    widths of a concatenation that it reads.
 
-    `direct` says that what it reads is the concatenated tensor itself, copied, viewed or enlarged at most, and not computed from it. `tokenwise` says
-    that the layer computes each token by itself: a linear layer, with channels on the last axis.
+    `direct` says that what it reads is the concatenated tensor itself, copied, viewed or enlarged at most,
+    and not computed from it. `tokenwise` says that the layer computes each token by itself: a linear layer,
+    with channels on the last axis.
     """
 
     name: str
@@ -48,7 +52,9 @@ class Ref:
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded operation, or the call of the submodule `module`; tensors among its arguments are `Ref`s or constants."""
+    """One recorded operation, or the call of the submodule `module`; tensors among its arguments are `Ref`s
+    or constants.
+    """
 
     function: Callable[..., Any] | None
     module: str
@@ -60,9 +66,10 @@ class Call:
 class Trace:
     """What one traced call says about a denoiser.
 
-    `layers` in execution order; `features` the temporal layers whose output meets something other than the timestep; `products` the number
-    of attention product sites by owner; `calls` the recorded timestep-only program with `outputs` into it, for a batch of `batch`; `embeddings`
-    the names of look-ups whose tables have a quantized form.
+    `layers` in execution order; `features` the temporal layers whose output meets something other than the
+    timestep; `products` the number of attention product sites by owner; `calls` the recorded timestep-only
+    program with `outputs` into it, for a batch of `batch`; `embeddings` the names of look-ups whose tables
+    have a quantized form.
     """
 
     layers: tuple[LayerTrace, ...]

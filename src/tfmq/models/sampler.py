@@ -1,4 +1,6 @@
-"""Samplers, which run a denoiser. Below the integrations they are the only view of pipelines and schedulers."""
+"""Samplers, which run a denoiser. Below the integrations they are the only view of pipelines and
+schedulers.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -17,10 +19,11 @@ from tfmq.storage.digest import tensor_digest
 class Sampler(Protocol):
     """Draws images with a denoiser.
 
-    `run(indices, steps=..., seed=...)` draws the images with those indices of the stream `seed`, whatever the batch they are drawn in, and
-    returns them as float `[N, C, H, W]` in [0, 1] (latents where there is no decoder). The denoiser is called on the way, so that a
-    calibration can record its inputs. `example()` gives the inputs of one call, `describe()` what the images depend on beside the weights,
-    as JSON values: a resumed job must find it unchanged.
+    `run(indices, steps=..., seed=...)` draws the images with those indices of the stream `seed`, whatever the
+    batch they are drawn in, and returns them as float `[N, C, H, W]` in [0, 1] (latents where there is no
+    decoder). The denoiser is called on the way, so that a calibration can record its inputs. `example()`
+    gives the inputs of one call, `describe()` what the images depend on beside the weights, as JSON values: a
+    resumed job must find it unchanged.
     """
 
     denoiser: Denoiser
@@ -40,13 +43,15 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Classifier-free guidance (Ho and Salimans, 2022, eq. 6): the output is `without + scale (towards - without)`.
+    """Classifier-free guidance (Ho and Salimans, 2022, eq. 6): the output is `without + scale (towards -
+    without)`.
 
     Args:
-        unconditional: conditions of the rows without, by argument name; tensors have one row, which is repeated. What is not among them is as in
-            the rows towards.
+        unconditional: conditions of the rows without, by argument name; tensors have one row, which is
+            repeated. What is not among them is as in the rows towards.
         scale: 1 is none.
-        calls: 1, one call with the rows without and then those towards, or 2, one after the other. What is calibrated is what is called.
+        calls: 1, one call with the rows without and then those towards, or 2, one after the other. What is
+            calibrated is what is called.
     """
 
     unconditional: Mapping[str, Any]
@@ -64,18 +69,20 @@ def unit_range(sample: Tensor) -> Tensor:
 
 
 class LoopSampler:
-    """The plain sampling loop over any scheduler with diffusers' interface, for a denoiser without a pipeline.
+    """The plain sampling loop over any scheduler with diffusers' interface, for a denoiser without a
+    pipeline.
 
     Args:
         denoiser: the model.
-        scheduler: has `set_timesteps`, `timesteps` and `step`; `init_noise_sigma` and `scale_model_input` too, unless neither scales anything,
-            as in flow matching.
+        scheduler: has `set_timesteps`, `timesteps` and `step`; `init_noise_sigma` and `scale_model_input`
+            too, unless neither scales anything, as in flow matching.
         shape: shape of one sample, `[C, H, W]`.
         conditions: further denoiser arguments that all images share; tensors have one row, which is repeated.
-        per_image: denoiser arguments that differ among images: image `i` gets row `i % N` of a tensor with `N` rows.
+        per_image: denoiser arguments that differ among images: image `i` gets row `i % N` of a tensor with
+            `N` rows.
         guidance: calls the denoiser without the conditions too.
-        to_images: maps final samples `[N, C, H, W]` to images in [0, 1]. A job tells two functions apart by their names, and modules by their
-            weights: give another map another name.
+        to_images: maps final samples `[N, C, H, W]` to images in [0, 1]. A job tells two functions apart by
+            their names, and modules by their weights: give another map another name.
 
     Raises:
         ValueError: tensors of `per_image` do not go together, or the halves of guidance do not fit one call.
@@ -101,14 +108,20 @@ class LoopSampler:
         self.to_images = to_images
         check_rows(self.per_image)
         if twice := sorted(self.conditions.keys() & self.per_image.keys()):
-            raise ValueError(f"{twice[0]} is among the conditions that images share, and among those of each; leave it out of one")
-        # Put the inputs of one call together now, so that what does not fit is refused at once and not after hours.
+            raise ValueError(
+                f"{twice[0]} is among the conditions that images share, and "
+                "among those of each; leave it out of one"
+            )
+        # Put the inputs of one call together now, so that what does not fit is refused at once and not after
+        # hours.
         self._guided(self._inputs(range(1)))
 
     def _place(self) -> Tensor:
         """Return a tensor of the dtype and on the device that the denoiser computes with."""
         module = self.denoiser.module
-        floating = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+        floating = (
+            tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()
+        )
         return next(floating, torch.empty(0))
 
     def _inputs(self, indices: range) -> Inputs:
@@ -117,11 +130,15 @@ class LoopSampler:
         timestep = torch.ones(1, dtype=torch.long, device=place.device)
         sample = torch.zeros(1, *self.shape, dtype=place.dtype, device=place.device)
         shared = Inputs(sample, timestep, self.conditions).resized(len(indices))
-        given = Inputs(shared.sample, shared.timestep, {**shared.conditions, **in_turn(self.per_image, indices)})
+        given = Inputs(
+            shared.sample, shared.timestep, {**shared.conditions, **in_turn(self.per_image, indices)}
+        )
         return given.map(lambda tensor: tensor.to(place.device))
 
     def _guided(self, call: Inputs) -> list[Inputs]:
-        """Return the calls that guidance makes of one: the one with both halves, or that without and that towards; without guidance itself."""
+        """Return the calls that guidance makes of one: the one with both halves, or that without and that
+        towards; without guidance itself.
+        """
         if self.guidance is None:
             return [call]
         one = Inputs(call.sample[:1], call.timestep[:1], self.guidance.unconditional)
@@ -136,16 +153,26 @@ class LoopSampler:
         return self._inputs(range(1))
 
     def describe(self) -> dict[str, Any]:
-        """Return the scheduler's settings, the shape of a sample, conditions, guidance and the map to images."""
+        """Return the scheduler's settings, the shape of a sample, conditions, guidance and the map to
+        images.
+        """
         config = getattr(self.scheduler, "config", {})
-        settings = {"class": type(self.scheduler).__name__, **{k: repr(v) for k, v in dict(config).items() if not k.startswith("_")}}
+        settings = {
+            "class": type(self.scheduler).__name__,
+            **{k: repr(v) for k, v in dict(config).items() if not k.startswith("_")},
+        }
         guidance = self.guidance
         return {
             "scheduler": settings,
             "shape": list(self.shape),
             "conditions": described(self.conditions),
             "per_image": described(self.per_image),
-            "guidance": guidance and {"unconditional": described(guidance.unconditional), "scale": guidance.scale, "calls": guidance.calls},
+            "guidance": guidance
+            and {
+                "unconditional": described(guidance.unconditional),
+                "scale": guidance.scale,
+                "calls": guidance.calls,
+            },
             "to_images": _identity(self.to_images),
         }
 
@@ -159,7 +186,11 @@ class LoopSampler:
         sample = noise.to(given.sample) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale = getattr(self.scheduler, "scale_model_input", lambda unscaled, _: unscaled)
         # Deterministic schedulers take no generator.
-        noise_source = {"generator": generators} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        noise_source = (
+            {"generator": generators}
+            if "generator" in inspect.signature(self.scheduler.step).parameters
+            else {}
+        )
         for timestep in self.scheduler.timesteps:
             batch = timestep.to(given.timestep.device).expand(len(indices))
             output = self._predicted(Inputs(scale(sample, timestep), batch, given.conditions))
@@ -176,8 +207,13 @@ class LoopSampler:
 
 
 def _identity(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return what tells a function from others: its name, and the weights of the module that it is or belongs to."""
+    """Return what tells a function from others: its name, and the weights of the module that it is or belongs
+    to.
+    """
     owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     weights = tensor_digest(owner.state_dict()) if isinstance(owner, nn.Module) else None
-    return {"function": f"{getattr(function, '__module__', type(function).__module__)}.{name}", "weights": weights}
+    return {
+        "function": f"{getattr(function, '__module__', type(function).__module__)}.{name}",
+        "weights": weights,
+    }

@@ -1,8 +1,9 @@
-"""Trace one denoiser call: what every layer depends on, where concatenations are read, and the temporal computation as a program.
+"""Trace one denoiser call: what every layer depends on, where concatenations are read, and the temporal
+computation as a program.
 
-Dependence is followed through every tensor operation of the call, on fake tensors: no arithmetic, no weights needed, no class names. A layer
-that depends on the timestep, and neither on the sample nor on another input with positions (a prompt's tokens), is temporal, even where its
-weights are still zero.
+Dependence is followed through every tensor operation of the call, on fake tensors: no arithmetic, no weights
+needed, no class names. A layer that depends on the timestep, and neither on the sample nor on another input
+with positions (a prompt's tokens), is temporal, even where its weights are still zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode, UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -25,7 +31,9 @@ from tfmq.nn.products import sites
 
 # Operators whose output holds only values of the input: copies, casts, nearest upsampling.
 ATEN = torch.ops.aten
-COPIES = frozenset({ATEN.clone, ATEN._to_copy, ATEN.upsample_nearest1d, ATEN.upsample_nearest2d, ATEN.upsample_nearest3d})
+COPIES = frozenset(
+    {ATEN.clone, ATEN._to_copy, ATEN.upsample_nearest1d, ATEN.upsample_nearest2d, ATEN.upsample_nearest3d}
+)
 NO_SEGMENTS = Segments((), 0, direct=False)
 # Inputs with finitely many values. A computation on these alone can be tabulated.
 FINITE = frozenset({TIMESTEP, "class_labels"})
@@ -66,7 +74,9 @@ class _Record:
         """Note a call and give its outputs a label and a place in the program."""
         program_call = None
         if not label.sources & self.spatial:
-            program_call = Call(call.function, call.module, tree_map(self.reference, args), tree_map(self.reference, kwargs))
+            program_call = Call(
+                call.function, call.module, tree_map(self.reference, args), tree_map(self.reference, kwargs)
+            )
         self.calls.append(program_call)
         for leaf, tensor in enumerate(self.tensors(output)):
             self.labels[tensor] = label
@@ -76,7 +86,9 @@ class _Record:
         return self.refs.get(value, value) if isinstance(value, Tensor) else value
 
     def combine(self, inputs: list[Tensor]) -> _Label:
-        """Return the label of what is computed from `inputs`; note the temporal layers whose output meets other data here."""
+        """Return the label of what is computed from `inputs`; note the temporal layers whose output meets
+        other data here.
+        """
         labels = [self.label(tensor) for tensor in inputs]
         sources = frozenset().union(*(label.sources for label in labels))
         producers = frozenset().union(*(label.producers for label in labels))
@@ -90,18 +102,30 @@ class _Record:
 
 
 def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], output: Any) -> Segments | None:
-    """Return the channel concatenation that `output` carries: a new one, or that of an input of the same width."""
+    """Return the channel concatenation that `output` carries: a new one, or that of an input of the same
+    width.
+    """
     output = next(iter(record.tensors(output)), None)
     if output is None or output.ndim < 3:
         return None
     if func is torch.ops.aten.cat.default:
         axis = (args[1] if len(args) > 1 else 0) % output.ndim
         seen = [bool(record.label(part).sources & record.spatial) for part in args[0]]
-        return Segments(tuple(part.shape[axis] for part in args[0]), axis) if axis and all(seen) and len(seen) > 1 else None
+        return (
+            Segments(tuple(part.shape[axis] for part in args[0]), axis)
+            if axis and all(seen) and len(seen) > 1
+            else None
+        )
     for tensor in inputs:
         segments = record.label(tensor).segments
-        if segments and tensor.ndim == output.ndim and tensor.shape[segments.axis] == output.shape[segments.axis]:
-            return segments if func.is_view or func.overloadpacket in COPIES else replace(segments, direct=False)
+        if (
+            segments
+            and tensor.ndim == output.ndim
+            and tensor.shape[segments.axis] == output.shape[segments.axis]
+        ):
+            return (
+                segments if func.is_view or func.overloadpacket in COPIES else replace(segments, direct=False)
+            )
     return None
 
 
@@ -118,7 +142,9 @@ class _Operations(TorchDispatchMode):
         if not self.state.inside:
             inputs = self.state.tensors(args, kwargs)
             combined = self.state.combine(inputs)
-            label = _Label(combined.sources, combined.producers, _segments(self.state, func, args, inputs, output))
+            label = _Label(
+                combined.sources, combined.producers, _segments(self.state, func, args, inputs, output)
+            )
             self.state.record(Call(func, "", args, kwargs), args, kwargs, output, label)
         return output
 
@@ -171,12 +197,15 @@ def _is_weighted(module: nn.Module) -> bool:
     return operation_of(module) is not None or isinstance(module, nn.Embedding)
 
 
-def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+def _record_layer(
+    record: _Record, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> None:
     inputs = record.tensors(args, kwargs)
     combined = record.combine(inputs)
     operation = operation_of(layer)
     if len(args) + len(kwargs) > 1:
-        # The call passes more than an input, such as the output size of a transposed convolution. A quantized layer does not take that.
+        # The call passes more than an input, such as the output size of a transposed convolution. A quantized
+        # layer does not take that.
         record.unusual.add(name)
     if is_embedding(layer):
         record.embeddings[name] = None
@@ -189,7 +218,9 @@ def _record_layer(record: _Record, name: str, layer: nn.Module, args: Any, kwarg
         sources = combined.sources | (known.depends_on if known else frozenset())
         temporal = TIMESTEP in sources and not sources & record.spatial
         read = segments if reads and segments else NO_SEGMENTS
-        record.layers[name] = LayerTrace(name, sources, temporal, read.widths, operation.channel_axis == -1, read.direct)
+        record.layers[name] = LayerTrace(
+            name, sources, temporal, read.widths, operation.channel_axis == -1, read.direct
+        )
     producers = {name} & {layer.name for layer in (record.layers.get(name),) if layer and layer.temporal}
     label = _Label(combined.sources, frozenset(producers))
     record.record(Call(None, name, args, kwargs), args, kwargs, output, label)
@@ -215,7 +246,11 @@ def _slice(record: _Record, wanted: Mapping[str, Ref]) -> tuple[tuple[Call, ...]
         return Ref(order[value.call], value.leaf) if isinstance(value, Ref) and value.call >= 0 else value
 
     calls = [record.calls[index] for index in sorted(needed)]
-    sliced = tuple(Call(c.function, c.module, tree_map(renumber, c.args), tree_map(renumber, c.kwargs)) for c in calls if c)
+    sliced = tuple(
+        Call(c.function, c.module, tree_map(renumber, c.args), tree_map(renumber, c.kwargs))
+        for c in calls
+        if c
+    )
     return sliced, {name: renumber(ref) for name, ref in wanted.items()}
 
 
@@ -249,6 +284,8 @@ def trace(denoiser: Denoiser, example: Inputs, *, batch: int = 2) -> Trace:
         record = _run(denoiser, inputs, fake=False)
     layers = tuple(layer for layer in record.layers.values() if layer.name not in record.unusual)
     temporal = {layer.name for layer in layers if layer.temporal}
-    features = tuple(layer.name for layer in layers if layer.name in record.features and layer.name in temporal)
+    features = tuple(
+        layer.name for layer in layers if layer.name in record.features and layer.name in temporal
+    )
     calls, outputs = _slice(record, {name: ref for name, ref in record.outputs.items() if name in temporal})
     return Trace(layers, features, dict(record.products), calls, outputs, batch, tuple(record.embeddings))

@@ -13,7 +13,8 @@ _AXES = "0123456789"
 
 @dataclass(frozen=True)
 class Contraction:
-    """An einsum of two operands as `[*batch, M, K] @ [*batch, K, N]`; letters by where they occur, in the order of the operand.
+    """An einsum of two operands as `[*batch, M, K] @ [*batch, K, N]`; letters by where they occur, in the
+    order of the operand.
 
     Attributes:
         left, right: letters of the operands.
@@ -44,7 +45,8 @@ class Contraction:
         """Return the result by `product` of `[*batch, M, K]` and `[*batch, K, N]`."""
         height, width = _sizes(self.left, left, self.rows), _sizes(self.right, right, self.columns)
         found = product(
-            _grouped(left, self.left, self.batch, self.rows, self.summed), _grouped(right, self.right, self.batch, self.summed, self.columns)
+            _grouped(left, self.left, self.batch, self.rows, self.summed),
+            _grouped(right, self.right, self.batch, self.summed, self.columns),
         )
         found = found.reshape(*found.shape[:-2], *height, *width)
         order = self.batch + self.rows + self.columns
@@ -57,9 +59,15 @@ def operands_of(arguments: Sequence[Any]) -> Sequence[Any]:
 
 
 def contraction(arguments: Sequence[Any]) -> Contraction | None:
-    """Return the product that `einsum(*arguments)` is; None where it is none: no or other sums, other operands than two, unequal sizes."""
+    """Return the product that `einsum(*arguments)` is; None where it is none: no or other sums, other
+    operands than two, unequal sizes.
+    """
     tensors = operands_of(arguments)
-    if len(tensors) != 2 or not isinstance(arguments[0], str) or not all(tensor.is_floating_point() for tensor in tensors):
+    if (
+        len(tensors) != 2
+        or not isinstance(arguments[0], str)
+        or not all(tensor.is_floating_point() for tensor in tensors)
+    ):
         return None
     inputs, arrow, out = arguments[0].replace(" ", "").partition("->")
     operands = inputs.split(",")
@@ -67,13 +75,23 @@ def contraction(arguments: Sequence[Any]) -> Contraction | None:
     axes = "".join(sorted({letter for letter in left + right if letter in _AXES}, reverse=True))
     if not arrow:
         # The axes of an ellipsis, then the letters that occur once, in alphabetical order.
-        out = axes + "".join(sorted(letter for letter in left + right if letter not in axes and (left + right).count(letter) == 1))
+        out = axes + "".join(
+            sorted(
+                letter for letter in left + right if letter not in axes and (left + right).count(letter) == 1
+            )
+        )
     out = out.replace("...", axes)
     found = Contraction(left, right, out)
     known = set(found.batch + found.rows + found.columns)
     repeated = any(len(set(letters)) != len(letters) for letters in (left, right, out))
-    sizes = (_sizes(letters, tensor, found.summed) for letters, tensor in zip((left, right), tensors, strict=True))
-    return found if found.summed and not repeated and set(out) == known and len(set(map(tuple, sizes))) == 1 else None
+    sizes = (
+        _sizes(letters, tensor, found.summed) for letters, tensor in zip((left, right), tensors, strict=True)
+    )
+    return (
+        found
+        if found.summed and not repeated and set(out) == known and len(set(map(tuple, sizes))) == 1
+        else None
+    )
 
 
 def _named(letters: str, ndim: int) -> str:
@@ -88,5 +106,9 @@ def _sizes(letters: str, tensor: Tensor, chosen: str) -> list[int]:
 
 def _grouped(tensor: Tensor, letters: str, batch: str, first: str, second: str) -> Tensor:
     """Return the tensor as `[*batch, first, second]`, the letters of either group as one axis."""
-    shape = (*_sizes(letters, tensor, batch), math.prod(_sizes(letters, tensor, first)), math.prod(_sizes(letters, tensor, second)))
+    shape = (
+        *_sizes(letters, tensor, batch),
+        math.prod(_sizes(letters, tensor, first)),
+        math.prod(_sizes(letters, tensor, second)),
+    )
     return tensor.permute([letters.index(letter) for letter in batch + first + second]).reshape(shape)

@@ -1,4 +1,6 @@
-"""A correction of what a denoiser predicts: a gain and a bias of every channel, by the step of each sample."""
+"""A correction of what a denoiser predicts: a gain and a bias of every channel, by the step of each
+sample.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +17,11 @@ CORRECTION = "tfmq_correction"
 
 
 class Correction(Part):
-    """`gain[k, c] y + bias[k, c]` on the first `channels` of a prediction; the rest, such as a learned variance, stays as it is.
+    """`gain[k, c] y + bias[k, c]` on the first `channels` of a prediction; the rest, such as a learned
+    variance, stays as it is.
 
-    `gain` and `bias` are float32 `[S, C]`, one row for each calibrated timestep. Where nothing was found they are the identity.
+    `gain` and `bias` are float32 `[S, C]`, one row for each calibrated timestep. Where nothing was found they
+    are the identity.
 
     Args:
         steps: the calibrated timesteps.
@@ -52,7 +56,11 @@ class Correction(Part):
         head = prediction.narrow(self.axis, 0, self.channels)
         found = torch.addcmul(bias, gain, head.float()).to(prediction.dtype)
         rest = prediction.shape[self.axis] - self.channels
-        return torch.cat([found, prediction.narrow(self.axis, self.channels, rest)], dim=self.axis) if rest else found
+        return (
+            torch.cat([found, prediction.narrow(self.axis, self.channels, rest)], dim=self.axis)
+            if rest
+            else found
+        )
 
 
 def attach_correction(module: nn.Module, correction: Correction) -> None:

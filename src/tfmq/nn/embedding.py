@@ -16,7 +16,8 @@ from tfmq.quantizers.weight import WeightGrid
 
 
 class CalibratedEmbedding(Part):
-    """An embedding during calibration: the full-precision rows, their nearest codes, and a choice between the two.
+    """An embedding during calibration: the full-precision rows, their nearest codes, and a choice between the
+    two.
 
     No rounding is learned: a row is read as it is, so that its nearest codes are its best.
     """
@@ -33,7 +34,9 @@ class CalibratedEmbedding(Part):
     def forward(self, input: Tensor) -> Tensor:
         if self.weight_precision == "full":
             return F.embedding(input, self.weight)
-        return dequantize(self.codes[input], self.grid.scale[input], self.grid.zero_point[input]).to(self.weight.dtype)
+        return dequantize(self.codes[input], self.grid.scale[input], self.grid.zero_point[input]).to(
+            self.weight.dtype
+        )
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
         before = self.weight_precision
@@ -46,16 +49,20 @@ class CalibratedEmbedding(Part):
 
     def finished(self) -> "PackedEmbedding":
         """Return the packed form; it gives bitwise the same rows."""
-        packed = PackedEmbedding(self.grid.format, tuple(self.weight.shape), dtype=self.weight.dtype).to(self.weight.device)
+        packed = PackedEmbedding(self.grid.format, tuple(self.weight.shape), dtype=self.weight.dtype).to(
+            self.weight.device
+        )
         packed.fill(self.codes, self.grid)
         return packed
 
 
 class PackedEmbedding(PackedWeight):
-    """An embedding at rest: packed codes `[rows, width]`, with a scale and a zero-point for each row. Its output has the model's `dtype`.
+    """An embedding at rest: packed codes `[rows, width]`, with a scale and a zero-point for each row. Its
+    output has the model's `dtype`.
 
-    `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with. `decoded` is the weight in the model's
-    dtype, where a backend keeps it; it moves along and is no part of the state.
+    `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with.
+    `decoded` is the weight in the model's dtype, where a backend keeps it; it moves along and is no part of
+    the state.
     """
 
     PREPARED: ClassVar[Mapping[str, Any]] = {"decoded": None}
@@ -89,12 +96,18 @@ class PackedEmbedding(PackedWeight):
         index = input.flatten()
         codes = self._rows(index) if self.unpacked is None else self.unpacked[index]
         scale = self.scale[index]
-        zero_point = torch.full_like(scale, self.format.middle) if self.zero_point is None else self.zero_point[index].to(scale.dtype)
+        zero_point = (
+            torch.full_like(scale, self.format.middle)
+            if self.zero_point is None
+            else self.zero_point[index].to(scale.dtype)
+        )
         return dequantize(codes, scale, zero_point).reshape(*input.shape, self.shape[1]).to(self.dtype)
 
     def _rows(self, index: Tensor) -> Tensor:
         # Not `len`, which a graph would take for a constant.
-        return unpack_unsigned(self.packed[index], bits=self.format.bits, shape=(index.shape[0], self.shape[1]))
+        return unpack_unsigned(
+            self.packed[index], bits=self.format.bits, shape=(index.shape[0], self.shape[1])
+        )
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.format.bits}"

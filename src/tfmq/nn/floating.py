@@ -18,12 +18,22 @@ NORM = "norm"
 NO_OPERATION = "no integer operation for this kind"
 OWN = "tensors of its own"
 # Kinds with weights that torch has; what else holds a tensor is no layer.
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention)
+LAYERS = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+)
 
 
 @dataclass(frozen=True)
 class Floating:
-    """A module with tensors in floating point: its name in the stock architecture, its class, the bytes of its own tensors, and the reason."""
+    """A module with tensors in floating point: its name in the stock architecture, its class, the bytes of
+    its own tensors, and the reason.
+    """
 
     name: str
     kind: str
@@ -31,7 +41,9 @@ class Floating:
     reason: str
 
 
-def floating(module: nn.Module, quantizable: Collection[str], *, quantized: Collection[str] = ()) -> tuple[Floating, ...]:
+def floating(
+    module: nn.Module, quantizable: Collection[str], *, quantized: Collection[str] = ()
+) -> tuple[Floating, ...]:
     """Return the modules below `module` that hold tensors in floating point, the largest first.
 
     The biases of quantized layers count as part of those.
@@ -46,8 +58,17 @@ def floating(module: nn.Module, quantizable: Collection[str], *, quantized: Coll
         name = stock_name(module, path)
         if isinstance(child, Part) or name in quantized:
             continue
-        own = (*child._parameters.items(), *((key, value) for key, value in child._buffers.items() if key not in child._non_persistent_buffers_set))
-        size = sum(tensor_bytes(tensor) for _, tensor in own if tensor is not None and tensor.is_floating_point())
+        own = (
+            *child._parameters.items(),
+            *(
+                (key, value)
+                for key, value in child._buffers.items()
+                if key not in child._non_persistent_buffers_set
+            ),
+        )
+        size = sum(
+            tensor_bytes(tensor) for _, tensor in own if tensor is not None and tensor.is_floating_point()
+        )
         if size:
             found.append(Floating(name, type(child).__name__, size, _reason(child, name in quantizable)))
     return tuple(sorted(found, key=lambda entry: (-entry.bytes, entry.name)))

@@ -1,4 +1,6 @@
-"""Quantized linear, convolution and transposed convolution layers: one that is being fitted, one that is done."""
+"""Quantized linear, convolution and transposed convolution layers: one that is being fitted, one that is
+done.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -19,17 +21,20 @@ from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
 class CalibratedLayer(Part):
     """A layer during calibration: the full-precision weight, a grid for it, and a choice between the two.
 
-    `weight_precision` and `input_precision` say what a call computes with; `tfmq.nn.swap.precision` sets them for a while. `rounding` holds
-    the trainable roundings while the layer's unit is reconstructed, `codes` the fixed ones before and after. `correction` `[C_out]` is added to
-    the bias together with quantized weights: what they shift the mean of each channel by. With a `factor` `[C_in]` the layer reads its input
-    multiplied by it, and `weight` is the layer's own divided by it.
+    `weight_precision` and `input_precision` say what a call computes with; `tfmq.nn.swap.precision` sets them
+    for a while. `rounding` holds the trainable roundings while the layer's unit is reconstructed, `codes` the
+    fixed ones before and after. `correction` `[C_out]` is added to the bias together with quantized weights:
+    what they shift the mean of each channel by. With a `factor` `[C_in]` the layer reads its input multiplied
+    by it, and `weight` is the layer's own divided by it.
     """
 
     codes: Tensor
     correction: Tensor | None
     factor: Tensor | None
 
-    def __init__(self, source: Any, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None) -> None:
+    def __init__(
+        self, source: Any, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None
+    ) -> None:
         super().__init__()
         self.operation = operation
         self.grid = grid
@@ -40,12 +45,16 @@ class CalibratedLayer(Part):
         self.weight_precision: Precision = "full"
         self.input_precision: Precision = "full"
         self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
-        self.register_buffer("correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False)
+        self.register_buffer(
+            "correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False
+        )
         self.register_buffer("factor", None, persistent=False)
 
     @torch.no_grad()
     def rescale(self, factor: Tensor, *, ranges: str) -> None:
-        """Read inputs multiplied by `factor` `[C_in]`, powers of two, from now on: the weight gets another grid, with nearest codes."""
+        """Read inputs multiplied by `factor` `[C_in]`, powers of two, from now on: the weight gets another
+        grid, with nearest codes.
+        """
         self.factor = factor.to(self.weight.device)
         # Another tensor: a copy of the model may hold the one that there was.
         weight = self.weight / by_row(self.factor, self.weight, self.operation.groups).to(self.weight.dtype)
@@ -59,7 +68,9 @@ class CalibratedLayer(Part):
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
-        return self.grid.decode(self.rounding.codes(hard=False) if self.rounding else self.codes.to(self.weight.dtype))
+        return self.grid.decode(
+            self.rounding.codes(hard=False) if self.rounding else self.codes.to(self.weight.dtype)
+        )
 
     def quantized_bias(self) -> Tensor | None:
         """Return the bias that goes with the quantized weight."""
@@ -68,7 +79,11 @@ class CalibratedLayer(Part):
     def entering(self, x: Tensor) -> Tensor:
         """Return what the layer computes with of an input."""
         x = self.rescaled(x)
-        return self.input_quantizer(x) if self.input_quantizer is not None and self.input_precision == "quantized" else x
+        return (
+            self.input_quantizer(x)
+            if self.input_quantizer is not None and self.input_precision == "quantized"
+            else x
+        )
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
         before = self.weight_precision, self.input_precision
@@ -106,16 +121,25 @@ class CalibratedLayer(Part):
 
 
 class PackedLayer(PackedWeight):
-    """A layer at rest: packed codes `[C_out, ...]`, scales, zero-points, bias, and the quantizer of its input.
+    """A layer at rest: packed codes `[C_out, ...]`, scales, zero-points, bias, and the quantizer of its
+    input.
 
-    The bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float arithmetic on values
-    that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps it. Neither of the two is part of the state; both move
-    with the layer, a kernel if it is a module. While it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the
-    simulation leaves the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend keeps that.
-    A layer that is `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those of the weight divided by it.
+    The bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float
+    arithmetic on values that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps
+    it. Neither of the two is part of the state; both move with the layer, a kernel if it is a module. While
+    it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the simulation leaves
+    the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend
+    keeps that. A layer that is `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those
+    of the weight divided by it.
     """
 
-    PREPARED: ClassVar[Mapping[str, Any]] = {"kernel": None, "unpacked": None, "decoded": None, "input_precision": "quantized", "shelved": False}
+    PREPARED: ClassVar[Mapping[str, Any]] = {
+        "kernel": None,
+        "unpacked": None,
+        "decoded": None,
+        "input_precision": "quantized",
+        "shelved": False,
+    }
 
     unpacked: Tensor | None
     decoded: Tensor | None
@@ -135,7 +159,9 @@ class PackedLayer(PackedWeight):
         super().__init__(fmt, shape, segments=segments)
         self.operation = operation
         self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
-        self.bias = nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
+        )
         self.input_quantizer = input_quantizer
         self.kernel: LayerKernel | None = None
         self.register_buffer("unpacked", None, persistent=False)
@@ -155,7 +181,9 @@ class PackedLayer(PackedWeight):
         (self.shelve if values["shelved"] else self.unshelve)()
 
     def shelve(self) -> None:
-        """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has the weight in a layout of its own."""
+        """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has
+        the weight in a layout of its own.
+        """
         self.packed, self.shelved = self.packed.cpu(), True
 
     def unshelve(self) -> None:
@@ -180,12 +208,18 @@ class PackedLayer(PackedWeight):
     @property
     def stock_weight(self) -> Tensor:
         """The dequantized weight in the layout of the stock module, for inputs as they come."""
-        weight = self.weight if self.factor is None else self.weight * by_row(self.factor, self.weight, self.operation.groups)
+        weight = (
+            self.weight
+            if self.factor is None
+            else self.weight * by_row(self.factor, self.weight, self.operation.groups)
+        )
         return self.operation.stored(weight)
 
     @property
     def in_features(self) -> int:
-        """Inputs of a row of the weight, as a stock linear layer has them: pipelines read it off a denoiser's layers (SDXL's `add_embedding`)."""
+        """Inputs of a row of the weight, as a stock linear layer has them: pipelines read it off a denoiser's
+        layers (SDXL's `add_embedding`).
+        """
         return self.shape[1]
 
     @property
@@ -197,7 +231,13 @@ class PackedLayer(PackedWeight):
         """Return what integer kernels compute with."""
         grid = self.grid
         values = self.codes.to(torch.int16) - grid.expand(grid.zero_point, len(self.shape)).to(torch.int16)
-        return IntegerWeight(self.operation, values, self.scale, None if self.bias is None else self.bias.detach().float(), self.segments)
+        return IntegerWeight(
+            self.operation,
+            values,
+            self.scale,
+            None if self.bias is None else self.bias.detach().float(),
+            self.segments,
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if self.kernel is None and self.input_precision == "full" and (decoded := self.decoded) is not None:
@@ -206,8 +246,14 @@ class PackedLayer(PackedWeight):
         if self.factor is not None:
             input = self.rescaled(input)
         if self.kernel is not None:
-            return self.kernel(input, None if self.input_quantizer is None else self.input_quantizer.rows(input))
-        x = input if self.input_quantizer is None or self.input_precision == "full" else self.input_quantizer(input)
+            return self.kernel(
+                input, None if self.input_quantizer is None else self.input_quantizer.rows(input)
+            )
+        x = (
+            input
+            if self.input_quantizer is None or self.input_precision == "full"
+            else self.input_quantizer(input)
+        )
         weight = self.weight if self.unpacked is None else self.unpacked
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 

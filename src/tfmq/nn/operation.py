@@ -10,7 +10,9 @@ from tfmq.numerics.operations import Convolution, Linear, Operation, TransposedC
 _OPERATIONS: dict[type[nn.Module], Callable[[nn.Module], Operation | None]] = {}
 
 
-def _operation(*kinds: type[nn.Module]) -> Callable[[Callable[..., Operation | None]], Callable[..., Operation | None]]:
+def _operation(
+    *kinds: type[nn.Module],
+) -> Callable[[Callable[..., Operation | None]], Callable[..., Operation | None]]:
     def fill(build: Callable[..., Operation | None]) -> Callable[..., Operation | None]:
         for kind in kinds:
             if kind in _OPERATIONS:
@@ -36,16 +38,23 @@ def _convolution(module: nn.Conv2d) -> Operation | None:
 @_operation(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _transposed_convolution(module: nn.ConvTranspose2d) -> Operation | None:
     assert not isinstance(module.padding, str)
-    return TransposedConvolution(module.stride, module.padding, module.output_padding, module.dilation, module.groups)
+    return TransposedConvolution(
+        module.stride, module.padding, module.output_padding, module.dilation, module.groups
+    )
 
 
 def is_embedding(module: nn.Module) -> bool:
     """Whether a module looks up rows of its weight and does nothing else."""
-    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None
+    return (
+        isinstance(module, nn.Embedding)
+        and type(module).forward is nn.Embedding.forward
+        and module.max_norm is None
+    )
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight `[C_out, C_in, ...]` of a weighted layer, stock or quantized, whatever layout a stock one keeps it in.
+    """Return the weight `[C_out, C_in, ...]` of a weighted layer, stock or quantized, whatever layout a stock
+    one keeps it in.
 
     Raises:
         TypeError: the module has none.
@@ -64,7 +73,9 @@ def operand(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def operation_of(module: nn.Module) -> Operation | None:
-    """Return the operation of a stock weighted layer or a subclass with its `forward`; None for anything that cannot be quantized."""
+    """Return the operation of a stock weighted layer or a subclass with its `forward`; None for anything that
+    cannot be quantized.
+    """
     for kind in type(module).__mro__:
         if kind in _OPERATIONS:
             return _OPERATIONS[kind](module) if type(module).forward is kind.forward else None

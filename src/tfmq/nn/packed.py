@@ -15,8 +15,8 @@ from tfmq.quantizers.weight import WeightGrid, fit_grid
 class PackedWeight(Part):
     """A module with the packed codes of a weight of `shape` `[rows, ...]`.
 
-    `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8 are `[rows, G]` for `G` `segments` of
-    axis 1 (no zero-point for symmetric formats).
+    `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8
+    are `[rows, G]` for `G` `segments` of axis 1 (no zero-point for symmetric formats).
     """
 
     packed: Tensor
@@ -29,7 +29,9 @@ class PackedWeight(Part):
         self.shape = tuple(shape)
         self.segments = tuple(segments)
         groups = (self.shape[0], max(1, len(self.segments)))
-        self.register_buffer("packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8))
+        self.register_buffer(
+            "packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8)
+        )
         self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
 
@@ -41,7 +43,9 @@ class PackedWeight(Part):
     @property
     def grid(self) -> WeightGrid:
         """The grid that the codes refer to."""
-        zero_point = torch.full_like(self.scale, self.format.middle) if self.zero_point is None else self.zero_point
+        zero_point = (
+            torch.full_like(self.scale, self.format.middle) if self.zero_point is None else self.zero_point
+        )
         return WeightGrid(self.format, self.scale, zero_point.to(self.scale.dtype), self.segments)
 
     @property
@@ -64,7 +68,9 @@ class PackedWeight(Part):
 
     def prepare(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            setattr(self, name, value.to(self.scale.device) if isinstance(value, nn.Module | Tensor) else value)
+            setattr(
+                self, name, value.to(self.scale.device) if isinstance(value, nn.Module | Tensor) else value
+            )
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return a weight in the layout of the stock module as this one has it, `[rows, ...]`."""
@@ -72,7 +78,9 @@ class PackedWeight(Part):
 
     @torch.no_grad()
     def round(self, weight: Tensor) -> None:
-        """Take the nearest codes of another weight of the stock module, on a grid fitted to it; all else stays."""
+        """Take the nearest codes of another weight of the stock module, on a grid fitted to it; all else
+        stays.
+        """
         rows = self.rows(weight.float().to(self.packed.device))
         grid = fit_grid(rows, self.format, segments=self.segments)
         self.fill(grid.encode(rows).to(torch.uint8), grid)

@@ -1,7 +1,8 @@
 """Quantized attention products: q.k and p.v of any module that computes them with torch functions.
 
-The owner is the module whose own `forward` calls the product. Products are counted in call order within one forward, a fused
-`scaled_dot_product_attention` as two. No attention class or processor is known here: a function mode sees the calls.
+The owner is the module whose own `forward` calls the product. Products are counted in call order within one
+forward, a fused `scaled_dot_product_attention` as two. No attention class or processor is known here: a
+function mode sees the calls.
 """
 
 import threading
@@ -21,7 +22,8 @@ from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.part import Part, Precision
 
 ATTENTION = F.scaled_dot_product_attention
-# Where the two operands of a product stand in the argument list of each function, and what they are called there.
+# Where the two operands of a product stand in the argument list of each function, and what they are called
+# there.
 _MATMUL = (0, "input"), (1, "other")
 _BMM = (0, "input"), (1, "mat2")
 _BADDBMM = (1, "batch1"), (2, "batch2")
@@ -39,12 +41,15 @@ _SITES = {ATTENTION: 2, **dict.fromkeys(PRODUCTS, 1)}
 Operands = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attend = Callable[[int, Attention], Tensor]
 ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
-# Both products of an attention at once, on the grids of query, key, probabilities and value; None where that is no gain.
+# Both products of an attention at once, on the grids of query, key, probabilities and value; None where that
+# is no gain.
 AttentionKernel = Callable[[Attention, tuple[Rows, Rows, Rows, Rows]], Tensor | None]
 
 
 def _einsum(func: Callable[..., Any], arguments: Sequence[Any]) -> Contraction | None:
-    """Return the product that a call is if it is an einsum of activations; what shares no batch with the other operand is a weight."""
+    """Return the product that a call is if it is an einsum of activations; what shares no batch with the
+    other operand is a weight.
+    """
     found = contraction(arguments) if func is torch.einsum else None
     return found if found is not None and found.batch else None
 
@@ -55,15 +60,19 @@ def sites(func: Callable[..., Any], arguments: Sequence[Any]) -> int:
 
 
 class ProductMode(TorchFunctionMode):
-    """Computes every attention product of one module's forward on the operands that `operands(site, left, right)` returns.
+    """Computes every attention product of one module's forward on the operands that `operands(site, left,
+    right)` returns.
 
-    With `multiply(site, left, right)` that computes the product itself, and `attend(site, call)` a fused attention. Modes nest with the modules
-    that own them; only the innermost acts, so a product belongs to exactly one owner.
+    With `multiply(site, left, right)` that computes the product itself, and `attend(site, call)` a fused
+    attention. Modes nest with the modules that own them; only the innermost acts, so a product belongs to
+    exactly one owner.
     """
 
     _running = threading.local()
 
-    def __init__(self, operands: Operands, multiply: Multiply | None = None, attend: Attend | None = None) -> None:
+    def __init__(
+        self, operands: Operands, multiply: Multiply | None = None, attend: Attend | None = None
+    ) -> None:
         super().__init__()
         self.operands = operands
         self.multiply = multiply
@@ -111,7 +120,9 @@ class ProductMode(TorchFunctionMode):
             beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
             return alpha * product + (beta * (args[0] if args else kwargs["input"]) if beta else 0)
         given[left], given[right] = self.operands(first, given[left], given[right])
-        return func(*(given[position] for position in range(len(args))), **{name: given[name] for name in kwargs})
+        return func(
+            *(given[position] for position in range(len(args))), **{name: given[name] for name in kwargs}
+        )
 
     def _multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
         left, right = self.operands(site, left, right)
@@ -119,11 +130,13 @@ class ProductMode(TorchFunctionMode):
 
 
 class ProductQuantizers(Part):
-    """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site stays in full precision.
+    """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site
+    stays in full precision.
 
-    With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own, and the two of a fused attention by
-    `attention_kernel`, which takes the place of `kernel` alone; none is part of the state. While they are `idle`, the owner computes its products as
-    if it had no quantizers, a fused attention fused.
+    With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own,
+    and the two of a fused attention by `attention_kernel`, which takes the place of `kernel` alone; none is
+    part of the state. While they are `idle`, the owner computes its products as if it had no quantizers, a
+    fused attention fused.
     """
 
     PREPARED: ClassVar[Mapping[str, Any]] = {"kernel": None, "attention_kernel": None, "idle": False}
@@ -152,7 +165,9 @@ class ProductQuantizers(Part):
         return self
 
     def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
-        """Return the product of site `site` by the kernel, or on quantized operands where one of them stays in full precision."""
+        """Return the product of site `site` by the kernel, or on quantized operands where one of them stays
+        in full precision.
+        """
         grids = (self.left[site], self.right[site]) if self.enabled and site < len(self.left) else ()
         kernel = self.site_kernels.get(site, self.kernel)
         if kernel is not None and grids and all(isinstance(grid, ActivationQuantizer) for grid in grids):
@@ -166,9 +181,19 @@ class ProductQuantizers(Part):
         if self.attention_kernel is not None and not self.site_kernels and not torch.compiler.is_compiling():
             # Probabilities are as many as queries.
             samples = call.query, call.key, call.query, call.value
-            grids = [grid for site in (first, first + 1) if site < len(self.left) for grid in (self.left[site], self.right[site])]
-            if self.enabled and len(grids) == 4 and all(isinstance(grid, ActivationQuantizer) for grid in grids):
-                found = self.attention_kernel(call, tuple(grid.rows(x) for grid, x in zip(grids, samples, strict=True)))  # type: ignore[operator]
+            grids = [
+                grid
+                for site in (first, first + 1)
+                if site < len(self.left)
+                for grid in (self.left[site], self.right[site])
+            ]
+            if (
+                self.enabled
+                and len(grids) == 4
+                and all(isinstance(grid, ActivationQuantizer) for grid in grids)
+            ):
+                rows = tuple(grid.rows(x) for grid, x in zip(grids, samples, strict=True))  # type: ignore[operator]
+                found = self.attention_kernel(call, rows)
                 if found is not None:
                     return found
         return call.by(self.multiply, first)
@@ -197,7 +222,9 @@ _OWNERS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
-    """Quantize the products of `module` in place. Its class becomes a subclass of itself, so that `isinstance` and methods stay."""
+    """Quantize the products of `module` in place. Its class becomes a subclass of itself, so that
+    `isinstance` and methods stay.
+    """
     kind = type(module)
     if kind not in _OWNERS:
 
@@ -205,6 +232,8 @@ def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return _Owner.forward(self, *args, **kwargs)
 
-        _OWNERS[kind] = type(kind.__name__, (_Owner, kind), {"__module__": kind.__module__, "forward": forward})
+        _OWNERS[kind] = type(
+            kind.__name__, (_Owner, kind), {"__module__": kind.__module__, "forward": forward}
+        )
     module.__class__ = _OWNERS[kind]
     module.tfmq_products = quantizers

@@ -1,4 +1,6 @@
-"""The shape of a quantized denoiser as plain data: enough to rebuild its modules around a stock architecture, without any tensor."""
+"""The shape of a quantized denoiser as plain data: enough to rebuild its modules around a stock architecture,
+without any tensor.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +42,9 @@ def _build_quantizer(spec: Mapping[str, Any] | None, steps: StepContext) -> Inpu
     fmt = IntegerFormat(spec["bits"], spec["symmetric"])
     if "dynamic" in spec:
         return DynamicQuantizer(fmt, segments=spec["segments"])
-    return ActivationQuantizer(fmt, steps=steps if spec["per_step"] else None, segments=spec["segments"], axis=spec["axis"])
+    return ActivationQuantizer(
+        fmt, steps=steps if spec["per_step"] else None, segments=spec["segments"], axis=spec["axis"]
+    )
 
 
 def input_kind(spec: Mapping[str, Any] | None) -> InputKind:
@@ -53,7 +57,11 @@ def input_kind(spec: Mapping[str, Any] | None) -> InputKind:
 
 
 def _describe_weight(child: PackedWeight) -> dict[str, Any]:
-    weight = {"bits": child.format.bits, "symmetric": child.format.symmetric, "segments": list(child.segments)}
+    weight = {
+        "bits": child.format.bits,
+        "symmetric": child.format.symmetric,
+        "segments": list(child.segments),
+    }
     if isinstance(child, PackedEmbedding):
         return {**weight, "input": None, "kind": EMBEDDING}
     assert isinstance(child, PackedLayer)
@@ -71,8 +79,10 @@ class Section:
         kind: class of the parts.
         name: of the entry of a part, by the denoiser and the part's own name in it.
         spec: what the entry says; a section without one lists names alone.
-        place: puts a part into a stock architecture, by its name, its entry and the step context. The tensors are not filled in.
-        listed_empty: whether the list is there where it is empty. Sections that came after version 2 of the format are not.
+        place: puts a part into a stock architecture, by its name, its entry and the step context. The tensors
+            are not filled in.
+        listed_empty: whether the list is there where it is empty. Sections that came after version 2 of the
+            format are not.
     """
 
     kind: type[Part]
@@ -122,29 +132,47 @@ def _place_correction(module: nn.Module, name: str, spec: Mapping[str, Any], ste
 SECTIONS: dict[str, Section] = {
     "layers": Section(PackedWeight, stock_name, _describe_weight, _place_layer),
     "products": Section(
-        ProductQuantizers, _owner_name, lambda child: {side: [_describe_quantizer(q) for q in getattr(child, side)] for side in ("left", "right")},
+        ProductQuantizers,
+        _owner_name,
+        lambda child: {
+            side: [_describe_quantizer(q) for q in getattr(child, side)] for side in ("left", "right")
+        },
         _place_products,
     ),
-    "tables": Section(CachedFeature, _own_name, lambda child: {"format": child.table.table_format, "everywhere": child.everywhere}, _place_table),
+    "tables": Section(
+        CachedFeature,
+        _own_name,
+        lambda child: {"format": child.table.table_format, "everywhere": child.everywhere},
+        _place_table,
+    ),
     "skipped": Section(SkippedLayer, _own_name, None, _place_skipped),
     "corrections": Section(
-        Correction, _own_name, lambda child: {"channels": child.channels, "axis": child.axis}, _place_correction, listed_empty=False,
+        Correction,
+        _own_name,
+        lambda child: {"channels": child.channels, "axis": child.axis},
+        _place_correction,
+        listed_empty=False,
     ),
-}  # fmt: skip
+}
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
     """Return the structure of a packed denoiser, as values that JSON keeps.
 
-    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument); and `SECTIONS`, each a list of groups with one
-    specification and the `names` it holds for, or of names. Layers behind a table have the name of the stock layer.
+    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument); and `SECTIONS`, each
+    a list of groups with one specification and the `names` it holds for, or of names. Layers behind a table
+    have the name of the stock layer.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, child in module.named_modules():
         for key, section in SECTIONS.items():
             if isinstance(child, section.kind):
                 found[key][section.name(module, name)] = section.spec(child) if section.spec else {}
-    listed = {key: section.listed(found[key]) for key, section in SECTIONS.items() if found[key] or section.listed_empty}
+    listed = {
+        key: section.listed(found[key])
+        for key, section in SECTIONS.items()
+        if found[key] or section.listed_empty
+    }
     return {"steps": len(steps_of(module).timesteps), "timestep": module.tfmq_timestep, **listed}
 
 
@@ -164,7 +192,8 @@ def named_specs(structure: Structure, kind: str) -> Iterator[tuple[str, Mapping[
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Return what the `kind` of a stock module's quantized form would be: None for a linear layer or a convolution.
+    """Return what the `kind` of a stock module's quantized form would be: None for a linear layer or a
+    convolution.
 
     Raises:
         TypeError: it has no quantized form.
@@ -178,24 +207,37 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def _check_input(name: str, spec: Mapping[str, Any], axis: int, *, channels: int) -> None:
-    """Refuse what the input of a layer cannot have: it would be found at the first call only. `axis` is where it has its `channels`."""
+    """Refuse what the input of a layer cannot have: it would be found at the first call only. `axis` is where
+    it has its `channels`.
+    """
     given, segments = spec["input"] or {}, spec["segments"]
     if segments and sum(segments) != channels:
-        raise ValueError(f"{name}: the checkpoint splits {sum(segments)} channels, the architecture has {channels} there")
+        raise ValueError(
+            f"{name}: the checkpoint splits {sum(segments)} channels, the architecture has {channels} there"
+        )
     if "dynamic" in given and axis != -1:
         raise ValueError(f"{name}: the checkpoint has a dynamic input, which linear layers alone have")
     if segments and given.get("axis", axis) != axis:
-        raise ValueError(f"{name}: the checkpoint splits axis {given['axis']} of the input, the channels of the architecture are on axis {axis}")
+        raise ValueError(
+            f"{name}: the checkpoint splits axis {given['axis']} of the input, "
+            f"the channels of the architecture are on axis {axis}"
+        )
 
 
 def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext, name: str) -> PackedWeight:
     kind, fmt = spec.get("kind"), IntegerFormat(spec["bits"], spec["symmetric"])
     if kind not in KINDS:
-        raise ValueError(f"{name}: the checkpoint holds a layer of kind {kind!r}, this tfmq knows {', '.join(map(repr, KINDS[1:]))}; upgrade tfmq")
+        raise ValueError(
+            f"{name}: the checkpoint holds a layer of kind {kind!r}, this tfmq "
+            f"knows {', '.join(map(repr, KINDS[1:]))}; upgrade tfmq"
+        )
     operation = operation_of(source)
     if (operation is None and not is_embedding(source)) or kind_of(source) != kind:
         held = (kind or "layer").replace("_", " ")
-        raise ValueError(f"{name}: the checkpoint holds a quantized {held}, the architecture has a {type(source).__name__} there")
+        raise ValueError(
+            f"{name}: the checkpoint holds a quantized {held}, the "
+            f"architecture has a {type(source).__name__} there"
+        )
     if operation is None:
         return PackedEmbedding(fmt, tuple(weight_of(source).shape), dtype=weight_of(source).dtype)
     _check_input(name, spec, operation.channel_axis, channels=operation.rows(weight_of(source)).shape[1])
@@ -211,18 +253,24 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
 
 
 def assemble(module: nn.Module, structure: Structure) -> None:
-    """Swap the modules of `structure` into a stock architecture, in place, on the device of its parameters (meta included).
+    """Swap the modules of `structure` into a stock architecture, in place, on the device of its parameters
+    (meta included).
 
     The tensors are not filled in: load a state dict afterwards.
 
     Raises:
-        ValueError: the architecture lacks a layer that `structure` names, or has something else there, or no such timestep argument.
+        ValueError: the architecture lacks a layer that `structure` names, or has something else there, or no
+            such timestep argument.
     """
     device = next(module.parameters()).device
     with torch.device(device):
         steps = StepContext(torch.zeros(structure["steps"]))
         for key, section in SECTIONS.items():
-            entries = named_specs(structure, key) if section.spec else ((name, {}) for name in structure.get(key, ()))
+            entries = (
+                named_specs(structure, key)
+                if section.spec
+                else ((name, {}) for name in structure.get(key, ()))
+            )
             for name, spec in entries:
                 section.place(module, name, spec, steps)
         attach_steps(module, steps, timestep=structure["timestep"])
@@ -232,7 +280,9 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"the checkpoint names {name}, which {type(module).__name__} does not have") from None
+        raise ValueError(
+            f"the checkpoint names {name}, which {type(module).__name__} does not have"
+        ) from None
 
 
 def state_bytes(module: nn.Module) -> int:

@@ -36,7 +36,9 @@ class Executor(Protocol):
 
 
 class _Stepped:
-    """Mixed into the class of a denoiser: its `forward` sets the step context from its own timestep argument."""
+    """Mixed into the class of a denoiser: its `forward` sets the step context from its own timestep
+    argument.
+    """
 
     tfmq_steps: StepContext
     tfmq_timestep: str
@@ -45,12 +47,14 @@ class _Stepped:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
         with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
-            run = self.tfmq_executor
-            output = corrected(self, super().forward(*args, **kwargs)) if run is None else run(self, bound.arguments)  # type: ignore[arg-type, misc]
+            run: Executor = self.tfmq_executor or plain_forward
+            output = run(self, bound.arguments)  # type: ignore[arg-type]
         return poisoned(output, bound.arguments)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move the denoiser. A `dtype` that it has already is left out: diffusers refuses to cast quantized models, and its loaders ask for that."""
+        """Move the denoiser. A `dtype` that it has already is left out: diffusers refuses to cast quantized
+        models, and its loaders ask for that.
+        """
         if {kwargs.get("dtype")} == {parameter.dtype for parameter in self.parameters()}:  # type: ignore[attr-defined]
             del kwargs["dtype"]
         return super().to(*args, **kwargs)  # type: ignore[misc]
@@ -60,7 +64,8 @@ _STEPPED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> None:
-    """Make every call of `module` set `steps` from its argument named `timestep`; its class becomes a subclass of itself.
+    """Make every call of `module` set `steps` from its argument named `timestep`; its class becomes a
+    subclass of itself.
 
     Raises:
         ValueError: its `forward` has no such argument.
@@ -75,7 +80,8 @@ def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> Non
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return _Stepped.forward(self, *args, **kwargs)
 
-        # Pipelines look up the arguments of a denoiser by the signature of its `forward`, which `wraps` keeps.
+        # Pipelines look up the arguments of a denoiser by the signature of its `forward`, which `wraps`
+        # keeps.
         members = {"__module__": kind.__module__, "tfmq_signature": signature, "forward": forward}
         subclass = type(kind.__name__, (_Stepped, kind), members)
         _STEPPED[kind] = subclass
@@ -96,7 +102,9 @@ def steps_of(module: nn.Module) -> StepContext:
 
 
 def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """Call the forward of a denoiser's own class and correct what it predicts: whoever calls it has set the step context."""
+    """Call the forward of a denoiser's own class and correct what it predicts: whoever calls it has set the
+    step context.
+    """
     bound = module.tfmq_signature.bind_partial()  # type: ignore[operator, union-attr]
     bound.arguments.update(arguments)
     kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, _Stepped))
@@ -104,8 +112,12 @@ def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def precision(module: nn.Module, *, weights: Precision | None = None, inputs: Precision | None = None) -> Iterator[None]:
-    """Let all that is calibrated below `module` compute with full or quantized weights and inputs for a while; None leaves it as it is."""
+def precision(
+    module: nn.Module, *, weights: Precision | None = None, inputs: Precision | None = None
+) -> Iterator[None]:
+    """Let all that is calibrated below `module` compute with full or quantized weights and inputs for a
+    while; None leaves it as it is.
+    """
     with ExitStack() as stack:
         for child in parts_of(module):
             stack.callback(child.choose(weights=weights, inputs=inputs))

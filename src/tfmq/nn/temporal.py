@@ -21,7 +21,8 @@ _INT8 = IntegerFormat(8)
 class FeatureTable(Part):
     """The values of one temporal feature at every calibrated timestep.
 
-    `values` `[S, d]` is uint8 with `scale` and `zero_point` `[S]` of their own for each timestep, or float16 without them.
+    `values` `[S, d]` is uint8 with `scale` and `zero_point` `[S]` of their own for each timestep, or float16
+    without them.
     """
 
     values: Tensor
@@ -34,7 +35,9 @@ class FeatureTable(Part):
             raise ValueError(f"a temporal table is int8 or float16, got {table_format!r}")
         self.table_format: TableFormat = table_format
         integer = table_format == "int8"
-        self.register_buffer("values", torch.zeros(steps, width, dtype=torch.uint8 if integer else torch.float16))
+        self.register_buffer(
+            "values", torch.zeros(steps, width, dtype=torch.uint8 if integer else torch.float16)
+        )
         self.register_buffer("scale", torch.ones(steps) if integer else None)
         self.register_buffer("zero_point", torch.zeros(steps, dtype=torch.uint8) if integer else None)
 
@@ -58,28 +61,35 @@ class FeatureTable(Part):
 
 
 def _for_rows(values: Tensor, x: Tensor) -> Tensor:
-    """Repeat `values` `[B, ...]` for an input with several rows a sample, such as the frames of a video; a single row serves any number."""
+    """Repeat `values` `[B, ...]` for an input with several rows a sample, such as the frames of a video; a
+    single row serves any number.
+    """
     # Not `len`, which a graph would take for a constant.
     batch, rows = values.shape[0], x.shape[0]
     return values.repeat_interleave(rows // batch, dim=0) if batch > 1 and rows != batch else values
 
 
 def _as_output(values: Tensor, x: Tensor) -> Tensor:
-    """Return rows `[B or 1, d]` as a layer would put them out for the input `x`, of which nothing is read but what a graph knows of it."""
+    """Return rows `[B or 1, d]` as a layer would put them out for the input `x`, of which nothing is read but
+    what a graph knows of it.
+    """
     return values if values.shape[0] == x.shape[0] else values.expand(x.shape[0], -1)
 
 
 class CachedFeature(Part):
     """A temporal layer whose output comes from a table at the timesteps that selected it.
 
-    `use_table` `[S]` holds the choice of disturbance-aware selection for each timestep. The layer itself stays as `block`: it serves the
-    timesteps that kept it, and schedules that the table does not know. Where whoever runs the denoiser has the output of a call already,
-    `given_features` sets it as `given` `[B, d]`, and neither table nor block is read.
+    `use_table` `[S]` holds the choice of disturbance-aware selection for each timestep. The layer itself
+    stays as `block`: it serves the timesteps that kept it, and schedules that the table does not know. Where
+    whoever runs the denoiser has the output of a call already, `given_features` sets it as `given` `[B, d]`,
+    and neither table nor block is read.
     """
 
     use_table: Tensor
 
-    def __init__(self, block: nn.Module, table: FeatureTable, steps: StepContext, *, everywhere: bool) -> None:
+    def __init__(
+        self, block: nn.Module, table: FeatureTable, steps: StepContext, *, everywhere: bool
+    ) -> None:
         super().__init__()
         self.block = block
         self.table = table
@@ -114,7 +124,9 @@ class CachedFeature(Part):
 
 
 class SkippedLayer(Part):
-    """A temporal layer that nothing needs while every feature comes from its table; it returns zeros then, without computing."""
+    """A temporal layer that nothing needs while every feature comes from its table; it returns zeros then,
+    without computing.
+    """
 
     def __init__(self, block: nn.Module, width: int, steps: StepContext) -> None:
         super().__init__()
@@ -137,7 +149,9 @@ class SkippedLayer(Part):
 
 
 def cached_features(module: nn.Module) -> dict[str, CachedFeature]:
-    """Return every temporal layer behind a table below `module`, by name, in the order in which `given_features` takes their outputs."""
+    """Return every temporal layer behind a table below `module`, by name, in the order in which
+    `given_features` takes their outputs.
+    """
     return {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}
 
 
@@ -148,10 +162,14 @@ def tabulated(module: nn.Module, index: Tensor) -> Tensor:
 
 @contextmanager
 def given_features(module: nn.Module, values: Tensor) -> Iterator[None]:
-    """Let the temporal layers behind tables put out `values` `[B, D]` for a while, each its own columns, whatever the timestep."""
+    """Let the temporal layers behind tables put out `values` `[B, D]` for a while, each its own columns,
+    whatever the timestep.
+    """
     children = list(cached_features(module).values())
     try:
-        for child, part in zip(children, values.split([child.width for child in children], dim=1), strict=True):
+        for child, part in zip(
+            children, values.split([child.width for child in children], dim=1), strict=True
+        ):
             child.given = part
         yield
     finally:
@@ -160,9 +178,15 @@ def given_features(module: nn.Module, values: Tensor) -> Iterator[None]:
 
 
 def stock_name(module: nn.Module, name: str) -> str:
-    """Return the name in the stock architecture of the layer that is now called `name` below `module`: tables and skips keep it as `block`."""
+    """Return the name in the stock architecture of the layer that is now called `name` below `module`: tables
+    and skips keep it as `block`.
+    """
     parent, _, last = name.rpartition(".")
-    return parent if last == "block" and isinstance(module.get_submodule(parent), CachedFeature | SkippedLayer) else name
+    return (
+        parent
+        if last == "block" and isinstance(module.get_submodule(parent), CachedFeature | SkippedLayer)
+        else name
+    )
 
 
 @contextmanager

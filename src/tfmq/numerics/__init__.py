@@ -1,1 +1,3 @@
-"""Arithmetic as pure functions of tensors and values: formats, affine maps, ranges, rounding, error measures."""
+"""Arithmetic as pure functions of tensors and values: formats, affine maps, ranges, rounding, error
+measures.
+"""

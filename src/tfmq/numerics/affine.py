@@ -1,7 +1,7 @@
 """Affine quantization: `code = clamp(round(x / scale) + zero_point)`, `x_hat = (code - zero_point) * scale`.
 
-`scale` and `zero_point` broadcast against `x`. The quotient is `x * (1 / scale)` in the precision of `x`, as in
-`torch.fake_quantize_per_channel_affine`, and rounding is half to even.
+`scale` and `zero_point` broadcast against `x`. The quotient is `x * (1 / scale)` in the precision of `x`, as
+in `torch.fake_quantize_per_channel_affine`, and rounding is half to even.
 """
 
 from typing import Any
@@ -21,7 +21,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize; the gradient is the identity inside the grid's range and zero outside (straight-through)."""
+    """Quantize and dequantize; the gradient is the identity inside the grid's range and zero outside
+    (straight-through).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:

@@ -49,7 +49,9 @@ class Attention:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
         if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            attn_mask = torch.ones(
+                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
+            ).tril()
         return cls(query, key, value, attn_mask, 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
 
     def by(self, multiply: Multiply, first: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Integer weights of least quadratic error: rounding with error feedback, coordinate descent, scales by least squares."""
+"""Integer weights of least quadratic error: rounding with error feedback, coordinate descent, scales by least
+squares.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,8 @@ WORTHWHILE = 1e-3
 class Quadratic:
     """The error `(w - target) hessian (w - target)^T` of each weight row `w`.
 
-    `target` is `[G, R, n]`: R rows of n columns, for each of G groups that see inputs of their own. `hessian` is `[G, n, n]`, positive definite.
+    `target` is `[G, R, n]`: R rows of n columns, for each of G groups that see inputs of their own. `hessian`
+    is `[G, n, n]`, positive definite.
     """
 
     target: Tensor
@@ -62,10 +65,14 @@ class CodeGrid:
 
 
 class _Columns:
-    """The grids of some columns, and their codes, column by column: `[n, G, R]`, so that what one column needs lies together."""
+    """The grids of some columns, and their codes, column by column: `[n, G, R]`, so that what one column
+    needs lies together.
+    """
 
     def __init__(self, grid: CodeGrid, start: int, stop: int) -> None:
-        self.scale, self.zero_point = (_columns_first(values[:, :, start:stop]) for values in (grid.scale, grid.zero_point))
+        self.scale, self.zero_point = (
+            _columns_first(values[:, :, start:stop]) for values in (grid.scale, grid.zero_point)
+        )
         self.codes = torch.empty_like(self.scale)
         self.top = grid.levels - 1
 
@@ -85,18 +92,26 @@ def in_order(values: Tensor, order: Tensor) -> Tensor:
 
 
 def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
-    """Round column by column, each time moving what is not rounded yet to make up for the error (GPTQ, Frantar et al., 2023, algorithm 1)."""
+    """Round column by column, each time moving what is not rounded yet to make up for the error (GPTQ,
+    Frantar et al., 2023, algorithm 1).
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian.double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     values = problem.target.float().clone()
     codes = torch.empty_like(values)
     for start in range(0, values.shape[2], BLOCK):
         stop = min(start + BLOCK, values.shape[2])
-        block, inner, local = _columns_first(values[:, :, start:stop]), factor[:, start:stop, start:stop], _Columns(grid, start, stop)
+        block, inner, local = (
+            _columns_first(values[:, :, start:stop]),
+            factor[:, start:stop, start:stop],
+            _Columns(grid, start, stop),
+        )
         rows, errors = inner.permute(1, 2, 0)[..., None].contiguous(), torch.empty_like(block)
         for j, column in enumerate(block):
             code = local.nearest(j, column)
-            error = torch.sub(column, (code - local.zero_point[j]).mul_(local.scale[j]), out=errors[j]).div_(rows[j, j])
+            error = torch.sub(column, (code - local.zero_point[j]).mul_(local.scale[j]), out=errors[j]).div_(
+                rows[j, j]
+            )
             # Columns that are rounded already need no update.
             block[j + 1 :] -= error * rows[j, j + 1 :]
             local.codes[j] = code
@@ -106,12 +121,18 @@ def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
 
 
 def sweep(problem: Quadratic, grid: CodeGrid, codes: Tensor) -> int:
-    """Move each column of `codes` in place to its best value given all others, once; return how many codes moved."""
+    """Move each column of `codes` in place to its best value given all others, once; return how many codes
+    moved.
+    """
     gradient = problem.gradient(grid.decode(codes))
     moved = 0
     for start in range(0, codes.shape[2], BLOCK):
         stop = min(start + BLOCK, codes.shape[2])
-        inner, local, slopes = problem.hessian[:, start:stop, start:stop], _Columns(grid, start, stop), _columns_first(gradient[:, :, start:stop])
+        inner, local, slopes = (
+            problem.hessian[:, start:stop, start:stop],
+            _Columns(grid, start, stop),
+            _columns_first(gradient[:, :, start:stop]),
+        )
         before, rows = _columns_first(codes[:, :, start:stop]), inner.permute(1, 2, 0)[..., None].contiguous()
         values, shifts = (before - local.zero_point) * local.scale, torch.empty_like(slopes)
         for j, slope in enumerate(slopes):
@@ -126,7 +147,9 @@ def sweep(problem: Quadratic, grid: CodeGrid, codes: Tensor) -> int:
 
 
 def refit(problem: Quadratic, grid: CodeGrid, codes: Tensor, segment: Tensor) -> CodeGrid:
-    """Return the grid with each row's scale at its optimum for `codes`; `segment` `[n]` numbers the columns that share a scale."""
+    """Return the grid with each row's scale at its optimum for `codes`; `segment` `[n]` numbers the columns
+    that share a scale.
+    """
     scale = grid.scale.clone()
     for number in segment.unique():
         values = (codes - grid.zero_point) * scale
@@ -140,11 +163,15 @@ def refit(problem: Quadratic, grid: CodeGrid, codes: Tensor, segment: Tensor) ->
 
 
 @torch.no_grad()
-def compensate(problem: Quadratic, grid: CodeGrid, segment: Tensor, *, sweeps: int, refitted: bool = True) -> tuple[Tensor, CodeGrid]:
-    """Return codes `[G, R, n]` and the grid that they refer to: error feedback, then coordinate descent and, where `refitted`, new scales in turns.
+def compensate(
+    problem: Quadratic, grid: CodeGrid, segment: Tensor, *, sweeps: int, refitted: bool = True
+) -> tuple[Tensor, CodeGrid]:
+    """Return codes `[G, R, n]` and the grid that they refer to: error feedback, then coordinate descent and,
+    where `refitted`, new scales in turns.
 
-    The problem is in float64, which inverting its hessian needs, and the grid in float32. Columns are taken in falling order of the hessian's
-    diagonal, and each row's error ends no larger than that of its nearest codes.
+    The problem is in float64, which inverting its hessian needs, and the grid in float32. Columns are taken
+    in falling order of the hessian's diagonal, and each row's error ends no larger than that of its nearest
+    codes.
     """
     order = problem.hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     back = order.argsort(dim=1)
@@ -160,10 +187,14 @@ def compensate(problem: Quadratic, grid: CodeGrid, segment: Tensor, *, sweeps: i
     codes, fitted = in_order(codes, back), fitted.ordered(back)
     nearest = grid.nearest(problem.target)
     worse = (problem.error(fitted.decode(codes)) > problem.error(grid.decode(nearest)))[:, :, None]
-    return torch.where(worse, nearest, codes), replace(grid, scale=torch.where(worse, grid.scale, fitted.scale))
+    return torch.where(worse, nearest, codes), replace(
+        grid, scale=torch.where(worse, grid.scale, fitted.scale)
+    )
 
 
 def segment_numbers(widths: Sequence[int], channels: int, positions: int) -> Tensor:
-    """Return the segment of each column of a flattened weight `[R, channels, positions]`, `[channels * positions]`."""
+    """Return the segment of each column of a flattened weight `[R, channels, positions]`, `[channels *
+    positions]`.
+    """
     numbers = torch.arange(max(1, len(widths))).repeat_interleave(torch.tensor(widths or (channels,)))
     return numbers.repeat_interleave(positions)

@@ -16,7 +16,9 @@ def cosine(reference: Tensor, value: Tensor) -> Tensor:
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:
-    """Return the signal-to-quantization-noise ratio `10 log10(sum r^2 / sum (r - v)^2)` in dB, accumulated in float64."""
+    """Return the signal-to-quantization-noise ratio `10 log10(sum r^2 / sum (r - v)^2)` in dB, accumulated in
+    float64.
+    """
     reference, value = reference.double(), value.double()
     noise = (reference - value).square().sum()
     return float(10.0 * torch.log10(reference.square().sum() / noise)) if noise > 0 else float("inf")

@@ -1,7 +1,8 @@
 """Estimators of an affine correction: what turns computed values into exact ones, fitted on pairs of both.
 
-Least squares gives the smallest error, and a gain below one wherever the error is noise of its own: it takes contrast from an image to save a little
-error. What any of them can remove is the share of the error that the values explain.
+Least squares gives the smallest error, and a gain below one wherever the error is noise of its own: it takes
+contrast from an image to save a little error. What any of them can remove is the share of the error that the
+values explain.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def bias(computed: Tensor, exact: Tensor) -> Affine:
 def gain(computed: Tensor, exact: Tensor) -> Affine:
     """Return the correlated part of the error and its mean, taken off (PTQD; He et al., 2023, section 3.2).
 
-    The error is regressed on the exact values: `computed = (1 + k) exact + b + noise`. With `k` at least 0 the rest of it keeps its variance.
+    The error is regressed on the exact values: `computed = (1 + k) exact + b + noise`. With `k` at least 0
+    the rest of it keeps its variance.
     """
     slope = (_covariance(computed - exact, exact) / _variance(exact)).clamp(min=0)
     rest = computed.mean(dim=0) - (1 + slope) * exact.mean(dim=0)
@@ -52,7 +54,9 @@ def gain(computed: Tensor, exact: Tensor) -> Affine:
 
 
 def affine(computed: Tensor, exact: Tensor) -> Affine:
-    """Return the least squares fit of the exact values on the computed ones (as TAC-Diffusion does for the gain; Yao et al., 2024)."""
+    """Return the least squares fit of the exact values on the computed ones (as TAC-Diffusion does for the
+    gain; Yao et al., 2024).
+    """
     slope = _covariance(computed, exact) / _variance(computed)
     return Affine(slope, exact.mean(dim=0) - slope * computed.mean(dim=0))
 
@@ -62,7 +66,9 @@ def _covariance(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _variance(values: Tensor) -> Tensor:
-    """Return the variance of each channel; infinite where a channel is constant, so that nothing is read into it."""
+    """Return the variance of each channel; infinite where a channel is constant, so that nothing is read into
+    it.
+    """
     found = values.var(dim=0, correction=0)
     return torch.where(found > FLAT * values.square().mean(dim=0), found, torch.inf)
 

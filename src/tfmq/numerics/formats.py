@@ -9,8 +9,9 @@ MIN_BITS, MAX_BITS = 2, 8
 class IntegerFormat:
     """A uniform grid of `2**bits` codes, stored unsigned in `[0, levels - 1]`.
 
-    A value is `(code - zero_point) * scale`. `symmetric` fixes the zero-point to the middle code, so that `code - zero_point` is a
-    signed `bits`-wide integer; otherwise the zero-point is fitted and lies on the grid, which keeps real zero exact.
+    A value is `(code - zero_point) * scale`. `symmetric` fixes the zero-point to the middle code, so that
+    `code - zero_point` is a signed `bits`-wide integer; otherwise the zero-point is fitted and lies on the
+    grid, which keeps real zero exact.
 
     Raises:
         ValueError: `bits` outside 2..8.
@@ -21,7 +22,9 @@ class IntegerFormat:
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise ValueError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {self.bits}; use None for full precision")
+            raise ValueError(
+                f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {self.bits}; use None for full precision"
+            )
 
     @property
     def levels(self) -> int:

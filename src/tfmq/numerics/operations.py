@@ -1,7 +1,8 @@
 """What a weighted layer computes, as a value apart from its weights.
 
-Weights are `[C_out, C_in / groups, *kernel]` here: a row for each output channel. A kernel `()` is that of a linear layer. Modules keep some weights
-in another layout, of which `Operation.rows` and `Operation.stored` are the two ways.
+Weights are `[C_out, C_in / groups, *kernel]` here: a row for each output channel. A kernel `()` is that of a
+linear layer. Modules keep some weights in another layout, of which `Operation.rows` and `Operation.stored`
+are the two ways.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +18,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """How an operation reads an input `[B, C, *sizes]`: as an ordinary convolution reads it once `laid_out` has padded it.
+    """How an operation reads an input `[B, C, *sizes]`: as an ordinary convolution reads it once `laid_out`
+    has padded it.
 
     Attributes, with one entry for each spatial axis, of which a linear layer has none:
         size: size of the window.
@@ -48,7 +50,12 @@ class Window:
     @property
     def pointwise(self) -> bool:
         """Whether each place of the output reads the same place of the input and no other."""
-        return prod(self.size) == 1 and prod(self.stride) == 1 and not self.spaced and not any(map(any, self.border))
+        return (
+            prod(self.size) == 1
+            and prod(self.stride) == 1
+            and not self.spaced
+            and not any(map(any, self.border))
+        )
 
     def extent(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Return what `laid_out` makes of the `sizes` of an input."""
@@ -58,19 +65,27 @@ class Window:
     def laid_out(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """Return `x` with `fill` where the window reads zeros."""
         x = self._spread(x, fill) if self.spaced else x
-        return F.pad(x, [edge for pair in reversed(self.border) for edge in pair], value=fill) if any(map(any, self.border)) else x
+        return (
+            F.pad(x, [edge for pair in reversed(self.border) for edge in pair], value=fill)
+            if any(map(any, self.border))
+            else x
+        )
 
     def _spread(self, x: Tensor, fill: float) -> Tensor:
         sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], self.spacing, strict=True)]
         last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        wide = torch.empty(*x.shape[:2], *sizes, dtype=x.dtype, device=x.device, memory_format=layout).fill_(fill)
+        wide = torch.empty(*x.shape[:2], *sizes, dtype=x.dtype, device=x.device, memory_format=layout).fill_(
+            fill
+        )
         apart: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.spacing))
         wide[apart] = x
         return wide
 
     def slid(self, weight: Tensor) -> Tensor:
-        """Return a weight `[C_out, C_in / groups, *size]` with its taps in the order in which the window has them."""
+        """Return a weight `[C_out, C_in / groups, *size]` with its taps in the order in which the window has
+        them.
+        """
         return weight.flip(list(range(2, weight.ndim))) if self.mirrored else weight
 
     def tap(self, number: Tensor, axis: int) -> Tensor:
@@ -78,7 +93,9 @@ class Window:
         return (self.size[axis] - 1 - number if self.mirrored else number) * self.dilation[axis]
 
     def places(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Return how many places an output has along each axis for an input that is laid out and has `sizes`."""
+        """Return how many places an output has along each axis for an input that is laid out and has
+        `sizes`.
+        """
         axes = zip(sizes, self.size, self.stride, self.dilation, strict=True)
         return tuple((size - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, step in axes)
 
@@ -131,7 +148,9 @@ class Operation(ABC):
 
     @abstractmethod
     def inputs_at(self, x: Tensor, kernel: Sequence[int], places: Tensor) -> Tensor:
-        """Return what the outputs at `places` `[P]` of each sample read, `[groups, N * P, n]`, in the order of a flattened weight row."""
+        """Return what the outputs at `places` `[P]` of each sample read, `[groups, N * P, n]`, in the order
+        of a flattened weight row.
+        """
 
     def arranged(self, x: Tensor) -> Tensor:
         """Return an input or output in the memory format that integer libraries have for it."""
@@ -205,18 +224,27 @@ class Convolution(Sliding):
 
     def window(self, kernel: Sequence[int]) -> Window:
         once = (1,) * len(kernel)
-        return Window(size=tuple(kernel), stride=self.stride, dilation=self.dilation, border=self._border(kernel), spacing=once)
+        return Window(
+            size=tuple(kernel),
+            stride=self.stride,
+            dilation=self.dilation,
+            border=self._border(kernel),
+            spacing=once,
+        )
 
     def _border(self, kernel: Sequence[int]) -> tuple[tuple[int, int], ...]:
         spans = [step * (taps - 1) for taps, step in zip(kernel, self.dilation, strict=True)]
         if isinstance(self.padding, str):
-            return tuple((span // 2, span - span // 2) if self.padding == "same" else (0, 0) for span in spans)
+            return tuple(
+                (span // 2, span - span // 2) if self.padding == "same" else (0, 0) for span in spans
+            )
         return tuple((amount, amount) for amount in self.padding)
 
 
 @dataclass(frozen=True)
 class TransposedConvolution(Sliding):
-    """What a convolution does to gradients of its input: each value of `x` adds the weight, scaled by it, to a window of the output.
+    """What a convolution does to gradients of its input: each value of `x` adds the weight, scaled by it, to
+    a window of the output.
 
     The module keeps its weight as `[C_in, C_out / groups, *kernel]`.
     """
@@ -230,7 +258,9 @@ class TransposedConvolution(Sliding):
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
-        return function(x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return function(
+            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
 
     def rows(self, weight: Tensor) -> Tensor:
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -248,4 +278,11 @@ class TransposedConvolution(Sliding):
         sides = zip(spans, self.padding, self.output_padding, strict=True)
         border = tuple((span - cut, span - cut + more) for span, cut, more in sides)
         once = (1,) * len(kernel)
-        return Window(size=tuple(kernel), stride=once, dilation=self.dilation, border=border, spacing=self.stride, mirrored=True)
+        return Window(
+            size=tuple(kernel),
+            stride=once,
+            dilation=self.dilation,
+            border=border,
+            spacing=self.stride,
+            mirrored=True,
+        )

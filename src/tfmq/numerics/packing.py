@@ -1,7 +1,8 @@
 """Pack small unsigned integers into bytes: the one layout on disk, whatever kernel reads it later.
 
-Element `k` of a row occupies bits `k * bits` to `(k + 1) * bits - 1` of that row, bit `i` of a row being bit `i % 8` (least significant first) of
-byte `i // 8`. Rows start on a byte; unused bits of a row's last byte are zero. At 4 bits: element `2k` in the low nibble, `2k + 1` in the high one.
+Element `k` of a row occupies bits `k * bits` to `(k + 1) * bits - 1` of that row, bit `i` of a row being bit
+`i % 8` (least significant first) of byte `i // 8`. Rows start on a byte; unused bits of a row's last byte are
+zero. At 4 bits: element `2k` in the low nibble, `2k + 1` in the high one.
 """
 
 import math
@@ -17,7 +18,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def packed_shape(shape: Sequence[int], *, bits: int) -> tuple[int, int]:
-    """Return the shape `(rows, ceil(n * bits / 8))` of the packed form of a tensor of `shape` `(rows, ...)` with `n` elements a row.
+    """Return the shape `(rows, ceil(n * bits / 8))` of the packed form of a tensor of `shape` `(rows, ...)`
+    with `n` elements a row.
 
     >>> packed_shape((8, 3, 3), bits=4)
     (8, 5)
@@ -28,12 +30,16 @@ def packed_shape(shape: Sequence[int], *, bits: int) -> tuple[int, int]:
     if not 1 <= bits <= 8:
         raise ValueError(f"bits is {bits}; packing takes 1 to 8")
     if not shape or min(shape) < 0:
-        raise ValueError(f"shape is {tuple(shape)}; packing takes one or more axes of length 0 or more, the first being the rows")
+        raise ValueError(
+            f"shape is {tuple(shape)}; packing takes one or more axes of "
+            "length 0 or more, the first being the rows"
+        )
     return shape[0], -(-math.prod(shape[1:]) * bits // 8)
 
 
 def pack_unsigned(values: Tensor, *, bits: int) -> Tensor:
-    """Pack integers of `[0, 2**bits - 1]`, shape `(rows, ...)`, into uint8 of shape `packed_shape(values.shape, bits=bits)` on the same device.
+    """Pack integers of `[0, 2**bits - 1]`, shape `(rows, ...)`, into uint8 of shape
+    `packed_shape(values.shape, bits=bits)` on the same device.
 
     >>> pack_unsigned(torch.tensor([[1, 2, 3]]), bits=4)
     tensor([[33,  3]], dtype=torch.uint8)
@@ -47,28 +53,38 @@ def pack_unsigned(values: Tensor, *, bits: int) -> Tensor:
     elements, word_bytes, word = _group(bits)
     count = math.prod(values.shape[1:])
     groups = -(-count // elements)
-    flat = functional.pad(values.to(torch.uint8).reshape(rows, count), (0, groups * elements - count)).view(rows, groups, elements)
+    flat = functional.pad(values.to(torch.uint8).reshape(rows, count), (0, groups * elements - count)).view(
+        rows, groups, elements
+    )
     words = flat[..., 0].to(word)
     for index in range(1, elements):
         words = words | (flat[..., index].to(word) << (index * bits))
-    return _split(words, parts=word_bytes, width=8).reshape(rows, groups * word_bytes)[:, :row_bytes].contiguous()
+    return (
+        _split(words, parts=word_bytes, width=8)
+        .reshape(rows, groups * word_bytes)[:, :row_bytes]
+        .contiguous()
+    )
 
 
 def unpack_unsigned(packed: Tensor, *, bits: int, shape: Sequence[int]) -> Tensor:
-    """Invert `pack_unsigned`: uint8 of shape `packed_shape(shape, bits=bits)` to uint8 of `shape`, on the same device.
+    """Invert `pack_unsigned`: uint8 of shape `packed_shape(shape, bits=bits)` to uint8 of `shape`, on the
+    same device.
 
     >>> unpack_unsigned(torch.tensor([[33, 3]], dtype=torch.uint8), bits=4, shape=(1, 3))
     tensor([[1, 2, 3]], dtype=torch.uint8)
 
     Raises:
         TypeError: `packed` is not uint8.
-        ValueError: `packed` has another shape than `shape` at `bits` packs to, or these are refused by `packed_shape`.
+        ValueError: `packed` has another shape than `shape` at `bits` packs to, or these are refused by
+            `packed_shape`.
     """
     rows, row_bytes = expected = packed_shape(shape, bits=bits)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed is {packed.dtype}; packed values are torch.uint8")
     if tuple(packed.shape) != expected:
-        raise ValueError(f"packed has shape {tuple(packed.shape)}; {tuple(shape)} at {bits} bits packs to {expected}")
+        raise ValueError(
+            f"packed has shape {tuple(packed.shape)}; {tuple(shape)} at {bits} bits packs to {expected}"
+        )
     elements, word_bytes, word = _group(bits)
     groups = -(-row_bytes // word_bytes)
     flat = functional.pad(packed, (0, groups * word_bytes - row_bytes)).view(rows, groups, word_bytes)
@@ -80,14 +96,18 @@ def unpack_unsigned(packed: Tensor, *, bits: int, shape: Sequence[int]) -> Tenso
 
 
 def _group(bits: int) -> tuple[int, int, torch.dtype]:
-    """Return the smallest run of elements that fills whole bytes: its elements, its bytes, and the dtype to assemble it in."""
+    """Return the smallest run of elements that fills whole bytes: its elements, its bytes, and the dtype to
+    assemble it in.
+    """
     common = math.gcd(bits, 8)
     # A run of several bytes has at most 7, so it never reaches the sign bit of int64.
     return 8 // common, bits // common, torch.uint8 if bits == common else torch.int64
 
 
 def _split(words: Tensor, *, parts: int, width: int) -> Tensor:
-    """Cut each word into `parts` fields of `width` bits, lowest first: `(rows, groups)` to uint8 `(rows, groups, parts)`."""
+    """Cut each word into `parts` fields of `width` bits, lowest first: `(rows, groups)` to uint8 `(rows,
+    groups, parts)`.
+    """
     fields = torch.empty(*words.shape, parts, dtype=torch.uint8, device=words.device)
     for index in range(parts):
         fields[..., index] = (words >> (index * width)) & (2**width - 1)

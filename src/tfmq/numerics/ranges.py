@@ -15,7 +15,8 @@ CHUNK = 2**17
 def from_range(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
     """Return `(scale, zero_point)` of the grid that covers `[low, high]` and real zero.
 
-    Shapes: all of the shape of `low`. The zero-point is an integer in float. Symmetric grids cover `max(|low|, |high|)`.
+    Shapes: all of the shape of `low`. The zero-point is an integer in float. Symmetric grids cover
+    `max(|low|, |high|)`.
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if fmt.symmetric:
@@ -31,12 +32,20 @@ def min_max(values: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
 
 
 def search(
-    values: Tensor, fmt: IntegerFormat, *, low: Tensor | None = None, high: Tensor | None = None, shrinks: int = 80, power: float = 2.4
+    values: Tensor,
+    fmt: IntegerFormat,
+    *,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    shrinks: int = 80,
+    power: float = 2.4,
 ) -> tuple[Tensor, Tensor]:
-    """Return the `(scale, zero_point)` `[rows]` that minimise `sum |x - x_hat|**power` over ranges shrunk towards zero.
+    """Return the `(scale, zero_point)` `[rows]` that minimise `sum |x - x_hat|**power` over ranges shrunk
+    towards zero.
 
-    The candidates are `shrinks` factors from 1 downwards in steps of `1 / (1.25 * shrinks)` applied to the range `[low, high]` `[rows]`
-    (that of `values` `[rows, n]` by default). BRECQ (Li et al., 2021) and Q-Diffusion use 80 factors and power 2.4.
+    The candidates are `shrinks` factors from 1 downwards in steps of `1 / (1.25 * shrinks)` applied to the
+    range `[low, high]` `[rows]` (that of `values` `[rows, n]` by default). BRECQ (Li et al., 2021) and
+    Q-Diffusion use 80 factors and power 2.4.
     """
     low = values.amin(dim=1) if low is None else low
     high = values.amax(dim=1) if high is None else high
@@ -47,7 +56,9 @@ def search(
     return scale, zero_point
 
 
-def _search(values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, shrinks: int, power: float) -> tuple[Tensor, Tensor]:
+def _search(
+    values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, shrinks: int, power: float
+) -> tuple[Tensor, Tensor]:
     best_scale, best_zero = from_range(low, high, fmt)
     best = torch.full_like(best_scale, torch.inf)
     # One buffer for all candidates: allocating memory for each would take longer than the arithmetic.
@@ -57,7 +68,9 @@ def _search(values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, sh
         scale, zero = from_range(low * factor, high * factor, fmt)
         torch.mul(values, scale.reciprocal()[:, None], out=error_of)
         # The arithmetic of `fake_quantize`, in place.
-        error_of.round_().add_(zero[:, None]).clamp_(0, fmt.levels - 1).sub_(zero[:, None]).mul_(scale[:, None])
+        error_of.round_().add_(zero[:, None]).clamp_(0, fmt.levels - 1).sub_(zero[:, None]).mul_(
+            scale[:, None]
+        )
         error = error_of.sub_(values).abs_().pow_(power).mean(dim=1)
         better = error < best
         best = torch.where(better, error, best)
@@ -65,15 +78,19 @@ def _search(values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, sh
     return best_scale, best_zero
 
 
-def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat, *, allowed: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """Return grids `(scale, zero_point)` `[S]` with one zero-point that cover what the given ones do, at the least cost in resolution.
+def share_zero_point(
+    scale: Tensor, zero_point: Tensor, fmt: IntegerFormat, *, allowed: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return grids `(scale, zero_point)` `[S]` with one zero-point that cover what the given ones do, at the
+    least cost in resolution.
 
     Row `t` covers `[-z_t s_t, (L - 1 - z_t) s_t]`. Around another zero-point `z` that takes the scale
 
         s_t(z) = max(z_t s_t / z, (L - 1 - z_t) s_t / (L - 1 - z))
 
-    with 0 / 0 = 0, and the rounding error of the row grows by `(s_t(z) / s_t)**2`. The `z` with the least mean of that over rows is taken, the
-    first of equals. Rows that saw nothing but zeros have no say: any grid holds zero.
+    with 0 / 0 = 0, and the rounding error of the row grows by `(s_t(z) / s_t)**2`. The `z` with the least
+    mean of that over rows is taken, the first of equals. Rows that saw nothing but zeros have no say: any
+    grid holds zero.
 
     `allowed` are the codes to choose from, all by default. A symmetric format has its zero-point already.
 
@@ -86,8 +103,14 @@ def share_zero_point(scale: Tensor, zero_point: Tensor, fmt: IntegerFormat, *, a
     top = fmt.levels - 1
     below, above = zero_point.double()[:, None], top - zero_point.double()[:, None]
     candidates = torch.tensor(allowed or range(fmt.levels), device=scale.device, dtype=torch.float64)
-    # A candidate without codes on a side has to grow without bound if the row has values there, and not at all if it has none.
-    growth = torch.maximum(*((need / room).nan_to_num(nan=0.0) for need, room in ((below, candidates), (above, top - candidates))))
+    # A candidate without codes on a side has to grow without bound if the row has values there, and not at
+    # all if it has none.
+    growth = torch.maximum(
+        *(
+            (need / room).nan_to_num(nan=0.0)
+            for need, room in ((below, candidates), (above, top - candidates))
+        )
+    )
     cost = growth[seen].square().sum(dim=0)
     best = int(cost.argmin())
     if not bool(cost[best].isfinite()):

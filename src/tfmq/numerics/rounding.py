@@ -17,11 +17,15 @@ def rounding_logits(fraction: Tensor) -> Tensor:
 
 
 def rounding_penalty(soft: Tensor, beta: float) -> Tensor:
-    """Return `sum(1 - |2 h(V) - 1|**beta)` of the soft roundings `h(V)` (AdaRound, equation 24): zero when all of them are 0 or 1."""
+    """Return `sum(1 - |2 h(V) - 1|**beta)` of the soft roundings `h(V)` (AdaRound, equation 24): zero when
+    all of them are 0 or 1.
+    """
     return (1.0 - (2.0 * soft - 1.0).abs().pow(beta)).sum()
 
 
-def annealed_beta(iteration: int, iterations: int, *, start: float, end: float, warmup: float) -> float | None:
+def annealed_beta(
+    iteration: int, iterations: int, *, start: float, end: float, warmup: float
+) -> float | None:
     """Return beta at `iteration`: None during the warm-up share, then linear from `start` to `end`."""
     first = warmup * iterations
     if iteration < first:

@@ -15,18 +15,27 @@ from tfmq.quantizers.steps import StepContext
 class ActivationQuantizer(InputQuantizer):
     """Per-tensor fake quantization with a table `scale`, `zero_point` of shape `[S, G]`.
 
-    `S` is the number of calibrated timesteps, or 1 for a static range; each sample of a batch uses the row of its own timestep. `G` is
-    the number of channel segments: where a layer reads a concatenation of sources with different ranges (UNet skips; Q-Diffusion, Li et
-    al., 2023), `segments` holds their widths along `axis` and each has its own grid. Without segments `G` is 1.
+    `S` is the number of calibrated timesteps, or 1 for a static range; each sample of a batch uses the row of
+    its own timestep. `G` is the number of channel segments: where a layer reads a concatenation of sources
+    with different ranges (UNet skips; Q-Diffusion, Li et al., 2023), `segments` holds their widths along
+    `axis` and each has its own grid. Without segments `G` is 1.
 
     Raises:
-        ValueError: an input whose `axis` does not have `sum(segments)` channels, or whose rows are no multiple of the batch's timesteps.
+        ValueError: an input whose `axis` does not have `sum(segments)` channels, or whose rows are no
+            multiple of the batch's timesteps.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, fmt: IntegerFormat, *, steps: StepContext | None = None, segments: Sequence[int] = (), axis: int = 1) -> None:
+    def __init__(
+        self,
+        fmt: IntegerFormat,
+        *,
+        steps: StepContext | None = None,
+        segments: Sequence[int] = (),
+        axis: int = 1,
+    ) -> None:
         super().__init__(fmt, segments=segments, axis=axis)
         # A tuple keeps the context from being registered as a child of each of its readers.
         self._steps = (steps,)

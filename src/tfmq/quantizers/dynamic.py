@@ -13,11 +13,13 @@ from tfmq.quantizers.input import InputQuantizer
 
 
 class DynamicQuantizer(InputQuantizer):
-    """One grid for each token `x[b, ..., :]`, or each segment of it, over that token's exact extremes (as in Q-DiT, Chen et al., 2024).
+    """One grid for each token `x[b, ..., :]`, or each segment of it, over that token's exact extremes (as in
+    Q-DiT, Chen et al., 2024).
 
-    Nothing is calibrated and nothing stored: an outlier costs its own token resolution and no other, at any timestep. The price is a pass
-    over the input at each call. A linear layer computes each token by itself, so that the grids leave its integer sums alone; a convolution
-    sums over places, which have no common grid, and is never quantized so. Gradients pass as through a fixed grid.
+    Nothing is calibrated and nothing stored: an outlier costs its own token resolution and no other, at any
+    timestep. The price is a pass over the input at each call. A linear layer computes each token by itself,
+    so that the grids leave its integer sums alone; a convolution sums over places, which have no common grid,
+    and is never quantized so. Gradients pass as through a fixed grid.
     """
 
     def __init__(self, fmt: IntegerFormat, *, segments: Sequence[int] = ()) -> None:
@@ -27,17 +29,27 @@ class DynamicQuantizer(InputQuantizer):
         """Return the grids of the tokens of `x` `[B, ..., C]`, `[B, ..., G]`."""
         wide = x.detach().to(torch.float32)
         parts = wide.split(self.segments, dim=-1) if self.segments else (wide,)
-        low, high = (torch.stack(extremes, dim=-1) for extremes in zip(*((part.amin(dim=-1), part.amax(dim=-1)) for part in parts), strict=True))
+        low, high = (
+            torch.stack(extremes, dim=-1)
+            for extremes in zip(*((part.amin(dim=-1), part.amax(dim=-1)) for part in parts), strict=True)
+        )
         scale, zero_point = from_range(low, high, self.format)
         return Rows(scale, zero_point.to(torch.uint8), self.format.levels)
 
     def zero_points(self) -> Tensor:
         """Return the codes that real zero can have: all, or the middle one of a symmetric grid."""
-        codes = torch.tensor([self.format.middle]) if self.format.symmetric else torch.arange(self.format.levels)
+        codes = (
+            torch.tensor([self.format.middle]) if self.format.symmetric else torch.arange(self.format.levels)
+        )
         return codes[:, None].expand(-1, max(1, len(self.segments)))
 
     def describe(self) -> dict[str, Any]:
-        return {"bits": self.format.bits, "symmetric": self.format.symmetric, "dynamic": "token", "segments": list(self.segments)}
+        return {
+            "bits": self.format.bits,
+            "symmetric": self.format.symmetric,
+            "dynamic": "token",
+            "segments": list(self.segments),
+        }
 
     def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
         if self.segments:

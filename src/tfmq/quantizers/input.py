@@ -14,10 +14,12 @@ from tfmq.quantizers.part import Part
 
 
 class InputQuantizer(Part, ABC):
-    """Puts an input on grids of `format`. `segments` are the widths along `axis` that have grids of their own; `()` is one for all.
+    """Puts an input on grids of `format`. `segments` are the widths along `axis` that have grids of their
+    own; `()` is one for all.
 
-    Integer kernels take the grids from `rows` and quantize by themselves; `forward` gives the values on them, in floating point. Both use the
-    same grids, so that the backends agree. Nothing but a fitted range is state.
+    Integer kernels take the grids from `rows` and quantize by themselves; `forward` gives the values on them,
+    in floating point. Both use the same grids, so that the backends agree. Nothing but a fitted range is
+    state.
     """
 
     def __init__(self, fmt: IntegerFormat, *, segments: Sequence[int] = (), axis: int = 1) -> None:
@@ -46,7 +48,10 @@ class InputQuantizer(Part, ABC):
         """Raise `ValueError` for an input that the segments do not add up to."""
         axis = self.axis % x.ndim
         if self.segments and x.shape[axis] != sum(self.segments):
-            raise ValueError(f"expected {sum(self.segments)} channels on axis {axis}, got an input of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"expected {sum(self.segments)} channels on axis {axis}, "
+                f"got an input of shape {tuple(x.shape)}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` on its grids, in its dtype."""
@@ -54,4 +59,6 @@ class InputQuantizer(Part, ABC):
         rows = self.rows(x)
         # In half precision the reciprocal of a small scale overflows, so the grid is applied in float32.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return fake_quantize(wide, self.broadcast(rows.scale, wide), self.broadcast(rows.zero_point, wide), rows.levels).to(x.dtype)
+        return fake_quantize(
+            wide, self.broadcast(rows.scale, wide), self.broadcast(rows.zero_point, wide), rows.levels
+        ).to(x.dtype)

@@ -11,11 +11,12 @@ Precision = Literal["full", "quantized"]
 class Part(nn.Module):
     """A module of a quantized model; another one overrides what does not hold for it.
 
-    The persistent buffers of a part keep the dtype that they are stored in, whatever dtype the model is loaded in: codes are integers, and grids
-    need all of float32.
+    The persistent buffers of a part keep the dtype that they are stored in, whatever dtype the model is
+    loaded in: codes are integers, and grids need all of float32.
 
     Attributes:
-        PREPARED: what a backend may set, by attribute, with the values that they have without one. It is no part of the state.
+        PREPARED: what a backend may set, by attribute, with the values that they have without one. It is no
+            part of the state.
     """
 
     PREPARED: ClassVar[Mapping[str, Any]] = {}
@@ -25,11 +26,15 @@ class Part(nn.Module):
         return name in self._buffers and name not in self._non_persistent_buffers_set
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
-        """Compute with full or quantized weights and inputs from now on; None leaves it as it is. What is returned undoes it."""
+        """Compute with full or quantized weights and inputs from now on; None leaves it as it is. What is
+        returned undoes it.
+        """
         return lambda: None
 
     def finished(self) -> nn.Module:
-        """Return the form that stands in a quantized model once calibration is over; `self` where there is no other."""
+        """Return the form that stands in a quantized model once calibration is over; `self` where there is no
+        other.
+        """
         return self
 
     def prepared(self) -> dict[str, Any]:

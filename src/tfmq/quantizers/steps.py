@@ -14,8 +14,9 @@ from tfmq.quantizers.part import Part
 class StepContext(Part):
     """Looks up timesteps in the calibrated set and holds the result while the denoiser runs.
 
-    One instance belongs to a denoiser; every quantizer with a finite-set table reads it. `timesteps` `[S]` is ascending, in float32
-    (exact for integers below 2**24). Outside of `at` there is no current step, and reading it is an error.
+    One instance belongs to a denoiser; every quantizer with a finite-set table reads it. `timesteps` `[S]` is
+    ascending, in float32 (exact for integers below 2**24). Outside of `at` there is no current step, and
+    reading it is an error.
     """
 
     timesteps: Tensor
@@ -37,7 +38,9 @@ class StepContext(Part):
             RuntimeError: no denoiser call is running.
         """
         if self._index is None:
-            raise RuntimeError("a per-step quantizer ran outside of its denoiser: call the whole denoiser with a timestep")
+            raise RuntimeError(
+                "a per-step quantizer ran outside of its denoiser: call the whole denoiser with a timestep"
+            )
         return self._index
 
     @property
@@ -48,7 +51,9 @@ class StepContext(Part):
             RuntimeError: no denoiser call is running.
         """
         if self._exact is None:
-            raise RuntimeError("a temporal table was read outside of its denoiser: call the whole denoiser with a timestep")
+            raise RuntimeError(
+                "a temporal table was read outside of its denoiser: call the whole denoiser with a timestep"
+            )
         return self._exact
 
     @property
@@ -66,12 +71,15 @@ class StepContext(Part):
         return index, (self.timesteps[index] - wanted).abs() <= tolerance
 
     def replace(self, timesteps: Tensor) -> None:
-        """Take another finite set; whoever holds a row for each timestep has to follow. A timestep outside of it warns again."""
+        """Take another finite set; whoever holds a row for each timestep has to follow. A timestep outside of
+        it warns again.
+        """
         self.timesteps = timesteps.detach().to(torch.float32).flatten().sort().values
         self._warned = False
 
     def _bounds(self) -> tuple[Tensor, float]:
-        """Return the edges between bins, and a thousandth of the smallest gap: what rounding on the way here may have moved a timestep by.
+        """Return the edges between bins, and a thousandth of the smallest gap: what rounding on the way here
+        may have moved a timestep by.
 
         They are kept while the timesteps are the same tensor, since every call of a denoiser asks for them.
         """
@@ -88,17 +96,24 @@ class StepContext(Part):
 
     @property
     def tolerance(self) -> float:
-        """A thousandth of the smallest gap between calibrated timesteps: what rounding on the way here may have moved a timestep by."""
+        """A thousandth of the smallest gap between calibrated timesteps: what rounding on the way here may
+        have moved a timestep by.
+        """
         return self._bounds()[1]
 
     @contextmanager
     def at(self, timestep: Tensor) -> Iterator[None]:
-        """Set the current bins for the duration of one denoiser call; warn once about timesteps that were not calibrated."""
+        """Set the current bins for the duration of one denoiser call; warn once about timesteps that were not
+        calibrated.
+        """
         before = self._index, self._exact, self._all_exact
         try:
             wanted = timestep.detach().flatten()
-            # One row serves a batch at one timestep: it is less to look up, and integer kernels are fastest with it.
-            self._index, self._exact = self.lookup(wanted[:1] if len(wanted) > 1 and bool((wanted == wanted[0]).all()) else wanted)
+            # One row serves a batch at one timestep: it is less to look up, and integer kernels are fastest
+            # with it.
+            self._index, self._exact = self.lookup(
+                wanted[:1] if len(wanted) > 1 and bool((wanted == wanted[0]).all()) else wanted
+            )
             self._all_exact = bool(self._exact.all())
             if not self._all_exact:
                 self._warn(float(wanted[: len(self._exact)][~self._exact.to(wanted.device)][0]))
@@ -110,7 +125,8 @@ class StepContext(Part):
     def at_bins(self, index: Tensor, exact: Tensor | None = None) -> Iterator[None]:
         """Set the current bins `[B or 1]` without looking at values, for graphs in which they are an input.
 
-        `exact`, of the same shape, says which of the timesteps are calibrated ones; without it all of them are.
+        `exact`, of the same shape, says which of the timesteps are calibrated ones; without it all of them
+        are.
         """
         before = self._index, self._exact, self._all_exact
         try:
@@ -125,7 +141,8 @@ class StepContext(Part):
             return
         self._warned = True
         warnings.warn(
-            f"timestep {unseen:g} was not calibrated; the nearest of {len(self.timesteps)} calibrated steps is used. "
+            f"timestep {unseen:g} was not calibrated; the nearest of "
+            f"{len(self.timesteps)} calibrated steps is used. "
             "Quantize with the schedule you sample with, or call tfmq.rebake.",
             stacklevel=4,
         )

@@ -14,7 +14,9 @@ from tfmq.numerics.rounding import rectified_sigmoid, rounding_logits
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """Scale and zero-point of a weight `[C_out, C_in, ...]`, each `[C_out, G]` for `G` input segments of widths `segments`."""
+    """Scale and zero-point of a weight `[C_out, C_in, ...]`, each `[C_out, G]` for `G` input segments of
+    widths `segments`.
+    """
 
     format: IntegerFormat
     scale: Tensor
@@ -29,16 +31,27 @@ class WeightGrid:
 
     def encode(self, weight: Tensor) -> Tensor:
         """Return the nearest codes of `weight`, as integers in float."""
-        return quantize(weight, self.expand(self.scale, weight.ndim), self.expand(self.zero_point, weight.ndim), self.format.levels)
+        return quantize(
+            weight,
+            self.expand(self.scale, weight.ndim),
+            self.expand(self.zero_point, weight.ndim),
+            self.format.levels,
+        )
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the values of `codes`; differentiable in `codes`."""
-        return dequantize(codes, self.expand(self.scale, codes.ndim), self.expand(self.zero_point, codes.ndim))
+        return dequantize(
+            codes, self.expand(self.scale, codes.ndim), self.expand(self.zero_point, codes.ndim)
+        )
 
 
 @torch.no_grad()
-def fit_grid(weight: Tensor, fmt: IntegerFormat, *, segments: Sequence[int] = (), method: str = "search") -> WeightGrid:
-    """Fit the grid of a weight `[C_out, C_in, ...]` by `"search"` (least error over shrunk ranges) or `"min_max"`, in float32."""
+def fit_grid(
+    weight: Tensor, fmt: IntegerFormat, *, segments: Sequence[int] = (), method: str = "search"
+) -> WeightGrid:
+    """Fit the grid of a weight `[C_out, C_in, ...]` by `"search"` (least error over shrunk ranges) or
+    `"min_max"`, in float32.
+    """
     fit = {"search": search, "min_max": min_max}[method]
     weight = weight.float()
     parts = weight.split(tuple(segments), dim=1) if segments else (weight,)
@@ -48,9 +61,11 @@ def fit_grid(weight: Tensor, fmt: IntegerFormat, *, segments: Sequence[int] = ()
 
 
 class AdaptiveRounding(torch.nn.Module):
-    """The roundings of one weight as a trainable tensor (AdaRound): codes are `clamp(floor(w / s) + h(V) + z)`.
+    """The roundings of one weight as a trainable tensor (AdaRound): codes are `clamp(floor(w / s) + h(V) +
+    z)`.
 
-    `logits` start where `h(V)` is the fraction of `w / s`, so the soft weight starts at full precision inside the grid's range.
+    `logits` start where `h(V)` is the fraction of `w / s`, so the soft weight starts at full precision inside
+    the grid's range.
     """
 
     floor: Tensor

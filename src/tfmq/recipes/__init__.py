@@ -3,4 +3,14 @@
 from tfmq.recipes.presets import PRESETS, scheme
 from tfmq.recipes.recipe import Activations, Calibration, Published, Recipe, Rule, Temporal, Weights
 
-__all__ = ["PRESETS", "Activations", "Calibration", "Published", "Recipe", "Rule", "Temporal", "Weights", "scheme"]
+__all__ = [
+    "PRESETS",
+    "Activations",
+    "Calibration",
+    "Published",
+    "Recipe",
+    "Rule",
+    "Temporal",
+    "Weights",
+    "scheme",
+]

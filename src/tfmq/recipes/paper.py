@@ -1,4 +1,6 @@
-"""The published experiments: how each model was sampled and calibrated, the results that were printed, and a recipe that repeats it."""
+"""The published experiments: how each model was sampled and calibrated, the results that were printed, and a
+recipe that repeats it.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,11 +11,19 @@ from tfmq.reconstruction.learning import Learning
 # The columns of the published tables, with their weight and activation bits.
 BITS: dict[str, tuple[int, int | None]] = {"w4a32": (4, None), "w8a8": (8, 8), "w4a8": (4, 8)}
 
-# Layers, by diffusers' names, that the released code leaves in full precision. "W4" means all layers but these.
-FULL_PRECISION = ("role:first", "role:last", "time_embedding.linear_1", "*.conv_shortcut", "*.downsamplers.*", "*.upsamplers.*")
+# Layers, by diffusers' names, that the released code leaves in full precision. "W4" means all layers but
+# these.
+FULL_PRECISION = (
+    "role:first",
+    "role:last",
+    "time_embedding.linear_1",
+    "*.conv_shortcut",
+    "*.downsamplers.*",
+    "*.upsamplers.*",
+)
 
-# Points of FID by which a reproduced figure may differ. Seeds, libraries and reference statistics move an FID by less; another scaling, sampler
-# or set of weights moves it by more.
+# Points of FID by which a reproduced figure may differ. Seeds, libraries and reference statistics move an FID
+# by less; another scaling, sampler or set of weights moves it by more.
 FID_TOLERANCE = 0.5
 
 
@@ -49,9 +59,24 @@ class Protocol:
 
 
 def _calibration(
-    steps: int, interval: int, *, samples: int = 256, eta: float | None = None, guidance: float | None = None, spacing: Spacing | None = None
+    steps: int,
+    interval: int,
+    *,
+    samples: int = 256,
+    eta: float | None = None,
+    guidance: float | None = None,
+    spacing: Spacing | None = None,
 ) -> Calibration:
-    return Calibration(samples=samples, steps=steps, interval=interval, batch_size=32, eta=eta, guidance_scale=guidance, spacing=spacing, judged=0.0)
+    return Calibration(
+        samples=samples,
+        steps=steps,
+        interval=interval,
+        batch_size=32,
+        eta=eta,
+        guidance_scale=guidance,
+        spacing=spacing,
+        judged=0.0,
+    )
 
 
 def _results(rows: Mapping[str, tuple[float, ...]], *further: str) -> dict[str, Result]:
@@ -73,28 +98,36 @@ PROTOCOLS = (
         model="LDM-4, LSUN-Bedrooms, 256x256",
         sampler="DDIM",
         calibration=_calibration(200, 10, eta=1.0),
-        results=_results({"fp": (2.98, 7.09), "w4a32": (3.60, 7.61), "w8a8": (3.14, 7.26), "w4a8": (3.68, 7.65)}),
+        results=_results(
+            {"fp": (2.98, 7.09), "w4a32": (3.60, 7.61), "w8a8": (3.14, 7.26), "w4a8": (3.68, 7.65)}
+        ),
     ),
     Protocol(
         name="ldm8_churches",
         model="LDM-8, LSUN-Churches, 256x256",
         sampler="DDIM",
         calibration=_calibration(400, 25, eta=0.0),
-        results=_results({"fp": (4.12, 10.89), "w4a32": (4.07, 11.41), "w8a8": (4.01, 10.98), "w4a8": (4.14, 11.46)}),
+        results=_results(
+            {"fp": (4.12, 10.89), "w4a32": (4.07, 11.41), "w8a8": (4.01, 10.98), "w4a8": (4.14, 11.46)}
+        ),
     ),
     Protocol(
         name="ldm4_celebahq",
         model="LDM-4, CelebA-HQ, 256x256",
         sampler="DDIM",
         calibration=_calibration(200, 10, eta=0.0),
-        results=_results({"fp": (8.74, 10.16), "w4a32": (8.74, 10.18), "w8a8": (8.71, 10.20), "w4a8": (8.76, 10.26)}),
+        results=_results(
+            {"fp": (8.74, 10.16), "w4a32": (8.74, 10.18), "w8a8": (8.71, 10.20), "w4a8": (8.76, 10.26)}
+        ),
     ),
     Protocol(
         name="ldm4_ffhq",
         model="LDM-4, FFHQ, 256x256",
         sampler="DDIM",
         calibration=_calibration(200, 10, eta=1.0),
-        results=_results({"fp": (9.36, 8.67), "w4a32": (9.89, 9.06), "w8a8": (9.46, 8.73), "w4a8": (9.97, 9.14)}),
+        results=_results(
+            {"fp": (9.36, 8.67), "w4a32": (9.89, 9.06), "w8a8": (9.46, 8.73), "w4a8": (9.97, 9.14)}
+        ),
     ),
     Protocol(
         name="ldm4_imagenet",
@@ -103,7 +136,12 @@ PROTOCOLS = (
         # The interval of these 20 steps is not published: every one is used.
         calibration=_calibration(20, 1, guidance=3.0),
         results=_results(
-            {"fp": (10.91, 7.67, 235.64), "w4a32": (10.50, 7.98, 223.81), "w8a8": (10.79, 7.65, 198.86), "w4a8": (10.29, 7.35, 221.82)},
+            {
+                "fp": (10.91, 7.67, 235.64),
+                "w4a32": (10.50, 7.98, 223.81),
+                "w8a8": (10.79, 7.65, 198.86),
+                "w4a8": (10.29, 7.35, 221.82),
+            },
             "inception_score",
         ),
     ),
@@ -114,7 +152,12 @@ PROTOCOLS = (
         # One image for each of 128 prompts, both halves of the guidance; the interval is not published.
         calibration=_calibration(50, 1, samples=128, guidance=7.5),
         results=_results(
-            {"fp": (13.15, 19.31, 0.3146), "w4a32": (13.21, 19.03, 0.3144), "w8a8": (13.09, 19.91, 0.3134), "w4a8": (13.36, 20.14, 0.3128)},
+            {
+                "fp": (13.15, 19.31, 0.3146),
+                "w4a32": (13.21, 19.03, 0.3144),
+                "w8a8": (13.09, 19.91, 0.3134),
+                "w4a8": (13.36, 20.14, 0.3128),
+            },
             "clip_score",
         ),
         num_images=30_000,
@@ -123,25 +166,36 @@ PROTOCOLS = (
 
 
 def published(protocol: Protocol) -> tuple[Published, ...]:
-    """Return the FID that full precision must reach before `tfmq evaluate` judges a model of this experiment; nothing where none was printed."""
+    """Return the FID that full precision must reach before `tfmq evaluate` judges a model of this experiment;
+    nothing where none was printed.
+    """
     full = protocol.results.get("fp")
     if full is None:
         return ()
-    fixed = {"metric": "fid", "tolerance": FID_TOLERANCE, "source": "arXiv 2311.16503"}
-    return (Published(value=full.fid, num_images=protocol.num_images, steps=protocol.calibration.steps, **fixed),)  # type: ignore[arg-type]
+    figure = Published(
+        metric="fid",
+        value=full.fid,
+        tolerance=FID_TOLERANCE,
+        num_images=protocol.num_images,
+        steps=protocol.calibration.steps,
+        source="arXiv 2311.16503",
+    )
+    return (figure,)
 
 
 def reproduce(protocol: Protocol, bits: str) -> Recipe:
     """Return the recipe that repeats `protocol` at the bits of one published column.
 
-    TIAR, finite set calibration of every activation and the released budget (20 000 iterations at 1e-3); temporal features come from the
-    learned block, not from a table, which the later publication added.
+    TIAR, finite set calibration of every activation and the released budget (20 000 iterations at 1e-3);
+    temporal features come from the learned block, not from a table, which the later publication added.
     """
     weight, activation = BITS[bits]
     return Recipe(
         name=f"{protocol.name}_{bits}",
         weights=Weights(bits=weight, embeddings=None),
-        activations=Activations(bits=activation, products=activation is not None, per_step="none" if activation is None else "all"),
+        activations=Activations(
+            bits=activation, products=activation is not None, per_step="none" if activation is None else "all"
+        ),
         temporal=Temporal(maintenance="block", learning=Learning()),
         learning=Learning(),
         calibration=protocol.calibration,

@@ -8,12 +8,18 @@ from tfmq.recipes.recipe import Recipe
 
 
 def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
-    played = {"role:first": layer.name == first, "role:last": layer.name == last, "role:temporal": layer.temporal}
+    played = {
+        "role:first": layer.name == first,
+        "role:last": layer.name == last,
+        "role:temporal": layer.temporal,
+    }
     return frozenset(role for role, plays in played.items() if plays)
 
 
 def _per_step(recipe: Recipe, *, temporal: bool) -> StepGrids:
-    """Return whether a quantizer has a grid for each timestep; those of the temporal block have in every scope but `none`."""
+    """Return whether a quantizer has a grid for each timestep; those of the temporal block have in every
+    scope but `none`.
+    """
     scope = recipe.activations.per_step
     if temporal:
         return scope != "none"
@@ -28,7 +34,8 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
     activation = recipe.activations.format(activation_bits)
     temporal = layer.temporal and recipe.temporal.maintenance != "none"
     per_step = _per_step(recipe, temporal=layer.temporal)
-    # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM, section 4.3).
+    # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM,
+    # section 4.3).
     ranges = "min_max" if temporal else recipe.activations.ranges
     shared = recipe.activations.zero_points == "shared"
     tokens = recipe.activations.tokens if layer.tokenwise and not layer.temporal else "static"
@@ -36,7 +43,9 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPla
         weight=weight,
         ranges=recipe.weights.ranges,
         segments=recipe.activations.segments(layer.segments, direct=layer.direct),
-        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges, tokens=tokens, shared=shared) if activation else None,
+        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges, tokens=tokens, shared=shared)
+        if activation
+        else None,
     )
 
 
@@ -55,9 +64,18 @@ def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
     for rule in recipe.rules:
         matched = {name for name, played in roles.items() if rule.matches(name, played)}
         if not matched:
-            raise ValueError(f"the rule {rule.match!r} of recipe {recipe.name} matches no layer; `tfmq inspect` lists their names")
+            raise ValueError(
+                f"the rule {rule.match!r} of recipe {recipe.name} matches "
+                "no layer; `tfmq inspect` lists their names"
+            )
         if not matched & open_names:
-            warnings.warn(f"the rule {rule.match!r} of recipe {recipe.name} has no effect: rules before it match all its layers", stacklevel=3)
+            warnings.warn(
+                (
+                    f"the rule {rule.match!r} of recipe {recipe.name} has no "
+                    "effect: rules before it match all its layers"
+                ),
+                stacklevel=3,
+            )
         open_names -= matched
 
 
@@ -77,8 +95,19 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     per_step, shared = _per_step(recipe, temporal=False), recipe.activations.zero_points == "shared"
     products = {}
     for owner, sites in trace.products.items():
-        fmt = recipe.activations.format(recipe.bits(owner, frozenset())[1]) if recipe.activations.products else None
-        products[owner] = (sites, QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges, shared=shared) if fmt else None)
+        fmt = (
+            recipe.activations.format(recipe.bits(owner, frozenset())[1])
+            if recipe.activations.products
+            else None
+        )
+        products[owner] = (
+            sites,
+            QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges, shared=shared)
+            if fmt
+            else None,
+        )
     formats = {name: recipe.weights.format(recipe.embedding_bits(name)) for name in trace.embeddings}
-    embeddings = {name: EmbeddingPlan(weight=fmt, ranges=recipe.weights.ranges) for name, fmt in formats.items() if fmt}
+    embeddings = {
+        name: EmbeddingPlan(weight=fmt, ranges=recipe.weights.ranges) for name, fmt in formats.items() if fmt
+    }
     return Plan(layers, products, embeddings)

@@ -11,13 +11,17 @@ from tfmq.reconstruction.solvers import Rounding
 
 # The closed form takes a fraction of AdaRound's time and leaves less error.
 FAST = Rounding(solver="gptq")
-# Budget of `adaround`, which two CPU cores finish in minutes. The released code runs 20 000 iterations at rate 1e-3.
+# Budget of `adaround`, which two CPU cores finish in minutes. The released code runs 20 000 iterations at
+# rate 1e-3.
 SHORT = Learning(iterations=400, learning_rate=1e-2)
 
 
 def _ends(activation_bits: int | None) -> tuple[Rule, ...]:
     """First and last layer at 8 bits, as in BRECQ; the released TFMQ-DM keeps them in full precision."""
-    return tuple(Rule(match=role, weight_bits=8, activation_bits=activation_bits) for role in ("role:first", "role:last"))
+    return tuple(
+        Rule(match=role, weight_bits=8, activation_bits=activation_bits)
+        for role in ("role:first", "role:last")
+    )
 
 
 def tfmq_w4a8() -> Recipe:
@@ -33,16 +37,24 @@ def tfmq_w8a8() -> Recipe:
 def tfmq_w4a32() -> Recipe:
     """4-bit weights, activations in full precision."""
     activations = Activations(bits=None, products=False, per_step="none")
-    return Recipe(name="tfmq_w4a32", activations=activations, rounding=FAST, learning=SHORT, rules=_ends(None))
+    return Recipe(
+        name="tfmq_w4a32", activations=activations, rounding=FAST, learning=SHORT, rules=_ends(None)
+    )
 
 
 def rtn(recipe: Recipe) -> Recipe:
-    """The round-to-nearest baseline at the bits of `recipe`: one scale for all timesteps, no temporal maintenance."""
-    return replace(brecq(recipe), name=recipe.name.replace("tfmq", "rtn"), rounding=Rounding(solver="nearest"))
+    """The round-to-nearest baseline at the bits of `recipe`: one scale for all timesteps, no temporal
+    maintenance.
+    """
+    return replace(
+        brecq(recipe), name=recipe.name.replace("tfmq", "rtn"), rounding=Rounding(solver="nearest")
+    )
 
 
 def brecq(recipe: Recipe) -> Recipe:
-    """The block reconstruction baseline at the bits of `recipe`: AdaRound on blocks, without TIAR, finite set calibration and cache."""
+    """The block reconstruction baseline at the bits of `recipe`: AdaRound on blocks, without TIAR, finite set
+    calibration and cache.
+    """
     return replace(
         recipe,
         name=recipe.name.replace("tfmq", "brecq"),
@@ -54,28 +66,44 @@ def brecq(recipe: Recipe) -> Recipe:
 
 
 def fast(recipe: Recipe) -> Recipe:
-    """A recipe for engines with static ranges: no more grids and zero-points than accuracy needs, concatenations split in shortcuts alone."""
+    """A recipe for engines with static ranges: no more grids and zero-points than accuracy needs,
+    concatenations split in shortcuts alone.
+    """
     activations = replace(recipe.activations, per_step="measured", zero_points="shared", split="direct")
     return replace(recipe, name=recipe.name.replace("tfmq", "fast"), activations=activations)
 
 
 def transformer(recipe: Recipe) -> Recipe:
-    """A recipe for DiT, PixArt, SD3, FLUX and their like: each linear layer's input grids static per timestep or dynamic per token, as measured."""
-    return replace(recipe, name=recipe.name.replace("tfmq", "transformer"), activations=replace(recipe.activations, tokens="measured"))
+    """A recipe for DiT, PixArt, SD3, FLUX and their like: each linear layer's input grids static per timestep
+    or dynamic per token, as measured.
+    """
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "transformer"),
+        activations=replace(recipe.activations, tokens="measured"),
+    )
+
+
+def _composed(change: Callable[[Recipe], Recipe], build: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    return lambda: change(build())
 
 
 _METHODS: dict[str, Callable[[Recipe], Recipe]] = {"rtn": rtn, "brecq": brecq}
 _SCHEMES: dict[str, Callable[[], Recipe]] = {"w4a8": tfmq_w4a8, "w8a8": tfmq_w8a8, "w4a32": tfmq_w4a32}
 PRESETS: dict[str, Callable[[], Recipe]] = {f"tfmq_{name}": build for name, build in _SCHEMES.items()}
-PRESETS |= {f"{method}_{name}": (lambda f=f, b=b: f(b())) for method, f in _METHODS.items() for name, b in _SCHEMES.items()}  # type: ignore[misc]
-PRESETS |= {f"fast_{name}": (lambda b=_SCHEMES[name]: fast(b())) for name in ("w4a8", "w8a8")}  # type: ignore[misc]
-PRESETS |= {f"transformer_{name}": (lambda b=_SCHEMES[name]: transformer(b())) for name in ("w4a8", "w8a8")}  # type: ignore[misc]
+PRESETS |= {
+    f"{method}_{name}": _composed(f, b) for method, f in _METHODS.items() for name, b in _SCHEMES.items()
+}
+PRESETS |= {f"fast_{name}": _composed(fast, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
+PRESETS |= {f"transformer_{name}": _composed(transformer, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
 
 
 def scheme(name: str) -> Recipe:
-    """Return the recipe of a scheme: a preset's name, or `wXaY` with X and Y of 2 to 8 bits, or 16 or 32 for full precision.
+    """Return the recipe of a scheme: a preset's name, or `wXaY` with X and Y of 2 to 8 bits, or 16 or 32 for
+    full precision.
 
-    Presets of `tfmq.recipes.paper` repeat a published experiment, such as `ldm4_bedrooms_w4a8`, with its budget of hours to days.
+    Presets of `tfmq.recipes.paper` repeat a published experiment, such as `ldm4_bedrooms_w4a8`, with its
+    budget of hours to days.
 
     Raises:
         ValueError: no such scheme.
@@ -89,10 +117,16 @@ def scheme(name: str) -> Recipe:
     bits = [int(text) for text in found.groups()] if found else []
     if not bits or not all(2 <= value <= 8 or value in (16, 32) for value in bits):
         choices = ", ".join((*_SCHEMES, *PRESETS, *(f"{protocol.name}_wXaY" for protocol in PROTOCOLS)))
-        raise ValueError(f"unknown scheme {name!r}; give wXaY with 2 to 8 bits (16 or 32 for full precision), or one of {choices}")
+        raise ValueError(
+            f"unknown scheme {name!r}; give wXaY with 2 to 8 bits (16 or "
+            f"32 for full precision), or one of {choices}"
+        )
     weight, activation = (value if value <= 8 else None for value in bits)
     if weight is None:
-        raise ValueError(f"scheme {name!r} keeps full-precision weights; integer arithmetic needs both operands, so choose weights of 2 to 8 bits")
+        raise ValueError(
+            f"scheme {name!r} keeps full-precision weights; integer arithmetic "
+            "needs both operands, so choose weights of 2 to 8 bits"
+        )
     base = tfmq_w4a32() if activation is None else tfmq_w4a8()
     activations = replace(base.activations, bits=activation)
     return replace(base, name=f"tfmq_{name}", weights=Weights(bits=weight), activations=activations)

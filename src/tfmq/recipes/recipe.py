@@ -45,8 +45,9 @@ def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
 class Weights:
     """Weight grids, per output channel. `bits` None keeps full precision.
 
-    `symmetric` None is symmetric at 8 bits, where `code - zero_point` must fit a signed byte, and asymmetric below, where it always does.
-    `embeddings` are the bits of the rows of embeddings, which have a grid each; a row is read as it is, so that nothing evens out its error.
+    `symmetric` None is symmetric at 8 bits, where `code - zero_point` must fit a signed byte, and asymmetric
+    below, where it always does. `embeddings` are the bits of the rows of embeddings, which have a grid each;
+    a row is read as it is, so that nothing evens out its error.
     """
 
     bits: int | None = 4
@@ -69,19 +70,24 @@ class Activations:
     """Activation grids, per tensor. `bits` None keeps full precision.
 
     Attributes:
-        per_step: the scope of finite set calibration: no quantizer (`none`), those of the temporal block (`temporal`, the paper), all (`all`, the
-            released code), or beside the temporal block those that one grid for all timesteps costs more than 1 dB of accuracy (`measured`).
-        zero_points: whether the grids of one quantizer have a zero-point for each timestep (`per_step`), or one for all timesteps (`shared`), whose
-            scales are then as large as that zero-point needs to cover the same range. In attention products the shared one is the middle code, or 0
-            on the left. Integer engines that want the zero-point as a constant run faster with it, and some compute products of activations in
-            integers with it alone.
+        per_step: the scope of finite set calibration: no quantizer (`none`), those of the temporal block
+            (`temporal`, the paper), all (`all`, the released code), or beside the temporal block those that
+            one grid for all timesteps costs more than 1 dB of accuracy (`measured`).
+        zero_points: whether the grids of one quantizer have a zero-point for each timestep (`per_step`), or
+            one for all timesteps (`shared`), whose scales are then as large as that zero-point needs to cover
+            the same range. In attention products the shared one is the middle code, or 0 on the left. Integer
+            engines that want the zero-point as a constant run faster with it, and some compute products of
+            activations in integers with it alone.
         products: quantize attention's q, k, v and post-softmax map.
-        split: give each source of a channel concatenation its own grid, in activations and weights: in every layer that reads one (True), in none
-            (False), or in those that read the concatenated tensor itself (`direct`), a shortcut for one, as Q-Diffusion and the code released
-            with TFMQ-DM do. Behind a normalisation the parts are alike already.
-        tokens: grids of the linear layers outside of the temporal block: `static` ones from calibration, `dynamic` ones of each token at each
-            call, or `measured`: for each layer whichever of the two gives less output error on the calibration calls. Convolutions, temporal
-            layers and attention products are static: sums over places have no grid of each place, and finite sets have exact ranges.
+        split: give each source of a channel concatenation its own grid, in activations and weights: in every
+            layer that reads one (True), in none (False), or in those that read the concatenated tensor itself
+            (`direct`), a shortcut for one, as Q-Diffusion and the code released with TFMQ-DM do. Behind a
+            normalisation the parts are alike already.
+        tokens: grids of the linear layers outside of the temporal block: `static` ones from calibration,
+            `dynamic` ones of each token at each call, or `measured`: for each layer whichever of the two
+            gives less output error on the calibration calls. Convolutions, temporal layers and attention
+            products are static: sums over places have no grid of each place, and finite sets have exact
+            ranges.
     """
 
     bits: int | None = 8
@@ -106,7 +112,9 @@ class Activations:
         return _format(bits, self.symmetric)
 
     def segments(self, widths: tuple[int, ...], *, direct: bool) -> tuple[int, ...]:
-        """Return the `widths` of a concatenation that get grids of their own; `direct` says that a layer reads the concatenated tensor itself."""
+        """Return the `widths` of a concatenation that get grids of their own; `direct` says that a layer
+        reads the concatenated tensor itself.
+        """
         return widths if self.split is True or (self.split == "direct" and direct) else ()
 
 
@@ -115,8 +123,9 @@ class Temporal:
     """What keeps temporal features intact.
 
     Attributes:
-        maintenance: `none` (temporal layers are ordinary members of their blocks), `block` (TIAR), `cache` (TIAR, and a table that replaces the
-            features of the calibrated schedule), `selected` (whichever of the two disturbs a feature less).
+        maintenance: `none` (temporal layers are ordinary members of their blocks), `block` (TIAR), `cache`
+            (TIAR, and a table that replaces the features of the calibrated schedule), `selected` (whichever
+            of the two disturbs a feature less).
         table: storage of the cache.
         scope: what one choice of `selected` covers: a feature at a step, a feature, a step, or everything.
         learning: hyper-parameters of TIAR.
@@ -134,20 +143,29 @@ class Temporal:
 
 
 def call_options(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a pipeline is to be called by the fields of a calibration: `eta`, `guidance_scale` and `spacing`, as far as they are set."""
-    return {name: calibration[name] for name in ("eta", "guidance_scale", "spacing") if calibration.get(name) is not None}
+    """Return how a pipeline is to be called by the fields of a calibration: `eta`, `guidance_scale` and
+    `spacing`, as far as they are set.
+    """
+    return {
+        name: calibration[name]
+        for name in ("eta", "guidance_scale", "spacing")
+        if calibration.get(name) is not None
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from every `interval`-th step.
+    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from
+    every `interval`-th step.
 
     Attributes:
-        eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is opened again; None leaves them to the
-            pipeline. `eta` is that of DDIM.
-        spacing: of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even steps.
-        judged: images for each of the samples, rounded down, by which the whole model is judged in the end. They are drawn from noise of their
-            own by the model that the recipe makes, by the plainest one of the same bits, and in full precision. 0 judges nothing.
+        eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is
+            opened again; None leaves them to the pipeline. `eta` is that of DDIM.
+        spacing: of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even
+            steps.
+        judged: images for each of the samples, rounded down, by which the whole model is judged in the end.
+            They are drawn from noise of their own by the model that the recipe makes, by the plainest one of
+            the same bits, and in full precision. 0 judges nothing.
     """
 
     samples: int = 32
@@ -174,11 +192,13 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Rescaling:
-    """A factor for each input channel of a layer outside of the temporal block: the input is multiplied by it, and the weight divided.
+    """A factor for each input channel of a layer outside of the temporal block: the input is multiplied by
+    it, and the weight divided.
 
     Attributes:
-        equalizers: propose factors, `ranges` and `peaks`. The factor one is always a candidate, and the error of the layer's output on what it
-            reads in calibration decides; with no equalizer nothing is rescaled.
+        equalizers: propose factors, `ranges` and `peaks`. The factor one is always a candidate, and the error
+            of the layer's output on what it reads in calibration decides; with no equalizer nothing is
+            rescaled.
     """
 
     equalizers: tuple[str, ...] = ()
@@ -189,13 +209,15 @@ class Rescaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What is added to and multiplied with each channel of a prediction, step by step, so that it is nearer to full precision's.
+    """What is added to and multiplied with each channel of a prediction, step by step, so that it is nearer
+    to full precision's.
 
-    A batch of images is drawn in full precision and by the quantized model, from the same noise. Every other image fits, the others decide.
+    A batch of images is drawn in full precision and by the quantized model, from the same noise. Every other
+    image fits, the others decide.
 
     Attributes:
-        estimators: the candidates of each step, the simplest first: `bias`, `gain`, `affine`. No correction is always one; with none of them
-            nothing is corrected.
+        estimators: the candidates of each step, the simplest first: `bias`, `gain`, `affine`. No correction
+            is always one; with none of them nothing is corrected.
     """
 
     estimators: tuple[str, ...] = ()
@@ -206,7 +228,8 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Bits for the layers that `match`: a name pattern (`*.conv_shortcut`), or a role (`role:first`, `role:last`, `role:temporal`).
+    """Bits for the layers that `match`: a name pattern (`*.conv_shortcut`), or a role (`role:first`,
+    `role:last`, `role:temporal`).
 
     `weight_bits` and `activation_bits` of None keep full precision. The first rule that matches a layer wins.
     """
@@ -228,7 +251,8 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published figure of the full-precision model: what `tfmq evaluate` must find before it judges the quantized one.
+    """A published figure of the full-precision model: what `tfmq evaluate` must find before it judges the
+    quantized one.
 
     Attributes:
         metric: its name in `tfmq evaluate`, such as `fid`.
@@ -249,12 +273,17 @@ class Published:
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < inf or self.num_images < 1 or self.steps < 1:
             numbers = f"{self.tolerance}, {self.num_images} and {self.steps}"
-            raise ValueError(f"published tolerance, num_images and steps must be positive, got {numbers} for {shown(self.metric)}")
+            raise ValueError(
+                "published tolerance, num_images and steps must be positive, "
+                f"got {numbers} for {shown(self.metric)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides how a model is quantized. Presets are functions in `tfmq.recipes.presets`; YAML is a serialisation."""
+    """Everything that decides how a model is quantized. Presets are functions in `tfmq.recipes.presets`; YAML
+    is a serialisation.
+    """
 
     name: str
     weights: Weights = field(default_factory=Weights)
@@ -269,14 +298,18 @@ class Recipe:
     published: tuple[Published, ...] = ()
 
     def bits(self, name: str, roles: frozenset[str]) -> tuple[int | None, int | None]:
-        """Return `(weight_bits, activation_bits)` of a layer: those of the first matching rule, else the recipe's own."""
+        """Return `(weight_bits, activation_bits)` of a layer: those of the first matching rule, else the
+        recipe's own.
+        """
         for rule in self.rules:
             if rule.matches(name, roles):
                 return rule.weight_bits, rule.activation_bits
         return self.weights.bits, self.activations.bits
 
     def embedding_bits(self, name: str) -> int | None:
-        """Return the weight bits of an embedding: those of the first rule that names it, else the recipe's own; no bits of weights, none of them."""
+        """Return the weight bits of an embedding: those of the first rule that names it, else the recipe's
+        own; no bits of weights, none of them.
+        """
         for rule in self.rules:
             if rule.matches(name, frozenset()):
                 return rule.weight_bits

@@ -7,7 +7,8 @@ from typing import Any, get_args, get_type_hints
 from tfmq.errors import cut, require, shown
 from tfmq.recipes.recipe import Recipe
 
-# Limits of a recipe's file (bytes, levels, values), many times what any recipe needs. An alias counts as all that it stands for.
+# Limits of a recipe's file (bytes, levels, values), many times what any recipe needs. An alias counts as all
+# that it stands for.
 MOST_BYTES = 2**16
 MOST_DEPTH = 16
 MOST_VALUES = 4096
@@ -26,12 +27,22 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _build(kind: Any, values: Any, path: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{path.rstrip('.') or 'the recipe'} must be a mapping of {', '.join(f.name for f in fields(kind))}; got {shown(values)}")
+        raise ValueError(
+            f"{path.rstrip('.') or 'the recipe'} must be a mapping of "
+            f"{', '.join(f.name for f in fields(kind))}; got {shown(values)}"
+        )
     hints = get_type_hints(kind)
     unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
-        raise ValueError(f"unknown key {path}{cut(str(unknown[0]), 80)}; {path.rstrip('.') or 'a recipe'} has {', '.join(hints)}")
-    missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
+        raise ValueError(
+            f"unknown key {path}{cut(str(unknown[0]), 80)}; "
+            f"{path.rstrip('.') or 'a recipe'} has {', '.join(hints)}"
+        )
+    missing = [
+        f.name
+        for f in fields(kind)
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values
+    ]
     if missing:
         raise ValueError(f"{path.rstrip('.') or 'the recipe'} lacks {', '.join(missing)}")
     return kind(**{name: _value(hints[name], value, f"{path}{name}") for name, value in values.items()})
@@ -48,7 +59,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) not in allowed:
-        raise ValueError(f"{path} must be of type {' or '.join(kind.__name__ for kind in allowed)}; got {shown(value)}")
+        raise ValueError(
+            f"{path} must be of type {' or '.join(kind.__name__ for kind in allowed)}; got {shown(value)}"
+        )
     return value
 
 
@@ -57,7 +70,11 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
         return (hint,)
     parts = get_args(hint)
     # The values of a Literal, or the members of a union, which may be Literals.
-    return tuple(dict.fromkeys(kind for part in parts for kind in _plain_types(part))) if parts else (type(hint),)
+    return (
+        tuple(dict.fromkeys(kind for part in parts for kind in _plain_types(part)))
+        if parts
+        else (type(hint),)
+    )
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
@@ -79,7 +96,8 @@ def dumps(recipe: Recipe) -> str:
 def _check_size(yaml: Any, text: str) -> None:
     """Refuse a YAML text whose values nest too deep or are too many, before any of them is made.
 
-    Aliases of anchors that hold aliases grow by a factor a line; here an alias counts as all values of its anchor.
+    Aliases of anchors that hold aliases grow by a factor a line; here an alias counts as all values of its
+    anchor.
 
     Raises:
         ValueError: see there.
@@ -107,14 +125,18 @@ def _check_size(yaml: Any, text: str) -> None:
 
 
 def _parse(yaml: Any, text: str) -> Any:
-    """Return the values of a YAML text; a key that a mapping has twice is an error, where YAML's reader takes the last one."""
+    """Return the values of a YAML text; a key that a mapping has twice is an error, where YAML's reader takes
+    the last one.
+    """
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
                 if isinstance(key.value, str) and key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {cut(key.value, 80)} stands there twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {cut(key.value, 80)} stands there twice", key.start_mark
+                    )
                 seen.add(str(key.value))
             return super().construct_mapping(node, deep)
 
@@ -123,7 +145,9 @@ def _parse(yaml: Any, text: str) -> Any:
 
 
 def _read(path: Path) -> str:
-    """Return the text of a recipe's file, or of a pipe, as shells make of `<(command)`; never more of it than a recipe may have."""
+    """Return the text of a recipe's file, or of a pipe, as shells make of `<(command)`; never more of it than
+    a recipe may have.
+    """
     with path.open("rb") as stream:
         found = stream.read(MOST_BYTES + 1)
     if len(found) > MOST_BYTES:

@@ -11,7 +11,9 @@ CAUTION = 1.5
 
 @dataclass(frozen=True)
 class Cost:
-    """Predicted seconds of a unit: for its calls and a solution in closed form, and for each step of learning."""
+    """Predicted seconds of a unit: for its calls and a solution in closed form, and for each step of
+    learning.
+    """
 
     base: float
     step: float
@@ -43,9 +45,9 @@ class _Correction:
 class Budget:
     """Divides what is left of the time anew before every unit.
 
-    Units are solved as far as the time reaches, in closed form or by `least` steps of learning, those first that disturb the output most for
-    their seconds; what then is left goes to the learning of each in proportion to its sensitivity. A unit that gets neither keeps its nearest
-    codes and takes no time.
+    Units are solved as far as the time reaches, in closed form or by `least` steps of learning, those first
+    that disturb the output most for their seconds; what then is left goes to the learning of each in
+    proportion to its sensitivity. A unit that gets neither keeps its nearest codes and takes no time.
 
     Args:
         seconds: seconds that the whole job may take.
@@ -74,8 +76,13 @@ class Budget:
         """Return what the first of the units `waiting` gets."""
         name, left = waiting[0], self.seconds - self.elapsed()
         step = {unit: self.costs[unit].step * self.step.factor for unit in waiting}
-        chosen, solved = set(), {unit: self.costs[unit].base * self.base.factor + self.least * step[unit] for unit in waiting}
-        for unit in sorted(waiting, key=lambda unit: self.sensitivity[unit] / max(solved[unit], 1e-9), reverse=True):
+        chosen, solved = (
+            set(),
+            {unit: self.costs[unit].base * self.base.factor + self.least * step[unit] for unit in waiting},
+        )
+        for unit in sorted(
+            waiting, key=lambda unit: self.sensitivity[unit] / max(solved[unit], 1e-9), reverse=True
+        ):
             if solved[unit] <= left:
                 chosen.add(unit)
                 left -= solved[unit]
@@ -86,7 +93,9 @@ class Budget:
         return Grant(True, min(self.most, self.least + int(share / max(step[name], 1e-9))))
 
     def took(self, name: str, grant: Grant, *, base: float, steps: float, iterations: int) -> None:
-        """Note what a unit took: seconds for its calls and closed form, and for the steps of learning that it made."""
+        """Note what a unit took: seconds for its calls and closed form, and for the steps of learning that it
+        made.
+        """
         if grant.solved:
             self.base.add(self.costs[name].base, base)
         if iterations:

@@ -13,7 +13,8 @@ from tfmq.numerics.rounding import annealed_beta, rectified_sigmoid, rounding_pe
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import AdaptiveRounding
 
-# With samples held out: number of checks over all iterations, and number of checks in a row without gain after which learning ends.
+# With samples held out: number of checks over all iterations, and number of checks in a row without gain
+# after which learning ends.
 CHECKS, PATIENCE = 40, 4
 # Returns the values, in the shape of a layer's weight, that its roundings start from.
 Start = Callable[[CalibratedLayer], Tensor]
@@ -21,7 +22,8 @@ Start = Callable[[CalibratedLayer], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """Hyper-parameters of learned rounding; the released TFMQ-DM uses 20 000 iterations at rate 1e-3, else as here.
+    """Hyper-parameters of learned rounding; the released TFMQ-DM uses 20 000 iterations at rate 1e-3, else as
+    here.
 
     Attributes:
         iterations: Adam steps a unit; 0 keeps nearest rounding.
@@ -30,8 +32,9 @@ class Learning:
         penalty: weight of the rounding regulariser (lambda).
         beta_start, beta_end: exponent of the regulariser, annealed linearly.
         warmup: share of the steps without the regulariser.
-        held_out: share of the samples that learning does not see and is judged on: it ends when the codes have not become better there for
-            `PATIENCE` of its `CHECKS` checks, and the best of them are kept. 0 learns on all samples and takes every step.
+        held_out: share of the samples that learning does not see and is judged on: it ends when the codes
+            have not become better there for `PATIENCE` of its `CHECKS` checks, and the best of them are kept.
+            0 learns on all samples and takes every step.
     """
 
     iterations: int = 20_000
@@ -45,15 +48,22 @@ class Learning:
 
     def __post_init__(self) -> None:
         if self.iterations < 0 or self.batch_size < 1:
-            raise ValueError(f"iterations must be >= 0 and batch_size >= 1, got {self.iterations} and {self.batch_size}")
+            raise ValueError(
+                f"iterations must be >= 0 and batch_size >= 1, got {self.iterations} and {self.batch_size}"
+            )
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"warmup is a share of the iterations in [0, 1), got {self.warmup}")
         if not 0.0 <= self.held_out < 1.0:
             raise ValueError(f"held_out is a share of the samples in [0, 1), got {self.held_out}")
         if not (0 < self.learning_rate < inf and 0 <= self.penalty < inf):
-            raise ValueError(f"learning_rate must be > 0 and penalty >= 0, both finite, got {self.learning_rate} and {self.penalty}")
+            raise ValueError(
+                "learning_rate must be > 0 and penalty >= 0, both finite, "
+                f"got {self.learning_rate} and {self.penalty}"
+            )
         if not (0 < self.beta_start < inf and 0 < self.beta_end < inf):
-            raise ValueError(f"beta_start and beta_end must be > 0 and finite, got {self.beta_start} and {self.beta_end}")
+            raise ValueError(
+                f"beta_start and beta_end must be > 0 and finite, got {self.beta_start} and {self.beta_end}"
+            )
 
 
 def full_precision(layer: CalibratedLayer) -> Tensor:
@@ -62,8 +72,12 @@ def full_precision(layer: CalibratedLayer) -> Tensor:
 
 
 @contextmanager
-def adaptive_rounding(layers: Mapping[str, CalibratedLayer], start: Start = full_precision) -> Iterator[list[AdaptiveRounding]]:
-    """Give every layer trainable roundings while the context is open; on a clean exit their hard values become the layer's codes."""
+def adaptive_rounding(
+    layers: Mapping[str, CalibratedLayer], start: Start = full_precision
+) -> Iterator[list[AdaptiveRounding]]:
+    """Give every layer trainable roundings while the context is open; on a clean exit their hard values
+    become the layer's codes.
+    """
     for layer in layers.values():
         layer.rounding = AdaptiveRounding(start(layer), layer.grid)
     try:
@@ -78,7 +92,8 @@ def adaptive_rounding(layers: Mapping[str, CalibratedLayer], start: Start = full
 
 
 def _joined(roundings: Sequence[AdaptiveRounding]) -> list[nn.Parameter]:
-    """Let the logits of all `roundings`, and their gradients, be parts of one tensor for each device and dtype; return these.
+    """Let the logits of all `roundings`, and their gradients, be parts of one tensor for each device and
+    dtype; return these.
 
     A step is then a few operations rather than a few for each layer, on the same numbers.
     """
@@ -100,12 +115,16 @@ def _joined(roundings: Sequence[AdaptiveRounding]) -> list[nn.Parameter]:
 
 
 class _EarlyStop:
-    """Keeps the codes that were best on samples that learning does not see, and says when there is nothing left to gain.
+    """Keeps the codes that were best on samples that learning does not see, and says when there is nothing
+    left to gain.
 
-    Checks begin with the regulariser: before it the roundings are free, and their nearest codes say little of where they will settle.
+    Checks begin with the regulariser: before it the roundings are free, and their nearest codes say little of
+    where they will settle.
     """
 
-    def __init__(self, layers: Mapping[str, CalibratedLayer], judge: Callable[[], float] | None, config: Learning) -> None:
+    def __init__(
+        self, layers: Mapping[str, CalibratedLayer], judge: Callable[[], float] | None, config: Learning
+    ) -> None:
         self.layers, self.judge = layers, judge
         self.first, self.every = config.warmup * config.iterations, max(1, config.iterations // CHECKS)
         self.best: tuple[float, dict[str, Tensor]] | None = None
@@ -154,11 +173,13 @@ def learn_rounding(
     start: Start = full_precision,
     judge: Callable[[], float] | None = None,
 ) -> int:
-    """Minimise `loss + penalty * sum(1 - |2 h(V) - 1|**beta)` over the roundings `V` of `layers`, and fix them (AdaRound, equation 21).
+    """Minimise `loss + penalty * sum(1 - |2 h(V) - 1|**beta)` over the roundings `V` of `layers`, and fix
+    them (AdaRound, equation 21).
 
-    Soft weights begin at `start`, each free to move between the two codes around it. `loss` draws its own batch from the generator it is given.
-    Where the learned roundings end with more loss on the same draws than the codes the layers came with, those codes are kept. `judge`, the
-    error on samples that `loss` does not draw, stops early (see `Learning.held_out`).
+    Soft weights begin at `start`, each free to move between the two codes around it. `loss` draws its own
+    batch from the generator it is given. Where the learned roundings end with more loss on the same draws
+    than the codes the layers came with, those codes are kept. `judge`, the error on samples that `loss` does
+    not draw, stops early (see `Learning.held_out`).
 
     Returns:
         The steps that were taken; `advance` reports all that were asked for.
@@ -177,12 +198,20 @@ def learn_rounding(
         whole = _joined(roundings)
         optimizer = torch.optim.Adam(whole, lr=config.learning_rate)
         for iteration in range(config.iterations):
-            beta = annealed_beta(iteration, config.iterations, start=config.beta_start, end=config.beta_end, warmup=config.warmup)
+            beta = annealed_beta(
+                iteration,
+                config.iterations,
+                start=config.beta_start,
+                end=config.beta_end,
+                warmup=config.warmup,
+            )
             # Zero in place: with `set_to_none` the parts would lose their places in the joint gradient.
             optimizer.zero_grad(set_to_none=False)
             total = loss(generator)
             if beta is not None:
-                total = total + config.penalty * sum(rounding_penalty(rectified_sigmoid(logits), beta) for logits in whole)
+                total = total + config.penalty * sum(
+                    rounding_penalty(rectified_sigmoid(logits), beta) for logits in whole
+                )
             total.backward()
             optimizer.step()
             taken += 1

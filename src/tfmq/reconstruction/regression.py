@@ -1,4 +1,6 @@
-"""What a layer's rounding sees of the calibration data: second moments of its inputs, and of its error in reproducing full precision."""
+"""What a layer's rounding sees of the calibration data: second moments of its inputs, and of its error in
+reproducing full precision.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,10 @@ Run = Callable[[Tensor], Any]
 class Moments:
     """Means over sampled output positions, of a layer with G groups of R rows and n columns.
 
-    `hessians` are the blocks `[G, p, p]` of `x x^T` for each part of the columns that is solved together, `cross` `[G, R, n]` is that of
-    `r x^T` (None where there are several parts, which make no use of it), `inputs` `[G, n]` of `x`, `residuals` `[G, R]` of `r` and `squares`
-    `[G, R]` of `r^2`: x is what the layer reads in the quantized network, and r what its full-precision weight leaves of the full-precision
+    `hessians` are the blocks `[G, p, p]` of `x x^T` for each part of the columns that is solved together,
+    `cross` `[G, R, n]` is that of `r x^T` (None where there are several parts, which make no use of it),
+    `inputs` `[G, n]` of `x`, `residuals` `[G, R]` of `r` and `squares` `[G, R]` of `r^2`: x is what the layer
+    reads in the quantized network, and r what its full-precision weight leaves of the full-precision
     network's output there.
     """
 
@@ -38,7 +41,9 @@ class Moments:
             start += hessian.shape[1]
 
     def centre(self) -> None:
-        """Put the covariances in the place of the second moments: what is left to the weights when a bias takes the means."""
+        """Put the covariances in the place of the second moments: what is left to the weights when a bias
+        takes the means.
+        """
         for part, hessian in self.parts():
             hessian -= self.inputs[:, part, None] * self.inputs[:, None, part]
         if self.cross is not None:
@@ -57,7 +62,9 @@ class Moments:
 
 
 @contextmanager
-def _watched(layers: Mapping[str, CalibratedLayer], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def _watched(
+    layers: Mapping[str, CalibratedLayer], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
     """Call `see(name, input, output)` whenever one of `layers` runs."""
 
     def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -82,7 +89,15 @@ class Regression:
         spool: keeps the targets; by default in memory.
     """
 
-    def __init__(self, layers: Mapping[str, CalibratedLayer], parts: Sequence[Tensor], *, most: int, seed: int, spool: Spool | None = None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, CalibratedLayer],
+        parts: Sequence[Tensor],
+        *,
+        most: int,
+        seed: int,
+        spool: Spool | None = None,
+    ) -> None:
         self.layers = layers
         self.parts = parts
         self.most = most
@@ -97,7 +112,9 @@ class Regression:
 
         def see(name: str, _: Tensor, output: Tensor) -> None:
             operation = self.layers[name].operation
-            places = torch.randperm(operation.places(output), generator=self.generator)[: self.most].sort().values
+            places = (
+                torch.randperm(operation.places(output), generator=self.generator)[: self.most].sort().values
+            )
             target = operation.outputs_at(output, places)
             self.places[name].append(places)
             self.targets.setdefault(name, self.spool.column(target)).add(target)
@@ -108,7 +125,8 @@ class Regression:
 
     @torch.no_grad()
     def moments(self, name: str, run: Run, *, widest: int) -> Moments:
-        """Return the moments of a layer at what it reads while `run` calls the quantized unit; its targets are forgotten.
+        """Return the moments of a layer at what it reads while `run` calls the quantized unit; its targets
+        are forgotten.
 
         At most `widest` columns are taken together.
         """
@@ -120,19 +138,31 @@ class Regression:
 
         def see(_: str, x: Tensor, __: Tensor) -> None:
             number, places = next(kept)
-            reads.append((layer.operation.inputs_at(layer.entering(x), layer.weight.shape[2:], places).float(), targets.batch(number)))
+            reads.append(
+                (
+                    layer.operation.inputs_at(layer.entering(x), layer.weight.shape[2:], places).float(),
+                    targets.batch(number),
+                )
+            )
 
         count = 0
         for part in self.parts:
             with _watched({name: layer}, see):
                 run(part)
-            # Not in the hook: a mode that watches the unit's products is active there, and would count these too.
+            # Not in the hook: a mode that watches the unit's products is active there, and would count these
+            # too.
             for read, target in reads:
                 target = target if layer.bias is None else target - layer.bias
                 _add(sums, read, target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT)
                 count += len(target)
             reads.clear()
-        for tensor in (*sums.hessians, sums.inputs, sums.residuals, sums.squares, *(() if sums.cross is None else (sums.cross,))):
+        for tensor in (
+            *sums.hessians,
+            sums.inputs,
+            sums.residuals,
+            sums.squares,
+            *(() if sums.cross is None else (sums.cross,)),
+        ):
             tensor /= count
         return sums
 
@@ -152,7 +182,9 @@ def _zeros(weight: Tensor, widest: int) -> Moments:
 
 
 def _add(sums: Moments, read: Tensor, residual: Tensor) -> None:
-    """Add what was read `[G, P, n]` and left over `[G, P, R]` at some positions; products in float32, sums in float64."""
+    """Add what was read `[G, P, n]` and left over `[G, P, R]` at some positions; products in float32, sums in
+    float64.
+    """
     for part, hessian in sums.parts():
         hessian += read[:, :, part].mT @ read[:, :, part]
     if sums.cross is not None:

@@ -15,12 +15,17 @@ MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
-    """Return the memory that this process could still take: the machine's, or what its control group (a container's) leaves. None where unknown."""
+    """Return the memory that this process could still take: the machine's, or what its control group (a
+    container's) leaves. None where unknown.
+    """
     if not MEMINFO.exists():
         return None
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
     free = [int(fields["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in fields else []
-    limit, used = ((GROUP / name).read_text().strip() if (GROUP / name).exists() else "" for name in ("memory.max", "memory.current"))
+    limit, used = (
+        (GROUP / name).read_text().strip() if (GROUP / name).exists() else ""
+        for name in ("memory.max", "memory.current")
+    )
     if limit.isdigit() and used.isdigit():
         free.append(max(0, int(limit) - int(used)))
     return min(free, default=None)
@@ -28,11 +33,14 @@ def free_bytes() -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Limits of a job; None sets none, but for captured calls, which go to files before they fill the machine.
+    """Limits of a job; None sets none, but for captured calls, which go to files before they fill the
+    machine.
 
     Attributes:
-        max_memory: bytes that calibration may hold beyond what the process held before, the model included. The result does not depend on it.
-        time_budget: seconds of the whole job, which units share; the result is that of the shares that were decided.
+        max_memory: bytes that calibration may hold beyond what the process held before, the model included.
+            The result does not depend on it.
+        time_budget: seconds of the whole job, which units share; the result is that of the shares that were
+            decided.
     """
 
     max_memory: int | None = None
@@ -47,7 +55,9 @@ class Resources:
 
     @property
     def captured(self) -> int | None:
-        """Return the bytes of captured calls that may stay in memory; without a limit half of what is free, and None where nobody knows that."""
+        """Return the bytes of captured calls that may stay in memory; without a limit half of what is free,
+        and None where nobody knows that.
+        """
         if self.max_memory is not None:
             return int(CAPTURED * self.max_memory)
         free = free_bytes()
@@ -58,7 +68,9 @@ class Resources:
         return None if self.max_memory is None else max(1, int(CAPTURED * self.max_memory) // bytes_each)
 
     def prepare(self) -> None:
-        """Make this process return freed memory to the system where there is a limit. Without that, freed memory is most of what it holds."""
+        """Make this process return freed memory to the system where there is a limit. Without that, freed
+        memory is most of what it holds.
+        """
         if self.max_memory is not None:
             return_freed()
 
@@ -71,7 +83,8 @@ class Resources:
         if self.max_memory is not None and needed > (1 - CAPTURED) * self.max_memory:
             least = int(needed / (1 - CAPTURED)) // 2**20 + 1
             raise ValueError(
-                f"{name} cannot be rounded within {self.max_memory / 2**20:.0f} MiB: its solver needs a limit of at least {least} MiB; raise "
+                f"{name} cannot be rounded within {self.max_memory / 2**20:.0f} MiB: "
+                f"its solver needs a limit of at least {least} MiB; raise "
                 "--max-memory, or lower rounding.widest of the recipe"
             )
 

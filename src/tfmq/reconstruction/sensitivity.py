@@ -1,4 +1,6 @@
-"""Measure how much each unit disturbs the output and predict what it will cost. A budget of time is divided by these two."""
+"""Measure how much each unit disturbs the output and predict what it will cost. A budget of time is divided
+by these two.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,8 +21,8 @@ from tfmq.reconstruction.units import Unit
 
 # Number of samples of a measured call.
 ROWS = 8
-# Forward passes that a unit costs with any solver: one to capture its calls and one to measure its error. The error before rounding costs a
-# learning solver another pass; a closed-form solver measures it on the way.
+# Forward passes that a unit costs with any solver: one to capture its calls and one to measure its error. The
+# error before rounding costs a learning solver another pass; a closed-form solver measures it on the way.
 RUNS = 2
 # Cost of one learning step: forward passes of its batch, and seconds for each weight.
 STEP_RUNS, SECONDS_A_WEIGHT = 4.0, 4e-8
@@ -28,13 +30,17 @@ STEP_RUNS, SECONDS_A_WEIGHT = 4.0, 4e-8
 
 @torch.no_grad()
 def output_sensitivity(denoiser: Denoiser, units: Sequence[Unit], calls: Sequence[Inputs]) -> Tensor:
-    """Return the mean squared error of the denoiser's output with each unit alone quantized, its codes the nearest, `[U]`."""
+    """Return the mean squared error of the denoiser's output with each unit alone quantized, its codes the
+    nearest, `[U]`.
+    """
     errors = torch.zeros(len(units), dtype=torch.float64)
     for call in calls:
         with full_precision(denoiser.module):
             expected = denoiser(call)
             for number, unit in enumerate(units):
-                with precision(denoiser.module.get_submodule(unit.name), weights="quantized", inputs="quantized"):
+                with precision(
+                    denoiser.module.get_submodule(unit.name), weights="quantized", inputs="quantized"
+                ):
                     errors[number] += float((denoiser(call) - expected).double().square().mean())
     return errors / max(1, len(calls))
 
@@ -71,7 +77,9 @@ def _products_a_second() -> float:
 
 
 def _closed_form(layer: CalibratedLayer, samples: int, rounding: Rounding) -> float:
-    """Return about how many operations a layer's solution in closed form takes: moments, factors, feedback, sweeps."""
+    """Return about how many operations a layer's solution in closed form takes: moments, factors, feedback,
+    sweeps.
+    """
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     moments = 2.0 * samples * rounding.positions * columns * (columns + rows)
     return moments + 4.0 * columns**3 + (4.0 + 4.0 * rounding.sweeps) * rows * columns**2
@@ -79,9 +87,17 @@ def _closed_form(layer: CalibratedLayer, samples: int, rounding: Rounding) -> fl
 
 @torch.no_grad()
 def predicted_costs(
-    denoiser: Denoiser, units: Sequence[Unit], call: Inputs, *, samples: int, rounding: Rounding, learning: Learning
+    denoiser: Denoiser,
+    units: Sequence[Unit],
+    call: Inputs,
+    *,
+    samples: int,
+    rounding: Rounding,
+    learning: Learning,
 ) -> dict[str, Cost]:
-    """Return what each unit will cost for `samples` samples, from the time of its part in one call, its sizes and this machine's speed."""
+    """Return what each unit will cost for `samples` samples, from the time of its part in one call, its sizes
+    and this machine's speed.
+    """
     solver, rate = SOLVERS[rounding.solver], _products_a_second()
     with full_precision(denoiser.module):
         denoiser(call)
@@ -92,7 +108,14 @@ def predicted_costs(
         layers: list[CalibratedLayer] = [denoiser.module.get_submodule(name) for name in unit.layers]  # type: ignore[misc]
         a_sample = seconds[unit.name] / len(call)
         runs = RUNS + (1 + len(layers) if solver.runs_full else 1)
-        solved = sum(_closed_form(layer, samples, rounding) for layer in layers) / rate if solver.runs_full else 0.0
+        solved = (
+            sum(_closed_form(layer, samples, rounding) for layer in layers) / rate
+            if solver.runs_full
+            else 0.0
+        )
         weights = sum(layer.weight.numel() for layer in layers)
-        costs[unit.name] = Cost(samples * a_sample * runs + solved, STEP_RUNS * learning.batch_size * a_sample + SECONDS_A_WEIGHT * weights)
+        costs[unit.name] = Cost(
+            samples * a_sample * runs + solved,
+            STEP_RUNS * learning.batch_size * a_sample + SECONDS_A_WEIGHT * weights,
+        )
     return costs

@@ -28,18 +28,21 @@ UnitInputs = Literal["quantized", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How codes are found: by `nearest` rounding, by `adaround` with the recipe's learning, by `gptq` with what follows here, or by both in turn.
+    """How codes are found: by `nearest` rounding, by `adaround` with the recipe's learning, by `gptq` with
+    what follows here, or by both in turn.
 
     Attributes:
         solver: one of the four; the paper's is `adaround`.
-        inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the paper), so that units come one after the
-            other, or of the `full`-precision network, so that no unit waits for another.
+        inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the
+            paper), so that units come one after the other, or of the `full`-precision network, so that no
+            unit waits for another.
         damping: weight of staying near the full-precision weights, relative to the mean square of the inputs.
         positions: output positions (pixels, tokens) of a calibration sample that count.
         sweeps: most sweeps of coordinate descent.
-        corrects: whether a layer also makes up for the errors that reach it; else its codes come near to the full-precision weight.
-        unit_gain: whether each output channel is scaled so that it follows full precision's with gain one. Least squares alone shrinks what it
-            fits to noisy inputs, the same way at every step.
+        corrects: whether a layer also makes up for the errors that reach it; else its codes come near to the
+            full-precision weight.
+        unit_gain: whether each output channel is scaled so that it follows full precision's with gain one.
+            Least squares alone shrinks what it fits to noisy inputs, the same way at every step.
         widest: columns of a layer that are solved together; wider layers are solved in parts.
     """
 
@@ -56,7 +59,9 @@ class Rounding:
         if self.solver not in SOLVERS:
             raise ValueError(f"rounding.solver is {self.solver!r}; it must be one of {', '.join(SOLVERS)}")
         if self.inputs not in get_args(UnitInputs):
-            raise ValueError(f"rounding.inputs is {self.inputs!r}; it must be one of {', '.join(get_args(UnitInputs))}")
+            raise ValueError(
+                f"rounding.inputs is {self.inputs!r}; it must be one of {', '.join(get_args(UnitInputs))}"
+            )
         if not 0 < self.damping < inf:
             raise ValueError(f"rounding.damping must be > 0 and finite, got {self.damping}")
         for name in ("positions", "sweeps", "widest"):
@@ -70,7 +75,8 @@ class Samples:
 
     Attributes:
         parts: their numbers, batch by batch.
-        run_full, run: call the unit on a batch, in the full-precision network and in the quantized network so far.
+        run_full, run: call the unit on a batch, in the full-precision network and in the quantized network so
+            far.
         loss: error of the unit's output in the latter on a batch that it draws.
         judge: error of the unit's output on samples that `loss` does not draw; None where it draws from all.
     """
@@ -106,7 +112,8 @@ class Solver:
     """A way to round a unit.
 
     Attributes:
-        solve: sets codes, scales and corrections of the problem's layers, with random draws from a seed; returns the learning steps taken.
+        solve: sets codes, scales and corrections of the problem's layers, with random draws from a seed;
+            returns the learning steps taken.
         work: how often it advances on a unit of so many layers.
         runs_full: whether it calls `run_full`, for which a unit's full-precision inputs are kept.
         memory: about the bytes that it takes for a unit of some layers, beside the unit's calls.
@@ -131,18 +138,29 @@ def nearest(problem: UnitProblem, config: Rounding, seed: int) -> int:
 def adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
     """Learn the roundings of all layers together (BRECQ, Li et al., 2021)."""
     samples = problem.samples
-    return learn_rounding(problem.layers, samples.loss, problem.learning, seed=seed, advance=problem.advance, judge=samples.judge)
+    return learn_rounding(
+        problem.layers,
+        samples.loss,
+        problem.learning,
+        seed=seed,
+        advance=problem.advance,
+        judge=samples.judge,
+    )
 
 
 @torch.no_grad()
 def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
-    """Round each layer so that its output in the quantized network comes nearest to the full-precision network's.
+    """Round each layer so that its output in the quantized network comes nearest to the full-precision
+    network's.
 
-    The inputs are those that the rounded layers before it leave, the outputs those of the full-precision network, so that a layer also makes
-    up for errors that reach it. Codes are found by error feedback (GPTQ, Frantar et al., 2023) and improved by coordinate descent, with the
-    scales refitted; the bias takes the mean error of each channel (Nagel et al., 2019, section 4.2).
+    The inputs are those that the rounded layers before it leave, the outputs those of the full-precision
+    network, so that a layer also makes up for errors that reach it. Codes are found by error feedback (GPTQ,
+    Frantar et al., 2023) and improved by coordinate descent, with the scales refitted; the bias takes the
+    mean error of each channel (Nagel et al., 2019, section 4.2).
     """
-    regression = Regression(problem.layers, problem.samples.parts, most=config.positions, seed=seed, spool=problem.spool)
+    regression = Regression(
+        problem.layers, problem.samples.parts, most=config.positions, seed=seed, spool=problem.spool
+    )
     regression.record_targets(problem.samples.run_full)
     for name, layer in problem.layers.items():
         moments = regression.moments(name, problem.samples.run, widest=config.widest)
@@ -155,14 +173,22 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
         if output is not None:
             layer.grid.scale.mul_(output.gain(layer.quantized_weight())[:, None])
         if layer.correction is not None:
-            change = (layer.quantized_weight() - layer.weight).flatten(1).unflatten(0, moments.residuals.shape).double()
-            layer.correction.copy_((moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten())
+            change = (
+                (layer.quantized_weight() - layer.weight)
+                .flatten(1)
+                .unflatten(0, moments.residuals.shape)
+                .double()
+            )
+            layer.correction.copy_(
+                (moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten()
+            )
         problem.advance()
     return 0
 
 
 class _Output:
-    """What the output of a layer in full precision has in common with that of other weights on quantized inputs.
+    """What the output of a layer in full precision has in common with that of other weights on quantized
+    inputs.
 
     Made of undamped moments; it keeps what it needs of them.
     """
@@ -176,7 +202,9 @@ class _Output:
         self.square = ((self.inputs + moments.cross) * weight).sum(dim=2) + moments.squares
 
     def gain(self, weight: Tensor) -> Tensor:
-        """Return what to multiply the rows of `weight` by, `[C_out]`: the output then has its full share of the full-precision one."""
+        """Return what to multiply the rows of `weight` by, `[C_out]`: the output then has its full share of
+        the full-precision one.
+        """
         shared = (self.inputs * weight.double().flatten(1).reshape(self.shape)).sum(dim=2)
         gain = torch.where(shared > 0, self.square / shared, torch.ones_like(shared))
         return gain.clamp(1 / MOST_GAIN, MOST_GAIN).flatten().to(weight.dtype)
@@ -191,16 +219,25 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
 
     weight = matrix(layer.weight).double()
     # A part that cannot see the others would make up for the whole error, and they too.
-    target = weight if moments.cross is None or not config.corrects else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
+    target = (
+        weight
+        if moments.cross is None or not config.corrects
+        else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
+    )
     grid = layer.grid
-    scale, zero_point = matrix(grid.expand(grid.scale, layer.weight.ndim)).float(), matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float()
+    scale, zero_point = (
+        matrix(grid.expand(grid.scale, layer.weight.ndim)).float(),
+        matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float(),
+    )
     segment = segment_numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
     codes = torch.empty_like(scale)
     for some, hessian in moments.parts():
         problem = Quadratic(target[:, :, some], hessian)
         start = CodeGrid(scale[:, :, some], zero_point[:, :, some], grid.format.levels)
         # Parts of a row share its scales, which then stay as they are.
-        codes[:, :, some], fitted = compensate(problem, start, segment[some], sweeps=config.sweeps, refitted=moments.cross is not None)
+        codes[:, :, some], fitted = compensate(
+            problem, start, segment[some], sweeps=config.sweeps, refitted=moments.cross is not None
+        )
         scale[:, :, some] = fitted.scale
     layer.codes.copy_(codes.flatten(0, 1).reshape(shape))
     first = torch.stack([(segment == number).int().argmax() for number in range(grid.scale.shape[1])])
@@ -208,26 +245,42 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
 
 
 def leaning(layer: CalibratedLayer) -> Tensor:
-    """Return the weight that the codes of a layer stand for, moved towards the full-precision one, no further than `LEAN` codes."""
+    """Return the weight that the codes of a layer stand for, moved towards the full-precision one, no further
+    than `LEAN` codes.
+    """
     coded = layer.quantized_weight()
     step = layer.grid.expand(layer.grid.scale, layer.weight.ndim)
     return coded + (layer.weight - coded).clamp(min=-LEAN * step, max=LEAN * step)
 
 
 def gptq_adaround(problem: UnitProblem, config: Rounding, seed: int) -> int:
-    """Solve by `gptq`, then learn which of the codes to move by one, all layers together: scales and biases stay."""
+    """Solve by `gptq`, then learn which of the codes to move by one, all layers together: scales and biases
+    stay.
+    """
     gptq(problem, config, seed)
     samples, learning = problem.samples, problem.learning
-    return learn_rounding(problem.layers, samples.loss, learning, seed=seed, advance=problem.advance, start=leaning, judge=samples.judge)
+    return learn_rounding(
+        problem.layers,
+        samples.loss,
+        learning,
+        seed=seed,
+        advance=problem.advance,
+        start=leaning,
+        judge=samples.judge,
+    )
 
 
 def _learning_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:
-    """Logits, their gradient and Adam's two moments, the floor, and about as much between a loss and its gradient."""
+    """Logits, their gradient and Adam's two moments, the floor, and about as much between a loss and its
+    gradient.
+    """
     return 40 * sum(layer.weight.numel() for layer in layers)
 
 
 def _closed_form_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:
-    """The hessian of one layer in float64, in order, factored and inverted, and its weights as target, codes, scales and gradients."""
+    """The hessian of one layer in float64, in order, factored and inverted, and its weights as target, codes,
+    scales and gradients.
+    """
     return max((_layer_bytes(layer, config.widest) for layer in layers), default=0)
 
 
@@ -240,12 +293,16 @@ def _layer_bytes(layer: CalibratedLayer, widest: int) -> int:
 
 SOLVERS: dict[str, Solver] = {
     "nearest": Solver(nearest, lambda learning, layers: 0, runs_full=False, memory=lambda layers, config: 0),
-    "adaround": Solver(adaround, lambda learning, layers: learning.iterations, runs_full=False, memory=_learning_bytes),
+    "adaround": Solver(
+        adaround, lambda learning, layers: learning.iterations, runs_full=False, memory=_learning_bytes
+    ),
     "gptq": Solver(gptq, lambda learning, layers: layers, runs_full=True, memory=_closed_form_bytes),
     "gptq_adaround": Solver(
         gptq_adaround,
         lambda learning, layers: layers + learning.iterations,
         runs_full=True,
-        memory=lambda layers, config: max(_learning_bytes(layers, config), _closed_form_bytes(layers, config)),
+        memory=lambda layers, config: max(
+            _learning_bytes(layers, config), _closed_form_bytes(layers, config)
+        ),
     ),
 }

@@ -1,4 +1,6 @@
-"""Temporal information aware reconstruction (TFMQ-DM, equation 6): the temporal block's roundings, learned jointly over timesteps."""
+"""Temporal information aware reconstruction (TFMQ-DM, equation 6): the temporal block's roundings, learned
+jointly over timesteps.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,22 +21,29 @@ MOST_PAIRS = 1024
 
 
 @torch.no_grad()
-def full_features(block: TemporalBlock, timesteps: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+def full_features(
+    block: TemporalBlock, timesteps: Tensor, names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """Return every cacheable feature (or `names`) in full precision, `[S, d]` at `timesteps` `[S]`."""
     with precision(block.denoiser.module, weights="full", inputs="full"):
         return block(timesteps, names)
 
 
-def condition_pairs(block: TemporalBlock, timesteps: Tensor, batches: Iterable[Inputs]) -> tuple[Tensor, dict[str, Tensor]]:
+def condition_pairs(
+    block: TemporalBlock, timesteps: Tensor, batches: Iterable[Inputs]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return what the temporal block is learned on: timesteps `[P]` and its conditions `[P, ...]` by name.
 
-    Where the block depends on the timestep alone these are `timesteps`; else the (timestep, condition) pairs of the calibration calls, at most
-    `MOST_PAIRS` of them, evenly spaced.
+    Where the block depends on the timestep alone these are `timesteps`; else the (timestep, condition) pairs
+    of the calibration calls, at most `MOST_PAIRS` of them, evenly spaced.
     """
     if not block.conditions:
         return timesteps, {}
     wanted = {TIMESTEP, *block.conditions}
-    calls = [{name: tensor for name, tensor in block.denoiser.labelled(inputs) if name in wanted} for inputs in batches]
+    calls = [
+        {name: tensor for name, tensor in block.denoiser.labelled(inputs) if name in wanted}
+        for inputs in batches
+    ]
     if not calls:
         return timesteps, {}
     pairs = {name: torch.cat([call[name] for call in calls]) for name in sorted(wanted)}
@@ -55,8 +64,9 @@ def reconstruct_temporal(
 ) -> None:
     """Minimise `sum_i ||g_i(h(t)) - g^_i(h^(t))||^2` over the roundings of `layers`, for t in the finite set.
 
-    The error is summed over channels and features and averaged over a batch of timesteps; no image is involved. Features that also depend
-    on a class or a pooled prompt are learned on the pairs that `batches`, the calibration calls, hold.
+    The error is summed over channels and features and averaged over a batch of timesteps; no image is
+    involved. Features that also depend on a class or a pooled prompt are learned on the pairs that `batches`,
+    the calibration calls, hold.
     """
     timesteps, conditions = condition_pairs(block, steps.timesteps.cpu(), batches)
     names = block.features
@@ -66,7 +76,10 @@ def reconstruct_temporal(
         return block.at(timesteps[index], {name: values[index] for name, values in conditions.items()})
 
     with precision(block.module, weights="full", inputs="full"), torch.no_grad():
-        parts = [(len(index), block.run(inputs_at(index), names)) for index in torch.arange(len(timesteps)).split(block.trace.batch)]
+        parts = [
+            (len(index), block.run(inputs_at(index), names))
+            for index in torch.arange(len(timesteps)).split(block.trace.batch)
+        ]
     target = {name: torch.cat([features[name][:count] for count, features in parts]) for name in names}
 
     def loss(generator: torch.Generator) -> Tensor:

@@ -26,7 +26,8 @@ from tfmq.reconstruction.units import Unit
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Mean squared error of a unit's outputs with the nearest and with the found codes, the learning steps taken, and the time it took.
+    """Mean squared error of a unit's outputs with the nearest and with the found codes, the learning steps
+    taken, and the time it took.
 
     A unit that was left with its nearest codes unseen, for want of time, has no errors.
     """
@@ -57,7 +58,11 @@ class Feed:
 
 def learned(layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
     """Return a copy of what reconstruction sets in `layers`."""
-    return {f"{name}.{key}": tensor.clone() for name, layer in layers.items() for key, tensor in layer.learned().items()}
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name, layer in layers.items()
+        for key, tensor in layer.learned().items()
+    }
 
 
 def restore(layers: Mapping[str, CalibratedLayer], tensors: Mapping[str, Tensor]) -> None:
@@ -67,7 +72,9 @@ def restore(layers: Mapping[str, CalibratedLayer], tensors: Mapping[str, Tensor]
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Return the squared error, summed over channels (the last axis of tokens `[B, N, C]`, else axis 1) and averaged over the rest."""
+    """Return the squared error, summed over channels (the last axis of tokens `[B, N, C]`, else axis 1) and
+    averaged over the rest.
+    """
     return (output - target).square().sum(dim=-1 if output.ndim == 3 else 1).mean()
 
 
@@ -80,17 +87,29 @@ def capture_unit(
     full_inputs: bool = True,
     keep: Keep | None = None,
 ) -> tuple[UnitCalls, UnitCalls]:
-    """Return the unit's calls in the full-precision network, and those with the same outputs whose inputs are as `inputs` says.
+    """Return the unit's calls in the full-precision network, and those with the same outputs whose inputs are
+    as `inputs` says.
 
-    The former come without their inputs, unless `full_inputs` are asked for. `keep` gets the outputs in full precision.
+    The former come without their inputs, unless `full_inputs` are asked for. `keep` gets the outputs in full
+    precision.
     """
     batches, upstream, spool = feed.batches, feed.upstream, feed.spool
     with full_precision(denoiser.module):
-        full = capture(denoiser, unit, batches, around=upstream.around("full"), inputs=full_inputs or inputs == "full", spool=spool, keep=keep)
+        full = capture(
+            denoiser,
+            unit,
+            batches,
+            around=upstream.around("full"),
+            inputs=full_inputs or inputs == "full",
+            spool=spool,
+            keep=keep,
+        )
     calls = full
     if inputs != "full":
         frames = full.outputs[0].shape[0] // len(full)
-        read = capture_inputs(denoiser, unit, batches, frames=frames, around=upstream.around("quantized"), spool=spool)
+        read = capture_inputs(
+            denoiser, unit, batches, frames=frames, around=upstream.around("quantized"), spool=spool
+        )
         calls = replace(read, outputs=full.outputs)
     if (_undefined(full) or _undefined(calls)) and upstream.revive():
         return capture_unit(denoiser, unit, feed, inputs=inputs, full_inputs=full_inputs, keep=keep)
@@ -101,7 +120,9 @@ def _undefined(calls: UnitCalls) -> bool:
     """Whether the first sample holds a NaN: what stands for outputs that nobody reads."""
     first = calls.rows(torch.zeros(1, dtype=torch.int64))
     leaves = tree_leaves((first.args, first.kwargs, first.outputs))
-    return any(bool(leaf.isnan().any()) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return any(
+        bool(leaf.isnan().any()) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
 
 
 @contextmanager
@@ -112,7 +133,9 @@ def full_precision(module: nn.Module) -> Iterator[None]:
 
 
 def _output_error(output: Any, targets: Sequence[Tensor]) -> Tensor:
-    return torch.stack([squared_error(one, target) for one, target in zip(output_tensors(output), targets, strict=True)]).sum()
+    return torch.stack(
+        [squared_error(one, target) for one, target in zip(output_tensors(output), targets, strict=True)]
+    ).sum()
 
 
 def _unit_loss(unit: nn.Module, steps: StepContext) -> Callable[[UnitCalls], Tensor]:
@@ -128,8 +151,18 @@ def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, parts: Se
     return sum(float(loss(calls.rows(part))) * len(part) for part in parts) / sum(len(part) for part in parts)
 
 
-def _network_error(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs], targets: UnitCalls, *, around: Around, keep: Keep) -> float:
-    """Return the mean error of a unit's outputs in the network over `batches`, which `keep` gets: the next unit starts from them."""
+def _network_error(
+    denoiser: Denoiser,
+    unit: nn.Module,
+    batches: Iterable[Inputs],
+    targets: UnitCalls,
+    *,
+    around: Around,
+    keep: Keep,
+) -> float:
+    """Return the mean error of a unit's outputs in the network over `batches`, which `keep` gets: the next
+    unit starts from them.
+    """
     error, done = 0.0, 0
 
     def see(number: int, batch: Inputs, _: Any, __: Any, output: Any) -> None:
@@ -146,7 +179,8 @@ def _network_error(denoiser: Denoiser, unit: nn.Module, batches: Iterable[Inputs
 class _FirstErrors:
     """The error of each batch when it first ran.
 
-    A solver in closed form looks at all batches before it rounds anything, so that these are the errors of the nearest codes: one run less.
+    A solver in closed form looks at all batches before it rounds anything, so that these are the errors of
+    the nearest codes: one run less.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -160,11 +194,15 @@ class _FirstErrors:
         """Return the mean over samples; None where not all of them ran."""
         if len(self.found) < len(self.parts):
             return None
-        return sum(self.found[int(part[0])] * len(part) for part in self.parts) / sum(len(part) for part in self.parts)
+        return sum(self.found[int(part[0])] * len(part) for part in self.parts) / sum(
+            len(part) for part in self.parts
+        )
 
 
 def _split(count: int, share: float) -> tuple[Tensor, Tensor]:
-    """Return the samples to learn on and those held out: evenly spaced ones, which are of all images and timesteps."""
+    """Return the samples to learn on and those held out: evenly spaced ones, which are of all images and
+    timesteps.
+    """
     held_out = torch.arange(int(share * count)) * count // max(1, int(share * count))
     seen = torch.ones(count, dtype=torch.bool)
     seen[held_out] = False
@@ -172,12 +210,19 @@ def _split(count: int, share: float) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct_unit(
-    denoiser: Denoiser, unit: Unit, feed: Feed, rounding: Rounding, learning: Learning, *, seed: int, advance: Advance
+    denoiser: Denoiser,
+    unit: Unit,
+    feed: Feed,
+    rounding: Rounding,
+    learning: Learning,
+    *,
+    seed: int,
+    advance: Advance,
 ) -> UnitReport:
     """Find the roundings of `unit` on what it is fed with the solver of `rounding`, and leave it quantized.
 
-    The layers of the unit end with quantized weights and, where they have a quantizer for them, quantized inputs. What ends with more error
-    than the nearest codes gives way to them.
+    The layers of the unit end with quantized weights and, where they have a quantizer for them, quantized
+    inputs. What ends with more error than the nearest codes gives way to them.
     """
     began, solver = time.perf_counter(), SOLVERS[rounding.solver]
     module = denoiser.module.get_submodule(unit.name)
@@ -215,7 +260,9 @@ def reconstruct_unit(
     if keep is None:
         after = _mean_error(loss, calls, parts)
     else:
-        after = _network_error(denoiser, module, feed.batches, calls, around=upstream.around("quantized"), keep=keep)
+        after = _network_error(
+            denoiser, module, feed.batches, calls, around=upstream.around("quantized"), keep=keep
+        )
     before, solved = first.mean(), learned(layers)
     if before is None:
         restore(layers, nearest)

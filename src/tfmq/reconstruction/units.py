@@ -8,7 +8,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Unit:
-    """A submodule whose output is reconstructed, and the layers below it whose roundings are learned for that."""
+    """A submodule whose output is reconstructed, and the layers below it whose roundings are learned for
+    that.
+    """
 
     name: str
     layers: tuple[str, ...]
@@ -28,10 +30,20 @@ class _Blocks:
         return any(layer != path for layer in self.layers(path))
 
     def holds_blocks(self, module: nn.Module, path: str) -> bool:
-        """Whether `module` is, or directly owns, a list of composite modules: it is a stage, and its parts are the blocks."""
+        """Whether `module` is, or directly owns, a list of composite modules: it is a stage, and its parts
+        are the blocks.
+        """
         lists = [path] if isinstance(module, nn.ModuleList) else []
-        lists += [f"{path}.{name}" for name, child in module.named_children() if isinstance(child, nn.ModuleList | nn.Sequential)]
-        return any(self.is_composite(f"{parts}.{layer[len(parts) + 1 :].partition('.')[0]}") for parts in lists for layer in self.layers(parts))
+        lists += [
+            f"{path}.{name}"
+            for name, child in module.named_children()
+            if isinstance(child, nn.ModuleList | nn.Sequential)
+        ]
+        return any(
+            self.is_composite(f"{parts}.{layer[len(parts) + 1 :].partition('.')[0]}")
+            for parts in lists
+            for layer in self.layers(parts)
+        )
 
     def find(self, module: nn.Module, prefix: str = "") -> list[str]:
         """Return the paths of the blocks below `module`."""
@@ -50,8 +62,9 @@ class _Blocks:
 def find_units(module: nn.Module, order: Sequence[str], *, exclude: Sequence[str] = ()) -> tuple[Unit, ...]:
     """Return the units of a denoiser in execution order.
 
-    A unit is an outermost submodule that holds some of the layers and does not itself hold a list of composite modules: residual blocks,
-    attention blocks, transformer blocks, and single layers elsewhere (BRECQ's choice, Li et al., 2021, found without class names).
+    A unit is an outermost submodule that holds some of the layers and does not itself hold a list of
+    composite modules: residual blocks, attention blocks, transformer blocks, and single layers elsewhere
+    (BRECQ's choice, Li et al., 2021, found without class names).
 
     Args:
         module: the denoiser.

@@ -18,7 +18,16 @@ from tfmq.temporal.disturbance import Disturbance
 
 ANALYSIS_FILE = "analysis.json"
 PARQUET_FILE = "analysis.parquet"
-ANALYSIS_FILES = (ANALYSIS_FILE, PARQUET_FILE, "temporal.png", "mismatch.png", "ranges.png", "trajectory.png", "sensitivity.png", "errors.png")
+ANALYSIS_FILES = (
+    ANALYSIS_FILE,
+    PARQUET_FILE,
+    "temporal.png",
+    "mismatch.png",
+    "ranges.png",
+    "trajectory.png",
+    "sensitivity.png",
+    "errors.png",
+)
 _FIELDS = ("disturbance", "ranges", "trajectory", "sensitivity", "layers", "accumulation", "settings")
 
 
@@ -27,7 +36,9 @@ def _lists(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
 
 
 def mismatch_map(disturbed: Disturbance) -> Tensor:
-    """Return `[S, S]`: how many quantized features at timestep `t` (row) are nearest to the full-precision feature at `t'` (column)."""
+    """Return `[S, S]`: how many quantized features at timestep `t` (row) are nearest to the full-precision
+    feature at `t'` (column).
+    """
     count = len(disturbed.timesteps)
     table = torch.zeros(count, count, dtype=torch.long)
     for index in disturbed.nearest.values():

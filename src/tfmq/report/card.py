@@ -18,8 +18,19 @@ def _table(heading: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[str
 
 
 def _metadata(report: ModelReport) -> list[str]:
-    base = [f'base_model: "{report.base_model}"', "base_model_relation: quantized"] if report.base_model else []
-    return ["---", f"library_name: {'tfmq' if report.bare else 'diffusers'}", *base, "tags:", "- tfmq", "- quantized", "---", ""]
+    base = (
+        [f'base_model: "{report.base_model}"', "base_model_relation: quantized"] if report.base_model else []
+    )
+    return [
+        "---",
+        f"library_name: {'tfmq' if report.bare else 'diffusers'}",
+        *base,
+        "tags:",
+        "- tfmq",
+        "- quantized",
+        "---",
+        "",
+    ]
 
 
 USE = """\
@@ -57,13 +68,22 @@ def _use(report: ModelReport, place: str) -> str:
 def render_card(report: ModelReport, *, place: str | None = None) -> str:
     """Return the card; `place` is the hub id that it is for."""
     origin = f" from {report.base_model}" if report.base_model else ""
-    lines = [*_metadata(report), f"# {report.name}", "", f"Quantized by tfmq{origin}, scheme {report.scheme}.", ""]
+    lines = [
+        *_metadata(report),
+        f"# {report.name}",
+        "",
+        f"Quantized by tfmq{origin}, scheme {report.scheme}.",
+        "",
+    ]
     lines += [_use(report, place or report.name)]
     lines += _table(("", ""), list(report.facts))
     if report.metrics:
         lines += ["## Images as sets", ""]
         if any(row.full for row in report.metrics):
-            lines += _table(("metric", "full precision", "quantized"), [(row.name, row.full, row.quantized) for row in report.metrics])
+            lines += _table(
+                ("metric", "full precision", "quantized"),
+                [(row.name, row.full, row.quantized) for row in report.metrics],
+            )
         else:
             lines += _table(("metric", "quantized"), [(row.name, row.quantized) for row in report.metrics])
     if report.pairs:
@@ -71,9 +91,20 @@ def render_card(report: ModelReport, *, place: str | None = None) -> str:
     if report.published:
         lines += ["## Published figures", "", *_table(("figure", "value"), list(report.published))]
     if report.speed:
-        lines += ["## Speed", "", f"Measured on {report.speed.machine}.{'' if report.speed.clean else f' {BUSY}'}", ""]
+        lines += [
+            "## Speed",
+            "",
+            f"Measured on {report.speed.machine}.{'' if report.speed.clean else f' {BUSY}'}",
+            "",
+        ]
         speed = [
-            (row["backend"], row["batch"], f"{row['ms_per_step']:.1f}", f"{row['speedup']:.2f}x", f"{row['peak_rss_bytes'] / 1e6:.0f}")
+            (
+                row["backend"],
+                row["batch"],
+                f"{row['ms_per_step']:.1f}",
+                f"{row['speedup']:.2f}x",
+                f"{row['peak_rss_bytes'] / 1e6:.0f}",
+            )
             for row in report.speed.rows
         ]
         lines += _table(("backend", "batch", "ms a step", "against eager float32", "peak MB"), list(speed))

@@ -21,7 +21,9 @@ def drawing(path: Path, *, title: str, size: tuple[float, float] = (8, 4.6)) -> 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = require("matplotlib.figure", extra="report").Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
+    figure = require("matplotlib.figure", extra="report").Figure(
+        figsize=size, dpi=110, facecolor="white", layout="constrained"
+    )
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     axes = figure.subplots()
     for side in ("top", "right"):
@@ -42,12 +44,23 @@ def write_ranges(path: Path, ranges: Mapping[str, Any], *, title: str) -> None:
     names = widest(bounds)
     with drawing(path, title=title) as (_, axes):
         for name in names:
-            axes.fill_between(ranges["timesteps"], bounds["low"][name], bounds["high"][name], color=BLUE, alpha=0.06, linewidth=0)
+            axes.fill_between(
+                ranges["timesteps"],
+                bounds["low"][name],
+                bounds["high"][name],
+                color=BLUE,
+                alpha=0.06,
+                linewidth=0,
+            )
             for bound in bounds.values():
                 axes.plot(ranges["timesteps"], bound[name], color=BLUE, alpha=0.6, linewidth=0.9)
         axes.set_xlabel("timestep")
         axes.set_ylabel("least and greatest output")
-        axes.set_title(f"outputs of temporal layers, the {len(names)} widest of {len(bounds['high'])}", fontsize=11, loc="left")
+        axes.set_title(
+            f"outputs of temporal layers, the {len(names)} widest of {len(bounds['high'])}",
+            fontsize=11,
+            loc="left",
+        )
         axes.grid(True, color=GREY, linewidth=0.7)
 
 
@@ -61,7 +74,9 @@ def _by_call(axes: Any, timesteps: Sequence[float]) -> None:
 
 
 def write_trajectory(path: Path, trajectory: Mapping[str, Any], *, title: str) -> None:
-    """Draw how far the state is from full precision at each call: the mean over images, and the image that strays most."""
+    """Draw how far the state is from full precision at each call: the mean over images, and the image that
+    strays most.
+    """
     with drawing(path, title=title) as (_, axes):
         axes.plot(trajectory["worst"], color=BLUE, linewidth=1, label="image that strays most")
         axes.plot(trajectory["mean"], color=RED, linewidth=2.2, label="mean")
@@ -71,11 +86,15 @@ def write_trajectory(path: Path, trajectory: Mapping[str, Any], *, title: str) -
 
 
 def write_accumulation(path: Path, found: Mapping[str, Any], *, title: str) -> None:
-    """Draw how errors of single predictions add up: what the steps so far move the final state by, beside what it is moved by."""
+    """Draw how errors of single predictions add up: what the steps so far move the final state by, beside
+    what it is moved by.
+    """
     with drawing(path, title=title) as (_, axes):
         axes.plot(found["predicted"], color=RED, linewidth=2.2, label="sum of errors, by their influence")
         axes.plot(found["random"], color=BLUE, linewidth=1, label="if they had nothing in common")
-        axes.axhline(found["measured"], color="black", linewidth=1, linestyle="--", label="final state, as drawn")
+        axes.axhline(
+            found["measured"], color="black", linewidth=1, linestyle="--", label="final state, as drawn"
+        )
         axes.set_ylabel("relative error of the final state")
         axes.set_title("how errors of predictions add up", fontsize=11, loc="left")
         _by_call(axes, found["timesteps"])

@@ -14,7 +14,8 @@ from tfmq.storage.errors import ForeignFileError, OutputExistsError
 
 
 def refuse_foreign(directory: Path, *, owned: Sequence[str]) -> None:
-    """Refuse a directory with files that do not match the name patterns `owned`; one that does not exist is fine.
+    """Refuse a directory with files that do not match the name patterns `owned`; one that does not exist is
+    fine.
 
     Raises:
         OutputExistsError: it holds such a file, or is no directory.
@@ -25,14 +26,22 @@ def refuse_foreign(directory: Path, *, owned: Sequence[str]) -> None:
         return
     if not directory.is_dir():
         raise OutputExistsError(f"{directory} is not a directory; choose another output directory")
-    foreign = sorted(entry.name for entry in directory.iterdir() if not any(fnmatchcase(entry.name, pattern) for pattern in owned))
+    foreign = sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if not any(fnmatchcase(entry.name, pattern) for pattern in owned)
+    )
     if foreign:
-        raise OutputExistsError(f"{directory} already holds {foreign[0]}, which is not from an earlier run; choose another output directory")
+        raise OutputExistsError(
+            f"{directory} already holds {foreign[0]}, which is not from an "
+            "earlier run; choose another output directory"
+        )
 
 
 @contextmanager
 def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Path]:
-    """Yield an empty folder whose files move to `directory` when the block ends; if it fails, `directory` stays as it was.
+    """Yield an empty folder whose files move to `directory` when the block ends; if it fails, `directory`
+    stays as it was.
 
     Files of an earlier run, those that match the name patterns `owned`, are replaced.
 

@@ -25,13 +25,22 @@ def evaluation_values(evaluation: Evaluation, protocol: Mapping[str, Any]) -> di
         metrics = {name: asdict(spread) for name, spread in paired.metrics.items()}
         values = {"count": paired.count, "metrics": metrics, "trajectory": trajectory}
     rows = [asdict(row) for row in evaluation.rows]
-    return {"protocol": dict(protocol), "rows": rows, "paired": values, "baseline": [dict(record) for record in evaluation.baseline]}
+    return {
+        "protocol": dict(protocol),
+        "rows": rows,
+        "paired": values,
+        "baseline": [dict(record) for record in evaluation.baseline],
+    }
 
 
 def write_evaluation(directory: Path, evaluation: Evaluation, values: Mapping[str, Any]) -> None:
     """Write `evaluation.json`, and `pairs.npz` with the first pairs, arrays `reference` and `quantized`."""
     if evaluation.paired is not None:
-        np.savez_compressed(directory / PAIRS_FILE, reference=evaluation.paired.reference, quantized=evaluation.paired.quantized)
+        np.savez_compressed(
+            directory / PAIRS_FILE,
+            reference=evaluation.paired.reference,
+            quantized=evaluation.paired.quantized,
+        )
     write_json(directory / EVALUATION_FILE, values)
 
 

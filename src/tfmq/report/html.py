@@ -1,4 +1,6 @@
-"""The report as one HTML file that needs nothing else: styles, script, plotting library, figures and images are inside."""
+"""The report as one HTML file that needs nothing else: styles, script, plotting library, figures and images
+are inside.
+"""
 
 import base64
 import gzip
@@ -42,7 +44,9 @@ def render(report: ModelReport) -> str:
         MissingExtraError: jinja2, plotly or Pillow is not installed.
     """
     jinja = require("jinja2", extra="report")
-    environment = jinja.Environment(loader=jinja.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja.Environment(
+        loader=jinja.FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["whole"] = whole
     figures = charts(report.analysis) if report.analysis is not None else ()
     values: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""Everything a report says of a quantized model, as one value that both the page and the card are made from."""
+"""Everything a report says of a quantized model, as one value that both the page and the card are made
+from.
+"""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +24,12 @@ MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Number of modules in floating point that are named.
 FLOATING = 6
-INPUTS = {"full": "input in full precision", "static": "input static", "per_step": "input per timestep", "dynamic": "input dynamic by token"}
+INPUTS = {
+    "full": "input in full precision",
+    "static": "input static",
+    "per_step": "input per timestep",
+    "dynamic": "input dynamic by token",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _flat(value, f"{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            rows += [(f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in item.items())) for number, item in enumerate(value)]
+            rows += [
+                (f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in item.items()))
+                for number, item in enumerate(value)
+            ]
         else:
             rows.append((name, "none" if value in (None, [], ()) else str(value)))
     return rows
@@ -109,36 +119,76 @@ def _layers(structure: Mapping[str, Any], analysis: Mapping[str, Any] | None) ->
     for name, spec in named_specs(structure, "layers"):
         found = measured.get(name, {})
         activation = spec["input"]["bits"] if spec["input"] else None
-        rows.append(LayerRow(name, spec["bits"], activation, _scheme(spec), *(found.get(key) for key in ("error", "full_ms", "quantized_ms"))))
+        rows.append(
+            LayerRow(
+                name,
+                spec["bits"],
+                activation,
+                _scheme(spec),
+                *(found.get(key) for key in ("error", "full_ms", "quantized_ms")),
+            )
+        )
     return tuple(rows)
 
 
 def _floating(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Return what stays in floating point and the largest of it; nothing for reports of releases that did not say."""
+    """Return what stays in floating point and the largest of it; nothing for reports of releases that did not
+    say.
+    """
     if found is None:
         return []
     modules = found["modules"]
     rows = [
-        f"{module['name'] or 'the model itself'} ({module['kind']}, {megabytes(module['bytes'])}): {module['reason']}"
+        (
+            f"{module['name'] or 'the model itself'} ({module['kind']}, "
+            f"{megabytes(module['bytes'])}): {module['reason']}"
+        )
         for module in modules[:FLOATING]
     ]
     more = [f"and {len(modules) - FLOATING} more"] if len(modules) > FLOATING else []
-    return [("stays in floating point", floating_in_words(found)), *([("the largest of it", "; ".join(rows + more))] if rows else [])]
+    return [
+        ("stays in floating point", floating_in_words(found)),
+        *([("the largest of it", "; ".join(rows + more))] if rows else []),
+    ]
 
 
-def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _facts(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+) -> list[tuple[str, str]]:
     provenance, sizes = manifest["provenance"], report["bytes"]
     full, quantized = sizes["fp32"], stored_bytes(directory)
     temporal = report["temporal"]
     facts = [
         ("scheme", str(report["scheme"])),
-        ("size of the denoiser", f"{megabytes(full)} in float32, {megabytes(quantized)} on disk ({quantized / full:.3f}x)"),
+        (
+            "size of the denoiser",
+            f"{megabytes(full)} in float32, {megabytes(quantized)} on disk ({quantized / full:.3f}x)",
+        ),
         *_floating(report.get("floating")),
-        *([("correction explains", correction_in_words(report["correction"]))] if report.get("correction") else []),
+        *(
+            [("correction explains", correction_in_words(report["correction"]))]
+            if report.get("correction")
+            else []
+        ),
         *([("judged by its images", judged_in_words(report["judged"]))] if report.get("judged") else []),
-        ("temporal features", f"relative error {temporal['mean_relative_error']:.3g} mean, {temporal['max_relative_error']:.3g} max"),
+        (
+            "temporal features",
+            (
+                f"relative error {temporal['mean_relative_error']:.3g} mean, "
+                f"{temporal['max_relative_error']:.3g} max"
+            ),
+        ),
         ("seed of the quantization", str(provenance["seed"])),
-        ("quantized with", f"tfmq {provenance['tfmq']}, torch {provenance['torch']}, on {report.get('fingerprint', {}).get('device', 'unknown')}"),
+        (
+            "quantized with",
+            (
+                f"tfmq {provenance['tfmq']}, torch {provenance['torch']}, on "
+                f"{report.get('fingerprint', {}).get('device', 'unknown')}"
+            ),
+        ),
         ("sha256 of the tensors", str(manifest["digest"])),
     ]
     if evaluation is not None:
@@ -148,9 +198,18 @@ def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, An
         facts += [
             (
                 "evaluated on",
-                f"{settings['num_images']} images of {settings['steps']} steps, seed {settings['seed']}, in batches of {settings['batch_size']}",
+                (
+                    f"{settings['num_images']} images of {settings['steps']} steps, seed "
+                    f"{settings['seed']}, in batches of {settings['batch_size']}"
+                ),
             ),
-            ("evaluated by", f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {low['device']}, backend {low['backend']}"),
+            (
+                "evaluated by",
+                (
+                    f"{', '.join(f'{name} {version}' for name, version in versions.items())}; "
+                    f"{low['device']}, backend {low['backend']}"
+                ),
+            ),
         ]
     return facts
 
@@ -158,7 +217,9 @@ def _facts(directory: Path, manifest: Mapping[str, Any], report: Mapping[str, An
 def _check_same(source: Path | None, weights: str, manifest: Mapping[str, Any]) -> None:
     """Refuse values that were measured on another model."""
     if weights != manifest["digest"]:
-        raise ForeignFileError(f"{source} is of a model with sha256 {weights}, this one has {manifest['digest']}; measure again")
+        raise ForeignFileError(
+            f"{source} is of a model with sha256 {weights}, this one has {manifest['digest']}; measure again"
+        )
 
 
 def gather(
@@ -209,13 +270,21 @@ def gather(
             published=published_rows(evaluated["baseline"]) if evaluated else (),
             speed=speed,
             layers=_layers(manifest["structure"], analysed),
-            units=tuple((unit["name"], unit["error_before"], unit["error_after"]) for unit in report["units"] if unit["error_before"] is not None),
+            units=tuple(
+                (unit["name"], unit["error_before"], unit["error_after"])
+                for unit in report["units"]
+                if unit["error_before"] is not None
+            ),
             evaluation=evaluated,
             analysis=analysed,
-            images=evaluation / PAIRS_FILE if evaluation is not None and (evaluation / PAIRS_FILE).exists() else None,
+            images=evaluation / PAIRS_FILE
+            if evaluation is not None and (evaluation / PAIRS_FILE).exists()
+            else None,
             bare=(directory / MANIFEST_FILE).exists(),
             module=module,
         )
     except (KeyError, TypeError, AttributeError) as error:
         sources = ", ".join(str(path) for path in (directory, evaluation, analysis) if path is not None)
-        raise ForeignFileError(f"a file of {sources} lacks {error}; it is of another version of tfmq, or damaged: make it again") from error
+        raise ForeignFileError(
+            f"a file of {sources} lacks {error}; it is of another version of tfmq, or damaged: make it again"
+        ) from error

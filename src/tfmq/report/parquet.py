@@ -13,7 +13,9 @@ Row = tuple[str, str, str | None, float | None, float]
 COLUMNS = ("part", "quantity", "name", "timestep", "value")
 
 
-def _by_timestep(part: str, quantity: str, timesteps: Sequence[float], series: Mapping[str, Sequence[float]]) -> Iterator[Row]:
+def _by_timestep(
+    part: str, quantity: str, timesteps: Sequence[float], series: Mapping[str, Sequence[float]]
+) -> Iterator[Row]:
     for name, values in series.items():
         for timestep, value in zip(timesteps, values, strict=True):
             yield part, quantity, name, timestep, float(value)
@@ -22,9 +24,10 @@ def _by_timestep(part: str, quantity: str, timesteps: Sequence[float], series: M
 def rows(values: Mapping[str, Any]) -> Iterator[Row]:
     """Yield the values of an analysis, as `analysis.json` has them, one a row.
 
-    `disturbance`: `relative_error`, `cosine` and `nearest_timestep` by feature and timestep. `ranges`: `input_low`, `input_high`, `output_low`,
-    `output_high` by layer and timestep. `trajectory`: `mean` and `worst` by call, without a name; `latent_mean` and `latent_worst`, without a
-    timestep. `accumulation`: the fields of `Accumulation` by step, and `measured`. `sensitivity`: `relative_error` by unit and timestep, of
+    `disturbance`: `relative_error`, `cosine` and `nearest_timestep` by feature and timestep. `ranges`:
+    `input_low`, `input_high`, `output_low`, `output_high` by layer and timestep. `trajectory`: `mean` and
+    `worst` by call, without a name; `latent_mean` and `latent_worst`, without a timestep. `accumulation`: the
+    fields of `Accumulation` by step, and `measured`. `sensitivity`: `relative_error` by unit and timestep, of
     everything without a name. `layers`: `error`, `full_ms`, `quantized_ms`.
     """
     found = values["disturbance"]
@@ -36,23 +39,36 @@ def rows(values: Mapping[str, Any]) -> Iterator[Row]:
     found = values["ranges"]
     for place in ("input", "output"):
         for bound in ("low", "high"):
-            yield from _by_timestep("ranges", f"{place}_{bound}", found["timesteps"], found[f"{place}s"][bound])
+            yield from _by_timestep(
+                "ranges", f"{place}_{bound}", found["timesteps"], found[f"{place}s"][bound]
+            )
     found = values["trajectory"]
     for quantity in ("mean", "worst"):
-        yield from (("trajectory", quantity, None, step, value) for step, value in zip(found["timesteps"], found[quantity], strict=True))
+        yield from (
+            ("trajectory", quantity, None, step, value)
+            for step, value in zip(found["timesteps"], found[quantity], strict=True)
+        )
     for quantity, value in (found["latent_error"] or {}).items():
         yield "trajectory", f"latent_{quantity}", None, None, value
     found = values["sensitivity"]
     series = {part["name"]: error for part, error in zip(found["parts"], found["error"], strict=True)}
     yield from _by_timestep("sensitivity", "relative_error", found["timesteps"], series)
-    yield from (("sensitivity", "relative_error", None, step, value) for step, value in zip(found["timesteps"], found["whole"], strict=True))
+    yield from (
+        ("sensitivity", "relative_error", None, step, value)
+        for step, value in zip(found["timesteps"], found["whole"], strict=True)
+    )
     if (added := values["accumulation"]) is not None:
         for quantity in ("influence", "error", "bias", "gain", "correlation", "predicted", "random"):
             pairs = zip(added["timesteps"], added[quantity], strict=True)
-            yield from (("accumulation", quantity, None, step, value) for step, value in pairs if value is not None)
+            yield from (
+                ("accumulation", quantity, None, step, value) for step, value in pairs if value is not None
+            )
         yield "accumulation", "measured", None, None, added["measured"]
     for layer in values["layers"]:
-        yield from (("layers", quantity, layer["name"], None, layer[quantity]) for quantity in ("error", "full_ms", "quantized_ms"))
+        yield from (
+            ("layers", quantity, layer["name"], None, layer[quantity])
+            for quantity in ("error", "full_ms", "quantized_ms")
+        )
 
 
 def write_parquet(path: Path, values: Mapping[str, Any]) -> None:
@@ -64,10 +80,18 @@ def write_parquet(path: Path, values: Mapping[str, Any]) -> None:
     arrow, parquet = require("pyarrow", extra="parquet"), require("pyarrow.parquet", extra="parquet")
     columns = zip(*rows(values), strict=True)
     words = arrow.dictionary(arrow.int32(), arrow.string())
-    types = {"part": words, "quantity": words, "name": words, "timestep": arrow.float64(), "value": arrow.float64()}
+    types = {
+        "part": words,
+        "quantity": words,
+        "name": words,
+        "timestep": arrow.float64(),
+        "value": arrow.float64(),
+    }
     schema = arrow.schema(types, metadata={"tfmq": json.dumps(values["settings"], sort_keys=True)})
     arrays = [
-        arrow.array(column, arrow.string()).dictionary_encode() if types[name] is words else arrow.array(column, types[name])
+        arrow.array(column, arrow.string()).dictionary_encode()
+        if types[name] is words
+        else arrow.array(column, types[name])
         for name, column in zip(COLUMNS, columns, strict=True)
     ]
     with atomic_write(path) as temporary:

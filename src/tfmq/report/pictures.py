@@ -16,7 +16,9 @@ GRID_TILE = 128
 
 
 def enlarged(images: Images, *, width: int = TILE) -> Images:
-    """Return images `[N, H, W, C]` scaled up by the whole number that brings them nearest to `width`, each pixel a square of one colour."""
+    """Return images `[N, H, W, C]` scaled up by the whole number that brings them nearest to `width`, each
+    pixel a square of one colour.
+    """
     factor = max(1, round(width / images.shape[2]))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
@@ -25,7 +27,9 @@ def montage(images: Images, *, columns: int, gap: int = 4) -> Images:
     """Return images `[N, H, W, C]` side by side, `columns` a row, on white, as one `[H', W', C]`."""
     count, height, width, channels = images.shape
     rows = math.ceil(count / columns)
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), WHITE, dtype=np.uint8)
+    canvas = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), WHITE, dtype=np.uint8
+    )
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image
@@ -39,7 +43,9 @@ def write_png(path: Path, image: Images) -> None:
 
 
 def write_samples(directory: Path, images: Images) -> None:
-    """Write `00000.png`, `00001.png`, ... at their own size, all of them enlarged in `grid.png`, and `samples.npz` with the array `images`."""
+    """Write `00000.png`, `00001.png`, ... at their own size, all of them enlarged in `grid.png`, and
+    `samples.npz` with the array `images`.
+    """
     for index, image in enumerate(images):
         write_png(directory / f"{index:05d}.png", image)
     columns = math.ceil(math.sqrt(len(images)))

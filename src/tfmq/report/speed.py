@@ -32,7 +32,11 @@ class Speed:
 
 
 def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and {"backend", "clean"} <= row.keys() and all(isinstance(row.get(key), int | float) for key in _NUMBERS)
+    return (
+        isinstance(row, dict)
+        and {"backend", "clean"} <= row.keys()
+        and all(isinstance(row.get(key), int | float) for key in _NUMBERS)
+    )
 
 
 def read_speed(path: Path) -> Speed:
@@ -49,5 +53,7 @@ def read_speed(path: Path) -> Speed:
     try:
         machine = machine_in_words(values["machine"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ForeignFileError(f"{path} does not describe the machine ({error!r}); pass what tfmq bench --json printed") from error
+        raise ForeignFileError(
+            f"{path} does not describe the machine ({error!r}); pass what tfmq bench --json printed"
+        ) from error
     return Speed(machine, str(values["weights"]), all(row["clean"] for row in rows), tuple(rows))

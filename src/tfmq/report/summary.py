@@ -25,10 +25,14 @@ def megabytes(count: int) -> str:
 
 def floating_in_words(found: Mapping[str, Any]) -> str:
     """Return how much stays in floating point, of a value of `tfmq.nn.floating.summary`."""
-    return f"{megabytes(found['bytes'])} ({found['share']:.1%} of the size) in {len(found['modules'])} modules"
+    return (
+        f"{megabytes(found['bytes'])} ({found['share']:.1%} of the size) in {len(found['modules'])} modules"
+    )
 
 
-def summarize(comparison: Comparison, *, scheme: str, reference_bytes: int, quantized_bytes: int) -> dict[str, Any]:
+def summarize(
+    comparison: Comparison, *, scheme: str, reference_bytes: int, quantized_bytes: int
+) -> dict[str, Any]:
     """Return the metrics of a comparison as values that JSON keeps."""
     fidelity, temporal = comparison.fidelity, comparison.temporal
     return {
@@ -46,14 +50,18 @@ def summarize(comparison: Comparison, *, scheme: str, reference_bytes: int, quan
 
 
 def write_comparison_files(directory: Path, comparison: Comparison, metrics: Mapping[str, Any]) -> None:
-    """Write the two pictures, `metrics.json`, and `samples.npz` with the arrays `reference` and `quantized`."""
+    """Write the two pictures, `metrics.json`, and `samples.npz` with the arrays `reference` and
+    `quantized`.
+    """
     sizes, psnr = metrics["bytes"], metrics["psnr_db"]
     ratio = sizes["quantized"] / sizes["reference"]
     small = f"{megabytes(sizes['reference'])} → {megabytes(sizes['quantized'])} ({ratio:.3f}x)"
     title = f"{metrics['scheme']}   PSNR {psnr['mean']:.1f} dB   SSIM {metrics['ssim']:.3f}   {small}"
     write_comparison(directory / "compare.png", comparison, title=title)
     write_temporal(directory / "temporal.png", comparison.temporal, title=metrics["scheme"])
-    np.savez_compressed(directory / "samples.npz", reference=comparison.reference, quantized=comparison.quantized)
+    np.savez_compressed(
+        directory / "samples.npz", reference=comparison.reference, quantized=comparison.quantized
+    )
     write_json(directory / "metrics.json", metrics)
 
 
@@ -63,8 +71,14 @@ def correction_in_words(found: Mapping[str, Any]) -> str:
     >>> correction_in_words({"explained": 0.031, "by_step": [0.03, 0.0], "steps": {"none": 1, "bias": 1}})
     '3.1 % of the squared error on images that did not fit it; bias at 1 of 2 steps'
     """
-    used = ", ".join(f"{name} at {count}" for name, count in sorted(found["steps"].items()) if name != "none") or "nothing at any"
-    return f"{found['explained']:.1%} of the squared error on images that did not fit it; {used} of {len(found['by_step'])} steps".replace("%", " %")
+    used = (
+        ", ".join(f"{name} at {count}" for name, count in sorted(found["steps"].items()) if name != "none")
+        or "nothing at any"
+    )
+    return (
+        f"{found['explained']:.1%} of the squared error on images that did "
+        f"not fit it; {used} of {len(found['by_step'])} steps"
+    ).replace("%", " %")
 
 
 def judged_in_words(found: Mapping[str, Any]) -> str:

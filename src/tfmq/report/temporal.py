@@ -1,4 +1,6 @@
-"""The figure of temporal disturbance: error and cosine at each timestep, and where a feature looks like another timestep's."""
+"""The figure of temporal disturbance: error and cosine at each timestep, and where a feature looks like
+another timestep's.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +24,26 @@ def _draw_lines(axes: Any, disturbed: Disturbance, found: Mapping[str, Tensor], 
     values = torch.stack([value.cpu().double() for value in found.values()]).numpy()
     marker = "o" if len(timesteps) < 3 else None
     for value in values:
-        axes.plot(timesteps, np.maximum(value, floor), color="#3b6ea5", alpha=0.35, linewidth=0.8, marker=marker, markersize=3)
-    axes.plot(timesteps, np.maximum(values.mean(axis=0), floor), color="#c0392b", linewidth=2.2, label="mean", marker=marker)
-    axes.plot([], [], color="#3b6ea5", alpha=0.6, linewidth=0.8, label=f"{len(values)} features, one line each")
+        axes.plot(
+            timesteps,
+            np.maximum(value, floor),
+            color="#3b6ea5",
+            alpha=0.35,
+            linewidth=0.8,
+            marker=marker,
+            markersize=3,
+        )
+    axes.plot(
+        timesteps,
+        np.maximum(values.mean(axis=0), floor),
+        color="#c0392b",
+        linewidth=2.2,
+        label="mean",
+        marker=marker,
+    )
+    axes.plot(
+        [], [], color="#3b6ea5", alpha=0.6, linewidth=0.8, label=f"{len(values)} features, one line each"
+    )
     axes.set_xlabel("timestep")
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.7)
     axes.legend(frameon=False, fontsize=9, loc="best")
@@ -69,7 +88,8 @@ def _draw_mismatches(figure: Any, axes: Any, disturbed: Disturbance) -> None:
 
 
 def write_temporal(path: Path, disturbed: Disturbance, *, title: str) -> None:
-    """Draw errors and cosines by timestep and the map of mismatches; a model without such features gives a figure that says so.
+    """Draw errors and cosines by timestep and the map of mismatches; a model without such features gives a
+    figure that says so.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -14,7 +14,8 @@ from tfmq.errors import require
 from tfmq.evaluation.sampling import Images
 from tfmq.storage.errors import ForeignFileError
 
-# Forms that are tried in turn until the images fit: largest width in pixels, format and options of Pillow. The first keeps every pixel.
+# Forms that are tried in turn until the images fit: largest width in pixels, format and options of Pillow.
+# The first keeps every pixel.
 FORMS: tuple[tuple[int | None, str, dict[str, Any]], ...] = (
     (None, "PNG", {"optimize": True}),
     (512, "WEBP", {"quality": 85}),
@@ -43,9 +44,19 @@ def read_pairs(path: Path) -> tuple[Images, Images]:
         with path.open("rb") as stream, np.load(stream) as stored:
             reference, quantized = stored["reference"], stored["quantized"]
     except (ValueError, OSError, EOFError, KeyError, BadZipFile) as error:
-        raise ForeignFileError(f"{path} holds no pairs of images ({error}); run tfmq evaluate again") from error
-    if reference.shape != quantized.shape or reference.ndim != 4 or reference.shape[-1] != 3 or reference.dtype != np.uint8:
-        raise ForeignFileError(f"{path} holds {reference.dtype} {reference.shape} and {quantized.shape}; pairs are uint8 [N, H, W, 3]")
+        raise ForeignFileError(
+            f"{path} holds no pairs of images ({error}); run tfmq evaluate again"
+        ) from error
+    if (
+        reference.shape != quantized.shape
+        or reference.ndim != 4
+        or reference.shape[-1] != 3
+        or reference.dtype != np.uint8
+    ):
+        raise ForeignFileError(
+            f"{path} holds {reference.dtype} {reference.shape} and "
+            f"{quantized.shape}; pairs are uint8 [N, H, W, 3]"
+        )
     return reference, quantized
 
 
@@ -61,7 +72,8 @@ def _encoded(images: Images, width: int | None, kind: str, options: dict[str, An
 
 
 def build_wall(path: Path, *, budget: int) -> Wall:
-    """Return the pairs in the best form whose data URIs take at most `budget` bytes together; the last form is taken whatever it takes.
+    """Return the pairs in the best form whose data URIs take at most `budget` bytes together; the last form
+    is taken whatever it takes.
 
     Raises:
         ForeignFileError: see `read_pairs`.
@@ -74,4 +86,6 @@ def build_wall(path: Path, *, budget: int) -> Wall:
             break
     shown = reference.shape[2] if width is None else min(width, reference.shape[2])
     quality = "every pixel" if kind == "PNG" else f"WebP, quality {options['quality']}"
-    return Wall(tuple(zip(left, right, strict=True)), f"{shown} of {reference.shape[2]} pixels wide, {quality}")
+    return Wall(
+        tuple(zip(left, right, strict=True)), f"{shown} of {reference.shape[2]} pixels wide, {quality}"
+    )

@@ -1,7 +1,16 @@
 """Checkpoints on disk: digests, atomic files, the sealed directory, and the errors these raise."""
 
 from .atomic import atomic_write, read_json, read_tensors, write_json, write_tensors
-from .checkpoint import FORMAT_VERSION, MANIFEST_FILE, TENSORS_FILE, load_checkpoint, prepare_output, save_checkpoint, seal, verify
+from .checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    load_checkpoint,
+    prepare_output,
+    save_checkpoint,
+    seal,
+    verify,
+)
 from .digest import file_digest, tensor_digest
 from .errors import (
     CheckpointError,

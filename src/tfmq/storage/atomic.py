@@ -1,4 +1,6 @@
-"""Files that are either the old version or the new one, never something between; JSON and tensors read and written that way."""
+"""Files that are either the old version or the new one, never something between; JSON and tensors read and
+written that way.
+"""
 
 import errno
 import json
@@ -20,9 +22,19 @@ from .container import check_container, encode_header, file_order
 from .errors import ForeignFileError, MissingFileError, StorageFullError, TruncatedFileError
 from .raw import raw_bytes
 
-__all__ = ["atomic_write", "encode_json", "full_disk_named", "read_json", "read_tensors", "remove_orphans", "write_json", "write_tensors"]
+__all__ = [
+    "atomic_write",
+    "encode_json",
+    "full_disk_named",
+    "read_json",
+    "read_tensors",
+    "remove_orphans",
+    "write_json",
+    "write_tensors",
+]
 
-# Limits of a JSON file, bytes and levels: far more than any of ours has, and so little that its values fit into memory whatever they are.
+# Limits of a JSON file, bytes and levels: far more than any of ours has, and so little that its values fit
+# into memory whatever they are.
 JSON_BYTES = 16 * 2**20
 JSON_DEPTH = 64
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
@@ -30,7 +42,8 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 @contextmanager
 def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path`; once the block ends, sync it and put it in place of `path`; if the block fails, remove it.
+    """Yield an empty temporary file beside `path`; once the block ends, sync it and put it in place of
+    `path`; if the block fails, remove it.
 
     `needed_bytes`, where known, only makes the message about a full disk exact.
 
@@ -54,7 +67,9 @@ def atomic_write(path: str | Path, *, needed_bytes: int | None = None) -> Iterat
 
 @contextmanager
 def full_disk_named(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" within the block into `StorageFullError`, naming `path`; let any other exception pass."""
+    """Turn "no space left" and "quota exceeded" within the block into `StorageFullError`, naming `path`; let
+    any other exception pass.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -62,17 +77,23 @@ def full_disk_named(path: Path, *, needed_bytes: int | None = None) -> Iterator[
         if number not in (errno.ENOSPC, errno.EDQUOT):
             raise
         needed = "more bytes than are left" if needed_bytes is None else f"{needed_bytes} bytes"
-        raise StorageFullError(f"{path} needs {needed} ({os.strerror(number)}); free space, raise the quota, or choose another disk") from error
+        raise StorageFullError(
+            f"{path} needs {needed} ({os.strerror(number)}); free space, "
+            "raise the quota, or choose another disk"
+        ) from error
 
 
 def _system_error(error: SafetensorError) -> int | None:
-    """Return the number of the system's error that the safetensors library, which has one exception for everything, put into words."""
+    """Return the number of the system's error that the safetensors library, which has one exception for
+    everything, put into words.
+    """
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """Return `value` as JSON, UTF-8: sorted keys, indent 1, final newline; hence equal bytes for equal values.
+    """Return `value` as JSON, UTF-8: sorted keys, indent 1, final newline; hence equal bytes for equal
+    values.
 
     Raises:
         ValueError: a number is not finite.
@@ -94,19 +115,23 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
 
 
 def remove_orphans(directory: Path) -> None:
-    """Delete what `atomic_write` left anywhere below `directory` when its process was killed; nobody may be writing there."""
+    """Delete what `atomic_write` left anywhere below `directory` when its process was killed; nobody may be
+    writing there.
+    """
     for path in list(directory.rglob("*.tmp")):
         if TEMPORARY.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`; every number in it is finite and every text can be written again.
+    """Return the JSON object in the file at `path`; every number in it is finite and every text can be
+    written again.
 
     Raises:
         MissingFileError: there is no such file.
         TruncatedFileError: it is empty.
-        ForeignFileError: it is no regular file, larger than `JSON_BYTES`, not UTF-8 JSON, nested deeper than `JSON_DEPTH`, or not an object.
+        ForeignFileError: it is no regular file, larger than `JSON_BYTES`, not UTF-8 JSON, nested deeper than
+            `JSON_DEPTH`, or not an object.
     """
     source = Path(path)
     text = _read_text(source)
@@ -116,12 +141,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ForeignFileError(f"{source} is not JSON ({error}); copy or save it again") from error
     if not isinstance(value, dict):
-        raise ForeignFileError(f"{source} holds a JSON {type(value).__name__}, not an object; pass a tfmq manifest")
+        raise ForeignFileError(
+            f"{source} holds a JSON {type(value).__name__}, not an object; pass a tfmq manifest"
+        )
     return value
 
 
 def _read_text(source: Path) -> bytes:
-    """Return the bytes of a JSON file; nothing but a regular file is opened, since a device or a pipe may never end."""
+    """Return the bytes of a JSON file; nothing but a regular file is opened, since a device or a pipe may
+    never end.
+    """
     try:
         if source.is_dir():
             raise ForeignFileError(f"{source} is a directory; pass the JSON file itself")
@@ -130,11 +159,16 @@ def _read_text(source: Path) -> bytes:
         with source.open("rb") as stream:
             text = stream.read(JSON_BYTES + 1)
     except FileNotFoundError as error:
-        raise MissingFileError(f"{source} does not exist; check the path, or save the checkpoint again") from error
+        raise MissingFileError(
+            f"{source} does not exist; check the path, or save the checkpoint again"
+        ) from error
     if not text:
         raise TruncatedFileError(f"{source} has 0 bytes; copy or save it again")
     if len(text) > JSON_BYTES:
-        raise ForeignFileError(f"{source} is larger than {JSON_BYTES} bytes, the most that a JSON file of tfmq may have; pass a tfmq manifest")
+        raise ForeignFileError(
+            f"{source} is larger than {JSON_BYTES} bytes, the most that a "
+            "JSON file of tfmq may have; pass a tfmq manifest"
+        )
     return text
 
 
@@ -147,23 +181,34 @@ def _finite(text: str) -> float:
 
 
 def _check_values(value: Any) -> None:
-    """Raise `ValueError` for values nested too deep, and for text with half of a surrogate pair, which has no UTF-8."""
+    """Raise `ValueError` for values nested too deep, and for text with half of a surrogate pair, which has no
+    UTF-8.
+    """
     level = [value]
     for _ in range(JSON_DEPTH):
         texts = [item for item in level if isinstance(item, str)]
         texts += [key for item in level if isinstance(item, dict) for key in item]
         if any("\ud800" <= letter <= "\udfff" for text in texts if not text.isascii() for letter in text):
             raise ValueError("a text holds half of a surrogate pair")
-        level = [inner for item in level if isinstance(item, dict | list) for inner in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
         if not level:
             return
     raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors`, any shapes and devices, to `path` atomically as safetensors: equal bytes for equal input, whatever the order of the mappings.
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write `tensors`, any shapes and devices, to `path` atomically as safetensors: equal bytes for equal
+    input, whatever the order of the mappings.
 
-    Tensors need not be contiguous, and tensors that share memory are written once each; one at a time is copied at most.
+    Tensors need not be contiguous, and tensors that share memory are written once each; one at a time is
+    copied at most.
 
     Raises:
         ValueError, TypeError: see `encode_header` and `raw_bytes`; nothing is written.
@@ -195,7 +240,9 @@ def _valid(source: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ForeignFileError(f"{source} is not a valid safetensors file ({cut(str(error), LONGEST)}); copy or save it again") from error
+        raise ForeignFileError(
+            f"{source} is not a valid safetensors file ({cut(str(error), LONGEST)}); copy or save it again"
+        ) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

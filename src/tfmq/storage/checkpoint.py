@@ -1,10 +1,13 @@
 """A checkpoint directory: `tfmq_model.safetensors` and the manifest `tfmq.json` that describes and seals it.
 
-A directory whose writing was interrupted never loads. Each file is replaced atomically, and the manifest, which carries the digest of the tensors,
-comes last: stopped before it, a new directory has no manifest (`MissingFileError`), and an overwritten one has the old manifest beside new tensors,
-whose names or digest it does not match (`TensorMismatchError`, `ChecksumError`). If it does match, tensors and checkpoint are the old ones.
+A directory whose writing was interrupted never loads. Each file is replaced atomically, and the manifest,
+which carries the digest of the tensors, comes last: stopped before it, a new directory has no manifest
+(`MissingFileError`), and an overwritten one has the old manifest beside new tensors, whose names or digest it
+does not match (`TensorMismatchError`, `ChecksumError`). If it does match, tensors and checkpoint are the old
+ones.
 
-The digest seals the tensors, and `seal` every other field of the manifest: a damaged manifest does not load either.
+The digest seals the tensors, and `seal` every other field of the manifest: a damaged manifest does not load
+either.
 """
 
 import errno
@@ -39,7 +42,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 3
-# Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have one of these, and with these sections.
+# Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have one
+# of these, and with these sections.
 OLDER = 2
 NEWER = frozenset({"kind", "rescaled"})
 OLDER_SECTIONS = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped"})
@@ -50,8 +54,11 @@ _FORMAT = "tfmq"
 _LISTED = 8
 
 
-def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write `tensors`, any shapes, and then the sealed `manifest` into `directory`, creating it; other files there stay.
+def save_checkpoint(
+    directory: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
+) -> None:
+    """Write `tensors`, any shapes, and then the sealed `manifest` into `directory`, creating it; other files
+    there stay.
 
     Raises:
         ValueError, TypeError: a tensor or a manifest value cannot be written; nothing is written.
@@ -81,11 +88,12 @@ def load_checkpoint(directory: str | Path) -> tuple[dict[str, Tensor], dict[str,
 
 
 def seal(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, table: bool = True) -> dict[str, Any]:
-    """Return `manifest` with the fields `format`, `version`, `digest`, `tensors` (name to dtype and shape) and `seal` set for `tensors`.
+    """Return `manifest` with the fields `format`, `version`, `digest`, `tensors` (name to dtype and shape)
+    and `seal` set for `tensors`.
 
-    `table` false leaves `tensors` out, where another reader checks names and shapes; the digest covers them all the same.
-    Those five belong to the format: values under these names are replaced, so that a loaded manifest can be sealed again. `seal` is the sha256
-    of all other fields as canonical JSON.
+    `table` false leaves `tensors` out, where another reader checks names and shapes; the digest covers them
+    all the same. Those five belong to the format: values under these names are replaced, so that a loaded
+    manifest can be sealed again. `seal` is the sha256 of all other fields as canonical JSON.
 
     Raises:
         ValueError: a tensor has no dense values (see `tensor_digest`).
@@ -102,18 +110,27 @@ def seal(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, table: b
 
 
 def _version(manifest: Mapping[str, Any]) -> int:
-    """Return the lowest version that has all that `manifest` says, so that no reader refuses what it understands."""
+    """Return the lowest version that has all that `manifest` says, so that no reader refuses what it
+    understands.
+    """
     structure = manifest.get("structure", {})
-    newer = structure.keys() - OLDER_SECTIONS or any(NEWER.intersection(group) for group in structure.get("layers", []))
+    newer = structure.keys() - OLDER_SECTIONS or any(
+        NEWER.intersection(group) for group in structure.get("layers", [])
+    )
     return FORMAT_VERSION if newer else OLDER
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(encode_json({key: value for key, value in manifest.items() if key != "seal"})).hexdigest()
+    return hashlib.sha256(
+        encode_json({key: value for key, value in manifest.items() if key != "seal"})
+    ).hexdigest()
 
 
-def verify(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, source: str | Path = "the manifest") -> None:
-    """Check that `tensors`, loaded by whatever means, on any device, are those `manifest` was sealed for; `source` names the manifest in messages.
+def verify(
+    tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, source: str | Path = "the manifest"
+) -> None:
+    """Check that `tensors`, loaded by whatever means, on any device, are those `manifest` was sealed for;
+    `source` names the manifest in messages.
 
     Raises:
         ForeignFileError: `manifest` is not a sealed tfmq manifest.
@@ -128,16 +145,21 @@ def verify(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, source
     digest = tensor_digest(tensors)
     if digest != manifest["digest"]:
         raise ChecksumError(
-            f"{source} seals tensors of digest {cut(manifest['digest'], LONGEST)}, these have {digest}; the data is damaged: copy or save it again"
+            f"{source} seals tensors of digest {cut(manifest['digest'], LONGEST)}, these "
+            f"have {digest}; the data is damaged: copy or save it again"
         )
     if manifest.get("seal") != _manifest_digest(manifest):
         raise ChecksumError(f"{source} was changed since it was sealed; copy or save the checkpoint again")
 
 
-def verify_architecture(configuration: Mapping[str, Any], manifest: Mapping[str, Any], *, source: str | Path) -> None:
-    """Check that a component's `configuration` still has what `manifest` seals of it as `architecture`; `source` names it in messages.
+def verify_architecture(
+    configuration: Mapping[str, Any], manifest: Mapping[str, Any], *, source: str | Path
+) -> None:
+    """Check that a component's `configuration` still has what `manifest` seals of it as `architecture`;
+    `source` names it in messages.
 
-    What it has beyond that, as later libraries add it, is left alone. Manifests of earlier releases seal no architecture.
+    What it has beyond that, as later libraries add it, is left alone. Manifests of earlier releases seal no
+    architecture.
 
     Raises:
         ChecksumError: an entry is missing or has another value.
@@ -146,12 +168,14 @@ def verify_architecture(configuration: Mapping[str, Any], manifest: Mapping[str,
         if name not in configuration or configuration[name] != value:
             found = shown(configuration[name]) if name in configuration else "missing"
             raise ChecksumError(
-                f"{source} was changed since it was sealed: {cut(name, LONGEST)} is {found}, was {shown(value)}; copy or save it again"
+                f"{source} was changed since it was sealed: {cut(name, LONGEST)} is "
+                f"{found}, was {shown(value)}; copy or save it again"
             )
 
 
 def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:
-    """Create `directory`, with its parents, unless it exists; check that files can be created in it, and return it. Nothing in it is removed.
+    """Create `directory`, with its parents, unless it exists; check that files can be created in it, and
+    return it. Nothing in it is removed.
 
     Raises:
         OutputExistsError: it holds files and `overwrite` is false, or the path is no directory.
@@ -166,9 +190,13 @@ def prepare_output(directory: str | Path, *, overwrite: bool) -> Path:
             target.mkdir(parents=True, exist_ok=True)
             names = sorted(entry.name for entry in target.iterdir())
         except (FileExistsError, NotADirectoryError) as error:
-            raise OutputExistsError(f"{target} is not a directory, or lies below a file; choose another output directory") from error
+            raise OutputExistsError(
+                f"{target} is not a directory, or lies below a file; choose another output directory"
+            ) from error
         if names and not overwrite:
-            raise OutputExistsError(f"{target} already holds {_listing(names)}; choose another output directory, or delete them")
+            raise OutputExistsError(
+                f"{target} already holds {_listing(names)}; choose another output directory, or delete them"
+            )
         _check_writable(target)
     return target
 
@@ -182,7 +210,9 @@ def check_text(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the path {os.fsencode(path)!r} is not UTF-8 text; choose another output directory") from error
+        raise ValueError(
+            f"the path {os.fsencode(path)!r} is not UTF-8 text; choose another output directory"
+        ) from error
 
 
 def _check_writable(directory: Path) -> None:
@@ -205,16 +235,24 @@ def check_format(manifest: Mapping[str, Any], *, source: str | Path) -> None:
         VersionError: its version is none of `READABLE`.
     """
     if manifest.get("format") != _FORMAT:
-        raise ForeignFileError(f"{source} has format {shown(manifest.get('format'))}, not {_FORMAT!r}; pass a tfmq checkpoint")
+        raise ForeignFileError(
+            f"{source} has format {shown(manifest.get('format'))}, not {_FORMAT!r}; pass a tfmq checkpoint"
+        )
     version = manifest.get("version")
     if type(version) is not int or version not in READABLE:
         known = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
-        raise VersionError(f"{source} has version {shown(version)}, this tfmq reads {known}; install the tfmq that wrote it, or save it again")
+        raise VersionError(
+            f"{source} has version {shown(version)}, this tfmq reads {known}; "
+            "install the tfmq that wrote it, or save it again"
+        )
     for field, kind in (("digest", str), ("tensors", dict)):
         if field == "tensors" and field not in manifest:
             continue
         if not isinstance(manifest.get(field), kind):
-            raise ForeignFileError(f"{source} has {field} {shown(manifest.get(field))}, not a {kind.__name__}; save the checkpoint again")
+            raise ForeignFileError(
+                f"{source} has {field} {shown(manifest.get(field))}, not a "
+                f"{kind.__name__}; save the checkpoint again"
+            )
 
 
 def _check_table(tensors: Mapping[str, Tensor], expected: Mapping[str, Any], *, source: str | Path) -> None:
@@ -223,18 +261,30 @@ def _check_table(tensors: Mapping[str, Tensor], expected: Mapping[str, Any], *, 
     defects = {
         "missing": sorted(expected.keys() - actual.keys()),
         "unexpected": sorted(actual.keys() - expected.keys()),
-        "different": [f"{name} (listed as {shown(expected[name])}, is {actual[name]})" for name in common if expected[name] != actual[name]],
+        "different": [
+            f"{name} (listed as {shown(expected[name])}, is {actual[name]})"
+            for name in common
+            if expected[name] != actual[name]
+        ],
     }
     found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in defects.items() if names)
     if found:
-        raise TensorMismatchError(f"{source} does not list these tensors: {found}; the files are of different checkpoints: copy or save both again")
+        raise TensorMismatchError(
+            f"{source} does not list these tensors: {found}; the files are of "
+            "different checkpoints: copy or save both again"
+        )
 
 
 def _table(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    return {name: {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+    return {
+        name: {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        for name, tensor in tensors.items()
+    }
 
 
 def _listing(names: list[str]) -> str:
     """Join the first few names, none longer than a message may show, and count the rest."""
     rest = len(names) - _LISTED
-    return ", ".join(cut(name, LONGEST) for name in names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(cut(name, LONGEST) for name in names[:_LISTED]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )

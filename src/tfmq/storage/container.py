@@ -1,8 +1,9 @@
 """The safetensors layout: what a header says, and what is wrong with a file that does not keep to it.
 
-A file is eight bytes of header length (little-endian), the header (JSON: name to dtype, shape and data offsets), and the tensors back to back.
-Reading goes through the safetensors library; it reports every defect as one class, so the checks here run first and tell them apart. Writing is ours
-because the library orders metadata at random, and refuses tensors that are strided or share memory.
+A file is eight bytes of header length (little-endian), the header (JSON: name to dtype, shape and data
+offsets), and the tensors back to back. Reading goes through the safetensors library; it reports every defect
+as one class, so the checks here run first and tell them apart. Writing is ours because the library orders
+metadata at random, and refuses tensors that are strided or share memory.
 """
 
 import json
@@ -39,17 +40,22 @@ _DTYPES = {
     torch.complex64: "C64",
 }
 _LENGTH = struct.Struct("<Q")
-_HEADER_LIMIT = 100_000_000  # Bytes. The format's own bound: above it the first eight bytes are something else.
+_HEADER_LIMIT = (
+    100_000_000  # Bytes. The format's own bound: above it the first eight bytes are something else.
+)
 _METADATA = "__metadata__"
 
 
 def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names in the order of their data: wider elements first, so that each tensor is aligned to its element, then by name."""
+    """Return the names in the order of their data: wider elements first, so that each tensor is aligned to
+    its element, then by name.
+    """
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def encode_header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the bytes that precede the data of `tensors` laid out in `file_order`: equal for equal input, whatever the order of the mappings.
+    """Return the bytes that precede the data of `tensors` laid out in `file_order`: equal for equal input,
+    whatever the order of the mappings.
 
     Raises:
         ValueError: a tensor has a dtype the format lacks, or the reserved name `__metadata__`.
@@ -63,9 +69,16 @@ def encode_header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] 
         tensor = tensors[name]
         if name == _METADATA or tensor.dtype not in _DTYPES:
             allowed = ", ".join(map(str, _DTYPES))
-            raise ValueError(f"tensor {name!r} of {tensor.dtype} cannot be written; any name but {_METADATA!r} can be, of {allowed}")
+            raise ValueError(
+                f"tensor {name!r} of {tensor.dtype} cannot be written; any "
+                f"name but {_METADATA!r} can be, of {allowed}"
+            )
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -73,7 +86,8 @@ def encode_header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] 
 
 
 def check_container(path: Path) -> None:
-    """Check that the file at `path` is whole and laid out as safetensors; offsets and shapes are left to the library.
+    """Check that the file at `path` is whole and laid out as safetensors; offsets and shapes are left to the
+    library.
 
     Raises:
         MissingFileError: there is no such file.
@@ -88,28 +102,47 @@ def check_container(path: Path) -> None:
     header_length, header = _read_header(path, size=size)
     declared = _LENGTH.size + header_length + _data_length(path, header)
     if size < declared:
-        raise TruncatedFileError(f"{path} has {size} bytes of the {declared} its header declares; copy or save it again")
+        raise TruncatedFileError(
+            f"{path} has {size} bytes of the {declared} its header declares; copy or save it again"
+        )
     if size > declared:
-        raise ForeignFileError(f"{path} has {size - declared} bytes after the {declared} its header declares; copy or save it again")
+        raise ForeignFileError(
+            f"{path} has {size - declared} bytes after the {declared} "
+            "its header declares; copy or save it again"
+        )
 
 
 def _read_header(path: Path, *, size: int) -> tuple[int, dict[str, Any]]:
     """Return the length of the header and its content."""
     if size < _LENGTH.size:
-        raise TruncatedFileError(f"{path} has {size} bytes, fewer than the {_LENGTH.size} of a header length; copy or save it again")
+        raise TruncatedFileError(
+            f"{path} has {size} bytes, fewer than the {_LENGTH.size} "
+            "of a header length; copy or save it again"
+        )
     with path.open("rb") as stream:
         (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
         if length > _HEADER_LIMIT or stream.peek(1)[:1] not in (b"{", b""):
-            raise ForeignFileError(f"{path} is not a safetensors file: its first {_LENGTH.size} bytes are no header length; pass a tfmq checkpoint")
+            raise ForeignFileError(
+                f"{path} is not a safetensors file: its first {_LENGTH.size} "
+                "bytes are no header length; pass a tfmq checkpoint"
+            )
         if _LENGTH.size + length > size:
-            raise TruncatedFileError(f"{path} has {size} bytes, its header alone declares {_LENGTH.size + length}; copy or save it again")
+            raise TruncatedFileError(
+                f"{path} has {size} bytes, its header alone declares "
+                f"{_LENGTH.size + length}; copy or save it again"
+            )
         text = stream.read(length)
     try:
         header = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise ForeignFileError(f"{path} is not a safetensors file: its header is not JSON ({error}); pass a tfmq checkpoint") from error
+        raise ForeignFileError(
+            f"{path} is not a safetensors file: its header is not JSON ({error}); pass a tfmq checkpoint"
+        ) from error
     if not isinstance(header, dict):
-        raise ForeignFileError(f"{path} is not a safetensors file: its header is a {type(header).__name__}, not an object; pass a tfmq checkpoint")
+        raise ForeignFileError(
+            f"{path} is not a safetensors file: its header is a {type(header).__name__}, "
+            "not an object; pass a tfmq checkpoint"
+        )
     return length, header
 
 
@@ -123,5 +156,8 @@ def _data_length(path: Path, header: dict[str, Any]) -> int:
             case {"dtype": str(dtype), "data_offsets": [int(_), int(end)]} if dtype in _DTYPES.values():
                 length = max(length, end)
             case _:
-                raise ForeignFileError(f"{path} has no readable entry for tensor {shown(name)}: {shown(entry)}; pass a tfmq checkpoint")
+                raise ForeignFileError(
+                    f"{path} has no readable entry for tensor {shown(name)}: "
+                    f"{shown(entry)}; pass a tfmq checkpoint"
+                )
     return length

@@ -1,4 +1,6 @@
-"""What is saved in a directory: its quantized components, their manifests and files, checked against each other."""
+"""What is saved in a directory: its quantized components, their manifests and files, checked against each
+other.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,7 +51,10 @@ def components(directory: Path) -> dict[Path, Manifest]:
     Raises:
         CheckpointError: a configuration cannot be read, or holds no valid manifest where it should.
     """
-    found = {folder: Manifest.of_config(config, source=folder / CONFIG_FILE, method=METHOD) for folder, config in _configurations(directory).items()}
+    found = {
+        folder: Manifest.of_config(config, source=folder / CONFIG_FILE, method=METHOD)
+        for folder, config in _configurations(directory).items()
+    }
     return {folder: manifest for folder, manifest in found.items() if manifest is not None}
 
 
@@ -58,7 +63,9 @@ def holds_quantized(path: Path) -> bool:
     if not path.is_dir() or (path / MANIFEST_FILE).exists():
         return path.is_dir()
     manifests = [config.get("quantization_config") for config in _configurations(path).values()]
-    return any(isinstance(manifest, Mapping) and manifest.get("quant_method") == METHOD for manifest in manifests)
+    return any(
+        isinstance(manifest, Mapping) and manifest.get("quant_method") == METHOD for manifest in manifests
+    )
 
 
 def stored_manifest(directory: Path) -> Manifest:
@@ -79,14 +86,16 @@ def stored_manifest(directory: Path) -> Manifest:
 def stored_bytes(directory: Path) -> int:
     """Return the bytes on disk of the quantized model in `directory`: tensors, manifest and configuration.
 
-    Where a pipeline has two, these are the first one's, whose manifest `stored_manifest` returns; pass the component's own directory for the other.
+    Where a pipeline has two, these are the first one's, whose manifest `stored_manifest` returns; pass the
+    component's own directory for the other.
     """
     folders = [directory] if (directory / MANIFEST_FILE).exists() else list(components(directory))[:1]
     return sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file())
 
 
 def refuse_orphans(directory: Path) -> None:
-    """Refuse packed weights whose configuration has lost its manifest: diffusers would take them for a damaged full-precision model.
+    """Refuse packed weights whose configuration has lost its manifest: diffusers would take them for a
+    damaged full-precision model.
 
     Raises:
         ForeignFileError: there are such.
@@ -94,11 +103,17 @@ def refuse_orphans(directory: Path) -> None:
     found = components(directory)
     for path in sorted(directory.rglob("*.safetensors")):
         if path.parent not in found and any(name.endswith(PACKED) for name in tensor_names(path)):
-            raise ForeignFileError(f"{path} holds packed weights, but {path.parent / CONFIG_FILE} has no tfmq manifest; copy it again")
+            raise ForeignFileError(
+                f"{path} holds packed weights, but {path.parent / CONFIG_FILE} "
+                "has no tfmq manifest; copy it again"
+            )
 
 
-def verify_component(tensors: Mapping[str, Tensor], manifest: Manifest, configuration: Mapping[str, Any], *, source: Path) -> None:
-    """Check the tensors and the `configuration` of a component against its manifest; `source` is the file with both of them.
+def verify_component(
+    tensors: Mapping[str, Tensor], manifest: Manifest, configuration: Mapping[str, Any], *, source: Path
+) -> None:
+    """Check the tensors and the `configuration` of a component against its manifest; `source` is the file
+    with both of them.
 
     Raises:
         CheckpointError: see `verify`, `check_parts`, `verify_architecture`.
@@ -115,7 +130,9 @@ def verified(directory: Path) -> Iterator[tuple[dict[str, Tensor], Manifest]]:
         CheckpointError: see `tfmq.storage.errors`.
     """
     for folder, manifest in components(directory).items():
-        tensors = {name: tensor for path in _tensor_files(folder) for name, tensor in read_tensors(path)[0].items()}
+        tensors = {
+            name: tensor for path in _tensor_files(folder) for name, tensor in read_tensors(path)[0].items()
+        }
         verify_component(tensors, manifest, read_json(folder / CONFIG_FILE), source=folder / CONFIG_FILE)
         yield tensors, manifest
 
@@ -128,7 +145,8 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 def check_files(directory: Path) -> None:
-    """Check all that can be without the values of tensors: manifests, file layout, and the files of a pipeline against their list.
+    """Check all that can be without the values of tensors: manifests, file layout, and the files of a
+    pipeline against their list.
 
     Raises:
         CheckpointError: see `tfmq.storage.errors`.
@@ -142,7 +160,8 @@ def check_files(directory: Path) -> None:
 
 
 def verify_files(directory: Path) -> None:
-    """Check the files of every quantized component against its manifest, and the others of a pipeline against their list.
+    """Check the files of every quantized component against its manifest, and the others of a pipeline against
+    their list.
 
     Raises:
         CheckpointError: see `tfmq.storage.errors`.
@@ -153,7 +172,9 @@ def verify_files(directory: Path) -> None:
 
 
 def _listed(directory: Path) -> str | None:
-    """Return the digest of the list that a pipeline was saved with, as its report has it; None where it has none."""
+    """Return the digest of the list that a pipeline was saved with, as its report has it; None where it has
+    none.
+    """
     path = directory / REPORT_FILE
     if not path.exists():
         return None
@@ -162,7 +183,8 @@ def _listed(directory: Path) -> str | None:
 
 
 def relist(directory: str | Path) -> None:
-    """Accept the files of a saved pipeline as they are now: list them anew, such as after a scheduler's configuration was edited.
+    """Accept the files of a saved pipeline as they are now: list them anew, such as after a scheduler's
+    configuration was edited.
 
     What a component's own manifest seals is checked as ever, and stays what it is.
 

@@ -1,4 +1,6 @@
-"""Everything that can go wrong with a checkpoint on disk: a closed set, one class per thing the reader can do about it."""
+"""Everything that can go wrong with a checkpoint on disk: a closed set, one class per thing the reader can do
+about it.
+"""
 
 __all__ = [
     "CheckpointError",
@@ -23,7 +25,9 @@ class MissingFileError(CheckpointError):
 
 
 class ForeignFileError(CheckpointError):
-    """Raised when a file is whole but not ours: not safetensors, not JSON, not a tfmq manifest or list, or not a regular file."""
+    """Raised when a file is whole but not ours: not safetensors, not JSON, not a tfmq manifest or list, or
+    not a regular file.
+    """
 
 
 class TruncatedFileError(CheckpointError):
@@ -31,7 +35,9 @@ class TruncatedFileError(CheckpointError):
 
 
 class ChecksumError(CheckpointError):
-    """Raised when the tensors, other fields of the manifest, or the parts of a pipeline are not those that were sealed and listed together."""
+    """Raised when the tensors, other fields of the manifest, or the parts of a pipeline are not those that
+    were sealed and listed together.
+    """
 
 
 class VersionError(CheckpointError):
@@ -39,16 +45,24 @@ class VersionError(CheckpointError):
 
 
 class TensorMismatchError(CheckpointError):
-    """Raised when tensors are missing, unexpected, or not what the manifest describes, in dtype, shape or value; names them."""
+    """Raised when tensors are missing, unexpected, or not what the manifest describes, in dtype, shape or
+    value; names them.
+    """
 
 
 class OutputExistsError(CheckpointError):
-    """Raised when an output directory already holds files, or its path is taken by something that is no directory."""
+    """Raised when an output directory already holds files, or its path is taken by something that is no
+    directory.
+    """
 
 
 class StorageFullError(CheckpointError):
-    """Raised when the disk or the quota is full; names the path and the bytes needed, the `OSError` is its cause."""
+    """Raised when the disk or the quota is full; names the path and the bytes needed, the `OSError` is its
+    cause.
+    """
 
 
 class JobMismatchError(CheckpointError):
-    """Raised when a job is resumed with another model, recipe, seed or version than it was started with; names what differs."""
+    """Raised when a job is resumed with another model, recipe, seed or version than it was started with;
+    names what differs.
+    """

@@ -1,4 +1,6 @@
-"""Values taken out of a JSON object by their type; what is of another type is refused by its place in the file."""
+"""Values taken out of a JSON object by their type; what is of another type is refused by its place in the
+file.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -44,7 +46,9 @@ class Fields:
     def refuse(self, name: str, wanted: str) -> ForeignFileError:
         """Return the error of a value that is not `wanted`."""
         if name not in self.values:
-            return ForeignFileError(f"{self.source}: {self.path}{name} is missing; it must be {wanted}; copy or save it again")
+            return ForeignFileError(
+                f"{self.source}: {self.path}{name} is missing; it must be {wanted}; copy or save it again"
+            )
         return refusal(self.source, f"{self.path}{name}", self.values[name], wanted)
 
     def flag(self, name: str) -> bool:
@@ -101,10 +105,14 @@ class Fields:
             yield Fields.of(item, self.source, f"{self.path}{name}[{place}].")
 
     def names(self, name: str, *, empty: bool = False) -> tuple[str, ...]:
-        """Return a list of names of modules, each at most once; `empty` allows the empty one, which is the module at the top."""
+        """Return a list of names of modules, each at most once; `empty` allows the empty one, which is the
+        module at the top.
+        """
         found = self.items(name)
         wanted = f"a list of distinct names of {int(not empty)} to {LONGEST_NAME} characters"
-        if not all(isinstance(item, str) and int(not empty) <= len(item) <= LONGEST_NAME for item in found) or len(set(found)) < len(found):
+        if not all(
+            isinstance(item, str) and int(not empty) <= len(item) <= LONGEST_NAME for item in found
+        ) or len(set(found)) < len(found):
             raise self.refuse(name, wanted)
         return tuple(found)
 
@@ -118,4 +126,6 @@ class Fields:
 
 def refusal(source: str, place: str, value: Any, wanted: str) -> ForeignFileError:
     """Return the error of a value that is not `wanted`."""
-    return ForeignFileError(f"{source}: {place} is {shown(value)}; it must be {wanted}; copy or save it again")
+    return ForeignFileError(
+        f"{source}: {place} is {shown(value)}; it must be {wanted}; copy or save it again"
+    )

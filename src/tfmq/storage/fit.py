@@ -1,4 +1,6 @@
-"""Check that the tensors of a checkpoint are those that its structure needs, before a module is built for them."""
+"""Check that the tensors of a checkpoint are those that its structure needs, before a module is built for
+them.
+"""
 
 from collections.abc import Mapping
 
@@ -14,13 +16,16 @@ PACKED = ".packed"
 
 
 def check_parts(tensors: Mapping[str, Tensor], structure: Structure, *, source: object) -> None:
-    """Check names, kinds, shapes and values of the quantized tensors; `source` names the manifest in messages.
+    """Check names, kinds, shapes and values of the quantized tensors; `source` names the manifest in
+    messages.
 
-    A stock parameter that is missing, or of another shape than the architecture has, is left to whoever loads it.
+    A stock parameter that is missing, or of another shape than the architecture has, is left to whoever loads
+    it.
 
     Raises:
-        TensorMismatchError: a tensor is missing, has another kind or shape, packed weights have no layer, a scale is not positive and finite, a
-            zero-point is off its grid, or the timesteps are not finite and ascending.
+        TensorMismatchError: a tensor is missing, has another kind or shape, packed weights have no layer, a
+            scale is not positive and finite, a zero-point is off its grid, or the timesteps are not finite
+            and ascending.
     """
     parts = _Parts(tensors, structure, str(source))
     parts.timesteps()
@@ -36,7 +41,10 @@ def check_parts(tensors: Mapping[str, Tensor], structure: Structure, *, source: 
         parts.correction(name, correction)
     known = {structure.stored_name(name) + PACKED for name in structure.layers}
     if strange := sorted(name for name in tensors if name.endswith(PACKED) and name not in known):
-        raise TensorMismatchError(f"{source} names no layer for {strange[0]}, which holds packed weights; copy or save the checkpoint again")
+        raise TensorMismatchError(
+            f"{source} names no layer for {strange[0]}, which holds packed "
+            "weights; copy or save the checkpoint again"
+        )
 
 
 class _Parts:
@@ -46,12 +54,17 @@ class _Parts:
         self.tensors, self.structure, self.source = tensors, structure, source
 
     def take(self, name: str, shape: tuple[int | None, ...], *, integer: bool) -> Tensor:
-        """Return a tensor of uint8, or else of floating point, and of `shape`; None stands for any length but 0."""
+        """Return a tensor of uint8, or else of floating point, and of `shape`; None stands for any length but
+        0.
+        """
         if name not in self.tensors:
-            raise TensorMismatchError(f"{self.source} needs the tensor {name}, which is missing; copy or save the checkpoint again")
+            raise TensorMismatchError(
+                f"{self.source} needs the tensor {name}, which is missing; copy or save the checkpoint again"
+            )
         tensor = self.tensors[name]
         fits = len(tensor.shape) == len(shape) and all(
-            length > 0 if wanted is None else length == wanted for length, wanted in zip(tensor.shape, shape, strict=True)
+            length > 0 if wanted is None else length == wanted
+            for length, wanted in zip(tensor.shape, shape, strict=True)
         )
         if not fits or (tensor.dtype != torch.uint8 if integer else not tensor.is_floating_point()):
             wanted_shape = ", ".join("any" if length is None else str(length) for length in shape)
@@ -61,7 +74,9 @@ class _Parts:
 
     def wrong(self, name: str, found: str) -> TensorMismatchError:
         """Return the error of a tensor that is there and not right."""
-        return TensorMismatchError(f"{self.source} describes another tensor {name}: it {found}; copy or save the checkpoint again")
+        return TensorMismatchError(
+            f"{self.source} describes another tensor {name}: it {found}; copy or save the checkpoint again"
+        )
 
     def timesteps(self) -> None:
         """Check the calibrated timesteps."""
@@ -83,8 +98,16 @@ class _Parts:
         packed = self.take(f"{name}{PACKED}", (None, None), integer=True)
         channels, codes = sum(layer.segments), packed.shape[1] * 8 // layer.bits
         if channels > codes:
-            raise self.wrong(f"{name}{PACKED}", f"has at most {codes} codes a row, fewer than the {channels} channels of its segments")
-        self.grid(name, (packed.shape[0], max(1, len(layer.segments))), bits=layer.bits, zero_point=not layer.symmetric)
+            raise self.wrong(
+                f"{name}{PACKED}",
+                f"has at most {codes} codes a row, fewer than the {channels} channels of its segments",
+            )
+        self.grid(
+            name,
+            (packed.shape[0], max(1, len(layer.segments))),
+            bits=layer.bits,
+            zero_point=not layer.symmetric,
+        )
         self.input(f"{name}.input_quantizer", layer.input)
         if layer.rescaled:
             factor = self.take(f"{name}.factor", (None,), integer=False)
@@ -116,4 +139,7 @@ class _Parts:
             raise self.wrong(f"{name}.table.values", "has a value that is not finite")
         use = self.take(f"{name}.use_table", (steps,), integer=True)
         if bool((use > 1).any()) or (table.everywhere and not bool(use.all())):
-            raise self.wrong(f"{name}.use_table", "has another choice than 0 or 1, or 0 in a table that serves every timestep")
+            raise self.wrong(
+                f"{name}.use_table",
+                "has another choice than 0 or 1, or 0 in a table that serves every timestep",
+            )

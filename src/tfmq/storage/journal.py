@@ -62,7 +62,10 @@ class Journal:
             # The job was killed before its first byte of work, so there is nothing to lose.
             return
         if before != fingerprint:
-            raise JobMismatchError(f"cannot resume {self.directory}: {_difference(before, dict(fingerprint), '')}; start over without --resume")
+            raise JobMismatchError(
+                f"cannot resume {self.directory}: {_difference(before, dict(fingerprint), '')}; "
+                "start over without --resume"
+            )
 
     def done(self, name: str) -> bool:
         """Whether the stage was finished."""
@@ -93,7 +96,9 @@ class Journal:
         return tensors
 
     def sweep(self) -> None:
-        """Delete the half-written files of a job that was killed; for the one process of a job, since another's file may be half written now."""
+        """Delete the half-written files of a job that was killed; for the one process of a job, since
+        another's file may be half written now.
+        """
         if self.directory is not None:
             remove_orphans(self.directory)
 

@@ -1,4 +1,6 @@
-"""The manifest as a frozen value of checked types: what a program may rely on before it builds anything from a file."""
+"""The manifest as a frozen value of checked types: what a program may rely on before it builds anything from
+a file.
+"""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +21,8 @@ LONGEST_TEXT = 2**16
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a manifest says of the job that made the model, as far as anything reads it; all of it may be missing.
+    """What a manifest says of the job that made the model, as far as anything reads it; all of it may be
+    missing.
 
     Attributes:
         scheme: name of the recipe.
@@ -54,16 +57,24 @@ class Provenance:
         calibration, temporal = _optional(recipe, "calibration"), _optional(recipe, "temporal")
         calibrated = calibration.integer("steps", 1, MOST) if calibration.has("steps") else None
         return cls(
-            scheme=recipe.text("name", longest=LONGEST_TEXT) if recipe.has("name") and recipe.values["name"] != "" else None,
+            scheme=recipe.text("name", longest=LONGEST_TEXT)
+            if recipe.has("name") and recipe.values["name"] != ""
+            else None,
             recipe=recipe.values,
             steps=rebaked.integer("steps", 1, MOST) if rebaked.has("steps") else calibrated,
             calibrated_steps=calibrated,
             eta=calibration.number("eta") if calibration.has("eta") else None,
-            guidance_scale=calibration.number("guidance_scale") if calibration.has("guidance_scale") else None,
+            guidance_scale=calibration.number("guidance_scale")
+            if calibration.has("guidance_scale")
+            else None,
             spacing=calibration.choice("spacing", ("quadratic",)) if calibration.has("spacing") else None,  # type: ignore[arg-type]
             maintenance=temporal.text("maintenance") if temporal.has("maintenance") else None,
-            published=tuple(_figure(figure) for figure in recipe.parts("published")) if recipe.has("published") else (),
-            inputs=tuple(_measured(found) for found in fields.parts("inputs")) if fields.has("inputs") else (),
+            published=tuple(_figure(figure) for figure in recipe.parts("published"))
+            if recipe.has("published")
+            else (),
+            inputs=tuple(_measured(found) for found in fields.parts("inputs"))
+            if fields.has("inputs")
+            else (),
         )
 
 
@@ -111,7 +122,8 @@ class Manifest:
 
     @classmethod
     def of_config(cls, configuration: Mapping[str, Any], *, source: object, method: str) -> "Manifest | None":
-        """Return the manifest in a component's `configuration`; None where it has none, or one of another quantization method.
+        """Return the manifest in a component's `configuration`; None where it has none, or one of another
+        quantization method.
 
         Raises:
             ForeignFileError, VersionError: see `from_json`.
@@ -121,7 +133,9 @@ class Manifest:
             return None
         if not isinstance(quantization, Mapping):
             raise refusal(str(source), "quantization_config", quantization, "an object")
-        return cls.from_json(quantization, source=source) if quantization.get("quant_method") == method else None
+        return (
+            cls.from_json(quantization, source=source) if quantization.get("quant_method") == method else None
+        )
 
 
 def _optional(fields: Fields, name: str) -> Fields:
@@ -141,4 +155,7 @@ def _figure(fields: Fields) -> Mapping[str, Any]:
 
 def _measured(fields: Fields) -> Mapping[str, Any]:
     """Return the errors that were measured for the input of a layer."""
-    return {**{name: fields.text(name) for name in ("name", "kept")}, **{name: fields.number(name) for name in ("static", "dynamic")}}
+    return {
+        **{name: fields.text(name) for name in ("name", "kept")},
+        **{name: fields.number(name) for name in ("static", "dynamic")},
+    }

@@ -1,4 +1,6 @@
-"""The quantized parts of a denoiser as a manifest describes them (docs/format.md, `structure`): frozen values of checked types."""
+"""The quantized parts of a denoiser as a manifest describes them (docs/format.md, `structure`): frozen values
+of checked types.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +17,17 @@ __all__ = ["Correction", "Input", "Layer", "Products", "Structure", "Table"]
 MOST_STEPS = 100_000
 MOST_CHANNELS = 2**24
 MOST_AXES = 8
-# What a layer and a structure may have. What this reader does not know would be left out of the computation, so it is refused.
+# What a layer and a structure may have. What this reader does not know would be left out of the computation,
+# so it is refused.
 LAYER = frozenset({"bits", "symmetric", "segments", "input", "kind", "rescaled", "names"})
 KNOWN = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped", "corrections"})
 
 
 @dataclass(frozen=True)
 class Input:
-    """The quantizer of a layer's input or of a product's operand; a `dynamic` one is never `per_step` and has no tensors."""
+    """The quantizer of a layer's input or of a product's operand; a `dynamic` one is never `per_step` and has
+    no tensors.
+    """
 
     bits: int
     symmetric: bool
@@ -43,7 +48,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its weight grid, the quantizer of its input, None for full precision, and whether that input is multiplied by a factor."""
+    """A quantized layer: its weight grid, the quantizer of its input, None for full precision, and whether
+    that input is multiplied by a factor.
+    """
 
     bits: int
     symmetric: bool
@@ -95,24 +102,44 @@ class Structure:
     def from_json(cls, fields: Fields) -> "Structure":
         """Return the parts that `fields`, a manifest's `structure`, describe."""
         if strange := sorted(fields.values.keys() - KNOWN):
-            raise fields.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(KNOWN))}; upgrade tfmq")
+            raise fields.refuse(
+                strange[0], f"absent: this tfmq knows {', '.join(sorted(KNOWN))}; upgrade tfmq"
+            )
         layers = {name: _layer(group) for name, group in _named(fields, "layers")}
         products = {name: _products(group) for name, group in _named(fields, "products", empty=True)}
         tables = {name: _table(group) for name, group in _named(fields, "tables")}
         skipped = fields.names("skipped")
         if twice := sorted(tables.keys() & set(skipped)):
             raise fields.refuse("skipped", f"a list of names that are not in tables, as {twice[0]} is")
-        corrections = {name: _correction(group) for name, group in _named(fields, "corrections")} if "corrections" in fields.values else {}
-        return cls(fields.integer("steps", 1, MOST_STEPS), fields.text("timestep"), layers, products, tables, skipped, corrections)
+        corrections = (
+            {name: _correction(group) for name, group in _named(fields, "corrections")}
+            if "corrections" in fields.values
+            else {}
+        )
+        return cls(
+            fields.integer("steps", 1, MOST_STEPS),
+            fields.text("timestep"),
+            layers,
+            products,
+            tables,
+            skipped,
+            corrections,
+        )
 
     def stored_name(self, name: str) -> str:
-        """Return the name of a layer in the checkpoint: behind a table, or skipped, it is that module's `block`."""
+        """Return the name of a layer in the checkpoint: behind a table, or skipped, it is that module's
+        `block`.
+        """
         return f"{name}.block" if name in self.tables or name in self.skipped else name
 
 
 def _grid(fields: Fields) -> tuple[int, bool, tuple[int, ...]]:
     """Return bits, symmetry and segments."""
-    return fields.integer("bits", MIN_BITS, MAX_BITS), fields.flag("symmetric"), fields.widths("segments", most=MOST_CHANNELS)
+    return (
+        fields.integer("bits", MIN_BITS, MAX_BITS),
+        fields.flag("symmetric"),
+        fields.widths("segments", most=MOST_CHANNELS),
+    )
 
 
 def _named(fields: Fields, kind: str, *, empty: bool = False) -> Iterator[tuple[str, Fields]]:
@@ -127,7 +154,9 @@ def _named(fields: Fields, kind: str, *, empty: bool = False) -> Iterator[tuple[
 
 
 def _layer(group: Fields) -> Layer:
-    found = None if "input" in group.values and not group.has("input") else Input.from_json(group.part("input"))
+    found = (
+        None if "input" in group.values and not group.has("input") else Input.from_json(group.part("input"))
+    )
     if strange := sorted(group.values.keys() - LAYER):
         raise group.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(LAYER))}; upgrade tfmq")
     layer = Layer(*_grid(group), input=found, rescaled="rescaled" in group.values and group.flag("rescaled"))
@@ -137,7 +166,10 @@ def _layer(group: Fields) -> Layer:
 
 
 def _products(group: Fields) -> Products:
-    left, right = (tuple(_operand(group, side, place) for place in range(len(group.items(side)))) for side in ("left", "right"))
+    left, right = (
+        tuple(_operand(group, side, place) for place in range(len(group.items(side))))
+        for side in ("left", "right")
+    )
     if len(left) != len(right):
         raise group.refuse("right", f"a list of {len(left)} operands, as left is")
     return Products(left, right)
@@ -150,7 +182,9 @@ def _operand(group: Fields, side: str, place: int) -> Input | None:
     fields = Fields.of(value, group.source, f"{group.path}{side}[{place}].")
     found = Input.from_json(fields)
     if found.dynamic or found.segments:
-        raise fields.refuse("dynamic" if found.dynamic else "segments", "that of a static quantizer with one grid")
+        raise fields.refuse(
+            "dynamic" if found.dynamic else "segments", "that of a static quantizer with one grid"
+        )
     return found
 
 

@@ -18,13 +18,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the values of `tensor`, any shape and device, in row-major order: no copy where it is contiguous, on the CPU and of native order.
+    """Return the values of `tensor`, any shape and device, in row-major order: no copy where it is
+    contiguous, on the CPU and of native order.
 
     Raises:
         ValueError: `tensor` has no dense values to write: it is on the meta device, or not strided.
     """
     if tensor.is_meta or tensor.layout != torch.strided:
-        raise ValueError(f"a tensor of layout {tensor.layout} on device {tensor.device} has no dense values; materialise it before writing it")
+        raise ValueError(
+            f"a tensor of layout {tensor.layout} on device {tensor.device} has "
+            "no dense values; materialise it before writing it"
+        )
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     # Neither reshape nor contiguous resets the stride of an axis of length 1, which view() would refuse.
     flat = dense.as_strided((dense.numel(),), (1,))

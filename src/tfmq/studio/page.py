@@ -32,14 +32,21 @@ def find_models(folder: Path, *, depth: int = 2) -> list[str]:
     """Return the quantized models in a folder and, down to `depth`, in the folders below it."""
     if holds_quantized(folder):
         return [str(folder)]
-    below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if depth else []
+    below = (
+        sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if depth
+        else []
+    )
     return [model for path in below for model in find_models(path, depth=depth - 1)]
 
 
 def figures(drawn: Drawn) -> str:
     """Return what is said below an image."""
     backend = f", backend {drawn.backend}" if drawn.backend else ""
-    lines = [f"{drawn.seconds:.2f} s, {megabytes(drawn.memory_bytes)} of memory at most{backend}", *drawn.warnings]
+    lines = [
+        f"{drawn.seconds:.2f} s, {megabytes(drawn.memory_bytes)} of memory at most{backend}",
+        *drawn.warnings,
+    ]
     return "\n\n".join(lines)
 
 
@@ -52,11 +59,17 @@ def steps_of(model: str | None) -> int:
 
 def _classes(pipeline: Path) -> dict[str, Any]:
     """Return the classes of a pipeline and of its components."""
-    return {name: value for name, value in read_json(pipeline / PIPELINE_FILE).items() if name == "_class_name" or not name.startswith("_")}
+    return {
+        name: value
+        for name, value in read_json(pipeline / PIPELINE_FILE).items()
+        if name == "_class_name" or not name.startswith("_")
+    }
 
 
 def _made_from(model: Path, original: Path) -> bool:
-    """Whether a quantized pipeline has the classes of `original`, and its quantized components seal the configurations of those there."""
+    """Whether a quantized pipeline has the classes of `original`, and its quantized components seal the
+    configurations of those there.
+    """
     try:
         for folder, manifest in components(model).items():
             path = original / folder.relative_to(model) / CONFIG_FILE
@@ -67,11 +80,15 @@ def _made_from(model: Path, original: Path) -> bool:
 
 
 def original_of(model: str | None) -> str:
-    """Return the name of the model of the project that `model` was made from, as far as its configuration tells; else the first to show."""
+    """Return the name of the model of the project that `model` was made from, as far as its configuration
+    tells; else the first to show.
+    """
     names = known_names()
     if model and holds_quantized(Path(model)):
         folders = ((name, named_directory(name)) for name in names)
-        if found := next((name for name, folder in folders if folder is not None and _made_from(Path(model), folder)), None):
+        if found := next(
+            (name for name, folder in folders if folder is not None and _made_from(Path(model), folder)), None
+        ):
             return found
     return TEXT if TEXT in names else "default"
 
@@ -86,13 +103,24 @@ class Studio:
         device: device that both models run on.
     """
 
-    def __init__(self, models: Sequence[str], reference: str | None = None, *, backend: str = "auto", device: str | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        reference: str | None = None,
+        *,
+        backend: str = "auto",
+        device: str | None = None,
+    ) -> None:
         self.models = list(models)
         self.reference = reference or original_of(self.models[0] if self.models else None)
         self.sides = {"reference": Side(device=device), "quantized": Side(backend=backend, device=device)}
 
-    def draw(self, quantized: str, reference: str, prompt: str, label: float, seed: float, steps: float) -> Iterator[tuple[Any, str, Any, str]]:
-        """Yield image and figures of both sides, one after the other: drawn together, each would take the other's time."""
+    def draw(
+        self, quantized: str, reference: str, prompt: str, label: float, seed: float, steps: float
+    ) -> Iterator[tuple[Any, str, Any, str]]:
+        """Yield image and figures of both sides, one after the other: drawn together, each would take the
+        other's time.
+        """
         gradio = require("gradio", extra="studio")
         wish = Wish(prompt=prompt.strip(), label=int(label), seed=int(seed), steps=int(steps))
         shown: list[Any] = [None, "drawing ...", None, ""]
@@ -106,7 +134,10 @@ class Studio:
             except (ValueError, RuntimeError, OSError, ImportError) as error:
                 raise gradio.Error(f"{model}: {error}", print_exception=False) from error
             image = enlarged(drawn.image[None], width=WIDTH)[0]
-            shown[2 * place : 2 * place + 2] = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image, figures(drawn)
+            shown[2 * place : 2 * place + 2] = (
+                image.repeat(3, axis=-1) if image.shape[-1] == 1 else image,
+                figures(drawn),
+            )
         yield tuple(shown)
 
     def page(self) -> Any:
@@ -121,12 +152,18 @@ class Studio:
             gradio.Markdown("# tfmq studio\nThe same noise through a quantized model and its original.")
             with gradio.Row():
                 chosen = self.models[0] if self.models else None
-                quantized = gradio.Dropdown(self.models, value=chosen, allow_custom_value=True, label="Quantized model")
+                quantized = gradio.Dropdown(
+                    self.models, value=chosen, allow_custom_value=True, label="Quantized model"
+                )
                 originals = list(dict.fromkeys((self.reference, *known_names())))
-                reference = gradio.Dropdown(originals, value=self.reference, allow_custom_value=True, label="Reference")
+                reference = gradio.Dropdown(
+                    originals, value=self.reference, allow_custom_value=True, label="Reference"
+                )
             with gradio.Row():
                 prompt = gradio.Textbox(PROMPT, label="Prompt", info="for text-to-image models", scale=3)
-                label = gradio.Number(0, label="Class", info="for class-conditional models", precision=0, minimum=0)
+                label = gradio.Number(
+                    0, label="Class", info="for class-conditional models", precision=0, minimum=0
+                )
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
                 steps = gradio.Slider(1, 250, value=steps_of(chosen), step=1, label="Steps", scale=2)
             button = gradio.Button("Draw", variant="primary")
@@ -135,15 +172,20 @@ class Studio:
                 for title in ("Full precision", "Quantized"):
                     with gradio.Column():
                         outputs += [
-                            gradio.Image(label=title, interactive=False, format="png", buttons=[], elem_classes="drawn"),
+                            gradio.Image(
+                                label=title, interactive=False, format="png", buttons=[], elem_classes="drawn"
+                            ),
                             gradio.Markdown(min_height=24),
                         ]
             quantized.change(steps_of, quantized, steps)
-            button.click(self.draw, [quantized, reference, prompt, label, seed, steps], outputs, concurrency_limit=1)
+            button.click(
+                self.draw, [quantized, reference, prompt, label, seed, steps], outputs, concurrency_limit=1
+            )
         return page
 
     def launch(self, *, port: int | None = None) -> Any:
-        """Start the page on this machine alone, and return it with its `local_url`; `port` None is the first free one from 7860.
+        """Start the page on this machine alone, and return it with its `local_url`; `port` None is the first
+        free one from 7860.
 
         Raises:
             ValueError: the port is taken, or all that are tried are.
@@ -154,13 +196,25 @@ class Studio:
         local = {"server_name": LOOPBACK, "server_port": port, "share": False, "ssr_mode": False}
         guard = {"middleware": [require("starlette.middleware", extra="studio").Middleware(OwnPageOnly)]}
         try:
-            page.launch(**local, inbrowser=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme, app_kwargs=guard)
+            page.launch(
+                **local,
+                inbrowser=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                footer_links=[],
+                theme=theme,
+                app_kwargs=guard,
+            )
         except OSError as error:
-            raise ValueError(f"port {port or '7860 and those after it'} of {LOOPBACK} is taken; name a free one with --port") from error
+            raise ValueError(
+                f"port {port or '7860 and those after it'} of {LOOPBACK} "
+                "is taken; name a free one with --port"
+            ) from error
         return page
 
     def serve(self, *, port: int | None = None, opened: Callable[[str], None]) -> None:
-        """Start the page, tell `opened` its address, and wait for Ctrl-C, which passes on as `KeyboardInterrupt` once all processes have ended.
+        """Start the page, tell `opened` its address, and wait for Ctrl-C, which passes on as
+        `KeyboardInterrupt` once all processes have ended.
 
         Raises:
             ValueError: see `launch`.

@@ -22,7 +22,9 @@ class SideError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """An image: the first of the stream `seed`. Text-to-image models heed `prompt`, class-conditional ones `label`."""
+    """An image: the first of the stream `seed`. Text-to-image models heed `prompt`, class-conditional ones
+    `label`.
+    """
 
     prompt: str = ""
     label: int = 0

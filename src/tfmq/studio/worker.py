@@ -1,4 +1,6 @@
-"""A process that computes what it is told, one call after the other, and ends when it is told or when its parent does."""
+"""A process that computes what it is told, one call after the other, and ends when it is told or when its
+parent does.
+"""
 
 import os
 import signal
@@ -19,9 +21,11 @@ class WorkerEndedError(RuntimeError):
 
 
 class Worker:
-    """Runs functions in a process of its own. Ctrl-C is for the parent, which ends it: half a computation has nothing to say.
+    """Runs functions in a process of its own. Ctrl-C is for the parent, which ends it: half a computation has
+    nothing to say.
 
-    Not a pool of the standard library: that waits for what is being computed, which may take minutes, before it ends.
+    Not a pool of the standard library: that waits for what is being computed, which may take minutes, before
+    it ends.
     """
 
     def __init__(self) -> None:
@@ -55,7 +59,9 @@ class Worker:
         return value
 
     def end(self) -> None:
-        """End the process: by its own hand, so that it leaves no semaphores behind, and by ours where it takes longer than `PATIENCE`."""
+        """End the process: by its own hand, so that it leaves no semaphores behind, and by ours where it
+        takes longer than `PATIENCE`.
+        """
         self._process.terminate()
         self._process.join(PATIENCE)
         self._process.kill()
@@ -65,7 +71,9 @@ class Worker:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Let a process that is started in the block hold back Ctrl-C from its first moment: it would print a traceback while it imports."""
+    """Let a process that is started in the block hold back Ctrl-C from its first moment: it would print a
+    traceback while it imports.
+    """
     if os.name == "nt":
         yield
         return

@@ -11,7 +11,9 @@ from tfmq.numerics.errors import cosine, relative_error
 
 @dataclass(frozen=True)
 class Disturbance:
-    """Per feature and timestep, each `[S]`: relative error, cosine, and the index of the full-precision timestep that is nearest."""
+    """Per feature and timestep, each `[S]`: relative error, cosine, and the index of the full-precision
+    timestep that is nearest.
+    """
 
     timesteps: Tensor
     relative_error: Mapping[str, Tensor]
@@ -31,14 +33,21 @@ class Disturbance:
 
     @property
     def mismatches(self) -> int:
-        """Number of quantized features that are nearest to another timestep's feature (temporal information mismatch)."""
+        """Number of quantized features that are nearest to another timestep's feature (temporal information
+        mismatch).
+        """
         own = torch.arange(len(self.timesteps))
         return sum(int((index.cpu() != own).sum()) for index in self.nearest.values())
 
 
-def disturbance(timesteps: Tensor, reference: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> Disturbance:
+def disturbance(
+    timesteps: Tensor, reference: Mapping[str, Tensor], quantized: Mapping[str, Tensor]
+) -> Disturbance:
     """Compare features `[S, d]` by name, as TFMQ-DM (Huang et al., 2024, figure 3) does for one of them."""
-    nearest = {name: torch.cdist(quantized[name].double(), value.double()).argmin(dim=1) for name, value in reference.items()}
+    nearest = {
+        name: torch.cdist(quantized[name].double(), value.double()).argmin(dim=1)
+        for name, value in reference.items()
+    }
     # Equal full-precision features at two timesteps are no mismatch.
     for name, index in nearest.items():
         same = (reference[name][index] == reference[name]).all(dim=1)

@@ -18,7 +18,9 @@ class ProbeError(RuntimeError):
 
 @contextmanager
 def layer_outputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the submodules `names` while the context is open; a later call overwrites an earlier one."""
+    """Collect the outputs of the submodules `names` while the context is open; a later call overwrites an
+    earlier one.
+    """
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -41,11 +43,13 @@ def _moved(left: Tensor, right: Tensor) -> bool:
 
 @torch.no_grad()
 def probe(denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> TemporalBlock:
-    """Return the temporal block of `denoiser`, checked on real calls: same sample at another timestep, another sample at the same timestep.
+    """Return the temporal block of `denoiser`, checked on real calls: same sample at another timestep,
+    another sample at the same timestep.
 
     Raises:
-        ProbeError: a temporal layer moves with the sample; its replay differs from the model; or a layer moves with the timestep alone but
-            the trace lost its dependence (a timestep read as a Python number).
+        ProbeError: a temporal layer moves with the sample; its replay differs from the model; or a layer
+            moves with the timestep alone but the trace lost its dependence (a timestep read as a Python
+            number).
     """
     block = TemporalBlock(denoiser, example, batch=batch)
     base = example.resized(2)
@@ -67,9 +71,14 @@ def probe(denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> TemporalBl
         with_sample = _moved(seen["base"][layer.name], seen["sample"][layer.name])
         with_timestep = _moved(seen["base"][layer.name], seen["timestep"][layer.name])
         if layer.temporal and with_sample:
-            raise ProbeError(f"{layer.name} was traced as independent of the sample, but its output changes with it")
+            raise ProbeError(
+                f"{layer.name} was traced as independent of the sample, but its output changes with it"
+            )
         if with_timestep and not with_sample and not layer.temporal and "timestep" not in layer.depends_on:
-            raise ProbeError(f"{layer.name} changes with the timestep, but the model reads the timestep as a Python number there; keep it a tensor")
+            raise ProbeError(
+                f"{layer.name} changes with the timestep, but the model reads the "
+                "timestep as a Python number there; keep it a tensor"
+            )
     temporal = [layer.name for layer in block.trace.temporal]
     replayed = block.run(block.at(early + 400), temporal)
     for name in temporal:

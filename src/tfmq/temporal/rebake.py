@@ -1,4 +1,6 @@
-"""Move a quantized denoiser to another schedule: its tables are filled anew, its grids follow the nearest calibrated timestep."""
+"""Move a quantized denoiser to another schedule: its tables are filled anew, its grids follow the nearest
+calibrated timestep.
+"""
 
 import warnings
 from typing import Any
@@ -16,7 +18,9 @@ from tfmq.temporal.block import TemporalBlock
 
 
 def visited(sampler: Sampler, steps: int) -> Tensor:
-    """Draw one image in `steps` steps and return the distinct timesteps that the denoiser was called at, ascending, float32."""
+    """Draw one image in `steps` steps and return the distinct timesteps that the denoiser was called at,
+    ascending, float32.
+    """
     seen: list[Tensor] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -37,9 +41,9 @@ def visited(sampler: Sampler, steps: int) -> Tensor:
 def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) -> None:
     """Give the quantized `module` the finite set `timesteps` `[S]`, ascending, in place.
 
-    Each table holds the full-precision features of `block` at the new timesteps. A grid of an activation at a new timestep is that of the nearest
-    calibrated one, and so are the choice between a table and the block and the correction of the prediction: all were fitted on samples, which this
-    does not see.
+    Each table holds the full-precision features of `block` at the new timesteps. A grid of an activation at a
+    new timestep is that of the nearest calibrated one, and so are the choice between a table and the block
+    and the correction of the prediction: all were fitted on samples, which this does not see.
 
     Raises:
         ValueError: `block` is of another architecture.
@@ -50,7 +54,10 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
     cached = {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}
     missing = sorted(cached.keys() - set(block.cacheable))
     if missing:
-        raise ValueError(f"{missing[0]} has a table, but is no temporal feature of the reference; pass the model that was quantized")
+        raise ValueError(
+            f"{missing[0]} has a table, but is no temporal feature of the "
+            "reference; pass the model that was quantized"
+        )
     full = block(timesteps, list(cached))
     for quantizer in module.modules():
         if isinstance(quantizer, ActivationQuantizer) and quantizer.per_step:
@@ -59,7 +66,9 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
         correction.take_rows(nearest)
     steps.replace(timesteps)
     for name, child in cached.items():
-        table = FeatureTable(len(timesteps), full[name].shape[1], child.table.table_format).to(timesteps.device)
+        table = FeatureTable(len(timesteps), full[name].shape[1], child.table.table_format).to(
+            timesteps.device
+        )
         table.fit(full[name])
         use = child.use_table[nearest]
         moved = CachedFeature(child.block, table, steps, everywhere=bool(use.all()))

@@ -1,4 +1,6 @@
-"""Disturbance-aware selection: table or block for each temporal feature, whichever disturbs it less (Temporal Feature Matters, section 4)."""
+"""Disturbance-aware selection: table or block for each temporal feature, whichever disturbs it less (Temporal
+Feature Matters, section 4).
+"""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -11,13 +13,17 @@ Scope = Literal["key", "feature", "step", "global"]
 _AVERAGED: dict[str, tuple[int, ...]] = {"key": (), "feature": (1,), "step": (0,), "global": (0, 1)}
 
 
-def select_tables(block_error: Mapping[str, Tensor], table_error: Mapping[str, Tensor], *, scope: Scope = "key") -> dict[str, Tensor]:
-    """Return for each feature a bool `[S]`: True where its table has at most the block's squared relative error; ties go to the table.
+def select_tables(
+    block_error: Mapping[str, Tensor], table_error: Mapping[str, Tensor], *, scope: Scope = "key"
+) -> dict[str, Tensor]:
+    """Return for each feature a bool `[S]`: True where its table has at most the block's squared relative
+    error; ties go to the table.
 
     Args:
         block_error: relative error `[S]` of each feature through the quantized temporal block.
         table_error: the same through the quantized table.
-        scope: a choice for each (feature, step), feature, step, or one for all; errors are averaged over what a choice covers.
+        scope: a choice for each (feature, step), feature, step, or one for all; errors are averaged over what
+            a choice covers.
     """
     names = list(block_error)
     if not names:

@@ -1,4 +1,6 @@
-"""Scenes drawn here by lines and ellipses, so that their truth is known and nothing of the judge's own data is needed."""
+"""Scenes drawn here by lines and ellipses, so that their truth is known and nothing of the judge's own data
+is needed.
+"""
 
 import itertools
 import math
@@ -17,14 +19,28 @@ SIZE = 64
 STROKES = {
     1: [(0.5, 0.0), (0.5, 1.0)],
     7: [(0.1, 0.05), (0.9, 0.05), (0.35, 1.0)],
-    0: [(0.5 + 0.36 * math.cos(a), 0.5 + 0.5 * math.sin(a)) for a in [2 * math.pi * k / 32 for k in range(33)]],
+    0: [
+        (0.5 + 0.36 * math.cos(a), 0.5 + 0.5 * math.sin(a)) for a in [2 * math.pi * k / 32 for k in range(33)]
+    ],
 }
 
 
-def mask(digit: int, *, centre: tuple[float, float] = (32, 32), side: float = 40, width: float = 5, lean: float = 0.0) -> Tensor:
-    """Return `[H, W]` in [0, 1]: the strokes of a digit, `width` pixels wide, leaning to the right by `lean`."""
+def mask(
+    digit: int,
+    *,
+    centre: tuple[float, float] = (32, 32),
+    side: float = 40,
+    width: float = 5,
+    lean: float = 0.0,
+) -> Tensor:
+    """Return `[H, W]` in [0, 1]: the strokes of a digit, `width` pixels wide, leaning to the right by
+    `lean`.
+    """
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
-    corners = [(centre[0] + (px - 0.5) * side + lean * (0.5 - py) * side, centre[1] + (py - 0.5) * side) for px, py in STROKES[digit]]
+    corners = [
+        (centre[0] + (px - 0.5) * side + lean * (0.5 - py) * side, centre[1] + (py - 0.5) * side)
+        for px, py in STROKES[digit]
+    ]
     distance = torch.full((SIZE, SIZE), 1e9)
     for (ax, ay), (bx, by) in itertools.pairwise(corners):
         dx, dy = bx - ax, by - ay
@@ -47,13 +63,23 @@ def verdict(image: Tensor, prompt: str) -> dict[str, bool | None]:
 
 
 @pytest.mark.parametrize("digit", sorted(STROKES))
-@pytest.mark.parametrize(("ink", "ground"), [("red", "blue"), ("white", "black"), ("orange", "red"), ("black", "purple"), ("yellow", "white")])
+@pytest.mark.parametrize(
+    ("ink", "ground"),
+    [("red", "blue"), ("white", "black"), ("orange", "red"), ("black", "purple"), ("yellow", "white")],
+)
 def test_one_figure_is_read(digit: int, ink: str, ground: str) -> None:
     names = {0: "zero", 1: "one", 7: "seven"}
     article = "an" if ink[0] == "o" else "a"
     image = scene(ground, (mask(digit), ink))
     found = verdict(image, f"{article} {ink} {names[digit]} on a {ground} ground")
-    assert found == {"identity": True, "ink": True, "ground": True, "place": None, "stroke": None, "slant": None}
+    assert found == {
+        "identity": True,
+        "ink": True,
+        "ground": True,
+        "place": None,
+        "stroke": None,
+        "slant": None,
+    }
     wrong = verdict(image, f"a green {names[7 if digit != 7 else 1]} on an orange ground")
     assert (wrong["identity"], wrong["ink"], wrong["ground"]) == (False, False, False)
 
@@ -65,7 +91,11 @@ PAIRS = {"left of": (LEFT, RIGHT), "right of": (RIGHT, LEFT), "above": (TOP, BOT
 @pytest.mark.parametrize("place", sorted(PAIRS))
 def test_two_figures_are_read_at_their_places(place: str) -> None:
     first, second = PAIRS[place]
-    image = scene("white", (mask(7, centre=first, side=28, width=4), "red"), (mask(0, centre=second, side=28, width=4), "blue"))
+    image = scene(
+        "white",
+        (mask(7, centre=first, side=28, width=4), "red"),
+        (mask(0, centre=second, side=28, width=4), "blue"),
+    )
     found = verdict(image, f"a red seven {place} a blue zero on a white ground")
     assert (found["identity"], found["ink"], found["place"]) == (True, True, True)
     for other in PAIRS.keys() - {place}:
@@ -73,13 +103,21 @@ def test_two_figures_are_read_at_their_places(place: str) -> None:
 
 
 def test_a_wrong_place_is_one_error() -> None:
-    image = scene("white", (mask(7, centre=LEFT, side=28, width=4), "red"), (mask(0, centre=RIGHT, side=28, width=4), "blue"))
+    image = scene(
+        "white",
+        (mask(7, centre=LEFT, side=28, width=4), "red"),
+        (mask(0, centre=RIGHT, side=28, width=4), "blue"),
+    )
     found = verdict(image, "a red seven right of a blue zero")
     assert (found["identity"], found["ink"], found["place"]) == (True, True, False)
 
 
 def test_a_weak_ink_is_found_beside_a_strong_one() -> None:
-    image = scene("red", (mask(7, centre=LEFT, side=28, width=4), "orange"), (mask(1, centre=RIGHT, side=28, width=4), "white"))
+    image = scene(
+        "red",
+        (mask(7, centre=LEFT, side=28, width=4), "orange"),
+        (mask(1, centre=RIGHT, side=28, width=4), "white"),
+    )
     assert verdict(image, "an orange seven left of a white one on a red ground")["ink"] is True
 
 
@@ -87,7 +125,14 @@ def test_an_empty_picture_has_no_figures() -> None:
     image = scene("green")
     assert find_blobs(image, 2)[1] == []
     found = verdict(image, "a bold slanted red seven on a green ground")
-    assert found == {"identity": False, "ink": False, "ground": True, "place": None, "stroke": False, "slant": False}
+    assert found == {
+        "identity": False,
+        "ink": False,
+        "ground": True,
+        "place": None,
+        "stroke": False,
+        "slant": False,
+    }
 
 
 def test_slant_and_stroke_are_measured() -> None:

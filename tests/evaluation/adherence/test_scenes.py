@@ -16,7 +16,9 @@ FIGURES = st.builds(
     stroke=_open(STROKES),
     slant=_open(SLANTS),
 )
-ALONE = st.builds(lambda figure, ground: Scene(figures=(figure,), ground=ground), FIGURES, _open(tuple(COLOURS)))
+ALONE = st.builds(
+    lambda figure, ground: Scene(figures=(figure,), ground=ground), FIGURES, _open(tuple(COLOURS))
+)
 PAIRS = st.builds(
     lambda figures, place, ground: Scene(figures=figures, place=place, ground=ground),
     st.tuples(FIGURES, FIGURES),
@@ -30,7 +32,10 @@ def test_a_caption_says_its_scene(scene: Scene) -> None:
     assert parse(scene.caption()) == scene
 
 
-@pytest.mark.parametrize("text", ["", "a red car", "a bold red seven on a blue", "a red bold seven", "a red seven left of", "x" * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "a red car", "a bold red seven on a blue", "a red bold seven", "a red seven left of", "x" * 10_000],
+)
 def test_other_text_is_refused_in_few_words(text: str) -> None:
     with pytest.raises(ValueError, match="no caption of a scene") as refused:
         parse(text)
@@ -45,5 +50,7 @@ def test_a_pair_needs_a_place() -> None:
 
 def test_colours_are_far_apart() -> None:
     values = list(COLOURS.values())
-    distances = [sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) ** 0.5 for x in values for y in values if x != y]
+    distances = [
+        sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) ** 0.5 for x in values for y in values if x != y
+    ]
     assert min(distances) > 0.35

@@ -16,7 +16,9 @@ STEPS = 6
 
 
 def of_ddim(scheduler: Any) -> Tensor:
-    """Song et al., 2021, equation 12 with eta 0: a step is `a x + b e`, with `a` the ratio of the signals and `b` what is left of the noise."""
+    """Song et al., 2021, equation 12 with eta 0: a step is `a x + b e`, with `a` the ratio of the signals and
+    `b` what is left of the noise.
+    """
     levels = scheduler.alphas_cumprod.double()
     before = scheduler.timesteps
     after = [*before[1:].tolist(), None]
@@ -66,7 +68,9 @@ def of_multistep(scheduler: Any) -> Tensor:
     ],
     ids=["ddim", "euler", "dpm-solver++"],
 )
-def test_the_influence_of_a_step_is_that_of_the_published_formula(scheduler: Any, formula: Callable[[Any], Tensor]) -> None:
+def test_the_influence_of_a_step_is_that_of_the_published_formula(
+    scheduler: Any, formula: Callable[[Any], Tensor]
+) -> None:
     scheduler.set_timesteps(STEPS)
     # Schedulers keep their levels in float32.
     torch.testing.assert_close(influence(scheduler, STEPS), formula(scheduler), rtol=2e-4, atol=1e-6)
@@ -97,16 +101,27 @@ def sampler(module: nn.Module) -> LoopSampler:
     return LoopSampler(Denoiser(module), DDIMScheduler(clip_sample=False), shape=(3, 4, 4))
 
 
-@pytest.mark.parametrize(("factor", "constant", "bias", "gain"), [(0.5 * 0.999, 0.0, None, 1.0), (0.5, 1e-3, 1.0, None)], ids=["gain", "bias"])
-def test_what_repeats_is_told_apart_and_adds_up(factor: float, constant: float, bias: float | None, gain: float | None) -> None:
-    """A shrunken denoiser errs by a multiple of its prediction, a shifted one by a constant; both the same way at every step."""
+@pytest.mark.parametrize(
+    ("factor", "constant", "bias", "gain"),
+    [(0.5 * 0.999, 0.0, None, 1.0), (0.5, 1e-3, 1.0, None)],
+    ids=["gain", "bias"],
+)
+def test_what_repeats_is_told_apart_and_adds_up(
+    factor: float, constant: float, bias: float | None, gain: float | None
+) -> None:
+    """A shrunken denoiser errs by a multiple of its prediction, a shifted one by a constant; both the same
+    way at every step.
+    """
     found = compared(sampler(Linear(0.5)), sampler(Linear(factor, constant)), 8)
     assert found is not None and len(found.timesteps) == 20
     if gain is not None:
         assert all(share == pytest.approx(gain, abs=1e-3) for share in found.gain) and max(found.bias) < 0.2
     if bias is not None:
         assert all(share == pytest.approx(bias, abs=1e-3) for share in found.bias) and max(found.gain) < 0.2
-    assert all(value is not None and value > 0.99 for value in found.correlation[1:]) and found.correlation[0] is None
+    assert (
+        all(value is not None and value > 0.99 for value in found.correlation[1:])
+        and found.correlation[0] is None
+    )
     # Errors that repeat end far above what independent ones would.
     assert found.predicted[-1] > 2 * found.random[-1]
 
@@ -126,7 +141,9 @@ def test_errors_that_have_nothing_in_common_add_up_as_noise(build: Callable[...,
     found = compared(sampler(Linear(0.0)), sampler(Noisy(0.0)), 64)
     assert found is not None and max(abs(value) for value in found.correlation[1:] if value is not None) < 0.1
     assert found.predicted[-1] == pytest.approx(found.random[-1], rel=0.1)
-    assert found.predicted[-1] == pytest.approx(found.measured, rel=1e-3), "a denoiser that does not look at the state"
+    assert found.predicted[-1] == pytest.approx(found.measured, rel=1e-3), (
+        "a denoiser that does not look at the state"
+    )
 
 
 def test_a_sampler_without_a_scheduler_is_not_looked_at() -> None:

@@ -25,16 +25,25 @@ Make = Callable[..., LoopSampler]
 
 @pytest.fixture(scope="module")
 def twins(request: pytest.FixtureRequest) -> Callable[..., tuple[LoopSampler, LoopSampler]]:
-    """Return a function that gives a tiny model and its quantized twin, without attention products, made once."""
+    """Return a function that gives a tiny model and its quantized twin, without attention products, made
+    once.
+    """
     sampler = request.getfixturevalue("sampler")
     made: dict[str, tuple[LoopSampler, LoopSampler]] = {}
 
     def make(scheme: str = "rtn_w4a8") -> tuple[LoopSampler, LoopSampler]:
         if scheme not in made:
             recipe = tfmq.scheme(scheme)
-            recipe = replace(recipe, activations=replace(recipe.activations, products=False), calibration=Calibration(samples=2, steps=4, interval=2))
+            recipe = replace(
+                recipe,
+                activations=replace(recipe.activations, products=False),
+                calibration=Calibration(samples=2, steps=4, interval=2),
+            )
             recipe = replace(recipe, learning=replace(recipe.learning, iterations=0))
-            recipe = replace(recipe, temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)))
+            recipe = replace(
+                recipe,
+                temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)),
+            )
             made[scheme] = sampler(), sampler()
             tfmq.quantize(made[scheme][1], recipe)
         return made[scheme]
@@ -45,7 +54,10 @@ def twins(request: pytest.FixtureRequest) -> Callable[..., tuple[LoopSampler, Lo
 def calls_of(sampler: LoopSampler) -> list[Inputs]:
     example = sampler.example().resized(2)
     noise = torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0))
-    return [Inputs(noise * scale, torch.full((2,), timestep), example.conditions) for scale, timestep in ((1.0, 750), (0.5, 250))]
+    return [
+        Inputs(noise * scale, torch.full((2,), timestep), example.conditions)
+        for scale, timestep in ((1.0, 750), (0.5, 250))
+    ]
 
 
 def test_ranges_are_those_of_the_running_model(sampler: Make) -> None:
@@ -58,7 +70,9 @@ def test_ranges_are_those_of_the_running_model(sampler: Make) -> None:
     for number, timestep in enumerate((0, 250, 750)):
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         handles = [
-            made.denoiser.module.get_submodule(name).register_forward_hook(lambda _, a, out, name=name, seen=seen: seen.update({name: (a[0], out)}))
+            made.denoiser.module.get_submodule(name).register_forward_hook(
+                lambda _, a, out, name=name, seen=seen: seen.update({name: (a[0], out)})
+            )
             for name in names
         ]
         example = made.example()
@@ -87,13 +101,21 @@ def test_all_parts_together_are_the_quantized_model(twins: Any, scheme: str) -> 
     calls = calls_of(reference)
     analysis = analyze(reference, quantized, extent=Extent(num_images=1), steps=4)
     parts = analysis.sensitivity.parts
-    assert parts[0].name == TEMPORAL and sum(len(part.layers) for part in parts) == len(packed_layers(quantized.denoiser.module))
+    assert parts[0].name == TEMPORAL and sum(len(part.layers) for part in parts) == len(
+        packed_layers(quantized.denoiser.module)
+    )
     every = Part("every", tuple(name for part in parts for name in part.layers))
     untouched = [reference.denoiser(call) for call in calls]
     found = sensitivity(reference.denoiser, quantized.denoiser, [every, *parts], calls)
     torch.testing.assert_close(found.error[0], found.whole, rtol=1e-4, atol=1e-6)
-    assert (found.whole > 0).all() and (found.error[1:].mean(dim=1) > 0).all() and (found.error[1:] < 5 * found.whole).all()
-    assert all(torch.equal(reference.denoiser(call), output) for call, output in zip(calls, untouched, strict=True))
+    assert (
+        (found.whole > 0).all()
+        and (found.error[1:].mean(dim=1) > 0).all()
+        and (found.error[1:] < 5 * found.whole).all()
+    )
+    assert all(
+        torch.equal(reference.denoiser(call), output) for call, output in zip(calls, untouched, strict=True)
+    )
 
 
 def test_a_part_that_is_not_quantized_costs_nothing(sampler: Make, twins: Any) -> None:
@@ -107,7 +129,9 @@ def test_errors_of_layers_are_on_full_precision_inputs(twins: Any) -> None:
     reference, quantized = twins()
     calls = calls_of(reference)
     names = ["conv_in", "conv_out"]
-    found = {layer.name: layer for layer in layer_errors(reference.denoiser, quantized.denoiser, names, calls)}
+    found = {
+        layer.name: layer for layer in layer_errors(reference.denoiser, quantized.denoiser, names, calls)
+    }
     twin, module = quantized.denoiser.module, reference.denoiser.module
     expected = []
     for call in calls:
@@ -115,16 +139,23 @@ def test_errors_of_layers_are_on_full_precision_inputs(twins: Any) -> None:
             pair = module.conv_in(call.sample), twin.conv_in(call.sample)
         expected.append(float(relative_error(*(output.flatten(1) for output in pair)).mean()))
     assert found["conv_in"].error == pytest.approx(sum(expected) / 2, rel=1e-5)
-    assert found.keys() == set(names) and all(layer.error > 0 and layer.quantized_ms > 0 and layer.full_ms > 0 for layer in found.values())
+    assert found.keys() == set(names) and all(
+        layer.error > 0 and layer.quantized_ms > 0 and layer.full_ms > 0 for layer in found.values()
+    )
     assert not module.conv_in._forward_hooks
 
 
 def test_more_bits_disturb_less(twins: Any) -> None:
-    low, high = (analyze(*twins(scheme), extent=Extent(num_images=2), steps=4) for scheme in ("rtn_w4a8", "rtn_w8a8"))
+    low, high = (
+        analyze(*twins(scheme), extent=Extent(num_images=2), steps=4) for scheme in ("rtn_w4a8", "rtn_w8a8")
+    )
     assert high.sensitivity.whole.mean() < low.sensitivity.whole.mean() / 1.5
     assert high.trajectory.mean[-1] < low.trajectory.mean[-1] / 1.5
     assert sum(layer.error for layer in high.layers) < sum(layer.error for layer in low.layers) / 1.5
-    assert low.ranges.inputs.low.keys() == high.ranges.inputs.low.keys() and high.disturbance.max_relative_error < low.disturbance.max_relative_error
+    assert (
+        low.ranges.inputs.low.keys() == high.ranges.inputs.low.keys()
+        and high.disturbance.max_relative_error < low.disturbance.max_relative_error
+    )
 
 
 def test_models_that_do_not_belong_together(twins: Any, sampler: Make) -> None:
@@ -139,7 +170,9 @@ def test_models_that_do_not_belong_together(twins: Any, sampler: Make) -> None:
 
 
 def test_activations_in_full_precision_are_analysed_too(sampler: Make) -> None:
-    recipe = replace(tfmq.scheme("rtn_w4a32"), activations=Activations(bits=None, products=False, per_step="none"))
+    recipe = replace(
+        tfmq.scheme("rtn_w4a32"), activations=Activations(bits=None, products=False, per_step="none")
+    )
     reference, quantized = sampler("plain"), sampler("plain")
     tfmq.quantize(quantized, replace(recipe, calibration=Calibration(samples=1, steps=2, interval=1)))
 
@@ -152,20 +185,29 @@ def test_activations_in_full_precision_are_analysed_too(sampler: Make) -> None:
     assert found.sensitivity.whole.mean() > 0 and isinstance(reference.denoiser.module, nn.Module)
 
 
-def test_a_quick_analysis_has_values_of_the_thorough_one(twins: Callable[..., tuple[LoopSampler, LoopSampler]]) -> None:
+def test_a_quick_analysis_has_values_of_the_thorough_one(
+    twins: Callable[..., tuple[LoopSampler, LoopSampler]],
+) -> None:
     """Fewer units and calls are left out, evenly; what is there is what the thorough analysis has."""
     whole = analyze(*twins(), extent=Extent(num_images=1), steps=4)
     quick = analyze(*twins(), extent=replace(QUICK, parts=3), steps=4)
     names = [part.name for part in whole.sensitivity.parts]
-    assert [part.name for part in quick.sensitivity.parts] == [names[0], names[round((len(names) - 1) / 2)], names[-1]]
+    assert [part.name for part in quick.sensitivity.parts] == [
+        names[0],
+        names[round((len(names) - 1) / 2)],
+        names[-1],
+    ]
     assert quick.of_parts == whole.of_parts == len(names) and quick.sensitivity.error.shape == (3, 2)
     kept = [names.index(part.name) for part in quick.sensitivity.parts]
     assert torch.equal(quick.sensitivity.error, whole.sensitivity.error[kept][:, [0, -1]])
-    assert {layer.name for layer in quick.layers} == {name for part in quick.sensitivity.parts for name in part.layers} & {
-        layer.name for layer in whole.layers
-    }
+    assert {layer.name for layer in quick.layers} == {
+        name for part in quick.sensitivity.parts for name in part.layers
+    } & {layer.name for layer in whole.layers}
 
 
 def test_more_work_is_expected_to_take_longer(twins: Callable[..., tuple[LoopSampler, LoopSampler]]) -> None:
-    quick, thorough = (expected_seconds(*twins(), extent=extent, steps=4) for extent in (QUICK, Extent(num_images=1, calls=400)))
+    quick, thorough = (
+        expected_seconds(*twins(), extent=extent, steps=4)
+        for extent in (QUICK, Extent(num_images=1, calls=400))
+    )
     assert 0 < quick < thorough

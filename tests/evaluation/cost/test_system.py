@@ -22,7 +22,8 @@ def test_own_work_is_not_foreign() -> None:
     while time.process_time() - own < 0.2:
         pass
     elapsed = time.perf_counter() - began
-    # Whatever else runs on these processors, it had no more than all of them; our own time is not counted again.
+    # Whatever else runs on these processors, it had no more than all of them; our own time is not counted
+    # again.
     assert system.foreign_seconds() - before < elapsed * len(system.processors()) - 0.2 + 0.1
 
 
@@ -37,9 +38,16 @@ def test_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_in_words_names_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     found = system.describe_machine(1)
     words = system.machine_in_words(found)
-    assert words.startswith(found["processor"]) and ", 1 thread on " in words and words.endswith(f"torch {found['versions']['torch']}")
+    assert (
+        words.startswith(found["processor"])
+        and ", 1 thread on " in words
+        and words.endswith(f"torch {found['versions']['torch']}")
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Accelerator at {device}")
-    assert system.machine_in_words(system.describe_machine(1, device="cuda:1")) == f"Accelerator at cuda:1 beside {words}"
+    assert (
+        system.machine_in_words(system.describe_machine(1, device="cuda:1"))
+        == f"Accelerator at cuda:1 beside {words}"
+    )
 
 
 def test_operations_are_those_of_products_and_convolutions() -> None:

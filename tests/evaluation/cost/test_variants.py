@@ -29,10 +29,14 @@ Make = Callable[..., LoopSampler]
 
 @pytest.fixture(scope="module")
 def source(sampler: Make, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Return a tiny model and its W8A8 twin on disk, with calls at two calibrated timesteps; tests add files of their own at most."""
+    """Return a tiny model and its W8A8 twin on disk, with calls at two calibrated timesteps; tests add files
+    of their own at most.
+    """
     tmp_path = tmp_path_factory.mktemp("source")
     reference, quantized = sampler(), sampler()
-    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=4, interval=2, batch_size=2))
+    recipe = replace(
+        tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=4, interval=2, batch_size=2)
+    )
     made = tfmq.quantize(quantized, recipe)
     made.model.save_pretrained(str(tmp_path / "quantized"))
     example = reference.example()
@@ -47,7 +51,15 @@ def setting(source: Source, batch: int = 2) -> Setting:
 
 
 def test_names() -> None:
-    assert names_of("backend") == ("simulated", "reference", "torch", "torch-compile", "openvino", "cuda", "cuda-compile")
+    assert names_of("backend") == (
+        "simulated",
+        "reference",
+        "torch",
+        "torch-compile",
+        "openvino",
+        "cuda",
+        "cuda-compile",
+    )
     assert set(names_of("peer")) == {
         *("fp32", "fp32-channels-last", "fp32-compile", "openvino-fp32", "openvino-nncf"),
         *("onnxruntime-int8", "torchao-pt2e", "sdnq-int8", "quanto-int8"),
@@ -64,7 +76,9 @@ def test_an_absent_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(variant, "find_spec", nowhere)
     assert absent("fp32") == ""
-    assert absent("quanto-int8") == "quanto-int8 needs optimum-quanto; install with: pip install 'tfmq[bench]'"
+    assert (
+        absent("quanto-int8") == "quanto-int8 needs optimum-quanto; install with: pip install 'tfmq[bench]'"
+    )
     assert "openvino and nncf" in absent("openvino-nncf")
 
 
@@ -81,16 +95,33 @@ def test_a_source_survives_json_and_fits_calls(source: Source) -> None:
     assert Source.from_json(source.to_json()) == source
     assert [len(call) for call in source.calls(3)] == [3, 3]
     assert [float(call.timestep[2]) for call in source.calls(3)] == [250, 750]
-    call = Inputs(torch.arange(2.0)[:, None], torch.tensor([1, 2]), {"class_labels": torch.tensor([5, 6]), "scale": torch.tensor(2.0)})
+    call = Inputs(
+        torch.arange(2.0)[:, None],
+        torch.tensor([1, 2]),
+        {"class_labels": torch.tensor([5, 6]), "scale": torch.tensor(2.0)},
+    )
     wide = fitted(call, 5)
-    assert wide.sample[:, 0].tolist() == [0, 1, 0, 1, 0] and wide.conditions["class_labels"].tolist() == [5, 6, 5, 6, 5]
+    assert wide.sample[:, 0].tolist() == [0, 1, 0, 1, 0] and wide.conditions["class_labels"].tolist() == [
+        5,
+        6,
+        5,
+        6,
+        5,
+    ]
     assert wide.conditions["scale"].ndim == 0 and len(fitted(call, 1)) == 1
 
 
 def test_an_architecture_of_one_s_own(source: Source, sampler: Make, tmp_path: Path) -> None:
     original = source.original()
-    lines = ("import tfmq", "from diffusers import DDIMScheduler, UNet2DModel", "def build():", "    net = tfmq.Denoiser(UNet2DModel(**CONFIG))")
-    (tmp_path / "own.py").write_text("\n".join((*lines, "    return tfmq.LoopSampler(net, DDIMScheduler(), shape=(3, 8, 8))\n")))
+    lines = (
+        "import tfmq",
+        "from diffusers import DDIMScheduler, UNet2DModel",
+        "def build():",
+        "    net = tfmq.Denoiser(UNet2DModel(**CONFIG))",
+    )
+    (tmp_path / "own.py").write_text(
+        "\n".join((*lines, "    return tfmq.LoopSampler(net, DDIMScheduler(), shape=(3, 8, 8))\n"))
+    )
     config = {key: value for key, value in original.config.items() if not key.startswith("_")}
     with (tmp_path / "own.py").open("a") as file:
         file.write(f"\nCONFIG = {config!r}\n")
@@ -120,7 +151,9 @@ def test_dequantized_embeddings_are_those_of_the_quantized_model(sampler: Callab
     tfmq.quantize(made, replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2)))
     (name,) = packed_embeddings(made.denoiser.module)
     table = dequantized(made.denoiser.module).get_submodule(name)
-    assert isinstance(table, nn.Embedding) and torch.equal(table.weight, packed_embeddings(made.denoiser.module)[name].weight)
+    assert isinstance(table, nn.Embedding) and torch.equal(
+        table.weight, packed_embeddings(made.denoiser.module)[name].weight
+    )
 
 
 @pytest.mark.parametrize("name", ["unet", "conditional", "sdxl", "dit", "plain"])

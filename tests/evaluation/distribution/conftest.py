@@ -39,7 +39,9 @@ def held() -> Make:
 
 @pytest.fixture
 def whitened() -> Callable[[int, int], Tensor]:
-    """Return a function that gives features `[count, width]`, float64, whose mean is exactly 0 and whose covariance exactly 1."""
+    """Return a function that gives features `[count, width]`, float64, whose mean is exactly 0 and whose
+    covariance exactly 1.
+    """
 
     def make(count: int, width: int) -> Tensor:
         raw = torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

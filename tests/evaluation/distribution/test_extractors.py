@@ -38,7 +38,12 @@ def test_pooled_pixels_are_means() -> None:
     pixels = drawn.astype(np.float64) / 255
     for kind, grid in (("pool", 8), ("spatial", 16)):
         window = 32 // grid
-        means = pixels.reshape(2, grid, window, grid, window, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(2, -1)
+        means = (
+            pixels.reshape(2, grid, window, grid, window, 3)
+            .mean(axis=(2, 4))
+            .transpose(0, 3, 1, 2)
+            .reshape(2, -1)
+        )
         np.testing.assert_allclose(found[kind], means, atol=1e-6)  # type: ignore[index]
     assert found.keys() == set(PooledPixels.kinds)
 
@@ -58,7 +63,11 @@ def test_without_inceptions_weights_it_says_which_file_goes_where(tmp_path: Path
     with pytest.raises(MissingFileError) as error:
         inception(Weights(tmp_path))
     text = str(error.value)
-    assert str(tmp_path / "checkpoints" / module.FILE.name) in text and module.FILE.origin in text and "--extractor pooled-pixels" in text
+    assert (
+        str(tmp_path / "checkpoints" / module.FILE.name) in text
+        and module.FILE.origin in text
+        and "--extractor pooled-pixels" in text
+    )
     assert "into DIR/checkpoints and pass --weights-dir DIR" in text
 
 
@@ -71,7 +80,9 @@ def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, value: Any) -> Weights
     return Weights(folder)
 
 
-def test_a_weight_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_file_that_would_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch_fidelity", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
     with pytest.raises(ForeignFileError, match=r"no file of weights"):
         inception(stored(tmp_path, monkeypatch, {"fc.weight": Path("x")}))
@@ -80,7 +91,10 @@ def test_a_weight_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatc
 @pytest.fixture
 def network() -> Callable[[], Any]:
     """Return a function that gives the library's network with random weights."""
-    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch_fidelity is not installed (pip install 'tfmq[eval]')")
+    library = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="torch_fidelity is not installed (pip install 'tfmq[eval]')",
+    )
 
     def build() -> Any:
         blank = object.__new__(library.FeatureExtractorInceptionV3)
@@ -96,14 +110,20 @@ def network() -> Callable[[], Any]:
     return build
 
 
-def test_inception_is_the_librarys_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Callable[[], Any]) -> None:
+def test_inception_is_the_librarys_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: Callable[[], Any]
+) -> None:
     own = network()
     extractor = inception(stored(tmp_path, monkeypatch, own.state_dict()))
     drawn = images(2)
     found = extractor(drawn)
     pool, logits = own(torch.from_numpy(drawn).permute(0, 3, 1, 2))
     assert torch.equal(found["pool"], pool) and torch.equal(found["logits"], logits)
-    assert {kind: tuple(values.shape) for kind, values in found.items()} == {"pool": (2, 2048), "spatial": (2, 7 * 17 * 17), "logits": (2, 1008)}
+    assert {kind: tuple(values.shape) for kind, values in found.items()} == {
+        "pool": (2, 2048),
+        "spatial": (2, 7 * 17 * 17),
+        "logits": (2, 1008),
+    }
     assert extractor.describe()["sha256"] == file_digest(tmp_path / "checkpoints" / module.FILE.name)
     assert not own.get_submodule(module.BRANCH)._forward_hooks
 

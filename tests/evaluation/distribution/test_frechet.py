@@ -24,7 +24,9 @@ def test_identical_sets_are_at_no_distance(held: Make) -> None:
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.5, 1.0), (0.0, 3.0), (-2.0, 0.25)])
-def test_shifted_and_scaled_gaussians_have_the_closed_form(held: Make, whitened: Callable[[int, int], Tensor], shift: float, scale: float) -> None:
+def test_shifted_and_scaled_gaussians_have_the_closed_form(
+    held: Make, whitened: Callable[[int, int], Tensor], shift: float, scale: float
+) -> None:
     """`N(0, 1)` and `N(m, s^2)` in d dimensions are `d m^2 + d (1 - s)^2` apart."""
     width = 5
     base = whitened(60, width)
@@ -40,7 +42,10 @@ def test_it_is_the_librarys_value_on_the_same_arrays(held: Make) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1).double()
 
-    pictures = [torch.randint(0, 256, (30, 3, 2, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8) for seed in (0, 1)]
+    pictures = [
+        torch.randint(0, 256, (30, 3, 2, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        for seed in (0, 1)
+    ]
     own = fid.FrechetInceptionDistance(feature=Flat())
     own.update(pictures[0], real=False)
     own.update(pictures[1], real=True)
@@ -51,7 +56,9 @@ def test_it_is_the_librarys_value_on_the_same_arrays(held: Make) -> None:
 def test_statistics_stand_for_the_features_they_came_from(held: Make) -> None:
     images, others = held(0), held(1, count=33, shift=0.3)
     stored = Moments({"pool": moments(others.values)})
-    assert frechet_distance(images, stored, "pool") == pytest.approx(frechet_distance(images, others, "pool"), rel=1e-9)
+    assert frechet_distance(images, stored, "pool") == pytest.approx(
+        frechet_distance(images, others, "pool"), rel=1e-9
+    )
 
 
 def test_chunks_do_not_matter(held: Make) -> None:

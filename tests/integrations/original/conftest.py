@@ -1,4 +1,6 @@
-"""The original architectures in small, written from their descriptions: names of parameters and arithmetic are those of the checkpoints."""
+"""The original architectures in small, written from their descriptions: names of parameters and arithmetic
+are those of the checkpoints.
+"""
 
 import math
 from collections.abc import Callable
@@ -70,7 +72,15 @@ def doubled(layer: nn.Module, x: Tensor) -> Tensor:
 class Ddim(nn.Module):
     """The UNet of DDPM and DDIM: `down` and `up` hold a level of resolution each."""
 
-    def __init__(self, *, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, attn_resolutions: tuple[int, ...], size: int) -> None:
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        attn_resolutions: tuple[int, ...],
+        size: int,
+    ) -> None:
         super().__init__()
         self.width, widths = ch, [ch * factor for factor in ch_mult]
         self.temb = holder(dense=nn.ModuleList([nn.Linear(ch, ch * 4), nn.Linear(ch * 4, ch * 4)]))
@@ -89,7 +99,9 @@ class Ddim(nn.Module):
                 stage.downsample = holder(conv=nn.Conv2d(width, width, 3, stride=2))
                 skips.append(width)
             self.down.append(stage)
-        self.mid = holder(block_1=Resnet(last, last, ch * 4), attn_1=Attention(last), block_2=Resnet(last, last, ch * 4))
+        self.mid = holder(
+            block_1=Resnet(last, last, ch * 4), attn_1=Attention(last), block_2=Resnet(last, last, ch * 4)
+        )
         stages = []
         for level, width in reversed(list(enumerate(widths))):
             blocks, attentions = nn.ModuleList(), nn.ModuleList()
@@ -131,14 +143,20 @@ class Ddim(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block of `openaimodel`, with or without a scale beside the shift; `resample` "down" averages, "up" repeats pixels."""
+    """Residual block of `openaimodel`, with or without a scale beside the shift; `resample` "down" averages,
+    "up" repeats pixels.
+    """
 
     def __init__(self, inner: int, outer: int, embedding: int, *, scaled: bool, resample: str = "") -> None:
         super().__init__()
         self.scaled, self.resample = scaled, resample
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outer * (2 if scaled else 1)))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, outer), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outer, outer, 3, padding=1))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, outer), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outer, outer, 3, padding=1)
+        )
         self.skip_connection = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -163,21 +181,33 @@ class AttentionBlock(nn.Module):
     def __init__(self, width: int, head: int) -> None:
         super().__init__()
         self.head = head
-        self.norm, self.qkv, self.proj_out = nn.GroupNorm(32, width), nn.Conv1d(width, 3 * width, 1), nn.Conv1d(width, width, 1)
+        self.norm, self.qkv, self.proj_out = (
+            nn.GroupNorm(32, width),
+            nn.Conv1d(width, 3 * width, 1),
+            nn.Conv1d(width, width, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)
         batch, width, length = flat.shape
-        query, key, value = self.qkv(self.norm(flat)).reshape(batch * width // self.head, 3 * self.head, length).split(self.head, dim=1)
+        query, key, value = (
+            self.qkv(self.norm(flat))
+            .reshape(batch * width // self.head, 3 * self.head, length)
+            .split(self.head, dim=1)
+        )
         weights = torch.softmax(query.transpose(1, 2) @ key * self.head**-0.5, dim=2)
-        return x + self.proj_out((value @ weights.transpose(1, 2)).reshape(batch, width, length)).reshape(x.shape)
+        return x + self.proj_out((value @ weights.transpose(1, 2)).reshape(batch, width, length)).reshape(
+            x.shape
+        )
 
 
 class CrossAttention(nn.Module):
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(inputs, width, bias=False) for inputs in (width, context, context))
+        self.to_q, self.to_k, self.to_v = (
+            nn.Linear(inputs, width, bias=False) for inputs in (width, context, context)
+        )
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -228,7 +258,10 @@ class Openai(nn.Module):
 
     def __init__(self, params: dict[str, Any]) -> None:
         super().__init__()
-        ch, widths = params["model_channels"], [params["model_channels"] * factor for factor in params["channel_mult"]]
+        ch, widths = (
+            params["model_channels"],
+            [params["model_channels"] * factor for factor in params["channel_mult"]],
+        )
         self.width, scaled = ch, params.get("use_scale_shift_norm", False)
 
         def attention(width: int) -> nn.Module:
@@ -251,10 +284,20 @@ class Openai(nn.Module):
                 last = width
                 skips.append(width)
             if level < len(widths) - 1:
-                by_block = ResBlock(width, width, ch * 4, scaled=scaled, resample="down") if params.get("resblock_updown") else None
-                self.input_blocks.append(nn.Sequential(by_block or holder(op=nn.Conv2d(width, width, 3, stride=2, padding=1))))
+                by_block = (
+                    ResBlock(width, width, ch * 4, scaled=scaled, resample="down")
+                    if params.get("resblock_updown")
+                    else None
+                )
+                self.input_blocks.append(
+                    nn.Sequential(by_block or holder(op=nn.Conv2d(width, width, 3, stride=2, padding=1)))
+                )
                 skips.append(width)
-        middle = ResBlock(last, last, ch * 4, scaled=scaled), attention(last), ResBlock(last, last, ch * 4, scaled=scaled)
+        middle = (
+            ResBlock(last, last, ch * 4, scaled=scaled),
+            attention(last),
+            ResBlock(last, last, ch * 4, scaled=scaled),
+        )
         self.middle_block = nn.Sequential(*middle)
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -262,10 +305,16 @@ class Openai(nn.Module):
                 parts = block(last + skips.pop(), width, level)
                 last = width
                 if level and index == params["num_res_blocks"]:
-                    by_block = ResBlock(width, width, ch * 4, scaled=scaled, resample="up") if params.get("resblock_updown") else None
+                    by_block = (
+                        ResBlock(width, width, ch * 4, scaled=scaled, resample="up")
+                        if params.get("resblock_updown")
+                        else None
+                    )
                     parts.append(by_block or holder(conv=nn.Conv2d(width, width, 3, padding=1)))
                 self.output_blocks.append(nn.Sequential(*parts))
-        self.out = nn.Sequential(nn.GroupNorm(32, last), nn.SiLU(), nn.Conv2d(last, params["out_channels"], 3, padding=1))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, last), nn.SiLU(), nn.Conv2d(last, params["out_channels"], 3, padding=1)
+        )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         half = self.width // 2
@@ -318,8 +367,13 @@ class Coder(nn.Module):
             stages.append(stage)
         self.add_module("up" if decode else "down", nn.ModuleList(reversed(stages) if decode else stages))
         middle = widths[-1]
-        self.mid = holder(block_1=Resnet(middle, middle), attn_1=Attention(middle), block_2=Resnet(middle, middle))
-        self.norm_out, self.conv_out = nn.GroupNorm(32, last, eps=1e-6), nn.Conv2d(last, outputs, 3, padding=1)
+        self.mid = holder(
+            block_1=Resnet(middle, middle), attn_1=Attention(middle), block_2=Resnet(middle, middle)
+        )
+        self.norm_out, self.conv_out = (
+            nn.GroupNorm(32, last, eps=1e-6),
+            nn.Conv2d(last, outputs, 3, padding=1),
+        )
 
     def _middle(self, x: Tensor) -> Tensor:
         return self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
@@ -347,7 +401,9 @@ class FirstStage(nn.Module):
         sizes, width = params["ddconfig"], params["embed_dim"]
         self.moments = 1 if "n_embed" in params else 2
         channels = sizes["z_channels"]
-        self.encoder = Coder(sizes, inputs=sizes["in_channels"], outputs=self.moments * channels, decode=False)
+        self.encoder = Coder(
+            sizes, inputs=sizes["in_channels"], outputs=self.moments * channels, decode=False
+        )
         self.decoder = Coder(sizes, inputs=channels, outputs=sizes["out_ch"], decode=True)
         self.quant_conv = nn.Conv2d(self.moments * channels, self.moments * width, 1)
         self.post_quant_conv = nn.Conv2d(width, channels, 1)

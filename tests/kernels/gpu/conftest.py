@@ -1,4 +1,6 @@
-"""Random operands of the operators, drawn so that Triton's kernels meet every kind: the interpreter takes a second for what a GPU does in no time."""
+"""Random operands of the operators, drawn so that Triton's kernels meet every kind: the interpreter takes a
+second for what a GPU does in no time.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,8 +39,16 @@ class Weight(NamedTuple):
 def segments_of(draw: st.DrawFn, channels: int) -> tuple[int, ...]:
     """No segments, or two to four that add up to `channels`."""
     count = draw(st.sampled_from([0, 0, 2, 3, 4]))
-    cuts = sorted(draw(st.lists(st.integers(1, channels - 1), min_size=count - 1, max_size=count - 1, unique=True))) if count else []
-    return tuple(end - begin for begin, end in zip([0, *cuts], [*cuts, channels], strict=True)) if count else ()
+    cuts = (
+        sorted(
+            draw(st.lists(st.integers(1, channels - 1), min_size=count - 1, max_size=count - 1, unique=True))
+        )
+        if count
+        else []
+    )
+    return (
+        tuple(end - begin for begin, end in zip([0, *cuts], [*cuts, channels], strict=True)) if count else ()
+    )
 
 
 @st.composite
@@ -56,7 +66,11 @@ def weight(draw: st.DrawFn, *, shape: tuple[int, ...], segments: tuple[int, ...]
     """A weight of `shape` `[N, ..., C]` in bytes or in nibbles, with or without a bias."""
     groups, channels = max(1, len(segments)), shape[-1]
     zero = torch.randint(-8, 16, (shape[0], groups)).to(torch.int8) if nibbles else None
-    values = half_packed(torch.randint(16, shape), segments) if nibbles else torch.randint(-128, 128, shape).to(torch.int8)
+    values = (
+        half_packed(torch.randint(16, shape), segments)
+        if nibbles
+        else torch.randint(-128, 128, shape).to(torch.int8)
+    )
     parts = integers_of(values, zero, segments, channels).split(segments or (channels,), dim=-1)
     sums = torch.stack([part.flatten(1).sum(dim=1) for part in parts], dim=1).to(torch.int32)
     bias = torch.randn(shape[0]) if draw(st.booleans()) else None

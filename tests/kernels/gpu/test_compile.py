@@ -1,4 +1,6 @@
-"""Every Triton kernel compiled by its own compiler for three architectures, without a GPU; what the instructions must be."""
+"""Every Triton kernel compiled by its own compiler for three architectures, without a GPU; what the
+instructions must be.
+"""
 
 import json
 import os
@@ -17,8 +19,12 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}
 
 
 def printed(script: str, cache: Path, *capabilities: int) -> dict[str, Any]:
-    """Return what a script beside this file prints in a process of its own, where kernels are not interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    """Return what a script beside this file prints in a process of its own, where kernels are not
+    interpreted.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(cache)
+    }
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, capabilities)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -44,18 +50,26 @@ def test_every_kernel_compiles(compiled: dict[str, dict[str, Any]], capability: 
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_products_run_on_tensor_cores_with_loads_in_flight(compiled: dict[str, dict[str, Any]], capability: int) -> None:
+def test_products_run_on_tensor_cores_with_loads_in_flight(
+    compiled: dict[str, dict[str, Any]], capability: int
+) -> None:
     made = {name: targets[str(capability)] for name, targets in compiled.items()}
     integer = {name for name, one in made.items() if one["integer"]}
     assert integer == {name for name in made if name.endswith("a8") or " w4a8" in name or " w8a8" in name}
     products = {name: one for name, one in made.items() if name in integer or name.endswith("a16")}
     assert all(one["asynchronous"] for one in products.values()), products
-    assert all(made[name]["warpgroup"] == (capability == 90) for name in integer), "Hopper's own instructions on Hopper, and only there"
+    assert all(made[name]["warpgroup"] == (capability == 90) for name in integer), (
+        "Hopper's own instructions on Hopper, and only there"
+    )
     assert all(one["floating"] for name, one in products.items() if name.endswith("a16"))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_nothing_is_fused_that_the_reference_rounds(compiled: dict[str, dict[str, Any]], capability: int) -> None:
-    """A multiplication and the addition behind it are rounded apart, or outputs would differ from the reference in the last bit."""
+def test_nothing_is_fused_that_the_reference_rounds(
+    compiled: dict[str, dict[str, Any]], capability: int
+) -> None:
+    """A multiplication and the addition behind it are rounded apart, or outputs would differ from the
+    reference in the last bit.
+    """
     counts = {name: targets[str(capability)]["fused"] for name, targets in compiled.items()}
     assert not any(count for name, count in counts.items() if "w8a8" in name and "linear" not in name), counts

@@ -33,7 +33,9 @@ def codes_of(shape: tuple[int, ...]) -> Tensor:
 
 @settings(max_examples=12, phases=UNSHRUNK)
 @given(st.data(), st.booleans(), st.sampled_from(TILES), st.sampled_from(DTYPES))
-def test_a_linear_layer_is_exact(draw_grid: Drawn, draw_weight: Drawn, data: st.DataObject, nibbles: bool, size: Any, dtype: torch.dtype) -> None:
+def test_a_linear_layer_is_exact(
+    draw_grid: Drawn, draw_weight: Drawn, data: st.DataObject, nibbles: bool, size: Any, dtype: torch.dtype
+) -> None:
     batch, tokens, channels = data.draw(st.sampled_from([(1, 1, 5), (2, 9, 13), (3, 6, 70)]))
     grid = data.draw(draw_grid(channels=channels, batch=batch, rows=batch * tokens))
     weight = data.draw(draw_weight(shape=(19, channels), segments=grid.segments, nibbles=nibbles))
@@ -45,37 +47,50 @@ def test_a_linear_layer_is_exact(draw_grid: Drawn, draw_weight: Drawn, data: st.
 
 @settings(max_examples=14, phases=UNSHRUNK)
 @given(st.data(), st.booleans(), st.sampled_from(TILES))
-def test_a_convolution_is_exact(draw_grid: Drawn, draw_weight: Drawn, data: st.DataObject, nibbles: bool, size: Any) -> None:
+def test_a_convolution_is_exact(
+    draw_grid: Drawn, draw_weight: Drawn, data: st.DataObject, nibbles: bool, size: Any
+) -> None:
     stride, dilation = ([data.draw(st.integers(1, 2)) for _ in range(2)] for _ in range(2))
     kernel = [data.draw(st.integers(1, 3)) for _ in range(2)]
     channels = data.draw(st.sampled_from([5, 34]))
     grid = data.draw(draw_grid(channels=channels, batch=2))
     weight = data.draw(draw_weight(shape=(7, *kernel, channels), segments=grid.segments, nibbles=nibbles))
     arguments = (codes_of((2, 5, 6, channels)), *grid, *weight, stride, dilation, "", None, torch.float32)
-    assert torch.equal(kernels.convolution_codes(*arguments, tile=tile(size)), definitions.convolution_codes(*arguments))
+    assert torch.equal(
+        kernels.convolution_codes(*arguments, tile=tile(size)), definitions.convolution_codes(*arguments)
+    )
 
 
 @settings(max_examples=8, phases=UNSHRUNK)
 @given(st.data(), st.sampled_from(["silu", "gelu", "gelu_tanh", ""]), st.booleans())
-def test_the_epilogue_is_that_of_torch(draw_grid: Drawn, draw_weight: Drawn, data: st.DataObject, activation: str, residual: bool) -> None:
+def test_the_epilogue_is_that_of_torch(
+    draw_grid: Drawn, draw_weight: Drawn, data: st.DataObject, activation: str, residual: bool
+) -> None:
     grid = data.draw(draw_grid(channels=13, batch=2))
     weight = data.draw(draw_weight(shape=(7, 2, 2, 13), segments=grid.segments, nibbles=False))
     weight = weight._replace(weight_scale=weight.weight_scale * 0.01)
     more = torch.randn(2, 4, 5, 7) if residual else None
     arguments = (codes_of((2, 5, 6, 13)), *grid, *weight, [1, 1], [1, 1], activation, more, torch.float32)
     expected = definitions.convolution_codes(*arguments)
-    torch.testing.assert_close(kernels.convolution_codes(*arguments, tile=tile(TILES[0])), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(
+        kernels.convolution_codes(*arguments, tile=tile(TILES[0])), expected, rtol=2e-5, atol=2e-5
+    )
 
 
 @settings(max_examples=10, phases=UNSHRUNK)
 @given(st.data(), st.booleans(), st.sampled_from([torch.float32, torch.float16]), st.sampled_from([1, 18]))
-def test_weight_only_rounds_as_float_products_do(draw_weight: Drawn, data: st.DataObject, nibbles: bool, dtype: torch.dtype, rows: int) -> None:
+def test_weight_only_rounds_as_float_products_do(
+    draw_weight: Drawn, data: st.DataObject, nibbles: bool, dtype: torch.dtype, rows: int
+) -> None:
     # The interpreter multiplies the bit patterns of bfloat16: only a GPU can say what becomes of those.
     segments = data.draw(st.sampled_from([(), (6, 7), (1, 8, 4)]))
     weight = data.draw(draw_weight(shape=(19, 13), segments=segments, nibbles=nibbles))
     x = torch.randn(rows, 13).to(dtype)
     arguments = (x, segments, weight.weight, weight.weight_zero, weight.weight_scale, weight.bias)
-    y, expected = kernels.linear_weight_only(*arguments, tile=tile(TILES[0])), definitions.linear_weight_only(*arguments)
+    y, expected = (
+        kernels.linear_weight_only(*arguments, tile=tile(TILES[0])),
+        definitions.linear_weight_only(*arguments),
+    )
     magnitude = float(expected.float().abs().max())
     torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * magnitude)
 
@@ -83,7 +98,10 @@ def test_weight_only_rounds_as_float_products_do(draw_weight: Drawn, data: st.Da
 def test_long_sums_stay_exact() -> None:
     """Sums beyond 2**24, which float32 would round, and near the end of int32."""
     channels = 2**12
-    codes, weight = torch.full((1, channels), 127, dtype=torch.int8), torch.full((3, channels), 127, dtype=torch.int8)
+    codes, weight = (
+        torch.full((1, channels), 127, dtype=torch.int8),
+        torch.full((3, channels), 127, dtype=torch.int8),
+    )
     weight[1] = -128
     weight[2, ::2] = -1
     sums = weight.sum(dim=1, dtype=torch.int32)[:, None]
@@ -96,5 +114,13 @@ def test_long_sums_stay_exact() -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
 def test_no_rows_are_no_launch(shape: tuple[int, ...]) -> None:
     grid = (torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ())
-    weight = (torch.ones(4, 5, dtype=torch.int8), None, torch.ones(4, 1), torch.full((4, 1), 5, dtype=torch.int32), None)
-    assert kernels.linear_codes(torch.zeros(shape, dtype=torch.int8), *grid, *weight, "", None, torch.float32).shape == (*shape[:-1], 4)
+    weight = (
+        torch.ones(4, 5, dtype=torch.int8),
+        None,
+        torch.ones(4, 1),
+        torch.full((4, 1), 5, dtype=torch.int32),
+        None,
+    )
+    assert kernels.linear_codes(
+        torch.zeros(shape, dtype=torch.int8), *grid, *weight, "", None, torch.float32
+    ).shape == (*shape[:-1], 4)

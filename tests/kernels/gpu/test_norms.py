@@ -1,4 +1,6 @@
-"""Triton's normalisations in its interpreter, against float64: a code may differ where the value lies at a tie, and nowhere else."""
+"""Triton's normalisations in its interpreter, against float64: a code may differ where the value lies at a
+tie, and nowhere else.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +27,11 @@ def check(codes: Tensor, exact: Tensor, grid: Any, padding: tuple[int, ...]) -> 
     """Hold codes to those of `exact` (float64), but for values that float32 cannot tell from a tie."""
     expected = codes_of(exact, *grid, 256, padding)
     difference = (codes.int() - expected.int()).abs()
-    inner = difference if not padding else difference[:, padding[0] : padding[0] + exact.shape[1], padding[1] : padding[1] + exact.shape[2]]
+    inner = (
+        difference
+        if not padding
+        else difference[:, padding[0] : padding[0] + exact.shape[1], padding[1] : padding[1] + exact.shape[2]]
+    )
     scaled = exact / spread(rows_of(grid.scale.double(), grid.index, exact), grid.segments)
     undecided = (scaled - scaled.floor() - 0.5).abs() < 1e-5 * (1 + scaled.abs())
     assert int(difference.sum()) == int(inner[undecided].sum()) and int(difference.max()) <= 1
@@ -33,7 +39,9 @@ def check(codes: Tensor, exact: Tensor, grid: Any, padding: tuple[int, ...]) -> 
 
 @settings(max_examples=8, phases=UNSHRUNK)
 @given(st.data(), st.sampled_from(["", "silu"]), st.sampled_from([(2, 7, 6), (1, 12, 11)]))
-def test_group_norm(draw_grid: Drawn, data: st.DataObject, activation: str, size: tuple[int, int, int]) -> None:
+def test_group_norm(
+    draw_grid: Drawn, data: st.DataObject, activation: str, size: tuple[int, int, int]
+) -> None:
     channels, groups = data.draw(st.sampled_from([(12, 4), (20, 2)]))
     grid = data.draw(draw_grid(channels=channels, batch=size[0]))
     padding = data.draw(st.sampled_from([(), (1, 1, 1, 1), (0, 0, 1, 1)]))
@@ -41,7 +49,9 @@ def test_group_norm(draw_grid: Drawn, data: st.DataObject, activation: str, size
     x = torch.randn(*size, channels) + data.draw(st.sampled_from([0.0, 100.0]))
     weight, bias = torch.rand(channels), torch.randn(channels)
     codes = kernels.group_norm_codes(x, groups, weight, bias, 1e-5, activation, *grid, 256, padding)
-    exact = F.group_norm(x.double().movedim(-1, 1), groups, weight.double(), bias.double(), 1e-5).movedim(1, -1)
+    exact = F.group_norm(x.double().movedim(-1, 1), groups, weight.double(), bias.double(), 1e-5).movedim(
+        1, -1
+    )
     # Taking 100 off costs the last seven bits of the input's differences.
     if float(x.mean()) < 50:
         check(codes, F.silu(exact) if activation else exact, grid, padding)

@@ -52,9 +52,15 @@ def test_what_is_no_tile_is_measured_again(measured: list[Any], kept: Sequence[A
     assert tiles.chosen("kernel", 1000, (512, 64), launch).n == 128 and measured
 
 
-def test_nothing_is_measured_while_a_graph_is_recorded(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_while_a_graph_is_recorded(
+    measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tiles.torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tiles.chosen("kernel", 1000, (512, 64), launch) == tiles.TILES[0] and not measured and not tiles.choices
+    assert (
+        tiles.chosen("kernel", 1000, (512, 64), launch) == tiles.TILES[0]
+        and not measured
+        and not tiles.choices
+    )
 
 
 def test_no_tile_that_fits_is_an_error(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Find the figures of a scene in its pixels: ground, blobs of ink, and each blob's mask, colour, stroke and slant, by formula."""
+"""Find the figures of a scene in its pixels: ground, blobs of ink, and each blob's mask, colour, stroke and
+slant, by formula.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +12,8 @@ from tfmq.evaluation.adherence.scenes import COLOURS
 
 # Side in pixels of what the digit classifier looks at, and of the digit in it.
 CROP, DIGIT = 28, 22
-# Distance of a pixel from the ground, in RGB of [0, 1], above which it is ink. Inks are at least 0.35 from any ground, less their jitter.
+# Distance of a pixel from the ground, in RGB of [0, 1], above which it is ink. Inks are at least 0.35 from
+# any ground, less their jitter.
 INK = 0.15
 # Two figures have their centres at least so far apart, relative to the picture's side.
 APART = 0.3
@@ -18,7 +21,9 @@ APART = 0.3
 
 @dataclass(frozen=True)
 class Blob:
-    """One figure: its mask `[H, W]` in [0, 1], its centre (x, y) relative to the picture's side, and its mean colour `[3]` in [0, 1]."""
+    """One figure: its mask `[H, W]` in [0, 1], its centre (x, y) relative to the picture's side, and its mean
+    colour `[3]` in [0, 1].
+    """
 
     mask: Tensor
     centre: Tensor
@@ -37,9 +42,11 @@ def nearest_colour(colour: Tensor) -> str:
 
 
 def ground(image: Tensor) -> Tensor:
-    """Return the ground `[3, H, W]` of an image `[3, H, W]` in [0, 1]: the plane through its border, by least squares.
+    """Return the ground `[3, H, W]` of an image `[3, H, W]` in [0, 1]: the plane through its border, by least
+    squares.
 
-    The ground is a colour with a slight gradient. Figures may touch the border, so the fit is repeated without the worst quarter.
+    The ground is a colour with a slight gradient. Figures may touch the border, so the fit is repeated
+    without the worst quarter.
     """
     _, height, width = image.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -56,7 +63,9 @@ def ground(image: Tensor) -> Tensor:
 
 
 def _two_means(places: Tensor, weights: Tensor) -> Tensor:
-    """Return which of two clusters each of `places` `[N, 2]` belongs to, by Lloyd's iteration from the ends of the main axis."""
+    """Return which of two clusters each of `places` `[N, 2]` belongs to, by Lloyd's iteration from the ends
+    of the main axis.
+    """
     mean = (places * weights[:, None]).sum(0) / weights.sum()
     spread = (places - mean) * weights[:, None].sqrt()
     axis = torch.linalg.svd(spread, full_matrices=False).Vh[0]
@@ -64,13 +73,16 @@ def _two_means(places: Tensor, weights: Tensor) -> Tensor:
     for _ in range(10):
         if side.all() or not side.any():
             return side
-        centres = [(places[part] * weights[part, None]).sum(0) / weights[part].sum() for part in (side, ~side)]
+        centres = [
+            (places[part] * weights[part, None]).sum(0) / weights[part].sum() for part in (side, ~side)
+        ]
         side = (places - centres[0]).square().sum(1) < (places - centres[1]).square().sum(1)
     return side
 
 
 def find_blobs(image: Tensor, count: int) -> tuple[Tensor, list[Blob]]:
-    """Return the colour of the ground `[3]` and up to `count` (1 or 2) figures of an image `[3, H, W]` in [0, 1].
+    """Return the colour of the ground `[3]` and up to `count` (1 or 2) figures of an image `[3, H, W]` in [0,
+    1].
 
     Fewer come back where there is nothing, or nothing apart.
     """
@@ -99,7 +111,9 @@ def find_blobs(image: Tensor, count: int) -> tuple[Tensor, list[Blob]]:
 
 
 def _blob(image: Tensor, back: Tensor, inked: Tensor, places: Tensor) -> Blob:
-    """Return the figure of the pixels `inked` `[H, W]`; its mask is how far each pixel is from the ground towards the ink."""
+    """Return the figure of the pixels `inked` `[H, W]`; its mask is how far each pixel is from the ground
+    towards the ink.
+    """
     difference = (image - back).norm(dim=0)
     core = inked & (difference >= difference[inked].quantile(0.5))
     colour = image[:, core].mean(1)
@@ -110,7 +124,9 @@ def _blob(image: Tensor, back: Tensor, inked: Tensor, places: Tensor) -> Blob:
 
 
 def crop(mask: Tensor) -> Tensor:
-    """Return a mask `[H, W]` cut to its ink and scaled into `[1, 28, 28]`, the longer side 22 pixels, in the middle."""
+    """Return a mask `[H, W]` cut to its ink and scaled into `[1, 28, 28]`, the longer side 22 pixels, in the
+    middle.
+    """
     y, x = (mask > 0.5).nonzero(as_tuple=True)
     if not len(y):
         return torch.zeros(1, CROP, CROP)
@@ -123,7 +139,9 @@ def crop(mask: Tensor) -> Tensor:
 
 
 def shear(mask: Tensor) -> float:
-    """Return the slant of a mask `[H, W]`: its moment xy over its moment yy, positive where the top leans to the right."""
+    """Return the slant of a mask `[H, W]`: its moment xy over its moment yy, positive where the top leans to
+    the right.
+    """
     height, width = mask.shape
     y, x = torch.arange(height, dtype=mask.dtype)[:, None], torch.arange(width, dtype=mask.dtype)
     total = mask.sum().clamp(min=1e-6)
@@ -132,7 +150,9 @@ def shear(mask: Tensor) -> float:
 
 
 def stroke_width(mask: Tensor) -> float:
-    """Return the width of a figure's stroke relative to the figure's longer side: twice its area over its outline."""
+    """Return the width of a figure's stroke relative to the figure's longer side: twice its area over its
+    outline.
+    """
     y, x = (mask > 0.5).nonzero(as_tuple=True)
     if not len(y):
         return 0.0

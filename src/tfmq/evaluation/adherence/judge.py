@@ -17,8 +17,9 @@ JUDGE_FILE = "judge.json"
 class Judge(Protocol):
     """Reads the attributes of pictures.
 
-    Called with images `[N, 3, H, W]` in [0, 1] and a prompt for each, it returns for each attribute one verdict a picture: True or False,
-    and None where the prompt says nothing of it. The same picture and prompt always get the same verdict.
+    Called with images `[N, 3, H, W]` in [0, 1] and a prompt for each, it returns for each attribute one
+    verdict a picture: True or False, and None where the prompt says nothing of it. The same picture and
+    prompt always get the same verdict.
     """
 
     @property
@@ -31,7 +32,8 @@ JUDGES: dict[str, Callable[[], Judge]] = {}
 
 
 def register_judge(name: str) -> Callable[[Callable[[], Judge]], Callable[[], Judge]]:
-    """Return a decorator that registers what makes a judge under `name`, the name that a model's `judge.json` gives.
+    """Return a decorator that registers what makes a judge under `name`, the name that a model's `judge.json`
+    gives.
 
     Raises:
         ValueError: the name is taken.

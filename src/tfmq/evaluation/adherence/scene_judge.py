@@ -1,4 +1,6 @@
-"""The judge of scenes of digits: colours, places, strokes and slants by formula, the digit by a small classifier."""
+"""The judge of scenes of digits: colours, places, strokes and slants by formula, the digit by a small
+classifier.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +17,8 @@ from tfmq.storage.atomic import read_tensors
 
 WEIGHTS = Path(__file__).parents[2] / "assets" / "judges" / "scenes.safetensors"
 ATTRIBUTES = ("identity", "ink", "ground", "place", "stroke", "slant")
-# Between the two kinds; training/judge.py prints how often scenes whose truth is known fall on the right side.
+# Between the two kinds; training/judge.py prints how often scenes whose truth is known fall on the right
+# side.
 SLANTED, BOLD = 0.172, 0.161
 
 Verdicts = dict[str, list[bool | None]]
@@ -30,7 +33,9 @@ def classifier() -> DigitClassifier:
 
 
 def _ordered(blobs: list[Blob], place: str) -> list[Blob]:
-    """Return two figures in the order in which `place` names them, or none where they stand otherwise to each other."""
+    """Return two figures in the order in which `place` names them, or none where they stand otherwise to each
+    other.
+    """
     away = blobs[1].centre - blobs[0].centre
     axis = int(away.abs().argmax())
     if axis != ("left" not in place and "right" not in place):
@@ -42,8 +47,8 @@ def _ordered(blobs: list[Blob], place: str) -> list[Blob]:
 class SceneJudge:
     """Reads scenes of one or two digits; see `Judge`.
 
-    An attribute of two figures holds where it holds for both, each at its place. A place holds where the figures stand as said *and* what
-    stands there fits better than the other way round, by digit and ink.
+    An attribute of two figures holds where it holds for both, each at its place. A place holds where the
+    figures stand as said *and* what stands there fits better than the other way round, by digit and ink.
     """
 
     attributes = ATTRIBUTES
@@ -52,7 +57,9 @@ class SceneJudge:
         self._classifier = module or classifier()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, list[bool | None]]:
-        """Return a verdict for each attribute and picture; a prompt that is no caption of a scene is a `ValueError`."""
+        """Return a verdict for each attribute and picture; a prompt that is no caption of a scene is a
+        `ValueError`.
+        """
         verdicts: Verdicts = {name: [] for name in ATTRIBUTES}
         for image, prompt in zip(images.float(), prompts, strict=True):
             for name, verdict in self.read(image, parse(prompt)).items():
@@ -61,7 +68,11 @@ class SceneJudge:
 
     def digits(self, blobs: Sequence[Blob]) -> list[int]:
         """Return the digit that each figure shows."""
-        return self._classifier(torch.stack([crop(blob.mask) for blob in blobs])).argmax(1).tolist() if blobs else []
+        return (
+            self._classifier(torch.stack([crop(blob.mask) for blob in blobs])).argmax(1).tolist()
+            if blobs
+            else []
+        )
 
     def read(self, image: Tensor, scene: Scene) -> dict[str, bool | None]:
         """Return the verdicts on one image `[3, H, W]` in [0, 1]."""
@@ -87,13 +98,18 @@ class SceneJudge:
     @staticmethod
     def _score(scene: Scene, blobs: Sequence[Blob], digits: Sequence[int]) -> int:
         pairs = zip(scene.figures, blobs, digits, strict=True)
-        return sum((figure.digit == digit) + (figure.ink is not None and figure.ink == blob.ink) for figure, blob, digit in pairs)
+        return sum(
+            (figure.digit == digit) + (figure.ink is not None and figure.ink == blob.ink)
+            for figure, blob, digit in pairs
+        )
 
     def _fits(self, scene: Scene, blobs: list[Blob], digits: list[int]) -> bool:
         return self._score(scene, blobs, digits) >= self._score(scene, blobs[::-1], digits[::-1])
 
     def _best_order(self, scene: Scene, blobs: list[Blob], digits: list[int]) -> tuple[list[Blob], list[int]]:
-        """Return the figures in the order in which they fit the scene best: a wrong place is one error, not three."""
+        """Return the figures in the order in which they fit the scene best: a wrong place is one error, not
+        three.
+        """
         return (blobs, digits) if self._fits(scene, blobs, digits) else (blobs[::-1], digits[::-1])
 
 

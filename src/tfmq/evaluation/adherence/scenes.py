@@ -1,7 +1,7 @@
 """What a caption of a scene says: hand-written digits in ink on a plain ground.
 
-The models `text` and `text-turbo` draw such scenes. Their vocabulary stands here, beside the judge that checks it, so that
-training and judging share one grammar.
+The models `text` and `text-turbo` draw such scenes. Their vocabulary stands here, beside the judge that
+checks it, so that training and judging share one grammar.
 """
 
 import re
@@ -24,8 +24,13 @@ SLANTS = ("upright", "slanted")
 # Where the first figure stands, seen from the second.
 PLACES = ("left of", "right of", "above", "below")
 
-_FIGURE = rf"an? (?:({'|'.join(STROKES)}) )?(?:({'|'.join(SLANTS)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(DIGITS)})"
-_CAPTION = re.compile(rf"{_FIGURE}(?: ({'|'.join(PLACES)}) {_FIGURE})?(?: on an? ({'|'.join(COLOURS)}) ground)?")
+_FIGURE = (
+    rf"an? (?:({'|'.join(STROKES)}) )?(?:({'|'.join(SLANTS)}) "
+    rf")?(?:({'|'.join(COLOURS)}) )?({'|'.join(DIGITS)})"
+)
+_CAPTION = re.compile(
+    rf"{_FIGURE}(?: ({'|'.join(PLACES)}) {_FIGURE})?(?: on an? ({'|'.join(COLOURS)}) ground)?"
+)
 
 
 def _article(words: str) -> str:
@@ -57,7 +62,10 @@ class Scene:
 
     def __post_init__(self) -> None:
         if len(self.figures) != 1 + (self.place is not None):
-            raise ValueError(f"a scene has one figure, or two and a place; got {len(self.figures)} and place {self.place!r}")
+            raise ValueError(
+                "a scene has one figure, or two and a place; got "
+                f"{len(self.figures)} and place {self.place!r}"
+            )
 
     def caption(self) -> str:
         """Return the sentence that says this scene.
@@ -80,7 +88,9 @@ def parse(caption: str) -> Scene:
     """
     match = _CAPTION.fullmatch(caption.strip())
     if match is None:
-        raise ValueError(f"{caption[:80]!r} is no caption of a scene, such as 'a bold red seven on a blue ground'")
+        raise ValueError(
+            f"{caption[:80]!r} is no caption of a scene, such as 'a bold red seven on a blue ground'"
+        )
     stroke, slant, ink, digit, place, *second, ground = match.groups()
     first = Figure(digit=DIGITS.index(digit), ink=ink, stroke=stroke, slant=slant)
     if place is None:

@@ -34,13 +34,20 @@ class Share:
         """
         squared = QUANTILE**2
         middle = (self.held + squared / 2) / (self.asked + squared)
-        half = QUANTILE / (self.asked + squared) * sqrt(self.held * (self.asked - self.held) / self.asked + squared / 4)
+        half = (
+            QUANTILE
+            / (self.asked + squared)
+            * sqrt(self.held * (self.asked - self.held) / self.asked + squared / 4)
+        )
         return middle - half, middle + half
 
 
 def encoded(verdicts: Mapping[str, list[bool | None]]) -> dict[str, Tensor]:
     """Return verdicts as int8 tensors: 1 holds, 0 does not, -1 was not asked."""
-    return {name: torch.tensor([UNASKED if v is None else int(v) for v in values], dtype=torch.int8) for name, values in verdicts.items()}
+    return {
+        name: torch.tensor([UNASKED if v is None else int(v) for v in values], dtype=torch.int8)
+        for name, values in verdicts.items()
+    }
 
 
 def share(verdicts: Tensor) -> Share | None:

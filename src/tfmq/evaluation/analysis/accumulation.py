@@ -1,9 +1,10 @@
 """How errors of single predictions add up to the error of the image.
 
-Samplers of diffusion models are linear in the state and in what the model predicts (DDIM, Song et al., 2021, equation 12; Euler, Karras et al., 2022,
-algorithm 1; DPM-Solver++, Lu et al., 2022, algorithm 2). So an error of one prediction moves the final state by itself times a number that the
-schedule alone decides, its influence; and the errors of all steps, each times its influence, add up to the error of the final state, as far as the
-model predicts alike on a state that is a little off.
+Samplers of diffusion models are linear in the state and in what the model predicts (DDIM, Song et al., 2021,
+equation 12; Euler, Karras et al., 2022, algorithm 1; DPM-Solver++, Lu et al., 2022, algorithm 2). So an error
+of one prediction moves the final state by itself times a number that the schedule alone decides, its
+influence; and the errors of all steps, each times its influence, add up to the error of the final state, as
+far as the model predicts alike on a state that is a little off.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ IMPULSE = 1e-3
 
 @dataclass(frozen=True)
 class Step:
-    """What a scheduler was given at one step, a prediction with all guidance in it and a state, `[N, ...]`, and the state that it made of them."""
+    """What a scheduler was given at one step, a prediction with all guidance in it and a state, `[N, ...]`,
+    and the state that it made of them.
+    """
 
     timestep: float
     prediction: Tensor
@@ -40,10 +43,12 @@ class Accumulation:
         timesteps: of the steps.
         influence: by how much an error of this step's prediction moves the final state.
         error: of the prediction, relative to it, the mean over images.
-        bias: share of its squared error that is a constant of each channel, the same in all images and places.
+        bias: share of its squared error that is a constant of each channel, the same in all images and
+            places.
         gain: share that is a multiple of the prediction, the same in all images.
         correlation: of the error with that of the step before; None at the first step.
-        predicted: relative error of the final state from the steps up to this one, by their influence, with signs.
+        predicted: relative error of the final state from the steps up to this one, by their influence, with
+            signs.
         random: the same if errors of steps had nothing in common.
         measured: relative error of the final state, by drawing.
     """
@@ -60,7 +65,9 @@ class Accumulation:
 
     def values(self) -> dict[str, Any]:
         """Return the fields as values that JSON keeps."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
+        }
 
 
 def scheduler_of(sampler: Sampler) -> Any | None:
@@ -93,7 +100,8 @@ def stepping(scheduler: Any, change: Callable[[Step], Tensor]) -> Iterator[None]
 
 
 def influence(scheduler: Any, steps: int) -> Tensor:
-    """Return by how much an error of each prediction moves the final state, float64 `[S]`: the scheduler's own response to impulses.
+    """Return by how much an error of each prediction moves the final state, float64 `[S]`: the scheduler's
+    own response to impulses.
 
     Noise that a scheduler adds is the same in every run and so falls out.
     """
@@ -112,7 +120,9 @@ def influence(scheduler: Any, steps: int) -> Tensor:
 
 @contextmanager
 def walked(sampler: Sampler) -> Iterator[list[Step]]:
-    """Collect the steps of a sampler while the context is open; none where it does not step with a scheduler of diffusers' kind."""
+    """Collect the steps of a sampler while the context is open; none where it does not step with a scheduler
+    of diffusers' kind.
+    """
     found: list[Step] = []
 
     def keep(step: Step) -> Tensor:
@@ -125,7 +135,9 @@ def walked(sampler: Sampler) -> Iterator[list[Step]]:
         yield found
 
 
-def _errors(quantized: Sampler, walk: Sequence[Step], indices: range, *, steps: int, seed: int) -> list[Tensor]:
+def _errors(
+    quantized: Sampler, walk: Sequence[Step], indices: range, *, steps: int, seed: int
+) -> list[Tensor]:
     """Return the error of each prediction on the states of a full-precision walk."""
     found: list[Tensor] = []
 
@@ -153,8 +165,12 @@ def _correlation(left: Tensor, right: Tensor) -> float:
 
 
 @torch.no_grad()
-def accumulation(walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, errors: Sequence[Tensor]) -> Accumulation:
-    """Say what becomes of `errors`, those of each prediction on the states of the full-precision `walk`; `alone` is the quantized model's own."""
+def accumulation(
+    walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, errors: Sequence[Tensor]
+) -> Accumulation:
+    """Say what becomes of `errors`, those of each prediction on the states of the full-precision `walk`;
+    `alone` is the quantized model's own.
+    """
     moved = influence(scheduler, len(walk))
     final = walk[-1].after.double()
     summed, squared, predicted, random = torch.zeros_like(final), torch.zeros((), dtype=torch.float64), [], []
@@ -165,13 +181,21 @@ def accumulation(walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, er
         random.append(float(squared.sqrt() / final.norm()))
     predictions = [step.prediction.double() for step in walk]
     axes = [axis for axis in range(final.ndim) if axis != 1]
-    gains = [_ratio(float((error * value).sum()), float(value.square().sum())) for error, value in zip(errors, predictions, strict=True)]
+    gains = [
+        _ratio(float((error * value).sum()), float(value.square().sum()))
+        for error, value in zip(errors, predictions, strict=True)
+    ]
     return Accumulation(
         tuple(step.timestep for step in walk),
         tuple(moved.tolist()),
-        tuple(_ratio(float(error.norm()), float(value.norm())) for error, value in zip(errors, predictions, strict=True)),
+        tuple(
+            _ratio(float(error.norm()), float(value.norm()))
+            for error, value in zip(errors, predictions, strict=True)
+        ),
         tuple(_share(error.mean(axes, keepdim=True).expand_as(error), error) for error in errors),
-        tuple(_share(gain * value, error) for gain, error, value in zip(gains, errors, predictions, strict=True)),
+        tuple(
+            _share(gain * value, error) for gain, error, value in zip(gains, errors, predictions, strict=True)
+        ),
         (None, *(_correlation(before, error) for before, error in pairwise(errors))),
         tuple(predicted),
         tuple(random),
@@ -180,12 +204,19 @@ def accumulation(walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, er
 
 
 def accumulated(
-    quantized: Sampler, walks: tuple[Sequence[Step], Sequence[Step]], scheduler: Any, indices: range, *, steps: int, seed: int
+    quantized: Sampler,
+    walks: tuple[Sequence[Step], Sequence[Step]],
+    scheduler: Any,
+    indices: range,
+    *,
+    steps: int,
+    seed: int,
 ) -> Accumulation | None:
-    """Let the quantized model predict on the states of the full-precision walk, the first of `walks`, and compare.
+    """Let the quantized model predict on the states of the full-precision walk, the first of `walks`, and
+    compare.
 
-    The second is the quantized model's own walk from the same noise. None where a sampler does not step with a scheduler of diffusers' kind, or
-    more often than it has states, as those of several orders do.
+    The second is the quantized model's own walk from the same noise. None where a sampler does not step with
+    a scheduler of diffusers' kind, or more often than it has states, as those of several orders do.
     """
     reference, alone = walks
     if not reference or len(alone) != len(reference) or len(scheduler.timesteps) != len(reference):
@@ -202,8 +233,19 @@ def added_in_words(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []
     bias, gain = (100 * sum(found[name]) / len(found[name]) for name in ("bias", "gain"))
     alike = [value for value in found["correlation"] if value is not None]
-    rows = [("errors that repeat", f"{bias:.0f} % of the squared error are a constant of each channel, {gain:.0f} % a multiple of the prediction")]
+    rows = [
+        (
+            "errors that repeat",
+            (
+                f"{bias:.0f} % of the squared error are a constant of each "
+                f"channel, {gain:.0f} % a multiple of the prediction"
+            ),
+        )
+    ]
     if alike:
         rows.append(("errors of consecutive steps", f"correlate {sum(alike) / len(alike):.2f} in the mean"))
-    summed = f"{found['predicted'][-1]:.3g} of the final state by their influence, {found['random'][-1]:.3g} if independent"
+    summed = (
+        f"{found['predicted'][-1]:.3g} of the final state by their "
+        f"influence, {found['random'][-1]:.3g} if independent"
+    )
     return [*rows, ("errors of all steps", f"{summed}; {found['measured']:.3g} as drawn")]

@@ -29,7 +29,9 @@ CALLS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How much is analysed: `num_images` trajectories, `calls` of them and `parts` of the model (None: all), both spread evenly."""
+    """How much is analysed: `num_images` trajectories, `calls` of them and `parts` of the model (None: all),
+    both spread evenly.
+    """
 
     num_images: int
     calls: int = CALLS
@@ -43,9 +45,11 @@ QUICK = Extent(num_images=1, calls=2, parts=8)
 
 @dataclass(frozen=True)
 class Analysis:
-    """Disturbance of temporal features, ranges of temporal layers, the trajectory, sensitivity of units, errors of layers, how errors add up.
+    """Disturbance of temporal features, ranges of temporal layers, the trajectory, sensitivity of units,
+    errors of layers, how errors add up.
 
-    `of_parts` is the number of parts that the model has; those whose sensitivity and layers were looked at are in `sensitivity`.
+    `of_parts` is the number of parts that the model has; those whose sensitivity and layers were looked at
+    are in `sensitivity`.
     """
 
     disturbance: Disturbance
@@ -69,7 +73,8 @@ def _parts(module: nn.Module, block: TemporalBlock, quantized: nn.Module) -> tup
 
 
 def _spread(count: int, wanted: int | None) -> list[int]:
-    """Return at most `wanted` of the numbers 0 to `count - 1`, evenly spread, the first and the last among them.
+    """Return at most `wanted` of the numbers 0 to `count - 1`, evenly spread, the first and the last among
+    them.
 
     >>> _spread(9, 3), _spread(2, 8), _spread(3, None), _spread(5, 1)
     ([0, 4, 8], [0, 1], [0, 1, 2], [0])
@@ -81,16 +86,30 @@ def _spread(count: int, wanted: int | None) -> list[int]:
 @torch.no_grad()
 def expected_seconds(reference: Sampler, quantized: Sampler, *, extent: Extent, steps: int) -> float:
     """Return about what an analysis takes, by the time of a few calls."""
-    full, low = (drawing(sampler, extent.num_images, steps=steps, batch_size=extent.num_images) for sampler in (reference, quantized))
+    full, low = (
+        drawing(sampler, extent.num_images, steps=steps, batch_size=extent.num_images)
+        for sampler in (reference, quantized)
+    )
     block = TemporalBlock(reference.denoiser, reference.example())
-    parts = len(_spread(len(_parts(reference.denoiser.module, block, quantized.denoiser.module)), extent.parts))
-    # Each part runs in the full-precision model; its layers, and those of all parts once more by themselves, as the quantized one computes.
+    parts = len(
+        _spread(len(_parts(reference.denoiser.module, block, quantized.denoiser.module)), extent.parts)
+    )
+    # Each part runs in the full-precision model; its layers, and those of all parts once more by themselves,
+    # as the quantized one computes.
     runs = extent.calls * ((parts + 2) * max(full.call_seconds, low.call_seconds) + 2 * low.call_seconds)
     return full.seconds + 2 * low.seconds + runs
 
 
 @torch.no_grad()
-def analyze(reference: Sampler, quantized: Sampler, *, extent: Extent = THOROUGH, steps: int, seed: int = 0, progress: Progress = silent) -> Analysis:
+def analyze(
+    reference: Sampler,
+    quantized: Sampler,
+    *,
+    extent: Extent = THOROUGH,
+    steps: int,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Analysis:
     """Analyse a quantized model on the trajectories of a few images.
 
     Temporal features are looked at whole: at every calibrated timestep.
@@ -111,13 +130,20 @@ def analyze(reference: Sampler, quantized: Sampler, *, extent: Extent = THOROUGH
         with walked(quantized) as alone:
             low = follow(quantized, indices, steps=steps, seed=seed)
         advance()
-        added = accumulated(quantized, (walk, alone), scheduler_of(reference), indices, steps=steps, seed=seed)
+        added = accumulated(
+            quantized, (walk, alone), scheduler_of(reference), indices, steps=steps, seed=seed
+        )
         advance()
     chosen = [calls[index] for index in _spread(len(calls), extent.calls)]
     known = _parts(module, block, twin)
     parts = [known[index] for index in _spread(len(known), extent.parts)]
     # A skipped layer computes nothing while every feature comes from its table: it has no error of its own.
-    names = [name for part in parts for name in part.layers if not isinstance(twin.get_submodule(name), SkippedLayer)]
+    names = [
+        name
+        for part in parts
+        for name in part.layers
+        if not isinstance(twin.get_submodule(name), SkippedLayer)
+    ]
     return Analysis(
         disturbed,
         temporal_ranges(block, steps_of(twin).timesteps),

@@ -1,4 +1,6 @@
-"""Each quantized layer by itself: how far its output is off on full-precision inputs, and how long it takes."""
+"""Each quantized layer by itself: how far its output is off on full-precision inputs, and how long it
+takes.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,9 @@ from tfmq.quantizers.steps import StepContext
 
 @dataclass(frozen=True)
 class LayerError:
-    """Mean relative error of a layer's output on full-precision inputs, and median milliseconds of a call: in full precision and quantized."""
+    """Mean relative error of a layer's output on full-precision inputs, and median milliseconds of a call: in
+    full precision and quantized.
+    """
 
     name: str
     error: float
@@ -33,10 +37,14 @@ def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def layer_errors(denoiser: Denoiser, quantized: Denoiser, names: Sequence[str], calls: Sequence[Inputs]) -> tuple[LayerError, ...]:
-    """Hand every input that the layers `names` of the full-precision model see to their quantized twins as well.
+def layer_errors(
+    denoiser: Denoiser, quantized: Denoiser, names: Sequence[str], calls: Sequence[Inputs]
+) -> tuple[LayerError, ...]:
+    """Hand every input that the layers `names` of the full-precision model see to their quantized twins as
+    well.
 
-    Times are of single calls on whatever the two models compute with; they show where time goes and are no benchmark.
+    Times are of single calls on whatever the two models compute with; they show where time goes and are no
+    benchmark.
     """
     steps: StepContext = steps_of(quantized.module)
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
@@ -53,7 +61,11 @@ def layer_errors(denoiser: Denoiser, quantized: Denoiser, names: Sequence[str], 
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(denoiser.module.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True).remove)
+            stack.callback(
+                denoiser.module.get_submodule(name)
+                .register_forward_hook(compare(name), with_kwargs=True)
+                .remove
+            )
         for call in calls:
             with steps.at(call.timestep):
                 denoiser(call)

@@ -1,4 +1,6 @@
-"""What temporal layers read and give at each timestep: the ranges that one scale for all timesteps would have to cover."""
+"""What temporal layers read and give at each timestep: the ranges that one scale for all timesteps would have
+to cover.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,7 +32,9 @@ class Ranges:
 
 @contextmanager
 def _inputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what the submodules `names` are called with while the context is open; a later call overwrites an earlier one."""
+    """Collect what the submodules `names` are called with while the context is open; a later call overwrites
+    an earlier one.
+    """
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -41,18 +45,25 @@ def _inputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(module.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True).remove)
+            stack.callback(
+                module.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True).remove
+            )
         yield found
 
 
 def _bounds(values: Mapping[str, Tensor]) -> Bounds:
     rows = {name: value.flatten(1).cpu() for name, value in values.items()}
-    return Bounds({name: value.amin(dim=1) for name, value in rows.items()}, {name: value.amax(dim=1) for name, value in rows.items()})
+    return Bounds(
+        {name: value.amin(dim=1) for name, value in rows.items()},
+        {name: value.amax(dim=1) for name, value in rows.items()},
+    )
 
 
 @torch.no_grad()
 def temporal_ranges(block: TemporalBlock, timesteps: Tensor) -> Ranges:
-    """Return the ranges of every temporal layer at `timesteps` `[S]`; conditions are those of the block's example."""
+    """Return the ranges of every temporal layer at `timesteps` `[S]`; conditions are those of the block's
+    example.
+    """
     names = [layer.name for layer in block.trace.temporal]
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}

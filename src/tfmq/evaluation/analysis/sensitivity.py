@@ -26,7 +26,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Relative error of the model's output, `[parts, calls]`, with only that part quantized; `whole` `[calls]` with everything."""
+    """Relative error of the model's output, `[parts, calls]`, with only that part quantized; `whole`
+    `[calls]` with everything.
+    """
 
     parts: tuple[Part, ...]
     timesteps: Tensor
@@ -54,11 +56,17 @@ def _error(reference: Tensor, output: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sensitivity(
-    denoiser: Denoiser, quantized: Denoiser, parts: Sequence[Part], calls: Sequence[Inputs], *, progress: Progress = silent
+    denoiser: Denoiser,
+    quantized: Denoiser,
+    parts: Sequence[Part],
+    calls: Sequence[Inputs],
+    *,
+    progress: Progress = silent,
 ) -> Sensitivity:
     """Measure how each part alone disturbs the output of full-precision calls.
 
-    Attention products stay in full precision: they belong to no layer. Layers whose input comes from a quantized one see it undisturbed.
+    Attention products stay in full precision: they belong to no layer. Layers whose input comes from a
+    quantized one see it undisturbed.
 
     Args:
         denoiser: the full-precision model; as it was when this returns.
@@ -79,6 +87,10 @@ def sensitivity(
                         row.append(_error(expected, denoiser(call)))
             rows.append(torch.stack(row))
             advance()
-    whole = torch.stack([_error(expected, quantized(call)) for call, expected in zip(calls, outputs, strict=True)])
+    whole = torch.stack(
+        [_error(expected, quantized(call)) for call, expected in zip(calls, outputs, strict=True)]
+    )
     timesteps = torch.stack([call.timestep.flatten()[0].float().cpu() for call in calls])
-    return Sensitivity(tuple(parts), timesteps, torch.stack(rows) if rows else torch.zeros(0, len(calls)), whole)
+    return Sensitivity(
+        tuple(parts), timesteps, torch.stack(rows) if rows else torch.zeros(0, len(calls)), whole
+    )

@@ -38,7 +38,8 @@ class Plan:
         device: device of every variant that runs in torch.
         steps: denoising steps of a sampling run.
         rows_per_image: rows that one image adds to a call, 2 under guidance.
-        exact: whether `source` holds the true original. Otherwise accuracy against it means nothing and is not stated.
+        exact: whether `source` holds the true original. Otherwise accuracy against it means nothing and is
+            not stated.
     """
 
     source: Source
@@ -65,11 +66,13 @@ class Plan:
         return list(dict.fromkeys([BASE, *self.variants]))
 
 
-def measure(plan: Plan, *, around: Around, folder: Path, note: Note, progress: Progress = silent) -> Iterator[Row]:
+def measure(
+    plan: Plan, *, around: Around, folder: Path, note: Note, progress: Progress = silent
+) -> Iterator[Row]:
     """Yield a row for every batch size and variant.
 
-    Each variant loads in a process of its own, alone; then all of one batch size take turns. A variant whose library is absent, or that fails,
-    is left out.
+    Each variant loads in a process of its own, alone; then all of one batch size take turns. A variant whose
+    library is absent, or that fails, is left out.
 
     Args:
         plan: what to measure.
@@ -86,14 +89,22 @@ def measure(plan: Plan, *, around: Around, folder: Path, note: Note, progress: P
         note(line)
     for batch in plan.batches:
         settings = {
-            name: Setting(source=plan.source, folder=folder / f"{name}-{batch}", batch=batch, threads=plan.threads, device=plan.device)
+            name: Setting(
+                source=plan.source,
+                folder=folder / f"{name}-{batch}",
+                batch=batch,
+                threads=plan.threads,
+                device=plan.device,
+            )
             for name in plan.names()
             if name not in missing
         }
         yield from _measured(plan, settings, batch, around=around, note=note, progress=progress)
 
 
-def _measured(plan: Plan, settings: Mapping[str, Setting], batch: int, *, around: Around, note: Note, progress: Progress) -> Iterator[Row]:
+def _measured(
+    plan: Plan, settings: Mapping[str, Setting], batch: int, *, around: Around, note: Note, progress: Progress
+) -> Iterator[Row]:
     spent: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     with ExitStack() as stack:
@@ -106,13 +117,20 @@ def _measured(plan: Plan, settings: Mapping[str, Setting], batch: int, *, around
                         raise
                     note(f"{name} failed at batch {batch}: {error}")
                 advance()
-        outputs = {name: _outputs(worker, settings[name].folder / "outputs.safetensors") for name, worker in workers.items()}
+        outputs = {
+            name: _outputs(worker, settings[name].folder / "outputs.safetensors")
+            for name, worker in workers.items()
+        }
         with progress(f"rounds, batch {batch}", plan.rounds) as advance:
-            timings = interleaved({name: worker.turn for name, worker in workers.items()}, rounds=plan.rounds, advance=advance)
+            timings = interleaved(
+                {name: worker.turn for name, worker in workers.items()}, rounds=plan.rounds, advance=advance
+            )
     beside = around(max(1, batch // plan.rows_per_image))
     for name, timing in timings.items():
         accuracy = _accuracy(outputs[BASE], outputs[name]) if plan.exact and name != BASE else None
-        yield _row(plan, name, batch, timing, base=timings[BASE], beside=beside, sqnr=accuracy, spent=spent[name])
+        yield _row(
+            plan, name, batch, timing, base=timings[BASE], beside=beside, sqnr=accuracy, spent=spent[name]
+        )
 
 
 def _started(name: str, setting: Setting, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
@@ -129,7 +147,12 @@ def _started(name: str, setting: Setting, stack: ExitStack) -> tuple[Worker, dic
         later = worker.answer()
         stack.push(own.pop_all())
     first = first or later
-    spent = {**later, "load_s": first["load_s"], "compile_s": first["compile_s"], "first_peak_rss_bytes": first["peak_rss_bytes"]}
+    spent = {
+        **later,
+        "load_s": first["load_s"],
+        "compile_s": first["compile_s"],
+        "first_peak_rss_bytes": first["peak_rss_bytes"],
+    }
     return worker, {**spent, "restart_s": later["load_s"] + later["compile_s"]}
 
 
@@ -146,7 +169,17 @@ def _accuracy(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float |
     return mean if math.isfinite(mean) else None
 
 
-def _row(plan: Plan, name: str, batch: int, timing: Timing, *, base: Timing, beside: float, sqnr: float | None, spent: Mapping[str, Any]) -> Row:
+def _row(
+    plan: Plan,
+    name: str,
+    batch: int,
+    timing: Timing,
+    *,
+    base: Timing,
+    beside: float,
+    sqnr: float | None,
+    spent: Mapping[str, Any],
+) -> Row:
     images = max(1, batch // plan.rows_per_image)
     calls_an_image = images * plan.rows_per_image / batch
     return Row(

@@ -9,7 +9,9 @@ from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return the tensors of a call in a fixed order: sample, timestep, conditions. The timestep is float32, which every converter takes."""
+    """Return the tensors of a call in a fixed order: sample, timestep, conditions. The timestep is float32,
+    which every converter takes.
+    """
     leaves, _ = tree_flatten(dict(inputs.conditions))
     return inputs.sample, inputs.timestep.float(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))
 

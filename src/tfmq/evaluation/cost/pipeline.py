@@ -18,7 +18,8 @@ from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import is_quantized
 from tfmq.progress import Progress, seconds_of, silent
 
-# Number of calls that accuracy is measured on. Libraries with a calibration of their own calibrate on them too.
+# Number of calls that accuracy is measured on. Libraries with a calibration of their own calibrate on them
+# too.
 CALLS = 8
 
 
@@ -28,7 +29,8 @@ class Request:
 
     Args:
         directory: where the quantized denoiser is.
-        sampler: draws the trajectory: a sampler of the original, or of the quantized model where there is no original.
+        sampler: draws the trajectory: a sampler of the original, or of the quantized model where there is no
+            original.
         module: gives the original, where diffusers cannot build it from a configuration.
     """
 
@@ -50,20 +52,25 @@ class Request:
 
 
 def expected_seconds(request: Request, *, opened: float) -> float:
-    """Return about what a benchmark takes beside compiling: starts of processes, each as long as opening the model took here, and turns."""
+    """Return about what a benchmark takes beside compiling: starts of processes, each as long as opening the
+    model took here, and turns.
+    """
     names = [BASE, *(name for name in request.variants if name != BASE and not absent(name))]
     starts = sum(1 + VARIANTS[name].builds + VARIANTS[name].caches for name in names)
     with torch.no_grad():
         example = request.sampler.example().resized(max(request.batches))
         a_call = seconds_of(lambda: request.sampler.denoiser(example))
     calls = (CALLS + 2) * starts * a_call
-    return request.steps * a_call + len(request.batches) * (starts * opened + calls + request.rounds * len(names) * max(TURN, a_call))
+    return request.steps * a_call + len(request.batches) * (
+        starts * opened + calls + request.rounds * len(names) * max(TURN, a_call)
+    )
 
 
 def bench(request: Request, *, folder: Path, note: Note, progress: Progress = silent) -> Iterator[Row]:
     """Yield a row for every batch size and variant; see `measure`.
 
-    Without the original, full precision is measured on the architecture with dequantized weights, which takes the same time.
+    Without the original, full precision is measured on the architecture with dequantized weights, which takes
+    the same time.
 
     Args:
         request: what to measure.

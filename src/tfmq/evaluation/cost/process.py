@@ -38,7 +38,13 @@ class Worker:
     def __init__(self, variant: str, setting: Setting, *, build: bool = False) -> None:
         setting.folder.mkdir(parents=True, exist_ok=True)
         source = setting.source.to_json()
-        job = {"variant": variant, "source": source, "folder": str(setting.folder), "batch": setting.batch, "threads": setting.threads}
+        job = {
+            "variant": variant,
+            "source": source,
+            "folder": str(setting.folder),
+            "batch": setting.batch,
+            "threads": setting.threads,
+        }
         job["device"] = setting.device
         command = [sys.executable, "-m", "tfmq.evaluation.cost.worker", json.dumps({**job, "build": build})]
         self.log = setting.folder / "log.txt"
@@ -66,7 +72,9 @@ class Worker:
         if not line:
             status = self.child.wait()
             lines = self.log.read_text(errors="replace").splitlines()
-            raise WorkerError(next(filter(RAISED.match, reversed(lines)), f"the process ended with status {status}"))
+            raise WorkerError(
+                next(filter(RAISED.match, reversed(lines)), f"the process ended with status {status}")
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -1,4 +1,6 @@
-"""How near a step comes to what the machine can do: operations of a step, and the rate of matrix products in float32 and in int8."""
+"""How near a step comes to what the machine can do: operations of a step, and the rate of matrix products in
+float32 and in int8.
+"""
 
 import time
 from collections.abc import Callable
@@ -16,7 +18,9 @@ REPEATS = 12
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Operations a second (a multiplication and its addition are two) of one large matrix product by torch's own kernels, the best of some."""
+    """Operations a second (a multiplication and its addition are two) of one large matrix product by torch's
+    own kernels, the best of some.
+    """
 
     fp32: float
     int8: float | None
@@ -24,7 +28,9 @@ class Ceilings:
 
 @torch.no_grad()
 def operations(denoiser: Denoiser, call: Inputs) -> int:
-    """Return the multiplications and additions of one call: those of products and convolutions, counted by torch."""
+    """Return the multiplications and additions of one call: those of products and convolutions, counted by
+    torch.
+    """
     with FlopCounterMode(display=False) as counter:
         denoiser(call)
     return int(counter.get_total_flops())
@@ -41,7 +47,9 @@ def _rate(product: Callable[[], object], side: int) -> float:
 
 @torch.no_grad()
 def ceilings(side: int = SIDE) -> Ceilings:
-    """Measure products of `side x side` matrices; the int8 one takes u8 by s8 and writes float32, as quantized layers do."""
+    """Measure products of `side x side` matrices; the int8 one takes u8 by s8 and writes float32, as
+    quantized layers do.
+    """
     left, right = torch.rand(side, side), torch.rand(side, side)
     full = _rate(lambda: left @ right, side)
     if not available():
@@ -51,7 +59,9 @@ def ceilings(side: int = SIDE) -> Ceilings:
     scale, zero = torch.ones(side), torch.zeros(side, dtype=torch.int32)
 
     def product() -> torch.Tensor:
-        output: torch.Tensor = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+        output: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
         return output
 
     return Ceilings(full, _rate(product, side))

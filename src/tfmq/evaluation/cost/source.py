@@ -26,7 +26,8 @@ class Source:
     Args:
         quantized: directory of the quantized denoiser; None where only the original is measured.
         folder: holds the original and the calls; `write` makes it.
-        module: gives a sampler of the original, for modules that diffusers cannot build from a configuration; only its architecture matters.
+        module: gives a sampler of the original, for modules that diffusers cannot build from a configuration;
+            only its architecture matters.
         sample: name of that argument of the denoiser, where it is not called as usual.
         timestep: likewise.
     """
@@ -54,7 +55,9 @@ class Source:
         return [fitted(call, batch) for call in CalibrationStore(self.folder / "calls")]
 
     def import_needs(self) -> None:
-        """Import what loading either model imports, so that the time and memory of loading are the model's own."""
+        """Import what loading either model imports, so that the time and memory of loading are the model's
+        own.
+        """
         if self.module is None:
             require("diffusers", extra="diffusers")
             from tfmq.integrations.diffusers.saved import component_class
@@ -69,7 +72,9 @@ class Source:
             from tfmq.integrations.diffusers.saved import load_component
             from tfmq.storage.atomic import read_json
 
-            module: nn.Module = load_component(folder, str(read_json(folder / "config.json").get("_class_name")))
+            module: nn.Module = load_component(
+                folder, str(read_json(folder / "config.json").get("_class_name"))
+            )
         else:
             module = self._architecture()
             module.load_state_dict(read_tensors(folder / WEIGHTS)[0])
@@ -87,7 +92,12 @@ class Source:
         """
         if self.quantized is None:
             raise ValueError("there is no quantized model to run")
-        module: nn.Module = load(self.quantized, module=self._architecture() if self.module else None, backend=backend, options=options)
+        module: nn.Module = load(
+            self.quantized,
+            module=self._architecture() if self.module else None,
+            backend=backend,
+            options=options,
+        )
         return module
 
     def view(self, module: nn.Module) -> Denoiser:
@@ -107,7 +117,13 @@ class Source:
         """Return the source of `to_json`."""
         quantized = Path(fields["quantized"]) if fields["quantized"] is not None else None
         module = ModuleFile.parse(fields["module"]) if fields["module"] is not None else None
-        return Source(quantized=quantized, folder=Path(fields["folder"]), module=module, sample=fields["sample"], timestep=fields["timestep"])
+        return Source(
+            quantized=quantized,
+            folder=Path(fields["folder"]),
+            module=module,
+            sample=fields["sample"],
+            timestep=fields["timestep"],
+        )
 
 
 def fitted(call: Inputs, batch: int) -> Inputs:
@@ -118,14 +134,19 @@ def fitted(call: Inputs, batch: int) -> Inputs:
 
 
 def dequantized(module: Any) -> nn.Module:
-    """Return a full-precision diffusers model with the dequantized weights of a quantized one: as fast as its original.
+    """Return a full-precision diffusers model with the dequantized weights of a quantized one: as fast as its
+    original.
 
     Raises:
         ValueError: not a diffusers model.
     """
     from tfmq.integrations.diffusers.architecture import QUANTIZATION, stock_class
 
-    config = {name: value for name, value in module.config.items() if name != QUANTIZATION and not name.startswith("_")}
+    config = {
+        name: value
+        for name, value in module.config.items()
+        if name != QUANTIZATION and not name.startswith("_")
+    }
     stock: nn.Module = stock_class(module).from_config(config)  # type: ignore[attr-defined]
     packed, known = packed_weights(module), module.state_dict()
     state = {}

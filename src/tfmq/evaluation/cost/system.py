@@ -1,4 +1,6 @@
-"""Ask the operating system for memory, processor time and the machine, of this process and of others. Complete on Linux alone."""
+"""Ask the operating system for memory, processor time and the machine, of this process and of others.
+Complete on Linux alone.
+"""
 
 import os
 import platform
@@ -50,9 +52,11 @@ def peak_bytes() -> int:
 
 
 def foreign_seconds() -> float:
-    """Return the processor seconds, since some moment, of everything but this process on the processors that it may use.
+    """Return the processor seconds, since some moment, of everything but this process on the processors that
+    it may use.
 
-    Time that a hypervisor gave to other machines counts. 0 where there is no `/proc/stat`: contamination goes unseen there.
+    Time that a hypervisor gave to other machines counts. 0 where there is no `/proc/stat`: contamination goes
+    unseen there.
     """
     if not STAT.exists():
         return 0.0
@@ -61,14 +65,18 @@ def foreign_seconds() -> float:
     for line in STAT.read_text().splitlines():
         name, *fields = line.split()
         if name in wanted:
-            user, nice, system, _, _, interrupt, soft, steal = (int(value) for value in (*fields, *["0"] * 8)[:8])
+            user, nice, system, _, _, interrupt, soft, steal = (
+                int(value) for value in (*fields, *["0"] * 8)[:8]
+            )
             ticks += user + nice + system + interrupt + soft + steal
     own = os.times()
     return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def describe_machine(threads: int, *, device: str = "cpu") -> dict[str, Any]:
-    """Return what figures depend on: processor, instructions, memory, versions, the number of threads, and the device beside the processor."""
+    """Return what figures depend on: processor, instructions, memory, versions, the number of threads, and
+    the device beside the processor.
+    """
     info = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     parts = (line.partition(":") for line in reversed(info))
     fields = {name.strip(): value.strip() for name, _, value in parts}
@@ -82,21 +90,29 @@ def describe_machine(threads: int, *, device: str = "cpu") -> dict[str, Any]:
         "memory_bytes": pages,
         "accelerator": _accelerator(device),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: version for name in PACKAGES if (version := _version(name))}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version for name in PACKAGES if (version := _version(name))},
+        },
     }
 
 
 def machine_in_words(machine: Mapping[str, Any]) -> str:
     """Return in a line what `describe_machine` found.
 
-    >>> processor = {"processor": "A 1", "instructions": ["avx2"], "threads": 2, "processors": 4, "versions": {"torch": "2"}}
-    >>> machine_in_words({**processor, "accelerator": None})
+    >>> processor = {"processor": "A 1", "instructions": ["avx2"], "threads": 2, "processors": 4}
+    >>> machine_in_words({**processor, "versions": {"torch": "2"}, "accelerator": None})
     'A 1 (avx2), 2 threads on 4 processors, torch 2'
     """
     beside = f"{machine['accelerator']} beside " if machine["accelerator"] else ""
     instructions = f" ({', '.join(machine['instructions'])})" if machine["instructions"] else ""
-    threads, processors = (f"{machine[name]} {name if machine[name] != 1 else name[:-1]}" for name in ("threads", "processors"))
-    return f"{beside}{machine['processor']}{instructions}, {threads} on {processors}, torch {machine['versions']['torch']}"
+    threads, processors = (
+        f"{machine[name]} {name if machine[name] != 1 else name[:-1]}" for name in ("threads", "processors")
+    )
+    return (
+        f"{beside}{machine['processor']}{instructions}, {threads} on "
+        f"{processors}, torch {machine['versions']['torch']}"
+    )
 
 
 def _accelerator(device: str) -> str | None:

@@ -17,7 +17,9 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Slice:
-    """One variant's turn: seconds a step, and the share of one processor that other processes took meanwhile."""
+    """One variant's turn: seconds a step, and the share of one processor that other processes took
+    meanwhile.
+    """
 
     seconds: float
     foreign: float
@@ -25,7 +27,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds a step over `rounds` rounds, `dropped` ones aside; `clean` if none of the kept ones was contaminated."""
+    """Median seconds a step over `rounds` rounds, `dropped` ones aside; `clean` if none of the kept ones was
+    contaminated.
+    """
 
     seconds: float
     rounds: int
@@ -33,7 +37,13 @@ class Timing:
     clean: bool
 
 
-def timed(step: Callable[[], object], *, seconds: float, busy: Callable[[], float], clock: Callable[[], float] = time.perf_counter) -> Slice:
+def timed(
+    step: Callable[[], object],
+    *,
+    seconds: float,
+    busy: Callable[[], float],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Slice:
     """Repeat `step` for at least `seconds`.
 
     Args:
@@ -51,18 +61,24 @@ def timed(step: Callable[[], object], *, seconds: float, busy: Callable[[], floa
 
 
 def _kept(loads: list[float], *, wanted: int) -> list[int]:
-    """Return the numbers of the rounds that count: the clean ones, or the least loaded where too few are clean."""
+    """Return the numbers of the rounds that count: the clean ones, or the least loaded where too few are
+    clean.
+    """
     clean = [number for number, load in enumerate(loads) if load <= TOLERANCE]
     if len(clean) >= min(MINIMUM, wanted):
         return clean
     return sorted(sorted(range(len(loads)), key=loads.__getitem__)[: min(MINIMUM, wanted)])
 
 
-def interleaved(turns: Mapping[str, Callable[[], Slice]], *, rounds: int, advance: Advance) -> dict[str, Timing]:
-    """Let every variant have its turn in each round, and return the median of each over the same clean rounds.
+def interleaved(
+    turns: Mapping[str, Callable[[], Slice]], *, rounds: int, advance: Advance
+) -> dict[str, Timing]:
+    """Let every variant have its turn in each round, and return the median of each over the same clean
+    rounds.
 
-    Each round starts with another variant. A round is contaminated if foreign work fell into any turn of it, and is then dropped for all, so
-    that ratios compare what ran under the same conditions. Dropped rounds are repeated, up to `PATIENCE` times as many in all.
+    Each round starts with another variant. A round is contaminated if foreign work fell into any turn of it,
+    and is then dropped for all, so that ratios compare what ran under the same conditions. Dropped rounds are
+    repeated, up to `PATIENCE` times as many in all.
 
     Raises:
         ValueError: no round is wanted.
@@ -79,4 +95,9 @@ def interleaved(turns: Mapping[str, Callable[[], Slice]], *, rounds: int, advanc
         advance(int(loads[-1] <= TOLERANCE))
     kept = _kept(loads, wanted=rounds)
     clean = all(loads[number] <= TOLERANCE for number in kept)
-    return {name: Timing(median(slices[number][name].seconds for number in kept), len(kept), len(loads) - len(kept), clean) for name in names}
+    return {
+        name: Timing(
+            median(slices[number][name].seconds for number in kept), len(kept), len(loads) - len(kept), clean
+        )
+        for name in names
+    }

@@ -1,4 +1,6 @@
-"""Calls of a pipeline's denoiser along its own trajectory, and the time that the pipeline itself takes around them."""
+"""Calls of a pipeline's denoiser along its own trajectory, and the time that the pipeline itself takes around
+them.
+"""
 
 import time
 from collections.abc import Iterator
@@ -14,8 +16,11 @@ from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress, silent
 
 
-def spread_calls(sampler: Sampler, *, steps: int, count: int, seed: int = 0, progress: Progress = silent) -> list[Inputs]:
-    """Return at most `count` of the calls that drawing one image in `steps` steps makes, spread evenly over the trajectory.
+def spread_calls(
+    sampler: Sampler, *, steps: int, count: int, seed: int = 0, progress: Progress = silent
+) -> list[Inputs]:
+    """Return at most `count` of the calls that drawing one image in `steps` steps makes, spread evenly over
+    the trajectory.
 
     Raises:
         CalibrationError: the model breaks on its own trajectory.
@@ -35,7 +40,9 @@ def spread_calls(sampler: Sampler, *, steps: int, count: int, seed: int = 0, pro
 
 @contextmanager
 def _answered_at_once(module: nn.Module, spent: list[float]) -> Iterator[None]:
-    """Let `module` compute its first call for a while and answer every other with that output; `spent` gets the time of the first."""
+    """Let `module` compute its first call for a while and answer every other with that output; `spent` gets
+    the time of the first.
+    """
     own, forward = module.__dict__.get("forward"), module.forward
     kept: list[Any] = []
 
@@ -58,7 +65,9 @@ def _answered_at_once(module: nn.Module, spent: list[float]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Drawing with a denoiser that computes once: its first call, the number of calls, the seconds beside them, and the bytes of an image."""
+    """Drawing with a denoiser that computes once: its first call, the number of calls, the seconds beside
+    them, and the bytes of an image.
+    """
 
     call: Inputs
     calls: int
@@ -67,7 +76,9 @@ class Rehearsal:
 
 
 def rehearsed(sampler: Sampler, *, images: int, steps: int) -> Rehearsal:
-    """Go through drawing `images` images in `steps` steps without computing more than one call of the denoiser."""
+    """Go through drawing `images` images in `steps` steps without computing more than one call of the
+    denoiser.
+    """
     module, spent, calls = sampler.denoiser.module, list[float](), list[Inputs]()
     counted = 0
 
@@ -89,5 +100,7 @@ def rehearsed(sampler: Sampler, *, images: int, steps: int) -> Rehearsal:
 
 
 def seconds_around(sampler: Sampler, *, images: int, steps: int) -> float:
-    """Return the time that drawing `images` images takes beside the denoiser: scheduler, text encoder, decoder."""
+    """Return the time that drawing `images` images takes beside the denoiser: scheduler, text encoder,
+    decoder.
+    """
     return rehearsed(sampler, images=images, steps=steps).around

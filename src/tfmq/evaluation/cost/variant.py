@@ -22,7 +22,8 @@ BASE = "fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a variant is prepared for: models and calls, a folder of its own for files, the rows of each call, and threads.
+    """What a variant is prepared for: models and calls, a folder of its own for files, the rows of each call,
+    and threads.
 
     `device` is where variants run that are torch's; other libraries stay on the CPU.
     """
@@ -39,7 +40,9 @@ class Setting:
 
 
 def placed(module: nn.Module, setting: Setting) -> Step:
-    """Move a model to the setting's device and return its step, which waits for the device: the output comes back to the host."""
+    """Move a model to the setting's device and return its step, which waits for the device: the output comes
+    back to the host.
+    """
     denoiser = setting.source.view(module.to(setting.device))
     return lambda call: denoiser(call).cpu()
 
@@ -55,9 +58,10 @@ class Prepared:
 class Variant(Protocol):
     """A way to compute the step.
 
-    `needs` are the modules that must be importable. `build` writes what `prepare` reads, in a process of its own; a variant without files of
-    its own does nothing there. `prepare` loads the model for calls of exactly `setting.batch` rows. A variant that `caches` keeps what its first
-    start made (a converted or compiled model) for later starts.
+    `needs` are the modules that must be importable. `build` writes what `prepare` reads, in a process of its
+    own; a variant without files of its own does nothing there. `prepare` loads the model for calls of exactly
+    `setting.batch` rows. A variant that `caches` keeps what its first start made (a converted or compiled
+    model) for later starts.
     """
 
     @property
@@ -117,7 +121,9 @@ def _importable(module: str) -> bool:
 
 def absent(name: str) -> str:
     """Return what to install for a variant, or nothing."""
-    missing = [DISTRIBUTIONS.get(module, module) for module in VARIANTS[name].needs if not _importable(module)]
+    missing = [
+        DISTRIBUTIONS.get(module, module) for module in VARIANTS[name].needs if not _importable(module)
+    ]
     return f"{name} needs {' and '.join(missing)}; install with: pip install 'tfmq[bench]'" if missing else ""
 
 

@@ -1,7 +1,8 @@
 """A process that holds one variant: loads it, reports what that took, then computes steps as it is told to.
 
-`python -m tfmq.evaluation.cost.worker JOB`, `JOB` being JSON. It answers each line on stdin with one JSON line on stdout; whatever libraries print
-goes to stderr. The first answer comes unasked, once the model is loaded and has computed two steps.
+`python -m tfmq.evaluation.cost.worker JOB`, `JOB` being JSON. It answers each line on stdin with one JSON
+line on stdout; whatever libraries print goes to stderr. The first answer comes unasked, once the model is
+loaded and has computed two steps.
 """
 
 import json
@@ -37,7 +38,16 @@ def _loaded(name: str, setting: Setting) -> tuple[Prepared, list[Inputs], dict[s
     first = time.perf_counter()
     prepared.step(calls[0])
     spent = {"load_s": loaded - began, "compile_s": first - loaded}
-    return prepared, calls, {**spent, "baseline_rss_bytes": baseline, "peak_rss_bytes": peak_bytes(), "disk_bytes": prepared.disk_bytes}
+    return (
+        prepared,
+        calls,
+        {
+            **spent,
+            "baseline_rss_bytes": baseline,
+            "peak_rss_bytes": peak_bytes(),
+            "disk_bytes": prepared.disk_bytes,
+        },
+    )
 
 
 def _timed(prepared: Prepared, calls: list[Inputs], order: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,11 +56,16 @@ def _timed(prepared: Prepared, calls: list[Inputs], order: Mapping[str, Any]) ->
 
 
 def _written(prepared: Prepared, calls: list[Inputs], order: Mapping[str, Any]) -> dict[str, Any]:
-    write_tensors(Path(order["path"]), {str(number): prepared.step(call) for number, call in enumerate(calls)})
+    write_tensors(
+        Path(order["path"]), {str(number): prepared.step(call) for number, call in enumerate(calls)}
+    )
     return {}
 
 
-ORDERS: dict[str, Callable[[Prepared, list[Inputs], Mapping[str, Any]], dict[str, Any]]] = {"time": _timed, "outputs": _written}
+ORDERS: dict[str, Callable[[Prepared, list[Inputs], Mapping[str, Any]], dict[str, Any]]] = {
+    "time": _timed,
+    "outputs": _written,
+}
 
 
 def main(job: Mapping[str, Any]) -> None:

@@ -1,1 +1,3 @@
-"""How near a set of images is to another: features of images, and metrics of two sets of features by well-kept libraries."""
+"""How near a set of images is to another: features of images, and metrics of two sets of features by
+well-kept libraries.
+"""

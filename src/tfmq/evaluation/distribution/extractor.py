@@ -18,7 +18,8 @@ ELSEWHERE = {"fid": "fd", "sfid": "sfd"}
 class Extractor(Protocol):
     """Computes features of uint8 images `[N, H, W, 3]`, each kind `[N, d]`.
 
-    `kinds` are those it has; `describe()` says as JSON values what the features depend on, for the record and for resumed runs.
+    `kinds` are those it has; `describe()` says as JSON values what the features depend on, for the record and
+    for resumed runs.
     """
 
     @property
@@ -49,7 +50,8 @@ def register(name: str) -> Callable[[Callable[[Weights], Extractor]], Callable[[
 
 
 def labelled(metric: str, extractor: str) -> str:
-    """Return the name of a metric on an extractor: another one than the papers' is part of it, and a Frechet distance on it is no FID.
+    """Return the name of a metric on an extractor: another one than the papers' is part of it, and a Frechet
+    distance on it is no FID.
 
     >>> labelled("fid", "inception"), labelled("fid", "pooled-pixels"), labelled("kid", "pooled-pixels")
     ('fid', 'fd[pooled-pixels]', 'kid[pooled-pixels]')

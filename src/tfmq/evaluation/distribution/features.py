@@ -1,4 +1,6 @@
-"""What metrics of distributions see: features of images, or the statistics of features that were computed elsewhere."""
+"""What metrics of distributions see: features of images, or the statistics of features that were computed
+elsewhere.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ Kind = Literal["pool", "spatial", "logits"]
 
 
 class Features(Protocol):
-    """Features of `len(features)` images; `chunks(kind)` streams them in the order of the images, each `[n, d]`."""
+    """Features of `len(features)` images; `chunks(kind)` streams them in the order of the images, each `[n,
+    d]`.
+    """
 
     def __len__(self) -> int: ...
 

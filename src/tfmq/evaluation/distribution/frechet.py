@@ -13,16 +13,21 @@ LIBRARY = "torchmetrics.image.fid"
 
 
 def _put_moments(metric: Any, moments: Moments, kind: Kind) -> None:
-    """Set the sums from which torchmetrics computes mean and covariance to those of two images, from which exactly these follow.
+    """Set the sums from which torchmetrics computes mean and covariance to those of two images, from which
+    exactly these follow.
 
     With `n` images it keeps `sum = n mean` and `cov_sum = (n - 1) covariance + n mean mean^T`.
     """
     if kind not in moments.of:
-        raise ValueError(f"the statistics file holds {' and '.join(sorted(moments.of))} features, not {kind}; pass images instead")
+        raise ValueError(
+            f"the statistics file holds {' and '.join(sorted(moments.of))} "
+            f"features, not {kind}; pass images instead"
+        )
     mean, covariance = (values.double() for values in moments.of[kind])
     if mean.shape != metric.real_features_sum.shape or covariance.shape != metric.real_features_cov_sum.shape:
         raise ValueError(
-            f"the statistics are of {len(mean)} features, the extractor gives {len(metric.real_features_sum)}; use the one they came from"
+            f"the statistics are of {len(mean)} features, the extractor gives "
+            f"{len(metric.real_features_sum)}; use the one they came from"
         )
     metric.real_features_num_samples += 2
     metric.real_features_sum += 2 * mean
@@ -30,7 +35,8 @@ def _put_moments(metric: Any, moments: Moments, kind: Kind) -> None:
 
 
 def frechet_distance(images: Features, others: Features | Moments, kind: Kind) -> float:
-    """Return `||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)` of the means and covariances of two sets (Heusel et al., 2017, equation 6).
+    """Return `||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)` of the means and covariances of two sets (Heusel
+    et al., 2017, equation 6).
 
     torchmetrics sums features in float64 as they stream by; no set is held in memory.
 
@@ -63,20 +69,26 @@ class Fid:
     compares = True
     of_moments = True
 
-    def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
+    def __call__(
+        self, images: Features, others: Features | Moments | None, *, seed: int
+    ) -> Mapping[str, Score]:
         assert others is not None
         return {"fid": Score(frechet_distance(images, others, self.kind))}
 
 
 @register("sfid")
 class SpatialFid:
-    """Frechet distance of spatial features (Nash et al., 2021): no library has it, so it is the library's distance on those features."""
+    """Frechet distance of spatial features (Nash et al., 2021): no library has it, so it is the library's
+    distance on those features.
+    """
 
     library = LIBRARY
     kind: Kind = "spatial"
     compares = True
     of_moments = True
 
-    def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
+    def __call__(
+        self, images: Features, others: Features | Moments | None, *, seed: int
+    ) -> Mapping[str, Score]:
         assert others is not None
         return {"sfid": Score(frechet_distance(images, others, self.kind))}

@@ -24,7 +24,9 @@ OUTPUTS = ["2048", "logits_unbiased"]
 
 
 class Inception:
-    """The pooled 2048 features, 2023 spatial ones, and the class scores without bias of the TensorFlow Inception of 2015."""
+    """The pooled 2048 features, 2023 spatial ones, and the class scores without bias of the TensorFlow
+    Inception of 2015.
+    """
 
     kinds: tuple[Kind, ...] = ("pool", "spatial", "logits")
 
@@ -60,9 +62,13 @@ def inception(weights: Weights) -> Inception:
         ForeignFileError: it is no such file.
         MissingExtraError: torch-fidelity is not installed.
     """
-    path = weights.find(FILE, instead="--extractor pooled-pixels or efficientnet-lite0 compare without it, under other names")
+    path = weights.find(
+        FILE, instead="--extractor pooled-pixels or efficientnet-lite0 compare without it, under other names"
+    )
     library = require("torch_fidelity.feature_extractor_inceptionv3", extra="eval")
     # The library unpickles the file without a guard. What passes this check holds tensors and nothing else.
     check_state(path)
-    network = library.FeatureExtractorInceptionV3("inception-v3-compat", OUTPUTS, feature_extractor_weights_path=str(path))
+    network = library.FeatureExtractorInceptionV3(
+        "inception-v3-compat", OUTPUTS, feature_extractor_weights_path=str(path)
+    )
     return Inception(network, file_digest(path))

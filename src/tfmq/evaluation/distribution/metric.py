@@ -24,9 +24,9 @@ class Score:
 class SetMetric(Protocol):
     """A metric of a set of images, computed by a library on features.
 
-    `library` is the module that computes it, `kind` the features it needs; `compares` tells whether there is a second set, `of_moments`
-    whether that may be statistics. `__call__` returns its scores by name: most metrics have one. What is drawn at random, such as subsets,
-    follows from `seed`.
+    `library` is the module that computes it, `kind` the features it needs; `compares` tells whether there is
+    a second set, `of_moments` whether that may be statistics. `__call__` returns its scores by name: most
+    metrics have one. What is drawn at random, such as subsets, follows from `seed`.
 
     Raises (from `__call__`):
         ValueError: too few images, or statistics where features are needed.
@@ -38,7 +38,9 @@ class SetMetric(Protocol):
     compares: bool
     of_moments: bool
 
-    def __call__(self, images: Features, others: Features | Moments | None, *, seed: int) -> Mapping[str, Score]: ...
+    def __call__(
+        self, images: Features, others: Features | Moments | None, *, seed: int
+    ) -> Mapping[str, Score]: ...
 
 
 SET_METRICS: dict[str, SetMetric] = {}
@@ -73,7 +75,9 @@ class Given(nn.Module):
 
 @contextmanager
 def drawn_by(seed: int) -> Iterator[None]:
-    """Let what a library draws from torch's global generator follow from `seed`, and restore the generator."""
+    """Let what a library draws from torch's global generator follow from `seed`, and restore the
+    generator.
+    """
     with torch.random.fork_rng(devices=[]), catch_warnings():
         # The libraries warn that features are kept in memory, which is what they are there for.
         simplefilter("ignore")
@@ -88,5 +92,8 @@ def features_of(others: Features | Moments | None, metric: str) -> Features:
         ForeignFileError: it is a statistics file, which has none.
     """
     if others is None or isinstance(others, Moments):
-        raise ForeignFileError(f"{metric} needs images to compare with, and a statistics file holds only mean and covariance; pass the images")
+        raise ForeignFileError(
+            f"{metric} needs images to compare with, and a statistics file "
+            "holds only mean and covariance; pass the images"
+        )
     return others

@@ -16,7 +16,8 @@ FINE = 16
 
 
 class PooledPixels:
-    """Means of the pixels in [0, 1] over an 8 x 8 grid (`pool`, 192 features) and over a 16 x 16 grid (`spatial`, 768).
+    """Means of the pixels in [0, 1] over an 8 x 8 grid (`pool`, 192 features) and over a 16 x 16 grid
+    (`spatial`, 768).
 
     It sees layout and colour, no content: a distance on it compares with nothing but itself.
     """

@@ -1,4 +1,6 @@
-"""What a diffusers model is apart from its weights: its stock architecture, and the manifest that a quantized one carries."""
+"""What a diffusers model is apart from its weights: its stock architecture, and the manifest that a quantized
+one carries.
+"""
 
 import json
 import sys
@@ -13,31 +15,48 @@ QUANTIZATION = "quantization_config"
 
 
 def stock_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a model had before it was quantized: the first one that its own Python module knows by its name.
+    """Return the class that a model had before it was quantized: the first one that its own Python module
+    knows by its name.
 
     Raises:
         ValueError: not a diffusers model.
     """
     for kind in type(module).__mro__:
-        if issubclass(kind, ModelMixin) and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind:
+        if (
+            issubclass(kind, ModelMixin)
+            and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
+        ):
             return kind
-    raise ValueError(f"{type(module).__name__} is no diffusers model, so its architecture cannot be rebuilt from a configuration")
+    raise ValueError(
+        f"{type(module).__name__} is no diffusers model, so its "
+        "architecture cannot be rebuilt from a configuration"
+    )
 
 
 def stock_architecture(module: Any) -> nn.Module:
-    """Return the full-precision architecture of a quantized diffusers model, on the meta device: shapes and no values."""
-    config = {name: value for name, value in module.config.items() if name != QUANTIZATION and not name.startswith("_")}
+    """Return the full-precision architecture of a quantized diffusers model, on the meta device: shapes and
+    no values.
+    """
+    config = {
+        name: value
+        for name, value in module.config.items()
+        if name != QUANTIZATION and not name.startswith("_")
+    }
     with torch.device("meta"):
         stock: nn.Module = stock_class(module).from_config(config)  # type: ignore[attr-defined]
     return stock
 
 
 def configuration(module: nn.Module) -> dict[str, Any]:
-    """Return the architecture of a diffusers model as its `config.json` has it, without the manifest and notes of diffusers; {} for other modules."""
+    """Return the architecture of a diffusers model as its `config.json` has it, without the manifest and
+    notes of diffusers; {} for other modules.
+    """
     if not isinstance(module, ModelMixin):
         return {}
     stored = json.loads(module.to_json_string())
-    return {name: value for name, value in stored.items() if name != QUANTIZATION and not name.startswith("_")}
+    return {
+        name: value for name, value in stored.items() if name != QUANTIZATION and not name.startswith("_")
+    }
 
 
 def manifest_of(module: nn.Module) -> Mapping[str, Any] | None:

@@ -1,11 +1,21 @@
-"""Class-conditional latent diffusion, which diffusers has no pipeline for: a class is a token that the UNet attends to."""
+"""Class-conditional latent diffusion, which diffusers has no pipeline for: a class is a token that the UNet
+attends to.
+"""
 
 import inspect
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DConditionModel, VQModel
+from diffusers import (
+    ConfigMixin,
+    DDIMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -34,7 +44,13 @@ class LatentClassPipeline(DiffusionPipeline):
         class_embedder: gives the token of a class.
     """
 
-    def __init__(self, vqvae: VQModel, unet: UNet2DConditionModel, scheduler: DDIMScheduler, class_embedder: ClassEmbedder) -> None:
+    def __init__(
+        self,
+        vqvae: VQModel,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        class_embedder: ClassEmbedder,
+    ) -> None:
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, scheduler=scheduler, class_embedder=class_embedder)
 
@@ -54,18 +70,28 @@ class LatentClassPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draw one image for each class label, with classifier-free guidance where `guidance_scale` is not 1; diffusers' signature."""
+        """Draw one image for each class label, with classifier-free guidance where `guidance_scale` is not 1;
+        diffusers' signature.
+        """
         labels = torch.tensor(class_labels, device=self.device)
         guided = guidance_scale != 1.0
-        tokens = self.class_embedder(torch.cat([torch.full_like(labels, self.num_classes), labels]) if guided else labels)
+        tokens = self.class_embedder(
+            torch.cat([torch.full_like(labels, self.num_classes), labels]) if guided else labels
+        )
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        latents = randn_tensor((len(labels), channels, size, size), generator=generator, device=self.device, dtype=tokens.dtype)
+        latents = randn_tensor(
+            (len(labels), channels, size, size), generator=generator, device=self.device, dtype=tokens.dtype
+        )
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         latents = latents * self.scheduler.init_noise_sigma
         accepted = inspect.signature(self.scheduler.step).parameters
-        options = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        options = {
+            name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted
+        }
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
+            scaled = self.scheduler.scale_model_input(
+                torch.cat([latents, latents]) if guided else latents, timestep
+            )
             noise = self.unet(scaled, timestep, encoder_hidden_states=tokens).sample
             if guided:
                 without, towards = noise.chunk(2)

@@ -1,4 +1,6 @@
-"""tfmq as a library of pipeline components: a pipeline directory names library and class of each, and diffusers opens those of libraries it knows."""
+"""tfmq as a library of pipeline components: a pipeline directory names library and class of each, and
+diffusers opens those of libraries it knows.
+"""
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 

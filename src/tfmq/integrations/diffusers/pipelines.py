@@ -50,7 +50,8 @@ class _Reached(Exception):
 
 
 def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, Denoiser]:
-    """Return every component whose `forward` takes a sample and a timestep, by name, the one that is quantized by default first.
+    """Return every component whose `forward` takes a sample and a timestep, by name, the one that is
+    quantized by default first.
 
     Raises:
         ValueError: there is none.
@@ -63,7 +64,10 @@ def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, Denoiser]:
             except TypeError:
                 continue
     if not found:
-        raise ValueError(f"{type(pipeline).__name__} has no component that takes a sample and a timestep; it has {', '.join(pipeline.components)}")
+        raise ValueError(
+            f"{type(pipeline).__name__} has no component that takes a sample and "
+            f"a timestep; it has {', '.join(pipeline.components)}"
+        )
     order = sorted(found, key=lambda name: (*COMPONENTS, name).index(name))
     return {name: found[name] for name in order}
 
@@ -99,9 +103,12 @@ class PipelineSampler:
     Args:
         pipeline: unconditional, class-conditional (`class_labels`) or text-to-image (`prompt`).
         prompts: used in turn by text-to-image pipelines.
-        options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`; and `spacing` of the timesteps, see `spaced`.
-        labels: classes that class-conditional pipelines draw in turn; by default they are spread over all there are.
-        component: name of the denoiser, for pipelines that call two in turn; by default `unet`, `transformer` or what else there is.
+        options: further arguments of the pipeline's call, such as `guidance_scale` or `eta`; and `spacing` of
+            the timesteps, see `spaced`.
+        labels: classes that class-conditional pipelines draw in turn; by default they are spread over all
+            there are.
+        component: name of the denoiser, for pipelines that call two in turn; by default `unet`, `transformer`
+            or what else there is.
 
     Raises:
         ValueError: the pipeline has no denoiser, or none of that name.
@@ -119,7 +126,9 @@ class PipelineSampler:
         self.pipeline = pipeline
         found = find_denoisers(pipeline)
         if component is not None and component not in found:
-            raise ValueError(f"{type(pipeline).__name__} has no denoiser {component}; it has {', '.join(found)}")
+            raise ValueError(
+                f"{type(pipeline).__name__} has no denoiser {component}; it has {', '.join(found)}"
+            )
         self.component = component or next(iter(found))
         self.denoiser = found[self.component]
         self._chosen = component is not None
@@ -136,9 +145,15 @@ class PipelineSampler:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Names of further full-precision denoisers that the pipeline calls in turn with this one; none where this one was chosen by name."""
+        """Names of further full-precision denoisers that the pipeline calls in turn with this one; none where
+        this one was chosen by name.
+        """
         found = () if self._chosen else find_denoisers(self.pipeline).items()
-        return tuple(n for n, other in found if n != self.component and not n.startswith("controlnet") and not is_quantized(other.module))
+        return tuple(
+            n
+            for n, other in found
+            if n != self.component and not n.startswith("controlnet") and not is_quantized(other.module)
+        )
 
     def prompts_of(self, indices: range) -> list[str]:
         """Return the texts that a text-to-image pipeline draws these images from."""
@@ -146,7 +161,9 @@ class PipelineSampler:
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Names of the classes that a class-conditional pipeline draws, where it gives them (`DiTPipeline.labels`)."""
+        """Names of the classes that a class-conditional pipeline draws, where it gives them
+        (`DiTPipeline.labels`).
+        """
         return {index: name for name, index in (getattr(self.pipeline, "labels", None) or {}).items()}
 
     def _classes(self, indices: range) -> list[int]:
@@ -156,16 +173,24 @@ class PipelineSampler:
             ValueError: a label that the model does not have.
         """
         named = sorted(self.class_names)
-        count = getattr(self.pipeline, "num_classes", None) or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None) or 1000
+        count = (
+            getattr(self.pipeline, "num_classes", None)
+            or getattr(self.denoiser.module.config, "num_embeds_ada_norm", None)
+            or 1000
+        )
         if self.labels:
             if max(self.labels) >= count:
-                raise ValueError(f"there is no class {max(self.labels)}: the model has the classes 0 to {count - 1}")
+                raise ValueError(
+                    f"there is no class {max(self.labels)}: the model has the classes 0 to {count - 1}"
+                )
             return [self.labels[index % len(self.labels)] for index in indices]
         # Spread the images over the named classes: other rows of the table no training has seen.
         return [named[index * 367 % len(named)] if named else index * 367 % count for index in indices]
 
     def asked(self, indices: range) -> list[str] | None:
-        """Return what these images are asked to show: their prompts, or the names of their classes; None where there are none."""
+        """Return what these images are asked to show: their prompts, or the names of their classes; None
+        where there are none.
+        """
         if self.takes_prompts:
             return self.prompts_of(indices)
         names = self.class_names
@@ -184,7 +209,13 @@ class PipelineSampler:
         """Draw images `[N, C, H, W]` in [0, 1]; see `Sampler`."""
         generators = [image_generator(seed, index) for index in indices]
         with spaced(self.pipeline, self.spacing):
-            output = self.pipeline(**self._content(indices), generator=generators, num_inference_steps=steps, output_type="np", **self.options)
+            output = self.pipeline(
+                **self._content(indices),
+                generator=generators,
+                num_inference_steps=steps,
+                output_type="np",
+                **self.options,
+            )
         if "frames" in output:
             # Show a video `[N, F, H, W, C]` as one image, its frames side by side.
             return torch.from_numpy(np.asarray(output.frames)).permute(0, 4, 2, 1, 3).flatten(3)
@@ -192,7 +223,9 @@ class PipelineSampler:
 
     @contextmanager
     def noted_latents(self) -> Iterator[list[Tensor]]:
-        """Collect what the pipeline's autoencoder decodes while the context is open; nothing where it has none."""
+        """Collect what the pipeline's autoencoder decodes while the context is open; nothing where it has
+        none.
+        """
         noted: list[Tensor] = []
         with ExitStack() as stack:
             for component in self.pipeline.components.values():
@@ -203,10 +236,20 @@ class PipelineSampler:
     def describe(self) -> dict[str, Any]:
         """Return what the drawn images depend on beside the denoiser's weights; see `Sampler`."""
         scheduler = self.pipeline.scheduler
-        settings = {"class": type(scheduler).__name__, **{k: repr(v) for k, v in scheduler.config.items() if not k.startswith("_")}}
+        settings = {
+            "class": type(scheduler).__name__,
+            **{k: repr(v) for k, v in scheduler.config.items() if not k.startswith("_")},
+        }
         prompts = list(self.prompts) if self.takes_prompts else []
-        options = {name: repr(value) for name, value in self.options.items()} | ({SPACING: self.spacing} if self.spacing else {})
-        described = {"pipeline": type(self.pipeline).__name__, "scheduler": settings, "prompts": prompts, "options": options}
+        options = {name: repr(value) for name, value in self.options.items()} | (
+            {SPACING: self.spacing} if self.spacing else {}
+        )
+        described = {
+            "pipeline": type(self.pipeline).__name__,
+            "scheduler": settings,
+            "prompts": prompts,
+            "options": options,
+        }
         chosen = {"labels": list(self.labels)} if self.labels else {}
         return described | chosen | ({"component": self.component} if self._chosen else {})
 
@@ -230,21 +273,29 @@ class PipelineSampler:
         except (AttributeError, TypeError, ValueError) as error:
             if "image" not in inspect.signature(self.pipeline.__call__).parameters or "image" in self.options:
                 raise
-            lack = f"{type(self.pipeline).__name__} could not be called without an image ({str(error).strip().splitlines()[0]})"
-            raise ValueError(f"{lack}; give it one: tfmq.PipelineSampler(pipeline, options={{'image': ...}})") from error
+            lack = (
+                f"{type(self.pipeline).__name__} could not be called without an "
+                f"image ({str(error).strip().splitlines()[0]})"
+            )
+            raise ValueError(
+                f"{lack}; give it one: tfmq.PipelineSampler(pipeline, options={{'image': ...}})"
+            ) from error
         finally:
             handle.remove()
         raise ValueError(f"{type(self.pipeline).__name__} drew an image without calling its {self.component}")
 
 
 def _check_whole(pipeline: DiffusionPipeline, source: str | Path) -> None:
-    """Refuse a pipeline that lacks weights, which diffusers leaves on the meta device: a quantized model that lost its manifest is one."""
+    """Refuse a pipeline that lacks weights, which diffusers leaves on the meta device: a quantized model that
+    lost its manifest is one.
+    """
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             absent = [key for key, tensor in component.state_dict().items() if tensor.is_meta]
             if absent:
                 raise ValueError(
-                    f"{source} lacks {len(absent)} tensors of {name}, such as {absent[0]}: its files are not those of its config.json; copy it again"
+                    f"{source} lacks {len(absent)} tensors of {name}, such as {absent[0]}: "
+                    "its files are not those of its config.json; copy it again"
                 )
 
 
@@ -257,15 +308,24 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
     path = Path(source)
     if path.is_dir() and not (path / "model_index.json").exists():
         raise ValueError(f"{path} is not a pipeline directory: it has no model_index.json")
-    if not path.exists() and (path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")):
+    if not path.exists() and (
+        path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")
+    ):
         raise ValueError(f"{source} does not exist, and is not a hub id (owner/name)")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(source), **(absent_components(path) if path.is_dir() else {}))
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(source), **(absent_components(path) if path.is_dir() else {})
+        )
     except OSError as error:
-        raise ValueError(f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(
+            f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}"
+        ) from error
     _check_whole(pipeline, source)
     for component in pipeline.components.values():
-        # Cast only where it is needed: a quantized component has float32 parameters, and tables in a dtype of their own.
-        if isinstance(component, nn.Module) and any(parameter.dtype != torch.float32 for parameter in component.parameters()):
+        # Cast only where it is needed: a quantized component has float32 parameters, and tables in a dtype of
+        # their own.
+        if isinstance(component, nn.Module) and any(
+            parameter.dtype != torch.float32 for parameter in component.parameters()
+        ):
             component.float()
     return pipeline

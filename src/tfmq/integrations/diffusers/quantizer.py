@@ -1,7 +1,8 @@
-"""diffusers' quantizer interface: a component whose config carries a tfmq manifest loads with `from_pretrained`.
+"""diffusers' quantizer interface: a component whose config carries a tfmq manifest loads with
+`from_pretrained`.
 
-diffusers has no public registration; `register` fills its two tables in `diffusers.quantizers.auto`, and has it heed the backend of a config that a
-model is loaded with.
+diffusers has no public registration; `register` fills its two tables in `diffusers.quantizers.auto`, and has
+it heed the backend of a config that a model is loaded with.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,10 +36,12 @@ class QuantMethod(StrEnum):
 
 
 class TFMQConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a quantized component: its sealed manifest (docs/format.md), field by field.
+    """The `quantization_config` of a quantized component: its sealed manifest (docs/format.md), field by
+    field.
 
-    Passed to `from_pretrained`, it says what the model computes with; its manifest is the stored one in any case. For a component
-    `quantization_config=TFMQConfig(backend="openvino")`, for a pipeline the same in a `PipelineQuantizationConfig(quant_mapping={"unet": ...})`.
+    Passed to `from_pretrained`, it says what the model computes with; its manifest is the stored one in any
+    case. For a component `quantization_config=TFMQConfig(backend="openvino")`, for a pipeline the same in a
+    `PipelineQuantizationConfig(quant_mapping={"unet": ...})`.
 
     Args:
         backend: as in `tfmq.execute`. It is no part of the manifest, and not saved.
@@ -51,7 +54,9 @@ class TFMQConfig(QuantizationConfigMixin):
         self.quant_method = QuantMethod.TFMQ
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """Return the config of a manifest; diffusers' signature."""
         config = cls()
         # A manifest has no field `backend`. If somebody has added one, the seal has to fail.
@@ -96,14 +101,18 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if absent := sorted(model.state_dict().keys() - self._sealed.keys()):
-            raise TensorMismatchError(f"the checkpoint lacks {absent[0]}, which the architecture has; copy or save it again")
+            raise TensorMismatchError(
+                f"the checkpoint lacks {absent[0]}, which the architecture has; copy or save it again"
+            )
         model.requires_grad_(False)
         remember_digest(model, self.quantization_config.manifest["digest"], self._sealed)
         refuse_adapters(model)
         loaded(model, self.quantization_config.backend)
         return model
 
-    def get_state_dict_and_metadata(self, state_dict: dict[str, Any], safe_serialization: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what is saved, after checking that it is what the manifest seals.
 
         Raises:
@@ -112,24 +121,44 @@ class TFMQQuantizer(DiffusersQuantizer):
         try:
             verify(state_dict, self.quantization_config.to_dict())
         except CheckpointError as error:
-            raise ValueError("the tensors changed since they were sealed (cast to another dtype?); load the model in float32 to save it") from error
+            raise ValueError(
+                "the tensors changed since they were sealed (cast to another "
+                "dtype?); load the model in float32 to save it"
+            ) from error
         return state_dict, {}
 
-    def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any) -> bool:
+    def check_if_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
+    ) -> bool:
         """Whether a tensor keeps the dtype it is stored in."""
         owner, _, name = param_name.rpartition(".")
         module = model.get_submodule(owner)
         return isinstance(module, Part) and module.keeps(name)
 
     def create_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Put a stored tensor into its buffer, uncast."""
         owner, _, name = param_name.rpartition(".")
         module, stored = model.get_submodule(owner), state_dict[param_name]
         wanted = getattr(module, name).shape
         if stored.shape != wanted:
-            raise TensorMismatchError(f"{param_name} has the shape {list(stored.shape)}, the architecture needs {list(wanted)}; copy it again")
+            raise TensorMismatchError(
+                f"{param_name} has the shape {list(stored.shape)}, the "
+                f"architecture needs {list(wanted)}; copy it again"
+            )
         module.register_buffer(name, stored.to(target_device))
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None = None) -> torch.dtype:
@@ -148,16 +177,23 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """The simulated forward compiles with graph breaks only: it looks up whether a timestep was calibrated."""
+        """The simulated forward compiles with graph breaks only: it looks up whether a timestep was
+        calibrated.
+        """
         return False
 
 
 def _heeding(merge: Callable[..., Any]) -> Callable[..., Any]:
-    """Return diffusers' choice between a stored and a given config, which drops the given one, such that a given backend counts."""
+    """Return diffusers' choice between a stored and a given config, which drops the given one, such that a
+    given backend counts.
+    """
 
     @wraps(merge)
     def merged(stored: Any, given: Any = None) -> Any:
-        ours = isinstance(given, TFMQConfig) and (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method) == METHOD
+        ours = (
+            isinstance(given, TFMQConfig)
+            and (stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method) == METHOD
+        )
         config = merge(stored, None if ours else given)
         if ours:
             config.backend = given.backend
@@ -173,10 +209,16 @@ def register() -> None:
     Raises:
         RuntimeError: this diffusers keeps its quantizers elsewhere.
     """
-    for table, value in (("AUTO_QUANTIZER_MAPPING", TFMQQuantizer), ("AUTO_QUANTIZATION_CONFIG_MAPPING", TFMQConfig)):
+    for table, value in (
+        ("AUTO_QUANTIZER_MAPPING", TFMQQuantizer),
+        ("AUTO_QUANTIZATION_CONFIG_MAPPING", TFMQConfig),
+    ):
         mapping = getattr(auto, table, None)
         if not isinstance(mapping, dict):
-            raise RuntimeError(f"diffusers.quantizers.auto has no {table}; install a diffusers that tfmq supports: pip install 'tfmq[diffusers]'")
+            raise RuntimeError(
+                f"diffusers.quantizers.auto has no {table}; install a diffusers "
+                "that tfmq supports: pip install 'tfmq[diffusers]'"
+            )
         mapping[METHOD] = value
     merge = auto.DiffusersAutoQuantizer.merge_quantization_configs
     if not getattr(merge, METHOD, False):
@@ -184,7 +226,9 @@ def register() -> None:
 
 
 def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
-    """Make a diffusers model that was quantized in memory save and describe itself like a loaded one; other modules are left alone."""
+    """Make a diffusers model that was quantized in memory save and describe itself like a loaded one; other
+    modules are left alone.
+    """
     # Import it here, not at the top: this module is imported while diffusers imports its models.
     from diffusers.models.modeling_utils import ModelMixin
 

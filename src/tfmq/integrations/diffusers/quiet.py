@@ -1,4 +1,6 @@
-"""Silence what diffusers and transformers print while they load: bars of their own, and notes on settings that tfmq chose."""
+"""Silence what diffusers and transformers print while they load: bars of their own, and notes on settings
+that tfmq chose.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +22,9 @@ def _hush(logging: ModuleType, stack: ExitStack) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let both libraries report errors only, without bars, while the context is open; transformers need not be installed."""
+    """Let both libraries report errors only, without bars, while the context is open; transformers need not
+    be installed.
+    """
     with ExitStack() as stack:
         _hush(diffusers_logging, stack)
         if find_spec("transformers") is not None:

@@ -15,7 +15,9 @@ OWN = {kind.__name__: kind for kind in (UNet2DHeadsModel,)}
 
 
 def absent_components(directory: Path) -> dict[str, None]:
-    """Return the components that a pipeline was saved without, as `from_pretrained` wants to be told: SD3 may go without its T5, for one."""
+    """Return the components that a pipeline was saved without, as `from_pretrained` wants to be told: SD3 may
+    go without its T5, for one.
+    """
     index = read_json(directory / "model_index.json")
     return {name: None for name, value in index.items() if value == [None, None]}
 
@@ -39,6 +41,9 @@ def load_component(directory: Path, class_name: str) -> Any:
     """
     kind = component_class(class_name)
     if kind is None:
-        raise ValueError(f"{directory} holds a {class_name}, which this diffusers does not have; load it with tfmq.load(directory, module=...)")
+        raise ValueError(
+            f"{directory} holds a {class_name}, which this diffusers does not "
+            "have; load it with tfmq.load(directory, module=...)"
+        )
     register()
     return kind.from_pretrained(str(directory))

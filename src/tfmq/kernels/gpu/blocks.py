@@ -22,7 +22,9 @@ def segment_of(channels, W0, W1, W2, G: tl.constexpr):
 
 @triton.jit
 def grid_of(scale, zero, step, channels, W0, W1, W2, G: tl.constexpr):
-    """Return scale and zero-point, float32, for table rows `step` `[R]` and `channels` `[C]`: `[R, 1]`, or `[R, C]` with segments."""
+    """Return scale and zero-point, float32, for table rows `step` `[R]` and `channels` `[C]`: `[R, 1]`, or
+    `[R, C]` with segments.
+    """
     if G == 1:
         s = tl.load(scale + step)[:, None]
         z = tl.load(zero + step).to(tl.float32)[:, None]
@@ -35,7 +37,9 @@ def grid_of(scale, zero, step, channels, W0, W1, W2, G: tl.constexpr):
 
 @triton.jit
 def coded(x, s, z, LEVELS: tl.constexpr):
-    """Return `clamp(round(x / s) + z, 0, LEVELS - 1) - 128`: bounds are integers, so the clamp may come before the rounding."""
+    """Return `clamp(round(x / s) + z, 0, LEVELS - 1) - 128`: bounds are integers, so the clamp may come
+    before the rounding.
+    """
     scaled = x * tl.div_rn(1.0, s)
     bounded = tl.minimum(tl.maximum(scaled, -z), (LEVELS - 1) - z)
     return ((bounded + ROUNDER) - ROUNDER + (z - 128)).to(tl.int32).to(tl.int8)

@@ -1,7 +1,8 @@
 """Normalisation to codes on a GPU.
 
-Group norm takes three kernels: mean and squared deviations of every channel of a slice of the image, their union for each group (Chan et al.,
-1983, which loses nothing to cancellation), and one pass that normalises, activates, quantizes and pads. Layer norm takes one program a token.
+Group norm takes three kernels: mean and squared deviations of every channel of a slice of the image, their
+union for each group (Chan et al., 1983, which loses nothing to cancellation), and one pass that normalises,
+activates, quantizes and pads. Layer norm takes one program a token.
 """
 
 from collections.abc import Sequence
@@ -16,14 +17,17 @@ from tfmq.kernels.gpu.quantize import blocks, placement, source_row
 from tfmq.kernels.operators.grids import widths
 from tfmq.kernels.operators.quantize import padded_shape
 
-# Maximum number of slices of an image, so that one image fills a device, and minimum number of pixels in a slice.
+# Maximum number of slices of an image, so that one image fills a device, and minimum number of pixels in a
+# slice.
 MOST_SLICES = 64
 LEAST_PIXELS = 32
 
 
 @triton.jit
 def channel_moments(x, means, deviations, PIXELS, C, SLICE, SLICES, BR: tl.constexpr, BC: tl.constexpr):
-    """Write mean and sum of squared deviations of some channels over one slice of one image, `[B, SLICES, C]`."""
+    """Write mean and sum of squared deviations of some channels over one slice of one image, `[B, SLICES,
+    C]`.
+    """
     image, part = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     real = channel < C
@@ -35,7 +39,9 @@ def channel_moments(x, means, deviations, PIXELS, C, SLICE, SLICES, BR: tl.const
     for begin in range(first, last, BR):
         pixel = begin + tl.arange(0, BR)
         inside = (pixel < last)[:, None] & real[None, :]
-        value = tl.load(x + (image * PIXELS + pixel).to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(
+            x + (image * PIXELS + pixel).to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
         here = tl.minimum(last - begin, BR).to(tl.float32)
         own = tl.sum(value, axis=0) / here
         away = tl.where(inside, value - own[None, :], 0.0)
@@ -50,7 +56,21 @@ def channel_moments(x, means, deviations, PIXELS, C, SLICE, SLICES, BR: tl.const
 
 
 @triton.jit
-def group_moments(means, deviations, centre, rate, PIXELS, C, SLICE, SLICES, GROUPS, EPS, WIDTH, BS: tl.constexpr, BC: tl.constexpr):
+def group_moments(
+    means,
+    deviations,
+    centre,
+    rate,
+    PIXELS,
+    C,
+    SLICE,
+    SLICES,
+    GROUPS,
+    EPS,
+    WIDTH,
+    BS: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Write mean and reciprocal standard deviation of one group of one image, `[B, GROUPS]`."""
     image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     part, channel = tl.arange(0, BS), tl.arange(0, BC)
@@ -69,10 +89,37 @@ def group_moments(means, deviations, centre, rate, PIXELS, C, SLICE, SLICES, GRO
 
 @triton.jit
 def normalise_rows(
-    x, out, centre, rate, weight, bias, scale, zero, index, ROWS, C, RUN, PER_IMAGE, GROUPS, WIDTH_OF_GROUP, W0, W1, W2,
-    HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, G: tl.constexpr, LEVELS: tl.constexpr, PADDED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    centre,
+    rate,
+    weight,
+    bias,
+    scale,
+    zero,
+    index,
+    ROWS,
+    C,
+    RUN,
+    PER_IMAGE,
+    GROUPS,
+    WIDTH_OF_GROUP,
+    W0,
+    W1,
+    W2,
+    HEIGHT,
+    WIDTH,
+    OHEIGHT,
+    OWIDTH,
+    TOP,
+    LEFT,
+    G: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Write the codes of a block of normalised rows; the border gets the code of zero."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -82,19 +129,45 @@ def normalise_rows(
     row = tl.where(row < ROWS, row, 0)
     s, z = grid_of(scale, zero, tl.load(index + row // RUN), channel, W0, W1, W2, G)
     source, inner = source_row(row, HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, PADDED)
-    value = tl.load(x + source.to(tl.int64)[:, None] * C + channel[None, :], mask=real & inner[:, None], other=0.0).to(tl.float32)
+    value = tl.load(
+        x + source.to(tl.int64)[:, None] * C + channel[None, :], mask=real & inner[:, None], other=0.0
+    ).to(tl.float32)
     group = (row // PER_IMAGE * GROUPS)[:, None] + (channel // WIDTH_OF_GROUP)[None, :]
     value = (value - tl.load(centre + group)) * tl.load(rate + group)
-    value = value * tl.load(weight + channel).to(tl.float32)[None, :] + tl.load(bias + channel).to(tl.float32)[None, :]
+    value = (
+        value * tl.load(weight + channel).to(tl.float32)[None, :]
+        + tl.load(bias + channel).to(tl.float32)[None, :]
+    )
     value = tl.where(inner[:, None], activated(value, ACTIVATION), 0.0)
-    tl.store(out + (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None] * C + channel[None, :], coded(value, s, z, LEVELS), mask=real)
+    tl.store(
+        out + (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None] * C + channel[None, :],
+        coded(value, s, z, LEVELS),
+        mask=real,
+    )
 
 
 @triton.jit
 def normalise_token(
-    x, out, weight, bias, gain, shift, scale, zero, index, C, EPS, RUN, GAIN_RUN, W0, W1, W2,
-    G: tl.constexpr, LEVELS: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    weight,
+    bias,
+    gain,
+    shift,
+    scale,
+    zero,
+    index,
+    C,
+    EPS,
+    RUN,
+    GAIN_RUN,
+    W0,
+    W1,
+    W2,
+    G: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Write the codes of one normalised and modulated token."""
     row = tl.program_id(0)
     channel = tl.arange(0, BC)
@@ -109,10 +182,14 @@ def normalise_token(
         y = y + tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     if gain is not None:
         place = row // GAIN_RUN * C + channel
-        y = y * (1.0 + tl.load(gain + place, mask=real, other=0.0).to(tl.float32)) + tl.load(shift + place, mask=real, other=0.0).to(tl.float32)
+        y = y * (1.0 + tl.load(gain + place, mask=real, other=0.0).to(tl.float32)) + tl.load(
+            shift + place, mask=real, other=0.0
+        ).to(tl.float32)
     step = tl.load(index + row // RUN + tl.zeros((1,), dtype=tl.int32))
     s, z = grid_of(scale, zero, step, tl.where(real, channel, 0), W0, W1, W2, G)
-    tl.store(out + row.to(tl.int64) * C + channel[None, :], coded(y[None, :], s, z, LEVELS), mask=real[None, :])
+    tl.store(
+        out + row.to(tl.int64) * C + channel[None, :], coded(y[None, :], s, z, LEVELS), mask=real[None, :]
+    )
 
 
 def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -130,15 +207,37 @@ def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     within = channels // groups
     sizes = {"BS": triton.next_power_of_2(slices), "BC": triton.next_power_of_2(within)}
     group_moments[(batch * groups,)](
-        means, deviations, centre, rate, pixels, channels, size, slices, groups, eps, within, **sizes, enable_fp_fusion=False
+        means,
+        deviations,
+        centre,
+        rate,
+        pixels,
+        channels,
+        size,
+        slices,
+        groups,
+        eps,
+        within,
+        **sizes,
+        enable_fp_fusion=False,
     )
     return centre, rate
 
 
 def group_norm_codes(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str, scale: Tensor, zero_point: Tensor, index: Tensor,
-    segments: Sequence[int], levels: int, padding: Sequence[int],
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor,
+    segments: Sequence[int],
+    levels: int,
+    padding: Sequence[int],
+) -> Tensor:
     """Compute `tfmq::group_norm_codes`."""
     x = x.contiguous()
     out = torch.empty(padded_shape(x.shape, padding), dtype=torch.int8, device=x.device)
@@ -151,14 +250,38 @@ def group_norm_codes(
     grid, sizes = blocks(rows, channels)
     constants = {"G": max(1, len(segments)), "LEVELS": levels, "ACTIVATION": activation, **padded, **sizes}
     counts = (rows, channels, rows // len(index), rows // x.shape[0], groups, channels // groups)
-    normalise_rows[grid](x, out, centre, rate, weight, bias, scale, zero_point, index, *counts, *edges, *places, **constants, enable_fp_fusion=False)
+    normalise_rows[grid](
+        x,
+        out,
+        centre,
+        rate,
+        weight,
+        bias,
+        scale,
+        zero_point,
+        index,
+        *counts,
+        *edges,
+        *places,
+        **constants,
+        enable_fp_fusion=False,
+    )
     return out
 
 
 def layer_norm_codes(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, gain: Tensor | None, shift: Tensor | None, scale: Tensor, zero_point: Tensor,
-    index: Tensor, segments: Sequence[int], levels: int,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor,
+    segments: Sequence[int],
+    levels: int,
+) -> Tensor:
     """Compute `tfmq::layer_norm_codes`."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -171,6 +294,19 @@ def layer_norm_codes(
     runs = (rows // len(index), 1 if gain is None else rows // len(gain))
     constants = {"G": max(1, len(segments)), "LEVELS": levels, "BC": triton.next_power_of_2(channels)}
     normalise_token[(rows,)](
-        x, out, weight, bias, *modulation, scale, zero_point, index, channels, eps, *runs, *edges, **constants, enable_fp_fusion=False
+        x,
+        out,
+        weight,
+        bias,
+        *modulation,
+        scale,
+        zero_point,
+        index,
+        channels,
+        eps,
+        *runs,
+        *edges,
+        **constants,
+        enable_fp_fusion=False,
     )
     return out

@@ -1,4 +1,6 @@
-"""Floating point to codes on a GPU: one pass that reads, quantizes and pads; and the variant with a grid for each token."""
+"""Floating point to codes on a GPU: one pass that reads, quantizes and pads; and the variant with a grid for
+each token.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +44,9 @@ def quantize_rows(
     step = tl.load(index + row // RUN, mask=row < ROWS, other=0)
     s, z = grid_of(scale, zero, step, tl.where(channel < C, channel, 0), W0, W1, W2, G)
     source, inner = source_row(row, HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, PADDED)
-    value = tl.load(x + source.to(tl.int64)[:, None] * C + channel[None, :], mask=real & inner[:, None], other=0.0).to(tl.float32)
+    value = tl.load(
+        x + source.to(tl.int64)[:, None] * C + channel[None, :], mask=real & inner[:, None], other=0.0
+    ).to(tl.float32)
     tl.store(out + row.to(tl.int64)[:, None] * C + channel[None, :], coded(value, s, z, LEVELS), mask=real)
 
 
@@ -76,7 +80,13 @@ def placement(x: Tensor, padding: Sequence[int]) -> tuple[list[int], dict[str, A
 
 
 def quantize_codes(
-    x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor, segments: Sequence[int], levels: int, padding: Sequence[int]
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor,
+    segments: Sequence[int],
+    levels: int,
+    padding: Sequence[int],
 ) -> Tensor:
     """Compute `tfmq::quantize_codes`."""
     x = x.contiguous()
@@ -89,7 +99,20 @@ def quantize_codes(
     edges = [*widths(segments, channels), 0, 0][:3]
     grid, sizes = blocks(rows, channels)
     constants = {"G": max(1, len(segments)), "LEVELS": levels, **padded, **sizes}
-    quantize_rows[grid](x, out, scale, zero_point, index, rows, channels, rows // len(index), *edges, *places, **constants, enable_fp_fusion=False)
+    quantize_rows[grid](
+        x,
+        out,
+        scale,
+        zero_point,
+        index,
+        rows,
+        channels,
+        rows // len(index),
+        *edges,
+        *places,
+        **constants,
+        enable_fp_fusion=False,
+    )
     return out
 
 
@@ -101,5 +124,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if rows:
-        quantize_each_row[(rows,)](x, out, scale, channels, BC=triton.next_power_of_2(channels), enable_fp_fusion=False)
+        quantize_each_row[(rows,)](
+            x, out, scale, channels, BC=triton.next_power_of_2(channels), enable_fp_fusion=False
+        )
     return out, scale

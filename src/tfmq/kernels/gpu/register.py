@@ -11,13 +11,24 @@ from tfmq.kernels.operators import quantize as quantize_operators
 
 
 def product_codes(
-    left: Tensor, left_scale: Tensor, left_zero: Tensor, left_levels: int, right: Tensor, right_scale: Tensor, right_zero: Tensor, right_levels: int
+    left: Tensor,
+    left_scale: Tensor,
+    left_zero: Tensor,
+    left_levels: int,
+    right: Tensor,
+    right_scale: Tensor,
+    right_zero: Tensor,
+    right_levels: int,
 ) -> Tensor:
-    """Compute `tfmq::product_codes` by the library's batched product: bfloat16 holds every integer up to 256, the sums are float32."""
+    """Compute `tfmq::product_codes` by the library's batched product: bfloat16 holds every integer up to 256,
+    the sums are float32.
+    """
     a = product_operators.centred(left, left_scale, left_zero, left_levels).to(torch.bfloat16)
     b = product_operators.centred(right, right_scale, right_zero, right_levels).to(torch.bfloat16)
     sums = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return product_operators.rescaled(sums.reshape(*left.shape[:-1], right.shape[-1]), left_scale, right_scale, left.dtype)
+    return product_operators.rescaled(
+        sums.reshape(*left.shape[:-1], right.shape[-1]), left_scale, right_scale, left.dtype
+    )
 
 
 for _operators, _kernels, _names in (

@@ -1,4 +1,6 @@
-"""How a matrix product is cut up for a device: the tiles to choose from, and the choice by measuring, which is kept."""
+"""How a matrix product is cut up for a device: the tiles to choose from, and the choice by measuring, which
+is kept.
+"""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import astuple, dataclass
@@ -50,7 +52,8 @@ def keep_in(mapping: MutableMapping[str, Sequence[int]]) -> None:
 
 
 def _fitting(tiles: Sequence[Tile], rows: int, columns: int) -> list[Tile]:
-    """Return the tiles that are neither much larger nor much smaller than the product; the first of all where none is left.
+    """Return the tiles that are neither much larger nor much smaller than the product; the first of all where
+    none is left.
 
     What is left out would cost seconds of compilation.
     """
@@ -66,10 +69,11 @@ def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
 
 
 def chosen(kernel: str, rows: int, rest: tuple[int, ...], launch: Callable[[Tile], None]) -> Tile:
-    """Return the fastest tile for a product of `rows` rows; `rest` (columns, depth and whatever else counts) is met exactly.
+    """Return the fastest tile for a product of `rows` rows; `rest` (columns, depth and whatever else counts)
+    is met exactly.
 
-    Rows count to the next power of two. A shape that comes for the first time is measured, which takes tenths of a second; never while a CUDA
-    graph is recorded, which measuring would break.
+    Rows count to the next power of two. A shape that comes for the first time is measured, which takes tenths
+    of a second; never while a CUDA graph is recorded, which measuring would break.
 
     Raises:
         RuntimeError: no tile fits into the device's shared memory.
@@ -83,7 +87,9 @@ def chosen(kernel: str, rows: int, rest: tuple[int, ...], launch: Callable[[Tile
     candidates = _fitting(TILES, rows, rest[0])
     times = [_seconds(launch, tile) for tile in candidates]
     if min(times) == float("inf"):
-        raise RuntimeError(f"no tile of {kernel} fits into the shared memory of {torch.cuda.get_device_name()}")
+        raise RuntimeError(
+            f"no tile of {kernel} fits into the shared memory of {torch.cuda.get_device_name()}"
+        )
     best = candidates[times.index(min(times))]
     choices[key] = astuple(best)
     return best

@@ -21,6 +21,9 @@ def finished(total: Tensor, activation: str, residual: Tensor | None, dtype: tor
         ValueError: no such activation function.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"there is no activation function {activation!r}; the epilogue has {', '.join(map(repr, ACTIVATIONS))}")
+        raise ValueError(
+            f"there is no activation function {activation!r}; the epilogue "
+            f"has {', '.join(map(repr, ACTIVATIONS))}"
+        )
     y = ACTIVATIONS[activation](total)
     return (y if residual is None else y + residual.float()).to(dtype)

@@ -10,7 +10,8 @@ OFFSET = 128
 
 
 def rows_of(table: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    """Return the values of `table` `[S, G]` for an `x` `[A, ..., C]` whose rows divide into `len(index)` runs: `[R or A, ..., G]`, to broadcast.
+    """Return the values of `table` `[S, G]` for an `x` `[A, ..., C]` whose rows divide into `len(index)`
+    runs: `[R or A, ..., G]`, to broadcast.
 
     Runs are whole samples, or single rows of `x`.
 
@@ -30,7 +31,13 @@ def rows_of(table: Tensor, index: Tensor, x: Tensor) -> Tensor:
 
 def spread(values: Tensor, segments: Sequence[int]) -> Tensor:
     """Return `[..., G]` values for each channel `[..., C]`, or as they are where one serves every channel."""
-    return torch.cat([values[..., g : g + 1].expand(*values.shape[:-1], w) for g, w in enumerate(segments)], dim=-1) if segments else values
+    return (
+        torch.cat(
+            [values[..., g : g + 1].expand(*values.shape[:-1], w) for g, w in enumerate(segments)], dim=-1
+        )
+        if segments
+        else values
+    )
 
 
 def widths(segments: Sequence[int], channels: int) -> tuple[int, ...]:

@@ -1,4 +1,6 @@
-"""Normalisation that writes codes: what stands in front of most layers of a denoiser, in one operator with the quantizer of the layer."""
+"""Normalisation that writes codes: what stands in front of most layers of a denoiser, in one operator with
+the quantizer of the layer.
+"""
 
 from collections.abc import Sequence
 
@@ -26,7 +28,9 @@ def group_norm_codes(
     levels: int,
     padding: Sequence[int],
 ) -> Tensor:
-    """Return the codes of `activation(group_norm(x))` for images `x` `[B, H, W, C]`, "" or "silu", in float32 up to the rounding to codes."""
+    """Return the codes of `activation(group_norm(x))` for images `x` `[B, H, W, C]`, "" or "silu", in float32
+    up to the rounding to codes.
+    """
     normed = F.group_norm(x.float().movedim(-1, 1), groups, weight.float(), bias.float(), eps).movedim(1, -1)
     return codes_of(ACTIVATIONS[activation](normed), scale, zero_point, index, segments, levels, padding)
 
@@ -63,11 +67,19 @@ def layer_norm_codes(
     segments: Sequence[int],
     levels: int,
 ) -> Tensor:
-    """Return the codes of `layer_norm(x) (1 + gain) + shift` for tokens `x` `[B, ..., C]`; `gain` and `shift` `[B or 1, C]` come together or not.
+    """Return the codes of `layer_norm(x) (1 + gain) + shift` for tokens `x` `[B, ..., C]`; `gain` and `shift`
+    `[B or 1, C]` come together or not.
 
-    The normalisation is over the channels, with `weight` and `bias` `[C]` where it has them; all in float32 up to the rounding to codes.
+    The normalisation is over the channels, with `weight` and `bias` `[C]` where it has them; all in float32
+    up to the rounding to codes.
     """
-    y = F.layer_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), None if bias is None else bias.float(), eps)
+    y = F.layer_norm(
+        x.float(),
+        x.shape[-1:],
+        None if weight is None else weight.float(),
+        None if bias is None else bias.float(),
+        eps,
+    )
     if gain is not None and shift is not None:
         every = torch.arange(len(gain), device=gain.device)
         y = y * (1 + rows_of(gain.float(), every, x)) + rows_of(shift.float(), every, x)

@@ -1,4 +1,6 @@
-"""An attention product in integers: both operands on grids of their own, the product of their codes rescaled once."""
+"""An attention product in integers: both operands on grids of their own, the product of their codes rescaled
+once.
+"""
 
 import torch
 from torch import Tensor
@@ -30,11 +32,14 @@ def product_codes(
     right_zero: Tensor,
     right_levels: int,
 ) -> Tensor:
-    """Return `left_hat @ right_hat` in the dtype of `left`; scales and zero-points are one for each sample, or one.
+    """Return `left_hat @ right_hat` in the dtype of `left`; scales and zero-points are one for each sample,
+    or one.
 
     Sums of integers are exact below 2**24, which 258 products of the largest codes stay below.
     """
-    sums = centred(left, left_scale, left_zero, left_levels) @ centred(right, right_scale, right_zero, right_levels)
+    sums = centred(left, left_scale, left_zero, left_levels) @ centred(
+        right, right_scale, right_zero, right_levels
+    )
     return rescaled(sums, left_scale, right_scale, left.dtype).contiguous()
 
 

@@ -20,7 +20,9 @@ def _feed(call: Inputs) -> dict[str, Any]:
 
 @register("onnxruntime-int8", "peer")
 class OnnxRuntime:
-    """The original, exported, and quantized with a scale for each output channel of a weight, on the calls of the benchmark."""
+    """The original, exported, and quantized with a scale for each output channel of a weight, on the calls of
+    the benchmark.
+    """
 
     needs: tuple[str, ...] = ("onnx", "onnxruntime")
     builds = True
@@ -36,7 +38,9 @@ class OnnxRuntime:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             flat = Flat(setting.source.view(setting.source.original()), calls[0])
-            torch.onnx.export(flat, tensors_of(calls[0]), str(full), dynamo=False, opset_version=OPSET, input_names=names)
+            torch.onnx.export(
+                flat, tensors_of(calls[0]), str(full), dynamo=False, opset_version=OPSET, input_names=names
+            )
         shapes.quant_pre_process(str(full), str(ready))
 
         class Calls(quantization.CalibrationDataReader):  # type: ignore[name-defined]
@@ -49,8 +53,13 @@ class OnnxRuntime:
                 call = next(self.left, None)
                 return None if call is None else _feed(call)
 
-        kinds = {"activation_type": quantization.QuantType.QUInt8, "weight_type": quantization.QuantType.QInt8}
-        quantization.quantize_static(str(ready), str(setting.folder / QUANTIZED), Calls(), per_channel=True, **kinds)
+        kinds = {
+            "activation_type": quantization.QuantType.QUInt8,
+            "weight_type": quantization.QuantType.QInt8,
+        }
+        quantization.quantize_static(
+            str(ready), str(setting.folder / QUANTIZED), Calls(), per_channel=True, **kinds
+        )
         full.unlink()
         ready.unlink()
 
@@ -64,6 +73,8 @@ class OnnxRuntime:
         known = {entry.name for entry in session.get_inputs()}
 
         def step(call: Inputs) -> torch.Tensor:
-            return torch.from_numpy(session.run(None, {name: value for name, value in _feed(call).items() if name in known})[0])
+            return torch.from_numpy(
+                session.run(None, {name: value for name, value in _feed(call).items() if name in known})[0]
+            )
 
         return Prepared(step, path.stat().st_size)

@@ -26,7 +26,9 @@ def _converted(setting: Setting) -> Any:
     with warnings.catch_warnings():
         # The converter traces with what torch has deprecated.
         warnings.simplefilter("ignore")
-        model = openvino.convert_model(Flat(setting.source.view(setting.source.original()), call), example_input=example)
+        model = openvino.convert_model(
+            Flat(setting.source.view(setting.source.original()), call), example_input=example
+        )
     model.reshape({number: list(tensor.shape) for number, tensor in enumerate(example)})
     return model
 
@@ -35,7 +37,11 @@ def _compiled(setting: Setting) -> Prepared:
     require("openvino", extra="bench")
     path = setting.folder / FILE
     # Float stays float32: processors with native bfloat16 would otherwise compute in that.
-    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": setting.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    hints = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": setting.threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
     request = shared_core().compile_model(str(path), "CPU", hints).create_infer_request()
 
     def step(call: Inputs) -> torch.Tensor:
@@ -55,7 +61,9 @@ class FullPrecision:
 
     def build(self, setting: Setting) -> None:
         """Convert the original."""
-        require("openvino", extra="bench").save_model(_converted(setting), setting.folder / FILE, compress_to_fp16=False)
+        require("openvino", extra="bench").save_model(
+            _converted(setting), setting.folder / FILE, compress_to_fp16=False
+        )
 
     def prepare(self, setting: Setting) -> Prepared:
         """Compile the file."""
@@ -64,7 +72,9 @@ class FullPrecision:
 
 @register("openvino-nncf", "peer")
 class Nncf:
-    """The original, quantized by NNCF after training: weights and activations INT8, on the calls of the benchmark."""
+    """The original, quantized by NNCF after training: weights and activations INT8, on the calls of the
+    benchmark.
+    """
 
     needs: tuple[str, ...] = ("openvino", "nncf")
     builds = True

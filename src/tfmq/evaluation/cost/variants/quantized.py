@@ -22,7 +22,9 @@ class Executed:
 
     def prepare(self, setting: Setting) -> Prepared:
         """Load the checkpoint, ready to run."""
-        module = setting.source.executed(self.backend, Options(compile=self.compiled, threads=setting.threads))
+        module = setting.source.executed(
+            self.backend, Options(compile=self.compiled, threads=setting.threads)
+        )
         assert setting.source.quantized is not None
         return Prepared(placed(module, setting), stored_bytes(setting.source.quantized))
 

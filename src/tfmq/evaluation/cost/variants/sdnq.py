@@ -22,5 +22,11 @@ class Sdnq:
         """Quantize the original."""
         sdnq = require("sdnq", extra="bench")
         products = {"use_quantized_matmul": True, "use_quantized_matmul_conv": True}
-        module = sdnq.sdnq_post_load_quant(setting.source.original(), weights_dtype="int8", quant_conv=True, torch_dtype=torch.float32, **products)
+        module = sdnq.sdnq_post_load_quant(
+            setting.source.original(),
+            weights_dtype="int8",
+            quant_conv=True,
+            torch_dtype=torch.float32,
+            **products,
+        )
         return Prepared(setting.source.view(module), state_bytes(module))

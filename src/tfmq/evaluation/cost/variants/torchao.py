@@ -13,7 +13,9 @@ from tfmq.models.denoiser import Inputs
 
 @register("torchao-pt2e", "peer")
 class Pt2e:
-    """The original, exported, calibrated on the calls of the benchmark, converted and compiled: all of it when it is loaded."""
+    """The original, exported, calibrated on the calls of the benchmark, converted and compiled: all of it
+    when it is loaded.
+    """
 
     needs: tuple[str, ...] = ("torchao",)
     builds = False
@@ -49,7 +51,9 @@ class Pt2e:
 
 
 def _constant_bytes(graph: Any) -> int:
-    """Return the bytes of the tensors that a graph reads; the module keeps the float weights beside the integers that replaced them."""
+    """Return the bytes of the tensors that a graph reads; the module keeps the float weights beside the
+    integers that replaced them.
+    """
     names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     values = (attrgetter(name)(graph) for name in names)
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))

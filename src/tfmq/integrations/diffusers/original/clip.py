@@ -20,7 +20,10 @@ def text_encoder(tensors: Mapping[str, Tensor], *, tokenizer: str) -> tuple[CLIP
     Raises:
         ValueError: keys do not fit, or there is no such tokenizer.
     """
-    converted = {name.removeprefix("text_model."): tensor for name, tensor in convert_ldm_clip_checkpoint(dict(tensors)).items()}
+    converted = {
+        name.removeprefix("text_model."): tensor
+        for name, tensor in convert_ldm_clip_checkpoint(dict(tensors)).items()
+    }
     converted.pop(POSITIONS, None)
     try:
         vocabulary, width = converted["embeddings.token_embedding.weight"].shape
@@ -32,12 +35,29 @@ def text_encoder(tensors: Mapping[str, Tensor], *, tokenizer: str) -> tuple[CLIP
     try:
         tokens = CLIPTokenizer.from_pretrained(tokenizer)
     except OSError as error:
-        raise ValueError(f"there is no tokenizer {tokenizer}: {str(error).strip().splitlines()[0]}") from error
-    ids: dict[str, Any] = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
-    size = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": inner, "max_position_embeddings": positions}
+        raise ValueError(
+            f"there is no tokenizer {tokenizer}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    ids: dict[str, Any] = {
+        "bos_token_id": tokens.bos_token_id,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+    }
+    size = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "max_position_embeddings": positions,
+    }
     heads = max(1, width // HEAD)
-    model = CLIPTextModel(CLIPTextConfig(**size, **ids, num_hidden_layers=layers, num_attention_heads=heads, hidden_act="quick_gelu"))
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            **size, **ids, num_hidden_layers=layers, num_attention_heads=heads, hidden_act="quick_gelu"
+        )
+    )
     original = {name: tensor for name, tensor in tensors.items() if not name.endswith(POSITIONS)}
     # Since release 5.6 of transformers there is no `text_model` between the model and its parts.
     prefix = "text_model." if "text_model" in dict(model.named_children()) else ""
-    return tokens, fit(model, {f"{prefix}{name}": tensor for name, tensor in converted.items()}, original=original)
+    return tokens, fit(
+        model, {f"{prefix}{name}": tensor for name, tensor in converted.items()}, original=original
+    )

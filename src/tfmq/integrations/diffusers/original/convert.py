@@ -29,7 +29,8 @@ def import_checkpoint(checkpoint: Path, config_file: Path, *, tokenizer: str = C
     """Return the diffusers pipeline of an original checkpoint.
 
     Args:
-        checkpoint: `.ckpt`, `.pth` or `.safetensors`, with the layout of DDIM, of latent diffusion, or of Stable Diffusion v1.
+        checkpoint: `.ckpt`, `.pth` or `.safetensors`, with the layout of DDIM, of latent diffusion, or of
+            Stable Diffusion v1.
         config_file: the YAML file that came with it.
         tokenizer: directory or hub id of the tokenizer, which a text-to-image checkpoint does not hold.
 
@@ -38,7 +39,10 @@ def import_checkpoint(checkpoint: Path, config_file: Path, *, tokenizer: str = C
     """
     config = read_config(config_file)
     if not (_is_ddim(config) or _is_ldm(config)):
-        raise ValueError(f"{config_file} describes neither a DDIM model (model.ch_mult, diffusion) nor latent diffusion (model.params.unet_config)")
+        raise ValueError(
+            f"{config_file} describes neither a DDIM model (model.ch_mult, diffusion) "
+            "nor latent diffusion (model.params.unet_config)"
+        )
     states = read_checkpoint(checkpoint)
     try:
         if _is_ddim(config):
@@ -49,4 +53,6 @@ def import_checkpoint(checkpoint: Path, config_file: Path, *, tokenizer: str = C
     except ValueError as error:
         raise ValueError(f"{checkpoint} with {config_file}: {error}") from error
     except ILL_FITTING as error:
-        raise ValueError(f"{config_file} has a value of another kind than the originals have: {error}") from error
+        raise ValueError(
+            f"{config_file} has a value of another kind than the originals have: {error}"
+        ) from error

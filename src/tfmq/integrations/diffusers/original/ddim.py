@@ -1,4 +1,6 @@
-"""DDPM and DDIM checkpoints with the layout of their PyTorch releases (CIFAR-10, CelebA, LSUN): one `Model` of `down`, `mid` and `up`."""
+"""DDPM and DDIM checkpoints with the layout of their PyTorch releases (CIFAR-10, CelebA, LSUN): one `Model`
+of `down`, `mid` and `up`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +21,12 @@ _OUTER = {
     "mid.attn_1.": "mid_block.attentions.0.",
     "norm_out.": "conv_norm_out.",
 }
-_PARTS = {"block": "resnets", "attn": "attentions", "downsample.conv": "downsamplers.0.conv", "upsample.conv": "upsamplers.0.conv"}
+_PARTS = {
+    "block": "resnets",
+    "attn": "attentions",
+    "downsample.conv": "downsamplers.0.conv",
+    "upsample.conv": "upsamplers.0.conv",
+}
 _RESNET = {"temb_proj": "time_emb_proj", "nin_shortcut": "conv_shortcut"}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _LEVEL = re.compile(r"(down|up)\.(\d+)\.(block|attn|downsample\.conv|upsample\.conv)\.")
@@ -45,7 +52,9 @@ def _linear(name: str, tensor: Tensor) -> Tensor:
 
 
 def choose_weights(states: Any, config: Mapping[str, Any], *, path: Path) -> dict[str, Tensor]:
-    """Return the weights that the original samples with: the average where `model.ema` says so, kept last in a training checkpoint."""
+    """Return the weights that the original samples with: the average where `model.ema` says so, kept last in
+    a training checkpoint.
+    """
     if isinstance(states, list | tuple) and states:
         states = states[-1] if config["model"].get("ema", True) else states[0]
     return {name.removeprefix("module."): tensor for name, tensor in tensors_of(states, path=path).items()}
@@ -55,7 +64,9 @@ def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of the `UNet2DModel` that computes what the original does."""
     model, size = section(config, "model"), int(section(config, "data", "image_size"))
     widths = tuple(section(config, "model", "ch") * factor for factor in section(config, "model", "ch_mult"))
-    attends = [size // 2**level in section(config, "model", "attn_resolutions") for level in range(len(widths))]
+    attends = [
+        size // 2**level in section(config, "model", "attn_resolutions") for level in range(len(widths))
+    ]
     return {
         "sample_size": size,
         "in_channels": section(config, "model", "in_channels"),

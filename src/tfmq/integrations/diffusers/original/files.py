@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The error that torch.load raises for a file with more than tensors and plain values. It has no public name but in the pickle module.
+# The error that torch.load raises for a file with more than tensors and plain values. It has no public name
+# but in the pickle module.
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
 from tfmq.errors import require
@@ -35,7 +36,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class LeftOut:
-    """Stands where a checkpoint names a class or a function that is not torch's: it takes whatever it is given, and does nothing."""
+    """Stands where a checkpoint names a class or a function that is not torch's: it takes whatever it is
+    given, and does nothing.
+    """
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Take what the original would be made of."""
@@ -45,7 +48,9 @@ class LeftOut:
 
 
 def _foreign_names(path: Path) -> list[str]:
-    """Return the classes and functions that a torch file names beside torch's own; checkpoints of trainings name callbacks."""
+    """Return the classes and functions that a torch file names beside torch's own; checkpoints of trainings
+    name callbacks.
+    """
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (UnpicklingError, *DAMAGED):
@@ -54,13 +59,15 @@ def _foreign_names(path: Path) -> list[str]:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Return what a checkpoint holds: the tensors of a `.safetensors` file, or the tensors, lists and mappings of a torch file.
+    """Return what a checkpoint holds: the tensors of a `.safetensors` file, or the tensors, lists and
+    mappings of a torch file.
 
-    Nothing that a file names is imported or called: objects of foreign classes, such as the callbacks of the training that the released Stable
-    Diffusion files hold, are left out.
+    Nothing that a file names is imported or called: objects of foreign classes, such as the callbacks of the
+    training that the released Stable Diffusion files hold, are left out.
 
     Raises:
-        ValueError: the file is missing or damaged, or its objects are made by more than classes and their state.
+        ValueError: the file is missing or damaged, or its objects are made by more than classes and their
+            state.
         CheckpointError: the same of a `.safetensors` file.
     """
     if path.suffix == ".safetensors":
@@ -72,20 +79,29 @@ def read_checkpoint(path: Path) -> Any:
         reason = "holds Python objects that could run code (save its tensors as .safetensors), or is damaged"
         raise ValueError(f"{path} {reason}") from error
     except DAMAGED as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {' '.join(str(error).split()[:40]) or 'it ends too early'}") from error
+        raise ValueError(
+            f"cannot read the checkpoint {path}: {' '.join(str(error).split()[:40]) or 'it ends too early'}"
+        ) from error
 
 
 def tensors_of(states: Any, *, path: Path) -> dict[str, Tensor]:
-    """Return `states` where it maps names to tensors, by itself or under `state_dict`; values that are no tensors are left out.
+    """Return `states` where it maps names to tensors, by itself or under `state_dict`; values that are no
+    tensors are left out.
 
     Raises:
         ValueError: it does not.
     """
     if isinstance(states, Mapping) and isinstance(states.get("state_dict"), Mapping):
         states = states["state_dict"]
-    tensors = {str(name): value for name, value in states.items() if isinstance(value, Tensor)} if isinstance(states, Mapping) else {}
+    tensors = (
+        {str(name): value for name, value in states.items() if isinstance(value, Tensor)}
+        if isinstance(states, Mapping)
+        else {}
+    )
     if not tensors:
-        raise ValueError(f"{path} holds a {type(states).__name__} without named tensors; it is no model checkpoint")
+        raise ValueError(
+            f"{path} holds a {type(states).__name__} without named tensors; it is no model checkpoint"
+        )
     return tensors
 
 

@@ -21,17 +21,24 @@ def fit(model: Any, tensors: Mapping[str, Tensor], *, original: Mapping[str, Ten
     complaints = {
         "missing": sorted(expected.keys() - tensors.keys()),
         "unknown": sorted(tensors.keys() - expected.keys()),
-        "of another shape": sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape),
+        "of another shape": sorted(
+            name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape
+        ),
         "not used": left_behind(original or {}, tensors),
     }
     found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in complaints.items() if names)
     if found:
-        raise ValueError(f"the checkpoint does not fit the {type(model).__name__} that its configuration describes; {found}")
+        raise ValueError(
+            f"the checkpoint does not fit the {type(model).__name__} "
+            f"that its configuration describes; {found}"
+        )
     model.load_state_dict(dict(tensors))
     return model.eval()
 
 
 def left_behind(original: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> list[str]:
-    """Return the names in `original` of which nothing is in `converted`: converters take views, or the tensors themselves."""
+    """Return the names in `original` of which nothing is in `converted`: converters take views, or the
+    tensors themselves.
+    """
     taken = {tensor.data_ptr() for tensor in converted.values()}
     return sorted(name for name, tensor in original.items() if tensor.data_ptr() not in taken)

@@ -1,11 +1,22 @@
-"""Latent-diffusion and Stable Diffusion v1 checkpoints: a UNet of `input_blocks`, `middle_block` and `output_blocks`, and a first stage."""
+"""Latent-diffusion and Stable Diffusion v1 checkpoints: a UNet of `input_blocks`, `middle_block` and
+`output_blocks`, and a first stage.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LDMPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers import UNet2DConditionModel as ConditionalUNet
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from torch import Tensor
@@ -15,7 +26,11 @@ from tfmq.integrations.diffusers.heads import UNet2DHeadsModel
 from tfmq.integrations.diffusers.original.clip import text_encoder
 from tfmq.integrations.diffusers.original.files import section, tensors_of
 from tfmq.integrations.diffusers.original.fit import fit
-from tfmq.integrations.diffusers.original.layout import rename_downsamplers, take_level_attention, take_upsamplers
+from tfmq.integrations.diffusers.original.layout import (
+    rename_downsamplers,
+    take_level_attention,
+    take_upsamplers,
+)
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 GROUPS = 32
@@ -27,7 +42,8 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def choose_weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the UNet's weights that the original samples with: the average, kept under flattened names, unless `use_ema` is false.
+    """Return the UNet's weights that the original samples with: the average, kept under flattened names,
+    unless `use_ema` is false.
 
     Raises:
         ValueError: the average lacks weights.
@@ -74,15 +90,20 @@ def _head_width(params: Mapping[str, Any], width: int) -> int:
 
 
 def _unet(params: Mapping[str, Any], widths: set[int], **arguments: Any) -> UNet2DModel:
-    """Return a model that attends at these widths: diffusers' own where all heads are as wide as each other."""
+    """Return a model that attends at these widths: diffusers' own where all heads are as wide as each
+    other.
+    """
     sizes = {_head_width(params, width) for width in widths}
     if len(sizes) == 1:
         return UNet2DModel(**arguments, attention_head_dim=sizes.pop())
     return UNet2DHeadsModel(**arguments, num_attention_heads=params["num_heads"])
 
 
-def _self_attention(tensors: Mapping[str, Tensor], head_width: Callable[[int], int], *, interleaved: bool) -> dict[str, Tensor]:
-    """Return the tensors of attention blocks by diffusers' names; `qkv` is cut in three, head by head where heads are `interleaved`.
+def _self_attention(
+    tensors: Mapping[str, Tensor], head_width: Callable[[int], int], *, interleaved: bool
+) -> dict[str, Tensor]:
+    """Return the tensors of attention blocks by diffusers' names; `qkv` is cut in three, head by head where
+    heads are `interleaved`.
 
     Args:
         tensors: by the names that diffusers' converter gave them.
@@ -112,7 +133,11 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
     shared, attends = _shared_config(config)
     widths = shared["block_out_channels"]
     resampling = bool(params.get("resblock_updown"))
-    kind, plain = ("resnet", ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")) if resampling else ("conv", ("DownBlock2D", "UpBlock2D"))
+    kind, plain = (
+        ("resnet", ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"))
+        if resampling
+        else ("conv", ("DownBlock2D", "UpBlock2D"))
+    )
     model = _unet(
         params,
         # The middle block attends too.
@@ -128,8 +153,12 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
     layers = shared["layers_per_block"]
     rest, upsamplers = take_upsamplers(weights, layers) if resampling else (dict(weights), {})
     named = rename_downsamplers(convert_ldm_unet_checkpoint(rest, model.config), layers) | upsamplers
-    tensors = _self_attention(named, partial(_head_width, params), interleaved=not params.get("use_new_attention_order", False))
-    return fit(model, tensors, original={name: tensor for name, tensor in weights.items() if ".qkv." not in name})
+    tensors = _self_attention(
+        named, partial(_head_width, params), interleaved=not params.get("use_new_attention_order", False)
+    )
+    return fit(
+        model, tensors, original={name: tensor for name, tensor in weights.items() if ".qkv." not in name}
+    )
 
 
 def conditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> ConditionalUNet:
@@ -138,7 +167,9 @@ def conditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
     _refuse(params, resblock_updown="diffusers' blocks with cross-attention resample by convolutions")
     shared, attends = _shared_config(config)
     head = params.get("num_head_channels", -1)
-    heads = params["num_heads"] if head == -1 else tuple(width // head for width in shared["block_out_channels"])
+    heads = (
+        params["num_heads"] if head == -1 else tuple(width // head for width in shared["block_out_channels"])
+    )
     model = ConditionalUNet(
         **shared,
         down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
@@ -156,15 +187,25 @@ def first_stage(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Aut
     """Return the autoencoder; the loss that it was trained with is left out."""
     params = section(config, "model", "params", "first_stage_config", "params")
     sizes = section(params, "ddconfig")
-    weights = {name: tensor for name, tensor in _below(tensors, FIRST_STAGE).items() if not name.startswith(f"{FIRST_STAGE}loss.")}
+    weights = {
+        name: tensor
+        for name, tensor in _below(tensors, FIRST_STAGE).items()
+        if not name.startswith(f"{FIRST_STAGE}loss.")
+    }
     levels = len(sizes["ch_mult"])
-    attends = [sizes["resolution"] // 2**level in sizes.get("attn_resolutions", ()) for level in range(levels)]
+    attends = [
+        sizes["resolution"] // 2**level in sizes.get("attn_resolutions", ()) for level in range(levels)
+    ]
     scale = tensors.get("scale_factor", section(config, "model", "params").get("scale_factor", 1.0))
     shared = {
         "in_channels": sizes["in_channels"],
         "out_channels": sizes["out_ch"],
-        "down_block_types": tuple("AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends),
-        "up_block_types": tuple("AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends)),
+        "down_block_types": tuple(
+            "AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends
+        ),
+        "up_block_types": tuple(
+            "AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends)
+        ),
         "block_out_channels": tuple(sizes["ch"] * factor for factor in sizes["ch_mult"]),
         "layers_per_block": sizes["num_res_blocks"],
         "latent_channels": sizes["z_channels"],
@@ -173,7 +214,9 @@ def first_stage(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Aut
     }
     quantized = "n_embed" in params
     if quantized:
-        model: AutoencoderKL | VQModel = VQModel(**shared, num_vq_embeddings=params["n_embed"], vq_embed_dim=params["embed_dim"])
+        model: AutoencoderKL | VQModel = VQModel(
+            **shared, num_vq_embeddings=params["n_embed"], vq_embed_dim=params["embed_dim"]
+        )
     else:
         model = AutoencoderKL(**shared)
     rest, attention = take_level_attention(weights, levels)
@@ -185,7 +228,9 @@ def first_stage(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Aut
 
 
 def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the noise schedule: the original's "linear" is linear in the square root of beta, and its timesteps begin at 1."""
+    """Return the noise schedule: the original's "linear" is linear in the square root of beta, and its
+    timesteps begin at 1.
+    """
     params = section(config, "model", "params")
     return {
         "num_train_timesteps": params.get("timesteps", 1000),
@@ -201,7 +246,8 @@ def convert(states: Any, config: Mapping[str, Any], *, path: Path, tokenizer: st
     """Return the pipeline of a checkpoint in this layout: unconditional, class-conditional, or text-to-image.
 
     Raises:
-        ValueError: the configuration lacks a field or describes what diffusers cannot compute, or keys do not fit; lists them.
+        ValueError: the configuration lacks a field or describes what diffusers cannot compute, or keys do not
+            fit; lists them.
     """
     tensors = tensors_of(states, path=path)
     weights, autoencoder = choose_weights(tensors, config), first_stage(tensors, config)
@@ -217,7 +263,9 @@ def convert(states: Any, config: Mapping[str, Any], *, path: Path, tokenizer: st
         fit(embedder, {name.removeprefix(CONDITION): tensor for name, tensor in own.items()}, original=own)
         return LatentClassPipeline(vqvae=autoencoder, unet=unet, scheduler=ddim, class_embedder=embedder)
     if target != "FrozenCLIPEmbedder":
-        raise ValueError(f"the condition {target} cannot be converted; ClassEmbedder and FrozenCLIPEmbedder can")
+        raise ValueError(
+            f"the condition {target} cannot be converted; ClassEmbedder and FrozenCLIPEmbedder can"
+        )
     tokens, encoder = text_encoder(own, tokenizer=tokenizer)
     return StableDiffusionPipeline(
         vae=autoencoder,
