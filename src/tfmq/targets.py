@@ -81,11 +81,11 @@ def open_sampler(
             )
         return target
     require("diffusers", extra="diffusers")
+    from tfmq.integrations.diffusers.opening import open_pipeline
     from tfmq.integrations.diffusers.pipelines import (
         DEFAULT_PROMPTS,
         PipelineSampler,
         accepted_options,
-        open_pipeline,
     )
 
     if isinstance(target, str | Path):

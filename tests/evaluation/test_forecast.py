@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import tfmq
-from tfmq.evaluation.forecast import ShapeTiming, Site, _total, _work, expected_seconds, forecast
+from tfmq.evaluation.forecast import expected_seconds, forecast
+from tfmq.evaluation.shapes import ShapeTiming, Site, total, work_of
 from tfmq.evaluation.trial import trial
 from tfmq.kernels.onednn import available
 from tfmq.models.sampler import LoopSampler
@@ -22,7 +23,7 @@ BACKEND = "torch" if available() else "reference"
 def test_it_times_the_layers_that_remain(
     sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
+    monkeypatch.setattr("tfmq.evaluation.shapes.SECONDS", 0.001)
     made = sampler("unet")
     found = forecast(made, batch=2)
     module = made.denoiser.module
@@ -77,7 +78,7 @@ def test_a_trial_runs_what_a_quantized_model_runs(sampler: Callable[..., LoopSam
 def test_without_integer_operators_nothing_is_predicted(
     sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
+    monkeypatch.setattr("tfmq.evaluation.shapes.SECONDS", 0.001)
     monkeypatch.setattr("tfmq.evaluation.forecast.available", lambda: False)
     found = forecast(sampler("plain"))
     assert (
@@ -103,7 +104,7 @@ def test_a_quick_forecast_concludes_what_it_does_not_time(
     """Where no time is left after the first shape, and the model counts as large, the rest follows from the
     work of the layers.
     """
-    monkeypatch.setattr("tfmq.evaluation.forecast.SECONDS", 0.001)
+    monkeypatch.setattr("tfmq.evaluation.shapes.SECONDS", 0.001)
     monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_SHAPES", 0.0)
     monkeypatch.setattr("tfmq.evaluation.forecast.QUICK_WEIGHTS", 0)
     monkeypatch.setattr("tfmq.evaluation.forecast.trial", lambda *_, **__: pytest.fail("a copy was made"))
@@ -123,19 +124,19 @@ def test_a_quick_forecast_concludes_what_it_does_not_time(
         )
 
 
-def test_shapes_that_are_not_timed_count_by_their_work() -> None:
+def test_shapes_that_are_not_timed_count_by_theirwork_of() -> None:
     operation = Linear()
     sites = {Site(operation, (4, 4), (1, 4), False): 3, Site(operation, (8, 8), (2, 8), False): 1}
     large = next(site for site in sites if site.weight == (8, 8))
-    assert [_work(site) for site in sites] == [16, 128]
+    assert [work_of(site) for site in sites] == [16, 128]
     timed = {
         large: ShapeTiming(operation="linear", weight=(8, 8), input=(2, 8), count=1, fp32_ms=4.0, int8_ms=1.0)
     }
-    total = _total(sites, timed)
+    whole = total(sites, timed)
     assert (
-        total.measured == 128 / 176
-        and total.fp32_ms == pytest.approx(4 * 176 / 128)
-        and total.int8_ms == pytest.approx(176 / 128)
+        whole.measured == 128 / 176
+        and whole.fp32_ms == pytest.approx(4 * 176 / 128)
+        and whole.int8_ms == pytest.approx(176 / 128)
     )
 
 

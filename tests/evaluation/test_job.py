@@ -15,9 +15,9 @@ from tfmq.evaluation.adherence.judge import JUDGES
 from tfmq.evaluation.baseline import BaselineError
 from tfmq.evaluation.distribution.frechet import frechet_distance
 from tfmq.evaluation.distribution.pixels import PooledPixels
-from tfmq.evaluation.evaluate import FULL, QUANTIZED, REAL, Evaluation
 from tfmq.evaluation.job import Request, evaluate
 from tfmq.evaluation.paired import psnr
+from tfmq.evaluation.result import FULL, QUANTIZED, REAL, Evaluation
 from tfmq.evaluation.sampling import draw
 from tfmq.evaluation.settings import Settings
 from tfmq.evaluation.stages import Shard

@@ -17,7 +17,8 @@ from torch import Tensor
 import tfmq
 from tfmq.artifact import holds_quantized
 from tfmq.evaluation.inspection import Inspection, inspect
-from tfmq.integrations.diffusers.pipelines import PipelineSampler, open_pipeline
+from tfmq.integrations.diffusers.opening import open_pipeline
+from tfmq.integrations.diffusers.pipelines import PipelineSampler
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes import Calibration, Recipe
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import tfmq
 from tfmq.evaluation.deviation import follow
-from tfmq.integrations.diffusers.pipelines import PipelineSampler, find_denoisers, open_pipeline
+from tfmq.integrations.diffusers.opening import open_pipeline
+from tfmq.integrations.diffusers.pipelines import PipelineSampler, find_denoisers
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes.recipe import Calibration, Recipe, Temporal
 from tfmq.reconstruction.learning import Learning

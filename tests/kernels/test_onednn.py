@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq.kernels import onednn
+from tfmq.kernels import onednn_products
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
 from tfmq.kernels.onednn import (
     OnednnKernel,
@@ -20,10 +20,10 @@ from tfmq.kernels.onednn import (
     available,
     constants,
     multipliable,
-    product,
     quantize_u8,
     supports,
 )
+from tfmq.kernels.onednn_products import product
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Convolution, Linear
@@ -326,7 +326,7 @@ def test_a_product_is_the_references(
     with pytest.MonkeyPatch.context() as patch:
         # As in a captured graph, where large products of integers are unrolled.
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        patch.setattr(onednn, "LARGE", 1)
+        patch.setattr(onednn_products, "LARGE", 1)
         assert torch.equal(product(left, grids[0], right, grids[1]), expected)
 
 

@@ -20,8 +20,8 @@ from tfmq.evaluation.analysis.ranges import Bounds, Ranges
 from tfmq.evaluation.analysis.sensitivity import Part, Sensitivity
 from tfmq.evaluation.comparison import Comparison
 from tfmq.evaluation.deviation import Trajectory
-from tfmq.evaluation.evaluate import Evaluation, Paired, Row, Spread
 from tfmq.evaluation.paired import paired_fidelity
+from tfmq.evaluation.result import Evaluation, Paired, Row, Spread
 from tfmq.report.analysis import analysis_values, write_analysis
 from tfmq.report.evaluation import evaluation_values, write_evaluation
 from tfmq.report.model import ModelReport, gather

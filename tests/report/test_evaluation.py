@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tfmq.evaluation.deviation import Trajectory
-from tfmq.evaluation.evaluate import Evaluation, Paired, Row, Spread
+from tfmq.evaluation.result import Evaluation, Paired, Row, Spread
 from tfmq.report.evaluation import evaluation_values, read_evaluation, write_evaluation
 from tfmq.storage.errors import CheckpointError
 

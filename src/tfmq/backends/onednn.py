@@ -17,7 +17,8 @@ from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.attention import integer_attention
 from tfmq.kernels.kernel import IntegerWeight
-from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, multiplies, product, supports
+from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, multiplies, supports
+from tfmq.kernels.onednn_products import product
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.products import ProductQuantizers
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tfmq.cli.evaluating import judge_of, metrics_of, shard_of
 from tfmq.cli.options import (
     Backend,
     BatchSize,
@@ -164,7 +165,11 @@ def evaluate(
         from tfmq.integrations.diffusers.quiet import quiet
 
         check_device(device)
-        execution, part, names = check_execution(backend, weights), _shard(shard), _names(metrics, extractor)
+        execution, part, names = (
+            check_execution(backend, weights),
+            shard_of(shard),
+            metrics_of(metrics, extractor),
+        )
         place = check_cluster(cluster, workers, threads, device=device)
         if place is not None and part is not None:
             raise typer.BadParameter(
@@ -176,7 +181,7 @@ def evaluate(
         with quiet():
             quantized = open_model(str(source), **opening)
             described = provenance(quantized, directory)
-            reader = judge or _brought(source, reference)
+            reader = judge or judge_of(source, reference)
             absent = {
                 *(() if draws_from_text(quantized) else (CLIP_METRIC,)),
                 *(() if reader else (ADHERENCE,)),
@@ -228,63 +233,6 @@ def evaluate(
         from tfmq.cli.tables import show_evaluation
 
         show_evaluation(values, target)
-
-
-def _brought(directory: Path, reference: str | None) -> str | None:
-    """Return the judge that the quantized model brings, or its reference."""
-    from tfmq.evaluation.adherence.judge import brought_judge
-    from tfmq.targets import named_directory
-
-    folders = [directory, *([] if reference is None else [named_directory(reference) or Path(reference)])]
-    return next((name for name in map(brought_judge, folders) if name), None)
-
-
-def _shard(text: str | None) -> "Shard | None":
-    """Return the shard that `--shard` names; None without it.
-
-    Raises:
-        typer.BadParameter: it names none.
-    """
-    from tfmq.evaluation.stages import Shard
-
-    if text is None:
-        return None
-    index, _, count = text.partition("/")
-    try:
-        return Shard(int(index), int(count))
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is no shard; give I/N with 0 <= I < N, such as 0/4", param_hint="--shard"
-        ) from error
-
-
-def _names(metrics: str, extractor: str) -> tuple[str, ...]:
-    """Return the metrics that `--metrics` names.
-
-    Raises:
-        typer.BadParameter: there is no such metric or extractor.
-    """
-    from tfmq.evaluation.distribution.extractors import EXTRACTORS
-    from tfmq.evaluation.settings import metric_names
-
-    known = metric_names()
-    names = (
-        known
-        if metrics == "all"
-        else tuple(dict.fromkeys(name.strip() for name in metrics.split(",") if name.strip()))
-    )
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise typer.BadParameter(
-            f"there is no metric {', '.join(unknown)}; give all, or some of {', '.join(known)}",
-            param_hint="--metrics",
-        )
-    if extractor not in EXTRACTORS:
-        raise typer.BadParameter(
-            f"there is no extractor {extractor!r}; give one of {', '.join(EXTRACTORS)}",
-            param_hint="--extractor",
-        )
-    return names
 
 
 def _evaluated(

@@ -57,7 +57,7 @@ def inspect(
     if json:
         emit(asdict(inspection) | ({} if expected is None else {"forecast": asdict(expected)}))
     else:
-        from tfmq.cli.tables import show_forecast, show_inspection
+        from tfmq.cli.inspection import show_forecast, show_inspection
 
         show_inspection(inspection)
         if expected is not None:

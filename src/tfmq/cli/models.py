@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tfmq.backends.backend import Options
     from tfmq.models.module_file import ModuleFile
     from tfmq.models.sampler import Sampler
-    from tfmq.recipes.recipe import Published
+    from tfmq.recipes.published import Published
     from tfmq.storage.manifest import Provenance
 
 STEPS = 50
@@ -149,7 +149,7 @@ def default_steps(found: "Provenance") -> int:
 
 def published_figures(found: "Provenance") -> "tuple[Published, ...]":
     """Return the published full-precision figures that a model's recipe has."""
-    from tfmq.recipes.recipe import Published
+    from tfmq.recipes.published import Published
 
     return tuple(Published(**figure) for figure in found.published)
 

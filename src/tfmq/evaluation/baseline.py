@@ -6,7 +6,7 @@ from typing import Any
 
 from tfmq.evaluation.distribution.extractor import STANDARD
 from tfmq.evaluation.settings import Settings
-from tfmq.recipes.recipe import Published
+from tfmq.recipes.published import Published
 
 CAUSES = (
     "scaling (latents, or images mapped to [0, 1] twice)",

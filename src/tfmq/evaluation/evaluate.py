@@ -7,76 +7,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tfmq.evaluation.adherence.judge import ADHERENCE
 from tfmq.evaluation.adherence.shares import encoded, share
 from tfmq.evaluation.baseline import check_baseline
-from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
+from tfmq.evaluation.deviation import deviation, follow, latent_error
 from tfmq.evaluation.distribution.extractor import labelled
 from tfmq.evaluation.distribution.features import Moments
 from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.evaluation.real import Real, RealImages, RealStatistics
+from tfmq.evaluation.result import FULL, PAIRS, QUANTIZED, REAL, Evaluation, Row, summary
 from tfmq.evaluation.sampling import Images, as_colour, draw_batch
 from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
 from tfmq.evaluation.stages import Stages, Stored
 from tfmq.evaluation.text import asked_of, prompts_of
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import is_quantized
-from tfmq.recipes.recipe import Published
+from tfmq.recipes.published import Published
 
-FULL, QUANTIZED, REAL, PAIRS = "full precision", "quantized", "real", "pairs"
 # Number of pairs whose pixels are kept for people to look at.
 KEPT = 64
-
-
-@dataclass(frozen=True)
-class Row:
-    """One value of a set of images: `metric` of the images of `model`, compared with those of `against`, if
-    with any.
-
-    `deviation` is a metric's standard deviation over subsets; for shares of images, half the width of the 95
-    % interval.
-    """
-
-    metric: str
-    model: str
-    against: str | None
-    value: float
-    deviation: float | None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean, least and greatest of a metric over pairs."""
-
-    mean: float
-    min: float
-    max: float
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Metrics of pairs by name, the trajectory where it was asked for, and the first pairs themselves, uint8
-    `[n, H, W, 3]`.
-    """
-
-    count: int
-    metrics: Mapping[str, Spread]
-    trajectory: Trajectory | None
-    reference: Images
-    quantized: Images
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found: values of sets of images, of pairs, and how the published figures compare."""
-
-    rows: tuple[Row, ...]
-    paired: Paired | None
-    baseline: tuple[Mapping[str, Any], ...]
 
 
 def check_request(
@@ -171,7 +123,7 @@ class Evaluator:
             stored = self._stage(PAIRS, min(self.settings.num_pairs, self.settings.num_images))
             if not stored.complete:
                 return None
-            paired = _paired(stored, self.settings)
+            paired = summary(stored, self.settings)
         return Evaluation(sets.rows, paired, sets.baseline) if sets.complete else None
 
     def batch(self, stage: str, indices: range) -> None:
@@ -305,18 +257,3 @@ def _check_size(images: Images, real: Real | None) -> None:
             f"ones {width} x {height}; crop and resize the real ones as "
             "the model's data were: how that is done changes every metric"
         )
-
-
-def _paired(stored: Stored, settings: Settings) -> Paired:
-    """Return the summary of the pairs."""
-    metrics = {}
-    for name in settings.of_pairs:
-        values = stored.joined(name).numpy()
-        metrics[name] = Spread(float(np.mean(values)), float(np.min(values)), float(np.max(values)))
-    trajectory = None
-    if TRAJECTORY in settings.metrics:
-        first = next(stored.parts())
-        latent = stored.joined("latent") if "latent" in first else None
-        trajectory = summarized(first["timesteps"], stored.joined("deviation", dim=1), latent)
-    pixels = (stored.joined(f"{name} images").numpy() for name in (FULL, QUANTIZED))
-    return Paired(stored.count, metrics, trajectory, *pixels)

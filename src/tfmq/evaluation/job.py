@@ -13,15 +13,16 @@ import numpy as np
 import torch
 
 from tfmq.evaluation.distribution.metrics import SET_METRICS
-from tfmq.evaluation.evaluate import Evaluation, Evaluator, check_request
+from tfmq.evaluation.evaluate import Evaluator, check_request
 from tfmq.evaluation.outlay import drawing, existing
 from tfmq.evaluation.real import Real, open_real
+from tfmq.evaluation.result import Evaluation
 from tfmq.evaluation.settings import Settings, Tools, prepare
 from tfmq.evaluation.stages import Helpers, Shard, Stages, nobody
 from tfmq.evaluation.weights import Weights
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress, silent
-from tfmq.recipes.recipe import Published
+from tfmq.recipes.published import Published
 from tfmq.storage.digest import module_digest
 from tfmq.storage.journal import Journal
 from tfmq.version import __version__

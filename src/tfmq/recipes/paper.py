@@ -5,7 +5,8 @@ recipe that repeats it.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tfmq.recipes.recipe import Activations, Calibration, Published, Recipe, Rule, Spacing, Temporal, Weights
+from tfmq.recipes.published import Published
+from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Spacing, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 
 # The columns of the published tables, with their weight and activation bits.

@@ -14,13 +14,12 @@ from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate, segment_
 from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
+from tfmq.reconstruction.unit_gain import Output
 
 # Distance, in codes, from a code at which its learned rounding starts, towards the full-precision weight.
 LEAN = 0.1
 # Least damping. It keeps the equations solvable where all inputs of a layer are zero.
 SMALLEST_DAMPING = 1e-12
-# A channel whose gain is further from one than this factor follows no signal, but noise.
-MOST_GAIN = 1.25
 
 SolverName = Literal["nearest", "adaround", "gptq", "gptq_adaround"]
 UnitInputs = Literal["quantized", "full"]
@@ -167,7 +166,7 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
         damping = (config.damping * moments.mean_square()).clamp(min=SMALLEST_DAMPING)
         if layer.bias is not None:
             moments.centre()
-        output = _Output(layer, moments) if config.unit_gain and moments.cross is not None else None
+        output = Output(layer, moments) if config.unit_gain and moments.cross is not None else None
         moments.damp(damping)
         _solve(layer, moments, config)
         if output is not None:
@@ -184,30 +183,6 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
             )
         problem.advance()
     return 0
-
-
-class _Output:
-    """What the output of a layer in full precision has in common with that of other weights on quantized
-    inputs.
-
-    Made of undamped moments; it keeps what it needs of them.
-    """
-
-    def __init__(self, layer: CalibratedLayer, moments: Moments) -> None:
-        assert moments.cross is not None
-        self.shape = moments.cross.shape
-        weight = layer.weight.double().flatten(1).reshape(self.shape)
-        # Of an output y = w x + r, row by row: y x^T, and y^2.
-        self.inputs = weight @ moments.hessians[0] + moments.cross
-        self.square = ((self.inputs + moments.cross) * weight).sum(dim=2) + moments.squares
-
-    def gain(self, weight: Tensor) -> Tensor:
-        """Return what to multiply the rows of `weight` by, `[C_out]`: the output then has its full share of
-        the full-precision one.
-        """
-        shared = (self.inputs * weight.double().flatten(1).reshape(self.shape)).sum(dim=2)
-        gain = torch.where(shared > 0, self.square / shared, torch.ones_like(shared))
-        return gain.clamp(1 / MOST_GAIN, MOST_GAIN).flatten().to(weight.dtype)
 
 
 def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:

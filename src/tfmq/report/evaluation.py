@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfmq.evaluation.evaluate import Evaluation
+from tfmq.evaluation.result import Evaluation
 from tfmq.report.directory import read_result
 from tfmq.storage.atomic import write_json
 
