@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import tfmq
+from tfmq.recipes.paper import released
 from tfmq.recipes.presets import brecq, fast, rtn, transformer
 from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 
@@ -68,12 +69,22 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "bias": lambda recipe: corrected(recipe, "bias"),
     "gain": lambda recipe: corrected(recipe, "gain"),
     "affine": lambda recipe: corrected(recipe, "affine"),
+    "released": released,
     "fast": fast,
     "transformer": transformer,
 }
 BITS = ("w8a8", "w4a8", "w4a32", "w6a6", "w4a4")
-# These change the grids of inputs alone, which W4A32 does not have.
-OF_INPUTS = ("fast", "transformer")
+# Where a method is tried, if not everywhere. W4A32 has no grids of inputs. What corrects the finished model
+# is tried where most people are, and where most is to be gained.
+OF_INPUTS = ("w8a8", "w4a8", "w6a6", "w4a4")
+DOORS = ("w8a8", "w4a8", "w4a4")
+TRIED = {
+    **dict.fromkeys(("fast", "transformer"), OF_INPUTS),
+    **dict.fromkeys(("rescaled", "peaks", "bias", "gain", "affine"), DOORS),
+    "released": ("w4a8",),
+}
+# The exceptions of the released code name layers of its UNet.
+RELEASED_FOR = ("default",)
 # Rows with three seeds; the others have one.
 HEADLINE = {"w4a8": ("rtn", "brecq", "tfmq", "transformer"), "w8a8": ("tfmq",)}
 SEEDS = (0, 1, 2)
@@ -109,7 +120,7 @@ def cells(
             (width, method)
             for width in BITS
             for method in METHODS
-            if not (width == "w4a32" and method in OF_INPUTS)
+            if width in TRIED.get(method, BITS) and (method != "released" or model in RELEASED_FOR)
         ]
         ordered = [(row, 0) for row in dict.fromkeys([*headline, *every])] + [
             (row, seed) for seed in SEEDS[1:] for row in headline

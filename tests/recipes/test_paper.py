@@ -1,13 +1,14 @@
 """The published experiments as recipes and as figures."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tfmq.models.trace import trace
 from tfmq.recipes import scheme
-from tfmq.recipes.paper import BITS, FULL_PRECISION, PAPER, PROTOCOLS, Protocol
+from tfmq.recipes.paper import BITS, FULL_INPUTS, FULL_PRECISION, PAPER, PROTOCOLS, Protocol, released
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.yaml import dumps, from_dict, to_dict
 
@@ -77,8 +78,27 @@ def test_the_exceptions_of_the_released_code_match_layers_of_both_kinds_of_unet(
     plan = make_plan(scheme("ldm4_bedrooms_w4a8"), traced)
     kept = {layer.name for layer in traced.layers} - plan.layers.keys()
     assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= kept
-    assert any("conv_shortcut" in name for name in kept) and any("upsamplers" in name for name in kept)
-    assert len(kept) < len(traced.layers) / 2 and len(FULL_PRECISION) == 6
+    assert any("conv_shortcut" in name for name in kept) and any("downsamplers" in name for name in kept)
+    assert not any("upsamplers" in name for name in kept), "they are quantized"
+    assert len(kept) < len(traced.layers) / 2 and len(FULL_PRECISION) == 5
+    assert {name for name, layer in plan.layers.items() if layer.input is None} == set(FULL_INPUTS)
+    assert all(plan.layers[name].weight.bits == 4 for name in FULL_INPUTS)
+    assert all(quantizer is None for _, quantizer in plan.products.values()) and plan.products
+    assert not any(layer.segments for layer in traced.layers if layer.direct and layer.name in plan.layers)
+
+
+def test_a_preset_with_exactly_these_exceptions() -> None:
+    base = scheme("w4a8")
+    found = released(base)
+    assert found.name == "released_w4a8" and found.rules == scheme("ldm4_bedrooms_w4a8").rules
+    assert not found.activations.products and found.weights.embeddings is None
+    assert (found.rounding, found.temporal, found.calibration) == (
+        base.rounding,
+        base.temporal,
+        base.calibration,
+    )
+    with pytest.raises(ValueError, match="for quantized weights"):
+        released(replace(base, weights=replace(base.weights, bits=None)))
 
 
 def test_full_precision_has_to_reach_its_published_figure() -> None:

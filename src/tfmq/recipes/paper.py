@@ -3,7 +3,7 @@ recipe that repeats it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tfmq.recipes.published import Published
 from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Spacing, Temporal, Weights
@@ -12,16 +12,18 @@ from tfmq.reconstruction.learning import Learning
 # The columns of the published tables, with their weight and activation bits.
 BITS: dict[str, tuple[int, int | None]] = {"w4a32": (4, None), "w8a8": (8, 8), "w4a8": (4, 8)}
 
-# Layers, by diffusers' names, that the released code leaves in full precision. "W4" means all layers but
-# these.
+# Layers, by diffusers' names, that the released code leaves in full precision: "W4" means all layers but
+# these. Its quantizers of attention products are never switched on. As shortcuts are among these layers, no
+# layer that reads a concatenation itself is left for its split grids in DDIM.
 FULL_PRECISION = (
     "role:first",
     "role:last",
     "time_embedding.linear_1",
     "*.conv_shortcut",
     "*.downsamplers.*",
-    "*.upsamplers.*",
 )
+# Layers whose weights it quantizes, and whose inputs it does not.
+FULL_INPUTS = ("time_embedding.linear_2", "down_blocks.0.resnets.0.conv1")
 
 # Points of FID by which a reproduced figure may differ. Seeds, libraries and reference statistics move an FID
 # by less; another scaling, sampler or set of weights moves it by more.
@@ -184,23 +186,48 @@ def published(protocol: Protocol) -> tuple[Published, ...]:
     return (figure,)
 
 
+def exceptions(weight_bits: int) -> tuple[Rule, ...]:
+    """Return the rules for what the released code leaves in full precision, besides attention products."""
+    whole = (Rule(match=match, weight_bits=None, activation_bits=None) for match in FULL_PRECISION)
+    inputs = (Rule(match=match, weight_bits=weight_bits, activation_bits=None) for match in FULL_INPUTS)
+    return (*whole, *inputs)
+
+
+def released(recipe: Recipe) -> Recipe:
+    """Return a recipe with exactly the exceptions of the released code, and those of no other rule.
+
+    Raises:
+        ValueError: the recipe keeps weights in full precision.
+    """
+    if recipe.weights.bits is None:
+        raise ValueError("the exceptions of the released code are for quantized weights")
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "released"),
+        weights=replace(recipe.weights, embeddings=None),
+        activations=replace(recipe.activations, products=False),
+        rules=exceptions(recipe.weights.bits),
+    )
+
+
 def reproduce(protocol: Protocol, bits: str) -> Recipe:
     """Return the recipe that repeats `protocol` at the bits of one published column.
 
     TIAR, finite set calibration of every activation and the released budget (20 000 iterations at 1e-3);
     temporal features come from the learned block, not from a table, which the later publication added.
+    What stays in full precision is what the released code leaves there.
     """
     weight, activation = BITS[bits]
     return Recipe(
         name=f"{protocol.name}_{bits}",
         weights=Weights(bits=weight, embeddings=None),
         activations=Activations(
-            bits=activation, products=activation is not None, per_step="none" if activation is None else "all"
+            bits=activation, products=False, per_step="none" if activation is None else "all"
         ),
         temporal=Temporal(maintenance="block", learning=Learning()),
         learning=Learning(),
         calibration=protocol.calibration,
-        rules=tuple(Rule(match=match, weight_bits=None, activation_bits=None) for match in FULL_PRECISION),
+        rules=exceptions(weight),
         published=published(protocol),
     )
 
