@@ -623,3 +623,21 @@ def test_a_mistake_of_the_call_is_the_models_own_error(module: nn.Module, plant:
                 run(module, Inputs(torch.randn(1, 5, 8, 8), torch.tensor([333])))
         run(module, call())
     assert computed_by(module) == "broken" and math.isfinite(float(run(module, call()).sum()))
+
+
+def test_a_model_in_a_dtype_that_an_engine_lacks_runs_by_the_next_with_a_word(
+    sampler: Callable[..., LoopSampler],
+) -> None:
+    """OpenVINO's arrays are numpy's, which has no bfloat16."""
+    pytest.importorskip("openvino")
+    drawn = sampler("plain_rgb")
+    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=3))
+    tfmq.quantize(drawn, recipe)
+    module = drawn.denoiser.module.to(torch.bfloat16)
+    example = drawn.example()
+    inputs = Inputs(torch.randn(2, *example.sample.shape[1:], dtype=torch.bfloat16), torch.tensor([333, 333]))
+    expected = drawn.denoiser(inputs)
+    execute(module, "openvino")
+    with pytest.warns(UserWarning, match="openvino cannot run this model.*computes such calls instead"):
+        found = drawn.denoiser(inputs)
+    assert found.dtype == torch.bfloat16 and sqnr_db(expected, found) > 20

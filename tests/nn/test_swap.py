@@ -1,12 +1,16 @@
 import copy
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.models.denoiser import Denoiser
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.plan import pack_all, prepare
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import STEPS, attach_steps, precision, replace_module, steps_of
 from tfmq.numerics.formats import IntegerFormat
@@ -14,6 +18,8 @@ from tfmq.numerics.operations import Linear
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
+from tfmq.recipes.plan import make_plan
+from tfmq.recipes.recipe import Recipe, Weights
 
 
 class Model(nn.Module):
@@ -167,3 +173,24 @@ def test_a_cast_to_the_dtype_that_it_has_is_none() -> None:
     assert model.to(dtype=torch.float32, device="cpu") is model and model.to("cpu") is model
     with pytest.raises(ValueError, match="unsupported"):
         model.to(dtype=torch.float16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_quantized_model_in_another_dtype_keeps_its_grids_and_timesteps(
+    build: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    """333 is no number of eight binary digits, and a scale rounded to as many is another grid."""
+    denoiser, example = build("plain")
+    steps = StepContext(torch.tensor([333.0, 666.0]))
+    recipe = Recipe(name="w4a8", weights=Weights(ranges="min_max"))
+    prepare(denoiser.module, make_plan(recipe, trace(denoiser, example)), steps, timestep=denoiser.timestep)
+    pack_all(denoiser.module)
+    before = {name: value.clone() for name, value in denoiser.module.state_dict().items()}
+    denoiser.module.to(dtype)
+    for name, value in denoiser.module.state_dict().items():
+        kept = name not in dict(denoiser.module.named_parameters()) and name != "frequencies"
+        assert value.dtype == (before[name].dtype if kept else dtype), name
+        assert not kept or torch.equal(value, before[name])
+    output = denoiser(Inputs(example.sample.to(dtype), torch.tensor([333]), example.conditions))
+    assert output.dtype == dtype and bool(output.isfinite().all())

@@ -102,7 +102,8 @@ class GraphExecutor:
             run(bins, tuple(inputs))
         except EngineError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
+            # A TypeError is a dtype that the engine, or numpy on the way to it, does not have.
             text = " ".join(str(error).split())
             raise EngineError(
                 f"{self.engine} cannot compile the {graph.kind} for a batch of {call.batch}: {text[:MESSAGE]}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Precision = Literal["full", "quantized"]
 
@@ -24,6 +24,18 @@ class Part(nn.Module):
     def keeps(self, name: str) -> bool:
         """Whether the tensor `name` of this module keeps the dtype it is stored in."""
         return name in self._buffers and name not in self._non_persistent_buffers_set
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Part":
+        """Follow the model to another device, and not into another dtype: half a timestep is another one."""
+        before = {
+            name: tensor for name, tensor in self._buffers.items() if tensor is not None and self.keeps(name)
+        }
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = self._buffers[name]
+            if now is not None and now.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(now.device)
+        return self
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
         """Compute with full or quantized weights and inputs from now on; None leaves it as it is. What is
