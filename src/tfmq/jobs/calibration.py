@@ -2,21 +2,24 @@
 inputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
-from tfmq.calibration.ranges import SITE_BYTES, collect, fit_site
-from tfmq.calibration.rescaling import LAYER_BYTES, best_factor, observe
+from tfmq.calibration.ranges import SITE_BYTES, SiteStatistics, collect, fit_site
+from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_factor, observe
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.calibration.variety import warn_of_single_values
 from tfmq.jobs.forecast import calibration_seconds, check_room, check_time
 from tfmq.jobs.job import Job, Work
 from tfmq.models.denoiser import Inputs
+from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers
 from tfmq.nn.swap import precision
+from tfmq.progress import Advance
+from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.reconstruction.unit import settle
 
 
@@ -77,37 +80,41 @@ def rescale_layers(job: Job, work: Work) -> None:
         layers[name].rescale(factor, ranges=work.plan.layers[name].ranges)
 
 
-def _factors(job: Job, work: Work) -> dict[str, Tensor]:
-    """Return the factors of the layers that are rescaled. The trajectory is run again for each group of
-    layers that fits the memory.
+def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Return `names` in groups that fit the memory, if each takes `size` bytes. The trajectory is run again
+    for each group.
     """
+    most = job.resources.sites_at_once(size) or max(1, len(names))
+    return [names[start : start + most] for start in range(0, len(names), most)]
+
+
+def _factors(job: Job, work: Work) -> dict[str, Tensor]:
+    """Return the factors of the layers that are rescaled."""
+    module, store = job.denoiser.module, job.store
     temporal = {layer.name for layer in work.block.trace.temporal}
-    layers = {
-        name: layer for name, layer in calibrated_layers(job.denoiser.module).items() if name not in temporal
-    }
-    names, size = list(layers), job.resources.sites_at_once(LAYER_BYTES) or len(layers)
-    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
+    groups = _in_groups(job, list(layers), LAYER_BYTES)
     found: dict[str, Tensor] = {}
-    with job.progress("calibration: rescaling", len(groups) * len(job.store) + len(names)) as advance:
+    with job.progress("calibration: rescaling", len(groups) * len(store) + len(layers)) as advance:
         for group in groups:
             chosen = {name: layers[name] for name in group}
-            with precision(job.denoiser.module, weights="full", inputs="full"):
-                seen = observe(
-                    job.denoiser, chosen, work.steps, job.store, calls=len(job.store), advance=advance
-                )
-            for name in group:
-                ranges = work.plan.layers[name].ranges
-                factor = (
-                    best_factor(
-                        layers[name], seen[name], equalizers=job.recipe.rescaling.equalizers, ranges=ranges
-                    )
-                    if name in seen
-                    else None
-                )
-                if factor is not None:
-                    found[name] = factor
-                advance()
+            with precision(module, weights="full", inputs="full"):
+                seen = observe(job.denoiser, chosen, work.steps, store, calls=len(store), advance=advance)
+            found |= _best(job, work, chosen, seen)
+            advance(len(group))
     return found
+
+
+def _best(
+    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
+) -> dict[str, Tensor]:
+    """Return the best factors of the layers that gain by one."""
+    equalizers = job.recipe.rescaling.equalizers
+    factors = {
+        name: best_factor(layers[name], what, equalizers=equalizers, ranges=work.plan.layers[name].ranges)
+        for name, what in seen.items()
+    }
+    return {name: factor for name, factor in factors.items() if factor is not None}
 
 
 def fit_activations(job: Job, work: Work) -> None:
@@ -119,18 +126,12 @@ def fit_activations(job: Job, work: Work) -> None:
 
 
 def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
-    """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors.
-
-    The trajectory is run again for each group of quantizers that fits the memory.
-    """
-    module, store, layers = job.denoiser.module, job.store, work.plan.layers
+    """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors."""
+    module, store = job.denoiser.module, job.store
     sites = activation_sites(module)
     if not sites:
         return {}
-    plans = {f"{name}.input_quantizer": layer.input for name, layer in layers.items() if layer.input}
-    plans |= {owner: quantizer for owner, (_, quantizer) in work.plan.products.items() if quantizer}
-    names, size = list(sites), job.resources.sites_at_once(SITE_BYTES) or len(sites)
-    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    groups = _in_groups(job, list(sites), SITE_BYTES)
     amount = len(groups) * len(store) + len(sites)
     with (
         job.progress("calibration: activation ranges", amount) as advance,
@@ -142,22 +143,32 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
             statistics = collect(
                 job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others
             )
-            for name in group:
-                if name in statistics:
-                    chosen = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
-                    fit_site(
-                        sites[name],
-                        statistics[name],
-                        method=chosen.ranges,  # type: ignore[arg-type]
-                        shared=chosen.zero_points(name),
-                        measured=chosen.per_step == "measured",
-                    )
-                advance()
-    return {
-        f"{name}.{key}": value
-        for name, quantizer in sites.items()
-        for key, value in quantizer.state_dict().items()
-    }
+            _fit_sites(work, seen, statistics, advance)
+    tensors = {name: quantizer.state_dict() for name, quantizer in sites.items()}
+    return {f"{name}.{key}": value for name, state in tensors.items() for key, value in state.items()}
+
+
+def _fit_sites(
+    work: Work,
+    sites: Mapping[str, ActivationQuantizer],
+    statistics: Mapping[str, SiteStatistics],
+    advance: Advance,
+) -> None:
+    """Fit the quantizers; one that no call has reached stays as it is."""
+    layers, products = work.plan.layers, work.plan.products
+    plans = {f"{name}.input_quantizer": layer.input for name, layer in layers.items() if layer.input}
+    plans |= {owner: quantizer for owner, (_, quantizer) in products.items() if quantizer}
+    for name, site in sites.items():
+        plan = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
+        if name in statistics:
+            fit_site(
+                site,
+                statistics[name],
+                method=plan.ranges,  # type: ignore[arg-type]
+                shared=plan.zero_points(name),
+                measured=plan.per_step == "measured",
+            )
+        advance()
 
 
 def choose_inputs(job: Job, work: Work) -> None:

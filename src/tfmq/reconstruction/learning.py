@@ -82,13 +82,18 @@ def adaptive_rounding(
         layer.rounding = AdaptiveRounding(start(layer), layer.grid)
     try:
         yield [layer.rounding for layer in layers.values() if layer.rounding]
-        with torch.no_grad():
-            for layer in layers.values():
-                if layer.rounding:
-                    layer.codes.copy_(layer.rounding.codes(hard=True))
+        _harden(layers)
     finally:
         for layer in layers.values():
             layer.rounding = None
+
+
+@torch.no_grad()
+def _harden(layers: Mapping[str, CalibratedLayer]) -> None:
+    """Let the codes of `layers` be their roundings."""
+    for layer in layers.values():
+        if layer.rounding:
+            layer.codes.copy_(layer.rounding.codes(hard=True))
 
 
 def _joined(roundings: Sequence[AdaptiveRounding]) -> list[nn.Parameter]:

@@ -34,15 +34,17 @@ def output_sensitivity(denoiser: Denoiser, units: Sequence[Unit], calls: Sequenc
     nearest, `[U]`.
     """
     errors = torch.zeros(len(units), dtype=torch.float64)
-    for call in calls:
-        with full_precision(denoiser.module):
+    with full_precision(denoiser.module):
+        for call in calls:
             expected = denoiser(call)
-            for number, unit in enumerate(units):
-                with precision(
-                    denoiser.module.get_submodule(unit.name), weights="quantized", inputs="quantized"
-                ):
-                    errors[number] += float((denoiser(call) - expected).double().square().mean())
+            found = [_error(denoiser, unit, call, expected) for unit in units]
+            errors += torch.tensor(found, dtype=torch.float64)
     return errors / max(1, len(calls))
+
+
+def _error(denoiser: Denoiser, unit: Unit, call: Inputs, expected: Tensor) -> float:
+    with precision(denoiser.module.get_submodule(unit.name), weights="quantized", inputs="quantized"):
+        return float((denoiser(call) - expected).double().square().mean())
 
 
 @contextmanager

@@ -78,14 +78,16 @@ def sensitivity(
     steps: StepContext = steps_of(quantized.module)
     outputs = [denoiser(call) for call in calls]
     rows = []
+
+    def at(call: Inputs) -> Tensor:
+        with steps.at(call.timestep):
+            return denoiser(call)
+
     with progress("sensitivity of units", len(parts)) as advance:
         for part in parts:
             with borrowed(denoiser.module, quantized.module, part.layers):
-                row = []
-                for call, expected in zip(calls, outputs, strict=True):
-                    with steps.at(call.timestep):
-                        row.append(_error(expected, denoiser(call)))
-            rows.append(torch.stack(row))
+                errors = [_error(expected, at(call)) for call, expected in zip(calls, outputs, strict=True)]
+            rows.append(torch.stack(errors))
             advance()
     whole = torch.stack(
         [_error(expected, quantized(call)) for call, expected in zip(calls, outputs, strict=True)]

@@ -110,12 +110,8 @@ def _measured(
     with ExitStack() as stack:
         with progress(f"loading, batch {batch}", len(settings)) as advance:
             for name, setting in settings.items():
-                try:
-                    workers[name], spent[name] = _started(name, setting, stack)
-                except WorkerError as error:
-                    if name == BASE:
-                        raise
-                    note(f"{name} failed at batch {batch}: {error}")
+                if started := _tried(name, setting, stack, batch, note):
+                    workers[name], spent[name] = started
                 advance()
         outputs = {
             name: _outputs(worker, settings[name].folder / "outputs.safetensors")
@@ -131,6 +127,19 @@ def _measured(
         yield _row(
             plan, name, batch, timing, base=timings[BASE], beside=beside, sqnr=accuracy, spent=spent[name]
         )
+
+
+def _tried(
+    name: str, setting: Setting, stack: ExitStack, batch: int, note: Note
+) -> tuple[Worker, dict[str, Any]] | None:
+    """Return what `_started` does; None, with a note, for a variant that cannot, unless it is the base."""
+    try:
+        return _started(name, setting, stack)
+    except WorkerError as error:
+        if name == BASE:
+            raise
+        note(f"{name} failed at batch {batch}: {error}")
+        return None
 
 
 def _started(name: str, setting: Setting, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
