@@ -6,7 +6,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,12 @@ import tfmq
 from tfmq.artifact import load
 from tfmq.backends.auto import CANDIDATES
 from tfmq.nn.plan import packed_layers
+from tfmq.numerics.equivalence import EQUALIZERS
+from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.recipes import presets
 from tfmq.recipes.recipe import Calibration, Recipe
 from tfmq.recipes.yaml import load as load_recipe
+from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.storage.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,10 +157,19 @@ def test_there_are_blocks_to_run() -> None:
     assert {block.page.name for block in BLOCKS} >= {"format.md", "extending.md", "README.md"}
 
 
+def _restored(register: dict[str, Any], before: Mapping[str, Any]) -> None:
+    register.clear()
+    register.update(before)
+
+
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python_blocks_run(block: Block, lay_out: Callable[[Block], None]) -> None:
+    """What a block registers is gone afterwards."""
     lay_out(block)
-    execute(block)
+    with ExitStack() as stack:
+        for register in (EQUALIZERS, ESTIMATORS, SOLVERS):
+            stack.callback(_restored, register, dict(register))
+        execute(block)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "sh"], ids=str)

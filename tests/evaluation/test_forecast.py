@@ -79,7 +79,8 @@ def test_without_integer_operators_nothing_is_predicted(
     sampler: Callable[..., LoopSampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tfmq.evaluation.shapes.SECONDS", 0.001)
-    monkeypatch.setattr("tfmq.evaluation.forecast.available", lambda: False)
+    for place in ("forecast", "shapes"):
+        monkeypatch.setattr(f"tfmq.evaluation.{place}.available", lambda: False)
     found = forecast(sampler("plain"))
     assert (
         found.predicted_ms is None

@@ -5,7 +5,7 @@ others, a factor below one takes its range from the input and gives it to the we
 each row. Factors are powers of two, so that the product stays the same to the bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,4 +92,4 @@ def peaks(extremes: Extremes, weights: Tensor) -> Iterator[Tensor]:
     yield 1 / ((ratio * magnitude).sum(dim=0) / magnitude.sum(dim=0)).clamp(1.0, MOST)
 
 
-EQUALIZERS: Mapping[str, Equalizer] = {"ranges": ranges, "peaks": peaks}
+EQUALIZERS: dict[str, Equalizer] = {"ranges": ranges, "peaks": peaks}
