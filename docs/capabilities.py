@@ -181,13 +181,18 @@ class Tiny(nn.Module):
         super().__init__()
         self.time_embedding = TimeEmbedding()
         self.conv_in = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
-        self.down = nn.ModuleDict({"downsamplers": nn.ModuleList([Resample(0.5)])})
+        first = nn.ModuleDict({"conv1": nn.Conv2d(WIDTH, WIDTH, 3, padding=1)})
+        down = nn.ModuleDict(
+            {"resnets": nn.ModuleList([first]), "downsamplers": nn.ModuleList([Resample(0.5)])}
+        )
+        self.down_blocks = nn.ModuleList([down])
         self.up = nn.ModuleDict({"upsamplers": nn.ModuleList([Resample(2.0)]), "block": Block()})
         self.conv_out = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        embedding, entry = self.time_embedding(t), self.conv_in(x)
-        hidden = self.up["upsamplers"][0](self.down["downsamplers"][0](entry))
+        embedding, entry, down = self.time_embedding(t), self.conv_in(x), self.down_blocks[0]
+        smaller = down["downsamplers"][0](down["resnets"][0]["conv1"](entry))
+        hidden = self.up["upsamplers"][0](smaller)
         return self.conv_out(self.up["block"](torch.cat([entry, hidden], dim=1), embedding))
 
 

@@ -18,7 +18,7 @@ from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
 from tfmq.targets import open_sampler
 
-STEPS, IMAGES = 50, 2
+STEPS, IMAGES = 50, 1
 
 
 def drawn(sampler: Sampler, backend: str) -> np.ndarray:

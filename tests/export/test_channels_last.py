@@ -47,7 +47,7 @@ def computed(model: Any, *inputs: Tensor) -> list[Tensor]:
     ]
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 def test_a_group_normalisation_is_torchs(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31)))

@@ -172,7 +172,8 @@ def test_what_is_decoded_is_noted() -> None:
     )
 
 
-def test_the_classes_of_images_can_be_chosen() -> None:
+def tiny_dit(**names: Any) -> diffusers.DiTPipeline:
+    """Return a tiny DiT of ten classes; without `id2label` they have no names."""
     heads = {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -189,10 +190,29 @@ def test_the_classes_of_images_can_be_chosen() -> None:
         "block_out_channels": (4, 8),
     }
     vae = diffusers.AutoencoderKL(**levels, norm_num_groups=4, sample_size=16, latent_channels=4)
-    pipeline = diffusers.DiTPipeline(transformer, vae, DDIMScheduler())
+    return diffusers.DiTPipeline(transformer, vae, DDIMScheduler(), **names)
+
+
+@pytest.mark.filterwarnings("ignore:.*Expected types for id2label")
+def test_names_of_classes_are_saved_with_a_quantized_pipeline(tmp_path: Path) -> None:
+    """Without them another copy draws other classes: any of the table in the place of the named ones."""
+    pipeline = tiny_dit(id2label={3: "three, drei", 8: "eight"})
+    sampler = PipelineSampler(pipeline, options={"guidance_scale": 1.0})
+    asked = sampler.asked(range(4))
+    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2, batch_size=1))
+    tfmq.quantize(sampler, recipe, output_dir=tmp_path / "q")
+    for opened in (open_pipeline(tmp_path / "q"), tfmq.load(tmp_path / "q", backend="simulated")):
+        assert opened.labels == {"drei": 3, "eight": 8, "three": 3}
+        assert PipelineSampler(opened).asked(range(4)) == asked
+    opened.save_pretrained(tmp_path / "again")
+    assert open_pipeline(tmp_path / "again").labels == opened.labels
+
+
+def test_the_classes_of_images_can_be_chosen() -> None:
+    pipeline = tiny_dit()
     sampler = PipelineSampler(pipeline, labels=(7, 2), options={"guidance_scale": 1.0})
     seen: list[list[int]] = []
-    transformer.register_forward_pre_hook(
+    pipeline.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
     )
     sampler.run(range(1, 4), steps=1, seed=0)

@@ -95,6 +95,18 @@ def _noted_decoding(component: Any, noted: list[Tensor]) -> Iterator[None]:
         del component.decode
 
 
+def _keep_class_names(pipeline: DiffusionPipeline) -> None:
+    """Let a pipeline save the names of its classes, as the published DiT pipelines have them: `DiTPipeline`
+    reads them from its configuration, and does not keep them there.
+    """
+    names: dict[str, int] = getattr(pipeline, "labels", None) or {}
+    if names and pipeline.config.get("id2label") is None:
+        found: dict[str, str] = {}
+        for name, index in names.items():
+            found[str(index)] = f"{found[str(index)]}, {name}" if str(index) in found else name
+        pipeline.register_to_config(id2label=found)
+
+
 class PipelineSampler:
     """Draws images with a pipeline; see `tfmq.models.sampler.Sampler`.
 
@@ -135,6 +147,7 @@ class PipelineSampler:
         self.labels = labels
         self.spacing = self.options.pop(SPACING, None)
         pipeline.set_progress_bar_config(disable=True)
+        _keep_class_names(pipeline)
 
     @property
     def takes_prompts(self) -> bool:
