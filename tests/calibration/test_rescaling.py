@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.rescaling import MOST, Seen, best_factor, observe, output_error, watched
+from tfmq.calibration.rescaling import MOST, Seen, best_factor, observe, observed, output_error
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer, pack
@@ -47,7 +47,7 @@ def layer_of(
 
 
 def read(layer: CalibratedLayer, inputs: list[Tensor]) -> Seen:
-    with watched({"layer": layer}, STEPS, len(inputs)) as seen:
+    with observed({"layer": layer}, STEPS, len(inputs)) as seen:
         for number, x in enumerate(inputs):
             with STEPS.at_bins(torch.tensor([number % 3])):
                 layer(x)

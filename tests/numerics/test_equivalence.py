@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tfmq.kernels.kernel import channels
 from tfmq.nn.operation import operation_of, weight_of
-from tfmq.numerics.equivalence import EQUALIZERS, Extremes, along, by_row, columns, power_of_two
+from tfmq.numerics.equivalence import EQUALIZERS, Extremes, by_row, columns, power_of_two
 
 LAYERS = {
     "linear": nn.Linear(6, 4),
@@ -25,7 +26,7 @@ def test_a_rescaled_product_is_the_product_to_the_bit(name: str) -> None:
     shape = (2, 5, 6) if name == "linear" else (2, 6, 8) if name == "depthwise" else (2, 6, 8, 8)
     x, rows = torch.randn(shape), weight_of(layer)
     factor = torch.exp2(torch.tensor([-3.0, 0.0, 2.0, 1.0, -1.0, 5.0]))
-    scaled = x * along(factor, ndim=x.ndim, axis=operation.channel_axis)
+    scaled = x * channels(factor, operation, x.ndim)
     found = operation(scaled, rows / by_row(factor, rows, operation.groups), layer.bias)
     assert torch.equal(found, operation(x, rows, layer.bias))
 

@@ -5,11 +5,11 @@ what it has read decides.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tfmq.calibration.forward import watched
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.affine import fake_quantize
@@ -64,32 +64,18 @@ class Seen:
 
 
 @contextmanager
-def watched(
+def observed(
     layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: int
 ) -> Iterator[dict[str, Seen]]:
     """Note what `layers` read in the next `calls` calls of the denoiser."""
     seen = {name: Seen.nothing(layer, len(steps.timesteps)) for name, layer in layers.items()}
-    handles = []
-    for name, layer in layers.items():
-        total = min(MOST, max(FEWEST, KEPT // layer.weight[0].numel()))
-        most = max(1, total // calls)
 
-        def note(
-            _: nn.Module,
-            args: tuple[Any, ...],
-            output: Tensor,
-            name: str = name,
-            layer: CalibratedLayer = layer,
-            most: int = most,
-        ) -> None:
-            seen[name].update(layer, args[0], output, steps.index, most=most)
+    def note(name: str, x: Tensor, output: Tensor) -> None:
+        rows = min(MOST, max(FEWEST, KEPT // layers[name].weight[0].numel()))
+        seen[name].update(layers[name], x, output, steps.index, most=max(1, rows // calls))
 
-        handles.append(layer.register_forward_hook(note))
-    try:
+    with watched(layers, note):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -105,7 +91,7 @@ def observe(
     """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read; a
     layer that none reaches is left out.
     """
-    with watched(layers, steps, calls) as seen:
+    with observed(layers, steps, calls) as seen:
         for inputs in batches:
             denoiser(inputs)
             advance()

@@ -7,14 +7,10 @@ from torch import Tensor, nn
 
 from tfmq.calibration.correction import NONE, Fitting, StepFit, recorded_predictions
 from tfmq.jobs.job import Job
-from tfmq.jobs.judging import exchanged
+from tfmq.jobs.judging import draw, exchanged
 from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.operation import operation_of
 from tfmq.nn.swap import steps_of
-from tfmq.progress import Advance
-
-# Stands in the journal for a step that was not visited.
-UNVISITED = 255
 
 
 def correct(job: Job, full: nn.Module, last: str) -> tuple[StepFit, ...]:
@@ -37,9 +33,7 @@ def correct(job: Job, full: nn.Module, last: str) -> tuple[StepFit, ...]:
     attach_correction(module, correction.to(steps_of(module).timesteps.device))
     rows = zip(found["kept"].tolist(), found["before"].tolist(), found["after"].tolist(), strict=True)
     names = (NONE, *job.recipe.correction.estimators)
-    return tuple(
-        StepFit(NONE if kept == UNVISITED else names[kept], before, after) for kept, before, after in rows
-    )
+    return tuple(StepFit(names[kept], before, after) for kept, before, after in rows)
 
 
 def channel_axis(prediction: Tensor, last: nn.Module) -> int:
@@ -53,10 +47,9 @@ def channel_axis(prediction: Tensor, last: nn.Module) -> int:
 def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
     module, recipe = job.denoiser.module, job.recipe
     count, steps = max(2, recipe.calibration.batch_size), recipe.calibration.steps
-    seed = job.seed_of("correction")
     with job.progress("correction: images of two models", 2 * count * steps) as advance:
         with exchanged(module, full), recorded_predictions(module) as expected:
-            _draw(job, count, seed, advance)
+            draw(job, count, advance, "correction")
         axis = channel_axis(expected[0], full.get_submodule(last))
         # Where a model predicts a variance too, its channels are behind those of the sample.
         channels = min(expected[0].shape[axis], job.sampler.example().sample.shape[axis])
@@ -65,7 +58,7 @@ def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
             job.denoiser, correction, expected, estimators=recipe.correction.estimators, images=count
         )
         with fitting.running():
-            _draw(job, count, seed, advance)
+            draw(job, count, advance, "correction")
     return {
         "axis": torch.tensor(correction.axis),
         "gain": correction.gain,
@@ -74,25 +67,12 @@ def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
     }
 
 
-def _draw(job: Job, count: int, seed: int, advance: Advance) -> None:
-    handle = job.denoiser.module.register_forward_pre_hook(lambda *_: advance())
-    try:
-        job.sampler.run(range(count), steps=job.recipe.calibration.steps, seed=seed)
-    finally:
-        handle.remove()
-
-
 def _numbers(fitting: Fitting, steps: int) -> dict[str, Tensor]:
-    """Return what was kept and the errors, step by step."""
-    kept, before, after = (
-        torch.full((steps,), UNVISITED, dtype=torch.uint8),
-        torch.zeros(steps),
-        torch.zeros(steps),
-    )
-    for step, fit in fitting.fits.items():
-        kept[step], before[step], after[step] = (
-            (NONE, *fitting.estimators).index(fit.kept),
-            fit.before,
-            fit.after,
-        )
-    return {"kept": kept, "before": before, "after": after}
+    """Return what was kept and the errors, step by step; nothing is kept for a step that was not visited."""
+    names, unvisited = (NONE, *fitting.estimators), StepFit(NONE, 0.0, 0.0)
+    fits = [fitting.fits.get(step, unvisited) for step in range(steps)]
+    return {
+        "kept": torch.tensor([names.index(fit.kept) for fit in fits], dtype=torch.uint8),
+        "before": torch.tensor([fit.before for fit in fits]),
+        "after": torch.tensor([fit.after for fit in fits]),
+    }

@@ -107,12 +107,12 @@ def exchanged(module: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw(job: Job, count: int, advance: Advance) -> Tensor:
+def draw(job: Job, count: int, advance: Advance, stage: str = "judging") -> Tensor:
     """Return images of the job's model as it is now, from noise that no stage has seen."""
     handle = job.denoiser.module.register_forward_pre_hook(lambda *_: advance())
     try:
         return job.sampler.run(
-            range(count), steps=job.recipe.calibration.steps, seed=job.seed_of("judging")
+            range(count), steps=job.recipe.calibration.steps, seed=job.seed_of(stage)
         ).double()
     finally:
         handle.remove()

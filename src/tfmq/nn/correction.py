@@ -42,7 +42,6 @@ class Correction(Part):
         self.register_buffer("bias", torch.zeros(len(steps.timesteps), channels))
 
     def take_rows(self, index: Tensor) -> None:
-        """Keep the rows `index` `[S]`, in this order, for a context of as many timesteps."""
         self.gain, self.bias = self.gain[index], self.bias[index]
 
     def forward(self, prediction: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tfmq.kernels.kernel import IntegerWeight, LayerKernel
+from tfmq.kernels.kernel import IntegerWeight, LayerKernel, channels
 from tfmq.nn.packed import PackedWeight
-from tfmq.numerics.equivalence import along, by_row
+from tfmq.numerics.equivalence import by_row
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
@@ -262,7 +262,7 @@ class PackedLayer(PackedWeight):
 
 
 def _rescaled(x: Tensor, factor: Tensor | None, operation: Operation) -> Tensor:
-    return x if factor is None else x * along(factor, ndim=x.ndim, axis=operation.channel_axis).to(x.dtype)
+    return x if factor is None else x * channels(factor, operation, x.ndim).to(x.dtype)
 
 
 @torch.no_grad()

@@ -34,15 +34,6 @@ class Extremes:
         return found.clamp(min=max(float(found.max()) * LEAST, torch.finfo(found.dtype).tiny))
 
 
-def along(values: Tensor, *, ndim: int, axis: int) -> Tensor:
-    """Return `values` `[C]` so that they broadcast against a tensor of `ndim` axes with its channels on
-    `axis`.
-    """
-    shape = [1] * ndim
-    shape[axis % ndim] = len(values)
-    return values.reshape(shape)
-
-
 def by_row(factor: Tensor, weight: Tensor, groups: int) -> Tensor:
     """Return the factor `[C_in]` so that it broadcasts against rows `[C_out, C_in / groups, ...]` of a weight
     with `groups` groups.

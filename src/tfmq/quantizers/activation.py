@@ -58,8 +58,8 @@ class ActivationQuantizer(InputQuantizer):
         self.zero_point.copy_(zero_point)
 
     def take_rows(self, index: Tensor) -> None:
-        """Keep the rows `index` `[S]` of the table, in this order, for a context of as many timesteps."""
-        self.scale, self.zero_point = self.scale[index], self.zero_point[index]
+        if self.per_step:
+            self.scale, self.zero_point = self.scale[index], self.zero_point[index]
 
     def rows(self, x: Tensor) -> Rows:
         """Return the grid of each sample of `x`, or one row for all."""

@@ -49,6 +49,9 @@ class Part(nn.Module):
         """
         return self
 
+    def take_rows(self, index: Tensor) -> None:
+        """Keep the rows `index` `[S]` of what has one for each timestep, in this order."""
+
     def prepared(self) -> dict[str, Any]:
         """Return what a backend has set."""
         return {name: getattr(self, name) for name in self.PREPARED}

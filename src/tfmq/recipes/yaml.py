@@ -17,12 +17,15 @@ LONGEST = 600
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values that JSON and YAML keep."""
-    values = asdict(recipe)
-    for name in ("rules", "published"):
-        values[name] = [dict(item) for item in values[name]]
-    values["correction"]["estimators"] = list(recipe.correction.estimators)
-    values["rescaling"]["equalizers"] = list(recipe.rescaling.equalizers)
+    values: dict[str, Any] = _plain(asdict(recipe))
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with lists in the place of tuples, which YAML does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _build(kind: Any, values: Any, path: str) -> Any:

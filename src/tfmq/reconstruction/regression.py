@@ -3,13 +3,13 @@ reproducing full precision.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tfmq.calibration.forward import watched
 from tfmq.calibration.spool import Column, Spool
 from tfmq.nn.layer import CalibratedLayer
 
@@ -61,23 +61,6 @@ class Moments:
             diagonal += amount[:, None]
 
 
-@contextmanager
-def _watched(
-    layers: Mapping[str, CalibratedLayer], see: Callable[[str, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Call `see(name, input, output)` whenever one of `layers` runs."""
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, args, output: see(name, args[0], output)
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class Regression:
     """Gathers the moments of the layers of a unit, each when those before it are rounded.
 
@@ -119,7 +102,7 @@ class Regression:
             self.places[name].append(places)
             self.targets.setdefault(name, self.spool.column(target)).add(target)
 
-        with _watched(self.layers, see):
+        with watched(self.layers, see):
             for part in self.parts:
                 run(part)
 
@@ -147,7 +130,7 @@ class Regression:
 
         count = 0
         for part in self.parts:
-            with _watched({name: layer}, see):
+            with watched({name: layer}, see):
                 run(part)
             # Not in the hook: a mode that watches the unit's products is active there, and would count these
             # too.

@@ -51,6 +51,11 @@ class Fields:
             )
         return refusal(self.source, f"{self.path}{name}", self.values[name], wanted)
 
+    def only(self, known: frozenset[str]) -> None:
+        """Refuse a value of a name that is not `known`: a newer writer knows what it means."""
+        if strange := sorted(self.values.keys() - known):
+            raise self.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(known))}; upgrade tfmq")
+
     def flag(self, name: str) -> bool:
         """Return true or false."""
         value = self.values.get(name)

@@ -101,10 +101,7 @@ class Structure:
     @classmethod
     def from_json(cls, fields: Fields) -> "Structure":
         """Return the parts that `fields`, a manifest's `structure`, describe."""
-        if strange := sorted(fields.values.keys() - KNOWN):
-            raise fields.refuse(
-                strange[0], f"absent: this tfmq knows {', '.join(sorted(KNOWN))}; upgrade tfmq"
-            )
+        fields.only(KNOWN)
         layers = {name: _layer(group) for name, group in _named(fields, "layers")}
         products = {name: _products(group) for name, group in _named(fields, "products", empty=True)}
         tables = {name: _table(group) for name, group in _named(fields, "tables")}
@@ -157,8 +154,7 @@ def _layer(group: Fields) -> Layer:
     found = (
         None if "input" in group.values and not group.has("input") else Input.from_json(group.part("input"))
     )
-    if strange := sorted(group.values.keys() - LAYER):
-        raise group.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(LAYER))}; upgrade tfmq")
+    group.only(LAYER)
     layer = Layer(*_grid(group), input=found, rescaled="rescaled" in group.values and group.flag("rescaled"))
     if found is not None and found.segments != layer.segments:
         raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")

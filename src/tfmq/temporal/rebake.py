@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.sampler import Sampler
-from tfmq.nn.correction import correction_of
-from tfmq.nn.swap import replace_module, steps_of
+from tfmq.nn.swap import parts_of, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable
-from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.temporal.block import TemporalBlock
 
@@ -59,11 +57,8 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
             "reference; pass the model that was quantized"
         )
     full = block(timesteps, list(cached))
-    for quantizer in module.modules():
-        if isinstance(quantizer, ActivationQuantizer) and quantizer.per_step:
-            quantizer.take_rows(nearest)
-    if (correction := correction_of(module)) is not None:
-        correction.take_rows(nearest)
+    for part in parts_of(module):
+        part.take_rows(nearest)
     steps.replace(timesteps)
     for name, child in cached.items():
         table = FeatureTable(len(timesteps), full[name].shape[1], child.table.table_format).to(
