@@ -25,16 +25,14 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
 from tfmq.nn.operation import _OPERATIONS, operation_of
 from tfmq.nn.plan import (
-    EmbeddingPlan,
-    LayerPlan,
     Plan,
-    QuantizerPlan,
     activation_sites,
     pack_all,
     packed_layers,
     prepare,
 )
 from tfmq.nn.products import _SITES, ProductQuantizers
+from tfmq.nn.scheme import LayerScheme, OperandScheme
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.formats import MAX_BITS, MIN_BITS, IntegerFormat
 from tfmq.numerics.operations import Operation
@@ -210,10 +208,10 @@ def grids(plans: Iterable[Plan]) -> list[Grids]:
     tokens = {
         "dynamic" if layer.input and layer.input.tokens == "measured" else "static" for layer in layers
     } | {"static"}
-    weights = {layer.weight for layer in layers} | {
+    weights = {layer.weight.grid for layer in layers} | {
         IntegerFormat(bits, symmetric) for bits in (MIN_BITS, MAX_BITS) for symmetric in (False, True)
     }
-    inputs = {layer.input.format if layer.input else None for layer in layers}
+    inputs = {layer.input.grid if layer.input else None for layer in layers}
     pairs = [
         Grids(weight, entry, kind)
         for weight in weights
@@ -246,13 +244,9 @@ def quantized(module: nn.Module, plan: Plan) -> nn.Module:
     return module
 
 
-def quantizer(entry: Grids) -> QuantizerPlan | None:
+def quantizer(entry: Grids) -> OperandScheme | None:
     """Return the plan of a layer's input."""
-    return (
-        QuantizerPlan(format=entry.input, per_step=False, ranges="min_max", tokens=entry.tokens)
-        if entry.input
-        else None
-    )  # type: ignore[arg-type]
+    return OperandScheme(grid=entry.input, ranges="min_max", tokens=entry.tokens) if entry.input else None  # type: ignore[arg-type]
 
 
 def assembly(
@@ -266,8 +260,8 @@ def assembly(
             torch.full_like(layer.weight, -0.1).masked_fill_(torch.rand_like(layer.weight) < 0.3, 0.5)
         )
     plans = {
-        f"layers.{number}": LayerPlan(
-            weight=entry.weight, ranges="min_max", segments=(), input=quantizer(entry)
+        f"layers.{number}": LayerScheme(
+            weight=OperandScheme(grid=entry.weight, ranges="min_max"), input=quantizer(entry)
         )
         for number, (_, entry) in enumerate(rows)
     }
@@ -322,7 +316,7 @@ def product_rows() -> dict[str, tuple[str, ...]]:
     """Return a row of cells for every function that computes an attention product."""
     rows = {}
     for function, count in _SITES.items():
-        entry = QuantizerPlan(format=IntegerFormat(MAX_BITS), per_step=False, ranges="min_max", shared=True)
+        entry = OperandScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max", shared=True)
         module = quantized(Product(function), Plan({}, {"": (count, entry)}))
         cells = []
         for backend in BACKENDS.values():
@@ -351,7 +345,7 @@ def embedding_row() -> tuple[str, ...]:
     cells = []
     for backend in BACKENDS.values():
         module = quantized(
-            Lookup(), Plan({}, {}, {"table": EmbeddingPlan(weight=IntegerFormat(MAX_BITS), ranges="min_max")})
+            Lookup(), Plan({}, {}, {"table": OperandScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max")})
         )
         attached(backend, module)
         cells.append("rows dequantized" if module.table.decoded is None else "kept dequantized")

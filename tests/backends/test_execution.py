@@ -18,8 +18,9 @@ from tfmq.kernels.reference import ReferenceKernel
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import PackedLayer
-from tfmq.nn.plan import LayerPlan, Plan, QuantizerPlan, activation_sites, pack_all, packed_layers, prepare
+from tfmq.nn.plan import Plan, activation_sites, pack_all, packed_layers, prepare
 from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.scheme import LayerScheme, OperandScheme
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.steps import StepContext
@@ -248,13 +249,10 @@ class Assorted(nn.Module):
 def assorted() -> nn.Module:
     """Return the quantized form of `Assorted`: 4 bits, but an asymmetric 8-bit grid in `wide`."""
     module, steps = Assorted().requires_grad_(False), StepContext(torch.tensor([0.0, 10.0]))
-    quantizer = QuantizerPlan(format=IntegerFormat(8), per_step=False, ranges="min_max")
+    operands = {bits: OperandScheme(grid=IntegerFormat(bits), ranges="min_max") for bits in (4, 8)}
     layers = {
-        name: LayerPlan(
-            weight=IntegerFormat(8 if name == "wide" else 4),
-            ranges="min_max",
-            segments=(),
-            input=None if name == "weight_only" else quantizer,
+        name: LayerScheme(
+            weight=operands[8 if name == "wide" else 4], input=None if name == "weight_only" else operands[8]
         )
         for name, _ in module.named_children()
     }

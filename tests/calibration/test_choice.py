@@ -68,7 +68,7 @@ def transformer(name: str = "transformer_w8a8", **activations: Any) -> Recipe:
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1))
     # With few codes a fitted range matters most: where all tokens are alike, it can be fitted to the very
     # values.
-    rules = (Rule(match=CONSTANT, weight_bits=8, activation_bits=4), *recipe.rules)
+    rules = (Rule(match=CONSTANT, weights={"bits": 8}, activations={"bits": 4}), *recipe.rules)
     return replace(
         recipe, temporal=temporal, rules=rules, activations=replace(recipe.activations, **activations)
     )
@@ -228,6 +228,8 @@ def test_a_layer_that_no_call_reaches_stays_static(build: Callable[..., Any]) ->
 
 
 def test_a_layer_in_full_precision_is_not_measured(planted: LoopSampler) -> None:
-    recipe = replace(transformer(), rules=(Rule(match="*.ff.*", weight_bits=8, activation_bits=None),))
+    recipe = replace(
+        transformer(), rules=(Rule(match="*.ff.*", weights={"bits": 8}, activations={"bits": None}),)
+    )
     report = tfmq.quantize(planted, recipe).report
     assert report["inputs"] and not any(".ff." in entry["name"] for entry in report["inputs"])

@@ -135,7 +135,7 @@ def test_transposed_convolutions_and_embeddings_are_quantized_and_the_rest_is_na
     sampler: Sampling, tmp_path: Path
 ) -> None:
     drawn = sampler("upsampler")
-    recipe = quick("w4a8", rules=(Rule(match="exit", weight_bits=None, activation_bits=None),))
+    recipe = quick("w4a8", rules=(Rule(match="exit", weights={"bits": None}, activations={"bits": None}),))
     outcome = quantize(drawn, recipe, tmp_path)
     module = drawn.denoiser.module
     assert (
@@ -197,7 +197,7 @@ def test_a_rule_keeps_an_embedding_or_gives_it_other_bits(sampler: Sampling, tmp
         drawn = sampler("upsampler")
         quantize(
             drawn,
-            quick("w4a8", rules=(Rule(match="labels", weight_bits=bits, activation_bits=None),)),
+            quick("w4a8", rules=(Rule(match="labels", weights={"bits": bits}, activations={"bits": None}),)),
             tmp_path / str(bits),
         )
         assert {layer.format.bits for layer in packed_embeddings(drawn.denoiser.module).values()} == (
@@ -431,8 +431,8 @@ def test_a_broken_layer_is_named_with_the_timestep(sampler: Sampling, tmp_path: 
 
 def test_rules_keep_layers_in_full_precision_even_behind_a_table(sampler: Sampling, tmp_path: Path) -> None:
     rules = (
-        Rule(match="mid_block.*", weight_bits=None, activation_bits=None),
-        Rule(match="*.conv1", weight_bits=2, activation_bits=None),
+        Rule(match="mid_block.*", weights={"bits": None}, activations={"bits": None}),
+        Rule(match="*.conv1", weights={"bits": 2}, activations={"bits": None}),
     )
     drawn = sampler("unet")
     before = drawn.denoiser.module.mid_block.resnets[0].conv1.weight.clone()

@@ -5,9 +5,7 @@ import torch
 
 from tfmq.nn.layer import CalibratedLayer, PackedLayer
 from tfmq.nn.plan import (
-    LayerPlan,
     Plan,
-    QuantizerPlan,
     activation_sites,
     calibrated_layers,
     pack_all,
@@ -15,28 +13,30 @@ from tfmq.nn.plan import (
     prepare,
 )
 from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.scheme import LayerScheme, OperandScheme
 from tfmq.nn.swap import replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
 
-A8 = QuantizerPlan(format=IntegerFormat(8), per_step=True, ranges="min_max")
-STATIC = QuantizerPlan(format=IntegerFormat(4), per_step=False, ranges="search")
+A8 = OperandScheme(grid=IntegerFormat(8), key="timestep", ranges="min_max")
+STATIC = OperandScheme(grid=IntegerFormat(4), ranges="search", segments=(8, 8))
 
 
-def layer_plan(
-    bits: int = 4, *, segments: tuple[int, ...] = (), entry: QuantizerPlan | None = A8
-) -> LayerPlan:
-    return LayerPlan(weight=IntegerFormat(bits), ranges="min_max", segments=segments, input=entry)
+def layer_scheme(
+    bits: int = 4, *, segments: tuple[int, ...] = (), entry: OperandScheme | None = A8
+) -> LayerScheme:
+    weight = OperandScheme(grid=IntegerFormat(bits), ranges="min_max", segments=segments)
+    return LayerScheme(weight=weight, input=entry)
 
 
 PLAN = Plan(
     {
-        "entry": layer_plan(8, entry=None),
-        "stages.0.block": layer_plan(3),
-        "stages.0.shift": layer_plan(),
-        "exit": layer_plan(segments=(8, 8), entry=STATIC),
+        "entry": layer_scheme(8, entry=None),
+        "stages.0.block": layer_scheme(3),
+        "stages.0.shift": layer_scheme(),
+        "exit": layer_scheme(segments=(8, 8), entry=STATIC),
     },
     {"": (2, A8)},
 )
@@ -62,7 +62,10 @@ def test_layers_and_sites_are_what_the_plan_says_and_nothing_else(build: Callabl
         assert torch.equal(
             layers[name].codes.float(),
             fit_grid(
-                sources[name], PLAN.layers[name].weight, segments=PLAN.layers[name].segments, method="min_max"
+                sources[name],
+                PLAN.layers[name].weight.grid,
+                segments=PLAN.layers[name].weight.segments,
+                method="min_max",
             ).encode(sources[name]),
         )
     sites = activation_sites(denoiser.module)
@@ -84,7 +87,7 @@ def test_a_planned_layer_without_a_quantized_form_is_named(build: Callable[..., 
     with pytest.raises(ValueError, match="stages is a ModuleList"):
         prepare(
             denoiser.module,
-            Plan({"stages": layer_plan()}, {}),
+            Plan({"stages": layer_scheme()}, {}),
             StepContext(torch.tensor([5.0])),
             timestep="t",
         )

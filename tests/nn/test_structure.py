@@ -25,8 +25,8 @@ MIXED = (
         weights=Weights(bits=3, symmetric=True, ranges="min_max"),
         activations=Activations(bits=5, symmetric=True, per_step="temporal", split=False),
         rules=(
-            Rule(match="role:first", weight_bits=None, activation_bits=None),
-            Rule(match="role:temporal", weight_bits=8, activation_bits=None),
+            Rule(match="role:first", weights={"bits": None}, activations={"bits": None}),
+            Rule(match="role:temporal", weights={"bits": 8}, activations={"bits": None}),
         ),
     ),
     Recipe(name="dynamic", weights=Weights(ranges="min_max"), activations=Activations(tokens="dynamic")),
@@ -203,7 +203,7 @@ def test_tables_and_skips_over_full_precision_layers_are_rebuilt(build: Callable
     recipe = Recipe(
         name="r",
         weights=Weights(ranges="min_max"),
-        rules=(Rule(match="role:temporal", weight_bits=None, activation_bits=None),),
+        rules=(Rule(match="role:temporal", weights={"bits": None}, activations={"bits": None}),),
     )
     denoiser, example = build("unet")
     quantized(denoiser, example, recipe)

@@ -6,7 +6,7 @@ import pytest
 
 from tfmq.models.program import Trace
 from tfmq.models.trace import trace
-from tfmq.nn.plan import LayerPlan, StepGrids
+from tfmq.nn.scheme import LayerScheme
 from tfmq.numerics.formats import IntegerFormat
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.presets import tfmq_w4a8, tfmq_w4a32
@@ -21,35 +21,35 @@ def plain(build: Callable[..., Any]) -> Trace:
     return trace(*build("plain"))
 
 
-def entry(plan: LayerPlan) -> tuple[StepGrids, str]:
+def entry(plan: LayerScheme) -> tuple[str, str]:
     assert plan.input is not None
-    return plan.input.per_step, plan.input.ranges
+    return plan.input.key, plan.input.ranges
 
 
 def rule(match: str, weight_bits: int | None = None, activation_bits: int | None = None) -> Rule:
-    return Rule(match=match, weight_bits=weight_bits, activation_bits=activation_bits)
+    return Rule(match=match, weights={"bits": weight_bits}, activations={"bits": activation_bits})
 
 
 def test_every_layer_gets_the_recipes_bits_and_the_ends_their_own(plain: Trace) -> None:
     layers = make_plan(tfmq_w4a8(), plain).layers
     assert list(layers) == [layer.name for layer in plain.layers]
     eight = IntegerFormat(8, symmetric=True)
-    assert {name: plan.weight for name, plan in layers.items()} == {
+    assert {name: plan.weight.grid for name, plan in layers.items()} == {
         name: eight if name in ("entry", "exit") else IntegerFormat(4) for name in [*TEMPORAL, *OTHERS]
     }
-    assert all(plan.input is not None and plan.input.format == IntegerFormat(8) for plan in layers.values())
-    assert layers["exit"].segments == (8, 8) and layers["entry"].segments == ()
+    assert all(plan.input is not None and plan.input.grid == IntegerFormat(8) for plan in layers.values())
+    assert layers["exit"].weight.segments == (8, 8) and layers["entry"].weight.segments == ()
 
 
 @pytest.mark.parametrize(
     ("per_step", "maintenance", "temporal", "others"),
     [
-        ("all", "cache", (True, "min_max"), (True, "search")),
-        ("temporal", "block", (True, "min_max"), (False, "search")),
-        ("none", "cache", (False, "min_max"), (False, "search")),
-        ("temporal", "none", (True, "search"), (False, "search")),
-        ("all", "none", (True, "search"), (True, "search")),
-        ("measured", "cache", (True, "min_max"), ("measured", "search")),
+        ("all", "cache", ("timestep", "min_max"), ("timestep", "search")),
+        ("temporal", "block", ("timestep", "min_max"), ("none", "search")),
+        ("none", "cache", ("none", "min_max"), ("none", "search")),
+        ("temporal", "none", ("timestep", "search"), ("none", "search")),
+        ("all", "none", ("timestep", "search"), ("timestep", "search")),
+        ("measured", "cache", ("timestep", "min_max"), ("measured", "search")),
     ],
 )
 def test_finite_set_calibration_reaches_its_scope(
@@ -62,12 +62,12 @@ def test_finite_set_calibration_reaches_its_scope(
     assert {entry(plan.layers[name]) for name in TEMPORAL} == {temporal}
     assert {entry(plan.layers[name]) for name in OTHERS} == {others}
     sites, product = plan.products[""]
-    assert sites == 2 and product is not None and product.per_step == others[0]
+    assert sites == 2 and product is not None and product.key == others[0]
 
 
 def test_switches_turn_products_and_splitting_off(plain: Trace) -> None:
     plan = make_plan(Recipe(name="r", activations=Activations(products=False, split=False)), plain)
-    assert dict(plan.products) == {"": (2, None)} and plan.layers["exit"].segments == ()
+    assert dict(plan.products) == {"": (2, None)} and plan.layers["exit"].weight.segments == ()
     plan = make_plan(tfmq_w4a32(), plain)
     assert all(layer.input is None for layer in plan.layers.values()) and dict(plan.products) == {
         "": (2, None)
@@ -79,7 +79,7 @@ def test_concatenations_are_split_where_they_are_read_directly(build: Callable[.
 
     def split(where: Any) -> set[str]:
         layers = make_plan(Recipe(name="r", activations=Activations(split=where)), traced).layers
-        return {name for name, layer in layers.items() if layer.segments}
+        return {name for name, layer in layers.items() if layer.weight.segments}
 
     assert split("direct") == {name for name in split(True) if name.endswith("conv_shortcut")}
     assert len(split("direct")) == 4 and len(split(True)) == 8 and not split(False)
@@ -101,7 +101,7 @@ def test_layers_that_a_rule_keeps_in_full_precision_are_not_planned(plain: Trace
     layers = make_plan(recipe, plain).layers
     assert sorted(layers) == sorted(["entry", "exit", *TEMPORAL])
     assert all(
-        layers[name].input is None and layers[name].weight == IntegerFormat(8, symmetric=True)
+        layers[name].input is None and layers[name].weight.grid == IntegerFormat(8, symmetric=True)
         for name in TEMPORAL
     )
 
@@ -109,7 +109,7 @@ def test_layers_that_a_rule_keeps_in_full_precision_are_not_planned(plain: Trace
 def test_earlier_rules_win(plain: Trace) -> None:
     recipe = Recipe(name="r", rules=(rule("stages.0.*", 2, 2), rule("role:temporal", 3, 3), rule("*", 5, 5)))
     layers = make_plan(recipe, plain).layers
-    assert {name: plan.weight.bits for name, plan in layers.items()} == {
+    assert {name: plan.weight.grid.bits for name, plan in layers.items()} == {
         "stages.0.shift": 2,
         "stages.0.block": 2,
         "embed": 3,
@@ -120,11 +120,30 @@ def test_earlier_rules_win(plain: Trace) -> None:
     }
 
 
+def test_rules_change_any_field_and_the_first_that_has_one_decides_on_it(plain: Trace) -> None:
+    rules = (
+        Rule(match="stages.0.*", weights={"ranges": "min_max"}, activations={"bits": None}),
+        Rule(match="*.block", weights={"bits": 3, "ranges": "search"}, activations={"per_step": "none"}),
+        Rule(match="exit", activations={"split": False, "zero_points": "shared", "ranges": "min_max"}),
+        Rule(match="", activations={"products": False}),
+    )
+    plan = make_plan(Recipe(name="r", rules=rules), plain)
+    first, second = plan.layers["stages.0.block"], plan.layers["stages.1.block"]
+    assert (first.weight.grid.bits, first.weight.ranges, first.input) == (3, "min_max", None)
+    assert (second.weight.grid.bits, second.weight.ranges) == (3, "search")
+    assert second.input is not None and second.input.key == "none"
+    last = plan.layers["exit"].input
+    assert last is not None and (last.segments, last.shared, last.ranges) == ((), True, "min_max")
+    assert plan.layers["exit"].weight.segments == () and plan.products[""] == (2, None)
+    entry = plan.layers["entry"].input
+    assert entry is not None and (entry.key, entry.shared, entry.ranges) == ("timestep", False, "search")
+
+
 def test_a_rule_about_an_owner_decides_its_products(build: Callable[..., Any]) -> None:
     found = trace(*build("unet"))
     recipe = Recipe(name="r", rules=(rule("mid_block.attentions.0", None, None), rule("up_blocks.*", 4, 6)))
     plan = make_plan(recipe, found)
-    bits = {owner: product.format.bits if product else None for owner, (_, product) in plan.products.items()}
+    bits = {owner: product.grid.bits if product else None for owner, (_, product) in plan.products.items()}
     assert bits == {
         "down_blocks.1.attentions.0": 8,
         "mid_block.attentions.0": None,
@@ -144,7 +163,7 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_it(plain: Trace, mat
 def test_a_rule_behind_others_that_match_all_its_layers_warns(plain: Trace) -> None:
     with pytest.warns(UserWarning, match=r"'entry' of recipe mine has no effect"):
         plan = make_plan(Recipe(name="mine", rules=(rule("e*", 8, 8), rule("entry", 3, 8))), plain)
-    assert plan.layers["entry"].weight.bits == 8
+    assert plan.layers["entry"].weight.grid.bits == 8
 
 
 def test_a_recipe_that_quantizes_nothing_is_an_error(plain: Trace) -> None:

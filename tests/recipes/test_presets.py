@@ -7,7 +7,7 @@ from tfmq.recipes.recipe import Recipe
 
 
 def ends(recipe: Recipe) -> list[tuple[str, int | None, int | None]]:
-    return [(rule.match, rule.weight_bits, rule.activation_bits) for rule in recipe.rules]
+    return [(rule.match, rule.weights["bits"], rule.activations.get("bits")) for rule in recipe.rules]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -92,7 +92,7 @@ def test_any_bits_make_a_scheme(text: str) -> None:
     full = activation > 8
     assert recipe.activations.bits == (None if full else activation)
     assert recipe.activations.products is not full and (recipe.activations.per_step == "none") is full
-    assert all((rule.activation_bits is None) is full for rule in recipe.rules)
+    assert all(rule.activations == ({} if full else {"bits": 8}) for rule in recipe.rules)
 
 
 @pytest.mark.parametrize(

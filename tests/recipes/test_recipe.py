@@ -29,11 +29,11 @@ from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal
         (Calibration, {"batch_size": 0}, r"calibration\.batch_size .* got 0"),
         (
             Rule,
-            {"match": "role:middle", "weight_bits": 8, "activation_bits": 8},
+            {"match": "role:middle", "weights": {"bits": 8}, "activations": {"bits": 8}},
             r"'role:middle'.*role:first, role:last, role:temporal",
         ),
-        (Rule, {"match": "*", "weight_bits": 1, "activation_bits": 8}, r"2\.\.8, got 1"),
-        (Rule, {"match": "*", "weight_bits": None, "activation_bits": 16}, r"2\.\.8, got 16"),
+        (Rule, {"match": "*", "weights": {"bits": 1}, "activations": {"bits": 8}}, r"2\.\.8, got 1"),
+        (Rule, {"match": "*", "weights": {"bits": None}, "activations": {"bits": 16}}, r"2\.\.8, got 16"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_allowed_ones(
@@ -54,26 +54,31 @@ def test_weights_are_symmetric_at_eight_bits_unless_told() -> None:
 
 def test_the_first_rule_that_matches_wins() -> None:
     rules = (
-        Rule(match="role:first", weight_bits=8, activation_bits=8),
-        Rule(match="down.*.conv", weight_bits=None, activation_bits=None),
-        Rule(match="down.*", weight_bits=3, activation_bits=6),
+        Rule(match="role:first", weights={"bits": 8}, activations={"bits": 8}),
+        Rule(match="down.*.conv", weights={"bits": None}, activations={"bits": None}),
+        Rule(match="down.*", weights={"bits": 3}, activations={"bits": 6}),
     )
     recipe = Recipe(name="r", weights=Weights(bits=4), activations=Activations(bits=5), rules=rules)
-    assert recipe.bits("down.0.conv", frozenset({"role:first"})) == (8, 8)
-    assert recipe.bits("down.0.conv", frozenset()) == (None, None)
-    assert recipe.bits("down.0.linear", frozenset({"role:last"})) == (3, 6)
-    assert recipe.bits("up.0.conv", frozenset()) == (4, 5)
+
+    def bits(name: str, roles: frozenset[str]) -> tuple[int | None, int | None]:
+        weights, activations = recipe.scheme(name, roles)
+        return weights.bits, activations.bits
+
+    assert bits("down.0.conv", frozenset({"role:first"})) == (8, 8)
+    assert bits("down.0.conv", frozenset()) == (None, None)
+    assert bits("down.0.linear", frozenset({"role:last"})) == (3, 6)
+    assert bits("up.0.conv", frozenset()) == (4, 5)
 
 
 def test_patterns_tell_case_and_whole_names() -> None:
-    rule = Rule(match="*.attn1.to_[qk]", weight_bits=8, activation_bits=8)
+    rule = Rule(match="*.attn1.to_[qk]", weights={"bits": 8}, activations={"bits": 8})
     assert rule.matches("blocks.0.attn1.to_q", frozenset()) and not rule.matches(
         "blocks.0.attn1.to_v", frozenset()
     )
     assert not rule.matches("Blocks.0.ATTN1.to_q", frozenset()) and not rule.matches(
         "blocks.0.attn1.to_q.lora", frozenset()
     )
-    assert not Rule(match="role:first", weight_bits=8, activation_bits=8).matches(
+    assert not Rule(match="role:first", weights={"bits": 8}, activations={"bits": 8}).matches(
         "role:firs", frozenset({"role:last"})
     )
 

@@ -64,8 +64,8 @@ recipes = st.builds(
         st.builds(
             Rule,
             match=st.sampled_from(["role:first", "role:temporal", "*.conv?", "a[b]", "näme"]),
-            weight_bits=BITS,
-            activation_bits=BITS,
+            weights=st.fixed_dictionaries({"bits": BITS}, optional={"ranges": st.just("min_max")}),
+            activations=st.fixed_dictionaries({}, optional={"bits": BITS, "tokens": st.just("dynamic")}),
         )
     ).map(tuple),
 )
@@ -87,7 +87,17 @@ def test_every_preset_survives_a_file(tmp_path: Path, name: str) -> None:
 def test_the_file_has_the_fields_in_their_order_and_nothing_else() -> None:
     values = yaml.safe_load(dumps(tfmq_w4a8()))
     assert list(values) == [field.name for field in dataclasses.fields(Recipe)]
-    assert values["rules"][0] == {"match": "role:first", "weight_bits": 8, "activation_bits": 8}
+    assert values["rules"][0] == {
+        "match": "role:first",
+        "weights": {"bits": 8},
+        "activations": {"bits": 8},
+    }
+
+
+def test_rules_of_earlier_files_have_bits_under_names_of_their_own() -> None:
+    rule = {"match": "*.conv_shortcut", "weight_bits": 8, "activation_bits": None}
+    found = from_dict({"name": "r", "rules": [rule]}).rules
+    assert found == (Rule(match="*.conv_shortcut", weights={"bits": 8}, activations={"bits": None}),)
 
 
 def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> None:
@@ -103,14 +113,23 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
         ({"weights": {"bit": 4}}, r"unknown key weights\.bit; weights has bits, symmetric, ranges"),
         ({"temporal": {"learning": {"epochs": 4}}}, r"unknown key temporal\.learning\.epochs"),
         (
-            {"rules": [{"match": "*", "weight_bits": 8, "activation_bits": 8, "why": 1}]},
+            {"rules": [{"match": "*", "weights": {"bits": 8}, "why": 1}]},
             r"unknown key rules\[0\]\.why; rules\[0\] has match",
         ),
         (
-            {"rules": [{"match": 3, "weight_bits": 8, "activation_bits": 8}]},
+            {"rules": [{"match": 3, "weights": {"bits": 8}}]},
             r"rules\[0\]\.match must be of type str; got 3",
         ),
         ({"rules": {"match": "*"}}, r"rules must be a list; got"),
+        (
+            {"rules": [{"match": "*", "weights": {"bit": 4}}]},
+            r"unknown key rules\[0\]\.weights\.bit; rules\[0\]\.weights has bits, symmetric",
+        ),
+        (
+            {"rules": [{"match": "*", "activations": {"bits": "8"}}]},
+            r"rules\[0\]\.activations\.bits must be of type int or NoneType; got '8'",
+        ),
+        ({"rules": [{"match": "*", "activations": 8}]}, r"rules\[0\]\.activations must be a mapping of bits"),
         ({"rules": ["conv_in"]}, r"rules\[0\] must be a mapping of match.*got 'conv_in'"),
         ({"weights": 4}, r"weights must be a mapping of bits.*got 4"),
         ({"weights": {"bits": "4"}}, r"weights\.bits must be of type int or NoneType; got '4'"),
@@ -123,7 +142,7 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
         ({"weights": {"bits": 1}}, r"2\.\.8, got 1"),
         ({"temporal": {"maintenance": "hope"}}, r"temporal\.maintenance is 'hope'"),
         (
-            {"rules": [{"match": "role:middle", "weight_bits": 8, "activation_bits": 8}]},
+            {"rules": [{"match": "role:middle", "weights": {"bits": 8}}]},
             r"unknown role 'role:middle'",
         ),
     ],
@@ -140,7 +159,7 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
         ("- a", "must be a mapping"),
         ("", "must be a mapping"),
         ("weights: {bits: 4}", "name"),
-        ("name: r\nrules: [{match: '*'}]", r"rules\[0\] lacks weight_bits, activation_bits"),
+        ("name: r\nrules: [{match: '*'}]", r"the rule '\*' changes nothing"),
         ("name: r\nweights: {bits: 4}\nweights: {}", r"the key weights stands there twice\n.*line 3"),
         ("name: r\nlearning: {warmup: 0.1, warmup: 0.2}", "the key warmup stands there twice"),
         ("name: r\n4: x\nb: y", "unknown key"),

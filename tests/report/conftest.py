@@ -160,7 +160,7 @@ def drawn_model(
         recipe = {
             "name": scheme,
             "weights": {"bits": 4},
-            "rules": [{"match": "role:first", "weight_bits": 8}],
+            "rules": [{"match": "role:first", "weights": {"bits": 8}}],
         }
         manifest = seal(
             {},

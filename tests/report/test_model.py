@@ -51,7 +51,7 @@ def test_everything_is_gathered(write_model: Write, gathered: Read) -> None:
         "weight symmetric, input in full precision",
         0.5,
     )
-    assert dict(found.recipe)["rules[0]"] == "match: role:first, weight_bits: 8"
+    assert dict(found.recipe)["rules[0]"] == "match: role:first, weights.bits: 8"
 
 
 def test_reports_of_releases_that_did_not_say_what_stays_in_floating_point_are_read(

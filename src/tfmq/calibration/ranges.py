@@ -5,7 +5,6 @@ section 4.3).
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from tfmq.calibration.forward import replaced_forward
 from tfmq.calibration.trajectory import CalibrationError
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.scheme import RangeMethod
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.errors import relative_error
 from tfmq.numerics.formats import IntegerFormat
@@ -21,7 +21,6 @@ from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 
-RangeMethod = Literal["search", "min_max"]
 # Number of values kept for the range search of one site, over all of its steps and segments.
 KEPT = 2**18
 # Number of shrunk ranges that the search tries.

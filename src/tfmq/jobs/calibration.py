@@ -77,7 +77,7 @@ def rescale_layers(job: Job, work: Work) -> None:
     factors = job.journal.stage("rescaling", lambda: _factors(job, work))
     layers = calibrated_layers(job.denoiser.module)
     for name, factor in factors.items():
-        layers[name].rescale(factor, ranges=work.plan.layers[name].ranges)
+        layers[name].rescale(factor, ranges=work.plan.layers[name].weight.ranges)
 
 
 def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -111,7 +111,9 @@ def _best(
     """Return the best factors of the layers that gain by one."""
     equalizers = job.recipe.rescaling.equalizers
     factors = {
-        name: best_factor(layers[name], what, equalizers=equalizers, ranges=work.plan.layers[name].ranges)
+        name: best_factor(
+            layers[name], what, equalizers=equalizers, ranges=work.plan.layers[name].weight.ranges
+        )
         for name, what in seen.items()
     }
     return {name: factor for name, factor in factors.items() if factor is not None}
@@ -164,9 +166,9 @@ def _fit_sites(
             fit_site(
                 site,
                 statistics[name],
-                method=plan.ranges,  # type: ignore[arg-type]
+                method=plan.ranges,
                 shared=plan.zero_points(name),
-                measured=plan.per_step == "measured",
+                measured=plan.key == "measured",
             )
         advance()
 

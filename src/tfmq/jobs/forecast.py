@@ -44,9 +44,9 @@ def calibration_seconds(job: Job, work: Work) -> float:
     passes = -(-len(quantizers) // (job.resources.sites_at_once(SITE_BYTES) or max(1, len(quantizers))))
     searched = [quantizer for quantizer in quantizers if quantizer.ranges == "search"]
     # One grid for all timesteps is searched for beside those of each.
-    searches = sum(2 if quantizer.per_step == "measured" else 1 for quantizer in searched)
+    searches = sum(2 if quantizer.key == "measured" else 1 for quantizer in searched)
     values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
-    a_range = seconds_of(lambda: search(values, searched[0].format, shrinks=SHRINKS)) if searched else 0.0
+    a_range = seconds_of(lambda: search(values, searched[0].grid, shrinks=SHRINKS)) if searched else 0.0
     maintained = (
         [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
         if job.recipe.temporal.maintenance != "none"

@@ -186,27 +186,21 @@ def published(protocol: Protocol) -> tuple[Published, ...]:
     return (figure,)
 
 
-def exceptions(weight_bits: int) -> tuple[Rule, ...]:
-    """Return the rules for what the released code leaves in full precision, besides attention products."""
-    whole = (Rule(match=match, weight_bits=None, activation_bits=None) for match in FULL_PRECISION)
-    inputs = (Rule(match=match, weight_bits=weight_bits, activation_bits=None) for match in FULL_INPUTS)
-    return (*whole, *inputs)
+# What the released code leaves in full precision, besides attention products.
+EXCEPTIONS = (
+    *(Rule(match=match, weights={"bits": None}) for match in FULL_PRECISION),
+    *(Rule(match=match, activations={"bits": None}) for match in FULL_INPUTS),
+)
 
 
 def released(recipe: Recipe) -> Recipe:
-    """Return a recipe with exactly the exceptions of the released code, and those of no other rule.
-
-    Raises:
-        ValueError: the recipe keeps weights in full precision.
-    """
-    if recipe.weights.bits is None:
-        raise ValueError("the exceptions of the released code are for quantized weights")
+    """Return a recipe with exactly the exceptions of the released code, and those of no other rule."""
     return replace(
         recipe,
         name=recipe.name.replace("tfmq", "released"),
         weights=replace(recipe.weights, embeddings=None),
         activations=replace(recipe.activations, products=False),
-        rules=exceptions(recipe.weights.bits),
+        rules=EXCEPTIONS,
     )
 
 
@@ -227,7 +221,7 @@ def reproduce(protocol: Protocol, bits: str) -> Recipe:
         temporal=Temporal(maintenance="block", learning=Learning()),
         learning=Learning(),
         calibration=protocol.calibration,
-        rules=exceptions(weight),
+        rules=EXCEPTIONS,
         published=published(protocol),
     )
 

@@ -3,8 +3,9 @@
 import warnings
 
 from tfmq.models.program import LayerTrace, Trace
-from tfmq.nn.plan import EmbeddingPlan, LayerPlan, Plan, QuantizerPlan, StepGrids
-from tfmq.recipes.recipe import Recipe
+from tfmq.nn.plan import Plan
+from tfmq.nn.scheme import Key, LayerScheme, OperandScheme
+from tfmq.recipes.recipe import Activations, Recipe
 
 
 def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
@@ -16,36 +17,52 @@ def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
     return frozenset(role for role, plays in played.items() if plays)
 
 
-def _per_step(recipe: Recipe, *, temporal: bool) -> StepGrids:
+def _key(activations: Activations, *, temporal: bool) -> Key:
     """Return whether a quantizer has a grid for each timestep; those of the temporal block have in every
     scope but `none`.
     """
-    scope = recipe.activations.per_step
+    scope = activations.per_step
     if temporal:
-        return scope != "none"
-    return "measured" if scope == "measured" else scope == "all"
+        return "none" if scope == "none" else "timestep"
+    return "measured" if scope == "measured" else "timestep" if scope == "all" else "none"
 
 
-def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerPlan | None:
-    weight_bits, activation_bits = recipe.bits(layer.name, roles)
-    weight = recipe.weights.format(weight_bits)
+def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerScheme | None:
+    weights, activations = recipe.scheme(layer.name, roles)
+    weight, grid = weights.format(weights.bits), activations.format(activations.bits)
     if weight is None:
         return None
-    activation = recipe.activations.format(activation_bits)
-    temporal = layer.temporal and recipe.temporal.maintenance != "none"
-    per_step = _per_step(recipe, temporal=layer.temporal)
+    segments = activations.segments(layer.segments, direct=layer.direct)
     # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM,
     # section 4.3).
-    ranges = "min_max" if temporal else recipe.activations.ranges
-    shared = recipe.activations.zero_points == "shared"
-    tokens = recipe.activations.tokens if layer.tokenwise and not layer.temporal else "static"
-    return LayerPlan(
-        weight=weight,
-        ranges=recipe.weights.ranges,
-        segments=recipe.activations.segments(layer.segments, direct=layer.direct),
-        input=QuantizerPlan(format=activation, per_step=per_step, ranges=ranges, tokens=tokens, shared=shared)
-        if activation
+    finite = layer.temporal and recipe.temporal.maintenance != "none"
+    return LayerScheme(
+        weight=OperandScheme(grid=weight, ranges=weights.ranges, segments=segments),
+        input=OperandScheme(
+            grid=grid,
+            ranges="min_max" if finite else activations.ranges,
+            segments=segments,
+            key=_key(activations, temporal=layer.temporal),
+            shared=activations.zero_points == "shared",
+            tokens=activations.tokens if layer.tokenwise and not layer.temporal else "static",
+        )
+        if grid
         else None,
+    )
+
+
+def _product(activations: Activations) -> OperandScheme | None:
+    """Return the scheme of both operands of an attention product."""
+    grid = activations.format(activations.bits) if activations.products else None
+    return (
+        OperandScheme(
+            grid=grid,
+            ranges=activations.ranges,
+            key=_key(activations, temporal=False),
+            shared=activations.zero_points == "shared",
+        )
+        if grid
+        else None
     )
 
 
@@ -60,23 +77,28 @@ def last_layer(trace: Trace) -> str:
 
 
 def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
-    open_names = set(roles)
+    # The fields that the rules so far have decided on, by layer.
+    said: dict[str, set[tuple[str, str]]] = {name: set() for name in roles}
     for rule in recipe.rules:
+        fields = {("weights", key) for key in rule.weights} | {
+            ("activations", key) for key in rule.activations
+        }
         matched = {name for name, played in roles.items() if rule.matches(name, played)}
         if not matched:
             raise ValueError(
                 f"the rule {rule.match!r} of recipe {recipe.name} matches "
                 "no layer; `tfmq inspect` lists their names"
             )
-        if not matched & open_names:
+        if all(fields <= said[name] for name in matched):
             warnings.warn(
                 (
                     f"the rule {rule.match!r} of recipe {recipe.name} has no "
-                    "effect: rules before it match all its layers"
+                    "effect: rules before it say the same of all its layers"
                 ),
                 stacklevel=3,
             )
-        open_names -= matched
+        for name in matched:
+            said[name] |= fields
 
 
 def make_plan(recipe: Recipe, trace: Trace) -> Plan:
@@ -92,22 +114,11 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     layers = {name: plan for name, plan in plans.items() if plan}
     if not layers:
         raise ValueError(f"recipe {recipe.name} quantizes no layer of this model")
-    per_step, shared = _per_step(recipe, temporal=False), recipe.activations.zero_points == "shared"
-    products = {}
-    for owner, sites in trace.products.items():
-        fmt = (
-            recipe.activations.format(recipe.bits(owner, frozenset())[1])
-            if recipe.activations.products
-            else None
-        )
-        products[owner] = (
-            sites,
-            QuantizerPlan(format=fmt, per_step=per_step, ranges=recipe.activations.ranges, shared=shared)
-            if fmt
-            else None,
-        )
-    formats = {name: recipe.weights.format(recipe.embedding_bits(name)) for name in trace.embeddings}
+    products = {owner: (sites, _product(recipe.scheme(owner)[1])) for owner, sites in trace.products.items()}
+    rows = {name: recipe.rows_of(name) for name in trace.embeddings}
     embeddings = {
-        name: EmbeddingPlan(weight=fmt, ranges=recipe.weights.ranges) for name, fmt in formats.items() if fmt
+        name: OperandScheme(grid=grid, ranges=recipe.scheme(name)[0].ranges)
+        for name, grid in rows.items()
+        if grid
     }
     return Plan(layers, products, embeddings)

@@ -16,17 +16,14 @@ FAST = Rounding(solver="gptq")
 SHORT = Learning(iterations=400, learning_rate=1e-2)
 
 
-def _ends(activation_bits: int | None) -> tuple[Rule, ...]:
-    """First and last layer at 8 bits, as in BRECQ; the released TFMQ-DM keeps them in full precision."""
-    return tuple(
-        Rule(match=role, weight_bits=8, activation_bits=activation_bits)
-        for role in ("role:first", "role:last")
-    )
+# First and last layer at 8 bits, as in BRECQ; the released TFMQ-DM keeps them in full precision.
+ENDS = tuple(Rule(match=role, weights={"bits": 8}) for role in ("role:first", "role:last"))
+ENDS_W8A8 = tuple(replace(rule, activations={"bits": 8}) for rule in ENDS)
 
 
 def tfmq_w4a8() -> Recipe:
     """4-bit weights, 8-bit activations per timestep, temporal features from an int8 table."""
-    return Recipe(name="tfmq_w4a8", rounding=FAST, learning=SHORT, rules=_ends(8))
+    return Recipe(name="tfmq_w4a8", rounding=FAST, learning=SHORT, rules=ENDS_W8A8)
 
 
 def tfmq_w8a8() -> Recipe:
@@ -37,9 +34,7 @@ def tfmq_w8a8() -> Recipe:
 def tfmq_w4a32() -> Recipe:
     """4-bit weights, activations in full precision."""
     activations = Activations(bits=None, products=False, per_step="none")
-    return Recipe(
-        name="tfmq_w4a32", activations=activations, rounding=FAST, learning=SHORT, rules=_ends(None)
-    )
+    return Recipe(name="tfmq_w4a32", activations=activations, rounding=FAST, learning=SHORT, rules=ENDS)
 
 
 def rtn(recipe: Recipe) -> Recipe:

@@ -1,13 +1,13 @@
 """The recipe value and its parts; every field is checked when it is made."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tfmq.errors import shown
-from tfmq.nn.plan import Tokens
+from tfmq.nn.scheme import RangeMethod, Tokens
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.estimators import ESTIMATORS
@@ -16,13 +16,13 @@ from tfmq.recipes.published import Published
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
 
-RangeMethod = Literal["search", "min_max"]
 PerStep = Literal["none", "temporal", "measured", "all"]
 ZeroPoints = Literal["per_step", "shared"]
 Split = bool | Literal["direct"]
 Spacing = Literal["quadratic"]
 Maintenance = Literal["none", "block", "cache", "selected"]
 SelectionScope = Literal["key", "feature", "step", "global"]
+Part = TypeVar("Part", "Weights", "Activations")
 ROLES = ("role:first", "role:last", "role:temporal")
 
 
@@ -229,25 +229,42 @@ class Correction:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Bits for the layers that `match`: a name pattern (`*.conv_shortcut`), or a role (`role:first`,
-    `role:last`, `role:temporal`).
+    """What is different in the layers that `match`: a name pattern (`*.conv_shortcut`), or a role
+    (`role:first`, `role:last`, `role:temporal`).
 
-    `weight_bits` and `activation_bits` of None keep full precision. The first rule that matches a layer wins.
+    Attributes:
+        match: the pattern or role.
+        weights, activations: fields of `Weights` and `Activations`, with the values that these layers have in
+            the place of the recipe's own. `{"bits": None}` is full precision. Where rules match the same
+            layer, the first that has a field decides on it.
     """
 
     match: str
-    weight_bits: int | None
-    activation_bits: int | None
+    weights: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"changes": Weights})
+    activations: Mapping[str, Any] = field(
+        default_factory=dict, hash=False, metadata={"changes": Activations}
+    )
 
     def __post_init__(self) -> None:
         if self.match.startswith("role:") and self.match not in ROLES:
             raise ValueError(f"unknown role {shown(self.match)}; it must be one of {', '.join(ROLES)}")
-        for bits in (self.weight_bits, self.activation_bits):
-            _format(bits, False)
+        if not self.weights and not self.activations:
+            raise ValueError(f"the rule {shown(self.match)} changes nothing; give it weights or activations")
+        _changed(Weights(), self.weights, "weights")
+        _changed(Activations(), self.activations, "activations")
 
     def matches(self, name: str, roles: frozenset[str]) -> bool:
         """Whether the rule covers the layer `name`, which plays `roles`."""
         return self.match in roles or fnmatchcase(name, self.match)
+
+
+def _changed(part: Part, changes: Mapping[str, Any], name: str) -> Part:
+    """Return a part of a recipe with some of its fields changed."""
+    known = [field.name for field in fields(part)]
+    unknown = [key for key in changes if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {name}.{shown(unknown[0])} of a rule; it may have {', '.join(known)}")
+    return replace(part, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,20 +285,24 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     published: tuple[Published, ...] = ()
 
-    def bits(self, name: str, roles: frozenset[str]) -> tuple[int | None, int | None]:
-        """Return `(weight_bits, activation_bits)` of a layer: those of the first matching rule, else the
-        recipe's own.
+    def scheme(self, name: str, roles: frozenset[str] = frozenset()) -> tuple[Weights, Activations]:
+        """Return the weights and activations of the layer `name`, which plays `roles`: the recipe's own, as
+        the rules change them.
         """
-        for rule in self.rules:
+        weights, activations = self.weights, self.activations
+        # The first rule has the last word.
+        for rule in reversed(self.rules):
             if rule.matches(name, roles):
-                return rule.weight_bits, rule.activation_bits
-        return self.weights.bits, self.activations.bits
+                weights = _changed(weights, rule.weights, "weights")
+                activations = _changed(activations, rule.activations, "activations")
+        return weights, activations
 
-    def embedding_bits(self, name: str) -> int | None:
-        """Return the weight bits of an embedding: those of the first rule that names it, else the recipe's
-        own; no bits of weights, none of them.
+    def rows_of(self, name: str) -> IntegerFormat | None:
+        """Return the grid of the rows of the embedding `name`, None for full precision. Their bits are those
+        that a rule gives its weights, else the recipe's `embeddings`.
         """
-        for rule in self.rules:
-            if rule.matches(name, frozenset()):
-                return rule.weight_bits
-        return None if self.weights.bits is None else self.weights.embeddings
+        weights, _ = self.scheme(name)
+        ruled = any("bits" in rule.weights for rule in self.rules if rule.matches(name, frozenset()))
+        if ruled or self.weights.bits is None:
+            return weights.format(weights.bits)
+        return weights.format(weights.embeddings)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tfmq.errors import cut, require, shown
-from tfmq.recipes.recipe import Recipe
+from tfmq.recipes.recipe import Recipe, Rule
 
 # Limits of a recipe's file (bytes, levels, values), many times what any recipe needs. An alias counts as all
 # that it stands for.
@@ -35,6 +35,8 @@ def _build(kind: Any, values: Any, path: str) -> Any:
             f"{', '.join(f.name for f in fields(kind))}; got {shown(values)}"
         )
     hints = get_type_hints(kind)
+    if kind is Rule:
+        values = _current(values)
     unknown = sorted(set(values) - set(hints), key=str)
     if unknown:
         raise ValueError(
@@ -48,7 +50,29 @@ def _build(kind: Any, values: Any, path: str) -> Any:
     ]
     if missing:
         raise ValueError(f"{path.rstrip('.') or 'the recipe'} lacks {', '.join(missing)}")
-    return kind(**{name: _value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+    changed = {f.name: f.metadata["changes"] for f in fields(kind) if "changes" in f.metadata}
+    return kind(
+        **{
+            name: _fields(changed[name], value, f"{path}{name}.")
+            if name in changed
+            else _value(hints[name], value, f"{path}{name}")
+            for name, value in values.items()
+        }
+    )
+
+
+def _current(rule: dict[str, Any]) -> dict[str, Any]:
+    """Return a rule as it is written now: rules once had bits alone, under names of their own."""
+    earlier = {"weight_bits": "weights", "activation_bits": "activations"}
+    return {
+        earlier.get(name, name): {"bits": value} if name in earlier else value for name, value in rule.items()
+    }
+
+
+def _fields(kind: Any, values: Any, path: str) -> dict[str, Any]:
+    """Return some fields of a part of the recipe, checked as the whole part would be."""
+    part = _build(kind, values, path)
+    return {name: getattr(part, name) for name in values}
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

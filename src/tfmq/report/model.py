@@ -95,7 +95,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             rows += _flat(value, f"{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Mapping):
             rows += [
-                (f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in item.items()))
+                (f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in _flat(item)))
                 for number, item in enumerate(value)
             ]
         else:
