@@ -32,9 +32,9 @@ from tfmq.nn.plan import (
     prepare,
 )
 from tfmq.nn.products import _SITES, ProductQuantizers
-from tfmq.nn.scheme import LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
 from tfmq.numerics.errors import sqnr_db
-from tfmq.numerics.formats import MAX_BITS, MIN_BITS, IntegerFormat
+from tfmq.numerics.grids import MAX_BITS, MIN_BITS, IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.paper import PAPER
@@ -244,9 +244,9 @@ def quantized(module: nn.Module, plan: Plan) -> nn.Module:
     return module
 
 
-def quantizer(entry: Grids) -> OperandScheme | None:
+def quantizer(entry: Grids) -> ActivationScheme | None:
     """Return the plan of a layer's input."""
-    return OperandScheme(grid=entry.input, ranges="min_max", tokens=entry.tokens) if entry.input else None  # type: ignore[arg-type]
+    return ActivationScheme(grid=entry.input, ranges="min_max", tokens=entry.tokens) if entry.input else None  # type: ignore[arg-type]
 
 
 def assembly(
@@ -316,7 +316,7 @@ def product_rows() -> dict[str, tuple[str, ...]]:
     """Return a row of cells for every function that computes an attention product."""
     rows = {}
     for function, count in _SITES.items():
-        entry = OperandScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max", shared=True)
+        entry = ActivationScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max", shared=True)
         module = quantized(Product(function), Plan({}, {"": (count, entry)}))
         cells = []
         for backend in BACKENDS.values():

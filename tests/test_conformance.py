@@ -1,9 +1,11 @@
-"""What holds for all that is registered: backends, solvers, equalizers, estimators, parts of a quantized
-model. None is listed here.
+"""What holds for all that is registered: backends, solvers, grids, equalizers, estimators, parts of a
+quantized model. None is listed here.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +17,18 @@ from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
+from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import parts_of
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, power_of_two
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.numerics.grids import GRIDS, Table
 from tfmq.quantizers.part import Part
+from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.recipes import Recipe
-from tfmq.recipes.recipe import Calibration, Correction, Rescaling
+from tfmq.recipes.recipe import Calibration, Correction, Rescaling, Rule
 from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.storage.digest import tensor_digest
 
@@ -100,6 +106,65 @@ def test_a_solver_stays_on_the_grid_and_depends_on_the_seed_alone(sampler: Make,
         assert all(unit["error_after"] is None or unit["error_after"] >= 0 for unit in report["units"])
         assert bool(made.run(range(1), steps=3, seed=1).isfinite().all())
     assert len(digests) == 1 and (seen > 0 or name == "nearest")
+
+
+def spread(name: str, count: int = 4000) -> Tensor:
+    """Weights on the grid `name`, times a scale for each of two rows, with every value among them."""
+    values = torch.tensor(GRIDS[name], dtype=torch.float32)
+    picked = torch.cat([values, values[torch.randint(len(values), (count,))]])
+    return torch.stack([0.03 * picked, 7.0 * picked])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_grid_holds_its_own_values_and_takes_the_nearest_of_any(name: str) -> None:
+    grid, weight = Table(name, GRIDS[name]), spread(name)
+    fitted = fit_grid(weight, grid, method="min_max")
+    torch.testing.assert_close(fitted.decode(fitted.encode(weight)), weight, rtol=1e-6, atol=0)
+    other = torch.randn(2, 500)
+    fitted = fit_grid(other, grid)
+    decoded, scaled = fitted.decode(fitted.encode(other)), other / fitted.scale
+    nearest = (scaled[..., None] - torch.tensor(GRIDS[name])).abs().amin(dim=-1) * fitted.scale
+    torch.testing.assert_close((decoded - other).abs(), nearest, rtol=1e-4, atol=1e-6)
+    assert torch.equal(fitted.decode(fitted.encode(torch.zeros(2, 1))), torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_soft_roundings_start_at_the_weight_and_end_beside_it(name: str) -> None:
+    weight = torch.randn(2, 500)
+    grid = fit_grid(weight, Table(name, GRIDS[name]), method="min_max")
+    rounding = AdaptiveRounding(weight, grid)
+    torch.testing.assert_close(grid.decode(rounding.codes(hard=False)), weight, rtol=1e-3, atol=1e-3)
+    hard = rounding.codes(hard=True)
+    assert torch.equal(hard, hard.round()) and bool((hard - grid.encode(weight)).abs().le(1).all())
+    grid.decode(rounding.codes(hard=False)).square().sum().backward()
+    assert rounding.logits.grad is not None and bool(rounding.logits.grad.isfinite().all())
+
+
+def test_every_grid_is_packed_stored_and_run_by_every_backend(sampler: Make, tmp_path: Path) -> None:
+    made, names = sampler("plain_rgb"), itertools.cycle(GRIDS)
+    grids = {
+        layer.name: Table(name := next(names), GRIDS[name])
+        for layer in trace(made.denoiser, made.example()).layers
+    }
+    rules = tuple(
+        Rule(match=name, weights={"bits": grid.bits, "grid": grid.name}) for name, grid in grids.items()
+    )
+    assert len(rules) >= len(GRIDS)
+    recipe = replace(short(), rules=rules, rescaling=Rescaling())
+    tfmq.quantize(made, recipe, output_dir=tmp_path / "out")
+    module, inputs = made.denoiser.module, batch(made)
+    layers = packed_layers(module)
+    assert {name: layer.format for name, layer in layers.items()} == grids
+    for layer in layers.values():
+        assert set(layer.integer_weight().values.unique().tolist()) <= set(layer.format.values)
+    with torch.no_grad():
+        expected = made.denoiser(inputs)
+        for backend in BACKENDS:
+            if backend != "float" and not BACKENDS[backend].missing():
+                execute(module, backend)
+                assert sqnr_db(expected, made.denoiser(inputs)) > 35, backend
+    opened = tfmq.load(tmp_path / "out", module=sampler("plain_rgb").denoiser.module)
+    assert tensor_digest(opened.state_dict()) == tensor_digest(module.state_dict())
 
 
 def extremes() -> Iterator[Extremes]:

@@ -9,7 +9,7 @@ from tfmq.calibration.drift import Extremes, LayerDrift, complaint, drift, extre
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operation_of
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 

@@ -13,7 +13,7 @@ from tfmq.models.trace import trace
 from tfmq.nn.plan import activation_sites, prepare
 from tfmq.nn.swap import precision
 from tfmq.numerics.affine import fake_quantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import from_range, search
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext

@@ -16,7 +16,7 @@ from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.plan import calibrated_layers, prepare
 from tfmq.numerics.errors import sqnr_db
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.steps import StepContext

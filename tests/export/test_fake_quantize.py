@@ -11,7 +11,7 @@ from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.products import ProductQuantizers
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.steps import StepContext

@@ -10,7 +10,7 @@ from torch import nn
 
 from tfmq.nn import embedding
 from tfmq.nn.embedding import CalibratedEmbedding, PackedEmbedding
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.weight import fit_grid
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 

@@ -13,19 +13,19 @@ from tfmq.nn.plan import (
     prepare,
 )
 from tfmq.nn.products import ProductQuantizers
-from tfmq.nn.scheme import LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
 from tfmq.nn.swap import replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
 
-A8 = OperandScheme(grid=IntegerFormat(8), key="timestep", ranges="min_max")
-STATIC = OperandScheme(grid=IntegerFormat(4), ranges="search", segments=(8, 8))
+A8 = ActivationScheme(grid=IntegerFormat(8), key="timestep", ranges="min_max")
+STATIC = ActivationScheme(grid=IntegerFormat(4), ranges="search", segments=(8, 8))
 
 
 def layer_scheme(
-    bits: int = 4, *, segments: tuple[int, ...] = (), entry: OperandScheme | None = A8
+    bits: int = 4, *, segments: tuple[int, ...] = (), entry: ActivationScheme | None = A8
 ) -> LayerScheme:
     weight = OperandScheme(grid=IntegerFormat(bits), ranges="min_max", segments=segments)
     return LayerScheme(weight=weight, input=entry)

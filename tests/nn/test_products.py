@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tfmq.kernels.kernel import Rows
 from tfmq.nn.products import ProductMode, ProductQuantizers, attach_products, sites
 from tfmq.numerics.attention import Attention
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 
 

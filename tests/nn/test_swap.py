@@ -13,7 +13,7 @@ from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import pack_all, prepare
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import STEPS, attach_steps, precision, replace_module, steps_of
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.operations import Linear
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext

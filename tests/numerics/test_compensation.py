@@ -12,9 +12,9 @@ from tfmq.numerics.compensation import (
     compensate,
     feedback,
     refit,
-    segment_numbers,
     sweep,
 )
+from tfmq.numerics.segments import numbers
 
 LEVELS = 8
 
@@ -132,7 +132,7 @@ def test_groups_do_not_know_of_each_other() -> None:
 
 def test_refitted_scales_are_the_least_squares_ones() -> None:
     quadratic, grid = problem(5, rows=2, columns=6)
-    segment = segment_numbers((1, 2), 3, 2)
+    segment = numbers((1, 2), 3, 2)
     assert segment.tolist() == [0, 0, 1, 1, 1, 1]
     codes = grid.nearest(quadratic.target)
     # Segments are refitted in turns: after many, no scale can improve.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tfmq.numerics import ranges as module_under_test
 from tfmq.numerics.affine import fake_quantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import SMALLEST_SCALE, from_range, min_max, search, share_zero_point
 
 FORMATS = st.builds(IntegerFormat, st.integers(2, 8), symmetric=st.booleans())

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tfmq.numerics.affine import fake_quantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import min_max
 from tfmq.quantizers.dynamic import DynamicQuantizer
 

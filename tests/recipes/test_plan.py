@@ -7,7 +7,7 @@ import pytest
 from tfmq.models.program import Trace
 from tfmq.models.trace import trace
 from tfmq.nn.scheme import LayerScheme
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.presets import tfmq_w4a8, tfmq_w4a32
 from tfmq.recipes.recipe import Activations, Recipe, Rule, Temporal, Weights

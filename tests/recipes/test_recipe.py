@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat, Table
 from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal, Weights
 
 
@@ -12,6 +12,7 @@ from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal
     [
         (Weights, {"bits": 1}, r"2\.\.8, got 1"),
         (Weights, {"bits": 32}, r"2\.\.8, got 32"),
+        (Weights, {"grid": "e9m9"}, r"weights\.grid is 'e9m9'.*uniform, .*e2m1"),
         (Weights, {"ranges": "guess"}, r"weights\.ranges is 'guess'.*search, min_max"),
         (Activations, {"bits": 9}, r"2\.\.8, got 9"),
         (Activations, {"ranges": "guess"}, r"activations\.ranges is 'guess'"),
@@ -44,12 +45,22 @@ def test_a_wrong_value_is_refused_with_the_allowed_ones(
 
 
 def test_weights_are_symmetric_at_eight_bits_unless_told() -> None:
-    assert Weights().format(8) == IntegerFormat(8, symmetric=True) and Weights().format(4) == IntegerFormat(4)
-    assert Weights(symmetric=False).format(8) == IntegerFormat(8) and Weights(symmetric=True).format(
-        4
-    ) == IntegerFormat(4, symmetric=True)
-    assert Weights().format(None) is None and Activations().format(None) is None
-    assert Activations(symmetric=True).format(6) == IntegerFormat(6, symmetric=True)
+    assert Weights(bits=8).format() == IntegerFormat(8, symmetric=True)
+    assert Weights(bits=4).format() == Weights(bits=8).uniform(4) == IntegerFormat(4)
+    assert Weights(bits=8, symmetric=False).format() == IntegerFormat(8)
+    assert Weights(bits=4, symmetric=True).format() == IntegerFormat(4, symmetric=True)
+    assert Weights(bits=None).format() is None and Activations(bits=None).format() is None
+    assert Activations(bits=6, symmetric=True).format() == IntegerFormat(6, symmetric=True)
+
+
+def test_a_table_is_the_grid_of_the_layers_that_have_its_bits() -> None:
+    ends = Rule(match="role:first", weights={"bits": 8})
+    recipe = Recipe(name="r", weights=Weights(bits=4, grid="e2m1"), rules=(ends,))
+    inner, first = (recipe.scheme("x", roles)[0] for roles in (frozenset(), frozenset({"role:first"})))
+    assert inner.format() == Table("e2m1", (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12))
+    assert first.format() == IntegerFormat(8, symmetric=True)
+    with pytest.raises(ValueError, match=r"e2m1 has 4 bits, and weights\.bits is 8"):
+        Recipe(name="r", weights=Weights(bits=8, grid="e2m1"))
 
 
 def test_the_first_rule_that_matches_wins() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.operations import Linear
 from tfmq.numerics.rounding import annealed_beta, rounding_penalty
 from tfmq.quantizers.weight import fit_grid

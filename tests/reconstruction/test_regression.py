@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.operation import operation_of, weight_of
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.weight import fit_grid
 from tfmq.reconstruction.regression import Moments, Regression

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import LEAN, SOLVERS, Rounding, Samples, UnitProblem, leaning, work_amount

@@ -553,6 +553,38 @@ def test_an_input_that_the_layer_cannot_have_is_refused(
         tfmq.load(tmp_path / "q", module=build("plain")[0].module)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": [-7, 0, 7]}, r"values is \[-7, 0, 7\]; it must be a list of 9 to 16 integers"),
+        ({"values": [*range(-7, 7), 6]}, "ascending, 0 among them"),
+        ({"values": [*range(-7, 7), 7.0]}, "ascending, 0 among them"),
+        ({"values": [*range(-7, 7), 128]}, "integers of -128 to 127"),
+        ({"values": [*range(1, 16)]}, "0 among them"),
+        ({"values": {}}, "it must be a list"),
+        ({"grid": 4, "values": [*range(-7, 8)]}, "grid is 4; it must be a text"),
+        ({"grid": "", "values": [*range(-7, 8)]}, "grid is ''; it must be a text"),
+        ({"symmetric": False, "values": [*range(-7, 8)]}, "symmetric is False; it must be true"),
+        ({"values": [*range(-7, 8)]}, r"has the code 15, beyond a table of 15 values"),
+    ],
+)
+def test_a_table_that_lies_is_refused_before_anything_is_built(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(bare, tmp_path / "q")
+
+    def edit(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> None:
+        groups = [group for group in manifest["structure"]["layers"] if group["bits"] == 4]
+        assert groups, "the model has a layer of 4 bits"
+        for group in groups:
+            group.update({"grid": "odd", "symmetric": True, **change})
+
+    resealed(tmp_path / "q", edit)
+    monkeypatch.setattr("tfmq.artifact.assemble", lambda *_: pytest.fail("built something"))
+    with pytest.raises(CheckpointError, match=message):
+        tfmq.load(tmp_path / "q", module=torch.nn.Identity())
+
+
 def test_a_device_and_a_pipe_are_never_opened(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

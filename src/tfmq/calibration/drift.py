@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operand
+from tfmq.numerics.segments import split
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
 
@@ -43,13 +44,12 @@ class Extremes:
 
 
 def _update(seen: Extremes, quantizer: ActivationQuantizer, x: Tensor, bins: Tensor) -> None:
-    axis = quantizer.axis % x.ndim
     index = (
         bins.repeat_interleave(x.shape[0] // len(bins))
         if quantizer.per_step
         else torch.zeros(x.shape[0], dtype=torch.long)
     )
-    for segment, part in enumerate(x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)):
+    for segment, part in enumerate(split(x, quantizer.segments, axis=quantizer.axis)):
         rows = part.detach().float().flatten(1).cpu()
         seen.low[:, segment].scatter_reduce_(0, index, rows.amin(dim=1), "amin")
         seen.high[:, segment].scatter_reduce_(0, index, rows.amax(dim=1), "amax")

@@ -15,8 +15,9 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.scheme import RangeMethod
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.errors import relative_error
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import from_range, search, share_zero_point
+from tfmq.numerics.segments import split
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -67,8 +68,7 @@ def _observe(
     site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, steps: StepContext, calls: int
 ) -> None:
     index = steps.index.cpu() if quantizer.per_step else torch.zeros(1, dtype=torch.long)
-    axis = quantizer.axis % x.ndim
-    parts = x.split(quantizer.segments, dim=axis) if quantizer.segments else (x,)
+    parts = split(x, quantizer.segments, axis=quantizer.axis)
     bins = index.unique().tolist()
     rows = index.repeat_interleave(x.shape[0] // len(index)) if len(index) > 1 else index
     for segment, part in enumerate(parts):

@@ -15,6 +15,7 @@ from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, by_row, columns, power_of_two
 from tfmq.numerics.ranges import from_range
+from tfmq.numerics.segments import spread
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -121,8 +122,7 @@ def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, fa
         for below, above in zip(low.split(widths, dim=1), high.split(widths, dim=1), strict=True)
     ]
     scale, zero = (
-        torch.stack(column, dim=1).repeat_interleave(torch.tensor(widths), dim=1)[steps]
-        for column in zip(*grids, strict=True)
+        spread(torch.stack(column, dim=1), widths, axis=1)[steps] for column in zip(*grids, strict=True)
     )
     taps = rows.shape[2] * layer.operation.groups // len(factor)
     scale, zero = (

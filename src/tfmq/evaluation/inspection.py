@@ -20,6 +20,7 @@ from tfmq.nn.operation import weight_of
 from tfmq.nn.structure import InputKind, describe, input_kind, named_specs, state_bytes
 from tfmq.nn.swap import is_quantized
 from tfmq.numerics.packing import packed_shape
+from tfmq.numerics.segments import scales
 from tfmq.recipes import scheme
 from tfmq.recipes.paper import PAPER
 from tfmq.recipes.plan import make_plan
@@ -162,7 +163,7 @@ def _predicted_bytes(module: nn.Module, traced: Trace, bits: int) -> int:
     A weight takes its packed codes, and for each row and concatenated source a scale, below 8 bits with a
     zero-point. Rows of embeddings have the bits that recipes have for them.
     """
-    weights = [(layer.name, bits, max(1, len(layer.segments))) for layer in traced.layers]
+    weights = [(layer.name, bits, scales(layer.segments)) for layer in traced.layers]
     weights += [(name, Weights().embeddings or bits, 1) for name in traced.embeddings]
     total = 4 * _parameters(module)
     for name, own, sources in weights:

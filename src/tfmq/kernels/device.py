@@ -17,6 +17,7 @@ from tfmq.kernels.operators.product import product_codes
 from tfmq.kernels.operators.quantize import quantize_codes
 from tfmq.kernels.operators.weights import half_packed
 from tfmq.numerics.operations import Operation, Window
+from tfmq.numerics.segments import spread
 
 # Largest number of segments that the operators take. No model here has more.
 MAX_SEGMENTS = 4
@@ -122,11 +123,7 @@ class Integers(nn.Module):
         values, zero = values.movedim(1, -1), None
         if nibbles:
             zero = (-_bounds(source)[0]).to(torch.int8)
-            wide = (
-                zero
-                if not self.segments
-                else zero.repeat_interleave(torch.tensor(self.segments, device=zero.device), dim=1)
-            )
+            wide = spread(zero, self.segments, axis=1)
             codes = values + wide.reshape(len(wide), *[1] * (values.ndim - 2), -1)
         sums = torch.stack([part.flatten(1).sum(dim=1) for part, _ in source.parts()], dim=1)
         self._keep(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tfmq.numerics.operations import Operation
+from tfmq.numerics.segments import split
 
 # Largest sum that an int32 accumulator holds.
 ACCUMULATOR = 2**31 - 1
@@ -80,12 +81,12 @@ class IntegerWeight:
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the values and scale `[C_out]` of each input segment."""
-        pieces = self.values.split(self.segments, dim=1) if self.segments else (self.values,)
+        pieces = split(self.values, self.segments, axis=1)
         yield from zip(pieces, self.scale.unbind(dim=1), strict=True)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the input segments of `x`."""
-        return x.split(self.segments, dim=self.operation.channel_axis) if self.segments else (x,)
+        return split(x, self.segments, axis=self.operation.channel_axis)
 
     @property
     def narrow(self) -> bool:

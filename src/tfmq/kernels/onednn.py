@@ -30,6 +30,7 @@ from torch import Tensor
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Operation, Window
+from tfmq.numerics.segments import scales
 
 # Subtracted from an unsigned code of eight bits, it gives a signed one.
 MIDDLE = 128
@@ -210,7 +211,7 @@ class OnednnKernel:
         *,
         again: Callable[[], IntegerWeight] | None = None,
     ) -> None:
-        self.constants = constants(zero_points, max(1, len(weight.segments)))
+        self.constants = constants(zero_points, scales(weight.segments))
         self.layout = replace(weight, values=weight.values.new_empty(0))
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
         self.again = again or (lambda: weight)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq.nn.packed import PackedWeight
-from tfmq.numerics.affine import dequantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import Grid
 from tfmq.numerics.packing import unpack_unsigned
 from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.weight import WeightGrid
@@ -34,9 +33,9 @@ class CalibratedEmbedding(Part):
     def forward(self, input: Tensor) -> Tensor:
         if self.weight_precision == "full":
             return F.embedding(input, self.weight)
-        return dequantize(self.codes[input], self.grid.scale[input], self.grid.zero_point[input]).to(
-            self.weight.dtype
-        )
+        scale, zero_point = self.grid.scale[input], self.grid.zero_point[input]
+        codes = self.codes[input].to(scale.dtype)
+        return (self.grid.format.integers(codes, zero_point) * scale).to(self.weight.dtype)
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
         before = self.weight_precision
@@ -69,7 +68,7 @@ class PackedEmbedding(PackedWeight):
 
     decoded: Tensor | None
 
-    def __init__(self, fmt: IntegerFormat, shape: tuple[int, ...], *, dtype: torch.dtype) -> None:
+    def __init__(self, fmt: Grid, shape: tuple[int, ...], *, dtype: torch.dtype) -> None:
         super().__init__(fmt, shape)
         self.dtype = dtype
         self.unpacked: Tensor | None = None
@@ -101,7 +100,8 @@ class PackedEmbedding(PackedWeight):
             if self.zero_point is None
             else self.zero_point[index].to(scale.dtype)
         )
-        return dequantize(codes, scale, zero_point).reshape(*input.shape, self.shape[1]).to(self.dtype)
+        rows = self.format.integers(codes.to(scale.dtype), zero_point) * scale
+        return rows.reshape(*input.shape, self.shape[1]).to(self.dtype)
 
     def _rows(self, index: Tensor) -> Tensor:
         # Not `len`, which a graph would take for a constant.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import IntegerWeight, LayerKernel, channels
 from tfmq.nn.packed import PackedWeight
 from tfmq.numerics.equivalence import by_row
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import Grid
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
@@ -148,7 +148,7 @@ class PackedLayer(PackedWeight):
     def __init__(
         self,
         operation: Operation,
-        fmt: IntegerFormat,
+        fmt: Grid,
         shape: tuple[int, ...],
         *,
         bias: torch.dtype | None,
@@ -230,7 +230,7 @@ class PackedLayer(PackedWeight):
     def integer_weight(self) -> IntegerWeight:
         """Return what integer kernels compute with."""
         grid = self.grid
-        values = self.codes.to(torch.int16) - grid.expand(grid.zero_point, len(self.shape)).to(torch.int16)
+        values = grid.integers(self.codes.to(torch.int16))
         return IntegerWeight(
             self.operation,
             values,

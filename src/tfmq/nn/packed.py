@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import Grid
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
+from tfmq.numerics.segments import scales
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import WeightGrid, fit_grid
 
@@ -23,12 +24,12 @@ class PackedWeight(Part):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, fmt: IntegerFormat, shape: tuple[int, ...], *, segments: tuple[int, ...] = ()) -> None:
+    def __init__(self, fmt: Grid, shape: tuple[int, ...], *, segments: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.format = fmt
         self.shape = tuple(shape)
         self.segments = tuple(segments)
-        groups = (self.shape[0], max(1, len(self.segments)))
+        groups = (self.shape[0], scales(self.segments))
         self.register_buffer(
             "packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8)
         )

@@ -10,7 +10,7 @@ from tfmq.nn.layer import CalibratedLayer, PackedLayer
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
-from tfmq.nn.scheme import LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
 from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.nn.temporal import stock_name
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -28,7 +28,7 @@ class Plan:
     """
 
     layers: Mapping[str, LayerScheme]
-    products: Mapping[str, tuple[int, OperandScheme | None]]
+    products: Mapping[str, tuple[int, ActivationScheme | None]]
     embeddings: Mapping[str, OperandScheme] = field(default_factory=dict)
 
     def measures(self, name: str) -> bool:

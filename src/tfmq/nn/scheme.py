@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import Grid, IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
@@ -16,14 +16,26 @@ Key = Literal["none", "timestep", "measured"]
 
 @dataclass(frozen=True, kw_only=True)
 class OperandScheme:
-    """How a weight or an activation is quantized.
+    """How an operand is quantized; as it stands, a weight, which has a scale for each of its rows.
 
     Attributes:
         grid: the values that a code can have.
         ranges: how scales are found: exact extremes (`min_max`) or those of least error (`search`).
-        segments: widths of the parts of the channels that have grids of their own; `()` is one for all. A
-            weight has a grid for each of its rows besides.
-        key: what else has grids of its own: nothing (`none`), each timestep, or each timestep until
+        segments: widths of the parts of the input's channels that have scales of their own; `()` is one for
+            all.
+    """
+
+    grid: Grid
+    ranges: RangeMethod
+    segments: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationScheme(OperandScheme):
+    """How an activation is quantized, on a uniform grid.
+
+    Attributes:
+        key: what has grids of its own: nothing (`none`), each timestep, or each timestep until
             calibration finds that one for all does as well (`measured`).
         shared: whether the grids of all timesteps have one zero-point.
         tokens: whether the grids are fitted in calibration (`static`), are those of each token at each call
@@ -31,8 +43,6 @@ class OperandScheme:
     """
 
     grid: IntegerFormat
-    ranges: RangeMethod
-    segments: tuple[int, ...] = ()
     key: Key = "none"
     shared: bool = False
     tokens: Tokens = "static"
@@ -53,7 +63,7 @@ class OperandScheme:
         )
 
     def quantizer(self, steps: StepContext, *, axis: int = 1) -> InputQuantizer:
-        """Return the quantizer of an activation with channels on `axis`, unfitted."""
+        """Return the quantizer, unfitted; the channels are on `axis`."""
         if self.tokens == "dynamic":
             return DynamicQuantizer(self.grid, segments=self.segments)
         return ActivationQuantizer(
@@ -66,4 +76,4 @@ class LayerScheme:
     """How a layer is quantized: its weight, and its input unless that stays in full precision."""
 
     weight: OperandScheme
-    input: OperandScheme | None
+    input: ActivationScheme | None

@@ -17,7 +17,7 @@ from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.swap import attach_steps, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import Grid, IntegerFormat, Table
 from tfmq.numerics.operations import TransposedConvolution
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
@@ -58,8 +58,7 @@ def input_kind(spec: Mapping[str, Any] | None) -> InputKind:
 
 def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     weight = {
-        "bits": child.format.bits,
-        "symmetric": child.format.symmetric,
+        **child.format.describe(),
         "segments": list(child.segments),
     }
     if isinstance(child, PackedEmbedding):
@@ -224,8 +223,17 @@ def _check_input(name: str, spec: Mapping[str, Any], axis: int, *, channels: int
         )
 
 
+def _grid_of(spec: Mapping[str, Any]) -> Grid:
+    """Return the grid of a described weight. The values of a table come with it, so that no table needs to be
+    known here.
+    """
+    if "grid" in spec:
+        return Table(spec["grid"], tuple(spec["values"]))
+    return IntegerFormat(spec["bits"], spec["symmetric"])
+
+
 def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext, name: str) -> PackedWeight:
-    kind, fmt = spec.get("kind"), IntegerFormat(spec["bits"], spec["symmetric"])
+    kind, fmt = spec.get("kind"), _grid_of(spec)
     if kind not in KINDS:
         raise ValueError(
             f"{name}: the checkpoint holds a layer of kind {kind!r}, this tfmq "

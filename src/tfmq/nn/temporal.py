@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tfmq.nn.operation import weight_of
 from tfmq.numerics.affine import dequantize, quantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import min_max
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.steps import StepContext

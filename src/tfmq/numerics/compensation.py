@@ -2,11 +2,12 @@
 squares.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from tfmq.numerics.grids import Grid
 
 # Number of columns that are rounded one by one before a matrix product updates the rest.
 BLOCK = 64
@@ -45,19 +46,19 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """The grids of weights `[G, R, n]`: `scale` and `zero_point` of each entry, and the number of codes."""
+    """The grids of weights `[G, R, n]`: what codes stand for, and `scale` and `zero_point` of each entry."""
 
+    format: Grid
     scale: Tensor
     zero_point: Tensor
-    levels: int
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the nearest codes, as integers in float."""
-        return torch.round(values / self.scale + self.zero_point).clamp(0, self.levels - 1)
+        return self.format.nearest_(values / self.scale, self.zero_point)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the values of codes."""
-        return (codes - self.zero_point) * self.scale
+        return self.format.integers(codes, self.zero_point) * self.scale
 
     def ordered(self, order: Tensor) -> "CodeGrid":
         """Return the grids of the columns in the `order` `[G, n]`."""
@@ -74,11 +75,15 @@ class _Columns:
             _columns_first(values[:, :, start:stop]) for values in (grid.scale, grid.zero_point)
         )
         self.codes = torch.empty_like(self.scale)
-        self.top = grid.levels - 1
+        self.format = grid.format
 
     def nearest(self, number: int, values: Tensor) -> Tensor:
         """Return the nearest codes of values `[G, R]` of a column."""
-        return (values / self.scale[number]).add_(self.zero_point[number]).round_().clamp_(0, self.top)
+        return self.format.nearest_(values / self.scale[number], self.zero_point[number])
+
+    def decode(self, number: int, codes: Tensor) -> Tensor:
+        """Return the values of codes `[G, R]` of a column."""
+        return self.format.integers(codes, self.zero_point[number]).mul_(self.scale[number])
 
 
 def _columns_first(values: Tensor) -> Tensor:
@@ -109,9 +114,7 @@ def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
         rows, errors = inner.permute(1, 2, 0)[..., None].contiguous(), torch.empty_like(block)
         for j, column in enumerate(block):
             code = local.nearest(j, column)
-            error = torch.sub(column, (code - local.zero_point[j]).mul_(local.scale[j]), out=errors[j]).div_(
-                rows[j, j]
-            )
+            error = torch.sub(column, local.decode(j, code), out=errors[j]).div_(rows[j, j])
             # Columns that are rounded already need no update.
             block[j + 1 :] -= error * rows[j, j + 1 :]
             local.codes[j] = code
@@ -134,10 +137,12 @@ def sweep(problem: Quadratic, grid: CodeGrid, codes: Tensor) -> int:
             _columns_first(gradient[:, :, start:stop]),
         )
         before, rows = _columns_first(codes[:, :, start:stop]), inner.permute(1, 2, 0)[..., None].contiguous()
-        values, shifts = (before - local.zero_point) * local.scale, torch.empty_like(slopes)
+        integers, shifts = grid.format.integers(before, local.zero_point), torch.empty_like(slopes)
+        values = integers * local.scale
         for j, slope in enumerate(slopes):
             code = local.nearest(j, values[j] - slope / rows[j, j])
-            shift = torch.sub(code, before[j], out=shifts[j]).mul_(local.scale[j])
+            now = grid.format.integers(code, local.zero_point[j])
+            shift = torch.sub(now, integers[j], out=shifts[j]).mul_(local.scale[j])
             slopes[j + 1 :] += shift * rows[j, j + 1 :]
             local.codes[j] = code
         codes[:, :, start:stop] = local.codes.permute(1, 2, 0)
@@ -152,7 +157,7 @@ def refit(problem: Quadratic, grid: CodeGrid, codes: Tensor, segment: Tensor) ->
     """
     scale = grid.scale.clone()
     for number in segment.unique():
-        values = (codes - grid.zero_point) * scale
+        values = grid.format.integers(codes, grid.zero_point) * scale
         part = torch.where(segment == number, values, 0.0)
         curve = ((part @ problem.hessian) * part).sum(dim=2)
         ratio = 1 - (problem.gradient(values) * part).sum(dim=2) / curve
@@ -190,11 +195,3 @@ def compensate(
     return torch.where(worse, nearest, codes), replace(
         grid, scale=torch.where(worse, grid.scale, fitted.scale)
     )
-
-
-def segment_numbers(widths: Sequence[int], channels: int, positions: int) -> Tensor:
-    """Return the segment of each column of a flattened weight `[R, channels, positions]`, `[channels *
-    positions]`.
-    """
-    numbers = torch.arange(max(1, len(widths))).repeat_interleave(torch.tensor(widths or (channels,)))
-    return numbers.repeat_interleave(positions)

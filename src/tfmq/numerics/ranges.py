@@ -5,35 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import SMALLEST_SCALE, Grid, IntegerFormat
 
-SMALLEST_SCALE = 1e-8
 # Number of values that are searched at once. These and what is computed of them stay in a processor's cache.
 CHUNK = 2**17
 
 
-def from_range(low: Tensor, high: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+def from_range(low: Tensor, high: Tensor, fmt: Grid) -> tuple[Tensor, Tensor]:
     """Return `(scale, zero_point)` of the grid that covers `[low, high]` and real zero.
 
     Shapes: all of the shape of `low`. The zero-point is an integer in float. Symmetric grids cover
     `max(|low|, |high|)`.
     """
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    if fmt.symmetric:
-        scale = (torch.maximum(-low, high) / (fmt.middle - 1)).clamp(min=SMALLEST_SCALE)
-        return scale, torch.full_like(scale, fmt.middle)
-    scale = ((high - low) / (fmt.levels - 1)).clamp(min=SMALLEST_SCALE)
-    return scale, torch.round(-low / scale).clamp(0, fmt.levels - 1)
+    return fmt.cover(low.clamp(max=0.0), high.clamp(min=0.0))
 
 
-def min_max(values: Tensor, fmt: IntegerFormat) -> tuple[Tensor, Tensor]:
+def min_max(values: Tensor, fmt: Grid) -> tuple[Tensor, Tensor]:
     """Return `(scale, zero_point)`, each `[rows]`, that cover every value of `values` `[rows, n]`."""
     return from_range(values.amin(dim=1), values.amax(dim=1), fmt)
 
 
 def search(
     values: Tensor,
-    fmt: IntegerFormat,
+    fmt: Grid,
     *,
     low: Tensor | None = None,
     high: Tensor | None = None,
@@ -57,7 +51,7 @@ def search(
 
 
 def _search(
-    values: Tensor, low: Tensor, high: Tensor, fmt: IntegerFormat, *, shrinks: int, power: float
+    values: Tensor, low: Tensor, high: Tensor, fmt: Grid, *, shrinks: int, power: float
 ) -> tuple[Tensor, Tensor]:
     best_scale, best_zero = from_range(low, high, fmt)
     best = torch.full_like(best_scale, torch.inf)
@@ -67,10 +61,7 @@ def _search(
         factor = 1.0 - k / (1.25 * shrinks)
         scale, zero = from_range(low * factor, high * factor, fmt)
         torch.mul(values, scale.reciprocal()[:, None], out=error_of)
-        # The arithmetic of `fake_quantize`, in place.
-        error_of.round_().add_(zero[:, None]).clamp_(0, fmt.levels - 1).sub_(zero[:, None]).mul_(
-            scale[:, None]
-        )
+        fmt.snap_(error_of, zero[:, None]).mul_(scale[:, None])
         error = error_of.sub_(values).abs_().pow_(power).mean(dim=1)
         better = error < best
         best = torch.where(better, error, best)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
+from tfmq.numerics.segments import scales, spread
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.steps import StepContext
 
@@ -39,7 +40,7 @@ class ActivationQuantizer(InputQuantizer):
         super().__init__(fmt, segments=segments, axis=axis)
         # A tuple keeps the context from being registered as a child of each of its readers.
         self._steps = (steps,)
-        shape = (len(steps.timesteps) if steps else 1, max(1, len(self.segments)))
+        shape = (len(steps.timesteps) if steps else 1, scales(self.segments))
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.uint8))
 
@@ -83,8 +84,7 @@ class ActivationQuantizer(InputQuantizer):
         return {**grid, "per_step": self.per_step, "segments": list(self.segments), "axis": self.axis}
 
     def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
-        if self.segments:
-            values = values.repeat_interleave(torch.tensor(self.segments, device=values.device), dim=1)
+        values = spread(values, self.segments, axis=1)
         shape = [1] * x.ndim
         shape[0], shape[self.axis % x.ndim] = values.shape[0], values.shape[1]
         return values.reshape(shape).to(x.dtype)

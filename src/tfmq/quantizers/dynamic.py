@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import from_range
+from tfmq.numerics.segments import scales, split, spread
 from tfmq.quantizers.input import InputQuantizer
 
 
@@ -28,7 +29,7 @@ class DynamicQuantizer(InputQuantizer):
     def rows(self, x: Tensor) -> Rows:
         """Return the grids of the tokens of `x` `[B, ..., C]`, `[B, ..., G]`."""
         wide = x.detach().to(torch.float32)
-        parts = wide.split(self.segments, dim=-1) if self.segments else (wide,)
+        parts = split(wide, self.segments, axis=-1)
         low, high = (
             torch.stack(extremes, dim=-1)
             for extremes in zip(*((part.amin(dim=-1), part.amax(dim=-1)) for part in parts), strict=True)
@@ -41,7 +42,7 @@ class DynamicQuantizer(InputQuantizer):
         codes = (
             torch.tensor([self.format.middle]) if self.format.symmetric else torch.arange(self.format.levels)
         )
-        return codes[:, None].expand(-1, max(1, len(self.segments)))
+        return codes[:, None].expand(-1, scales(self.segments))
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -52,9 +53,7 @@ class DynamicQuantizer(InputQuantizer):
         }
 
     def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
-        if self.segments:
-            values = values.repeat_interleave(torch.tensor(self.segments, device=values.device), dim=-1)
-        return values.to(x.dtype)
+        return spread(values, self.segments, axis=-1).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"bits={self.format.bits}, dynamic by token, segments={max(1, len(self.segments))}"
+        return f"bits={self.format.bits}, dynamic by token, segments={scales(self.segments)}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
 from tfmq.numerics.affine import fake_quantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.part import Part
 
 

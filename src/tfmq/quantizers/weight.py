@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tfmq.numerics.affine import dequantize, quantize
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import Grid
 from tfmq.numerics.ranges import min_max, search
 from tfmq.numerics.rounding import rectified_sigmoid, rounding_logits
+from tfmq.numerics.segments import split, spread
 
 
 @dataclass(frozen=True)
@@ -18,54 +18,51 @@ class WeightGrid:
     widths `segments`.
     """
 
-    format: IntegerFormat
+    format: Grid
     scale: Tensor
     zero_point: Tensor
     segments: tuple[int, ...] = ()
 
     def expand(self, values: Tensor, weight_ndim: int) -> Tensor:
         """Return `[C_out, G]` values so that they broadcast against a weight of `weight_ndim` axes."""
-        if self.segments:
-            values = values.repeat_interleave(torch.tensor(self.segments, device=values.device), dim=1)
+        values = spread(values, self.segments, axis=1)
         return values.reshape(*values.shape, *([1] * (weight_ndim - 2)))
 
     def encode(self, weight: Tensor) -> Tensor:
         """Return the nearest codes of `weight`, as integers in float."""
-        return quantize(
-            weight,
-            self.expand(self.scale, weight.ndim),
-            self.expand(self.zero_point, weight.ndim),
-            self.format.levels,
-        )
+        scaled = weight * self.expand(self.scale, weight.ndim).reciprocal()
+        return self.format.nearest_(scaled, self.expand(self.zero_point, weight.ndim))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the values of `codes`; differentiable in `codes`."""
-        return dequantize(
-            codes, self.expand(self.scale, codes.ndim), self.expand(self.zero_point, codes.ndim)
-        )
+        integers = self.integers(codes.to(self.scale.dtype))
+        return integers * self.expand(self.scale, codes.ndim)
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """Return the values of `codes` in units of their scales."""
+        return self.format.integers(codes, self.expand(self.zero_point, codes.ndim).to(codes.dtype))
 
 
 @torch.no_grad()
 def fit_grid(
-    weight: Tensor, fmt: IntegerFormat, *, segments: Sequence[int] = (), method: str = "search"
+    weight: Tensor, fmt: Grid, *, segments: Sequence[int] = (), method: str = "search"
 ) -> WeightGrid:
     """Fit the grid of a weight `[C_out, C_in, ...]` by `"search"` (least error over shrunk ranges) or
     `"min_max"`, in float32.
     """
     fit = {"search": search, "min_max": min_max}[method]
     weight = weight.float()
-    parts = weight.split(tuple(segments), dim=1) if segments else (weight,)
-    fitted = [fit(part.flatten(1), fmt) for part in parts]
+    fitted = [fit(part.flatten(1), fmt) for part in split(weight, segments, axis=1)]
     scale, zero_point = (torch.stack(columns, dim=1) for columns in zip(*fitted, strict=True))
     return WeightGrid(fmt, scale, zero_point, tuple(segments))
 
 
 class AdaptiveRounding(torch.nn.Module):
-    """The roundings of one weight as a trainable tensor (AdaRound): codes are `clamp(floor(w / s) + h(V) +
-    z)`.
+    """The roundings of one weight as a trainable tensor (AdaRound): a code is the one below the weight, plus
+    `h(V)`.
 
-    `logits` start where `h(V)` is the fraction of `w / s`, so the soft weight starts at full precision inside
-    the grid's range.
+    `logits` start where `h(V)` is the share of the way to the code above, so the soft weight starts at full
+    precision inside the grid's range.
     """
 
     floor: Tensor
@@ -74,8 +71,9 @@ class AdaptiveRounding(torch.nn.Module):
         super().__init__()
         scaled = weight.detach() * grid.expand(grid.scale, weight.ndim).reciprocal()
         self.grid = grid
-        self.register_buffer("floor", scaled.floor() + grid.expand(grid.zero_point, weight.ndim))
-        self.logits = torch.nn.Parameter(rounding_logits((scaled - scaled.floor()).clamp(0.0, 1.0 - 1e-4)))
+        floor, share = grid.format.below(scaled, grid.expand(grid.zero_point, weight.ndim))
+        self.register_buffer("floor", floor)
+        self.logits = torch.nn.Parameter(rounding_logits(share.clamp(0.0, 1.0 - 1e-4)))
 
     def soft(self) -> Tensor:
         """Return `h(V)` in `[0, 1]`, of the weight's shape."""

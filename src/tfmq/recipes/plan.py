@@ -4,7 +4,7 @@ import warnings
 
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import Plan
-from tfmq.nn.scheme import Key, LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, Key, LayerScheme, OperandScheme
 from tfmq.recipes.recipe import Activations, Recipe
 
 
@@ -29,7 +29,7 @@ def _key(activations: Activations, *, temporal: bool) -> Key:
 
 def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerScheme | None:
     weights, activations = recipe.scheme(layer.name, roles)
-    weight, grid = weights.format(weights.bits), activations.format(activations.bits)
+    weight, grid = weights.format(), activations.format()
     if weight is None:
         return None
     segments = activations.segments(layer.segments, direct=layer.direct)
@@ -38,7 +38,7 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
     finite = layer.temporal and recipe.temporal.maintenance != "none"
     return LayerScheme(
         weight=OperandScheme(grid=weight, ranges=weights.ranges, segments=segments),
-        input=OperandScheme(
+        input=ActivationScheme(
             grid=grid,
             ranges="min_max" if finite else activations.ranges,
             segments=segments,
@@ -51,11 +51,11 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
     )
 
 
-def _product(activations: Activations) -> OperandScheme | None:
+def _product(activations: Activations) -> ActivationScheme | None:
     """Return the scheme of both operands of an attention product."""
-    grid = activations.format(activations.bits) if activations.products else None
+    grid = activations.format() if activations.products else None
     return (
-        OperandScheme(
+        ActivationScheme(
             grid=grid,
             ranges=activations.ranges,
             key=_key(activations, temporal=False),

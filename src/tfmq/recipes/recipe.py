@@ -11,7 +11,7 @@ from tfmq.nn.scheme import RangeMethod, Tokens
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.estimators import ESTIMATORS
-from tfmq.numerics.formats import IntegerFormat
+from tfmq.numerics.grids import GRIDS, UNIFORM, Grid, IntegerFormat, table
 from tfmq.recipes.published import Published
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
@@ -46,24 +46,37 @@ def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
 class Weights:
     """Weight grids, per output channel. `bits` None keeps full precision.
 
-    `symmetric` None is symmetric at 8 bits, where `code - zero_point` must fit a signed byte, and asymmetric
-    below, where it always does. `embeddings` are the bits of the rows of embeddings, which have a grid each;
-    a row is read as it is, so that nothing evens out its error.
+    Attributes:
+        bits: of a code.
+        grid: what codes of this many bits stand for: evenly spaced values (`uniform`), or those of a table of
+            `tfmq.numerics.grids` (`e2m1`). Layers of other bits are uniform.
+        symmetric: of uniform grids; None is symmetric at 8 bits, where `code - zero_point` must fit a signed
+            byte, and asymmetric below, where it always does.
+        ranges: how scales are found.
+        embeddings: the bits of the rows of embeddings, which have a uniform grid each; a row is read as it
+            is, so that nothing evens out its error.
     """
 
     bits: int | None = 4
+    grid: str = UNIFORM
     symmetric: bool | None = None
     ranges: RangeMethod = "search"
     embeddings: int | None = 8
 
     def __post_init__(self) -> None:
         _choice("weights.ranges", self.ranges, ("search", "min_max"))
-        self.format(self.bits)
-        self.format(self.embeddings)
+        _choice("weights.grid", self.grid, (UNIFORM, *GRIDS))
+        self.uniform(self.bits)
+        self.uniform(self.embeddings)
 
-    def format(self, bits: int | None) -> IntegerFormat | None:
-        """Return the format of a layer that gets `bits`."""
+    def uniform(self, bits: int | None) -> IntegerFormat | None:
+        """Return the evenly spaced grid of `bits`."""
         return _format(bits, bits == 8 if self.symmetric is None else self.symmetric)
+
+    def format(self) -> Grid | None:
+        """Return the grid of a layer; None in full precision."""
+        listed = table(self.grid)
+        return listed if listed is not None and listed.bits == self.bits else self.uniform(self.bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +119,11 @@ class Activations:
         _choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
         _choice("activations.zero_points", self.zero_points, ("per_step", "shared"))
         _choice("activations.split", self.split, (True, False, "direct"))
-        self.format(self.bits)
+        self.format()
 
-    def format(self, bits: int | None) -> IntegerFormat | None:
-        """Return the format of an input that gets `bits`."""
-        return _format(bits, self.symmetric)
+    def format(self) -> IntegerFormat | None:
+        """Return the grid of an input; None in full precision."""
+        return _format(self.bits, self.symmetric)
 
     def segments(self, widths: tuple[int, ...], *, direct: bool) -> tuple[int, ...]:
         """Return the `widths` of a concatenation that get grids of their own; `direct` says that a layer
@@ -285,6 +298,13 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     published: tuple[Published, ...] = ()
 
+    def __post_init__(self) -> None:
+        listed = table(self.weights.grid)
+        if listed is not None and self.weights.bits not in (None, listed.bits):
+            raise ValueError(
+                f"weights.grid {listed.name} has {listed.bits} bits, and weights.bits is {self.weights.bits}"
+            )
+
     def scheme(self, name: str, roles: frozenset[str] = frozenset()) -> tuple[Weights, Activations]:
         """Return the weights and activations of the layer `name`, which plays `roles`: the recipe's own, as
         the rules change them.
@@ -304,5 +324,5 @@ class Recipe:
         weights, _ = self.scheme(name)
         ruled = any("bits" in rule.weights for rule in self.rules if rule.matches(name, frozenset()))
         if ruled or self.weights.bits is None:
-            return weights.format(weights.bits)
-        return weights.format(weights.embeddings)
+            return weights.uniform(weights.bits)
+        return weights.uniform(weights.embeddings)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tfmq.calibration.spool import Spool
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate, segment_numbers
+from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate
+from tfmq.numerics.segments import numbers
 from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
 from tfmq.reconstruction.regression import Moments, Regression, Run
@@ -204,11 +205,11 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
         matrix(grid.expand(grid.scale, layer.weight.ndim)).float(),
         matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float(),
     )
-    segment = segment_numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
+    segment = numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
     codes = torch.empty_like(scale)
     for some, hessian in moments.parts():
         problem = Quadratic(target[:, :, some], hessian)
-        start = CodeGrid(scale[:, :, some], zero_point[:, :, some], grid.format.levels)
+        start = CodeGrid(grid.format, scale[:, :, some], zero_point[:, :, some])
         # Parts of a row share its scales, which then stay as they are.
         codes[:, :, some], fitted = compensate(
             problem, start, segment[some], sweeps=config.sweeps, refitted=moments.cross is not None

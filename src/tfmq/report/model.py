@@ -105,7 +105,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _scheme(spec: Mapping[str, Any]) -> str:
     """Return how a layer is quantized, in words."""
-    grid = "symmetric" if spec["symmetric"] else "asymmetric"
+    grid = spec.get("grid") or ("symmetric" if spec["symmetric"] else "asymmetric")
     if spec.get("kind") == EMBEDDING:
         return f"rows {grid}"
     inputs = INPUTS[input_kind(spec["input"])]

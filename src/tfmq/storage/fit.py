@@ -7,12 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tfmq.numerics.packing import unpack_unsigned
+from tfmq.numerics.segments import scales
+
 from .errors import TensorMismatchError
 from .parts import Correction, Input, Layer, Structure, Table
 
 __all__ = ["check_parts"]
 
 PACKED = ".packed"
+# Codes that are unpacked at once to be looked at.
+CHUNK = 2**22
 
 
 def check_parts(tensors: Mapping[str, Tensor], structure: Structure, *, source: object) -> None:
@@ -104,21 +109,33 @@ class _Parts:
             )
         self.grid(
             name,
-            (packed.shape[0], max(1, len(layer.segments))),
+            (packed.shape[0], scales(layer.segments)),
             bits=layer.bits,
             zero_point=not layer.symmetric,
         )
+        if layer.values:
+            self.codes(f"{name}{PACKED}", packed, layer)
         self.input(f"{name}.input_quantizer", layer.input)
         if layer.rescaled:
             factor = self.take(f"{name}.factor", (None,), integer=False)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 raise self.wrong(f"{name}.factor", "has a factor that is not positive and finite")
 
+    def codes(self, name: str, packed: Tensor, layer: Layer) -> None:
+        """Check that the codes of a layer are places of its table."""
+        count = packed.shape[1] * 8 // layer.bits
+        largest = max(
+            int(unpack_unsigned(rows, bits=layer.bits, shape=(len(rows), count)).max())
+            for rows in packed.split(max(1, CHUNK // count))
+        )
+        if largest >= len(layer.values):
+            raise self.wrong(name, f"has the code {largest}, beyond a table of {len(layer.values)} values")
+
     def input(self, name: str, operand: Input | None) -> None:
         """Check the quantizer of an operand; a dynamic one has no tensors."""
         if operand is not None and not operand.dynamic:
             rows = self.structure.steps if operand.per_step else 1
-            self.grid(name, (rows, max(1, len(operand.segments))), bits=operand.bits)
+            self.grid(name, (rows, scales(operand.segments)), bits=operand.bits)
 
     def correction(self, name: str, correction: Correction) -> None:
         """Check the rows of a correction."""

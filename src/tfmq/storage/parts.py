@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tfmq.errors import shown
-from tfmq.numerics.formats import MAX_BITS, MIN_BITS
+from tfmq.numerics.grids import MAX_BITS, MIN_BITS
 
 from .fields import Fields
 
@@ -19,7 +19,7 @@ MOST_CHANNELS = 2**24
 MOST_AXES = 8
 # What a layer and a structure may have. What this reader does not know would be left out of the computation,
 # so it is refused.
-LAYER = frozenset({"bits", "symmetric", "segments", "input", "kind", "rescaled", "names"})
+LAYER = frozenset({"bits", "symmetric", "grid", "values", "segments", "input", "kind", "rescaled", "names"})
 KNOWN = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped", "corrections"})
 
 
@@ -49,7 +49,7 @@ class Input:
 @dataclass(frozen=True)
 class Layer:
     """A quantized layer: its weight grid, the quantizer of its input, None for full precision, and whether
-    that input is multiplied by a factor.
+    that input is multiplied by a factor. `values` are those of a grid that is not uniform.
     """
 
     bits: int
@@ -57,6 +57,7 @@ class Layer:
     segments: tuple[int, ...]
     input: Input | None
     rescaled: bool = False
+    values: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,33 @@ def _layer(group: Fields) -> Layer:
         None if "input" in group.values and not group.has("input") else Input.from_json(group.part("input"))
     )
     group.only(LAYER)
-    layer = Layer(*_grid(group), input=found, rescaled="rescaled" in group.values and group.flag("rescaled"))
+    rescaled = "rescaled" in group.values and group.flag("rescaled")
+    layer = Layer(*_grid(group), input=found, rescaled=rescaled, values=_values(group))
     if found is not None and found.segments != layer.segments:
         raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")
     return layer
+
+
+def _values(group: Fields) -> tuple[int, ...]:
+    """Return the values of a table of signed bytes, ascending and with zero among them; none for a uniform
+    grid.
+    """
+    if "grid" not in group.values and "values" not in group.values:
+        return ()
+    group.text("grid")
+    values, levels = group.items("values"), 2 ** group.integer("bits", MIN_BITS, MAX_BITS)
+    known = all(type(value) is int and -128 <= value <= 127 for value in values)
+    if (
+        not known
+        or 0 not in values
+        or values != sorted(set(values))
+        or not levels // 2 < len(values) <= levels
+    ):
+        wanted = f"a list of {levels // 2 + 1} to {levels} integers of -128 to 127, ascending, 0 among them"
+        raise group.refuse("values", wanted)
+    if not group.flag("symmetric"):
+        raise group.refuse("symmetric", "true, as a table has no zero-points")
+    return tuple(values)
 
 
 def _products(group: Fields) -> Products:
