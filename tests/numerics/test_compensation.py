@@ -14,12 +14,17 @@ from tfmq.numerics.compensation import (
     refit,
     sweep,
 )
+from tfmq.numerics.grids import Grid, IntegerFormat, Table
 from tfmq.numerics.segments import numbers
 
 LEVELS = 8
+UNEVEN = Table("uneven", (-8, -4, -2, -1, 0, 1, 3, 6))
+FORMATS = (IntegerFormat(3), UNEVEN)
 
 
-def problem(seed: int, *, groups: int = 1, rows: int = 3, columns: int = 5) -> tuple[Quadratic, CodeGrid]:
+def problem(
+    seed: int, *, groups: int = 1, rows: int = 3, columns: int = 5, fmt: Grid = FORMATS[0]
+) -> tuple[Quadratic, CodeGrid]:
     """Return correlated inputs' error and a grid that the targets fill."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(groups, 4 * columns, columns, generator=generator) @ torch.randn(
@@ -27,7 +32,8 @@ def problem(seed: int, *, groups: int = 1, rows: int = 3, columns: int = 5) -> t
     )
     hessian = inputs.mT @ inputs / (4 * columns) + 0.01 * torch.eye(columns)
     target = torch.randn(groups, rows, columns, generator=generator)
-    grid = CodeGrid(torch.full_like(target, 0.6), torch.full_like(target, 4.0), LEVELS)
+    scale = 0.3 if fmt is UNEVEN else 0.6
+    grid = CodeGrid(fmt, torch.full_like(target, scale), torch.full_like(target, 4.0))
     return Quadratic(target, hessian), grid
 
 
@@ -52,9 +58,10 @@ def test_without_correlation_feedback_is_nearest_rounding() -> None:
     assert torch.equal(feedback(quadratic, grid), grid.nearest(quadratic.target))
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=["uniform", "table"])
 @pytest.mark.parametrize("columns", [1, 5, 64, 150])
-def test_feedback_moves_the_rest_to_its_least_squares_solution(columns: int) -> None:
-    quadratic, grid = problem(1, columns=columns)
+def test_feedback_moves_the_rest_to_its_least_squares_solution(columns: int, fmt: Grid) -> None:
+    quadratic, grid = problem(1, columns=columns, fmt=fmt)
     target, hessian = quadratic.target[0].double(), quadratic.hessian[0].double()
     values, expected = target.clone(), torch.empty_like(target)
     for j in range(columns):
@@ -69,11 +76,11 @@ def test_feedback_moves_the_rest_to_its_least_squares_solution(columns: int) -> 
     assert (feedback(quadratic, grid)[0] != expected).double().mean() < 0.01
 
 
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 90))
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 90), st.sampled_from(FORMATS))
 def test_sweeps_never_add_error_and_end_where_no_single_code_can_improve(
-    seed: int, groups: int, columns: int
+    seed: int, groups: int, columns: int, fmt: Grid
 ) -> None:
-    quadratic, grid = problem(seed, groups=groups, columns=columns)
+    quadratic, grid = problem(seed, groups=groups, columns=columns, fmt=fmt)
     codes = grid.nearest(quadratic.target)
     before = total(quadratic, grid, codes)
     for _ in range(60):
@@ -94,15 +101,16 @@ def test_sweeps_never_add_error_and_end_where_no_single_code_can_improve(
         )
 
 
-@given(st.integers(0, 10**6))
-def test_compensation_lies_between_the_best_codes_and_the_nearest(seed: int) -> None:
-    quadratic, grid = problem(seed, rows=2, columns=4)
+@given(st.integers(0, 10**6), st.sampled_from(FORMATS))
+def test_compensation_lies_between_the_best_codes_and_the_nearest(seed: int, fmt: Grid) -> None:
+    quadratic, grid = problem(seed, rows=2, columns=4, fmt=fmt)
     codes, fitted = compensate(quadratic, grid, torch.zeros(4, dtype=torch.int64), sweeps=5, refitted=False)
     assert torch.equal(fitted.scale, grid.scale)
     every = torch.tensor(list(itertools.product(range(LEVELS), repeat=4)), dtype=torch.float32)
     for row in range(2):
         alone = Quadratic(quadratic.target[:, row : row + 1].expand(1, len(every), 4), quadratic.hessian)
-        best = float(alone.error(((every - 4.0) * 0.6)[None]).min())
+        values = fmt.integers(every, torch.tensor(4.0)) * grid.scale[0, 0, 0]
+        best = float(alone.error(values[None]).min())
         found = float(quadratic.error(grid.decode(codes))[0, row])
         nearest = float(quadratic.error(grid.decode(grid.nearest(quadratic.target)))[0, row])
         assert best * (1 - 1e-4) - 1e-5 <= found <= nearest
@@ -120,7 +128,7 @@ def test_groups_do_not_know_of_each_other() -> None:
     alone = Quadratic(quadratic.target[1:2], quadratic.hessian[1:2])
     one, scale = compensate(
         alone,
-        CodeGrid(grid.scale[1:2], grid.zero_point[1:2], LEVELS),
+        CodeGrid(grid.format, grid.scale[1:2], grid.zero_point[1:2]),
         torch.zeros(70, dtype=torch.int64),
         sweeps=3,
     )

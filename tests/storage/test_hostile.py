@@ -578,10 +578,37 @@ def test_a_table_that_lies_is_refused_before_anything_is_built(
         assert groups, "the model has a layer of 4 bits"
         for group in groups:
             group.update({"grid": "odd", "symmetric": True, **change})
+        manifest["version"] = 3
 
     resealed(tmp_path / "q", edit)
     monkeypatch.setattr("tfmq.artifact.assemble", lambda *_: pytest.fail("built something"))
     with pytest.raises(CheckpointError, match=message):
+        tfmq.load(tmp_path / "q", module=torch.nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ordered", True),
+        ("branch", {"rank": 4, "dtype": "float16"}),
+        ("constant", [0]),
+        ("row_bits", True),
+        ("reuse", [{"names": ["entry"]}]),
+    ],
+)
+def test_what_the_format_reserves_is_refused_by_its_name(
+    bare: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    shutil.copytree(bare, tmp_path / "q")
+
+    def edit(_: Any, manifest: dict[str, Any]) -> None:
+        structure = manifest["structure"]
+        (structure if name == "reuse" else structure["layers"][0])[name] = value
+
+    resealed(tmp_path / "q", edit)
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    assert name in page[page.index("### Reserved") : page.index("## Errors")]
+    with pytest.raises(ForeignFileError, match=rf"\b{name} is .*must be absent.*upgrade tfmq"):
         tfmq.load(tmp_path / "q", module=torch.nn.Identity())
 
 
