@@ -57,6 +57,12 @@ def corrected(recipe: Recipe, *estimators: str) -> Recipe:
     )
 
 
+def gridded(recipe: Recipe, grid: str) -> Recipe:
+    """The preset with weights on a listed grid, in the layers that have its bits."""
+    weights = replace(recipe.weights, grid=grid)
+    return replace(recipe, name=recipe.name.replace("tfmq", grid), weights=weights)
+
+
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "min-max": min_max,
     "rtn": rtn,
@@ -69,6 +75,8 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "bias": lambda recipe: corrected(recipe, "bias"),
     "gain": lambda recipe: corrected(recipe, "gain"),
     "affine": lambda recipe: corrected(recipe, "affine"),
+    "e1m2": lambda recipe: gridded(recipe, "e1m2"),
+    "e2m1": lambda recipe: gridded(recipe, "e2m1"),
     "released": released,
     "fast": fast,
     "transformer": transformer,
@@ -81,6 +89,7 @@ DOORS = ("w8a8", "w4a8", "w4a4")
 TRIED = {
     **dict.fromkeys(("fast", "transformer"), OF_INPUTS),
     **dict.fromkeys(("rescaled", "peaks", "bias", "gain", "affine"), DOORS),
+    **dict.fromkeys(("e1m2", "e2m1"), ("w4a8", "w4a4")),
     "released": ("w4a8",),
 }
 # The exceptions of the released code name layers of its UNet.
