@@ -53,20 +53,24 @@ def search(
 def _search(
     values: Tensor, low: Tensor, high: Tensor, fmt: Grid, *, shrinks: int, power: float
 ) -> tuple[Tensor, Tensor]:
-    best_scale, best_zero = from_range(low, high, fmt)
-    best = torch.full_like(best_scale, torch.inf)
+    # All candidates at once: for a small tensor each operation takes longer than its arithmetic.
+    factors = [1.0 - k / (1.25 * shrinks) for k in range(shrinks)]
+    scales, zeros = from_range(
+        torch.stack([low * factor for factor in factors]),
+        torch.stack([high * factor for factor in factors]),
+        fmt,
+    )
+    errors = torch.empty_like(scales)
     # One buffer for all candidates: allocating memory for each would take longer than the arithmetic.
     error_of = torch.empty_like(values)
-    for k in range(shrinks):
-        factor = 1.0 - k / (1.25 * shrinks)
-        scale, zero = from_range(low * factor, high * factor, fmt)
-        torch.mul(values, scale.reciprocal()[:, None], out=error_of)
-        fmt.snap_(error_of, zero[:, None]).mul_(scale[:, None])
-        error = error_of.sub_(values).abs_().pow_(power).mean(dim=1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    columns = (part[:, :, None].unbind() for part in (scales.reciprocal(), scales, zeros))
+    for k, (inverse, scale, zero) in enumerate(zip(*columns, strict=True)):
+        torch.mul(values, inverse, out=error_of)
+        fmt.snap_(error_of, zero).mul_(scale)
+        torch.mean(error_of.sub_(values).abs_().pow_(power), dim=1, out=errors[k])
+    # The first of the least; an error that is no number is none.
+    best = errors.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(dim=0, keepdim=True)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def share_zero_point(
