@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +174,12 @@ def imports(tree: ast.AST, path: str, *, lazy: bool = False) -> Iterator[Import]
         yield from imports(node, path, lazy=later)
 
 
+@cache
+def imports_of(path: str, text: str) -> tuple[Import, ...]:
+    """Return the imports of the file at `path` that holds `text`; several checks ask for them."""
+    return tuple(imports(ast.parse(text), path))
+
+
 def layer_of(name: str) -> str | None:
     """Return the layer that a dotted name lies in; None outside tfmq, and for `tfmq.__version__` and its
     like.
@@ -200,7 +207,7 @@ def direction_violations(path: str, text: str) -> list[str]:
     if own not in RANK and path not in EXEMPTIONS:
         return [f"{path}: {own!r} is no layer; the layers are {', '.join(LAYERS)}"]
     found = []
-    for name, line, lazy in imports(ast.parse(text), path):
+    for name, line, lazy in imports_of(path, text):
         target = layer_of(name)
         down = target is None or target == own or RANK[target] < RANK.get(own, RANK["numerics"])
         if target is not None and not down and not exempt(path, target, lazy=lazy):
@@ -211,7 +218,7 @@ def direction_violations(path: str, text: str) -> list[str]:
 def dependency_violations(path: str, text: str) -> list[str]:
     """Imports of packages that are undeclared, or that belong to another folder."""
     found = []
-    for name, line, _ in imports(ast.parse(text), path):
+    for name, line, _ in imports_of(path, text):
         package = name.partition(".")[0]
         if package == "tfmq" or package in CORE | sys.stdlib_module_names:
             continue
@@ -232,23 +239,30 @@ def has_true(node: ast.Call, keyword: str) -> bool:
     )
 
 
+def dotted(node: ast.AST) -> str | None:
+    """Return the dotted name that an expression is; None if it is anything else."""
+    if isinstance(node, ast.Attribute):
+        owner = dotted(node.value)
+        return owner and f"{owner}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None
+
+
 def unsafe_violations(path: str, text: str) -> list[str]:
     """Ways to run code that a data file contains: pickle, unguarded loads, eval and exec."""
-    tree = ast.parse(text)
     found = [
         f"{path}:{line}: imports {name}"
-        for name, line, _ in imports(tree, path)
+        for name, line, _ in imports_of(path, text)
         if name.partition(".")[0] in UNSAFE_MODULES
     ]
     found += [
         f"{path}:{line}: write torch.load in full"
-        for name, line, _ in imports(tree, path)
+        for name, line, _ in imports_of(path, text)
         if name == "torch.load"
     ]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Call):
             continue
-        called = ast.unparse(node.func)
+        called = dotted(node.func)
         if called in ("eval", "exec", "builtins.eval", "builtins.exec"):
             found.append(f"{path}:{node.lineno}: calls {called}")
         if called == "torch.load" and not has_true(node, "weights_only"):
