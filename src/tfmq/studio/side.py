@@ -10,7 +10,6 @@ from typing import Any
 from tfmq.backends.execution import AUTO, computed_by, execute
 from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
 from tfmq.evaluation.sampling import Images, draw_batch
-from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.studio.worker import Worker, WorkerEndedError
 from tfmq.targets import open_sampler
@@ -68,6 +67,9 @@ def _opened(model: str, backend: str, device: str | None) -> _Open:
     """Open the model of this process, and draw once so that nothing is done for the first time later."""
     # Import first what every model needs, so that its memory does not count as the model's.
     import_module("tfmq.integrations.diffusers.pipelines")
+    # Here, because the page's own process, which opens no model, does without diffusers.
+    from tfmq.integrations.diffusers.quiet import quiet
+
     before = resident_bytes()
     with quiet():
         sampler: Any = open_sampler(model)
