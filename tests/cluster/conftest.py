@@ -37,13 +37,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sample_size": 8,
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": (8, 16),
+        "block_out_channels": (8,),
         "layers_per_block": 1,
         "norm_num_groups": 4,
     }
     kinds = {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
         "attention_head_dim": 8,
     }
     directory = tmp_path_factory.mktemp("models") / "tiny"
