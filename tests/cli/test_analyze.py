@@ -13,7 +13,7 @@ parquet = pytest.importorskip(
 Run = Callable[..., Any]
 
 
-def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_values_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     command = (
         "analyze",
         quantized,
@@ -47,15 +47,8 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     assert found >= {unit["name"] for unit in report["units"]} and "temporal layers" in found
     stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
     assert {"output_dir": str(tmp_path / "a"), **stored} == result.json
-    assert not (tmp_path / "a" / "analysis.parquet").exists()
-    shown = tfmq(*command, "--parquet")
-    assert shown.status == 0 and "everything quantized" in shown.out and "conv_in" in shown.out
     assert len(list((tmp_path / "a").glob("*.png"))) == 6
-    table = parquet.read_table(tmp_path / "a" / "analysis.parquet")
-    assert json.loads(table.schema.metadata[b"tfmq"]) == stored["settings"] and {
-        "layers",
-        "sensitivity",
-    } < set(table["part"].to_pylist())
+    assert not (tmp_path / "a" / "analysis.parquet").exists()
 
 
 def test_what_is_refused(tfmq: Run, model: Path, grey_model: Path, quantized: Path, tmp_path: Path) -> None:
@@ -80,9 +73,11 @@ def test_what_is_refused(tfmq: Run, model: Path, grey_model: Path, quantized: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_quick_look_says_what_it_leaves_out(
-    tfmq: Run, model: Path, quantized: Path, tmp_path: Path
+def test_a_quick_look_says_what_it_leaves_out_and_writes_a_table(
+    tfmq: Run, model: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the time that it will take, as other verbs say theirs in test_outcome.py."""
+    monkeypatch.setattr("tfmq.cli.progress.SHORT", 0.0)
     command = (
         "analyze",
         quantized,
@@ -93,8 +88,9 @@ def test_a_quick_look_says_what_it_leaves_out(
         "--output-dir",
         tmp_path / "a",
     )
-    shown = tfmq(*command)
-    assert shown.status == 0, shown.err
+    shown = tfmq(*command, "--parquet")
+    assert shown.status == 0 and "everything quantized" in shown.out and "conv_in" in shown.out, shown.err
+    assert sum(line.startswith("about ") for line in shown.err.splitlines()) == 1, shown.err
     stored = json.loads((tmp_path / "a" / "analysis.json").read_text())
     settings, parts = stored["settings"], stored["sensitivity"]["parts"]
     assert (
@@ -103,3 +99,7 @@ def test_a_quick_look_says_what_it_leaves_out(
         and not settings["thorough"]
     )
     assert f"8 of {settings['of_parts']} units, evenly spread, at 2 calls" in " ".join(shown.out.split())
+    table = parquet.read_table(tmp_path / "a" / "analysis.parquet")
+    assert json.loads(table.schema.metadata[b"tfmq"]) == settings and {"layers", "sensitivity"} < set(
+        table["part"].to_pylist()
+    )

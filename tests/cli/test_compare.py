@@ -12,29 +12,14 @@ Run = Callable[..., Any]
 KEYS = {"scheme", "num_images", "psnr_db", "ssim", "bytes", "temporal", "steps", "seed", "backend"}
 
 
-def test_metrics_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    exact = ("--backend", "simulated")
-    result = tfmq(
-        "compare",
-        quantized,
-        "--reference",
-        model,
-        "--num-images",
-        3,
-        "--seed",
-        2,
-        *exact,
-        "--output-dir",
-        tmp_path / "c",
-        "--json",
-    )
-    assert result.status == 0 and result.json["backend"] == "simulated"
-    metrics = result.json
+def test_metrics_and_files(compared: Any, quantized: Path) -> None:
+    metrics = compared.json
     assert (
         metrics.keys() == KEYS
-        and metrics["num_images"] == 3
+        and metrics["num_images"] == 2
         and metrics["steps"] == 4
         and metrics["scheme"] == "quick"
+        and metrics["backend"] == "simulated"
     )
     assert (
         metrics["psnr_db"].keys() == {"mean", "min"}
@@ -46,30 +31,28 @@ def test_metrics_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Pa
     assert metrics["temporal"] == pytest.approx(report["temporal"])
     on_disk = sum(path.stat().st_size for path in (quantized / "unet").iterdir())
     assert metrics["bytes"] == {"reference": report["bytes"]["fp32"], "quantized": on_disk}
-    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+    assert sorted(p.name for p in compared.directory.iterdir()) == [
         "compare.png",
         "metrics.json",
         "samples.npz",
         "temporal.png",
     ]
-    assert json.loads((tmp_path / "c" / "metrics.json").read_text()) == metrics
+    assert json.loads((compared.directory / "metrics.json").read_text()) == metrics
 
 
-def test_images_are_those_of_sample(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_images_are_those_of_sample(
+    tfmq: Run, compared: Any, model: Path, quantized: Path, tmp_path: Path
+) -> None:
     numbers = ("--num-images", 2, "--seed", 2, "--steps", 4)
-    simulated = ("--backend", "simulated")
-    assert (
-        tfmq(
-            "compare", quantized, "--reference", model, *numbers, *simulated, "--output-dir", tmp_path / "c"
-        ).status
-        == 0
-    )
-    with np.load(tmp_path / "c" / "samples.npz") as both:
-        compared = {"reference": both["reference"], "quantized": both["quantized"]}
-    for name, source, backend in (("reference", model, ()), ("quantized", quantized, simulated)):
+    with np.load(compared.directory / "samples.npz") as both:
+        drawn = {"reference": both["reference"], "quantized": both["quantized"]}
+    for name, source, backend in (
+        ("reference", model, ()),
+        ("quantized", quantized, ("--backend", "simulated")),
+    ):
         assert tfmq("sample", source, *numbers, *backend, "--output-dir", tmp_path / name).status == 0
         with np.load(tmp_path / name / "samples.npz") as alone:
-            assert np.array_equal(alone["images"], compared[name])
+            assert np.array_equal(alone["images"], drawn[name])
 
 
 def test_again_into_the_same_directory_gives_the_same_bytes(
@@ -107,25 +90,15 @@ def test_a_foreign_file_in_the_output(tfmq: Run, model: Path, quantized: Path, t
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_the_backend_changes_little(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    found = {}
-    for name in ("simulated", "reference", "auto"):
-        result = tfmq(
-            "compare",
-            quantized,
-            "--reference",
-            model,
-            "--num-images",
-            2,
-            "--backend",
-            name,
-            "--output-dir",
-            tmp_path / name,
-            "--json",
-        )
+def test_the_backend_changes_little(
+    tfmq: Run, compared: Any, model: Path, quantized: Path, tmp_path: Path
+) -> None:
+    simulated, numbers = compared.json["psnr_db"]["mean"], ("--num-images", 2, "--batch-size", 2, "--seed", 2)
+    command = ("compare", quantized, "--reference", model, *numbers, "--json")
+    for name in ("reference", "auto"):
+        result = tfmq(*command, "--backend", name, "--output-dir", tmp_path / name)
         assert (
             result.status == 0 and json.loads((tmp_path / name / "metrics.json").read_text()) == result.json
         )
         assert result.json["backend"] == name or name == "auto"
-        found[name] = result.json["psnr_db"]["mean"]
-    assert found == pytest.approx(dict.fromkeys(found, found["simulated"]), abs=0.5)
+        assert result.json["psnr_db"]["mean"] == pytest.approx(simulated, abs=0.5)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,41 +13,44 @@ Run = Callable[..., Any]
 LOCAL = ("--extractor", "pooled-pixels", "--num-images", 5, "--batch-size", 2, "--backend", "simulated")
 
 
-def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    command = (
-        "evaluate",
-        quantized,
-        "--reference",
-        model,
-        "--num-pairs",
-        3,
-        "--seed",
-        2,
-        *LOCAL,
-        "--output-dir",
-        tmp_path / "e",
-    )
-    result = tfmq(*command, "--json")
-    assert result.status == 0, result.err
-    assert [(row["metric"], row["model"], row["against"]) for row in result.json["rows"]] == [
+class Whole(NamedTuple):
+    """The arguments of an evaluation in one go, where it is, and what it printed."""
+
+    command: tuple[object, ...]
+    directory: Path
+    json: Any
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, quantized: Path, printed: Callable[..., Any]
+) -> Whole:
+    directory = tmp_path_factory.mktemp("whole") / "e"
+    numbers = ("--num-pairs", 3, "--seed", 2)
+    command = ("evaluate", quantized, "--reference", model, *numbers, *LOCAL)
+    return Whole(command, directory, printed(*command, "--output-dir", directory))
+
+
+def test_values_files_and_table(tfmq: Run, whole: Whole) -> None:
+    assert [(row["metric"], row["model"], row["against"]) for row in whole.json["rows"]] == [
         ("fd[pooled-pixels]", "quantized", "full precision"),
         ("kid[pooled-pixels]", "quantized", "full precision"),
     ]
-    paired = result.json["paired"]
+    paired = whole.json["paired"]
     assert (
         paired["count"] == 3
         and paired["metrics"].keys() == {"psnr", "ssim"}
         and len(paired["trajectory"]["mean"]) == 4
     )
     assert (
-        result.json["protocol"]["settings"]["steps"] == 4
-        and result.json["protocol"]["quantized"]["backend"] == "simulated"
+        whole.json["protocol"]["settings"]["steps"] == 4
+        and whole.json["protocol"]["quantized"]["backend"] == "simulated"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e"]
-    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["evaluation.json", "pairs.npz"]
-    stored = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert {"output_dir": str(tmp_path / "e"), **stored} == result.json
-    shown = tfmq(*command)
+    assert sorted(path.name for path in whole.directory.parent.iterdir()) == ["e"]
+    assert sorted(path.name for path in whole.directory.iterdir()) == ["evaluation.json", "pairs.npz"]
+    stored = json.loads((whole.directory / "evaluation.json").read_text())
+    assert {"output_dir": str(whole.directory), **stored} == whole.json
+    shown = tfmq(*whole.command, "--output-dir", whole.directory)
     assert (
         shown.status == 0
         and "fd[pooled-pixels]" in shown.out
@@ -61,11 +64,10 @@ def test_values_files_and_table(tfmq: Run, model: Path, quantized: Path, tmp_pat
     }
 
 
-def test_pairs_are_those_of_compare(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
+def test_pairs_are_those_of_compare(
+    tfmq: Run, compared: Any, model: Path, quantized: Path, tmp_path: Path
+) -> None:
     numbers = ("--num-images", 2, "--batch-size", 2, "--seed", 2, "--backend", "simulated")
-    compared = tfmq(
-        "compare", quantized, "--reference", model, *numbers, "--output-dir", tmp_path / "c", "--json"
-    ).json
     evaluated = tfmq(
         "evaluate",
         quantized,
@@ -78,24 +80,22 @@ def test_pairs_are_those_of_compare(tfmq: Run, model: Path, quantized: Path, tmp
         tmp_path / "e",
         "--json",
     ).json["paired"]["metrics"]
-    assert evaluated["psnr"]["mean"] == pytest.approx(compared["psnr_db"]["mean"]) and evaluated["ssim"][
-        "mean"
-    ] == pytest.approx(compared["ssim"])
-    with np.load(tmp_path / "c" / "samples.npz") as a, np.load(tmp_path / "e" / "pairs.npz") as b:
+    assert evaluated["psnr"]["mean"] == pytest.approx(compared.json["psnr_db"]["mean"])
+    assert evaluated["ssim"]["mean"] == pytest.approx(compared.json["ssim"])
+    with np.load(compared.directory / "samples.npz") as a, np.load(tmp_path / "e" / "pairs.npz") as b:
         assert np.array_equal(a["reference"], b["reference"]) and np.array_equal(
             a["quantized"], b["quantized"]
         )
 
 
-def test_shards_then_the_whole(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
-    command = ("evaluate", quantized, "--reference", model, *LOCAL, "--json")
-    whole = tfmq(*command, "--output-dir", tmp_path / "whole").json
+def test_shards_then_the_whole(tfmq: Run, whole: Whole, tmp_path: Path) -> None:
+    command = (*whole.command, "--json")
     for shard in ("0/2", "1/2"):
         part = tfmq(*command, "--output-dir", tmp_path / "e", "--shard", shard)
         assert part.status == 0 and part.json == {"output_dir": str(tmp_path / "e"), "shard": shard}
         assert not (tmp_path / "e").exists()
     together = tfmq(*command, "--output-dir", tmp_path / "e", "--resume").json
-    assert together["rows"] == whole["rows"] and together["paired"] == whole["paired"]
+    assert together["rows"] == whole.json["rows"] and together["paired"] == whole.json["paired"]
     assert not (tmp_path / "e.job").exists()
     # A shard of another evaluation leaves the values that are there.
     assert tfmq(*command, "--output-dir", tmp_path / "e", "--seed", 1, "--shard", "0/2").status == 0
@@ -104,7 +104,9 @@ def test_shards_then_the_whole(tfmq: Run, model: Path, quantized: Path, tmp_path
 
 def test_real_images_and_the_recipes_figures(tfmq: Run, model: Path, recipe: Path, tmp_path: Path) -> None:
     figure = "{metric: fid, value: 3.0, tolerance: 0.1, num_images: 50000, steps: 100, source: a paper}"
-    (tmp_path / "r.yaml").write_text(recipe.read_text() + f"published: [{figure}]\n")
+    (tmp_path / "r.yaml").write_text(
+        recipe.read_text() + f"rounding: {{solver: nearest}}\npublished: [{figure}]\n"
+    )
     assert (
         tfmq("quantize", model, "--recipe", tmp_path / "r.yaml", "--output-dir", tmp_path / "q").status == 0
     )

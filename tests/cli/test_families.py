@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -38,6 +38,7 @@ def save_text_to_image(directory: Path) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    torch.manual_seed(0)
     tokenizer = _tokenizer(directory.parent)
     size = {
         "hidden_size": 8,
@@ -52,15 +53,12 @@ def save_text_to_image(directory: Path) -> None:
             vocab_size=len(tokenizer), bos_token_id=end - 1, eos_token_id=end, pad_token_id=end, **size
         )
     )
-    kinds = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
     shape = {
         "sample_size": 8,
         "in_channels": 4,
         "out_channels": 4,
-        "block_out_channels": (8, 16),
+        "block_out_channels": (8,),
         "layers_per_block": 1,
         "norm_num_groups": 4,
     }
@@ -90,7 +88,8 @@ def save_clip(directory: Path) -> None:
         "eos_token_id": end,
         "pad_token_id": end,
     }
-    torch.manual_seed(0)
+    # With these weights similarities lie above zero, where scores end.
+    torch.manual_seed(5)
     model = CLIPModel(
         CLIPConfig(
             text_config=text, vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8
@@ -124,46 +123,45 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+class Made(NamedTuple):
+    """A family's model and its quantized twin on disk, and the prompts that it draws from, if any."""
+
+    family: str
+    model: Path
+    quantized: Path
+    prompts: tuple[object, ...]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    recipe: Path,
+    printed: Callable[..., Any],
+) -> Made:
+    """Return a family's model quantized by the verb; tests only read it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    FAMILIES[request.param][0](folder / "model")
+    (folder / "p.txt").write_text("a cat\na dog\n")
+    prompts = ("--prompts", folder / "p.txt") if request.param == "UNet2DConditionModel" else ()
+    printed("quantize", folder / "model", "--recipe", recipe, *prompts, "--output-dir", folder / "q")
+    return Made(request.param, folder / "model", folder / "q", prompts)
+
+
 @pytest.mark.filterwarnings("default")
-def test_every_verb(tfmq: Run, recipe: Path, tmp_path: Path, family: str) -> None:
-    save, depends_on = FAMILIES[family]
-    save(tmp_path / "model")
-    (tmp_path / "p.txt").write_text("a cat\na dog\n")
-    prompts = ("--prompts", tmp_path / "p.txt") if family == "UNet2DConditionModel" else ()
-    found = tfmq("inspect", tmp_path / "model", "--json").json
-    assert found["family"] == family
+def test_every_verb(tfmq: Run, made: Made, tmp_path: Path) -> None:
+    found = tfmq("inspect", made.model, "--json").json
+    assert found["family"] == made.family
+    depends_on = FAMILIES[made.family][1]
     assert {source for layer in found["temporal"] for source in layer["depends_on"]} == depends_on
-    result = tfmq(
-        "quantize", tmp_path / "model", "--output-dir", tmp_path / "q", "--recipe", recipe, *prompts
-    )
-    assert result.status == 0, result.err
-    numbers = ("--num-images", 2, *prompts)
-    result = tfmq(
-        "compare",
-        tmp_path / "q",
-        "--reference",
-        tmp_path / "model",
-        *numbers,
-        "--output-dir",
-        tmp_path / "c",
-        "--json",
-    )
+    numbers = ("--num-images", 2, *made.prompts)
+    command = ("compare", made.quantized, "--reference", made.model, *numbers)
+    result = tfmq(*command, "--output-dir", tmp_path / "c", "--json")
     assert result.status == 0, result.err
     assert 5 < result.json["psnr_db"]["min"] < 100 and result.json["temporal"]["max_relative_error"] > 0
     assert {line.partition(":")[0] for line in result.err.splitlines()} == {"sampling", "note"}
-    assert (
-        tfmq(
-            "sample",
-            tmp_path / "q",
-            *numbers,
-            "--backend",
-            result.json["backend"],
-            "--output-dir",
-            tmp_path / "s",
-        ).status
-        == 0
-    )
+    drawn = ("--backend", result.json["backend"], "--output-dir", tmp_path / "s")
+    assert tfmq("sample", made.quantized, *numbers, *drawn).status == 0
     with (
         np.load(tmp_path / "s" / "samples.npz") as alone,
         np.load(tmp_path / "c" / "samples.npz") as compared,
@@ -187,52 +185,24 @@ def test_prompts_reach_the_model(tfmq: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_evaluate_every_family(tfmq: Run, recipe: Path, tmp_path: Path) -> None:
+def test_evaluate_every_family(tfmq: Run, made: Made, tmp_path: Path) -> None:
     """Guidance calls the denoiser with each sample twice; images are compared with their own text."""
     pytest.importorskip("torchmetrics")
     save_clip(tmp_path / "clip")
-    (tmp_path / "p.txt").write_text("a cat\na dog\n")
-    for family, (save, _) in FAMILIES.items():
-        save(tmp_path / family)
-        of_text = family == "UNet2DConditionModel"
-        prompts = ("--prompts", tmp_path / "p.txt") if of_text else ()
-        assert (
-            tfmq(
-                "quantize",
-                tmp_path / family,
-                "--output-dir",
-                tmp_path / f"{family}-q",
-                "--recipe",
-                recipe,
-                *prompts,
-            ).status
-            == 0
-        )
-        command = (
-            "evaluate",
-            tmp_path / f"{family}-q",
-            "--reference",
-            tmp_path / family,
-            "--num-images",
-            3,
-            "--batch-size",
-            2,
-            *prompts,
-            "--json",
-        )
-        text = ("--metrics", "clip,trajectory", "--clip", tmp_path / "clip")
-        result = tfmq(*command, *text)
-        if not of_text:
-            assert result.status == 1 and "does not draw from text" in result.err
-            result = tfmq(*command, "--metrics", "psnr,trajectory")
-        assert result.status == 0, result.err
-        errors = result.json["paired"]["trajectory"]["mean"]
-        assert errors[0] == 0 < errors[-1] < 1 and len(errors) == 4
-        if of_text:
-            check_clip(result.json["rows"], tfmq, tmp_path)
+    numbers = ("--num-images", 3, "--batch-size", 2, *made.prompts, "--json")
+    command = ("evaluate", made.quantized, "--reference", made.model, *numbers)
+    result = tfmq(*command, "--metrics", "clip,trajectory", "--clip", tmp_path / "clip")
+    if not made.prompts:
+        assert result.status == 1 and "does not draw from text" in result.err
+        result = tfmq(*command, "--metrics", "psnr,trajectory")
+    assert result.status == 0, result.err
+    errors = result.json["paired"]["trajectory"]["mean"]
+    assert errors[0] == 0 < errors[-1] < 1 and len(errors) == 4
+    if made.prompts:
+        check_clip(result.json["rows"], tfmq, made, tmp_path)
 
 
-def check_clip(rows: list[dict[str, Any]], tfmq: Run, folder: Path) -> None:
+def check_clip(rows: list[dict[str, Any]], tfmq: Run, made: Made, folder: Path) -> None:
     """The scores are `100 cos` of the images that `tfmq sample` draws and their own prompts, computed by
     transformers alone.
     """
@@ -242,17 +212,16 @@ def check_clip(rows: list[dict[str, Any]], tfmq: Run, folder: Path) -> None:
         CLIPModel.from_pretrained(folder / "clip").eval(),
         CLIPProcessor.from_pretrained(folder / "clip"),
     )
-    for row, source in zip(rows, ("UNet2DConditionModel", "UNet2DConditionModel-q"), strict=True):
-        drawn = ("--num-images", 3, "--batch-size", 2, "--steps", 4, "--prompts", folder / "p.txt")
-        assert tfmq("sample", folder / source, *drawn, "--output-dir", folder / "s").status == 0
+    for row, source in zip(rows, (made.model, made.quantized), strict=True):
+        drawn = ("--num-images", 3, "--batch-size", 2, "--steps", 4, *made.prompts)
+        assert tfmq("sample", source, *drawn, "--output-dir", folder / "s").status == 0
         with np.load(folder / "s" / "samples.npz") as stored:
             images = list(torch.from_numpy(stored["images"]).permute(0, 3, 1, 2))
         inputs = processor(text=["a cat", "a dog", "a cat"], images=images, return_tensors="pt", padding=True)
         with torch.no_grad():
             similarity = model(**inputs).logits_per_image.diagonal() / model.logit_scale.exp()
-        assert row["metric"] == "clip" and row["value"] == pytest.approx(
-            100 * float(similarity.mean()), rel=1e-4
-        )
+        assert row["metric"] == "clip" and row["value"] > 0
+        assert row["value"] == pytest.approx(100 * float(similarity.mean()), rel=1e-4)
 
 
 def test_without_clip_it_says_how_to_get_it(tmp_path: Path) -> None:

@@ -11,91 +11,6 @@ import pytest
 
 Run = Callable[..., Any]
 
-SOURCE = """
-import neighbour
-import tfmq
-import torch
-from diffusers import DDIMScheduler
-from torch import nn
-
-
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.classes, self.embed = nn.Embedding(4, 8), nn.Linear(8, 8)
-        self.entry = nn.Conv2d(3, 8, 3, padding=1)
-        self.middle = nn.Conv2d(8, 8, 3, padding=1)
-        self.exit = nn.Conv2d(8, 3, 3, padding=1)
-
-    def forward(self, noisy_pixels, when, kind):
-        shift = self.embed(torch.sin(self.classes(kind) + when[:, None] / 1000))
-        hidden = self.entry(noisy_pixels) + shift[:, :, None, None]
-        return self.exit(torch.relu(self.middle(torch.relu(hidden))))
-
-
-def build():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(neighbour.SEED)
-        denoiser = tfmq.Denoiser(Own().eval(), sample="noisy_pixels", timestep="when")
-    guidance = tfmq.Guidance(unconditional={"kind": torch.tensor([3])}, scale=2.0)
-    kinds = {"kind": torch.tensor([0, 1, 2])}
-    return tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(3, 16, 16), per_image=kinds, guidance=guidance)
-
-
-def other():
-    made = build()
-    made.denoiser.module.exit = nn.Conv2d(8, 3, 1)
-    return made
-
-
-def broken():
-    raise RuntimeError("no weights at hand")
-
-
-def number():
-    return 4
-
-
-KEPT = build()
-
-
-def same():
-    return KEPT
-"""
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "neighbour.py").write_text("SEED = 3\n")
-    (folder / "own.py").write_text(SOURCE)
-    (folder / "damaged.py").write_text("import nothing_of_that_name\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(own: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what the verb made of the module."""
-    from tfmq.cli.commands import run
-
-    directory = tmp_path_factory.mktemp("made") / "q"
-    assert (
-        run(
-            [
-                "quantize",
-                "--module",
-                f"{own / 'own.py'}:build",
-                "--recipe",
-                str(recipe),
-                "--output-dir",
-                str(directory),
-                "--json",
-            ]
-        )
-        == 0
-    )
-    return directory
-
 
 def spec(own: Path, function: str = "build") -> tuple[object, ...]:
     return ("--module", f"{own / 'own.py'}:{function}")
@@ -181,9 +96,13 @@ def test_time_is_measured_in_processes_that_open_the_file_themselves(
         "bench", made, *spec(own), "--backends", "simulated", "--rounds", 1, "--threads", 1, "--json"
     )
     assert result.status == 0, result.err
-    assert [row["backend"] for row in result.json["rows"]] == ["fp32", "simulated"] and result.json["rows"][
-        1
-    ]["sqnr_db"] > 5
+    rows = result.json["rows"]
+    assert [row["backend"] for row in rows] == ["fp32", "simulated"] and rows[1]["sqnr_db"] > 5
+    assert rows[0]["speedup"] == 1.0
+    for row in rows:
+        assert row["ms_per_step"] > 0 and row["rounds"] == 1
+        assert row["peak_rss_bytes"] >= row["baseline_rss_bytes"] > 10_000_000
+        assert row["load_s"] > 0 and row["compile_s"] > 0
 
 
 def test_a_graph_is_written(tfmq: Run, own: Path, made: Path, tmp_path: Path) -> None:
