@@ -205,7 +205,7 @@ def _until(path: Path, child: "subprocess.Popen[str]") -> None:
     began = time.monotonic()
     while not path.exists():
         assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() - began < 120, f"{path} never came"
+        assert time.monotonic() - began < 600, f"{path} never came"
         time.sleep(0.01)
 
 
