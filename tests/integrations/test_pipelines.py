@@ -121,6 +121,13 @@ def test_quiet_silences_and_restores() -> None:
         diffusers_logging.set_verbosity(logging.WARNING)
 
 
+def test_who_has_neither_library_needs_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfmq.integrations.diffusers.quiet.find_spec", lambda name: None)
+    monkeypatch.setattr("tfmq.integrations.diffusers.quiet.import_module", lambda name: pytest.fail(name))
+    with quiet():
+        pass
+
+
 def test_what_is_decoded_is_noted() -> None:
     """A latent diffusion pipeline: its images are the decoder's of what was noted, which the last step
     left.

@@ -1,6 +1,7 @@
 """How errors add up: influences against the samplers' published formulas, sums against what is drawn."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,20 @@ def test_the_influence_of_a_step_is_that_of_the_published_formula(
     scheduler.set_timesteps(STEPS)
     # Schedulers keep their levels in float32.
     torch.testing.assert_close(influence(scheduler, STEPS), formula(scheduler), rtol=2e-4, atol=1e-6)
+
+
+class Halving:
+    """A sampler's whole contract: timesteps, and what the state is next."""
+
+    def set_timesteps(self, count: int) -> None:
+        self.timesteps = torch.arange(count).flip(0)
+
+    def step(self, prediction: Tensor, timestep: Tensor, state: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(prev_sample=state / 2 + prediction)
+
+
+def test_a_scheduler_needs_no_more_than_a_sampler_asks_of_it() -> None:
+    torch.testing.assert_close(influence(Halving(), 3), torch.tensor([0.25, 0.5, 1.0]).double())
 
 
 class Linear(nn.Module):

@@ -113,7 +113,8 @@ def influence(scheduler: Any, steps: int) -> Tensor:
         state = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
         own.set_timesteps(steps)
         for number, timestep in enumerate(own.timesteps):
-            state = own.step(impulses[:, number].reshape(-1, 1, 1, 1), timestep, state, return_dict=False)[0]
+            impulse = impulses[:, number].reshape(-1, 1, 1, 1)
+            state = own.step(impulse, timestep, state).prev_sample
     final = state.flatten()
     return (final[:-1] - final[-1]) / IMPULSE
 

@@ -8,8 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from diffusers.utils import logging as diffusers_logging
-
 
 def _hush(logging: ModuleType, stack: ExitStack) -> None:
     """Lower one library's voice until the stack unwinds."""
@@ -22,11 +20,11 @@ def _hush(logging: ModuleType, stack: ExitStack) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let both libraries report errors only, without bars, while the context is open; transformers need not
-    be installed.
+    """Let both libraries report errors only, without bars, while the context is open; neither need be
+    installed.
     """
     with ExitStack() as stack:
-        _hush(diffusers_logging, stack)
-        if find_spec("transformers") is not None:
-            _hush(import_module("transformers.utils.logging"), stack)
+        for library in ("diffusers", "transformers"):
+            if find_spec(library) is not None:
+                _hush(import_module(f"{library}.utils.logging"), stack)
         yield
