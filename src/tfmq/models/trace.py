@@ -130,15 +130,20 @@ def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], outpu
 
 
 class _Operations(TorchDispatchMode):
-    """Labels the output of every operation outside of weighted layers."""
+    """Labels the output of every operation outside of weighted layers.
 
-    def __init__(self, record: _Record) -> None:
+    Parameters go to an operation as fake tensors: torch looks up what an operation makes of fake tensors of
+    the same shapes, and works it out again wherever a real one is among them.
+    """
+
+    def __init__(self, record: _Record, mode: FakeTensorMode | None) -> None:
         super().__init__()
         self.state = record
+        self.mode = mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = func(*(self._fake(value) for value in args), **kwargs)
         if not self.state.inside:
             inputs = self.state.tensors(args, kwargs)
             combined = self.state.combine(inputs)
@@ -147,6 +152,10 @@ class _Operations(TorchDispatchMode):
             )
             self.state.record(Call(func, "", args, kwargs), args, kwargs, output, label)
         return output
+
+    def _fake(self, value: Any) -> Any:
+        real = self.mode is not None and type(value) is nn.Parameter
+        return self.mode.from_tensor(value) if self.mode is not None and real else value
 
 
 class _Products(TorchFunctionMode):
@@ -257,6 +266,7 @@ def _slice(record: _Record, wanted: Mapping[str, Ref]) -> tuple[tuple[Call, ...]
 def _run(denoiser: Denoiser, inputs: Inputs, *, fake: bool) -> _Record:
     labelled = denoiser.labelled(inputs)
     record = _Record(frozenset(name for name, tensor in labelled if name == "sample" or tensor.ndim >= 3))
+    mode: FakeTensorMode | None = None
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if fake:
@@ -266,7 +276,7 @@ def _run(denoiser: Denoiser, inputs: Inputs, *, fake: bool) -> _Record:
             record.labels[tensor] = _Label(frozenset({name}))
             record.refs[tensor] = Ref(-1, name=name)
         stack.enter_context(_module_hooks(denoiser.module, record))
-        stack.enter_context(_Operations(record))
+        stack.enter_context(_Operations(record, mode))
         stack.enter_context(_Products(record))
         denoiser(inputs)
     return record
