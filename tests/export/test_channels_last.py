@@ -1,5 +1,6 @@
 """Rewritten OpenVINO models compute what they did, without the nodes that were to go."""
 
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -17,21 +18,25 @@ from tfmq.export.quiet import quiet_tools  # noqa: E402
 
 
 class Norms(nn.Module):
-    """A group normalisation as the model that is converted."""
+    """Group normalisations of an input each as the model that is converted: groups, channels, and whether
+    there are weights.
+    """
 
-    def __init__(self, groups: int, channels: int, *, affine: bool) -> None:
+    def __init__(self, *sizes: tuple[int, int, bool]) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, affine=affine)
-        for parameter in self.norm.parameters():
+        self.norms = nn.ModuleList(nn.GroupNorm(*size, affine=affine) for *size, affine in sizes)
+        for parameter in self.norms.parameters():
             nn.init.normal_(parameter)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x) * 1.0
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(norm(x) * 1.0 for norm, x in zip(self.norms, inputs, strict=True))
 
 
 def converted(module: nn.Module, *inputs: Tensor) -> Any:
-    with quiet_tools():
-        model = ov.convert_model(torch.export.export(module.eval(), inputs))
+    with quiet_tools(), warnings.catch_warnings():
+        # torch's check of a normalisation's shape is a branch, which does not go into the graph.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        model = ov.convert_model(torch.jit.trace(module.eval(), inputs))
     model.reshape({index: [-1, *tensor.shape[1:]] for index, tensor in enumerate(inputs)})
     return model
 
@@ -47,39 +52,47 @@ def computed(model: Any, *inputs: Tensor) -> list[Tensor]:
     ]
 
 
-@settings(max_examples=8)
+CASES = 4
+
+
+@settings(max_examples=2)
 @given(st.data())
 def test_a_group_normalisation_is_torchs(data: st.DataObject) -> None:
+    """Several at once, since a model takes long to be compiled."""
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    groups, each = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
-    shape = (
-        data.draw(st.integers(1, 3)),
-        groups * each,
-        data.draw(st.integers(2, 7)),
-        data.draw(st.integers(1, 9)),
-    )
-    offset, spread = data.draw(st.sampled_from([(0.0, 1.0), (10.0, 1.0), (-0.1, 1e-2), (0.0, 1e3)]))
-    x = torch.randn(shape) * spread + offset
-    module = Norms(groups, groups * each, affine=data.draw(st.booleans()))
-    model = converted(module, x)
+    sizes, inputs = [], []
+    for _ in range(CASES):
+        groups, each = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+        shape = (
+            data.draw(st.integers(1, 3)),
+            groups * each,
+            data.draw(st.integers(2, 7)),
+            data.draw(st.integers(1, 9)),
+        )
+        offset, spread = data.draw(st.sampled_from([(0.0, 1.0), (10.0, 1.0), (-0.1, 1e-2), (0.0, 1e3)]))
+        sizes.append((groups, groups * each, data.draw(st.booleans())))
+        inputs.append(torch.randn(shape) * spread + offset)
+    module = Norms(*sizes)
+    model = converted(module, *inputs)
     rewrite(model)
-    assert not kinds(model)["GroupNormalization"] and kinds(model)["ReduceMean"] == 2
-    exact, wide = module.double()(x.double()), x.double()
-    parts = wide.reshape(shape[0], groups, -1)
-    deviation = (
-        (parts.var(dim=-1, correction=0) + module.norm.eps)
-        .sqrt()
-        .repeat_interleave(each, dim=1)[..., None, None]
-    )
-    ratio = 1 + (wide.mean(dim=(2, 3), keepdim=True) / deviation).square().amax()
-    gain = 1.0 if module.norm.weight is None else module.norm.weight.detach().abs()[:, None, None]
-    # What the docstring states, of the terms that are added.
-    bound = 1e-6 * ratio * (2 * wide.abs().amax() * gain / deviation + exact.abs() + 1)
-    assert bool(((computed(model, x)[0] - exact).abs() <= bound).all())
+    assert not kinds(model)["GroupNormalization"] and kinds(model)["ReduceMean"] == 2 * CASES
+    found, wide = computed(model, *inputs), [x.double() for x in inputs]
+    for norm, x, y, exact in zip(module.norms, wide, found, module.double()(*wide), strict=True):
+        parts = x.reshape(x.shape[0], norm.num_groups, -1)
+        deviation = (
+            (parts.var(dim=-1, correction=0) + norm.eps)
+            .sqrt()
+            .repeat_interleave(norm.num_channels // norm.num_groups, dim=1)[..., None, None]
+        )
+        ratio = 1 + (x.mean(dim=(2, 3), keepdim=True) / deviation).square().amax()
+        gain = 1.0 if norm.weight is None else norm.weight.detach().abs()[:, None, None]
+        # What the docstring states, of the terms that are added.
+        bound = 1e-6 * ratio * (2 * x.abs().amax() * gain / deviation + exact.abs() + 1)
+        assert bool(((y - exact).abs() <= bound).all())
 
 
 def test_a_group_normalisation_of_tokens_stays() -> None:
-    model = converted(Norms(2, 4, affine=True), torch.randn(2, 4, 6))
+    model = converted(Norms((2, 4, True)), torch.randn(2, 4, 6))
     before = kinds(model)
     rewrite(model)
     assert kinds(model) == before and before["GroupNormalization"] == 1
