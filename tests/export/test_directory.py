@@ -26,16 +26,13 @@ def quantized(
     recipe = tfmq.scheme("w8a8")
     recipe = replace(
         recipe,
+        weights=replace(recipe.weights, ranges="min_max"),
+        activations=replace(recipe.activations, ranges="min_max"),
+        rounding=replace(recipe.rounding, solver="nearest"),
         calibration=replace(recipe.calibration, steps=3, samples=2),
-        learning=replace(recipe.learning, iterations=0),
+        temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1)),
     )
-    tfmq.quantize(
-        made,
-        replace(
-            recipe,
-            temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1)),
-        ),
-    )
+    tfmq.quantize(made, recipe)
     module: nn.Module = made.denoiser.module
     torch.manual_seed(3)
     inputs = {"x": torch.randn(3, 2, 8, 8), "t": module.tfmq_steps.timesteps[[2, 0, 1]].long()}
