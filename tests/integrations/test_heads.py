@@ -1,9 +1,7 @@
 """One number of heads at all widths: the class by itself, and as a component that diffusers opens."""
 
+import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,33 +103,25 @@ OPENINGS = {
     "tfmq first": "import tfmq, diffusers; kind = diffusers.DiffusionPipeline",
     "tfmq last": "import diffusers; kind = diffusers.DDPMPipeline; import tfmq",
 }
+OPEN = """
+import os
+pipeline = kind.from_pretrained(os.path.join(sys.argv[1], "made"))
+assert type(pipeline.unet) is tfmq.UNet2DHeadsModel and pipeline.unet.mid_block.attentions[0].heads == 4
+pipeline.save_pretrained(os.path.join(sys.argv[1], order))
+"""
 
 
-@pytest.mark.parametrize("imports", OPENINGS.values(), ids=OPENINGS)
-def test_a_fresh_process_opens_and_saves_a_pipeline_with_it(tmp_path: Path, imports: str) -> None:
+def test_a_fresh_process_opens_and_saves_a_pipeline_with_it(elsewhere: Any, tmp_path: Path) -> None:
     model = tfmq.UNet2DHeadsModel(**SIZE, num_attention_heads=4)
     diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "made")
     assert json.loads((tmp_path / "made" / "model_index.json").read_text())["unet"] == [
         "tfmq",
         "UNet2DHeadsModel",
     ]
-    script = f"""{imports}
-import sys
-pipeline = kind.from_pretrained(sys.argv[1])
-assert type(pipeline.unet) is tfmq.UNet2DHeadsModel and pipeline.unet.mid_block.attentions[0].heads == 4
-pipeline.save_pretrained(sys.argv[2])
-"""
-    source = str(Path(tfmq.__file__).parents[1])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, "-c", script, str(tmp_path / "made"), str(tmp_path / "again")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for name in ("model_index.json", "unet/config.json"):
-        made, again = (json.loads((tmp_path / folder / name).read_text()) for folder in ("made", "again"))
-        assert {key: value for key, value in again.items() if key != "_name_or_path"} == made
+    elsewhere([f"order = {order!r}; {imports}\n{OPEN}" for order, imports in OPENINGS.items()], tmp_path)
+    for order, name in itertools.product(OPENINGS, ("model_index.json", "unet/config.json")):
+        made, again = (json.loads((tmp_path / folder / name).read_text()) for folder in ("made", order))
+        assert {key: value for key, value in again.items() if key != "_name_or_path"} == made, order
 
 
 @pytest.mark.parametrize("name", CLASSES)

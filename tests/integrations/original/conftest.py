@@ -428,7 +428,7 @@ def original() -> SimpleNamespace:
     return SimpleNamespace(Ddim=Ddim, Openai=Openai, FirstStage=FirstStage)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomized() -> Callable[[nn.Module], nn.Module]:
     """Return a function that gives every parameter of a module a random value, norms and biases too."""
 

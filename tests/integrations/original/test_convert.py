@@ -4,7 +4,6 @@ files and read back.
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from tfmq.evaluation.inspection import inspect
 from tfmq.integrations.diffusers.original import ldm
 from tfmq.integrations.diffusers.original.convert import import_checkpoint
 from tfmq.integrations.diffusers.pipelines import PipelineSampler
-from tfmq.recipes import Calibration
+from tfmq.recipes import Calibration, Recipe
 from tfmq.targets import open_sampler
 
 yaml = pytest.importorskip("yaml")
@@ -190,9 +189,9 @@ def test_unconditional_latent_diffusion(
         close(encoded.latents if "n_embed" in first else encoded.latent_dist.parameters, stage.encode(image))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def class_conditional(
-    original: SimpleNamespace, randomized: Fill, tmp_path: Path
+    original: SimpleNamespace, randomized: Fill, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, nn.Module, nn.Module]:
     """Return the imported class-conditional pipeline, its reference UNet and its embedding of classes."""
     condition = {
@@ -204,12 +203,33 @@ def class_conditional(
     embedding, stage = randomized(nn.Embedding(11, 8)), randomized(original.FirstStage(VQ))
     tensors = prefixed(reference, "model.diffusion_model.") | prefixed(stage, "first_stage_model.")
     tensors |= prefixed(embedding, "cond_stage_model.embedding.")
-    return import_checkpoint(*write(tmp_path, {"state_dict": tensors}, config)), reference, embedding
+    files = write(tmp_path_factory.mktemp("checkpoint"), {"state_dict": tensors}, config)
+    return import_checkpoint(*files), reference, embedding
 
 
-def test_class_conditional_latent_diffusion(
-    class_conditional: tuple[Any, nn.Module, nn.Module], tmp_path: Path
-) -> None:
+def rtn_w8a8(**options: Any) -> Recipe:
+    """Return the recipe at its quickest."""
+    recipe = tfmq.scheme("rtn_w8a8")
+    return replace(
+        recipe,
+        weights=replace(recipe.weights, ranges="min_max"),
+        activations=replace(recipe.activations, ranges="min_max"),
+        calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1, **options),
+    )
+
+
+@pytest.fixture(scope="module")
+def class_folder(
+    class_conditional: tuple[Any, nn.Module, nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a folder with `stock`, the imported class-conditional pipeline, and `q`, the same at W8A8."""
+    folder = tmp_path_factory.mktemp("class_conditional")
+    class_conditional[0].save_pretrained(folder / "stock")
+    tfmq.quantize(folder / "stock", rtn_w8a8(guidance_scale=2.0), output_dir=folder / "q")
+    return folder
+
+
+def test_class_conditional_latent_diffusion(class_conditional: tuple[Any, nn.Module, nn.Module]) -> None:
     pipeline, reference, embedding = class_conditional
     labels, x = torch.tensor([2, 10]), NOISE[:, :3]
     with torch.no_grad():
@@ -227,25 +247,10 @@ def test_class_conditional_latent_diffusion(
     assert guided.shape == (1, 16, 16, 3) and abs(guided - plain).max() > 1e-4
 
 
-def test_an_imported_pipeline_goes_through_the_whole_of_tfmq(
-    class_conditional: tuple[Any, nn.Module, nn.Module], tmp_path: Path
-) -> None:
-    pipeline, *_ = class_conditional
-    pipeline.save_pretrained(tmp_path / "stock")
-    recipe = tfmq.scheme("rtn_w8a8")
-    ranges = {
-        "weights": replace(recipe.weights, ranges="min_max"),
-        "activations": replace(recipe.activations, ranges="min_max"),
-    }
-    recipe = replace(
-        recipe,
-        **ranges,
-        calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1, guidance_scale=2.0),
-    )
-    tfmq.quantize(tmp_path / "stock", recipe, output_dir=tmp_path / "q")
+def test_an_imported_pipeline_goes_through_the_whole_of_tfmq(class_folder: Path) -> None:
     sampler, full = (
-        open_sampler(tmp_path / "q"),
-        open_sampler(tmp_path / "stock", options={"guidance_scale": 2.0}),
+        open_sampler(class_folder / "q"),
+        open_sampler(class_folder / "stock", options={"guidance_scale": 2.0}),
     )
     assert type(sampler.pipeline).__name__ == "LatentClassPipeline" and sampler.options == {
         "guidance_scale": 2.0
@@ -255,47 +260,31 @@ def test_an_imported_pipeline_goes_through_the_whole_of_tfmq(
     assert 0 < float((images - expected).abs().mean()) < 0.5 * float((others - expected).abs().mean())
 
 
-# Opens each directory where nothing but tfmq's and diffusers' front doors has been imported: in a fork, so
-# that they are imported once for both.
-ELSEWHERE = """
+# Opens one directory where nothing but tfmq's and diffusers' front doors has been imported, in either order.
+OPENINGS = (
+    "import sys, tfmq; from diffusers import DiffusionPipeline as kind",
+    "import sys; from diffusers import DiffusionPipeline as kind; import tfmq",
+)
+OPEN = """
 import os
-for folder, quantized in (("stock", False), ("q", True)):
-    child = os.fork()
-    if child:
-        assert os.waitpid(child, 0)[1] == 0, folder
-        continue
-    pipeline = kind.from_pretrained(os.path.join(sys.argv[1], folder))
-    assert type(pipeline) is tfmq.LatentClassPipeline and type(pipeline.class_embedder) is tfmq.ClassEmbedder
-    from tfmq.nn.swap import is_quantized
-    assert is_quantized(pipeline.unet) == quantized
-    pipeline.save_pretrained(os.path.join(sys.argv[1], folder + " again"))
-    break
+pipeline = kind.from_pretrained(os.path.join(sys.argv[1], folder))
+assert type(pipeline) is tfmq.LatentClassPipeline and type(pipeline.class_embedder) is tfmq.ClassEmbedder
+from tfmq.nn.swap import is_quantized
+assert is_quantized(pipeline.unet) == (folder == "q")
+pipeline.save_pretrained(os.path.join(sys.argv[1], f"{folder} again {order}"))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import sys, tfmq; from diffusers import DiffusionPipeline as kind",
-        "import sys; from diffusers import DiffusionPipeline as kind; import tfmq",
-    ],
-)
 def test_from_pretrained_opens_class_conditional_pipelines_after_import_tfmq(
-    class_conditional: tuple[Any, nn.Module, nn.Module], tmp_path: Path, imports: str
+    class_folder: Path, elsewhere: Any
 ) -> None:
-    class_conditional[0].save_pretrained(tmp_path / "stock")
-    recipe = tfmq.scheme("rtn_w8a8")
-    tfmq.quantize(
-        tmp_path / "stock",
-        replace(recipe, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)),
-        output_dir=tmp_path / "q",
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(tfmq.__file__).parents[1])}
-    command = [sys.executable, "-c", f"{imports}\n{ELSEWHERE}", tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} >= {"stock again", "q again"}
+    scripts = {
+        f"{folder} again {order}": f"folder, order = {folder!r}, {order}\n{imports}\n{OPEN}"
+        for order, imports in enumerate(OPENINGS)
+        for folder in ("stock", "q")
+    }
+    elsewhere(list(scripts.values()), class_folder)
+    assert {path.name for path in class_folder.iterdir()} == {"stock", "q", *scripts}
 
 
 @pytest.mark.parametrize("said", [None, True, False])
@@ -346,13 +335,7 @@ def test_one_number_of_heads_goes_through_the_whole_of_tfmq(
     stored = DiffusionPipeline.from_pretrained(tmp_path / "stock")
     with torch.no_grad():
         close(stored.unet(NOISE, TIMESTEPS).sample, reference(NOISE, TIMESTEPS))
-    recipe = tfmq.scheme("rtn_w8a8")
-    ranges = {
-        "weights": replace(recipe.weights, ranges="min_max"),
-        "activations": replace(recipe.activations, ranges="min_max"),
-    }
-    recipe = replace(recipe, **ranges, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1))
-    tfmq.quantize(tmp_path / "stock", recipe, output_dir=tmp_path / "q")
+    tfmq.quantize(tmp_path / "stock", rtn_w8a8(), output_dir=tmp_path / "q")
     quantized, full = (
         PipelineSampler(DiffusionPipeline.from_pretrained(tmp_path / "q")),
         open_sampler(tmp_path / "stock"),
