@@ -96,6 +96,8 @@ class _Builder:
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.options = options
         self.digest = module_digest(module)
+        # Kinds of graphs and calls of which one batch has shown that the model's code fixes it.
+        self.fixed: set[tuple[str, str]] = set()
         _let_go(module)
 
     def __call__(self, graph: Graph, call: Call) -> Run:
@@ -164,9 +166,10 @@ class _Builder:
                 return path
         from openvino import frontend
 
+        kind = graph.kind, call.signature.key
         with graph_kernels(graph.module):
             try:
-                model = convert(graph, call)
+                model = convert(graph, call, fixed=kind in self.fixed)
             except (
                 frontend.GeneralFailure,
                 frontend.NotImplementedFailure,
@@ -177,6 +180,8 @@ class _Builder:
                     f"OpenVINO cannot convert the {graph.kind}: {' '.join(str(error).split())}"
                 ) from error
         fixed = all(port.partial_shape.is_static for port in model.inputs)
+        if fixed:
+            self.fixed.add(kind)
         path = self._path(graph, call, str(call.batch) if fixed else "any")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.xml")

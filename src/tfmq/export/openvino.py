@@ -32,13 +32,15 @@ def _integer_weight(node: Any) -> list[Any]:
     ).outputs()
 
 
-def convert(graph: Graph, call: Call) -> ov.Model:
+def convert(graph: Graph, call: Call, *, fixed: bool = False) -> ov.Model:
     """Return the OpenVINO model of a graph: for any batch, or for the batch of `call` if the model's code
-    fixes it.
+    fixes it, as is known beforehand with `fixed`.
 
     Its inputs are called by the graph's names; one that the graph does not read may be missing.
     """
-    model = _shaped(graph, call)
+    model = None if fixed else _of_any_batch(graph, call)
+    if model is None:
+        model = _of_one_batch(graph, call)
     scale_by_single_weights(model)
     rewrite(model)
     for port in model.inputs:
@@ -48,7 +50,7 @@ def convert(graph: Graph, call: Call) -> ov.Model:
     return model
 
 
-def _shaped(graph: Graph, call: Call) -> ov.Model:
+def _of_any_batch(graph: Graph, call: Call) -> ov.Model | None:
     traced = trace(graph, call)
     if traced is not None:
         model = _named(
@@ -58,15 +60,21 @@ def _shaped(graph: Graph, call: Call) -> ov.Model:
         shapes = sizes(graph, call, -1)
         model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         return model
-    captured = {f"inputs_{index}": name for index, name in enumerate(graph.names)}
     program = capture(graph, call, dynamic=True)
-    if any_batch(program, graph):
-        return _named(_converted(program), captured)
-    model = _named(_converted(capture(graph, call, dynamic=False)), captured)
+    return _named(_converted(program), _captured(graph)) if any_batch(program, graph) else None
+
+
+def _of_one_batch(graph: Graph, call: Call) -> ov.Model:
+    model = _named(_converted(capture(graph, call, dynamic=False)), _captured(graph))
     # The inputs of the converted model have open shapes: set the sizes that capture took for constants.
     shapes = sizes(graph, call, call.batch)
     model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
     return model
+
+
+def _captured(graph: Graph) -> dict[str, str]:
+    """Return the names of a graph's inputs by what they are called in a captured program."""
+    return {f"inputs_{index}": name for index, name in enumerate(graph.names)}
 
 
 def _named(model: ov.Model, names: Mapping[str, str]) -> ov.Model:
