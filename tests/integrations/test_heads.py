@@ -105,9 +105,9 @@ OPENINGS = {
 }
 OPEN = """
 import os
-pipeline = kind.from_pretrained(os.path.join(sys.argv[1], "made"))
+pipeline = kind.from_pretrained(os.path.join(folder, "made"))
 assert type(pipeline.unet) is tfmq.UNet2DHeadsModel and pipeline.unet.mid_block.attentions[0].heads == 4
-pipeline.save_pretrained(os.path.join(sys.argv[1], order))
+pipeline.save_pretrained(os.path.join(folder, order))
 """
 
 

@@ -262,16 +262,16 @@ def test_an_imported_pipeline_goes_through_the_whole_of_tfmq(class_folder: Path)
 
 # Opens one directory where nothing but tfmq's and diffusers' front doors has been imported, in either order.
 OPENINGS = (
-    "import sys, tfmq; from diffusers import DiffusionPipeline as kind",
-    "import sys; from diffusers import DiffusionPipeline as kind; import tfmq",
+    "import tfmq; from diffusers import DiffusionPipeline as kind",
+    "from diffusers import DiffusionPipeline as kind; import tfmq",
 )
 OPEN = """
 import os
-pipeline = kind.from_pretrained(os.path.join(sys.argv[1], folder))
+pipeline = kind.from_pretrained(os.path.join(folder, name))
 assert type(pipeline) is tfmq.LatentClassPipeline and type(pipeline.class_embedder) is tfmq.ClassEmbedder
 from tfmq.nn.swap import is_quantized
-assert is_quantized(pipeline.unet) == (folder == "q")
-pipeline.save_pretrained(os.path.join(sys.argv[1], f"{folder} again {order}"))
+assert is_quantized(pipeline.unet) == (name == "q")
+pipeline.save_pretrained(os.path.join(folder, f"{name} again {order}"))
 """
 
 
@@ -279,9 +279,9 @@ def test_from_pretrained_opens_class_conditional_pipelines_after_import_tfmq(
     class_folder: Path, elsewhere: Any
 ) -> None:
     scripts = {
-        f"{folder} again {order}": f"folder, order = {folder!r}, {order}\n{imports}\n{OPEN}"
+        f"{name} again {order}": f"name, order = {name!r}, {order}\n{imports}\n{OPEN}"
         for order, imports in enumerate(OPENINGS)
-        for folder in ("stock", "q")
+        for name in ("stock", "q")
     }
     elsewhere(list(scripts.values()), class_folder)
     assert {path.name for path in class_folder.iterdir()} == {"stock", "q", *scripts}
