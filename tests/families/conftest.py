@@ -164,13 +164,13 @@ def conditional(**changes: Any) -> Any:
     return diffusers.UNet2DConditionModel(**(UNET | kinds | options | changes))
 
 
-def unconditional() -> Any:
+def unconditional(**changes: Any) -> Any:
     kinds = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
         "attention_head_dim": 8,
     }
-    return diffusers.UNet2DModel(**UNET, **kinds, in_channels=3, out_channels=3)
+    return diffusers.UNet2DModel(**(UNET | kinds | changes), in_channels=3, out_channels=3)
 
 
 def ddpm(parts: Parts) -> Any:
@@ -179,7 +179,10 @@ def ddpm(parts: Parts) -> Any:
 
 def ldm(parts: Parts) -> Any:
     first_stage = diffusers.VQModel(**AUTOENCODER, latent_channels=3, num_vq_embeddings=16)
-    return diffusers.LDMPipeline(first_stage, unconditional(), diffusers.DDIMScheduler(clip_sample=False))
+    kinds = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return diffusers.LDMPipeline(
+        first_stage, unconditional(**(FLAT | kinds)), diffusers.DDIMScheduler(clip_sample=False)
+    )
 
 
 def ldm_heads(parts: Parts) -> Any:
@@ -229,7 +232,7 @@ def sdxl(parts: Parts) -> Any:
         "projection_class_embeddings_input_dim": 32,
     }
     unet = conditional(
-        **added, cross_attention_dim=16, transformer_layers_per_block=(1, 2), use_linear_projection=True
+        **FLAT, **added, cross_attention_dim=16, transformer_layers_per_block=2, use_linear_projection=True
     )
     texts = {
         "text_encoder": encoder,
