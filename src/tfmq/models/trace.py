@@ -49,6 +49,20 @@ class _Label:
 _NOTHING = _Label()
 
 
+def _gather(tree: Any, found: list[Tensor]) -> None:
+    """Append the tensors of a tree in order, faster than torch does for what operators are given."""
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif type(tree) in (tuple, list):
+        for child in tree:
+            _gather(child, found)
+    elif type(tree) is dict:
+        for child in tree.values():
+            _gather(child, found)
+    elif tree is not None and not isinstance(tree, (int, float, str)):
+        found.extend(leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
+
+
 @dataclass
 class _Record:
     spatial: frozenset[str]
@@ -68,7 +82,9 @@ class _Record:
         return self.labels.get(tensor, _NOTHING)
 
     def tensors(self, *trees: Any) -> list[Tensor]:
-        return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
+        found: list[Tensor] = []
+        _gather(trees, found)
+        return found
 
     def record(self, call: Call, args: Any, kwargs: Any, output: Any, label: _Label) -> None:
         """Note a call and give its outputs a label and a place in the program."""
