@@ -37,8 +37,12 @@ def loop(unet: UNet2DConditionModel) -> LoopSampler:
     )
 
 
+RTN = tfmq.scheme("rtn_w8a8")
 QUICK = replace(
-    tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)
+    RTN,
+    weights=replace(RTN.weights, ranges="min_max"),
+    activations=replace(RTN.activations, ranges="min_max"),
+    calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1),
 )
 
 
