@@ -170,8 +170,9 @@ class _Operations(TorchDispatchMode):
         return output
 
     def _fake(self, value: Any) -> Any:
-        real = self.mode is not None and type(value) is nn.Parameter
-        return self.mode.from_tensor(value) if self.mode is not None and real else value
+        if self.mode is None or type(value) is not nn.Parameter:
+            return value
+        return self.mode.from_tensor(value)
 
 
 class _Products(TorchFunctionMode):
