@@ -91,6 +91,7 @@ def _report(
             "mismatches": disturbed.mismatches,
         },
         "inputs": _inputs(outcome),
+        "pooled": dict(outcome.pooled),
         "floating": summary(outcome.floating, quantized_bytes),
         "correction": _correction(outcome),
         "judged": None if outcome.verdict is None else outcome.verdict.values(),

@@ -172,6 +172,62 @@ def test_searched_grids_are_those_of_the_kept_values_within_the_exact_range() ->
     ).mean()
 
 
+def few(rows: int, steps: int) -> tuple[SiteStatistics, Tensor]:
+    """What a site saw of the same distribution at each step, `rows` rows of 4 channels, and all of it."""
+    site = SiteStatistics(torch.zeros(steps, 1), torch.zeros(steps, 1))
+    values = torch.randn(steps, rows, 4)
+    for step, part in enumerate(values):
+        site.update(step, 0, part, 10**6)
+        site.rows[step] += rows
+    return site, values
+
+
+@pytest.mark.parametrize(
+    ("fewest", "first", "middle"),
+    [
+        (0, range(1), range(4, 5)),
+        (8, range(1), range(4, 5)),
+        (9, range(2), range(3, 6)),
+        (25, range(4), range(2, 7)),
+        (10**6, range(10), range(10)),
+    ],
+)
+def test_a_step_takes_in_no_more_neighbours_than_its_range_needs(
+    fewest: int, first: range, middle: range
+) -> None:
+    site, values = few(8, 10)
+    near = site.neighbours(fewest)
+    assert (near[0], near[4], len(near)) == (first, middle, 10)
+    together = site.pooled(near)
+    for step, steps in enumerate(near):
+        seen = values[steps.start : steps.stop]
+        assert float(together.low[step]) == float(seen.min()) < 0 < float(together.high[step])
+        assert float(together.high[step]) == float(seen.max())
+        assert torch.equal(torch.cat(together.values[step, 0]).sort().values, seen.flatten().sort().values)
+
+
+def test_pooling_keeps_no_more_values_than_a_site_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "KEPT", 100)
+    site, _ = few(8, 10)
+    together = site.pooled(site.neighbours(40))
+    assert 50 <= sum(len(part) for parts in together.values.values() for part in parts) <= 200
+    assert float(together.high.max()) == float(site.high.max()), "extremes stay exact"
+
+
+def test_ranges_that_rest_on_neighbours_fit_values_that_were_not_seen() -> None:
+    site, _ = few(4, 20)
+    fresh, errors = torch.randn(20, 500), {}
+    for fewest in (0, 64):
+        quantizer = ActivationQuantizer(
+            IntegerFormat(8), steps=StepContext(torch.arange(20, dtype=torch.float32))
+        )
+        assert fit_site(quantizer, site, method="search", fewest=fewest) == (17 if fewest else 1)
+        fitted = fake_quantize(fresh, quantizer.scale, quantizer.zero_point.float(), 256)
+        errors[fewest] = float((fitted - fresh).square().mean())
+    # Sixteen values show less of the tails than 17 times as many: what lies beyond is cut off.
+    assert errors[64] < errors[0] / 4
+
+
 def test_extremes_stay_exact_where_values_are_thinned_out() -> None:
     site = SiteStatistics(torch.zeros(1, 1), torch.zeros(1, 1))
     values = torch.zeros(1000)

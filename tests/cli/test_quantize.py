@@ -29,6 +29,7 @@ KEYS = {
     "sha256",
     "floating",
     "judged",
+    "pooled",
     "correction",
 }
 

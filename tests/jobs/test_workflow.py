@@ -21,7 +21,7 @@ from tfmq.nn.structure import assemble, describe
 from tfmq.nn.temporal import CachedFeature, SkippedLayer, without_tables
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.presets import scheme
-from tfmq.recipes.recipe import Calibration, Recipe, Rule, Temporal, Weights
+from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal, Weights
 from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.learning import Learning
 from tfmq.storage import tensor_digest
@@ -419,6 +419,25 @@ def test_other_schedules_run_with_one_warning(sampler: Sampling, tmp_path: Path)
     with pytest.warns(UserWarning, match="was not calibrated") as caught:
         images = drawn.run(range(2), steps=7, seed=0)
     assert len(caught) == 1 and torch.isfinite(images).all()
+
+
+def test_ranges_of_few_values_are_those_of_neighbouring_timesteps_with_a_word(
+    sampler: Sampling, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three images of 8 by 8 pixels are 192 rows a step; temporal layers see one value, which is exact."""
+    layers, pooled = [*SHAPES["plain"][:2], "embed", "stages.0.shift", "stages.1.shift"], {}
+    for fewest in (0, 192, 193):
+        caplog.clear()
+        monkeypatch.setattr("tfmq.jobs.calibration.FEWEST_ROWS", fewest)
+        with caplog.at_level("INFO", logger="tfmq"):
+            found = quantize(
+                sampler("plain"), quick("rtn_w8a8", activations=Activations()), tmp_path / str(fewest)
+            ).pooled
+        pooled[fewest] = {
+            name: found[site] for name in layers if (site := f"{name}.input_quantizer") in found
+        }
+        assert ("up to 3 timesteps together" in caplog.text) == bool(found)
+    assert pooled == {0: {}, 192: {}, 193: {"entry": 3, "exit": 3}}
 
 
 @pytest.mark.parametrize("name", ["down_blocks.1.resnets.0.conv2", "time_embedding.linear_2"])

@@ -2,6 +2,8 @@
 section 4.3).
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,10 @@ SHRINKS = 40
 # One grid for all timesteps is accepted if its error is at most this times the error of a grid for each
 # timestep: 1 dB. Where the errors of layers add up, the error of the output grows by no more.
 TOLERATED = 10**0.1
+# Rows of channels (pixels, tokens, samples) that the range of a timestep has to rest on: the next row then
+# goes beyond what a channel has shown with a chance of 1 in 33. A timestep that saw fewer takes in its
+# neighbours.
+FEWEST_ROWS = 64
 # Bytes that the kept values of one site and their search take, about.
 SITE_BYTES = 4 * KEPT * 2
 
@@ -39,13 +45,14 @@ class NonFiniteError(ValueError):
 
 @dataclass
 class SiteStatistics:
-    """Exact extremes `[S, G]` of one quantizer's input, and evenly spaced values of it for each `(step,
-    segment)`.
+    """Exact extremes `[S, G]` of one quantizer's input, evenly spaced values of it for each `(step,
+    segment)`, and how many rows of channels each step has seen.
     """
 
     low: Tensor
     high: Tensor
     values: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
+    rows: Counter[int] = field(default_factory=Counter)
 
     def update(self, step: int, segment: int, part: Tensor, budget: int) -> None:
         """Add the values `part` seen at `step` in `segment`; at most `budget` of them are kept.
@@ -63,6 +70,42 @@ class SiteStatistics:
         stride = -(-flat.numel() // max(1, budget))
         self.values.setdefault((step, segment), []).append(flat[:: stride | 1].cpu().clone())
 
+    def neighbours(self, fewest: int) -> list[range]:
+        """Return the steps around each step, as many on either side as there are, that saw `fewest` rows
+        together, or else all.
+        """
+        count = len(self.low)
+        total = [0, *itertools.accumulate(self.rows[step] for step in range(count))]
+
+        def around(step: int) -> range:
+            near = range(step, step + 1)
+            while len(near) < count and total[near.stop] - total[near.start] < fewest:
+                near = range(max(0, near.start - 1), min(count, near.stop + 1))
+            return near
+
+        return [around(step) for step in range(count)]
+
+    def pooled(self, near: Sequence[range]) -> "SiteStatistics":
+        """Return what each step and its neighbours `near` it saw together."""
+        low, high = (
+            torch.stack([extreme[list(steps)].amin(dim=0) for steps in near])
+            for extreme in (self.low, -self.high)
+        )
+        # No more values than are kept of a site; where there are few, all, so that none of the rare ones is
+        # lost.
+        count = sum(len(part) for parts in self.values.values() for part in parts)
+        stride = -(-count * max(map(len, near)) // KEPT)
+        values = {
+            (step, segment): [
+                torch.cat(self.values[other, segment])[::stride]
+                for other in steps
+                if (other, segment) in self.values
+            ]
+            for step, steps in enumerate(near)
+            for segment in range(self.low.shape[1])
+        }
+        return SiteStatistics(low, -high, {key: found for key, found in values.items() if found})
+
 
 def _observe(
     site: SiteStatistics, quantizer: ActivationQuantizer, x: Tensor, steps: StepContext, calls: int
@@ -74,6 +117,8 @@ def _observe(
     for segment, part in enumerate(parts):
         for step in bins:
             chosen = part if len(bins) == 1 else part[rows == step]
+            if segment == 0:
+                site.rows[step] += chosen.numel() // chosen.shape[quantizer.axis]
             site.update(step, segment, chosen, KEPT // (calls * len(parts) * len(bins)))
 
 
@@ -175,13 +220,19 @@ def fit_site(
     method: RangeMethod,
     shared: Sequence[int] = (),
     measured: bool = False,
-) -> None:
+    fewest: int = 0,
+) -> int:
     """Set the grid of `quantizer` for each step and segment, by exact extremes or by least-error search
     within them.
 
     With `shared` the grids of a segment get one zero-point, one of these. With `measured` one grid serves all
-    steps if it leaves little more error in the kept values, see `TOLERATED`.
+    steps if it leaves little more error in the kept values, see `TOLERATED`. A step that saw less than
+    `fewest` rows is taken together with its neighbours; returned is how many steps are, at most.
     """
+    near = site.neighbours(fewest)
+    together = max(map(len, near))
+    if together > 1:
+        site = site.pooled(near)
 
     def fitted(low: Tensor, high: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         grid = (
@@ -202,3 +253,4 @@ def fit_site(
         if _error(static, seen, fmt) <= TOLERATED * _error(columns, seen, fmt):
             columns = static
     quantizer.fit(*(torch.stack(column, dim=1) for column in zip(*columns, strict=True)))
+    return together

@@ -262,6 +262,7 @@ def _quantized(
     return {
         "bytes": size,
         "floating": report.get("floating"),
+        "pooled": report.get("pooled"),
         "judged": report.get("judged"),
         "correction": report.get("correction"),
         **{key: report[key] for key in keys},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
-from tfmq.calibration.ranges import SITE_BYTES, SiteStatistics, collect, fit_site
+from tfmq.calibration.ranges import FEWEST_ROWS, SITE_BYTES, SiteStatistics, collect, fit_site
 from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_factor, observe
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.calibration.variety import warn_of_single_values
@@ -125,6 +125,8 @@ def fit_activations(job: Job, work: Work) -> None:
     ranges = job.journal.stage("activations", lambda: fitted_ranges(job, work))
     for name, quantizer in sites.items():
         quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
+    together = {name: int(ranges[f"{name}.together"]) for name in sites}
+    work.pooled = {name: steps for name, steps in together.items() if steps > 1}
 
 
 def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
@@ -134,6 +136,7 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
     if not sites:
         return {}
     groups = _in_groups(job, list(sites), SITE_BYTES)
+    together: dict[str, int] = {}
     amount = len(groups) * len(store) + len(sites)
     with (
         job.progress("calibration: activation ranges", amount) as advance,
@@ -145,9 +148,13 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
             statistics = collect(
                 job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others
             )
-            _fit_sites(work, seen, statistics, advance)
+            together |= _fit_sites(work, seen, statistics, advance)
     tensors = {name: quantizer.state_dict() for name, quantizer in sites.items()}
-    return {f"{name}.{key}": value for name, state in tensors.items() for key, value in state.items()}
+    return {
+        f"{name}.{key}": value
+        for name, state in tensors.items()
+        for key, value in {**state, "together": torch.tensor(together.get(name, 1))}.items()
+    }
 
 
 def _fit_sites(
@@ -155,22 +162,27 @@ def _fit_sites(
     sites: Mapping[str, ActivationQuantizer],
     statistics: Mapping[str, SiteStatistics],
     advance: Advance,
-) -> None:
-    """Fit the quantizers; one that no call has reached stays as it is."""
+) -> dict[str, int]:
+    """Fit the quantizers, and return how many timesteps at most each had to take together; one that no call
+    has reached stays as it is.
+    """
+    together = {}
     layers, products = work.plan.layers, work.plan.products
     plans = {f"{name}.input_quantizer": layer.input for name, layer in layers.items() if layer.input}
     plans |= {owner: quantizer for owner, (_, quantizer) in products.items() if quantizer}
     for name, site in sites.items():
         plan = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
         if name in statistics:
-            fit_site(
+            together[name] = fit_site(
                 site,
                 statistics[name],
                 method=plan.ranges,
                 shared=plan.zero_points(name),
                 measured=plan.key == "measured",
+                fewest=0 if plan.finite or not site.per_step else FEWEST_ROWS,
             )
         advance()
+    return together
 
 
 def choose_inputs(job: Job, work: Work) -> None:

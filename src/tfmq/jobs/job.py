@@ -104,6 +104,7 @@ class Work:
         plan: what is quantized, and how.
         steps: the calibrated timesteps; there from the stage on that records the calls.
         full: temporal features in full precision at these timesteps.
+        pooled: of quantizers that saw few values at a timestep, how many timesteps share a range.
         inputs: errors of layers whose input grids were measured.
         units: what is reconstructed, in execution order.
         reports: of the units that are done.
@@ -113,6 +114,7 @@ class Work:
     plan: Plan
     steps: StepContext = field(init=False)
     full: Mapping[str, Tensor] = field(default_factory=dict)
+    pooled: Mapping[str, int] = field(default_factory=dict)
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
     units: tuple[Unit, ...] = ()
     reports: tuple[UnitReport, ...] = ()

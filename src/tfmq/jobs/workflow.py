@@ -1,10 +1,12 @@
 """The order of quantization, as a list of stages. Nothing else knows it."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tfmq.calibration.choice import InputErrors
 from tfmq.calibration.correction import StepFit
+from tfmq.calibration.ranges import FEWEST_ROWS
 from tfmq.jobs.calibration import (
     choose_inputs,
     fit_activations,
@@ -27,14 +29,16 @@ from tfmq.temporal.cache import quantized_features
 from tfmq.temporal.disturbance import Disturbance, disturbance
 from tfmq.temporal.probe import probe
 
+log = logging.getLogger("tfmq")
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What quantization did.
 
     One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what
-    stays in floating point, what candidates for the whole model drew, and for each step what correction was
-    found.
+    stays in floating point, what candidates for the whole model drew, for each step what correction was
+    found, and of quantizers that saw few values at a timestep how many timesteps share a range.
     """
 
     units: tuple[UnitReport, ...]
@@ -43,6 +47,7 @@ class Outcome:
     floating: tuple[Floating, ...] = ()
     verdict: Verdict | None = None
     correction: tuple[StepFit, ...] = ()
+    pooled: Mapping[str, int] = field(default_factory=dict)
 
 
 def swap_layers(job: Job, work: Work) -> None:
@@ -86,6 +91,19 @@ def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
 
 def quantize_denoiser(job: Job) -> Outcome:
     """Quantize the job's denoiser in place; afterwards it holds packed layers only."""
+    outcome = _quantized(job)
+    if outcome.pooled:
+        log.info(
+            "%d inputs saw fewer than %d rows (images, tokens, pixels) at a timestep: their ranges "
+            "are those of up to %d timesteps together; more calibration images would tell these apart",
+            len(outcome.pooled),
+            FEWEST_ROWS,
+            max(outcome.pooled.values()),
+        )
+    return outcome
+
+
+def _quantized(job: Job) -> Outcome:
     module, count = job.denoiser.module, judged(job)
     if not count and not job.recipe.correction.estimators:
         return _packed(job, run(job))
@@ -114,4 +132,5 @@ def _packed(job: Job, work: Work) -> Outcome:
     pack_all(module)
     features = quantized_features(work.block, work.steps, work.block.features)
     disturbed = disturbance(work.steps.timesteps, work.full, features)
-    return Outcome(work.reports, disturbed, work.inputs, floating(module, work.block.trace.quantizable))
+    outcome = Outcome(work.reports, disturbed, work.inputs, floating(module, work.block.trace.quantizable))
+    return replace(outcome, pooled=work.pooled)

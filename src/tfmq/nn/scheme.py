@@ -38,6 +38,7 @@ class ActivationScheme(OperandScheme):
         key: what has grids of its own: nothing (`none`), each timestep, or each timestep until
             calibration finds that one for all does as well (`measured`).
         shared: whether the grids of all timesteps have one zero-point.
+        finite: whether the input takes one value a timestep, so that its extremes are exact.
         tokens: whether the grids are fitted in calibration (`static`), are those of each token at each call
             (`dynamic`), or are static until calibration has compared the two (`measured`).
     """
@@ -45,6 +46,7 @@ class ActivationScheme(OperandScheme):
     grid: IntegerFormat
     key: Key = "none"
     shared: bool = False
+    finite: bool = False
     tokens: Tokens = "static"
 
     def zero_points(self, site: str) -> tuple[int, ...]:

@@ -35,15 +35,16 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
     segments = activations.segments(layer.segments, direct=layer.direct)
     # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM,
     # section 4.3).
-    finite = layer.temporal and recipe.temporal.maintenance != "none"
+    exact = layer.temporal and recipe.temporal.maintenance != "none"
     return LayerScheme(
         weight=OperandScheme(grid=weight, ranges=weights.ranges, segments=segments),
         input=ActivationScheme(
             grid=grid,
-            ranges="min_max" if finite else activations.ranges,
+            ranges="min_max" if exact else activations.ranges,
             segments=segments,
             key=_key(activations, temporal=layer.temporal),
             shared=activations.zero_points == "shared",
+            finite=layer.temporal,
             tokens=activations.tokens if layer.tokenwise and not layer.temporal else "static",
         )
         if grid

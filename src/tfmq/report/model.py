@@ -15,7 +15,13 @@ from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
 from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_rows
 from tfmq.report.speed import Speed, read_speed
-from tfmq.report.summary import correction_in_words, floating_in_words, judged_in_words, megabytes
+from tfmq.report.summary import (
+    correction_in_words,
+    floating_in_words,
+    judged_in_words,
+    megabytes,
+    pooled_in_words,
+)
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import MANIFEST_FILE
 from tfmq.storage.errors import ForeignFileError
@@ -173,6 +179,7 @@ def _facts(
             if report.get("correction")
             else []
         ),
+        *([("ranges of few values", pooled_in_words(report["pooled"]))] if report.get("pooled") else []),
         *([("judged by its images", judged_in_words(report["judged"]))] if report.get("judged") else []),
         (
             "temporal features",

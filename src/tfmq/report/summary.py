@@ -81,6 +81,18 @@ def correction_in_words(found: Mapping[str, Any]) -> str:
     ).replace("%", " %")
 
 
+def pooled_in_words(together: Mapping[str, int]) -> str:
+    """Return how many quantizers saw few values at a timestep, and what their ranges are.
+
+    >>> pooled_in_words({"entry": 5, "exit": 3})
+    '2 inputs saw too few values at a timestep; their ranges are those of up to 5 timesteps together'
+    """
+    return (
+        f"{len(together)} inputs saw too few values at a timestep; their ranges are those of up to "
+        f"{max(together.values())} timesteps together"
+    )
+
+
 def judged_in_words(found: Mapping[str, Any]) -> str:
     """Return what candidates for the whole model drew, and which one was kept.
 
