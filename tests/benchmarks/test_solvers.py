@@ -22,8 +22,17 @@ def cells(directory: Path) -> dict[str, Any]:
 
 
 def test_cells_are_measured_kept_and_finished_after_a_kill(
-    solvers: ModuleType, models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    solvers: ModuleType,
+    models: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # A picture takes as long as a few cells: it is drawn in earnest after the last one alone.
+    pictures: list[Path] = []
+    draw_curves = solvers.draw_curves
+    monkeypatch.setattr(solvers, "draw_curves", lambda summary, path: pictures.append(path))
+
     def run(only: str = "") -> None:
         solvers.run(models, tmp_path, only=only, device="cpu", command="test", progress=silent)
 
@@ -62,6 +71,7 @@ def test_cells_are_measured_kept_and_finished_after_a_kill(
         "finished cells stay as they were"
     )
     assert not job.exists() and base.exists()
+    assert pictures == 8 * [tmp_path / "solvers.png"], "one after each cell"
 
     shutil.rmtree(tmp_path / "again", ignore_errors=True)
     solvers.run(
@@ -83,6 +93,8 @@ def test_cells_are_measured_kept_and_finished_after_a_kill(
     assert all(row["seeds"] == [0, 1] and row["cpu_seconds"] > 0 for row in written["summary"])
     text = (tmp_path / "solvers.md").read_text()
     assert text in capsys.readouterr().out and "extrapolated, not measured: AdaRound with 20000" in text
+    monkeypatch.setattr(solvers, "draw_curves", draw_curves)
+    solvers.write_results(tmp_path, "test")
     assert (tmp_path / "solvers.png").stat().st_size > 10_000
 
 
