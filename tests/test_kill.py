@@ -36,15 +36,12 @@ class Denoiser(nn.Module):
         super().__init__()
         self.embed = nn.Linear(1, 8)
         self.entry = nn.Conv2d(2, 8, 3, padding=1)
-        blocks = ((nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1)) for _ in range(2))
-        self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1))
         self.exit = nn.Conv2d(8, 2, 3, padding=1)
 
     def forward(self, x, t):
         hidden = self.entry(x) + self.embed(torch.sin(t[:, None].float() / 100))[:, :, None, None]
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.exit(hidden)
+        return self.exit(hidden + self.block(hidden))
 
 def job(directory):
     torch.manual_seed(0)
@@ -52,7 +49,7 @@ def job(directory):
     recipe = tfmq.scheme("w4a8")
     recipe = replace(
         recipe,
-        calibration=Calibration(samples=4, steps=3, interval=1, batch_size=2),
+        calibration=Calibration(samples=4, steps=3, interval=1, batch_size=4),
         temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=4)),
     )
     sampler = tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(2, 8, 8))
