@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tfmq.calibration.store import CalibrationStore
 from tfmq.models.denoiser import Inputs
+from tfmq.storage.atomic import read_tensors
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
 
@@ -149,12 +150,13 @@ def test_parts_are_taken_over_in_their_order(tmp_path: Path) -> None:
 
 
 def test_what_every_leaves_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, read = CalibrationStore(tmp_path), CalibrationStore.read
+    store = CalibrationStore(tmp_path)
     for number in range(6):
         store.append(call(float(60 - 10 * number)))
     store.timesteps()
-    seen: list[int] = []
+    seen: list[str] = []
     monkeypatch.setattr(
-        CalibrationStore, "read", lambda self, index: (seen.append(index), read(self, index))[1]
+        "tfmq.calibration.store.read_tensors", lambda path: (seen.append(path.name), read_tensors(path))[1]
     )
-    assert len(list(store.every(3))) == 3 and seen == [0, 3, 5]
+    assert len(list(store.every(3))) == 3
+    assert seen == [f"call_{number:05d}.safetensors" for number in (0, 3, 5)]

@@ -50,6 +50,14 @@ def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     return content
 
 
+def _read(path: Path) -> Inputs:
+    """Read one call."""
+    tensors, metadata = read_tensors(path)
+    return Inputs(
+        tensors["sample"], tensors["timestep"], _decode(json.loads(metadata["conditions"]), tensors)
+    )
+
+
 class CalibrationStore:
     """A directory of recorded denoiser calls in the order in which the sampler made them; reading streams one
     call at a time.
@@ -103,14 +111,10 @@ class CalibrationStore:
 
     def read(self, index: int) -> Inputs:
         """Read one call."""
-        tensors, metadata = read_tensors(self._paths()[index])
-        return Inputs(
-            tensors["sample"], tensors["timestep"], _decode(json.loads(metadata["conditions"]), tensors)
-        )
+        return _read(self._paths()[index])
 
     def __iter__(self) -> Iterator[Inputs]:
-        for index in range(len(self)):
-            yield self.read(index)
+        yield from map(_read, self._paths())
 
     def timesteps(self) -> Tensor:
         """Return the distinct timesteps, ascending, float32 `[S]`."""
@@ -125,8 +129,9 @@ class CalibrationStore:
         timesteps = self.timesteps().flip(0).tolist()
         kept = {*timesteps[::interval], timesteps[-1]}
         # The timesteps are known, so calls that are left out need not be read.
-        for index in [index for index, timestep in enumerate(self._timesteps) if float(timestep[0]) in kept]:
-            yield self.read(index)
+        for path, timestep in zip(self._paths(), self._timesteps, strict=True):
+            if float(timestep[0]) in kept:
+                yield _read(path)
 
 
 @dataclass(frozen=True)
