@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tfmq
+from tfmq.api import Quantized
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -26,6 +27,7 @@ from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule
 from tfmq.storage.digest import tensor_digest
 
+Made = tuple[LoopSampler, Quantized, Path]
 OUTLIER, CONSTANT = "transformer_blocks.0.ff.net.2", "transformer_blocks.1.attn1.to_out.0"
 
 
@@ -52,8 +54,7 @@ def plant(module: nn.Module) -> None:
         nn.init.eye_(second.attn1.to_out[0].weight)
 
 
-@pytest.fixture
-def planted(build: Callable[..., Any]) -> LoopSampler:
+def planted_sampler(build: Callable[..., Any]) -> LoopSampler:
     from diffusers import DDIMScheduler
 
     denoiser, example = build("dit")
@@ -61,6 +62,11 @@ def planted(build: Callable[..., Any]) -> LoopSampler:
     return LoopSampler(
         denoiser, DDIMScheduler(), shape=tuple(example.sample.shape[1:]), conditions=example.conditions
     )
+
+
+@pytest.fixture
+def planted(build: Callable[..., Any]) -> LoopSampler:
+    return planted_sampler(build)
 
 
 def transformer(name: str = "transformer_w8a8", **activations: Any) -> Recipe:
@@ -74,10 +80,17 @@ def transformer(name: str = "transformer_w8a8", **activations: Any) -> Recipe:
     )
 
 
-def test_outlier_tokens_make_dynamic_grids_win_and_equal_tokens_static_ones(
-    planted: LoopSampler, tmp_path: Path
-) -> None:
-    result = tfmq.quantize(planted, transformer(), output_dir=tmp_path / "q")
+@pytest.fixture(scope="module")
+def made(build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Return the planted model, quantized once for all who only read it, with its report and where it was
+    saved.
+    """
+    sampler, directory = planted_sampler(build), tmp_path_factory.mktemp("made") / "q"
+    return sampler, tfmq.quantize(sampler, transformer(), output_dir=directory), directory
+
+
+def test_outlier_tokens_make_dynamic_grids_win_and_equal_tokens_static_ones(made: Made) -> None:
+    sampler, result, _ = made
     found = {entry["name"]: entry for entry in result.report["inputs"]}
     assert found[OUTLIER]["kept"] == "dynamic" and found[OUTLIER]["dynamic"] < 0.3 * found[OUTLIER]["static"]
     assert (
@@ -93,15 +106,15 @@ def test_outlier_tokens_make_dynamic_grids_win_and_equal_tokens_static_ones(
         name for name, entry in found.items() if entry["kept"] == "dynamic"
     }
     # Convolutions and the temporal path keep their tables; an embedding has no input to quantize.
-    others = kinds.keys() - found.keys() - packed_embeddings(planted.denoiser.module).keys()
+    others = kinds.keys() - found.keys() - packed_embeddings(sampler.denoiser.module).keys()
     assert others and {kinds[name] for name in others} == {"per_step"}
     assert result.manifest["provenance"]["inputs"] == result.report["inputs"]
 
 
-def test_what_is_kept_is_saved_and_comes_back(planted: LoopSampler, tmp_path: Path) -> None:
-    tfmq.quantize(planted, transformer(), output_dir=tmp_path / "q")
-    module = planted.denoiser.module
-    loaded = tfmq.load(tmp_path / "q", backend="simulated")
+def test_what_is_kept_is_saved_and_comes_back(made: Made) -> None:
+    sampler, _, directory = made
+    module = sampler.denoiser.module
+    loaded = tfmq.load(directory, backend="simulated")
     plant_outlier(loaded)
     inputs = Inputs(torch.randn(2, 4, 8, 8), torch.tensor([333, 333]), {"class_labels": torch.tensor([3, 4])})
     with torch.no_grad():
@@ -113,7 +126,7 @@ def test_what_is_kept_is_saved_and_comes_back(planted: LoopSampler, tmp_path: Pa
 
 
 def test_a_dynamic_grid_leaves_the_other_tokens_their_resolution(
-    build: Callable[..., Any], planted: LoopSampler
+    build: Callable[..., Any], planted: LoopSampler, made: Made
 ) -> None:
     inputs = Inputs(torch.randn(4, 4, 8, 8), torch.full((4,), 333), {"class_labels": torch.tensor([3] * 4)})
     calls: list[tuple[Tensor, Tensor]] = []
@@ -125,13 +138,10 @@ def test_a_dynamic_grid_leaves_the_other_tokens_their_resolution(
         planted.denoiser(inputs)
     handle.remove()
     ((x, expected),) = calls
-    errors = {}
-    for tokens in ("static", "measured"):
-        sampler = LoopSampler(
-            build("dit")[0], planted.scheduler, shape=planted.shape, conditions=planted.conditions
-        )
-        plant(sampler.denoiser.module)
-        tfmq.quantize(sampler, transformer(tokens=tokens))
+    errors, static = {}, planted_sampler(build)
+    tfmq.quantize(static, transformer(tokens="static"))
+    assert transformer().activations.tokens == "measured"
+    for tokens, sampler in (("static", static), ("measured", made[0])):
         with torch.no_grad(), sampler.denoiser.module.tfmq_steps.at(inputs.timestep):
             difference = sampler.denoiser.module.get_submodule(OUTLIER)(x) - expected
         errors[tokens] = float(difference[:, 1:].square().mean())
@@ -139,28 +149,19 @@ def test_a_dynamic_grid_leaves_the_other_tokens_their_resolution(
 
 
 def test_a_resumed_job_reads_back_what_was_measured(
-    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Any], made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import DDIMScheduler
-
-    def made() -> LoopSampler:
-        denoiser, example = build("dit")
-        plant(denoiser.module)
-        return LoopSampler(
-            denoiser, DDIMScheduler(), shape=tuple(example.sample.shape[1:]), conditions=example.conditions
-        )
-
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("tfmq.jobs.temporal.reconstruct_temporal", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q")
+            tfmq.quantize(planted_sampler(build), transformer(), output_dir=tmp_path / "q")
     with monkeypatch.context() as patch:
         patch.setattr("tfmq.jobs.calibration.measure_inputs", interrupted)
-        resumed = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "q", resume=True)
-    whole = tfmq.quantize(made(), transformer(), output_dir=tmp_path / "whole")
+        resumed = tfmq.quantize(planted_sampler(build), transformer(), output_dir=tmp_path / "q", resume=True)
+    _, whole, _ = made
     assert (
         resumed.report["sha256"] == whole.report["sha256"]
         and resumed.report["inputs"] == whole.report["inputs"]

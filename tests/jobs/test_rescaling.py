@@ -3,6 +3,7 @@ damaged.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,14 +44,27 @@ def wild(layer: Any, *_: Any, **__: Any) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def made(sampler: Make, recipe: Recipe) -> dict[str, LoopSampler]:
-    found = {}
+def made(
+    sampler: Make, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, LoopSampler], Path]:
+    """Return the models by name, and where "plain_rgb" was saved."""
+    found, directory = {}, tmp_path_factory.mktemp("made") / "q"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tfmq.jobs.calibration.best_factor", wild)
         for name in NAMES:
             found[name] = sampler(name)
-            tfmq.quantize(found[name], recipe)
-    return found
+            tfmq.quantize(found[name], recipe, output_dir=directory if name == "plain_rgb" else None)
+    return found, directory
+
+
+@pytest.fixture
+def quantized(made: tuple[dict[str, LoopSampler], Path]) -> dict[str, LoopSampler]:
+    return made[0]
+
+
+@pytest.fixture
+def saved(made: tuple[dict[str, LoopSampler], Path]) -> Path:
+    return made[1]
 
 
 def rescaled(module: torch.nn.Module) -> dict[str, PackedLayer]:
@@ -69,10 +83,10 @@ def inputs_of(made: LoopSampler) -> Inputs:
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["float", "reference", "operators", "torch", "openvino"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_backend_rescales(made: dict[str, LoopSampler], name: str, backend: str) -> None:
+def test_every_backend_rescales(quantized: dict[str, LoopSampler], name: str, backend: str) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
-    denoiser, inputs = made[name].denoiser, inputs_of(made[name])
+    denoiser, inputs = quantized[name].denoiser, inputs_of(quantized[name])
     assert rescaled(denoiser.module)
     expected = denoiser(inputs)
     try:
@@ -87,8 +101,8 @@ def test_every_backend_rescales(made: dict[str, LoopSampler], name: str, backend
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["plain_rgb", "dit"])
-def test_graphs_rescale(made: dict[str, LoopSampler], name: str) -> None:
-    denoiser, inputs = made[name].denoiser, inputs_of(made[name])
+def test_graphs_rescale(quantized: dict[str, LoopSampler], name: str) -> None:
+    denoiser, inputs = quantized[name].denoiser, inputs_of(quantized[name])
     arguments = {denoiser.sample: inputs.sample, denoiser.timestep: inputs.timestep, **inputs.conditions}
     call = Call.of(denoiser.module, arguments)
     program = capture(KeyedGraph(denoiser.module, call.signature), call, dynamic=True)
@@ -97,17 +111,13 @@ def test_graphs_rescale(made: dict[str, LoopSampler], name: str) -> None:
 
 @torch.no_grad()
 def test_what_is_rescaled_is_saved_and_loaded(
-    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: dict[str, LoopSampler], saved: Path, sampler: Make
 ) -> None:
-    monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
-    drawn = sampler("plain_rgb")
-    tfmq.quantize(drawn, recipe, output_dir=tmp_path / "q")
+    drawn = quantized["plain_rgb"]
     inputs = inputs_of(drawn)
-    loaded = tfmq.load(
-        tmp_path / "q", module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated"
-    )
+    loaded = tfmq.load(saved, module=sampler("plain_rgb", seed=1).denoiser.module, backend="simulated")
     assert torch.equal(Denoiser(loaded)(inputs), drawn.denoiser(inputs))
-    manifest = json.loads((tmp_path / "q" / "tfmq.json").read_text())
+    manifest = json.loads((saved / "tfmq.json").read_text())
     named = {
         name for group in manifest["structure"]["layers"] for name in group["names"] if group.get("rescaled")
     }
@@ -156,10 +166,10 @@ def test_measured_factors_bring_a_planted_model_back(
 
 
 def test_a_killed_job_has_the_same_factors(
-    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: Make, recipe: Recipe, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
-    whole = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "whole").report
+    whole = json.loads((saved / "tfmq_report.json").read_text())
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -187,16 +197,13 @@ def test_a_killed_job_has_the_same_factors(
 )
 def test_a_damaged_factor_is_refused_by_name(
     sampler: Make,
-    recipe: Recipe,
+    saved: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Any, Any], Any],
     error: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
-    directory = tmp_path / "q"
-    tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=directory)
+    directory = shutil.copytree(saved, tmp_path / "q")
     tensors, _ = read_tensors(directory / "tfmq_model.safetensors")
     manifest = json.loads((directory / "tfmq.json").read_text())
     change(manifest["structure"], tensors)

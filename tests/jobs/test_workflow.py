@@ -2,6 +2,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,18 @@ from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
 
 Sampling = Callable[..., LoopSampler]
+Made = Callable[[str, str], tuple[LoopSampler, Outcome, Path]]
 FEW = Learning(iterations=3, learning_rate=1e-2, batch_size=4)
 
 
 def quick(name: str, **changes: Any) -> Recipe:
-    """A scheme with a calibration of 3 images of 3 steps and a handful of iterations."""
+    """A scheme with a calibration of 3 images, in two batches, of 3 steps and a handful of iterations."""
     recipe = scheme(name)
     learning = replace(FEW, iterations=min(3, recipe.learning.iterations))
     temporal = replace(changes.pop("temporal", recipe.temporal), learning=FEW)
-    calibration = Calibration(samples=3, steps=changes.pop("steps", 3), interval=3, batch_size=2)
+    calibration = Calibration(
+        samples=changes.pop("samples", 3), steps=changes.pop("steps", 3), interval=3, batch_size=2
+    )
     return replace(recipe, learning=learning, temporal=temporal, calibration=calibration, **changes)
 
 
@@ -74,6 +78,20 @@ VARIANTS = {
 ROWS = {"all": {3}, "measured": {1, 3}, "none": {1}}
 
 
+@pytest.fixture(scope="module")
+def quantized(sampler: Sampling, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Return a function that gives a model quantized by a variant, what that did, and its directory: made
+    once for all who only read it.
+    """
+
+    @cache
+    def make(model: str, variant: str) -> tuple[LoopSampler, Outcome, Path]:
+        drawn, directory = sampler(model), tmp_path_factory.mktemp("quantized")
+        return drawn, quantize(drawn, VARIANTS[variant], directory), directory
+
+    return make
+
+
 # Model -> first layer, last layer, number of temporal features, number of layers that only feed them.
 SHAPES = {"plain": ("entry", "exit", 2, 1), "unet": ("conv_in", "conv_out", 8, 2)}
 CASES = [("plain", variant) for variant in VARIANTS] + [("unet", "w4a8")]
@@ -81,15 +99,16 @@ CASES = [("plain", variant) for variant in VARIANTS] + [("unet", "w4a8")]
 
 @pytest.mark.parametrize(("model", "variant"), CASES)
 def test_every_variant_ends_packed_with_the_bits_of_its_recipe(
-    sampler: Sampling, tmp_path: Path, model: str, variant: str
+    sampler: Sampling, quantized: Made, model: str, variant: str
 ) -> None:
-    recipe, drawn = VARIANTS[variant], sampler(model)
+    recipe, (drawn, outcome, _) = VARIANTS[variant], quantized(model, variant)
     first, last, features, inner = SHAPES[model]
-    module = drawn.denoiser.module
     weighted = {
-        name for name, child in module.named_modules() if isinstance(child, torch.nn.Linear | torch.nn.Conv2d)
+        name
+        for name, child in sampler(model).denoiser.module.named_modules()
+        if isinstance(child, torch.nn.Linear | torch.nn.Conv2d)
     }
-    outcome = quantize(drawn, recipe, tmp_path)
+    module = drawn.denoiser.module
     packed = packed_layers(module)
     assert set(packed) == weighted and not any(
         isinstance(child, CalibratedLayer) for child in module.modules()
@@ -119,9 +138,12 @@ def test_every_architecture_runs_through(sampler: Sampling, tmp_path: Path, name
     drawn = sampler(name)
     full = drawn.run(range(2), steps=3, seed=5)
     recipe = quick(
-        "w8a8", temporal=Temporal(maintenance="selected"), weights=Weights(bits=8, ranges="min_max")
+        "w8a8",
+        samples=2,
+        temporal=Temporal(maintenance="selected"),
+        weights=Weights(bits=8, ranges="min_max"),
     )
-    quantize(drawn, replace(recipe, learning=replace(FEW, iterations=1)), tmp_path)
+    quantize(drawn, recipe, tmp_path)
     assert sqnr_db(full, drawn.run(range(2), steps=3, seed=5)) > 15
     embeddings = {
         key
@@ -207,11 +229,10 @@ def test_a_rule_keeps_an_embedding_or_gives_it_other_bits(sampler: Sampling, tmp
 
 @pytest.mark.parametrize("name", ["unet", "plain"])
 def test_at_eight_bits_the_output_is_close_at_every_calibrated_timestep(
-    sampler: Sampling, tmp_path: Path, name: str
+    sampler: Sampling, quantized: Made, name: str
 ) -> None:
-    drawn, stock = sampler(name), sampler(name)
-    quantize(drawn, quick("w8a8"), tmp_path)
-    for inputs in CalibrationStore(tmp_path / "calls"):
+    stock, (drawn, _, directory) = sampler(name), quantized(name, "w8a8")
+    for inputs in CalibrationStore(directory / "calls"):
         with torch.no_grad():
             assert sqnr_db(stock.denoiser(inputs), drawn.denoiser(inputs)) > 25
 
@@ -223,8 +244,7 @@ def test_half_precision_models_stay_in_half_precision(
     drawn = sampler("unet")
     drawn.denoiser.module.to(dtype)
     full = drawn.run(range(2), steps=3, seed=5)
-    recipe = quick("w8a8", weights=Weights(bits=8, ranges="min_max"))
-    quantize(drawn, replace(recipe, learning=replace(FEW, iterations=1)), tmp_path)
+    quantize(drawn, quick("w8a8", samples=2, weights=Weights(bits=8, ranges="min_max")), tmp_path)
     assert {parameter.dtype for parameter in drawn.denoiser.module.parameters()} == {dtype}
     assert sqnr_db(full, drawn.run(range(2), steps=3, seed=5)) > 20
     fresh = sampler("unet", seed=1)
@@ -234,9 +254,8 @@ def test_half_precision_models_stay_in_half_precision(
     assert torch.equal(fresh.run(range(2), steps=3, seed=5), drawn.run(range(2), steps=3, seed=5))
 
 
-def test_a_batch_of_mixed_timesteps_equals_its_samples_one_by_one(sampler: Sampling, tmp_path: Path) -> None:
-    drawn = sampler("unet")
-    quantize(drawn, quick("w4a8"), tmp_path)
+def test_a_batch_of_mixed_timesteps_equals_its_samples_one_by_one(quantized: Made) -> None:
+    drawn, _, _ = quantized("unet", "w4a8")
     sample, timesteps = torch.randn(4, 3, 8, 8), torch.tensor([666, 0, 333, 666])
     with torch.no_grad():
         together = drawn.denoiser(Inputs(sample, timesteps))
@@ -248,10 +267,10 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples_one_by_one(sampler: Sampl
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    sampler: Sampling, tmp_path: Path
+    sampler: Sampling, quantized: Made, tmp_path: Path
 ) -> None:
-    found = []
-    for number, seed in enumerate((0, 0, 1, 2**32)):
+    found = [digest(quantized("plain", "w4a8")[0])]
+    for number, seed in enumerate((0, 1, 2**32)):
         drawn = sampler("plain")
         quantize(drawn, quick("w4a8"), tmp_path / str(number), seed=seed)
         found.append(digest(drawn))
@@ -333,14 +352,13 @@ def test_an_interrupted_job_resumes_to_the_same_bytes(
 
 
 def test_a_finished_job_is_read_back_without_sampling_or_learning(
-    sampler: Sampling, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: Sampling, quantized: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, recipe = sampler("plain"), quick("w4a8")
-    first = quantize(drawn, recipe, tmp_path)
+    drawn, first, directory = quantized("plain", "w4a8")
     again = sampler("plain")
     monkeypatch.setattr(again, "run", lambda *_, **__: pytest.fail("sampled again"))
     monkeypatch.setattr(torch.optim, "Adam", lambda *_, **__: pytest.fail("learned again"))
-    second = quantize(again, recipe, tmp_path, resume=True)
+    second = quantize(again, VARIANTS["w4a8"], directory, resume=True)
     assert digest(again) == digest(drawn) and second.units == first.units
 
 
@@ -413,9 +431,8 @@ def test_schedules_between_integers_are_calibrated_at_their_own_timesteps(
     drawn.run(range(1), steps=5, seed=0)  # warns, hence fails, where a timestep were not a calibrated one
 
 
-def test_other_schedules_run_with_one_warning(sampler: Sampling, tmp_path: Path) -> None:
-    drawn = sampler("plain")
-    quantize(drawn, quick("w4a8"), tmp_path)
+def test_other_schedules_run_with_one_warning(quantized: Made) -> None:
+    drawn, _, _ = quantized("plain", "w4a8")
     with pytest.warns(UserWarning, match="was not calibrated") as caught:
         images = drawn.run(range(2), steps=7, seed=0)
     assert len(caught) == 1 and torch.isfinite(images).all()
@@ -450,27 +467,23 @@ def test_a_broken_layer_is_named_with_the_timestep(sampler: Sampling, tmp_path: 
 
 def test_rules_keep_layers_in_full_precision_even_behind_a_table(sampler: Sampling, tmp_path: Path) -> None:
     rules = (
-        Rule(match="mid_block.*", weights={"bits": None}, activations={"bits": None}),
-        Rule(match="*.conv1", weights={"bits": 2}, activations={"bits": None}),
+        Rule(match="stages.0.*", weights={"bits": None}),
+        Rule(match="*.block", weights={"bits": 2}, activations={"bits": None}),
     )
-    drawn = sampler("unet")
-    before = drawn.denoiser.module.mid_block.resnets[0].conv1.weight.clone()
+    drawn = sampler("plain")
+    before = drawn.denoiser.module.stages[0].block.weight.clone()
     quantize(drawn, quick("w4a8", rules=rules), tmp_path)
     packed = packed_layers(drawn.denoiser.module)
-    assert not any(name.startswith("mid_block") for name in packed)
-    assert torch.equal(drawn.denoiser.module.mid_block.resnets[0].conv1.weight, before)
-    assert isinstance(drawn.denoiser.module.mid_block.resnets[0].time_emb_proj, CachedFeature)
-    assert (
-        packed["down_blocks.0.resnets.0.conv1"].format.bits == 2
-        and packed["down_blocks.0.resnets.0.conv1"].input_quantizer is None
-    )
+    assert packed and not any(name.startswith("stages.0.") for name in packed)
+    assert torch.equal(drawn.denoiser.module.stages[0].block.weight, before)
+    assert isinstance(drawn.denoiser.module.stages[0].shift, CachedFeature)
+    assert packed["stages.1.block"].format.bits == 2 and packed["stages.1.block"].input_quantizer is None
     assert torch.isfinite(drawn.run(range(2), steps=3, seed=0)).all()
 
 
-def test_calibration_and_evaluation_draw_other_noise(sampler: Sampling, tmp_path: Path) -> None:
-    drawn = sampler("plain")
-    quantize(drawn, quick("w4a8"), tmp_path)
-    calibrated = next(iter(CalibrationStore(tmp_path / "calls"))).sample[0]
+def test_calibration_and_evaluation_draw_other_noise(quantized: Made) -> None:
+    drawn, _, directory = quantized("plain", "w4a8")
+    calibrated = next(iter(CalibrationStore(directory / "calls"))).sample[0]
     seen: list[torch.Tensor] = []
     handle = drawn.denoiser.module.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["x"][0]), with_kwargs=True
