@@ -25,6 +25,7 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import last_layer, make_plan
 from tfmq.reconstruction.tiar import full_features
 from tfmq.reconstruction.unit import UnitReport, learned
+from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.cache import quantized_features
 from tfmq.temporal.disturbance import Disturbance, disturbance
 from tfmq.temporal.probe import probe
@@ -73,8 +74,10 @@ BEFORE_UNITS: tuple[Stage, ...] = (record_calls, *LAYING_OUT, list_units)
 STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
 
 
-def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
+def run(job: Job, stages: tuple[Stage, ...] = STAGES, block: TemporalBlock | None = None) -> Work:
     """Take a job's model through `stages`; afterwards it has calibrated layers.
+
+    `block` is what probing the model gives, where that was done before.
 
     Raises:
         CalibrationError: NaN or infinite values.
@@ -82,7 +85,7 @@ def run(job: Job, stages: tuple[Stage, ...] = STAGES) -> Work:
     """
     job.resources.prepare()
     job.denoiser.module.requires_grad_(False).eval()
-    block = probe(job.denoiser, job.sampler.example())
+    block = block or probe(job.denoiser, job.sampler.example())
     work = Work(block=block, plan=make_plan(job.recipe, block.trace))
     for stage in stages:
         stage(job, work)
@@ -118,7 +121,7 @@ def _quantized(job: Job) -> Outcome:
         # The recorded calls are there, and temporal layers are what they are; the rest is found again in less
         # time than it takes to keep.
         simple = replace(job, recipe=plain(job.recipe), journal=Known({"temporal": temporal}))
-        simplest = _packed(simple, run(simple, LAYING_OUT))
+        simplest = _packed(simple, run(simple, LAYING_OUT, work.block))
     verdict = compare(job, full, other, count)
     if verdict.kept == RECIPE:
         return replace(found, verdict=verdict)
