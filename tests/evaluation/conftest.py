@@ -1,5 +1,6 @@
 """A quantized tiny model with its reference, and a progress that remembers."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,24 +44,38 @@ def bar() -> Remembering:
 
 
 def quick(maintenance: Maintenance = "cache") -> Recipe:
-    """Return a recipe that takes a second on a tiny model."""
+    """Return a recipe that takes a second on a tiny model: nobody here looks at how weights are rounded."""
     recipe = tfmq.scheme("w4a8")
     temporal = replace(
         recipe.temporal, maintenance=maintenance, learning=replace(recipe.temporal.learning, iterations=10)
     )
     calibration = Calibration(samples=2, steps=4, interval=2, batch_size=2)
-    return replace(
-        recipe, learning=replace(recipe.learning, iterations=0), temporal=temporal, calibration=calibration
-    )
+    rounding = replace(recipe.rounding, solver="nearest")
+    return replace(recipe, rounding=rounding, temporal=temporal, calibration=calibration)
+
+
+@pytest.fixture(scope="session")
+def pairs() -> dict[tuple[str, Maintenance], tuple[LoopSampler, LoopSampler]]:
+    """Return where `pair` keeps what it made."""
+    return {}
 
 
 @pytest.fixture
-def pair(sampler: Callable[..., LoopSampler]) -> Callable[..., tuple[LoopSampler, LoopSampler]]:
-    """Return a function that gives the sampler of a full-precision model, and one of its quantized twin."""
+def pair(
+    sampler: Callable[..., LoopSampler],
+    pairs: dict[tuple[str, Maintenance], tuple[LoopSampler, LoopSampler]],
+) -> Callable[..., tuple[LoopSampler, LoopSampler]]:
+    """Return a function that gives the sampler of a full-precision model, and one of its quantized twin:
+    copies of what was made once.
+    """
 
     def make(name: str = "unet", maintenance: Maintenance = "cache") -> tuple[LoopSampler, LoopSampler]:
-        reference, quantized = (sampler(name, scheduler=NoiseOnly()) for _ in range(2))
-        tfmq.quantize(quantized, quick(maintenance))
+        key = name, maintenance
+        if key not in pairs:
+            reference, quantized = (sampler(name, scheduler=NoiseOnly()) for _ in range(2))
+            tfmq.quantize(quantized, quick(maintenance))
+            pairs[key] = reference, quantized
+        reference, quantized = (copy.deepcopy(made) for made in pairs[key])
         return reference, quantized
 
     return make

@@ -14,7 +14,7 @@ Pair = Callable[..., tuple[LoopSampler, LoopSampler]]
 
 
 def test_images_are_those_that_each_model_draws_alone(pair: Pair, bar: Callable[..., object]) -> None:
-    reference, quantized = pair()
+    reference, quantized = pair("plain_rgb")
     result = compare(reference, quantized, num_images=3, steps=4, seed=7, batch_size=2, progress=bar)  # type: ignore[arg-type]
     assert np.array_equal(result.reference, draw(reference, 3, steps=4, seed=7, batch_size=2))
     assert np.array_equal(result.quantized, draw(quantized, 3, steps=4, seed=7, batch_size=2))
@@ -25,7 +25,7 @@ def test_images_are_those_that_each_model_draws_alone(pair: Pair, bar: Callable[
 
 
 def test_both_models_start_from_the_same_noise(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, quantized = pair()
+    reference, quantized = pair("plain_rgb")
     # A quantized model that computes what its original does: only other noise could tell them apart.
     monkeypatch.setattr(quantized, "run", reference.run)
     result = compare(reference, quantized, num_images=2, steps=4, seed=7)
@@ -34,6 +34,6 @@ def test_both_models_start_from_the_same_noise(pair: Pair, monkeypatch: pytest.M
 
 
 def test_refuses_models_of_other_shapes(pair: Pair, sampler: Callable[..., LoopSampler]) -> None:
-    _, quantized = pair()
+    _, quantized = pair("plain_rgb")
     with pytest.raises(ValueError, match="shape"):
         compare(sampler("plain"), quantized, num_images=1, steps=1, seed=0)

@@ -53,10 +53,14 @@ def test_a_trial_runs_what_a_quantized_model_runs(sampler: Callable[..., LoopSam
     before = {name: tensor.clone() for name, tensor in made.denoiser.module.state_dict().items()}
     tried = trial(made, recipe, backend=BACKEND)
     rounding = replace(recipe.rounding, solver="nearest")
+    learning = replace(recipe.temporal.learning, iterations=0)
     tfmq.quantize(
         calibrated,
         replace(
-            recipe, rounding=rounding, calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1)
+            recipe,
+            rounding=rounding,
+            temporal=replace(recipe.temporal, learning=learning),
+            calibration=Calibration(samples=1, steps=2, interval=1, batch_size=1),
         ),
     )
     tfmq.execute(calibrated.denoiser.module, BACKEND)

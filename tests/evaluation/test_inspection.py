@@ -21,6 +21,7 @@ from tfmq.recipes.paper import PAPER
 from tfmq.recipes.presets import rtn
 from tfmq.recipes.recipe import Calibration, Temporal
 from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import Rounding
 
 Pair = Callable[..., tuple[LoopSampler, LoopSampler]]
 WEIGHTED = nn.Linear | nn.Conv2d
@@ -154,7 +155,7 @@ def test_table_bytes_are_those_of_the_tables(sampler: Callable[..., LoopSampler]
     made = sampler()
     recipe = replace(
         tfmq.scheme("w8a8"),
-        learning=Learning(iterations=0),
+        rounding=Rounding(solver="nearest"),
         calibration=Calibration(samples=1, steps=4, interval=4),
     )
     predicted = inspect(made)

@@ -45,7 +45,7 @@ def models(request: pytest.FixtureRequest) -> tuple[LoopSampler, LoopSampler]:
 
     sampler = request.getfixturevalue("sampler")
     recipe = tfmq.scheme("rtn_w4a8")
-    reference, quantized = sampler(), sampler()
+    reference, quantized = sampler("plain_rgb"), sampler("plain_rgb")
     tfmq.quantize(
         quantized,
         replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 import tfmq
-from tfmq.evaluation.analysis.analyze import QUICK, Extent, analyze, expected_seconds
+from tfmq.evaluation.analysis.analyze import QUICK, Analysis, Extent, analyze, expected_seconds
 from tfmq.evaluation.analysis.layers import layer_errors
 from tfmq.evaluation.analysis.ranges import temporal_ranges
 from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, borrowed, sensitivity
@@ -39,7 +40,7 @@ def twins(request: pytest.FixtureRequest) -> Callable[..., tuple[LoopSampler, Lo
                 activations=replace(recipe.activations, products=False),
                 calibration=Calibration(samples=2, steps=4, interval=2),
             )
-            recipe = replace(recipe, learning=replace(recipe.learning, iterations=0))
+            recipe = replace(recipe, rounding=replace(recipe.rounding, solver="nearest"))
             recipe = replace(
                 recipe,
                 temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=2)),
@@ -49,6 +50,12 @@ def twins(request: pytest.FixtureRequest) -> Callable[..., tuple[LoopSampler, Lo
         return made[scheme]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def analysed(twins: Callable[..., tuple[LoopSampler, LoopSampler]]) -> Callable[[str], Analysis]:
+    """Return a function that gives the whole analysis of the twins on one image, made once."""
+    return cache(lambda scheme: analyze(*twins(scheme), extent=Extent(num_images=1), steps=4))
 
 
 def calls_of(sampler: LoopSampler) -> list[Inputs]:
@@ -95,12 +102,13 @@ def test_a_borrowed_layer_is_given_back(twins: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["rtn_w4a8", "w4a8"])
-def test_all_parts_together_are_the_quantized_model(twins: Any, scheme: str) -> None:
+def test_all_parts_together_are_the_quantized_model(
+    twins: Any, analysed: Callable[[str], Analysis], scheme: str
+) -> None:
     """Without attention products nothing but layers is quantized, temporal tables included."""
     reference, quantized = twins(scheme)
     calls = calls_of(reference)
-    analysis = analyze(reference, quantized, extent=Extent(num_images=1), steps=4)
-    parts = analysis.sensitivity.parts
+    parts = analysed(scheme).sensitivity.parts
     assert parts[0].name == TEMPORAL and sum(len(part.layers) for part in parts) == len(
         packed_layers(quantized.denoiser.module)
     )
@@ -145,10 +153,8 @@ def test_errors_of_layers_are_on_full_precision_inputs(twins: Any) -> None:
     assert not module.conv_in._forward_hooks
 
 
-def test_more_bits_disturb_less(twins: Any) -> None:
-    low, high = (
-        analyze(*twins(scheme), extent=Extent(num_images=2), steps=4) for scheme in ("rtn_w4a8", "rtn_w8a8")
-    )
+def test_more_bits_disturb_less(analysed: Callable[[str], Analysis]) -> None:
+    low, high = map(analysed, ("rtn_w4a8", "rtn_w8a8"))
     assert high.sensitivity.whole.mean() < low.sensitivity.whole.mean() / 1.5
     assert high.trajectory.mean[-1] < low.trajectory.mean[-1] / 1.5
     assert sum(layer.error for layer in high.layers) < sum(layer.error for layer in low.layers) / 1.5
@@ -186,10 +192,10 @@ def test_activations_in_full_precision_are_analysed_too(sampler: Make) -> None:
 
 
 def test_a_quick_analysis_has_values_of_the_thorough_one(
-    twins: Callable[..., tuple[LoopSampler, LoopSampler]],
+    twins: Callable[..., tuple[LoopSampler, LoopSampler]], analysed: Callable[[str], Analysis]
 ) -> None:
     """Fewer units and calls are left out, evenly; what is there is what the thorough analysis has."""
-    whole = analyze(*twins(), extent=Extent(num_images=1), steps=4)
+    whole = analysed("rtn_w4a8")
     quick = analyze(*twins(), extent=replace(QUICK, parts=3), steps=4)
     names = [part.name for part in whole.sensitivity.parts]
     assert [part.name for part in quick.sensitivity.parts] == [

@@ -147,13 +147,13 @@ def test_dequantized_weights_are_those_of_the_quantized_model(source: Source) ->
 
 
 def test_dequantized_embeddings_are_those_of_the_quantized_model(sampler: Callable[..., LoopSampler]) -> None:
-    made = sampler("class_conditional")
+    made = sampler("dit")
     tfmq.quantize(made, replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=2)))
-    (name,) = packed_embeddings(made.denoiser.module)
-    table = dequantized(made.denoiser.module).get_submodule(name)
-    assert isinstance(table, nn.Embedding) and torch.equal(
-        table.weight, packed_embeddings(made.denoiser.module)[name].weight
-    )
+    packed, stock = packed_embeddings(made.denoiser.module), dequantized(made.denoiser.module)
+    assert packed
+    for name, layer in packed.items():
+        table = stock.get_submodule(name)
+        assert isinstance(table, nn.Embedding) and torch.equal(table.weight, layer.weight)
 
 
 @pytest.mark.parametrize("name", ["unet", "conditional", "sdxl", "dit", "plain"])
