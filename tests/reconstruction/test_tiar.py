@@ -20,7 +20,7 @@ TIMESTEPS = torch.linspace(0, 990, 12)
 W3 = Recipe(
     name="w3", weights=Weights(bits=3, ranges="min_max"), activations=Activations(bits=None, products=False)
 )
-QUICK = Learning(iterations=150, learning_rate=2e-2)
+QUICK = Learning(iterations=75, learning_rate=4e-2)
 
 
 def prepared(build: Callable[..., Any], name: str) -> tuple[TemporalBlock, StepContext, dict[str, Any]]:
