@@ -3,6 +3,7 @@ they are damaged.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +54,17 @@ def planted(module: nn.Module, *, gain: float) -> Correction:
 
 
 @pytest.fixture(scope="module")
-def made(sampler: Make, recipe: Recipe) -> tuple[LoopSampler, dict[str, Any]]:
-    drawn = sampler("plain_rgb")
-    report = tfmq.quantize(drawn, recipe).report
-    return drawn, dict(report["correction"])
+def whole(
+    sampler: Make, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LoopSampler, Any, Path]:
+    """Return a model, the report of its job, and where it was saved."""
+    drawn, directory = sampler("plain_rgb"), tmp_path_factory.mktemp("whole") / "q"
+    return drawn, tfmq.quantize(drawn, recipe, output_dir=directory).report, directory
+
+
+@pytest.fixture
+def made(whole: tuple[LoopSampler, Any, Path]) -> tuple[LoopSampler, dict[str, Any]]:
+    return whole[0], dict(whole[1]["correction"])
 
 
 def inputs_of(made: LoopSampler) -> Inputs:
@@ -148,9 +156,13 @@ def test_a_correction_is_saved_and_loaded_and_follows_another_schedule(
 
 
 def test_a_killed_job_has_the_same_correction(
-    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: Make,
+    recipe: Recipe,
+    whole: tuple[LoopSampler, Any, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "whole").report
+    _, report, _ = whole
 
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -161,7 +173,7 @@ def test_a_killed_job_has_the_same_correction(
     with monkeypatch.context() as patch:
         patch.setattr("tfmq.jobs.correction.Fitting", lambda *_, **__: pytest.fail("fitted again"))
         resumed = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q", resume=True).report
-    assert resumed["sha256"] == whole["sha256"] and resumed["correction"] == whole["correction"]
+    assert resumed["sha256"] == report["sha256"] and resumed["correction"] == report["correction"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,7 @@ def test_a_killed_job_has_the_same_correction(
 )
 def test_a_damaged_correction_is_refused_by_name(
     sampler: Make,
-    recipe: Recipe,
+    whole: tuple[LoopSampler, Any, Path],
     tmp_path: Path,
     change: Callable[[Any, Any], Any],
     error: type[Exception],
@@ -186,8 +198,7 @@ def test_a_damaged_correction_is_refused_by_name(
 ) -> None:
     from tfmq.storage import read_tensors, seal, write_tensors
 
-    directory = tmp_path / "q"
-    tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=directory)
+    directory = shutil.copytree(whole[2], tmp_path / "q")
     tensors, _ = read_tensors(directory / "tfmq_model.safetensors")
     manifest = json.loads((directory / "tfmq.json").read_text())
     change(manifest["structure"], tensors)
