@@ -214,6 +214,27 @@ class Upsampler(nn.Module):
         return self.exit(torch.cat([self.up(hidden), x], dim=1))
 
 
+class AttendingUpsampler(Upsampler):
+    """One with a layer of each kind that compiled graphs treat apart, so that one graph serves for all: with
+    attention in the middle, where labels come in, so that a table can hold the features of a timestep.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(10, 8)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        phases = t[:, None] * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([phases.sin(), phases.cos()], dim=1)))
+        hidden = F.silu(self.norm(self.entry(x)) + 3 * self.shift(embedding)[:, :, None, None])
+        hidden = self.middle(hidden) + self.labels(class_labels)[:, :, None, None]
+        tokens = hidden.flatten(2).transpose(1, 2)
+        weights = torch.softmax(torch.matmul(tokens, tokens.transpose(1, 2)) / 8, dim=-1)
+        hidden = hidden + (weights @ tokens).transpose(1, 2).reshape(hidden.shape)
+        return self.exit(torch.cat([self.up(hidden), x], dim=1))
+
+
 class ResidualAfterNorm:
     """An attention processor in terms of `torch.baddbmm` and `torch.einsum`, whose residual is the normalised
     input.
@@ -333,6 +354,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[str, ...]]] = {
     # The cheapest model whose samples are images.
     "plain_rgb": (lambda: PlainDenoiser(3), 3, ()),
     "upsampler": (Upsampler, 2, ("label",)),
+    "attending_upsampler": (AttendingUpsampler, 2, ("label",)),
 }
 
 
