@@ -18,28 +18,29 @@ CAPABILITIES = (80, 89, 90)
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 
 
-def printed(script: str, cache: Path, *capabilities: int) -> dict[str, Any]:
-    """Return what a script beside this file prints in a process of its own, where kernels are not
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Return what compiled.py beside this file prints in a process of its own, where kernels are not
     interpreted.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(cache)
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))
     }
-    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, capabilities)]
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py")), *map(str, CAPABILITIES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def compiled(printed: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return what the compiler made of each kernel, by name and capability."""
-    return printed("compiled.py", tmp_path_factory.mktemp("triton"), *CAPABILITIES)
+    return printed["kernels"]
 
 
-def test_launches_specialise_to_sizes_of_one(tmp_path: Path) -> None:
+def test_launches_specialise_to_sizes_of_one(printed: dict[str, dict[str, Any]]) -> None:
     """Triton makes a constant of each argument that is 1, which is no tensor inside of a kernel."""
-    assert printed("launched.py", tmp_path, 90)["failed"] == {}
+    assert printed["failed"] == {}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
