@@ -8,7 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,8 @@ from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import plain_forward
 from tfmq.numerics.errors import sqnr_db
-from tfmq.recipes.recipe import Calibration
+from tfmq.recipes import Recipe
 from tfmq.storage.digest import tensor_digest
-
-RECIPE = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=3))
 
 
 @dataclass
@@ -75,6 +73,8 @@ class Planted:
 
 
 Plant = Callable[..., dict[str, Planted]]
+Make = Callable[..., LoopSampler]
+Quick = Callable[..., Recipe]
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +114,9 @@ def plant(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Plant:
 
 
 @pytest.fixture(scope="module")
-def quantized(sampler: Callable[..., LoopSampler]) -> nn.Module:
+def quantized(sampler: Callable[..., LoopSampler], quick: Quick) -> nn.Module:
     made = sampler("unet")
-    tfmq.quantize(made, RECIPE)
+    tfmq.quantize(made, quick("rtn_w8a8"))
     return made.denoiser.module
 
 
@@ -400,11 +400,8 @@ def test_a_verb_that_judges_does_not_judge_the_float_model(
 
 
 @pytest.mark.parametrize("name", ["unet", "dit", "conditional"])
-def test_float_is_the_model_of_the_dequantized_weights(
-    sampler: Callable[..., LoopSampler], name: str
-) -> None:
-    original, made = sampler(name), sampler(name)
-    tfmq.quantize(made, replace(RECIPE, weights=replace(tfmq.scheme("rtn_w4a8").weights, ranges="min_max")))
+def test_float_is_the_model_of_the_dequantized_weights(sampler: Make, rounded: Make, name: str) -> None:
+    original, made = sampler(name), rounded(name)
     module, example = made.denoiser.module, made.example()
     inputs = Inputs(
         torch.randn(2, *example.sample.shape[1:]), torch.tensor([333, 0]), example.resized(2).conditions
@@ -449,13 +446,12 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["unet", "dit", "conditional"])
 def test_float_does_what_the_full_precision_model_does_and_little_more(
-    sampler: Callable[..., LoopSampler], name: str
+    sampler: Make, rounded: Make, name: str
 ) -> None:
     """On small models each operation counts: more of them is how `float` would be slower. What a call adds
     looks up its bins, and for NaN.
     """
-    original, made = sampler(name), sampler(name)
-    tfmq.quantize(made, replace(RECIPE, temporal=replace(RECIPE.temporal, maintenance="none")))
+    original, made = sampler(name), rounded(name)
     execute(made.denoiser.module, "float")
     example = made.example()
     counts = []
@@ -484,9 +480,10 @@ def test_a_graph_of_a_model_in_float_is_that_of_the_quantized_model(module: nn.M
 
 
 @pytest.fixture(scope="module")
-def saved(build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(build: Callable[..., Any], quick: Quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "q"
-    tfmq.quantize(DDIMPipeline(build("unet")[0].module, DDIMScheduler()), RECIPE, output_dir=directory)
+    pipeline = DDIMPipeline(build("unet")[0].module, DDIMScheduler())
+    tfmq.quantize(pipeline, quick("rtn_w8a8"), output_dir=directory)
     return directory
 
 
@@ -626,13 +623,12 @@ def test_a_mistake_of_the_call_is_the_models_own_error(module: nn.Module, plant:
 
 
 def test_a_model_in_a_dtype_that_an_engine_lacks_runs_by_the_next_with_a_word(
-    sampler: Callable[..., LoopSampler],
+    sampler: Make, quick: Quick
 ) -> None:
     """OpenVINO's arrays are numpy's, which has no bfloat16."""
     pytest.importorskip("openvino")
     drawn = sampler("plain_rgb")
-    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=3))
-    tfmq.quantize(drawn, recipe)
+    tfmq.quantize(drawn, quick("rtn_w8a8"))
     module = drawn.denoiser.module.to(torch.bfloat16)
     example = drawn.example()
     inputs = Inputs(torch.randn(2, *example.sample.shape[1:], dtype=torch.bfloat16), torch.tensor([333, 333]))

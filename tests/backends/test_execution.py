@@ -39,7 +39,7 @@ Quantized = Callable[[str], tuple[nn.Module, Inputs]]
 
 
 @pytest.fixture(scope="session")
-def quantized(sampler: Callable[..., LoopSampler]) -> Quantized:
+def quantized(rounded: Callable[..., LoopSampler]) -> Quantized:
     """Return a function that gives a W4A8 model of a name, in simulated arithmetic, and a batch of four at
     one timestep.
     """
@@ -47,10 +47,7 @@ def quantized(sampler: Callable[..., LoopSampler]) -> Quantized:
 
     def give(name: str) -> tuple[nn.Module, Inputs]:
         if name not in made:
-            drawn = sampler(name.removesuffix(" dynamic"))
-            recipe = replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=3))
-            tokens = "dynamic" if name in DYNAMIC else "static"
-            tfmq.quantize(drawn, replace(recipe, activations=replace(recipe.activations, tokens=tokens)))
+            drawn = rounded(name.removesuffix(" dynamic"), "dynamic" if name in DYNAMIC else "static")
             example = drawn.example()
             conditions = {key: value.expand(4, *value.shape[1:]) for key, value in example.conditions.items()}
             noise = torch.randn(4, *example.sample.shape[1:], generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,7 @@ Made = Callable[[str], LoopSampler]
 
 
 @pytest.fixture(scope="module")
-def made(sampler: Callable[..., LoopSampler]) -> Made:
+def made(rounded: Callable[..., LoopSampler]) -> Made:
     """Return a function that gives a sampler of a W4A8 model, in simulated arithmetic, without any of its
     kernels.
     """
@@ -36,10 +36,7 @@ def made(sampler: Callable[..., LoopSampler]) -> Made:
 
     def give(name: str) -> LoopSampler:
         if name not in kept:
-            kept[name] = sampler(name)
-            tfmq.quantize(
-                kept[name], replace(tfmq.scheme("rtn_w4a8"), calibration=Calibration(samples=1, steps=STEPS))
-            )
+            kept[name] = rounded(name)
         execute(kept[name].denoiser.module, "simulated")
         return kept[name]
 
