@@ -64,7 +64,7 @@ class Planted:
         return self
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        batch = len(arguments["sample"])
+        batch = len(next(iter(arguments.values())))
         if (error := self.fails(batch)) is not None:
             raise error
         self.rows.append(batch)
@@ -115,7 +115,7 @@ def plant(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Plant:
 
 @pytest.fixture(scope="module")
 def quantized(sampler: Callable[..., LoopSampler], quick: Quick) -> nn.Module:
-    made = sampler("unet")
+    made = sampler("plain_rgb")
     tfmq.quantize(made, quick("rtn_w8a8"))
     return made.denoiser.module
 
@@ -156,7 +156,7 @@ def test_the_fastest_computes_and_one_line_says_why(
     assert computed_by(module) == "quick"
     assert (
         lines(caplog)[-1]
-        == "auto: quick computes UNet2DModel at batch 1: 1.4 ms a call; against plain 3.0, slow 43.6"
+        == "auto: quick computes PlainDenoiser at batch 1: 1.4 ms a call; against plain 3.0, slow 43.6"
     )
     counts = {name: len(backend.rows) for name, backend in planted.items()}
     run(module, call(timestep=666))
@@ -257,7 +257,7 @@ def test_another_process_reads_the_choice_and_another_setting_is_measured_anew(
         assert measured() > 0 and measured() == 0
     assert "measured before" in lines(caplog)[-1] and str(cache) in lines(caplog)[-1]
     other = copy.deepcopy(quantized)
-    other.conv_norm_out.weight.add_(1)  # type: ignore[operator, union-attr]
+    other.entry.bias.add_(1)  # type: ignore[operator, union-attr]
     before = len(planted["plain"].rows)
     execute(other, "auto")
     run(other, call())
@@ -326,7 +326,7 @@ def test_nothing_is_measured_while_somebody_watches_layers(module: nn.Module, pl
     planted = plant(plain=0.003, quick=0.001)
     execute(module, "auto")
     seen = []
-    handle = module.conv_in.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[operator, union-attr]
+    handle = module.entry.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[operator, union-attr]
     run(module, call())
     assert len(seen) == 1 and not planted["plain"].rows
     handle.remove()
@@ -622,18 +622,14 @@ def test_a_mistake_of_the_call_is_the_models_own_error(module: nn.Module, plant:
     assert computed_by(module) == "broken" and math.isfinite(float(run(module, call()).sum()))
 
 
-def test_a_model_in_a_dtype_that_an_engine_lacks_runs_by_the_next_with_a_word(
-    sampler: Make, quick: Quick
-) -> None:
+def test_a_model_in_a_dtype_that_an_engine_lacks_runs_by_the_next_with_a_word(module: nn.Module) -> None:
     """OpenVINO's arrays are numpy's, which has no bfloat16."""
     pytest.importorskip("openvino")
-    drawn = sampler("plain_rgb")
-    tfmq.quantize(drawn, quick("rtn_w8a8"))
-    module = drawn.denoiser.module.to(torch.bfloat16)
-    example = drawn.example()
-    inputs = Inputs(torch.randn(2, *example.sample.shape[1:], dtype=torch.bfloat16), torch.tensor([333, 333]))
-    expected = drawn.denoiser(inputs)
+    module.to(torch.bfloat16)
+    inputs = call(2)
+    inputs = Inputs(inputs.sample.bfloat16(), inputs.timestep)
+    expected = run(module, inputs)
     execute(module, "openvino")
     with pytest.warns(UserWarning, match="openvino cannot run this model.*computes such calls instead"):
-        found = drawn.denoiser(inputs)
+        found = run(module, inputs)
     assert found.dtype == torch.bfloat16 and sqnr_db(expected, found) > 20
