@@ -29,10 +29,11 @@ from tfmq.models.sampler import LoopSampler
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Torch's compiler reads these when it is imported. A graph compiles as fast without precompiled headers,
 # whose making takes longer than a graph; that the C++ compiler knows what the processor does need not be
-# tried out.
+# tried out, and nobody debugs what it makes.
 os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 # The models are so small that a second thread only waits, here and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -23,7 +23,9 @@ from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.operations import Convolution, TransposedConvolution
+from tfmq.recipes import Recipe
 from tfmq.recipes.recipe import Calibration
+from tfmq.reconstruction.solvers import Rounding
 from tfmq.storage.digest import tensor_digest
 
 STEPS = 50
@@ -45,15 +47,14 @@ def fast(sampler: Callable[..., LoopSampler]) -> tuple[nn.Module, Inputs]:
 
 def quantized(made: LoopSampler, scheme: str) -> tuple[nn.Module, Inputs]:
     recipe = tfmq.scheme(scheme)
-    recipe = replace(
-        recipe,
-        calibration=Calibration(samples=2, steps=STEPS, interval=STEPS),
-        learning=replace(recipe.learning, iterations=0),
-    )
     tfmq.quantize(
         made,
         replace(
             recipe,
+            calibration=Calibration(samples=2, steps=STEPS, interval=STEPS),
+            weights=replace(recipe.weights, ranges="min_max"),
+            activations=replace(recipe.activations, ranges="min_max"),
+            rounding=Rounding(solver="nearest", inputs="full"),
             temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=1)),
         ),
     )
@@ -160,13 +161,12 @@ def test_a_converted_model_is_read_by_the_next_process_whatever_the_batch(
 
 
 def test_openvino_executes_the_grids_of_tokens_in_integers(
-    sampler: Callable[..., LoopSampler], tmp_path: Path
+    sampler: Callable[..., LoopSampler], quick: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
     made = sampler("dit")
     del made.denoiser.module.transformer_blocks[1:]
-    recipe = replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=1, steps=3))
-    tfmq.quantize(made, replace(recipe, activations=replace(recipe.activations, tokens="dynamic")))
+    tfmq.quantize(made, quick("rtn_w8a8", tokens="dynamic"))
     module, example = made.denoiser.module, made.example().resized(2)
     found = converted(
         module,

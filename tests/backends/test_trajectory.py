@@ -12,6 +12,7 @@ from tfmq.evaluation.sampling import draw
 from tfmq.kernels.onednn import available
 from tfmq.models.sampler import Sampler
 from tfmq.recipes.recipe import Calibration
+from tfmq.reconstruction.solvers import Rounding
 from tfmq.targets import open_sampler
 
 STEPS, IMAGES = 50, 1
@@ -27,7 +28,7 @@ def quantize(sampler: Sampler) -> None:
     recipe = tfmq.scheme("w8a8")
     recipe = replace(
         recipe,
-        rounding=replace(recipe.rounding, solver="nearest"),
+        rounding=Rounding(solver="nearest", inputs="full"),
         weights=replace(recipe.weights, ranges="min_max"),
         activations=replace(recipe.activations, ranges="min_max"),
     )
