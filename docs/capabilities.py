@@ -34,7 +34,7 @@ from tfmq.nn.plan import (
 from tfmq.nn.products import _SITES, ProductQuantizers
 from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
 from tfmq.numerics.errors import sqnr_db
-from tfmq.numerics.grids import MAX_BITS, MIN_BITS, IntegerFormat
+from tfmq.numerics.grids import GRIDS, MAX_BITS, MIN_BITS, Grid, IntegerFormat, Table
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.paper import PAPER
@@ -54,7 +54,7 @@ PLAIN = ("integers", "in the graph", "rows dequantized", "kept dequantized", SAM
 class Grids(NamedTuple):
     """What a layer is quantized to: the grid of its weight, and that of its input, if it has one."""
 
-    weight: IntegerFormat
+    weight: Grid
     input: IntegerFormat | None
     tokens: str
 
@@ -63,7 +63,7 @@ class Grids(NamedTuple):
         return " ".join(
             [
                 bits,
-                "symmetric" if self.weight.symmetric else "asymmetric",
+                self.weight.describe().get("grid", "symmetric" if self.weight.symmetric else "asymmetric"),
                 *([] if self.tokens == "static" else [self.tokens]),
             ]
         )
@@ -218,6 +218,7 @@ def grids(plans: Iterable[Plan]) -> list[Grids]:
         for entry in inputs
         for kind in (sorted(tokens) if entry else ["static"])
     ]
+    pairs += [Grids(Table(name, values), IntegerFormat(MAX_BITS), "static") for name, values in GRIDS.items()]
     return sorted(
         pairs,
         key=lambda pair: (

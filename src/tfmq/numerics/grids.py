@@ -172,7 +172,7 @@ class Table(Grid):
         return scale, torch.full_like(scale, self.middle)
 
     def nearest_(self, values: Tensor, zero_point: Tensor) -> Tensor:
-        return values.copy_(torch.bucketize(values, self._midpoints.to(values.device)))
+        return values.copy_(torch.bucketize(values.contiguous(), self._midpoints.to(values.device)))
 
     def integers(self, codes: Tensor, zero_point: Tensor) -> Tensor:
         table = self._table(codes).to(codes.dtype)
@@ -184,7 +184,7 @@ class Table(Grid):
 
     def below(self, values: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
         table = self._table(values)
-        code = (torch.bucketize(values, table, right=True) - 1).clamp(0, self.levels - 2)
+        code = (torch.bucketize(values.contiguous(), table, right=True) - 1).clamp(0, self.levels - 2)
         start, stop = table[code], table[code + 1]
         return code.to(values.dtype), (values - start) / (stop - start)
 
