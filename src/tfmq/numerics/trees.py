@@ -1,0 +1,21 @@
+"""Trees of Python values, such as the arguments of a call, some of whose leaves are tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of a tree, in order.
+
+    >>> tensors_in({"a": 1, "b": (None, "text")})
+    []
+    """
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Return a tree with `function` of each tensor in its place; other leaves stay."""
+    return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
