@@ -65,17 +65,22 @@ class Variant(Protocol):
     """
 
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """Return the modules that must be importable."""
 
     @property
-    def builds(self) -> bool: ...
+    def builds(self) -> bool:
+        """Whether `build` writes files."""
 
     @property
-    def caches(self) -> bool: ...
+    def caches(self) -> bool:
+        """Whether a first start leaves something that makes later starts faster."""
 
-    def build(self, setting: Setting) -> None: ...
+    def build(self, setting: Setting) -> None:
+        """Write what `prepare` reads, in a process of its own."""
 
-    def prepare(self, setting: Setting) -> Prepared: ...
+    def prepare(self, setting: Setting) -> Prepared:
+        """Load the model for calls of exactly `setting.batch` rows."""
 
 
 VARIANTS: dict[str, Variant] = {}
