@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -81,6 +81,19 @@ class Variant(Protocol):
 
     def prepare(self, setting: Setting) -> Prepared:
         """Load the model for calls of exactly `setting.batch` rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A variant that reads what is stored already, and may run `compiled` by torch."""
+
+    compiled: bool = False
+    needs: tuple[str, ...] = ()
+    caches: bool = False
+    builds: ClassVar[bool] = False
+
+    def build(self, setting: Setting) -> None:
+        """Write nothing."""
 
 
 VARIANTS: dict[str, Variant] = {}

@@ -19,7 +19,7 @@ from tfmq.kernels.operators.grids import widths
 from tfmq.kernels.operators.multiply import output_size
 
 MAX_SEGMENTS = 4
-# Sizes and options of a linear layer, which has one tap and no places: `OW` to `DW`, and those of the window.
+# What a linear layer, which has one tap and no places, gives for the sizes `OW` to `DW`, and for the window.
 POINT = (1,) * 8
 LINEAR = {"KH": 1, "KW": 1, "IMAGE": False}
 
@@ -96,15 +96,8 @@ def linear_codes(
     out = codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
     groups = max(1, len(segments))
     tensors = (codes, weight, out, scale, zero_point, index, weight_zero, weight_scale, sums, bias, residual)
-    sizes = (
-        rows,
-        columns,
-        channels,
-        rows // len(index),
-        *_lengths(segments, channels, weight_zero),
-        weight.shape[1],
-        *POINT,
-    )
+    counts = rows, columns, channels, rows // len(index)
+    sizes = (*counts, *_lengths(segments, channels, weight_zero), weight.shape[1], *POINT)
     kind = {**LINEAR, **_kind(groups, weight_zero, activation)}
     name = "linear w4a8" if weight_zero is not None else "linear w8a8"
     _run(name, launcher((*tensors, *sizes), rows, columns, **kind), rows, (columns, channels, groups), tile)
@@ -139,15 +132,8 @@ def convolution_codes(
     tensors = (codes, weight, out, scale, zero_point, index, weight_zero, weight_scale, sums, bias, residual)
     line = width * channels
     places = (across, down * across, line, height * line, *stride, *dilation)
-    sizes = (
-        rows,
-        columns,
-        channels,
-        rows // len(index),
-        *_lengths(segments, channels, weight_zero),
-        tap,
-        *places,
-    )
+    counts = rows, columns, channels, rows // len(index)
+    sizes = (*counts, *_lengths(segments, channels, weight_zero), tap, *places)
     window = {"KH": kernel_height, "KW": kernel_width, "IMAGE": True}
     launch = launcher((*tensors, *sizes), rows, columns, **window, **_kind(groups, weight_zero, activation))
     name = "convolution w4a8" if weight_zero is not None else "convolution w8a8"
@@ -170,15 +156,8 @@ def linear_weight_only(
     rows, groups = x.numel() // max(1, channels), max(1, len(segments))
     out = x.new_empty((*x.shape[:-1], columns))
     tensors = (x, weight, out, None, None, None, weight_zero, weight_scale, None, bias, None)
-    sizes = (
-        rows,
-        columns,
-        channels,
-        1,
-        *_lengths(segments, channels, weight_zero),
-        weight.shape[1],
-        *POINT,
-    )
+    lengths = _lengths(segments, channels, weight_zero)
+    sizes = (rows, columns, channels, 1, *lengths, weight.shape[1], *POINT)
     kind = {**LINEAR, **_kind(groups, weight_zero, "", integer=False)}
     name = f"weight-only {'w4' if weight_zero is not None else 'w8'} {x.dtype}"
     _run(name, launcher((*tensors, *sizes), rows, columns, **kind), rows, (columns, channels, groups), tile)
