@@ -18,9 +18,9 @@ MADV_PAGEOUT = 21
 
 def _call(name: str, *arguments: Any) -> None:
     if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, name):
-            getattr(library, name)(*arguments)
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:
+            function(*arguments)
 
 
 def return_freed() -> None:

@@ -20,7 +20,8 @@ from tfmq.calibration.store import CalibrationStore
 from tfmq.jobs.job import Foretold, Helpers, Job
 from tfmq.jobs.workflow import Outcome, quantize_denoiser
 from tfmq.nn.floating import summary
-from tfmq.nn.structure import describe, state_bytes
+from tfmq.nn.size import state_bytes
+from tfmq.nn.structure import describe
 from tfmq.progress import Progress, silent
 from tfmq.recipes import scheme
 from tfmq.recipes.recipe import Recipe

@@ -16,9 +16,11 @@ class _Loader(Loader):
         self.callback = callback
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module as its own loader does."""
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module, then call back."""
         self.inner.exec_module(module)
         self.callback()
 
@@ -33,6 +35,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find the awaited module, once, with a loader that calls back."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)

@@ -71,17 +71,10 @@ def open_sampler(
         target = target.sampler()
         if prompts:
             warnings.warn("prompts have no effect: the sampler brings its own conditions", stacklevel=2)
-    if hasattr(target, "run") and hasattr(target, "denoiser"):
-        if component is not None:
-            raise ValueError(f"component={component!r} is for pipelines; a sampler brings its own denoiser")
-        if options:
-            warnings.warn(
-                f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options",
-                stacklevel=3,
-            )
+    if _is_sampler(target):
+        _check_unasked(options, component)
         return target
     require("diffusers", extra="diffusers")
-    from tfmq.integrations.diffusers.opening import open_pipeline
     from tfmq.integrations.diffusers.pipelines import (
         DEFAULT_PROMPTS,
         PipelineSampler,
@@ -89,14 +82,7 @@ def open_sampler(
     )
 
     if isinstance(target, str | Path):
-        path = named_directory(str(target)) or Path(target)
-        if options is None and holds_quantized(path):
-            options = calibrated_options(stored_manifest(path).provenance)
-        target = (
-            load(path, backend="simulated")
-            if holds_quantized(path)
-            else open_pipeline(path if path.exists() else target)
-        )
+        target, options = _read_pipeline(target, options)
     if not hasattr(target, "components"):
         raise ValueError(
             f"{type(target).__name__} is no pipeline; put a sampler around a "
@@ -113,6 +99,38 @@ def open_sampler(
             f"prompts have no effect: {type(target).__name__} does not draw from text", stacklevel=2
         )
     return sampler
+
+
+def _is_sampler(target: Any) -> bool:
+    """Whether something has what a sampler needs here, whatever its class."""
+    return all(hasattr(target, name) for name in ("run", "denoiser"))
+
+
+def _check_unasked(options: Mapping[str, Any] | None, component: str | None) -> None:
+    """Refuse a component of a sampler, which is for pipelines, and warn of options that it does not take."""
+    if component is not None:
+        raise ValueError(f"component={component!r} is for pipelines; a sampler brings its own denoiser")
+    if options:
+        warnings.warn(
+            f"{', '.join(options)} of the recipe have no effect: the sampler brings its own options",
+            stacklevel=4,
+        )
+
+
+def _read_pipeline(
+    target: str | Path, options: Mapping[str, Any] | None
+) -> tuple[Any, Mapping[str, Any] | None]:
+    """Return the pipeline of a directory, a name or a hub id, and the options of its call: those that a
+    quantized one was calibrated with, unless others are given.
+    """
+    from tfmq.integrations.diffusers.opening import open_pipeline
+
+    path = named_directory(str(target)) or Path(target)
+    if not holds_quantized(path):
+        return open_pipeline(path if path.exists() else target), options
+    if options is None:
+        options = calibrated_options(stored_manifest(path).provenance)
+    return load(path, backend="simulated"), options
 
 
 def open_quantized(directory: Path, module: ModuleFile) -> Sampler:

@@ -15,7 +15,7 @@ from tfmq.models.sampler import LoopSampler
 from tfmq.models.trace import trace
 from tfmq.nn.floating import floating, summary
 from tfmq.nn.plan import packed_layers, packed_weights
-from tfmq.nn.structure import state_bytes
+from tfmq.nn.size import state_bytes
 from tfmq.nn.temporal import CachedFeature
 from tfmq.recipes.paper import PAPER
 from tfmq.recipes.presets import rtn

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq.numerics.operations import Convolution, Linear, Operation, TransposedConvolution, Window
+from tfmq.numerics.operations import Convolution, Linear, Operation, TransposedConvolution
+from tfmq.numerics.window import Window
 
 
 class Case(NamedTuple):

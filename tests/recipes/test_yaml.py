@@ -110,7 +110,7 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
     ("values", "message"),
     [
         ({"wieghts": {}}, r"unknown key wieghts; a recipe has name, weights"),
-        ({"weights": {"bit": 4}}, r"unknown key weights\.bit; weights has bits, symmetric, ranges"),
+        ({"weights": {"bit": 4}}, r"unknown key weights\.bit; weights has bits, grid, symmetric, ranges"),
         ({"temporal": {"learning": {"epochs": 4}}}, r"unknown key temporal\.learning\.epochs"),
         (
             {"rules": [{"match": "*", "weights": {"bits": 8}, "why": 1}]},
@@ -123,7 +123,7 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
         ({"rules": {"match": "*"}}, r"rules must be a list; got"),
         (
             {"rules": [{"match": "*", "weights": {"bit": 4}}]},
-            r"unknown key rules\[0\]\.weights\.bit; rules\[0\]\.weights has bits, symmetric",
+            r"unknown key rules\[0\]\.weights\.bit; rules\[0\]\.weights has bits, grid, symmetric",
         ),
         (
             {"rules": [{"match": "*", "activations": {"bits": "8"}}]},

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from tfmq.backends.backend import BACKENDS, Options, release
 from tfmq.backends.choices import Choice, Stored, machine, versions
@@ -21,6 +20,7 @@ from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
+from tfmq.numerics.trees import tensors_in
 from tfmq.reconstruction.resources import free_bytes
 from tfmq.storage.digest import tensor_digest
 
@@ -43,16 +43,12 @@ log = logging.getLogger("tfmq")
 
 
 def _device(arguments: Mapping[str, Any]) -> torch.device:
-    return next(
-        leaf.device for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1
-    )
+    return _sample(arguments).device
 
 
 def _sample(arguments: Mapping[str, Any]) -> Tensor:
     """Return the first tensor of several axes, as `tfmq.export.capture.Call` does."""
-    return next(
-        leaf for leaf in tree_flatten(dict(arguments))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1
-    )
+    return next(tensor for tensor in tensors_in(dict(arguments)) if tensor.ndim > 1)
 
 
 def _lack(module: nn.Module, name: str, options: Options) -> str:
@@ -136,27 +132,29 @@ class AutoExecutor:
                 ),
             )
             return (ways[baseline],)
-        stored = self._stored(module, kind, ways, _device(arguments))
-        choice = stored.read(tuple(ways)) if stored else None
-        origin = f"measured before ({stored.path})" if stored and choice else ""
-        found = Race()
-        if choice is None:
-            found, rows = self._race(module, ways, arguments)
-            origin = (
-                f"measured on {rows} of {len(_sample(arguments))} rows"
-                if rows < len(_sample(arguments))
-                else ""
-            )
-            failed = {name: in_a_line(error) for name, error in found.failed.items()}
-            choice = Choice({name: 1e3 * seconds for name, seconds in found.seconds.items()}, failed)
-            if stored:
-                stored.write(choice)
+        choice, origin, failed = self._measured(module, kind, ways, arguments)
         current = self.prepared.current
         order = ranked(dict(choice.milliseconds), baseline, current.backend if current else None)
-        for name, error in found.failed.items():
+        for name, error in failed.items():
             complain(ways[name], error, ways[order[0]], stacklevel=5)
         log.info("%s", _chosen(subject, order[0], choice, origin, untried))
         return tuple(ways[name] for name in order)
+
+    def _measured(
+        self, module: nn.Module, kind: Kind, ways: Mapping[str, Way], arguments: Mapping[str, Any]
+    ) -> tuple[Choice, str, Mapping[str, Exception]]:
+        """Return what the ways took, before or now, where that is from in words, and what failed now."""
+        stored = self._stored(module, kind, ways, _device(arguments))
+        known = stored.read(tuple(ways)) if stored else None
+        if stored and known:
+            return known, f"measured before ({stored.path})", {}
+        found, rows = self._race(module, ways, arguments)
+        failed = {name: in_a_line(error) for name, error in found.failed.items()}
+        choice = Choice({name: 1e3 * seconds for name, seconds in found.seconds.items()}, failed)
+        if stored:
+            stored.write(choice)
+        count = len(_sample(arguments))
+        return choice, f"measured on {rows} of {count} rows" if rows < count else "", found.failed
 
     def _stored(
         self, module: nn.Module, kind: Kind, ways: Mapping[str, Way], device: torch.device

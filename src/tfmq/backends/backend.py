@@ -54,9 +54,11 @@ class Backend(Protocol):
 
     """
 
-    def missing(self) -> str: ...
+    def missing(self) -> str:
+        """Return what the machine lacks for the backend, in words; nothing where it can run."""
 
-    def attach(self, module: nn.Module, options: Options) -> Coverage: ...
+    def attach(self, module: nn.Module, options: Options) -> Coverage:
+        """Make the packed denoiser `module` compute by the backend, in place; return what that covers."""
 
 
 BACKENDS: dict[str, Backend] = {}

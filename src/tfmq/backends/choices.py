@@ -66,17 +66,14 @@ class Stored:
             found = read_json(self.path)
         except (CheckpointError, OSError):
             return None
-        times, failed = found.get("milliseconds"), found.get("failed")
-        if (
-            not isinstance(times, dict)
-            or not isinstance(failed, dict)
-            or {*times, *failed} != {*backends}
-            or not times
-        ):
-            return None
-        if not all(isinstance(time, int | float) and 0 < time < math.inf for time in times.values()):
-            return None
-        return Choice(times, {name: str(text) for name, text in failed.items()})
+        match found:
+            case {"milliseconds": dict(times), "failed": dict(failed)} if times:
+                numbers = all(
+                    isinstance(time, int | float) and 0 < time < math.inf for time in times.values()
+                )
+                if numbers and {*times, *failed} == {*backends}:
+                    return Choice(times, {name: str(text) for name, text in failed.items()})
+        return None
 
     def write(self, choice: Choice) -> None:
         """Keep the choice; where the disk is full or read-only, this process alone does."""

@@ -5,9 +5,9 @@ as the full-precision model.
 from torch import nn
 
 from tfmq.backends.backend import Coverage, Options, register
-from tfmq.nn.embedding import PackedEmbedding
-from tfmq.nn.plan import packed_layers
+from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.submodules import submodules
 
 
 @register("float")
@@ -35,9 +35,9 @@ class Float:
             layer.input_precision = "full"
             if options.weights == "unpacked":
                 layer.decoded = layer.stock_weight.to(dtype).contiguous()
-        for child in module.modules():
-            if isinstance(child, ProductQuantizers):
-                child.idle = True
-            elif isinstance(child, PackedEmbedding) and options.weights == "unpacked":
-                child.decoded = child.weight.to(child.dtype)
+        for products in submodules(module, ProductQuantizers).values():
+            products.idle = True
+        if options.weights == "unpacked":
+            for embedding in packed_embeddings(module).values():
+                embedding.decoded = embedding.weight.to(embedding.dtype)
         return Coverage(integer=(), floating=dict.fromkeys(layers, "float"))

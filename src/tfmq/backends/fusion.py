@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from tfmq.backends.nodes import argument, calls, given, schema, value
+from tfmq.backends.nodes import argument, calls, example, given, schema, value
 from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.operators import multiply, norms, quantize  # noqa: F401 - registers the operators
 
@@ -112,12 +112,10 @@ def _drop_identity(program: GraphModule, node: Node) -> None:
 
 
 def _equal(program: GraphModule, left: Any, right: Any) -> bool:
-    a, b = value(program, left), value(program, right)
-    return (
-        bool(torch.equal(a, b))
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
-        else left is right or left == right
-    )
+    match value(program, left), value(program, right):
+        case Tensor() as a, Tensor() as b if a.shape == b.shape:
+            return torch.equal(a, b)
+    return left is right or bool(left == right)
 
 
 def _merge_quantizer(program: GraphModule, node: Node) -> None:
@@ -142,8 +140,8 @@ def _viewed(node: Node) -> list[Any]:
 
 def _same(left: Any, right: Any) -> bool:
     """Whether two nodes make tensors of one shape and dtype."""
-    a, b = (node.meta.get("val") if isinstance(node, Node) else None for node in (left, right))
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+    a, b = example(left), example(right)
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _fuse_group_norm(program: GraphModule, node: Node) -> None:
@@ -210,9 +208,7 @@ def _modulated(node: Node) -> tuple[Any, Any, Any]:
     if not (calls(factor, ATEN.add.Tensor) and given(factor)[1] == 1):
         return None, None, None
     gain = given(factor)[0]
-    rows: list[list[int]] = [
-        list(part.meta["val"].shape) if isinstance(part, Node) else [] for part in (gain, shift)
-    ]
+    rows: list[list[int]] = [[] if made is None else list(made.shape) for made in map(example, (gain, shift))]
     fits = rows[0] == rows[1] and len(rows[0]) == 3 and rows[0][1] == 1
     return (x, gain, shift) if fits and x.meta["val"].ndim == 3 else (None, None, None)
 

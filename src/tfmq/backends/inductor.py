@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from tfmq.backends.nodes import argument, calls, value
+from tfmq.backends.nodes import argument, calls, example, value
 
 ATEN = torch.ops.aten
 
@@ -65,8 +65,8 @@ def rewrite(program: GraphModule) -> None:
 
 def _makes(node: Any) -> Tensor:
     """Return the example of what a node makes, an empty tensor where there is none."""
-    made = node.meta.get("val")
-    return made if isinstance(made, Tensor) else torch.empty(0)
+    made = example(node)
+    return torch.empty(0) if made is None else made
 
 
 def _owns(node: Any) -> bool:
@@ -164,6 +164,11 @@ def store_parts(program: GraphModule) -> None:
     for node in list(program.graph.nodes):
         if calls(node, ATEN.cat.default) and _makes(node).ndim == 4 and node.args[1:] == (1,):
             for part in filter(_owns, node.args[0]):
-                with program.graph.inserting_after(part):
-                    made = _call(program, STORED, part)
-                part.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+                _store(program, part)
+
+
+def _store(program: GraphModule, node: Node) -> None:
+    """Let whoever reads what a node makes read it from memory."""
+    with program.graph.inserting_after(node):
+        made = _call(program, STORED, node)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)

@@ -3,6 +3,7 @@
 import operator
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 
@@ -14,6 +15,12 @@ def calls(node: Any, *targets: Any) -> bool:
 def given(node: Any) -> tuple[Any, ...]:
     """Return the arguments of a call by position."""
     return tuple(node.args)
+
+
+def example(node: Any) -> Tensor | None:
+    """Return the example of the tensor that a node makes; None for what is no node, or makes no tensor."""
+    made = node.meta.get("val") if isinstance(node, Node) else None
+    return made if isinstance(made, Tensor) else None
 
 
 def schema(node: Any) -> Any:

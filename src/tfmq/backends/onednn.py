@@ -21,6 +21,7 @@ from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, multip
 from tfmq.kernels.onednn_products import product
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.submodules import submodules
 
 
 @register("torch")
@@ -51,10 +52,9 @@ class Torch:
                 layer.kernel = OnednnKernel(weight, zero_points, again=partial(_unpacked, layer))
             else:
                 layer.kernel = UnpackingKernel(layer.integer_weight, zero_points)
-        for child in module.modules():
-            if isinstance(child, ProductQuantizers):
-                child.kernel = product
-                child.attention_kernel = integer_attention if multiplies() else None
+        for products in submodules(module, ProductQuantizers).values():
+            products.kernel = product
+            products.attention_kernel = integer_attention if multiplies() else None
         keep_unpacked(module, options)
         if options.compile:
             module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]

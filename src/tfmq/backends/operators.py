@@ -27,6 +27,7 @@ from tfmq.kernels.kernel import IntegerWeight
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.submodules import submodules
 
 Program = Callable[..., tuple[Tensor, ...]]
 
@@ -104,9 +105,8 @@ def attach_operators(module: nn.Module, options: Options, compiled: Build) -> Co
             else WeightOnlyKernel(weight, nibbles=nibbles)
         )
         layer.shelve()
-    for child in module.modules():
-        if isinstance(child, ProductQuantizers):
-            child.kernel = operator_product
+    for products in submodules(module, ProductQuantizers).values():
+        products.kernel = operator_product
     keep_unpacked(module, options)
     if options.compile:
         module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
 from tfmq.nn.swap import Executor, parts_of, plain_forward
+from tfmq.numerics.trees import tensors_in
 from tfmq.quantizers.part import Part
 
 # Calls of one kind take the same time: the shapes, dtypes and devices of their tensors, and their other
@@ -124,5 +125,4 @@ def differentiates(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """Whether a gradient of the call could be asked for."""
     if not torch.is_grad_enabled():
         return False
-    leaves = (*tree_flatten(dict(arguments))[0], *module.parameters())
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    return any(tensor.requires_grad for tensor in (*tensors_in(dict(arguments)), *module.parameters()))

@@ -8,6 +8,7 @@ from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, re
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.submodules import submodules
 
 
 @register("reference")
@@ -24,9 +25,8 @@ class Reference:
         for layer in layers.values():
             assert layer.input_quantizer is not None
             layer.kernel = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)
-        for child in module.modules():
-            if isinstance(child, ProductQuantizers):
-                child.kernel = reference_product
+        for products in submodules(module, ProductQuantizers).values():
+            products.kernel = reference_product
         keep_unpacked(module, options)
         return Coverage(integer=tuple(layers), floating=floating)
 

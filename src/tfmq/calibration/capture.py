@@ -74,6 +74,7 @@ class _Leaves:
         self.split = True
 
     def add(self, leaf: Any, samples: int, rows: int, *, first: bool) -> None:
+        """Take the leaf of a call of `samples` samples, whose outputs have `rows` rows."""
         leaf = leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
         batched = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] in (samples, rows)
         if first:
@@ -85,6 +86,7 @@ class _Leaves:
             self.column.add(leaf)
 
     def joined(self) -> Any:
+        """Return what all calls had here as a column, or the one value that stands for all."""
         return self.first if self.column is None else self.column
 
 
@@ -109,6 +111,7 @@ class _Calls:
         self.timesteps.append(timestep)
 
     def joined(self) -> UnitCalls:
+        """Return all calls as one; a `ValueError` where there was none."""
         if self.spec is None:
             raise ValueError("the unit was never called by the denoiser; exclude its layers with a rule")
         args, kwargs, outputs = tree_unflatten([place.joined() for place in self.leaves], self.spec)

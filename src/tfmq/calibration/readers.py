@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.numerics.trees import map_tensors, tensors_in
 
 
 def _floating(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return (tensor for tensor in tensors_in(tree) if tensor.is_floating_point())
 
 
 class _Origins:
@@ -29,15 +29,15 @@ class _Origins:
     def cut(self, name: str, output: Any) -> Any:
         """Return the output as the beginning of new graphs."""
 
-        def begin(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        def begin(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
                 return leaf
             variable = leaf.detach().requires_grad_()
             self.made[id(variable)] = name, variable
             # Return a copy, which the caller may write to.
             return variable.clone()
 
-        return tree_map(begin, output)
+        return map_tensors(begin, output)
 
     def of(self, tree: Any) -> set[str]:
         """Return the units whose outputs the tensors of `tree` are made from."""

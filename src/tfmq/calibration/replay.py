@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tfmq.calibration.capture import Around, Keep, alone
 from tfmq.calibration.forward import replaced_forward
+from tfmq.numerics.trees import map_tensors
 from tfmq.storage.atomic import full_disk_named, read_tensors
 
 Network = Literal["full", "quantized"]
@@ -120,7 +121,7 @@ class _Outputs:
 
 def _copied(tree: Any) -> Any:
     """Return an output as it is now: a denoiser may write into it afterwards."""
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+    return map_tensors(lambda leaf: leaf.detach().clone(), tree)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class _Output:
     spec: TreeSpec
 
     def read(self) -> Any:
+        """Return the output, read from its file."""
         tensors, _ = read_tensors(self.path)
         return tree_unflatten(
             [
@@ -165,6 +167,7 @@ class _Leaf:
 
     @classmethod
     def of(cls, value: Any) -> "_Leaf":
+        """Describe a leaf: a tensor by its form, any other value by itself."""
         if not isinstance(value, Tensor):
             return cls(value=value)
         return cls(

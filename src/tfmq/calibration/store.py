@@ -16,26 +16,33 @@ from tfmq.storage.atomic import read_tensors, write_tensors
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return `value` as JSON; tensors go to `tensors` under their path and a number."""
-    if isinstance(value, Tensor):
-        numbered = f"{name}:{len(tensors)}"
-        tensors[numbered] = value
-        return {"tensor": numbered}
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(
-                    f"a denoiser argument with a key of type {type(key).__name__} "
-                    f"cannot be stored ({name}); names can"
-                )
-        return {"dict": {key: _encode(item, f"{name}.{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_encode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
+    match value:
+        case Tensor():
+            numbered = f"{name}:{len(tensors)}"
+            tensors[numbered] = value
+            return {"tensor": numbered}
+        case dict():
+            _check_keys(value, name)
+            return {"dict": {key: _encode(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+        case list() | tuple():
+            items = [_encode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+            return {type(value).__name__: items}
+        case None | bool() | int() | float() | str():
+            return {"value": value}
     raise TypeError(
         f"a denoiser argument of type {type(value).__name__} cannot be "
         f"stored ({name}); tensors and plain values can"
     )
+
+
+def _check_keys(value: dict[Any, Any], name: str) -> None:
+    """Refuse a mapping that JSON would not keep."""
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(
+                f"a denoiser argument with a key of type {type(key).__name__} "
+                f"cannot be stored ({name}); names can"
+            )
 
 
 def _decode(value: dict[str, Any], tensors: dict[str, Tensor]) -> Any:

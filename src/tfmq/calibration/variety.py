@@ -47,12 +47,12 @@ def single_values(
     each = max(1, len(store) // len(batches))
     for number in range(len(store) if left else 0):
         images = len(batches[min(number // each, len(batches) - 1)])
-        for name, tensor in denoiser.labelled(store.read(number))[2:]:
-            if name in left:
-                columns = {tuple(column) for column in tensor.reshape(-1, images).t().tolist()}
-                columns.add(left[name].setdefault(number % each, min(columns)))
-                if len(columns) > 1:
-                    del left[name]
+        labelled = denoiser.labelled(store.read(number))[2:]
+        for name, tensor in ((name, tensor) for name, tensor in labelled if name in left):
+            columns = {tuple(column) for column in tensor.reshape(-1, images).t().tolist()}
+            columns.add(left[name].setdefault(number % each, min(columns)))
+            if len(columns) > 1:
+                del left[name]
         if not left:
             break
     return {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tfmq.cli.evaluating import judge_of, metrics_of, shard_of
+from tfmq.cli.evaluating import amounts, judge_of, metrics_for, metrics_of, shard_of
 from tfmq.cli.options import (
     Backend,
     BatchSize,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 METRICS = "fid,kid,psnr,ssim,trajectory"
 SUFFIX = ".evaluation"
-# Numbers of images and of pairs, unless others are asked for.
-QUICK, THOROUGH = (64, 16), (1000, 64)
 
 
 def evaluate(
@@ -157,10 +155,8 @@ def evaluate(
             quantized_directory,
             ready_models,
         )
-        from tfmq.evaluation.adherence.judge import ADHERENCE
         from tfmq.evaluation.job import Request
-        from tfmq.evaluation.settings import CLIP_METRIC, Settings
-        from tfmq.evaluation.text import draws_from_text
+        from tfmq.evaluation.settings import Settings
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet
 
@@ -171,10 +167,7 @@ def evaluate(
             metrics_of(metrics, extractor),
         )
         place = check_cluster(cluster, workers, threads, device=device)
-        if place is not None and part is not None:
-            raise typer.BadParameter(
-                "a cluster shares the work out itself; leave one of them out", param_hint="--shard"
-            )
+        _check_sharing(place, part)
         check_reference(reference, module, needed=False)
         source, own = quantized_directory(directory), check_module(module)
         opening: dict[str, Any] = {"module": own, "prompts": read_prompts(prompts), "device": device}
@@ -182,17 +175,14 @@ def evaluate(
             quantized = open_model(str(source), **opening)
             described = provenance(quantized, directory)
             reader = judge or judge_of(source, reference)
-            absent = {
-                *(() if draws_from_text(quantized) else (CLIP_METRIC,)),
-                *(() if reader else (ADHERENCE,)),
-            }
+            images, pairs = amounts(num_images, num_pairs, thorough=thorough)
             settings = Settings(
-                num_images=num_images or (THOROUGH if thorough else QUICK)[0],
+                num_images=images,
                 steps=steps or default_steps(described),
                 seed=seed,
                 batch_size=batch_size,
-                num_pairs=num_pairs or (THOROUGH if thorough else QUICK)[1],
-                metrics=names if metrics != "all" else tuple(name for name in names if name not in absent),
+                num_pairs=pairs,
+                metrics=metrics_for(quantized, names, judge=reader) if metrics == "all" else names,
                 extractor=extractor,
                 clip=clip,
                 judge=reader,
@@ -204,8 +194,8 @@ def evaluate(
             request = Request(
                 settings=settings,
                 job=target.absolute().with_name(target.name + ".job"),
-                real=None if real is None else real.absolute(),
-                weights=Found(weights_dir and weights_dir.absolute()),
+                real=_absolute(real),
+                weights=Found(_absolute(weights_dir)),
                 published=published_figures(described),
                 backend=name,
             )
@@ -221,9 +211,25 @@ def evaluate(
             values = _evaluated(
                 quantized, full, request, target=target, again=again, place=place, shard=part, resume=resume
             )
-        result = {"output_dir": str(target), **({"shard": shard} if values is None else values)}
+    _tell(values, target, shard=shard, json=json)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
+def _check_sharing(place: "Place | None", shard: "Shard | None") -> None:
+    """Refuse a shard of a cluster's work."""
+    if place is not None and shard is not None:
+        raise typer.BadParameter(
+            "a cluster shares the work out itself; leave one of them out", param_hint="--shard"
+        )
+
+
+def _tell(values: dict[str, Any] | None, target: Path, *, shard: str | None, json: bool) -> None:
+    """Print what was found, or that a shard is drawn."""
     if json:
-        emit(result)
+        emit({"output_dir": str(target), **({"shard": shard} if values is None else values)})
     elif values is None:
         print(
             f"shard {shard} is drawn; once all are, the same command with "

@@ -7,6 +7,16 @@ import typer
 
 if TYPE_CHECKING:
     from tfmq.evaluation.stages import Shard
+    from tfmq.models.sampler import Sampler
+
+# Numbers of images and of pairs, unless others are asked for.
+QUICK, THOROUGH = (64, 16), (1000, 64)
+
+
+def amounts(num_images: int | None, num_pairs: int | None, *, thorough: bool) -> tuple[int, int]:
+    """Return how many images to draw and how many pairs to compare: as asked, else by `--thorough`."""
+    images, pairs = THOROUGH if thorough else QUICK
+    return num_images or images, num_pairs or pairs
 
 
 def judge_of(directory: Path, reference: str | None) -> str | None:
@@ -64,3 +74,13 @@ def metrics_of(metrics: str, extractor: str) -> tuple[str, ...]:
             param_hint="--extractor",
         )
     return names
+
+
+def metrics_for(sampler: "Sampler", names: tuple[str, ...], *, judge: str | None) -> tuple[str, ...]:
+    """Return the metrics that a model can have: clip needs prompts, adherence a judge."""
+    from tfmq.evaluation.adherence.judge import ADHERENCE
+    from tfmq.evaluation.settings import CLIP_METRIC
+    from tfmq.evaluation.text import draws_from_text
+
+    possible = {CLIP_METRIC: draws_from_text(sampler), ADHERENCE: judge is not None}
+    return tuple(name for name in names if possible.get(name, True))

@@ -2,12 +2,16 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tfmq.cli.options import Json, Model, Module, check_model, check_module
 from tfmq.cli.outcome import emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.evaluation.forecast import Forecast
+    from tfmq.models.sampler import Sampler
 
 Device = Annotated[
     bool,
@@ -36,8 +40,6 @@ def inspect(
     with verb():
         from tfmq.artifact import holds_quantized
         from tfmq.cli.models import open_model
-        from tfmq.cli.progress import foretell, shown_progress
-        from tfmq.evaluation.forecast import expected_seconds, forecast
         from tfmq.evaluation.inspection import inspect as look
         from tfmq.integrations.diffusers.quiet import quiet
 
@@ -49,11 +51,7 @@ def inspect(
             inspection = look(
                 sampler, directory=path, stock=None if own is None or path is None else own.sampler().denoiser
             )
-            expected = None
-            if device:
-                foretell(expected_seconds(sampler, batch=batch, thorough=thorough), "timing layers and steps")
-                with shown_progress() as progress:
-                    expected = forecast(sampler, batch=batch, thorough=thorough, progress=progress)
+            expected = _expected(sampler, batch=batch, thorough=thorough) if device else None
     if json:
         emit(asdict(inspection) | ({} if expected is None else {"forecast": asdict(expected)}))
     else:
@@ -62,3 +60,13 @@ def inspect(
         show_inspection(inspection)
         if expected is not None:
             show_forecast(expected)
+
+
+def _expected(sampler: "Sampler", *, batch: int, thorough: bool) -> "Forecast":
+    """Measure what integers bring, and say before how long that takes."""
+    from tfmq.cli.progress import foretell, shown_progress
+    from tfmq.evaluation.forecast import expected_seconds, forecast
+
+    foretell(expected_seconds(sampler, batch=batch, thorough=thorough), "timing layers and steps")
+    with shown_progress() as progress:
+        return forecast(sampler, batch=batch, thorough=thorough, progress=progress)

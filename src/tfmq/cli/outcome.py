@@ -52,10 +52,11 @@ def _cause(error: Exception) -> str:
     """Return what to say about an error: its own words, and its kind where the words alone say little."""
     if any(str(link).startswith(MISFIT_SIGN) for link in _chain(error)):
         return MISFIT
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, ValueError | OSError | RuntimeError | ImportError) and str(error).strip():
-        return str(error)
+    match error:
+        case OSError() if error.strerror:
+            return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        case ValueError() | OSError() | RuntimeError() | ImportError() if str(error).strip():
+            return str(error)
     return f"unexpected {type(error).__name__}: {error} (TFMQ_DEBUG=1 shows where)"
 
 
@@ -94,6 +95,7 @@ class _Notes(logging.Handler):
         self.kept: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep a note for the end, or print it at once where the user waits for it."""
         if getattr(record, "waiting", False):
             complain(record.getMessage(), kind="note")
         else:

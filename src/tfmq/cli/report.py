@@ -73,8 +73,8 @@ def report(
         target = output_dir or beside(directory, SUFFIX)
         found = gather(
             source,
-            evaluation=evaluation or _made(beside(directory, EVALUATED)),
-            analysis=analysis or _made(beside(directory, ANALYSED)),
+            evaluation=_measured(evaluation, beside(directory, EVALUATED)),
+            analysis=_measured(analysis, beside(directory, ANALYSED)),
             bench=bench,
             base_model=base_model,
             module=own,
@@ -97,15 +97,18 @@ def report(
     if json:
         emit(result)
     else:
-        missing = [
-            name
-            for name, value in (("evaluate", found.evaluation), ("analyze", found.analysis))
-            if value is None
-        ]
-        note = f" (nothing from tfmq {' and '.join(missing)} in it)" if missing else ""
-        print(f"{result['report']}, {size / 1e6:.2f} MB{note}; the same numbers in {result['card']}")
+        print(
+            f"{result['report']}, {size / 1e6:.2f} MB{_lacking(found)}; the same numbers in {result['card']}"
+        )
         if address is not None:
             print(f"pushed to {address}")
+
+
+def _lacking(found: "ModelReport") -> str:
+    """Return a note of the measurements that a report is without."""
+    measured = {"evaluate": found.evaluation, "analyze": found.analysis}
+    missing = [name for name, value in measured.items() if value is None]
+    return f" (nothing from tfmq {' and '.join(missing)} in it)" if missing else ""
 
 
 def _pushed(directory: Path, repository: str, found: "ModelReport", *, private: bool) -> str:
@@ -118,5 +121,6 @@ def _pushed(directory: Path, repository: str, found: "ModelReport", *, private: 
     return push_folder(directory, repository, card=render_card(found, place=repository), private=private)
 
 
-def _made(folder: Path) -> Path | None:
-    return folder if folder.is_dir() else None
+def _measured(given: Path | None, usual: Path) -> Path | None:
+    """Return the folder of measurements that was given, else the usual one if it is there."""
+    return given or (usual if usual.is_dir() else None)

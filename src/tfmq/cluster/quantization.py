@@ -112,9 +112,11 @@ class Helpers:
         self._team: Team[Task, None] = crew.team(partial(_make, order))
 
     def record(self, batches: Sequence[range]) -> Iterator[int]:
+        """Record the calls of `batches` on the workers; yield the number of each batch that is done."""
         for number, _ in self._team([("record", number, indices) for number, indices in enumerate(batches)]):
             yield number
 
     def reconstruct(self, units: Sequence[int]) -> Iterator[int]:
+        """Reconstruct `units` on the workers; yield the number of each unit that is done."""
         for number, _ in self._team([("reconstruct", unit, None) for unit in units]):
             yield units[number]

@@ -35,7 +35,8 @@ class Decoding(Protocol):
     context is open.
     """
 
-    def noted_latents(self) -> AbstractContextManager[list[Tensor]]: ...
+    def noted_latents(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect the latents that are decoded while the context is open."""
 
 
 @contextmanager

@@ -53,18 +53,23 @@ def check_request(
             f"{names} compare with full precision: pass --reference MODEL, or leave them out of --metrics"
         )
     if reference is not None:
-        if is_quantized(reference.denoiser.module):
-            raise ValueError("the reference is quantized itself; pass the full-precision model")
-        shapes = [tuple(sampler.example().sample.shape[1:]) for sampler in (reference, quantized)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the reference denoises samples of shape {shapes[0]}, the "
-                f"quantized model {shapes[1]}; pass its own original"
-            )
+        _check_reference(quantized, reference)
     if CLIP_METRIC in settings.metrics:
         prompts_of(quantized, range(1))
     if ADHERENCE in settings.metrics:
         asked_of(quantized, range(1))
+
+
+def _check_reference(quantized: Sampler, reference: Sampler) -> None:
+    """Refuse a reference that is quantized, or of another shape."""
+    if is_quantized(reference.denoiser.module):
+        raise ValueError("the reference is quantized itself; pass the full-precision model")
+    shapes = [tuple(sampler.example().sample.shape[1:]) for sampler in (reference, quantized)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the reference denoises samples of shape {shapes[0]}, the "
+            f"quantized model {shapes[1]}; pass its own original"
+        )
 
 
 def _check_statistics(metrics: Sequence[str], real: RealStatistics) -> None:

@@ -6,19 +6,22 @@ and calling them all.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tfmq.evaluation.cost.system import describe_machine
-from tfmq.evaluation.shapes import SECONDS, ShapeTiming, Total, sites_of, timed, total
+from tfmq.evaluation.shapes import SECONDS, ShapeTiming, Site, Total, sites_of, timed, total
 from tfmq.evaluation.trial import trial
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Inputs
+from tfmq.models.program import Trace
 from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.operation import weight_of
@@ -59,6 +62,16 @@ class Forecast:
     extrapolated: tuple[str, ...] = ()
 
 
+def _turn(call: Callable[[], object], steps: int) -> list[float]:
+    """Return the seconds of each of the `steps` calls of a turn but the first."""
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
 def _steps(*calls: Callable[[], object], most: float) -> list[float]:
     """Return the median time of a step of each model in ms; runs of them take turns, in rounds that begin
     within `most` seconds.
@@ -69,12 +82,52 @@ def _steps(*calls: Callable[[], object], most: float) -> list[float]:
         if number and time.perf_counter() > end:
             break
         for call, found in zip(calls, seconds, strict=True):
-            for step in range(RUN if time.perf_counter() < end else 2):
-                began = time.perf_counter()
-                call()
-                if step:
-                    found.append(time.perf_counter() - began)
+            found += _turn(call, RUN if time.perf_counter() < end else 2)
     return [median(found) * 1e3 for found in seconds]
+
+
+def _check_model(module: nn.Module) -> None:
+    """Refuse a model that a forecast cannot be made of."""
+    if is_quantized(module):
+        raise ValueError(
+            "the model is quantized already; measure it with tfmq bench, or pass the full-precision one"
+        )
+    if next(module.parameters()).device.type != "cpu":
+        raise ValueError("the forecast is for the CPU, whose integer operators it measures")
+
+
+def _weights(module: nn.Module, traced: Trace) -> list[Tensor]:
+    """Return the weight of each traced layer."""
+    return [weight_of(module.get_submodule(layer.name)) for layer in traced.layers]
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Return how many values tensors have in all."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _tabulated(traced: Trace) -> set[str]:
+    """Return the temporal layers that a quantized model does not run: their features come from a table."""
+    features = {layer.name: layer.cacheable for layer in traced.temporal if layer.name in traced.features}
+    every = all(features.values())
+    return {layer.name for layer in traced.temporal if every or features.get(layer.name, False)}
+
+
+def _sites(sampler: Sampler, names: set[str], inputs: Inputs) -> Counter[Site]:
+    """Return what the layers `names` are called with in a call of the model, and how often."""
+    with sites_of(sampler.denoiser.module, names) as found:
+        sampler.denoiser(inputs)
+    return found
+
+
+def _packed_call(
+    sampler: Sampler, recipe: Recipe | None, inputs: Inputs, progress: Progress
+) -> Callable[[], object]:
+    """Return a call of a copy of the model whose layers compute on arbitrary grids."""
+    with progress("packing weights", total=1) as advance:
+        quantized = trial(sampler, recipe or scheme("w8a8"), backend="torch")
+        advance(1)
+    return lambda: quantized(inputs)
 
 
 @torch.no_grad()
@@ -97,25 +150,13 @@ def forecast(
     Raises:
         ValueError: the model is quantized already, or is not on the CPU.
     """
-    module = sampler.denoiser.module
-    if is_quantized(module):
-        raise ValueError(
-            "the model is quantized already; measure it with tfmq bench, or pass the full-precision one"
-        )
-    if next(module.parameters()).device.type != "cpu":
-        raise ValueError("the forecast is for the CPU, whose integer operators it measures")
+    _check_model(sampler.denoiser.module)
     example: Inputs = sampler.example()
     traced = trace(sampler.denoiser, example)
-    inputs = example.resized(batch)
-    features = {layer.name: layer.cacheable for layer in traced.temporal if layer.name in traced.features}
-    tabulated = {
-        layer.name for layer in traced.temporal if all(features.values()) or features.get(layer.name, False)
-    }
-    with sites_of(module, {layer.name for layer in traced.layers} - tabulated) as kept:
-        sampler.denoiser(inputs)
-    with sites_of(module, tabulated) as dropped:
-        sampler.denoiser(inputs)
-    weights = sum(prod(weight_of(module.get_submodule(layer.name)).shape) for layer in traced.layers)
+    inputs, tabulated = example.resized(batch), _tabulated(traced)
+    kept = _sites(sampler, {layer.name for layer in traced.layers} - tabulated, inputs)
+    dropped = _sites(sampler, tabulated, inputs)
+    weights = _size(_weights(sampler.denoiser.module, traced))
     limit = inf if thorough else QUICK_SHAPES
     with progress("timing layers", total=len(kept) + len(dropped)) as advance:
         timings = timed(kept, most=limit, advance=advance)
@@ -125,10 +166,7 @@ def forecast(
     calls: list[Callable[[], object]] = [lambda: sampler.denoiser(inputs)]
     tried = available() and (thorough or weights <= QUICK_WEIGHTS)
     if tried:
-        with progress("packing weights", total=1) as advance:
-            quantized = trial(sampler, recipe or scheme("w8a8"), backend="torch")
-            advance(1)
-        calls.append(lambda: quantized(inputs))
+        calls.append(_packed_call(sampler, recipe, inputs, progress))
     step, *others = _steps(*calls, most=inf if thorough else QUICK_STEPS)
     rest = max(0.0, step - gone - layers.fp32_ms)
     predicted = others[0] if others else (rest + layers.int8_ms if available() else None)
@@ -168,13 +206,13 @@ def expected_seconds(sampler: Sampler, *, batch: int = 1, thorough: bool = True)
     model.
     """
     traced = trace(sampler.denoiser, sampler.example())
-    modules = [sampler.denoiser.module.get_submodule(layer.name) for layer in traced.layers]
-    weights = sum(weight_of(module).numel() for module in modules)
+    layers = _weights(sampler.denoiser.module, traced)
+    weights = _size(layers)
     inputs = sampler.example().resized(batch)
     with torch.no_grad():
         step = seconds_of(lambda: sampler.denoiser(inputs))
     # A weight shape occurs at about two sizes of the input.
-    shapes = 2 * len({tuple(weight_of(module).shape) for module in modules})
+    shapes = 2 * len({tuple(weight.shape) for weight in layers})
     # A layer that is slower than its moment is called four times in each form.
     timing, steps = max(2 * SECONDS * shapes, 8 * step), 2 * ROUNDS * RUN * step
     packing = PACKING * weights

@@ -17,7 +17,8 @@ from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.operation import weight_of
-from tfmq.nn.structure import InputKind, describe, input_kind, named_specs, state_bytes
+from tfmq.nn.size import state_bytes
+from tfmq.nn.structure import InputKind, describe, input_kind, named_specs
 from tfmq.nn.swap import is_quantized
 from tfmq.numerics.packing import packed_shape
 from tfmq.numerics.segments import scales
@@ -210,6 +211,14 @@ def _stock(module: nn.Module, example: Inputs) -> tuple[nn.Module, Trace, Proven
     return stock, trace(Denoiser(stock), example.map(lambda tensor: tensor.to("meta"))), provenance
 
 
+def _bits(module: nn.Module) -> dict[str, tuple[int, int | None, InputKind]]:
+    """Return the bits of weight and input of each quantized layer, and how its input is quantized."""
+    return {
+        name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"]))
+        for name, spec in named_specs(describe(module), "layers")
+    }
+
+
 def _of_quantized(
     module: nn.Module, example: Inputs, directory: Path | None, original: Denoiser | None
 ) -> Inspection:
@@ -218,23 +227,15 @@ def _of_quantized(
     else:
         stock, traced = original.module, trace(original, example)
         provenance = stored_manifest(directory).provenance if directory else Provenance()
-    specs = dict(named_specs(describe(module), "layers"))
-    maintained = provenance.maintenance != "none"
+    bits = _bits(module)
+    maintained = [layer.name for layer in traced.temporal] if provenance.maintenance != "none" else []
     names = [layer.name for layer in traced.layers]
-    bits = {
-        name: (spec["bits"], spec["input"]["bits"] if spec["input"] else None, input_kind(spec["input"]))
-        for name, spec in specs.items()
-    }
     parameters = _parameters(stock)
     return Inspection(
         type(stock).__name__,
         parameters,
         _temporal(traced),
-        find_units(
-            stock,
-            [name for name in names if name in specs],
-            exclude=[layer.name for layer in traced.temporal] if maintained else [],
-        ),
+        find_units(stock, [name for name in names if name in bits], exclude=maintained),
         tuple(LayerBits(name, *bits.get(name, (None, None))) for name in names),
         {"fp32": 4 * parameters, "quantized": stored_bytes(directory) if directory else state_bytes(module)},
         {},

@@ -1,12 +1,12 @@
 """Estimate from a few calls what drawing images will take, before the first image is drawn."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tfmq.evaluation.cost.system import memory_bytes
 from tfmq.evaluation.cost.trajectory import rehearsed
 from tfmq.models.sampler import Sampler
 from tfmq.progress import seconds_of
@@ -42,7 +42,7 @@ def available_bytes() -> int | None:
         fields = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines() if ":" in line)
         if "MemAvailable" in fields:
             return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return memory_bytes()
 
 
 def check_memory(outlays: Sequence[Outlay], num_images: int) -> float:

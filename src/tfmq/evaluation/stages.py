@@ -69,6 +69,7 @@ class Stored:
             yield self.journal.read(name)
 
     def chunks(self, kind: Kind) -> Iterator[Tensor]:
+        """Yield the features of one kind, batch by batch, each `[n, d]`."""
         for part in self.parts():
             yield part[kind]
 

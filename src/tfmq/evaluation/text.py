@@ -20,7 +20,8 @@ class Asking(Protocol):
     None where it has no words.
     """
 
-    def asked(self, indices: range) -> list[str] | None: ...
+    def asked(self, indices: range) -> list[str] | None:
+        """Return what each of the images `indices` is asked to show; None where there are no words."""
 
 
 def clip_score(model: str = CLIP) -> ClipScore:

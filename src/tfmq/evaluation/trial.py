@@ -30,12 +30,15 @@ class _Still:
     inputs: Inputs
 
     def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
+        """Refuse to draw: a trial needs no image."""
         raise AssertionError("a trial draws nothing")
 
     def example(self) -> Inputs:
+        """Return the one call that is there."""
         return self.inputs
 
     def describe(self) -> dict[str, Any]:
+        """Return nothing: no job is resumed with it."""
         return {}
 
 

@@ -11,42 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tfmq.export.quiet import quiet_tools
+from tfmq.export.signature import TENSOR, Signature
 from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
 from tfmq.nn.temporal import cached_features, given_features, tabulated
 from tfmq.numerics.errors import sqnr_db
+from tfmq.numerics.trees import tensors_in
 from tfmq.temporal.probe import layer_outputs
 
-# Stands in the place of a tensor among the constants of a signature.
-TENSOR = "<tensor>"
 # dB of SQNR. Two runs of the same arithmetic agree far better than this; another branch would agree far
 # worse.
 SAME_DB = 40.0
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a graph is specific to: the structure of the arguments, their values that are no tensors, and
-    dtype and shape of the tensors.
-
-    `batched` says of each tensor whether its first axis is the batch, which is left out of its `shape`.
-    `names` are paths in the arguments, `timestep` the position of the timesteps among the tensors.
-    """
-
-    structure: TreeSpec
-    constants: tuple[Any, ...]
-    dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    batched: tuple[bool, ...]
-    names: tuple[str, ...]
-    timestep: int
-
-    @property
-    def key(self) -> str:
-        """A text that is equal for equal signatures, in any process."""
-        return repr((str(self.structure), self.constants, self.dtypes, self.shapes, self.batched))
 
 
 @dataclass(frozen=True)
@@ -64,36 +41,11 @@ class Call:
         The batch is the first axis of the first tensor that has several axes: the sample.
         """
         name = getattr(module, TIMESTEP)
-        batch, device = next(
-            (leaf.shape[0], leaf.device)
-            for leaf in tree_flatten(dict(arguments))[0]
-            if isinstance(leaf, Tensor) and leaf.ndim > 1
-        )
-        timestep = torch.as_tensor(arguments[name], device=device).flatten()
-        paths, structure = tree_flatten_with_path({**arguments, name: timestep.expand(batch)})
-        leaves = [leaf for _, leaf in paths]
-        names = tuple(
-            ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
-            for path, leaf in paths
-            if isinstance(leaf, Tensor)
-        )
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        batched = tuple(tensor.ndim > 0 and tensor.shape[0] == batch for tensor in tensors)
-        shapes = tuple(tuple(t.shape[1:] if b else t.shape) for t, b in zip(tensors, batched, strict=True))
-        return cls(
-            Signature(
-                structure,
-                constants,
-                tuple(t.dtype for t in tensors),
-                shapes,
-                batched,
-                names,
-                names.index(name),
-            ),
-            tensors,
-            batch,
-        )
+        sample = next(tensor for tensor in tensors_in(dict(arguments)) if tensor.ndim > 1)
+        timestep = torch.as_tensor(arguments[name], device=sample.device).flatten()
+        tree = {**arguments, name: timestep.expand(len(sample))}
+        tensors = tuple(tensors_in(tree))
+        return cls(Signature.of(tree, tensors, batch=len(sample), timestep=name), tensors, len(sample))
 
     def resized(self, batch: int) -> tuple[Tensor, ...]:
         """Return the tensors with the first sample repeated `batch` times."""
@@ -146,6 +98,9 @@ class Graph(nn.Module):
         return (bins, *((tabulated(self.module, bins),) if self.tables else ()), *tensors)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of the denoiser's output for the bins, the features where there are tables, and
+        the tensors of a call.
+        """
         bins, *rest = inputs
         with given_features(self.module, rest.pop(0)) if self.tables else nullcontext():
             return tuple(tree_flatten(self.output(bins, rest))[0])
@@ -171,12 +126,15 @@ class FeatureGraph(Graph):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the names of the inputs: bins, whether these are exact, and the tensors of a call."""
         return ("bins", "exact", *self.signature.names)
 
     def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the inputs of timesteps that lie between those of the tables, so that every layer runs."""
         return (bins, torch.zeros_like(bins, dtype=torch.bool), *self._between(bins, tensors))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the features side by side, `[B, D]`, in float32."""
         bins, exact, *tensors = inputs
         children = cached_features(self.module)
         with (
@@ -210,12 +168,15 @@ class KeyedGraph(Graph):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the names of the tensors of a call: there are no bins among the inputs."""
         return self.signature.names
 
     def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the tensors of a call with timesteps that lie between those of the tables."""
         return self._between(bins, tensors)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Look the bins up by the timesteps, and return the tensors of the denoiser's output."""
         steps = steps_of(self.module)
         timestep = inputs[self.signature.timestep].to(torch.float32)
         edges = (steps.timesteps[1:] + steps.timesteps[:-1]) / 2

@@ -77,22 +77,21 @@ def join_splits(model: ov.Model) -> None:
     """
     for node in model.get_ordered_ops():
         source = node.input_value(0).get_node() if node.get_type_name() == "VariadicSplit" else None
-        if (
-            source is None
-            or source.get_type_name() != "Concat"
-            or source.get_input_size() != node.get_output_size()
-        ):
-            continue
-        axis = int(node.input_value(1).get_node().get_data())
-        rank = len(source.output(0).get_partial_shape())
-        parts = [source.input_value(index) for index in range(source.get_input_size())]
-        widths = [part.get_partial_shape()[axis % rank] for part in parts]
-        same = source.get_axis() % rank == axis % rank and all(width.is_static for width in widths)
-        if same and [width.get_length() for width in widths] == [
-            int(width) for width in node.input_value(2).get_node().get_data()
-        ]:
-            for output, part in zip(node.outputs(), parts, strict=True):
+        if source is not None and source.get_type_name() == "Concat" and _undoes(node, source):
+            for output, part in zip(node.outputs(), source.input_values(), strict=True):
                 output.replace(part)
+
+
+def _undoes(split: Any, joined: Any) -> bool:
+    """Whether a split takes a concatenation apart where it was joined."""
+    axis = int(split.input_value(1).get_node().get_data())
+    rank = len(joined.output(0).get_partial_shape())
+    widths = [part.get_partial_shape()[axis % rank] for part in joined.input_values()]
+    return (
+        joined.get_axis() % rank == axis % rank
+        and all(width.is_static for width in widths)
+        and [width.get_length() for width in widths] == list(split.input_value(2).get_node().get_data())
+    )
 
 
 def join_lookups(model: ov.Model) -> None:

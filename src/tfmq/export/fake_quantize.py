@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
 from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductKernel, ProductQuantizers
+from tfmq.nn.submodules import submodules
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.input import InputQuantizer
 
@@ -163,14 +164,19 @@ def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
     """Return the kernels of the sites whose product an engine computes in integers, by site."""
     kernels: dict[int, ProductKernel] = {}
     for site, grids in enumerate(zip(products.left, products.right, strict=True)):
-        zeros = [
-            grid.zero_points().unique().tolist() if isinstance(grid, ActivationQuantizer) else []
-            for grid in grids
-        ]
-        middles = [grid.format.middle if isinstance(grid, ActivationQuantizer) else None for grid in grids]
-        if zeros[0] in ([0], [middles[0]]) and zeros[1] == [middles[1]]:
-            kernels[site] = FakeQuantizeProduct(*zeros[0], *zeros[1])
+        (left, left_middle), (right, right_middle) = map(_zero_points, grids)
+        if left in ([0], [left_middle]) and right == [right_middle]:
+            kernels[site] = FakeQuantizeProduct(*left, *right)
     return kernels
+
+
+def _zero_points(grid: nn.Module) -> tuple[list[int], int | None]:
+    """Return the distinct zero-points of the quantizer of an operand, and its middle code; nothing where
+    there is none.
+    """
+    if not isinstance(grid, ActivationQuantizer):
+        return [], None
+    return grid.zero_points().unique().tolist(), grid.format.middle
 
 
 def _kernel(weight: IntegerWeight, quantizer: InputQuantizer | None) -> FakeQuantizeKernel:
@@ -188,7 +194,7 @@ def graph_kernels(module: nn.Module) -> Iterator[None]:
     a while.
     """
     layers = list(packed_layers(module).values())
-    products = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
+    products = list(submodules(module, ProductQuantizers).values())
     before = [(layer.kernel, layer.input_precision) for layer in layers], [child.idle for child in products]
     for layer in layers:
         weight = layer.integer_weight()

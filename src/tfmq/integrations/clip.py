@@ -21,9 +21,11 @@ class ClipFeatures(CLIPModel):
     """
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the features of images `[N, d]`, whatever this transformers wraps them in."""
         return _unwrapped(super().get_image_features(*args, **kwargs))
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the features of texts `[N, d]`, whatever this transformers wraps them in."""
         return _unwrapped(super().get_text_features(*args, **kwargs))
 
 

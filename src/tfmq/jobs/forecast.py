@@ -26,12 +26,7 @@ def calibration_seconds(job: Job, work: Work) -> float:
     """Return about what the stages before the units take: by the time of one call, of one search for a range
     and of one pass of the block.
     """
-    config, learning, plan, block = (
-        job.recipe.calibration,
-        job.recipe.temporal.learning,
-        work.plan,
-        work.block,
-    )
+    config, plan = job.recipe.calibration, work.plan
     example = job.sampler.example().resized(min(config.batch_size, config.samples))
     a_call = (
         seconds_of(lambda: job.denoiser(example)) * -(-config.samples // config.batch_size) * config.steps
@@ -47,19 +42,19 @@ def calibration_seconds(job: Job, work: Work) -> float:
     searches = sum(2 if quantizer.key == "measured" else 1 for quantizer in searched)
     values = torch.linspace(-1, 1, KEPT).reshape(1, -1)
     a_range = seconds_of(lambda: search(values, searched[0].grid, shrinks=SHRINKS)) if searched else 0.0
-    maintained = (
-        [layer.name for layer in block.trace.temporal if layer.name in plan.layers]
-        if job.recipe.temporal.maintenance != "none"
-        else []
-    )
-    a_step = 0.0
-    if maintained:
-        timesteps = block.at(torch.zeros(1))
-        weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
-        a_step = (
-            STEP_RUNS * seconds_of(lambda: block.run(timesteps, block.features)) + SECONDS_A_WEIGHT * weights
-        )
-    return (1 + OBSERVED * passes) * a_call + searches * a_range + learning.iterations * a_step
+    return (1 + OBSERVED * passes) * a_call + searches * a_range + _block_seconds(job, work)
+
+
+def _block_seconds(job: Job, work: Work) -> float:
+    """Return about what TIAR takes, by the time of one pass of the temporal block."""
+    block, learning = work.block, job.recipe.temporal.learning
+    maintained = [layer.name for layer in block.trace.temporal if layer.name in work.plan.layers]
+    if job.recipe.temporal.maintenance == "none" or not maintained:
+        return 0.0
+    timesteps = block.at(torch.zeros(1))
+    weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
+    a_pass = seconds_of(lambda: block.run(timesteps, block.features))
+    return learning.iterations * (STEP_RUNS * a_pass + SECONDS_A_WEIGHT * weights)
 
 
 def unit_costs(job: Job, units: Sequence[Unit]) -> list[Cost]:

@@ -34,9 +34,11 @@ class Helpers(Protocol):
     the functions that the job itself would call.
     """
 
-    def record(self, batches: Sequence[range]) -> Iterator[int]: ...
+    def record(self, batches: Sequence[range]) -> Iterator[int]:
+        """Leave the calls of each batch in the job's store; yield the number of each that is done."""
 
-    def reconstruct(self, units: Sequence[int]) -> Iterator[int]: ...
+    def reconstruct(self, units: Sequence[int]) -> Iterator[int]:
+        """Leave each of `units` in the job's journal; yield the number of each that is done."""
 
 
 def stage_seed(seed: int, name: str) -> int:

@@ -34,9 +34,11 @@ class Pace(Protocol):
     codes.
     """
 
-    def learning(self, number: int) -> Learning | None: ...
+    def learning(self, number: int) -> Learning | None:
+        """Return the learning of the unit `number`; None where it keeps its nearest codes."""
 
-    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None: ...
+    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None:
+        """Hear what a unit took; `moments` are when its solver advanced, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,11 @@ class Unhurried:
     config: Learning
 
     def learning(self, number: int) -> Learning | None:
+        """Return the recipe's learning for every unit."""
         return self.config
 
-    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None: ...
+    def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None:
+        """Do nothing: what a unit took changes nothing for the next."""
 
 
 def within(config: Learning, iterations: int) -> Learning:
@@ -69,6 +73,8 @@ class Paced:
         self.grants: dict[int, Grant] = {}
 
     def learning(self, number: int) -> Learning | None:
+        """Return what the budget grants a unit, from the journal where it was granted before."""
+
         def decide() -> dict[str, torch.Tensor]:
             grant = self.budget.grant([unit.name for unit in self.units[number:]])
             return {"solved": torch.tensor(grant.solved), "iterations": torch.tensor(grant.iterations)}

@@ -56,21 +56,12 @@ def reconstruct_units(job: Job, work: Work) -> None:
 
     Where no unit waits for another, helpers leave units in the journal, in any order.
     """
-    module, rounding, units = job.denoiser.module, job.recipe.rounding, work.units
+    module, units = job.denoiser.module, work.units
     layers = calibrated_layers(module)
-    for unit in units:
-        job.resources.check(
-            unit.name, SOLVERS[rounding.solver].memory([layers[name] for name in unit.layers], rounding)
-        )
-    with full_precision(module):
-        names, example = [unit.name for unit in units], job.store.read(0)
-        readers, once = find_readers(job.denoiser, names, example), called_once(job.denoiser, names, example)
-    upstream = Upstream(job.store.directory / "outputs", readers=readers, once=once)
-    pace, reports = paced(job, units), []
-    waiting = [unit for number, unit in enumerate(units) if not job.journal.done(unit_file(number))]
-    if job.foretold is not None and waiting and job.resources.time_budget is None:
-        job.foretold(units_seconds(job, waiting), "units")
-    amounts = [work_amount(rounding, job.recipe.learning, len(unit.layers)) for unit in units]
+    _check_memory(job, units, layers)
+    upstream, pace, reports = _upstream(job, units), paced(job, units), []
+    _foretell(job, units)
+    amounts = [work_amount(job.recipe.rounding, job.recipe.learning, len(unit.layers)) for unit in units]
     # Each unit counts one more, for its calls.
     with job.progress("units: reconstruction", sum(amounts) + len(units)) as advance:
         helped = set()
@@ -90,14 +81,42 @@ def reconstruct_units(job: Job, work: Work) -> None:
     work.reports = tuple(reports)
 
 
+def _check_memory(job: Job, units: Sequence[Unit], layers: Mapping[str, CalibratedLayer]) -> None:
+    """Refuse units whose solver needs more memory than the job may take."""
+    rounding = job.recipe.rounding
+    for unit in units:
+        job.resources.check(
+            unit.name, SOLVERS[rounding.solver].memory([layers[name] for name in unit.layers], rounding)
+        )
+
+
+def _upstream(job: Job, units: Sequence[Unit]) -> Upstream:
+    """Return the store of outputs of the units before a unit, with who reads them in full precision."""
+    names = [unit.name for unit in units]
+    with full_precision(job.denoiser.module):
+        example = job.store.read(0)
+        readers, once = find_readers(job.denoiser, names, example), called_once(job.denoiser, names, example)
+    return Upstream(job.store.directory / "outputs", readers=readers, once=once)
+
+
+def _left(job: Job, units: Sequence[Unit]) -> list[int]:
+    """Return the numbers of the units that are not in the journal."""
+    return [number for number in range(len(units)) if not job.journal.done(unit_file(number))]
+
+
+def _foretell(job: Job, units: Sequence[Unit]) -> None:
+    """Say about what the units that are left take, where no budget of time decides that."""
+    waiting = [units[number] for number in _left(job, units)]
+    if job.foretold is not None and waiting and job.resources.time_budget is None:
+        job.foretold(units_seconds(job, waiting), "units")
+
+
 def _helped(job: Job, units: Sequence[Unit]) -> Iterator[int]:
     """Let helpers reconstruct what they can ahead; yield the number of each unit that is in the journal
     then.
     """
     if job.helpers is not None and job.recipe.rounding.inputs == "full":
-        yield from job.helpers.reconstruct(
-            [number for number in range(len(units)) if not job.journal.done(unit_file(number))]
-        )
+        yield from job.helpers.reconstruct(_left(job, units))
 
 
 def _computed(

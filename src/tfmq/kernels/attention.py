@@ -14,7 +14,7 @@ the sum of a query's codes comes from a column of ones behind the values. Intege
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ class Grid(NamedTuple):
     levels: int
 
     def codes(self, x: Tensor) -> Tensor:
+        """Return the codes of `x`, uint8."""
         return quantize_u8(x.contiguous(), *self)
 
     def signed(self, x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class Grids(NamedTuple):
     value: Grid
 
 
-def integer_attention(call: Attention, rows: tuple[Rows, Rows, Rows, Rows]) -> Tensor | None:
+def integer_attention(call: Attention, rows: Sequence[Rows]) -> Tensor | None:
     """Return the attention of `call` with query, key, probabilities and value on the grids `rows`, in the
     dtype of the query.
 
@@ -89,7 +90,7 @@ def integer_attention(call: Attention, rows: tuple[Rows, Rows, Rows, Rows]) -> T
     return out.reshape(*heads, *out.shape[-2:]).to(call.query.dtype)
 
 
-def _grids(rows: tuple[Rows, Rows, Rows, Rows]) -> Iterator[Grids]:
+def _grids(rows: Sequence[Rows]) -> Iterator[Grids]:
     """Yield the grids of each sample, or once those of all."""
     samples = max(len(grid.scale) for grid in rows)
     columns = [
@@ -115,15 +116,18 @@ class _Masks:
 
     @classmethod
     def of(cls, mask: Tensor, heads: torch.Size) -> "_Masks":
+        """Take a mask of attention apart into the masks that differ and what each of the `heads` has."""
         own = mask.shape[:-2]
         index = torch.arange(math.prod(own)).reshape(own).expand(heads).reshape(-1)
         # A mask may be one row of keys: give it two axes.
         return cls(mask.reshape(-1, *mask.shape[-2:] if mask.ndim > 1 else (1, mask.shape[-1])), index)
 
     def of_heads(self, part: slice) -> "_Masks":
+        """Return the masks of some of the heads."""
         return _Masks(self.masks, self.index[part])
 
     def block(self, heads: slice, queries: slice) -> Tensor:
+        """Return the masks of some heads and queries, `[heads, queries or 1, S or 1]`."""
         masks = self.masks if self.masks.shape[1] == 1 else self.masks[:, queries]
         return masks[self.index[heads]]
 

@@ -16,8 +16,9 @@ from tfmq.kernels.operators.multiply import convolution_codes, linear_codes, lin
 from tfmq.kernels.operators.product import product_codes
 from tfmq.kernels.operators.quantize import quantize_codes
 from tfmq.kernels.operators.weights import half_packed
-from tfmq.numerics.operations import Operation, Window
+from tfmq.numerics.operations import Operation
 from tfmq.numerics.segments import spread
+from tfmq.numerics.window import Window
 
 # Largest number of segments that the operators take. No model here has more.
 MAX_SEGMENTS = 4
@@ -165,6 +166,7 @@ class OperatorKernel(Integers):
         return scales, zero_points, index, self.segments
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """Quantize `x` on its grids and return the layer's output, by operators that compute in integers."""
         assert rows is not None
         grid = self._grid(rows)
         values = (self.weight, self.weight_zero, self.scale, self.sums, self.bias)
@@ -190,6 +192,7 @@ class WeightOnlyKernel(Integers):
         self.channel_axis = source.operation.channel_axis
 
     def forward(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """Return the layer's output for `x` as it comes, with integer weights."""
         last = channels_last(x, self.channel_axis)
         y = linear_weight_only(last, self.segments, self.weight, self.weight_zero, self.scale, self.bias)
         return channels_back(y, self.channel_axis)

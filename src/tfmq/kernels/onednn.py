@@ -29,8 +29,9 @@ from torch import Tensor
 
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
-from tfmq.numerics.operations import Operation, Window
+from tfmq.numerics.operations import Operation
 from tfmq.numerics.segments import scales
+from tfmq.numerics.window import Window
 
 # Subtracted from an unsigned code of eight bits, it gives a signed one.
 MIDDLE = 128

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from tfmq.models.denoiser import Inputs
+from tfmq.numerics.trees import map_tensors, tensors_in
 from tfmq.storage.digest import tensor_digest
 
 
@@ -33,10 +34,10 @@ def in_turn(values: Mapping[str, Any], indices: range) -> dict[str, Any]:
     other values go to all images.
     """
 
-    def chosen(value: Any) -> Any:
-        return value[[index % len(value) for index in indices]] if isinstance(value, Tensor) else value
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor[[index % len(tensor) for index in indices]]
 
-    return {name: tree_map(chosen, value) for name, value in values.items()}
+    return {name: map_tensors(chosen, value) for name, value in values.items()}
 
 
 def described(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def described(values: Mapping[str, Any]) -> dict[str, Any]:
     is no tensor.
     """
     tensors = _tensors(values)
-    others = {name: repr(leaf) for name, leaf in _leaves(values).items() if not isinstance(leaf, Tensor)}
+    others = {name: repr(leaf) for name, leaf in _leaves(values).items() if name not in tensors}
     return {"tensors": sorted(tensors), "digest": tensor_digest(tensors), "values": others}
 
 
@@ -81,7 +82,7 @@ def joined(first: Inputs, second: Inputs) -> Inputs:
 
 
 def _both(call: Inputs, name: str, first: Any, second: Any) -> Any:
-    tensors = isinstance(first, Tensor) and isinstance(second, Tensor)
+    tensors = len(tensors_in((first, second))) == 2
     if tensors and call.rows_each(first):
         if first.shape != second.shape:
             raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+
+from tfmq.numerics.trees import map_tensors, tensors_in
 
 SAMPLE_NAMES = ("sample", "hidden_states", "x", "x_t", "noisy", "latents")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma")
@@ -34,7 +35,7 @@ class Inputs:
         return Inputs(
             function(self.sample),
             function(self.timestep),
-            tree_map(lambda v: function(v) if isinstance(v, Tensor) else v, dict(self.conditions)),
+            map_tensors(function, dict(self.conditions)),
         )
 
     def rows_each(self, tensor: Tensor) -> int:
@@ -70,7 +71,7 @@ class Inputs:
 
 def output_tensors(output: Any) -> tuple[Tensor, ...]:
     """Return every tensor of a module's output: a tensor, a tuple, or a diffusers output object."""
-    leaves = tuple(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+    leaves = tuple(tensors_in(output))
     if not leaves and hasattr(output, "values"):
         leaves = tuple(value for value in output.values() if isinstance(value, Tensor))
     if not leaves:

@@ -2,9 +2,11 @@
 program.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch.utils._pytree import tree_leaves, tree_map
 
 TIMESTEP = "timestep"
 
@@ -93,3 +95,40 @@ class Trace:
     def temporal(self) -> tuple[LayerTrace, ...]:
         """The temporal layers, in execution order."""
         return tuple(layer for layer in self.layers if layer.temporal)
+
+
+def _needed(calls: Sequence[Call | None], wanted: Mapping[str, Ref]) -> dict[int, Call]:
+    """Return the calls, by number, that make what is `wanted`."""
+    needed: dict[int, Call] = {}
+    pending = [ref.call for ref in wanted.values()]
+    while pending:
+        index = pending.pop()
+        if index in needed or index < 0:
+            continue
+        call = calls[index]
+        if call is None:
+            raise RuntimeError("a temporal computation reads a tensor made from the sample")
+        needed[index] = call
+        pending += [leaf.call for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Ref)]
+    return needed
+
+
+def sliced(
+    calls: Sequence[Call | None], wanted: Mapping[str, Ref]
+) -> tuple[tuple[Call, ...], dict[str, Ref]]:
+    """Return the calls that `wanted` needs, renumbered, and where they leave it.
+
+    Raises:
+        RuntimeError: one of them depends on the sample.
+    """
+    needed = _needed(calls, wanted)
+    order = {old: new for new, old in enumerate(sorted(needed))}
+
+    def renumber(value: Any) -> Any:
+        return Ref(order[value.call], value.leaf) if isinstance(value, Ref) and value.call >= 0 else value
+
+    kept = (needed[index] for index in sorted(needed))
+    program = tuple(
+        Call(c.function, c.module, tree_map(renumber, c.args), tree_map(renumber, c.kwargs)) for c in kept
+    )
+    return program, {name: renumber(ref) for name, ref in wanted.items()}

@@ -28,11 +28,14 @@ class Sampler(Protocol):
 
     denoiser: Denoiser
 
-    def run(self, indices: range, *, steps: int, seed: int) -> Tensor: ...
+    def run(self, indices: range, *, steps: int, seed: int) -> Tensor:
+        """Draw the images `indices` of the stream `seed`, float `[N, C, H, W]` in [0, 1]."""
 
-    def example(self) -> Inputs: ...
+    def example(self) -> Inputs:
+        """Return the inputs of one call of the denoiser."""
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """Return what the images depend on beside the weights, as JSON values."""
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:

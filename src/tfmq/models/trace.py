@@ -6,7 +6,7 @@ needed, no class names. A layer that depends on the timestep, and neither on the
 with positions (a prompt's tokens), is temporal, even where its weights are still zero.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,13 +21,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace
+from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace, sliced
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.products import sites
+from tfmq.numerics.operations import Operation
+from tfmq.numerics.trees import map_tensors, tensors_in
 
 # Operators whose output holds only values of the input: copies, casts, nearest upsampling.
 ATEN = torch.ops.aten
@@ -49,20 +50,6 @@ class _Label:
 _NOTHING = _Label()
 
 
-def _gather(tree: Any, found: list[Tensor]) -> None:
-    """Append the tensors of a tree in order, faster than torch does for what operators are given."""
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif type(tree) in (tuple, list):
-        for child in tree:
-            _gather(child, found)
-    elif type(tree) is dict:
-        for child in tree.values():
-            _gather(child, found)
-    elif tree is not None and not isinstance(tree, (int, float, str)):
-        found.extend(leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))
-
-
 @dataclass
 class _Record:
     spatial: frozenset[str]
@@ -79,27 +66,27 @@ class _Record:
     inside: int = 0
 
     def label(self, tensor: Tensor) -> _Label:
+        """Return what is known of a tensor."""
         return self.labels.get(tensor, _NOTHING)
-
-    def tensors(self, *trees: Any) -> list[Tensor]:
-        found: list[Tensor] = []
-        _gather(trees, found)
-        return found
 
     def record(self, call: Call, args: Any, kwargs: Any, output: Any, label: _Label) -> None:
         """Note a call and give its outputs a label and a place in the program."""
         program_call = None
         if not label.sources & self.spatial:
             program_call = Call(
-                call.function, call.module, tree_map(self.reference, args), tree_map(self.reference, kwargs)
+                call.function,
+                call.module,
+                map_tensors(self.reference, args),
+                map_tensors(self.reference, kwargs),
             )
         self.calls.append(program_call)
-        for leaf, tensor in enumerate(self.tensors(output)):
+        for leaf, tensor in enumerate(tensors_in(output)):
             self.labels[tensor] = label
             self.refs[tensor] = Ref(len(self.calls) - 1, leaf)
 
-    def reference(self, value: Any) -> Any:
-        return self.refs.get(value, value) if isinstance(value, Tensor) else value
+    def reference(self, tensor: Tensor) -> Any:
+        """Return the place in the program where a tensor is made; itself where it is a constant."""
+        return self.refs.get(tensor, tensor)
 
     def combine(self, inputs: list[Tensor]) -> _Label:
         """Return the label of what is computed from `inputs`; note the temporal layers whose output meets
@@ -121,28 +108,29 @@ def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], outpu
     """Return the channel concatenation that `output` carries: a new one, or that of an input of the same
     width.
     """
-    output = next(iter(record.tensors(output)), None)
+    output = next(iter(tensors_in(output)), None)
     if output is None or output.ndim < 3:
         return None
     if func is torch.ops.aten.cat.default:
-        axis = (args[1] if len(args) > 1 else 0) % output.ndim
-        seen = [bool(record.label(part).sources & record.spatial) for part in args[0]]
-        return (
-            Segments(tuple(part.shape[axis] for part in args[0]), axis)
-            if axis and all(seen) and len(seen) > 1
-            else None
-        )
+        return _joined(record, args[0], (args[1] if len(args) > 1 else 0) % output.ndim)
     for tensor in inputs:
         segments = record.label(tensor).segments
-        if (
-            segments
-            and tensor.ndim == output.ndim
-            and tensor.shape[segments.axis] == output.shape[segments.axis]
-        ):
-            return (
-                segments if func.is_view or func.overloadpacket in COPIES else replace(segments, direct=False)
-            )
+        if segments and _same_width(tensor, output, segments.axis):
+            copied = func.is_view or func.overloadpacket in COPIES
+            return segments if copied else replace(segments, direct=False)
     return None
+
+
+def _joined(record: _Record, parts: Sequence[Tensor], axis: int) -> Segments | None:
+    """Return the concatenation of `parts`; None along the batch, or where a part has no positions."""
+    spatial = all(record.label(part).sources & record.spatial for part in parts)
+    if not axis or not spatial or len(parts) < 2:
+        return None
+    return Segments(tuple(part.shape[axis] for part in parts), axis)
+
+
+def _same_width(left: Tensor, right: Tensor, axis: int) -> bool:
+    return left.ndim == right.ndim and left.shape[axis] == right.shape[axis]
 
 
 class _Operations(TorchDispatchMode):
@@ -161,7 +149,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*(self._fake(value) for value in args), **kwargs)
         if not self.state.inside:
-            inputs = self.state.tensors(args, kwargs)
+            inputs = tensors_in((args, kwargs))
             combined = self.state.combine(inputs)
             label = _Label(
                 combined.sources, combined.producers, _segments(self.state, func, args, inputs, output)
@@ -226,7 +214,7 @@ def _is_weighted(module: nn.Module) -> bool:
 def _record_layer(
     record: _Record, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
 ) -> None:
-    inputs = record.tensors(args, kwargs)
+    inputs = tensors_in((args, kwargs))
     combined = record.combine(inputs)
     operation = operation_of(layer)
     if len(args) + len(kwargs) > 1:
@@ -236,14 +224,10 @@ def _record_layer(
     if is_embedding(layer):
         record.embeddings[name] = None
     if operation is not None:
-        segments = record.label(inputs[0]).segments
-        # A group of a grouped convolution reads a part of a source, so it has no segments.
-        whole = segments is not None and sum(segments.widths) == weight_of(layer).shape[1]
-        reads = whole and segments is not None and segments.axis == operation.channel_axis % inputs[0].ndim
         known = record.layers.get(name)
         sources = combined.sources | (known.depends_on if known else frozenset())
         temporal = TIMESTEP in sources and not sources & record.spatial
-        read = segments if reads and segments else NO_SEGMENTS
+        read = _read(record, layer, operation, inputs[0])
         record.layers[name] = LayerTrace(
             name, sources, temporal, read.widths, operation.channel_axis == -1, read.direct
         )
@@ -253,31 +237,13 @@ def _record_layer(
     record.outputs[name] = record.refs[output]
 
 
-def _slice(record: _Record, wanted: Mapping[str, Ref]) -> tuple[tuple[Call, ...], dict[str, Ref]]:
-    """Keep the calls that `wanted` needs and renumber them."""
-    needed: set[int] = set()
-    pending = [ref.call for ref in wanted.values()]
-    while pending:
-        index = pending.pop()
-        if index in needed or index < 0:
-            continue
-        needed.add(index)
-        call = record.calls[index]
-        if call is None:
-            raise RuntimeError("a temporal computation reads a tensor made from the sample")
-        pending += [leaf.call for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Ref)]
-    order = {old: new for new, old in enumerate(sorted(needed))}
-
-    def renumber(value: Any) -> Any:
-        return Ref(order[value.call], value.leaf) if isinstance(value, Ref) and value.call >= 0 else value
-
-    calls = [record.calls[index] for index in sorted(needed)]
-    sliced = tuple(
-        Call(c.function, c.module, tree_map(renumber, c.args), tree_map(renumber, c.kwargs))
-        for c in calls
-        if c
-    )
-    return sliced, {name: renumber(ref) for name, ref in wanted.items()}
+def _read(record: _Record, layer: nn.Module, operation: Operation, x: Tensor) -> Segments:
+    """Return the concatenation that a layer reads as its channels."""
+    segments = record.label(x).segments
+    # A group of a grouped convolution reads a part of a source, so it has no segments.
+    whole = segments is not None and sum(segments.widths) == weight_of(layer).shape[1]
+    along = segments is not None and segments.axis == operation.channel_axis % x.ndim
+    return segments if segments is not None and whole and along else NO_SEGMENTS
 
 
 def _run(denoiser: Denoiser, inputs: Inputs, *, fake: bool) -> _Record:
@@ -314,5 +280,7 @@ def trace(denoiser: Denoiser, example: Inputs, *, batch: int = 2) -> Trace:
     features = tuple(
         layer.name for layer in layers if layer.name in record.features and layer.name in temporal
     )
-    calls, outputs = _slice(record, {name: ref for name, ref in record.outputs.items() if name in temporal})
+    calls, outputs = sliced(
+        record.calls, {name: ref for name, ref in record.outputs.items() if name in temporal}
+    )
     return Trace(layers, features, dict(record.products), calls, outputs, batch, tuple(record.embeddings))

@@ -27,18 +27,22 @@ class Contraction:
 
     @property
     def batch(self) -> str:
+        """Return the letters that both operands and the result have."""
         return "".join(letter for letter in self.left if letter in self.right and letter in self.out)
 
     @property
     def summed(self) -> str:
+        """Return the letters that both operands have and the result has not."""
         return "".join(letter for letter in self.left if letter in self.right and letter not in self.out)
 
     @property
     def rows(self) -> str:
+        """Return the letters that the left operand alone has."""
         return "".join(letter for letter in self.left if letter not in self.right)
 
     @property
     def columns(self) -> str:
+        """Return the letters that the right operand alone has."""
         return "".join(letter for letter in self.right if letter not in self.left)
 
     def multiply(self, left: Tensor, right: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -69,7 +73,14 @@ def contraction(arguments: Sequence[Any]) -> Contraction | None:
         or not all(tensor.is_floating_point() for tensor in tensors)
     ):
         return None
-    inputs, arrow, out = arguments[0].replace(" ", "").partition("->")
+    left, right, out = _letters(arguments[0], tensors)
+    found = Contraction(left, right, out)
+    return found if _is_product(found, *tensors) else None
+
+
+def _letters(equation: str, tensors: Sequence[Tensor]) -> tuple[str, str, str]:
+    """Return the letters of both operands and of the result, with those of an ellipsis."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
     left, right = (_named(letters, tensor.ndim) for letters, tensor in zip(operands, tensors, strict=True))
     axes = "".join(sorted({letter for letter in left + right if letter in _AXES}, reverse=True))
@@ -80,18 +91,15 @@ def contraction(arguments: Sequence[Any]) -> Contraction | None:
                 letter for letter in left + right if letter not in axes and (left + right).count(letter) == 1
             )
         )
-    out = out.replace("...", axes)
-    found = Contraction(left, right, out)
+    return left, right, out.replace("...", axes)
+
+
+def _is_product(found: Contraction, left: Tensor, right: Tensor) -> bool:
+    """Whether a contraction sums something, over equal sizes, and no operand has a letter twice."""
     known = set(found.batch + found.rows + found.columns)
-    repeated = any(len(set(letters)) != len(letters) for letters in (left, right, out))
-    sizes = (
-        _sizes(letters, tensor, found.summed) for letters, tensor in zip((left, right), tensors, strict=True)
-    )
-    return (
-        found
-        if found.summed and not repeated and set(out) == known and len(set(map(tuple, sizes))) == 1
-        else None
-    )
+    repeated = any(len(set(letters)) != len(letters) for letters in (found.left, found.right, found.out))
+    same = _sizes(found.left, left, found.summed) == _sizes(found.right, right, found.summed)
+    return bool(found.summed) and not repeated and set(found.out) == known and same
 
 
 def _named(letters: str, ndim: int) -> str:

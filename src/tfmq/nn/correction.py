@@ -42,9 +42,11 @@ class Correction(Part):
         self.register_buffer("bias", torch.zeros(len(steps.timesteps), channels))
 
     def take_rows(self, index: Tensor) -> None:
+        """Keep the gains and biases of the timesteps `index`."""
         self.gain, self.bias = self.gain[index], self.bias[index]
 
     def forward(self, prediction: Tensor) -> Tensor:
+        """Return the prediction times the gain plus the bias of its timestep, in its dtype."""
         index = self._steps[0].index
         if len(index) > 1:
             # Frames are folded into the batch axis sample by sample.

@@ -31,6 +31,7 @@ class CalibratedEmbedding(Part):
         self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of whole numbers, in full precision or on their grids."""
         if self.weight_precision == "full":
             return F.embedding(input, self.weight)
         scale, zero_point = self.grid.scale[input], self.grid.zero_point[input]
@@ -38,6 +39,7 @@ class CalibratedEmbedding(Part):
         return (self.grid.format.integers(codes, zero_point) * scale).to(self.weight.dtype)
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
+        """Choose the precision of the weight; there is no input to quantize."""
         before = self.weight_precision
         self.weight_precision = weights or before
 
@@ -90,6 +92,7 @@ class PackedEmbedding(PackedWeight):
         return self.shape[1]
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of whole numbers, decoded."""
         if self.decoded is not None and self.unpacked is None:
             return F.embedding(input, self.decoded)
         index = input.flatten()
@@ -110,4 +113,5 @@ class PackedEmbedding(PackedWeight):
         )
 
     def extra_repr(self) -> str:
+        """Return shape and bits for the printed model."""
         return f"shape={self.shape}, bits={self.format.bits}"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tfmq.nn.operation import is_embedding, operation_of
-from tfmq.nn.structure import tensor_bytes
+from tfmq.nn.size import tensor_bytes
 from tfmq.nn.temporal import stock_name
 from tfmq.quantizers.part import Part
 

@@ -86,6 +86,7 @@ class CalibratedLayer(Part):
         )
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
+        """Choose the precision of weight and input."""
         before = self.weight_precision, self.input_precision
         self.weight_precision, self.input_precision = weights or before[0], inputs or before[1]
 
@@ -95,6 +96,7 @@ class CalibratedLayer(Part):
         return undo
 
     def finished(self) -> "PackedLayer":
+        """Return the packed layer."""
         return pack(self)
 
     def learned(self) -> dict[str, Tensor]:
@@ -114,6 +116,7 @@ class CalibratedLayer(Part):
         return output
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output with weight and input in the precision that is chosen."""
         x = self.entering(input)
         if self.weight_precision == "full":
             return self.operation(x, self.weight, self.bias)
@@ -177,6 +180,7 @@ class PackedLayer(PackedWeight):
         super().__setattr__(name, value)
 
     def prepare(self, values: Mapping[str, Any]) -> None:
+        """Set what a backend had set, and put the weight on the shelf or back as it was then."""
         super().prepare({name: value for name, value in values.items() if name != "shelved"})
         (self.shelve if values["shelved"] else self.unshelve)()
 
@@ -198,6 +202,7 @@ class PackedLayer(PackedWeight):
         return self
 
     def rows(self, weight: Tensor) -> Tensor:
+        """Return a stock weight as rows, divided by the factors of rescaled channels."""
         rows = self.operation.rows(weight)
         return rows if self.factor is None else rows / by_row(self.factor, rows, self.operation.groups)
 
@@ -240,6 +245,7 @@ class PackedLayer(PackedWeight):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output by the kernel of its backend, else in floating point on the grids."""
         if self.kernel is None and self.input_precision == "full" and (decoded := self.decoded) is not None:
             # As a stock layer does it: a small one takes no longer than a few calls from Python.
             return self.operation.multiply(input, decoded, self.bias)
@@ -258,6 +264,7 @@ class PackedLayer(PackedWeight):
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
+        """Return shape, bits and whether there is a bias for the printed model."""
         return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"
 
 

@@ -68,6 +68,7 @@ class PackedWeight(Part):
             self.zero_point.copy_(grid.zero_point)
 
     def prepare(self, values: Mapping[str, Any]) -> None:
+        """Set what a backend had set, moved to the device of the weight."""
         for name, value in values.items():
             setattr(
                 self, name, value.to(self.scale.device) if isinstance(value, nn.Module | Tensor) else value

@@ -11,6 +11,7 @@ from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
+from tfmq.nn.submodules import Kind, submodules
 from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.nn.temporal import stock_name
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -71,50 +72,43 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str)
 
 def activation_sites(module: nn.Module) -> dict[str, ActivationQuantizer]:
     """Return every activation quantizer below `module` that calibration fits, by name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, ActivationQuantizer)}
+    return submodules(module, ActivationQuantizer)
+
+
+def _by_stock_name(module: nn.Module, kind: type[Kind]) -> dict[str, Kind]:
+    """Return the layers of a class below `module` by the name of the stock layer that each replaced."""
+    return {stock_name(module, name): child for name, child in submodules(module, kind).items()}
 
 
 def calibrated_layers(module: nn.Module) -> dict[str, CalibratedLayer]:
     """Return every calibrated layer below `module` by the name of the stock layer that it replaced."""
-    return {
-        stock_name(module, name): child
-        for name, child in module.named_modules()
-        if isinstance(child, CalibratedLayer)
-    }
+    return _by_stock_name(module, CalibratedLayer)
 
 
 def pack_all(module: nn.Module) -> None:
     """Replace all that is calibrated below `module` by its packed form, and let product quantizers act."""
-    for name, child in list(module.named_modules()):
-        if isinstance(child, Part) and (finished := child.finished()) is not child:
+    for name, part in submodules(module, Part).items():
+        if (finished := part.finished()) is not part:
             replace_module(module, name, finished)
 
 
 def calibrated_embeddings(module: nn.Module) -> dict[str, CalibratedEmbedding]:
     """Return every calibrated embedding below `module`, by name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, CalibratedEmbedding)}
+    return submodules(module, CalibratedEmbedding)
 
 
 def packed_embeddings(module: nn.Module) -> dict[str, PackedEmbedding]:
     """Return every packed embedding below `module`, by name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, PackedEmbedding)}
+    return submodules(module, PackedEmbedding)
 
 
 def packed_weights(module: nn.Module) -> dict[str, PackedWeight]:
     """Return every packed layer and embedding below `module` by the name of the stock module that it
     replaced.
     """
-    return {
-        stock_name(module, name): child
-        for name, child in module.named_modules()
-        if isinstance(child, PackedWeight)
-    }
+    return _by_stock_name(module, PackedWeight)
 
 
 def packed_layers(module: nn.Module) -> dict[str, PackedLayer]:
     """Return every packed layer below `module` by the name of the stock layer that it replaced."""
-    return {
-        stock_name(module, name): child
-        for name, child in module.named_modules()
-        if isinstance(child, PackedLayer)
-    }
+    return _by_stock_name(module, PackedLayer)

@@ -1,20 +1,17 @@
 """NaN in, NaN out: what integers cannot hold is carried around them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+
+from tfmq.numerics.trees import map_tensors, tensors_in
 
 
 def _floats(tree: Any) -> Iterator[Tensor]:
-    return (
-        leaf
-        for leaf in tree_flatten(tree)[0]
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
-    )
+    return (leaf for leaf in tensors_in(tree) if leaf.is_floating_point() and leaf.numel())
 
 
 def poisoned(output: Any, arguments: Any) -> Any:
@@ -34,14 +31,20 @@ def poisoned(output: Any, arguments: Any) -> Any:
     if not bool(torch.stack([part.any() for part in broken]).any()):
         return output
 
-    def spoil(leaf: Any) -> Any:
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim):
+    def spoil(leaf: Tensor) -> Tensor:
+        if not (leaf.is_floating_point() and leaf.ndim):
             return leaf
-        rows = torch.zeros(len(leaf), dtype=torch.bool, device=leaf.device)
-        for part in broken:
-            apart = part.ndim and not len(leaf) % len(part)
-            own = part.reshape(len(part), -1).any(dim=1) if apart else part.any()[None]
-            rows |= own.repeat_interleave(len(leaf) // len(own)).to(leaf.device)
+        rows = _rows(broken, len(leaf)).to(leaf.device)
         return leaf.masked_fill(rows.reshape(-1, *[1] * (leaf.ndim - 1)), torch.nan)
 
-    return tree_map(spoil, output)
+    return map_tensors(spoil, output)
+
+
+def _rows(broken: Sequence[Tensor], count: int) -> Tensor:
+    """Return which of `count` rows have a NaN among the elements that `broken` marks."""
+    rows = torch.zeros(count, dtype=torch.bool, device=broken[0].device)
+    for part in broken:
+        apart = part.ndim and not count % len(part)
+        own = part.reshape(len(part), -1).any(dim=1) if apart else part.any()[None]
+        rows |= own.repeat_interleave(count // len(own)).to(rows.device)
+    return rows

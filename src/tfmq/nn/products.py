@@ -43,7 +43,7 @@ Attend = Callable[[int, Attention], Tensor]
 ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
 # Both products of an attention at once, on the grids of query, key, probabilities and value; None where that
 # is no gain.
-AttentionKernel = Callable[[Attention, tuple[Rows, Rows, Rows, Rows]], Tensor | None]
+AttentionKernel = Callable[[Attention, Sequence[Rows]], Tensor | None]
 
 
 def _einsum(func: Callable[..., Any], arguments: Sequence[Any]) -> Contraction | None:
@@ -57,6 +57,30 @@ def _einsum(func: Callable[..., Any], arguments: Sequence[Any]) -> Contraction |
 def sites(func: Callable[..., Any], arguments: Sequence[Any]) -> int:
     """Return how many products a call of a torch function is."""
     return _SITES.get(func, 0) or int(_einsum(func, arguments) is not None)
+
+
+def _given(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[dict[Any, Any], int | str, int | str]:
+    """Return the arguments of a product by position or name, and under which of these its operands are."""
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    left, right = (name if name in given else position for position, name in PRODUCTS[func])
+    return given, left, right
+
+
+def _by(
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Return what a product of torch gives, with `multiply` for its multiplication."""
+    given, left, right = _given(func, args, kwargs)
+    product = multiply(given[left], given[right])
+    if func not in (torch.baddbmm, Tensor.baddbmm):
+        return product
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    return alpha * product + (beta * (args[0] if args else kwargs["input"]) if beta else 0)
 
 
 class ProductMode(TorchFunctionMode):
@@ -111,15 +135,16 @@ class ProductMode(TorchFunctionMode):
         if einsum is not None:
             left, right = operands_of(args)
             return einsum.multiply(left, right, partial(multiply, first))
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
-        left, right = (name if name in given else position for position, name in PRODUCTS[func])
         if self.multiply is not None:
-            product = self.multiply(first, given[left], given[right])
-            if func not in (torch.baddbmm, Tensor.baddbmm):
-                return product
-            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-            return alpha * product + (beta * (args[0] if args else kwargs["input"]) if beta else 0)
-        given[left], given[right] = self.operands(first, given[left], given[right])
+            return _by(partial(self.multiply, first), func, args, kwargs)
+        return self._on_operands(first, func, args, kwargs)
+
+    def _on_operands(
+        self, site: int, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a product of torch with what `operands` makes of its two operands."""
+        given, left, right = _given(func, args, kwargs)
+        given[left], given[right] = self.operands(site, given[left], given[right])
         return func(
             *(given[position] for position in range(len(args))), **{name: given[name] for name in kwargs}
         )
@@ -152,6 +177,7 @@ class ProductQuantizers(Part):
         self.site_kernels: Mapping[int, ProductKernel] = {}
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
+        """Quantize the operands, or leave them as they come."""
         before = self.enabled
         self.enabled = inputs == "quantized" if inputs else before
 
@@ -161,6 +187,7 @@ class ProductQuantizers(Part):
         return undo
 
     def finished(self) -> "ProductQuantizers":
+        """Let the quantizers act; they have no other form."""
         self.enabled = True
         return self
 
@@ -168,10 +195,10 @@ class ProductQuantizers(Part):
         """Return the product of site `site` by the kernel, or on quantized operands where one of them stays
         in full precision.
         """
-        grids = (self.left[site], self.right[site]) if self.enabled and site < len(self.left) else ()
         kernel = self.site_kernels.get(site, self.kernel)
-        if kernel is not None and grids and all(isinstance(grid, ActivationQuantizer) for grid in grids):
-            return kernel(left, grids[0].rows(left), right, grids[1].rows(right))  # type: ignore[operator]
+        rows = None if kernel is None else self._rows([site], [left, right])
+        if kernel is not None and rows is not None:
+            return kernel(left, rows[0], right, rows[1])
         left, right = self(site, left, right)
         return left @ right
 
@@ -180,25 +207,26 @@ class ProductQuantizers(Part):
         # A kernel reads the values of grids, which a graph must not branch on.
         if self.attention_kernel is not None and not self.site_kernels and not torch.compiler.is_compiling():
             # Probabilities are as many as queries.
-            samples = call.query, call.key, call.query, call.value
-            grids = [
-                grid
-                for site in (first, first + 1)
-                if site < len(self.left)
-                for grid in (self.left[site], self.right[site])
-            ]
-            if (
-                self.enabled
-                and len(grids) == 4
-                and all(isinstance(grid, ActivationQuantizer) for grid in grids)
-            ):
-                rows = tuple(grid.rows(x) for grid, x in zip(grids, samples, strict=True))  # type: ignore[operator]
-                found = self.attention_kernel(call, rows)
-                if found is not None:
-                    return found
+            rows = self._rows([first, first + 1], [call.query, call.key, call.query, call.value])
+            found = None if rows is None else self.attention_kernel(call, rows)
+            if found is not None:
+                return found
         return call.by(self.multiply, first)
 
+    def _rows(self, sites: Sequence[int], operands: Sequence[Tensor]) -> tuple[Rows, ...] | None:
+        """Return the rows of the grids of the `operands` of `sites`, left and right in turn; None unless all
+        of them are quantized.
+        """
+        if not self.enabled or sites[-1] >= len(self.left):
+            return None
+        both = [grid for site in sites for grid in (self.left[site], self.right[site])]
+        grids = [grid for grid in both if isinstance(grid, ActivationQuantizer)]
+        if len(grids) < len(both):
+            return None
+        return tuple(grid.rows(x) for grid, x in zip(grids, operands, strict=True))
+
     def forward(self, site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the operands of a site on their grids."""
         if not self.enabled or site >= len(self.left):
             return left, right
         return self.left[site](left), self.right[site](right)
@@ -210,6 +238,7 @@ class _Owner:
     tfmq_products: ProductQuantizers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward with its products quantized."""
         products = self.tfmq_products
         if products.idle:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -15,10 +15,11 @@ from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
+from tfmq.nn.submodules import submodules
 from tfmq.nn.swap import attach_steps, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.grids import Grid, IntegerFormat, Table
-from tfmq.numerics.operations import TransposedConvolution
+from tfmq.numerics.operations import Operation, TransposedConvolution
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
@@ -57,17 +58,15 @@ def input_kind(spec: Mapping[str, Any] | None) -> InputKind:
 
 
 def _describe_weight(child: PackedWeight) -> dict[str, Any]:
-    weight = {
-        **child.format.describe(),
-        "segments": list(child.segments),
-    }
+    weight = {**child.format.describe(), "segments": list(child.segments)}
     if isinstance(child, PackedEmbedding):
         return {**weight, "input": None, "kind": EMBEDDING}
     assert isinstance(child, PackedLayer)
     rescaled = {} if child.factor is None else {"rescaled": True}
     layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **rescaled}
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
-    return {**layer, "kind": TRANSPOSED} if isinstance(child.operation, TransposedConvolution) else layer
+    kind = _operation_kind(child.operation)
+    return {**layer, "kind": kind} if kind else layer
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,12 @@ class Section:
     place: Callable[[nn.Module, str, Mapping[str, Any], StepContext], None]
     listed_empty: bool = True
 
-    def listed(self, found: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-        """Return the list of the parts that were `found`."""
+    def listed(self, module: nn.Module) -> list[Any]:
+        """Return the list of the parts that a denoiser has."""
+        parts = submodules(module, self.kind)
+        found = {
+            self.name(module, name): self.spec(part) if self.spec else {} for name, part in parts.items()
+        }
         return _grouped(found) if self.spec else list(found)
 
 
@@ -162,17 +165,9 @@ def describe(module: nn.Module) -> dict[str, Any]:
     a list of groups with one specification and the `names` it holds for, or of names. Layers behind a table
     have the name of the stock layer.
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for name, child in module.named_modules():
-        for key, section in SECTIONS.items():
-            if isinstance(child, section.kind):
-                found[key][section.name(module, name)] = section.spec(child) if section.spec else {}
-    listed = {
-        key: section.listed(found[key])
-        for key, section in SECTIONS.items()
-        if found[key] or section.listed_empty
-    }
-    return {"steps": len(steps_of(module).timesteps), "timestep": module.tfmq_timestep, **listed}
+    listed = {key: section.listed(module) for key, section in SECTIONS.items()}
+    kept = {key: parts for key, parts in listed.items() if parts or SECTIONS[key].listed_empty}
+    return {"steps": len(steps_of(module).timesteps), "timestep": module.tfmq_timestep, **kept}
 
 
 def _grouped(specs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -202,6 +197,10 @@ def kind_of(module: nn.Module) -> str | None:
     operation = operation_of(module)
     if operation is None:
         raise TypeError(f"a {type(module).__name__} has no quantized form")
+    return _operation_kind(operation)
+
+
+def _operation_kind(operation: Operation) -> str | None:
     return TRANSPOSED if isinstance(operation, TransposedConvolution) else None
 
 
@@ -291,15 +290,3 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
         raise ValueError(
             f"the checkpoint names {name}, which {type(module).__name__} does not have"
         ) from None
-
-
-def state_bytes(module: nn.Module) -> int:
-    """Return the bytes of the tensors of a state dict, parts of tensor subclasses included."""
-    return sum(tensor_bytes(value) for value in module.state_dict().values() if isinstance(value, Tensor))
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor, of its parts if it is a subclass of them."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.numel() * tensor.element_size()

@@ -12,6 +12,7 @@ from torch import nn
 from tfmq.errors import shown
 from tfmq.nn.correction import corrected
 from tfmq.nn.poison import poisoned
+from tfmq.nn.submodules import submodules
 from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.steps import StepContext
 
@@ -45,6 +46,7 @@ class _Stepped:
     tfmq_executor: Executor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Look up the timestep of a call and compute it; a sample with NaN comes out as NaN."""
         bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
         with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
             run: Executor = self.tfmq_executor or plain_forward
@@ -126,4 +128,4 @@ def precision(
 
 def parts_of(module: nn.Module) -> Iterator[Part]:
     """Yield what quantization has put into `module`."""
-    return (child for child in module.modules() if isinstance(child, Part))
+    yield from submodules(module, Part).values()

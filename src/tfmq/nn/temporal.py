@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.nn.operation import weight_of
+from tfmq.nn.submodules import submodules
 from tfmq.numerics.affine import dequantize, quantize
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.ranges import min_max
@@ -110,6 +111,9 @@ class CachedFeature(Part):
         return self.table.values.shape[1]
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the feature from the table where the timestep is in it and the table serves, else from the
+        layer.
+        """
         x, (steps,) = input, self._steps
         if self.given is not None:
             return _as_output(_for_rows(self.given, x).to(x.dtype), x)
@@ -141,6 +145,7 @@ class SkippedLayer(Part):
         return weight_of(self.block)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return zeros where nothing reads the layer, else its output."""
         x = input
         if self.enabled and self._steps[0].all_exact:
             # Of `x` only what a graph knows without computing it.
@@ -152,7 +157,7 @@ def cached_features(module: nn.Module) -> dict[str, CachedFeature]:
     """Return every temporal layer behind a table below `module`, by name, in the order in which
     `given_features` takes their outputs.
     """
-    return {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}
+    return submodules(module, CachedFeature)
 
 
 def tabulated(module: nn.Module, index: Tensor) -> Tensor:

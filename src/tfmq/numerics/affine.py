@@ -27,6 +27,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+        """Return `x` on its grid; note which values lie within it."""
         codes = (x * scale.reciprocal()).round_().add_(zero_point)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((codes >= 0) & (codes <= levels - 1))
@@ -34,6 +35,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Pass the gradient on where a value lies within its grid."""
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None
 

@@ -93,13 +93,16 @@ class IntegerFormat(Grid):
 
     @property
     def levels(self) -> int:
+        """Return `2**bits`."""
         return 2**self.bits
 
     @property
     def middle(self) -> int:
+        """Return the code in the middle, `2**(bits - 1)`."""
         return 2 ** (self.bits - 1)
 
     def cover(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest scale that reaches both ends, and the zero-point."""
         if self.symmetric:
             scale = (torch.maximum(-low, high) / (self.middle - 1)).clamp(min=SMALLEST_SCALE)
             return scale, torch.full_like(scale, self.middle)
@@ -107,16 +110,20 @@ class IntegerFormat(Grid):
         return scale, torch.round(-low / scale).clamp(0, self.levels - 1)
 
     def nearest_(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        """Round, add the zero-point and clamp, in place."""
         return values.round_().add_(zero_point).clamp_(0, self.levels - 1)
 
     def integers(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        """Return the codes less the zero-point."""
         return codes - zero_point
 
     def below(self, values: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the code of the integer below each value, and its fraction."""
         floor = values.floor()
         return floor + zero_point, values - floor
 
     def snap_(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        """Round each value to an integer of the grid, in place."""
         return self.nearest_(values, zero_point).sub_(zero_point)
 
 
@@ -144,18 +151,22 @@ class Table(Grid):
 
     @property
     def bits(self) -> int:  # type: ignore[override]
+        """Return the bits that number the values of the table."""
         return (len(self.values) - 1).bit_length()
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
+        """Return True: zero is a value of every table."""
         return True
 
     @property
     def levels(self) -> int:
+        """Return how many values the table has."""
         return len(self.values)
 
     @property
     def middle(self) -> int:
+        """Return the code whose value is zero."""
         return self.values.index(0)
 
     @cached_property
@@ -167,14 +178,17 @@ class Table(Grid):
         return torch.tensor(self.values, dtype=torch.float32, device=like.device)
 
     def cover(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest scale by which the table reaches both ends, and the code of zero."""
         sides = [extreme / end for extreme, end in ((low, self.values[0]), (high, self.values[-1])) if end]
         scale = torch.stack(sides).amax(dim=0).clamp(min=SMALLEST_SCALE)
         return scale, torch.full_like(scale, self.middle)
 
     def nearest_(self, values: Tensor, zero_point: Tensor) -> Tensor:
+        """Put the code of the nearest value of the table in the place of each of `values`."""
         return values.copy_(torch.bucketize(values.contiguous(), self._midpoints.to(values.device)))
 
     def integers(self, codes: Tensor, zero_point: Tensor) -> Tensor:
+        """Look codes up in the table; go straight from value to value in between."""
         table = self._table(codes).to(codes.dtype)
         if not codes.is_floating_point():
             return table[codes.int()]
@@ -183,12 +197,14 @@ class Table(Grid):
         return start + (codes - first) * (stop - start)
 
     def below(self, values: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the code of the value below each of `values`, and the share of the way to the next value."""
         table = self._table(values)
         code = (torch.bucketize(values.contiguous(), table, right=True) - 1).clamp(0, self.levels - 2)
         start, stop = table[code], table[code + 1]
         return code.to(values.dtype), (values - start) / (stop - start)
 
     def describe(self) -> dict[str, Any]:
+        """Return the grid with its name and values, so that whoever reads it needs no table."""
         return {**super().describe(), "grid": self.name, "values": list(self.values)}
 
 

@@ -9,95 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """How an operation reads an input `[B, C, *sizes]`: as an ordinary convolution reads it once `laid_out`
-    has padded it.
-
-    Attributes, with one entry for each spatial axis, of which a linear layer has none:
-        size: size of the window.
-        stride: places from one window to the next.
-        dilation: places from one tap of the window to the next.
-        border: zeros in front of the input and behind it; less than none cuts values off.
-        spacing: places from one value of the input to the next, with zeros between them.
-        mirrored: whether the window's taps come in the reverse order of the weight's.
-    """
-
-    size: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    border: tuple[tuple[int, int], ...] = ()
-    spacing: tuple[int, ...] = ()
-    mirrored: bool = False
-
-    @property
-    def reads_zeros(self) -> bool:
-        """Whether a window may hold zeros that are none of the input's."""
-        return self.spaced or any(max(pair) > 0 for pair in self.border)
-
-    @property
-    def spaced(self) -> bool:
-        """Whether zeros lie between the values of the input."""
-        return prod(self.spacing) > 1
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether each place of the output reads the same place of the input and no other."""
-        return (
-            prod(self.size) == 1
-            and prod(self.stride) == 1
-            and not self.spaced
-            and not any(map(any, self.border))
-        )
-
-    def extent(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Return what `laid_out` makes of the `sizes` of an input."""
-        axes = zip(sizes, self.spacing, self.border, strict=True)
-        return tuple((size - 1) * step + 1 + before + after for size, step, (before, after) in axes)
-
-    def laid_out(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """Return `x` with `fill` where the window reads zeros."""
-        x = self._spread(x, fill) if self.spaced else x
-        return (
-            F.pad(x, [edge for pair in reversed(self.border) for edge in pair], value=fill)
-            if any(map(any, self.border))
-            else x
-        )
-
-    def _spread(self, x: Tensor, fill: float) -> Tensor:
-        sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], self.spacing, strict=True)]
-        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        wide = torch.empty(*x.shape[:2], *sizes, dtype=x.dtype, device=x.device, memory_format=layout).fill_(
-            fill
-        )
-        apart: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.spacing))
-        wide[apart] = x
-        return wide
-
-    def slid(self, weight: Tensor) -> Tensor:
-        """Return a weight `[C_out, C_in / groups, *size]` with its taps in the order in which the window has
-        them.
-        """
-        return weight.flip(list(range(2, weight.ndim))) if self.mirrored else weight
-
-    def tap(self, number: Tensor, axis: int) -> Tensor:
-        """Return where along an axis of the window the taps with these numbers in the weight lie."""
-        return (self.size[axis] - 1 - number if self.mirrored else number) * self.dilation[axis]
-
-    def places(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Return how many places an output has along each axis for an input that is laid out and has
-        `sizes`.
-        """
-        axes = zip(sizes, self.size, self.stride, self.dilation, strict=True)
-        return tuple((size - step * (taps - 1) - 1) // stride + 1 for size, taps, stride, step in axes)
+from tfmq.numerics.window import Window
 
 
 class Operation(ABC):
@@ -166,18 +84,23 @@ class Linear(Operation):
     groups: ClassVar[int] = 1  # type: ignore[misc]
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `x @ weight.T + bias`."""
         return F.linear(x, weight, bias)
 
     def window(self, kernel: Sequence[int]) -> Window:
+        """Return the window of a layer without places."""
         return Window()
 
     def places(self, output: Tensor) -> int:
+        """Return the number of tokens of a sample."""
         return prod(output.shape[1:-1])
 
     def outputs_at(self, output: Tensor, places: Tensor) -> Tensor:
+        """Return the tokens `places` of every sample, `[N * R, C]`."""
         return output.reshape(len(output), -1, output.shape[-1])[:, places].flatten(0, 1)
 
     def inputs_at(self, x: Tensor, kernel: Sequence[int], places: Tensor) -> Tensor:
+        """Return the tokens `places` that the layer reads, as those of one group."""
         return self.outputs_at(x, places)[None]
 
 
@@ -187,12 +110,15 @@ class Sliding(Operation):
     channel_axis: ClassVar[int] = 1
 
     def places(self, output: Tensor) -> int:
+        """Return the number of pixels of a sample."""
         return prod(output.shape[2:])
 
     def outputs_at(self, output: Tensor, places: Tensor) -> Tensor:
+        """Return the channels at the pixels `places` of every sample, `[N * R, C]`."""
         return output.flatten(2).mT[:, places].flatten(0, 1)
 
     def inputs_at(self, x: Tensor, kernel: Sequence[int], places: Tensor) -> Tensor:
+        """Return what the windows at `places` of the output hold, for each group."""
         window = self.window(kernel)
         padded = window.laid_out(x)
         size = padded.shape[2:]
@@ -205,6 +131,7 @@ class Sliding(Operation):
         return grouped.flatten(1, 2).flatten(2)
 
     def arranged(self, x: Tensor) -> Tensor:
+        """Return an image with its channels last in memory."""
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
@@ -219,10 +146,12 @@ class Convolution(Sliding):
     kind: ClassVar[str] = "convolution"
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the convolution of `x` over one to three spatial axes."""
         function = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
         return function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def window(self, kernel: Sequence[int]) -> Window:
+        """Return the window that moves by the stride over the padded input."""
         once = (1,) * len(kernel)
         return Window(
             size=tuple(kernel),
@@ -257,23 +186,28 @@ class TransposedConvolution(Sliding):
     kind: ClassVar[str] = "transposed convolution"
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the transposed convolution of `x` over one to three spatial axes."""
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
         return function(
             x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
     def rows(self, weight: Tensor) -> Tensor:
+        """Return a weight with input and output channels exchanged within each group."""
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def stored(self, weight: Tensor) -> Tensor:
+        """Exchange input and output channels of rows back."""
         # The same exchange of axes leads back.
         return self.rows(weight).contiguous()
 
     @property
     def stored_axis(self) -> int | None:
+        """Return axis 1, or None where groups share it."""
         return 1 if self.groups == 1 else None
 
     def window(self, kernel: Sequence[int]) -> Window:
+        """Return the mirrored window that moves place by place over the input with zeros in between."""
         spans = [step * (taps - 1) for taps, step in zip(kernel, self.dilation, strict=True)]
         sides = zip(spans, self.padding, self.output_padding, strict=True)
         border = tuple((span - cut, span - cut + more) for span, cut, more in sides)

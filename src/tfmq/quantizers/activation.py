@@ -59,6 +59,7 @@ class ActivationQuantizer(InputQuantizer):
         self.zero_point.copy_(zero_point)
 
     def take_rows(self, index: Tensor) -> None:
+        """Keep the grids of the timesteps `index`; one grid for all timesteps stays."""
         if self.per_step:
             self.scale, self.zero_point = self.scale[index], self.zero_point[index]
 
@@ -77,18 +78,22 @@ class ActivationQuantizer(InputQuantizer):
         return Rows(self.scale, self.zero_point, self.format.levels, index)
 
     def zero_points(self) -> Tensor:
+        """Return the fitted zero-points, `[S or 1, G]`."""
         return self.zero_point
 
     def describe(self) -> dict[str, Any]:
+        """Return grid, segments and axis, and whether each timestep has a grid of its own."""
         grid = {"bits": self.format.bits, "symmetric": self.format.symmetric}
         return {**grid, "per_step": self.per_step, "segments": list(self.segments), "axis": self.axis}
 
     def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return a field with a value for each sample and channel."""
         values = spread(values, self.segments, axis=1)
         shape = [1] * x.ndim
         shape[0], shape[self.axis % x.ndim] = values.shape[0], values.shape[1]
         return values.reshape(shape).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Return bits, timesteps and segments for the printed model."""
         steps, segments = self.scale.shape
         return f"bits={self.format.bits}, steps={steps}, segments={segments}"

@@ -45,6 +45,7 @@ class DynamicQuantizer(InputQuantizer):
         return codes[:, None].expand(-1, scales(self.segments))
 
     def describe(self) -> dict[str, Any]:
+        """Return grid and segments, with the mark of a dynamic quantizer."""
         return {
             "bits": self.format.bits,
             "symmetric": self.format.symmetric,
@@ -53,7 +54,9 @@ class DynamicQuantizer(InputQuantizer):
         }
 
     def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
+        """Return a field with a value for each token and channel."""
         return spread(values, self.segments, axis=-1).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Return bits and segments for the printed model."""
         return f"bits={self.format.bits}, dynamic by token, segments={scales(self.segments)}"

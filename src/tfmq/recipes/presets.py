@@ -93,6 +93,24 @@ PRESETS |= {f"fast_{name}": _composed(fast, _SCHEMES[name]) for name in ("w4a8",
 PRESETS |= {f"transformer_{name}": _composed(transformer, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
 
 
+def _bits_of(name: str) -> tuple[int | None, int | None]:
+    """Return the bits of weights and activations that `wXaY` names, None for full precision.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    found = re.fullmatch(r"w(\d+)a(\d+)", name)
+    bits = [int(text) for text in found.groups()] if found else []
+    if not bits or not all(2 <= value <= 8 or value in (16, 32) for value in bits):
+        choices = ", ".join((*_SCHEMES, *PRESETS, *(f"{protocol.name}_wXaY" for protocol in PROTOCOLS)))
+        raise ValueError(
+            f"unknown scheme {name!r}; give wXaY with 2 to 8 bits (16 or "
+            f"32 for full precision), or one of {choices}"
+        )
+    weight, activation = (value if value <= 8 else None for value in bits)
+    return weight, activation
+
+
 def scheme(name: str) -> Recipe:
     """Return the recipe of a scheme: a preset's name, or `wXaY` with X and Y of 2 to 8 bits, or 16 or 32 for
     full precision.
@@ -103,20 +121,10 @@ def scheme(name: str) -> Recipe:
     Raises:
         ValueError: no such scheme.
     """
-    named = PRESETS | PAPER
+    named = PRESETS | PAPER | _SCHEMES
     if name in named:
         return named[name]()
-    if name in _SCHEMES:
-        return _SCHEMES[name]()
-    found = re.fullmatch(r"w(\d+)a(\d+)", name)
-    bits = [int(text) for text in found.groups()] if found else []
-    if not bits or not all(2 <= value <= 8 or value in (16, 32) for value in bits):
-        choices = ", ".join((*_SCHEMES, *PRESETS, *(f"{protocol.name}_wXaY" for protocol in PROTOCOLS)))
-        raise ValueError(
-            f"unknown scheme {name!r}; give wXaY with 2 to 8 bits (16 or "
-            f"32 for full precision), or one of {choices}"
-        )
-    weight, activation = (value if value <= 8 else None for value in bits)
+    weight, activation = _bits_of(name)
     if weight is None:
         raise ValueError(
             f"scheme {name!r} keeps full-precision weights; integer arithmetic "

@@ -3,39 +3,49 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from math import inf
 from typing import Any, Literal, TypeVar
 
 from tfmq.errors import shown
 from tfmq.nn.scheme import RangeMethod, Tokens
-from tfmq.nn.temporal import TableFormat
-from tfmq.numerics.equivalence import EQUALIZERS
-from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.numerics.grids import GRIDS, UNIFORM, Grid, IntegerFormat, table
+from tfmq.recipes.checks import choice
 from tfmq.recipes.published import Published
+from tfmq.recipes.stages import (
+    Calibration,
+    Correction,
+    Maintenance,
+    Rescaling,
+    SelectionScope,
+    Spacing,
+    Temporal,
+    call_options,
+)
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
+
+__all__ = [
+    "Activations",
+    "Calibration",
+    "Correction",
+    "Maintenance",
+    "PerStep",
+    "Recipe",
+    "Rescaling",
+    "Rule",
+    "SelectionScope",
+    "Spacing",
+    "Split",
+    "Temporal",
+    "Weights",
+    "ZeroPoints",
+    "call_options",
+]
 
 PerStep = Literal["none", "temporal", "measured", "all"]
 ZeroPoints = Literal["per_step", "shared"]
 Split = bool | Literal["direct"]
-Spacing = Literal["quadratic"]
-Maintenance = Literal["none", "block", "cache", "selected"]
-SelectionScope = Literal["key", "feature", "step", "global"]
 Part = TypeVar("Part", "Weights", "Activations")
 ROLES = ("role:first", "role:last", "role:temporal")
-
-
-def _choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
-
-
-def _each(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-    for value in values:
-        _choice(name, value, allowed)
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} has one twice: {', '.join(values)}")
 
 
 def _format(bits: int | None, symmetric: bool) -> IntegerFormat | None:
@@ -64,8 +74,8 @@ class Weights:
     embeddings: int | None = 8
 
     def __post_init__(self) -> None:
-        _choice("weights.ranges", self.ranges, ("search", "min_max"))
-        _choice("weights.grid", self.grid, (UNIFORM, *GRIDS))
+        choice("weights.ranges", self.ranges, ("search", "min_max"))
+        choice("weights.grid", self.grid, (UNIFORM, *GRIDS))
         self.uniform(self.bits)
         self.uniform(self.embeddings)
 
@@ -114,11 +124,11 @@ class Activations:
     tokens: Tokens = "static"
 
     def __post_init__(self) -> None:
-        _choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
-        _choice("activations.ranges", self.ranges, ("search", "min_max"))
-        _choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
-        _choice("activations.zero_points", self.zero_points, ("per_step", "shared"))
-        _choice("activations.split", self.split, (True, False, "direct"))
+        choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
+        choice("activations.ranges", self.ranges, ("search", "min_max"))
+        choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
+        choice("activations.zero_points", self.zero_points, ("per_step", "shared"))
+        choice("activations.split", self.split, (True, False, "direct"))
         self.format()
 
     def format(self) -> IntegerFormat | None:
@@ -130,114 +140,6 @@ class Activations:
         reads the concatenated tensor itself.
         """
         return widths if self.split is True or (self.split == "direct" and direct) else ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Temporal:
-    """What keeps temporal features intact.
-
-    Attributes:
-        maintenance: `none` (temporal layers are ordinary members of their blocks), `block` (TIAR), `cache`
-            (TIAR, and a table that replaces the features of the calibrated schedule), `selected` (whichever
-            of the two disturbs a feature less).
-        table: storage of the cache.
-        scope: what one choice of `selected` covers: a feature at a step, a feature, a step, or everything.
-        learning: hyper-parameters of TIAR.
-    """
-
-    maintenance: Maintenance = "cache"
-    table: TableFormat = "int8"
-    scope: SelectionScope = "key"
-    learning: Learning = field(default_factory=lambda: Learning(iterations=1000, learning_rate=1e-2))
-
-    def __post_init__(self) -> None:
-        _choice("temporal.maintenance", self.maintenance, ("none", "block", "cache", "selected"))
-        _choice("temporal.table", self.table, ("int8", "float16"))
-        _choice("temporal.scope", self.scope, ("key", "feature", "step", "global"))
-
-
-def call_options(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a pipeline is to be called by the fields of a calibration: `eta`, `guidance_scale` and
-    `spacing`, as far as they are set.
-    """
-    return {
-        name: calibration[name]
-        for name in ("eta", "guidance_scale", "spacing")
-        if calibration.get(name) is not None
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from
-    every `interval`-th step.
-
-    Attributes:
-        eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is
-            opened again; None leaves them to the pipeline. `eta` is that of DDIM.
-        spacing: of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even
-            steps.
-        judged: images for each of the samples, rounded down, by which the whole model is judged in the end.
-            They are drawn from noise of their own by the model that the recipe makes, by the plainest one of
-            the same bits, and in full precision. 0 judges nothing.
-    """
-
-    samples: int = 32
-    steps: int = 50
-    interval: int = 2
-    batch_size: int = 16
-    eta: float | None = None
-    guidance_scale: float | None = None
-    spacing: Spacing | None = None
-    judged: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.judged < inf:
-            raise ValueError(f"calibration.judged must be finite and not negative, got {self.judged}")
-        for name in ("samples", "steps", "interval", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
-        for name, value in (("eta", self.eta), ("guidance_scale", self.guidance_scale)):
-            if value is not None and not 0 <= value < inf:
-                raise ValueError(f"calibration.{name} must be finite and not negative, got {value}")
-        if self.spacing is not None:
-            _choice("calibration.spacing", self.spacing, ("quadratic",))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rescaling:
-    """A factor for each input channel of a layer outside of the temporal block: the input is multiplied by
-    it, and the weight divided.
-
-    Attributes:
-        equalizers: propose factors, `ranges` and `peaks`. The factor one is always a candidate, and the error
-            of the layer's output on what it reads in calibration decides; with no equalizer nothing is
-            rescaled.
-    """
-
-    equalizers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _each("rescaling.equalizers", self.equalizers, tuple(EQUALIZERS))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Correction:
-    """What is added to and multiplied with each channel of a prediction, step by step, so that it is nearer
-    to full precision's.
-
-    A batch of images is drawn in full precision and by the quantized model, from the same noise. Every other
-    image fits, the others decide.
-
-    Attributes:
-        estimators: the candidates of each step, the simplest first: `bias`, `gain`, `affine`. No correction
-            is always one; with none of them nothing is corrected.
-    """
-
-    estimators: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _each("correction.estimators", self.estimators, tuple(ESTIMATORS))
 
 
 @dataclass(frozen=True, kw_only=True)

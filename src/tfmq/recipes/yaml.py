@@ -1,5 +1,6 @@
 """Recipes to and from YAML; the file is the value's fields, nothing else."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -23,12 +24,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return a value with lists in the place of tuples, which YAML does not have."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    match value:
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+        case tuple():
+            return [_plain(item) for item in value]
+    return value
 
 
 def _build(kind: Any, values: Any, path: str) -> Any:
+    """Return the part of a recipe, of the dataclass `kind`, that `values` describe at `path`."""
     if not isinstance(values, dict):
         raise ValueError(
             f"{path.rstrip('.') or 'the recipe'} must be a mapping of "
@@ -37,19 +42,7 @@ def _build(kind: Any, values: Any, path: str) -> Any:
     hints = get_type_hints(kind)
     if kind is Rule:
         values = _current(values)
-    unknown = sorted(set(values) - set(hints), key=str)
-    if unknown:
-        raise ValueError(
-            f"unknown key {path}{cut(str(unknown[0]), 80)}; "
-            f"{path.rstrip('.') or 'a recipe'} has {', '.join(hints)}"
-        )
-    missing = [
-        f.name
-        for f in fields(kind)
-        if f.default is MISSING and f.default_factory is MISSING and f.name not in values
-    ]
-    if missing:
-        raise ValueError(f"{path.rstrip('.') or 'the recipe'} lacks {', '.join(missing)}")
+    _check_keys(kind, values, path)
     changed = {f.name: f.metadata["changes"] for f in fields(kind) if "changes" in f.metadata}
     return kind(
         **{
@@ -59,6 +52,21 @@ def _build(kind: Any, values: Any, path: str) -> Any:
             for name, value in values.items()
         }
     )
+
+
+def _check_keys(kind: Any, values: Mapping[Any, Any], path: str) -> None:
+    """Refuse keys that a part of a recipe does not have, and a part that lacks one."""
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(known), key=str)
+    if unknown:
+        raise ValueError(
+            f"unknown key {path}{cut(str(unknown[0]), 80)}; "
+            f"{path.rstrip('.') or 'a recipe'} has {', '.join(known)}"
+        )
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(f"{path.rstrip('.') or 'the recipe'} lacks {', '.join(missing)}")
 
 
 def _current(rule: dict[str, Any]) -> dict[str, Any]:
@@ -134,17 +142,18 @@ def _check_size(yaml: Any, text: str) -> None:
     counts, anchors = [0], [""]
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         anchor = getattr(event, "anchor", None) or ""
-        if isinstance(event, yaml.AliasEvent):
-            counts[-1] += sizes.get(anchor, 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            counts[-1] += 1
-            sizes[anchor] = 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            counts.append(1)
-            anchors.append(anchor)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            sizes[anchors.pop()] = size = counts.pop()
-            counts[-1] += size
+        match event:
+            case yaml.AliasEvent():
+                counts[-1] += sizes.get(anchor, 1)
+            case yaml.ScalarEvent():
+                counts[-1] += 1
+                sizes[anchor] = 1
+            case yaml.CollectionStartEvent():
+                counts.append(1)
+                anchors.append(anchor)
+            case yaml.CollectionEndEvent():
+                sizes[anchors.pop()] = size = counts.pop()
+                counts[-1] += size
         if len(counts) > MOST_DEPTH:
             raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
         if sum(counts) > MOST_VALUES:

@@ -35,9 +35,11 @@ class _Correction:
 
     @property
     def factor(self) -> float:
+        """Return what to multiply predicted seconds by."""
         return CAUTION if self.predicted == 0 else self.taken / self.predicted
 
     def add(self, predicted: float, taken: float) -> None:
+        """Note seconds that were predicted and those that it took."""
         self.predicted += predicted
         self.taken += taken
 

@@ -168,6 +168,18 @@ def _hard(layers: Mapping[str, CalibratedLayer]) -> Iterator[None]:
             layer.rounding = kept[name]
 
 
+@torch.no_grad()
+def _measured(loss: Callable[[torch.Generator], Tensor], seed: int) -> float:
+    """Return the sum of the loss of four batches, which `seed` draws."""
+    generator = torch.Generator().manual_seed(seed)
+    return sum(float(loss(generator)) for _ in range(4))
+
+
+def _penalty(logits: Sequence[Tensor], beta: float) -> Tensor | int:
+    """Return the sum of `1 - |2 h(V) - 1|**beta`."""
+    return sum(rounding_penalty(rectified_sigmoid(part), beta) for part in logits)
+
+
 def learn_rounding(
     layers: Mapping[str, CalibratedLayer],
     loss: Callable[[torch.Generator], Tensor],
@@ -189,15 +201,9 @@ def learn_rounding(
     Returns:
         The steps that were taken; `advance` reports all that were asked for.
     """
-
-    def measured() -> float:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            return sum(float(loss(generator)) for _ in range(4))
-
     if config.iterations == 0 or not layers:
         return 0
-    before = measured(), {name: layer.codes.clone() for name, layer in layers.items()}
+    before = _measured(loss, seed), {name: layer.codes.clone() for name, layer in layers.items()}
     generator, early, taken = torch.Generator().manual_seed(seed + 1), _EarlyStop(layers, judge, config), 0
     with adaptive_rounding(layers, start) as roundings:
         whole = _joined(roundings)
@@ -214,9 +220,7 @@ def learn_rounding(
             optimizer.zero_grad(set_to_none=False)
             total = loss(generator)
             if beta is not None:
-                total = total + config.penalty * sum(
-                    rounding_penalty(rectified_sigmoid(logits), beta) for logits in whole
-                )
+                total = total + config.penalty * _penalty(whole, beta)
             total.backward()
             optimizer.step()
             taken += 1
@@ -225,7 +229,7 @@ def learn_rounding(
                 break
     advance(config.iterations - taken)
     early.restore()
-    if not measured() <= before[0]:
+    if not _measured(loss, seed) <= before[0]:
         for name, layer in layers.items():
             layer.codes.copy_(before[1][name])
     return taken

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from tfmq.calibration.capture import Around, Keep, UnitCalls, capture, capture_inputs, run_to
 from tfmq.calibration.replay import Upstream
@@ -17,6 +16,7 @@ from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import parts_of, precision
 from tfmq.nn.temporal import without_tables
+from tfmq.numerics.trees import tensors_in
 from tfmq.progress import Advance
 from tfmq.quantizers.steps import StepContext
 from tfmq.reconstruction.learning import Learning
@@ -119,10 +119,8 @@ def capture_unit(
 def _undefined(calls: UnitCalls) -> bool:
     """Whether the first sample holds a NaN: what stands for outputs that nobody reads."""
     first = calls.rows(torch.zeros(1, dtype=torch.int64))
-    leaves = tree_leaves((first.args, first.kwargs, first.outputs))
-    return any(
-        bool(leaf.isnan().any()) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    )
+    tensors = tensors_in((first.args, first.kwargs, first.outputs))
+    return any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point())
 
 
 @contextmanager
@@ -188,6 +186,7 @@ class _FirstErrors:
         self.found: dict[int, float] = {}
 
     def see(self, part: Tensor, error: Tensor) -> None:
+        """Keep the error of a batch the first time that it is seen."""
         self.found.setdefault(int(part[0]), float(error))
 
     def mean(self) -> float | None:

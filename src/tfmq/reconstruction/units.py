@@ -27,6 +27,7 @@ class _Blocks:
         return tuple(layer for layer in self.order if layer == path or layer.startswith(f"{path}."))
 
     def is_composite(self, path: str) -> bool:
+        """Whether a layer lies below `path`, and not at it."""
         return any(layer != path for layer in self.layers(path))
 
     def holds_blocks(self, module: nn.Module, path: str) -> bool:

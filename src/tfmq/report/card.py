@@ -1,9 +1,11 @@
 """The model card: the numbers of the report as Markdown, with the metadata that the hub reads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from tfmq.report.metrics import MetricRow
 from tfmq.report.model import ModelReport
-from tfmq.report.speed import BUSY
+from tfmq.report.speed import BUSY, Speed
 from tfmq.storage.atomic import atomic_write
 
 
@@ -65,6 +67,31 @@ def _use(report: ModelReport, place: str) -> str:
     return USE_MODULE.replace("IMPORT", source).replace("PLACE", place).replace("STEPS", steps)
 
 
+def _metrics(rows: Sequence[MetricRow]) -> list[str]:
+    """Return the table of metrics of sets; with full precision where that was evaluated."""
+    if any(row.full for row in rows):
+        return _table(
+            ("metric", "full precision", "quantized"), [(row.name, row.full, row.quantized) for row in rows]
+        )
+    return _table(("metric", "quantized"), [(row.name, row.quantized) for row in rows])
+
+
+def _speed(speed: Speed) -> list[str]:
+    """Return what was measured on which machine, and the table of it."""
+    rows: list[tuple[object, ...]] = [
+        (
+            row["backend"],
+            row["batch"],
+            f"{row['ms_per_step']:.1f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['peak_rss_bytes'] / 1e6:.0f}",
+        )
+        for row in speed.rows
+    ]
+    heading = "backend", "batch", "ms a step", "against eager float32", "peak MB"
+    return [f"Measured on {speed.machine}.{'' if speed.clean else f' {BUSY}'}", "", *_table(heading, rows)]
+
+
 def render_card(report: ModelReport, *, place: str | None = None) -> str:
     """Return the card; `place` is the hub id that it is for."""
     origin = f" from {report.base_model}" if report.base_model else ""
@@ -78,36 +105,13 @@ def render_card(report: ModelReport, *, place: str | None = None) -> str:
     lines += [_use(report, place or report.name)]
     lines += _table(("", ""), list(report.facts))
     if report.metrics:
-        lines += ["## Images as sets", ""]
-        if any(row.full for row in report.metrics):
-            lines += _table(
-                ("metric", "full precision", "quantized"),
-                [(row.name, row.full, row.quantized) for row in report.metrics],
-            )
-        else:
-            lines += _table(("metric", "quantized"), [(row.name, row.quantized) for row in report.metrics])
+        lines += ["## Images as sets", "", *_metrics(report.metrics)]
     if report.pairs:
         lines += ["## Pairs from the same noise", "", *_table(("metric", "value"), list(report.pairs))]
     if report.published:
         lines += ["## Published figures", "", *_table(("figure", "value"), list(report.published))]
     if report.speed:
-        lines += [
-            "## Speed",
-            "",
-            f"Measured on {report.speed.machine}.{'' if report.speed.clean else f' {BUSY}'}",
-            "",
-        ]
-        speed = [
-            (
-                row["backend"],
-                row["batch"],
-                f"{row['ms_per_step']:.1f}",
-                f"{row['speedup']:.2f}x",
-                f"{row['peak_rss_bytes'] / 1e6:.0f}",
-            )
-            for row in report.speed.rows
-        ]
-        lines += _table(("backend", "batch", "ms a step", "against eager float32", "peak MB"), list(speed))
+        lines += ["## Speed", "", *_speed(report.speed)]
     if not report.evaluation:
         lines += ["Not evaluated.", ""]
     return "\n".join(lines)

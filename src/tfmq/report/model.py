@@ -3,16 +3,16 @@ from.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tfmq.artifact import stored_bytes, stored_manifest
 from tfmq.models.module_file import ModuleFile
-from tfmq.nn.structure import EMBEDDING, input_kind, named_specs
 from tfmq.report.analysis import read_analysis
 from tfmq.report.evaluation import PAIRS_FILE, read_evaluation
+from tfmq.report.layers import LayerRow, layer_rows
 from tfmq.report.metrics import MetricRow, metric_rows, pair_rows, published_rows
 from tfmq.report.speed import Speed, read_speed
 from tfmq.report.summary import (
@@ -30,25 +30,9 @@ MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Number of modules in floating point that are named.
 FLOATING = 6
-INPUTS = {
-    "full": "input in full precision",
-    "static": "input static",
-    "per_step": "input per timestep",
-    "dynamic": "input dynamic by token",
-}
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One quantized layer. What was not measured is None."""
-
-    name: str
-    weight_bits: int
-    activation_bits: int | None
-    scheme: str
-    error: float | None
-    full_ms: float | None
-    quantized_ms: float | None
+Found = TypeVar("Found")
+# What is shown of a model that was not evaluated.
+NOT_EVALUATED: Mapping[str, Any] = {"rows": (), "paired": None, "baseline": ()}
 
 
 @dataclass(frozen=True)
@@ -97,44 +81,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            rows += [
-                (f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in _flat(item)))
-                for number, item in enumerate(value)
-            ]
-        else:
-            rows.append((name, "none" if value in (None, [], ()) else str(value)))
+        match value:
+            case Mapping():
+                rows += _flat(value, f"{name}.")
+            case [Mapping(), *_]:
+                rows += [
+                    (f"{name}[{number}]", ", ".join(f"{k}: {v}" for k, v in _flat(item)))
+                    for number, item in enumerate(value)
+                ]
+            case None | [] | ():
+                rows.append((name, "none"))
+            case _:
+                rows.append((name, str(value)))
     return rows
-
-
-def _scheme(spec: Mapping[str, Any]) -> str:
-    """Return how a layer is quantized, in words."""
-    grid = spec.get("grid") or ("symmetric" if spec["symmetric"] else "asymmetric")
-    if spec.get("kind") == EMBEDDING:
-        return f"rows {grid}"
-    inputs = INPUTS[input_kind(spec["input"])]
-    split = f", split in {len(spec['segments'])}" if spec["segments"] else ""
-    return f"weight {grid}, {inputs}{split}"
-
-
-def _layers(structure: Mapping[str, Any], analysis: Mapping[str, Any] | None) -> tuple[LayerRow, ...]:
-    measured = {layer["name"]: layer for layer in (analysis or {"layers": ()})["layers"]}
-    rows = []
-    for name, spec in named_specs(structure, "layers"):
-        found = measured.get(name, {})
-        activation = spec["input"]["bits"] if spec["input"] else None
-        rows.append(
-            LayerRow(
-                name,
-                spec["bits"],
-                activation,
-                _scheme(spec),
-                *(found.get(key) for key in ("error", "full_ms", "quantized_ms")),
-            )
-        )
-    return tuple(rows)
 
 
 def _floating(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -221,12 +180,25 @@ def _facts(
     return facts
 
 
-def _check_same(source: Path | None, weights: str, manifest: Mapping[str, Any]) -> None:
-    """Refuse values that were measured on another model."""
-    if weights != manifest["digest"]:
+def _read(path: Path | None, read: Callable[[Path], Found]) -> Found | None:
+    """Read a file or folder of measurements that is there."""
+    return None if path is None else read(path)
+
+
+def _check_same(
+    source: Path | None, found: Found | None, weights_of: Callable[[Found], str], manifest: Mapping[str, Any]
+) -> None:
+    """Refuse measurements that were `found` in `source` of another model."""
+    if found is not None and (weights := weights_of(found)) != manifest["digest"]:
         raise ForeignFileError(
             f"{source} is of a model with sha256 {weights}, this one has {manifest['digest']}; measure again"
         )
+
+
+def _images(evaluation: Path | None) -> Path | None:
+    """Return the file of an evaluation with pairs of images, if there is one."""
+    found = None if evaluation is None else evaluation / PAIRS_FILE
+    return found if found is not None and found.exists() else None
 
 
 def gather(
@@ -256,27 +228,25 @@ def gather(
         raise ValueError(f"{base_model!r} is no hub id; give owner/name")
     manifest = stored_manifest(directory).values
     report = read_json(directory / MODEL_REPORT)
-    evaluated = None if evaluation is None else read_evaluation(evaluation)
-    analysed = None if analysis is None else read_analysis(analysis)
-    speed = None if bench is None else read_speed(bench)
+    evaluated = _read(evaluation, read_evaluation)
+    analysed = _read(analysis, read_analysis)
+    speed = _read(bench, read_speed)
     try:
-        if evaluated is not None:
-            _check_same(evaluation, evaluated["protocol"]["quantized"]["weights"], manifest)
-        if analysed is not None:
-            _check_same(analysis, analysed["settings"]["weights"], manifest)
-        if speed is not None:
-            _check_same(bench, speed.weights, manifest)
+        _check_same(evaluation, evaluated, lambda found: found["protocol"]["quantized"]["weights"], manifest)
+        _check_same(analysis, analysed, lambda found: found["settings"]["weights"], manifest)
+        _check_same(bench, speed, lambda found: found.weights, manifest)
+        judged = evaluated or NOT_EVALUATED
         return ModelReport(
             name=directory.resolve().name,
             scheme=str(report["scheme"]),
             base_model=base_model,
             facts=tuple(_facts(directory, manifest, report, evaluated)),
             recipe=tuple(_flat(manifest["provenance"]["recipe"])),
-            metrics=metric_rows(evaluated["rows"]) if evaluated else (),
-            pairs=pair_rows(evaluated["paired"]) if evaluated else (),
-            published=published_rows(evaluated["baseline"]) if evaluated else (),
+            metrics=metric_rows(judged["rows"]),
+            pairs=pair_rows(judged["paired"]),
+            published=published_rows(judged["baseline"]),
             speed=speed,
-            layers=_layers(manifest["structure"], analysed),
+            layers=layer_rows(manifest["structure"], analysed),
             units=tuple(
                 (unit["name"], unit["error_before"], unit["error_after"])
                 for unit in report["units"]
@@ -284,9 +254,7 @@ def gather(
             ),
             evaluation=evaluated,
             analysis=analysed,
-            images=evaluation / PAIRS_FILE
-            if evaluation is not None and (evaluation / PAIRS_FILE).exists()
-            else None,
+            images=_images(evaluation),
             bare=(directory / MANIFEST_FILE).exists(),
             module=module,
         )

@@ -1,7 +1,8 @@
 """An analysis as Parquet: one table of one value a row, which any data frame reads and groups."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,63 @@ def _by_timestep(
             yield part, quantity, name, timestep, float(value)
 
 
+def _of_whole(part: str, quantity: str, timesteps: Sequence[float], values: Sequence[float]) -> Iterator[Row]:
+    """Yield values that belong to no name."""
+    for timestep, value in zip(timesteps, values, strict=True):
+        yield part, quantity, None, timestep, value
+
+
+def _disturbance(found: Mapping[str, Any]) -> Iterator[Row]:
+    steps = found["timesteps"]
+    for quantity in ("relative_error", "cosine"):
+        yield from _by_timestep("disturbance", quantity, steps, found[quantity])
+    nearest = {name: [steps[index] for index in indices] for name, indices in found["nearest"].items()}
+    yield from _by_timestep("disturbance", "nearest_timestep", steps, nearest)
+
+
+def _ranges(found: Mapping[str, Any]) -> Iterator[Row]:
+    for place, bound in product(("input", "output"), ("low", "high")):
+        yield from _by_timestep("ranges", f"{place}_{bound}", found["timesteps"], found[f"{place}s"][bound])
+
+
+def _trajectory(found: Mapping[str, Any]) -> Iterator[Row]:
+    for quantity in ("mean", "worst"):
+        yield from _of_whole("trajectory", quantity, found["timesteps"], found[quantity])
+    for quantity, value in (found["latent_error"] or {}).items():
+        yield "trajectory", f"latent_{quantity}", None, None, value
+
+
+def _sensitivity(found: Mapping[str, Any]) -> Iterator[Row]:
+    series = {part["name"]: error for part, error in zip(found["parts"], found["error"], strict=True)}
+    yield from _by_timestep("sensitivity", "relative_error", found["timesteps"], series)
+    yield from _of_whole("sensitivity", "relative_error", found["timesteps"], found["whole"])
+
+
+def _accumulation(found: Mapping[str, Any] | None) -> Iterator[Row]:
+    if found is None:
+        return
+    for quantity in ("influence", "error", "bias", "gain", "correlation", "predicted", "random"):
+        steps = _of_whole("accumulation", quantity, found["timesteps"], found[quantity])
+        yield from (row for row in steps if row[-1] is not None)
+    yield "accumulation", "measured", None, None, found["measured"]
+
+
+def _layers(found: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    for layer, quantity in product(found, ("error", "full_ms", "quantized_ms")):
+        yield "layers", quantity, layer["name"], None, layer[quantity]
+
+
+# The parts of an analysis, in the order of their rows.
+_PARTS: dict[str, Callable[[Any], Iterator[Row]]] = {
+    "disturbance": _disturbance,
+    "ranges": _ranges,
+    "trajectory": _trajectory,
+    "sensitivity": _sensitivity,
+    "accumulation": _accumulation,
+    "layers": _layers,
+}
+
+
 def rows(values: Mapping[str, Any]) -> Iterator[Row]:
     """Yield the values of an analysis, as `analysis.json` has them, one a row.
 
@@ -30,45 +88,8 @@ def rows(values: Mapping[str, Any]) -> Iterator[Row]:
     fields of `Accumulation` by step, and `measured`. `sensitivity`: `relative_error` by unit and timestep, of
     everything without a name. `layers`: `error`, `full_ms`, `quantized_ms`.
     """
-    found = values["disturbance"]
-    steps = found["timesteps"]
-    for quantity in ("relative_error", "cosine"):
-        yield from _by_timestep("disturbance", quantity, steps, found[quantity])
-    nearest = {name: [steps[index] for index in indices] for name, indices in found["nearest"].items()}
-    yield from _by_timestep("disturbance", "nearest_timestep", steps, nearest)
-    found = values["ranges"]
-    for place in ("input", "output"):
-        for bound in ("low", "high"):
-            yield from _by_timestep(
-                "ranges", f"{place}_{bound}", found["timesteps"], found[f"{place}s"][bound]
-            )
-    found = values["trajectory"]
-    for quantity in ("mean", "worst"):
-        yield from (
-            ("trajectory", quantity, None, step, value)
-            for step, value in zip(found["timesteps"], found[quantity], strict=True)
-        )
-    for quantity, value in (found["latent_error"] or {}).items():
-        yield "trajectory", f"latent_{quantity}", None, None, value
-    found = values["sensitivity"]
-    series = {part["name"]: error for part, error in zip(found["parts"], found["error"], strict=True)}
-    yield from _by_timestep("sensitivity", "relative_error", found["timesteps"], series)
-    yield from (
-        ("sensitivity", "relative_error", None, step, value)
-        for step, value in zip(found["timesteps"], found["whole"], strict=True)
-    )
-    if (added := values["accumulation"]) is not None:
-        for quantity in ("influence", "error", "bias", "gain", "correlation", "predicted", "random"):
-            pairs = zip(added["timesteps"], added[quantity], strict=True)
-            yield from (
-                ("accumulation", quantity, None, step, value) for step, value in pairs if value is not None
-            )
-        yield "accumulation", "measured", None, None, added["measured"]
-    for layer in values["layers"]:
-        yield from (
-            ("layers", quantity, layer["name"], None, layer[quantity])
-            for quantity in ("error", "full_ms", "quantized_ms")
-        )
+    for part, of_part in _PARTS.items():
+        yield from of_part(values[part])
 
 
 def write_parquet(path: Path, values: Mapping[str, Any]) -> None:

@@ -186,18 +186,22 @@ def _check_values(value: Any) -> None:
     """
     level = [value]
     for _ in range(JSON_DEPTH):
-        texts = [item for item in level if isinstance(item, str)]
-        texts += [key for item in level if isinstance(item, dict) for key in item]
+        texts: list[str] = []
+        inner: list[Any] = []
+        for item in level:
+            match item:
+                case str():
+                    texts.append(item)
+                case dict():
+                    texts += item
+                    inner += item.values()
+                case list():
+                    inner += item
         if any("\ud800" <= letter <= "\udfff" for text in texts if not text.isascii() for letter in text):
             raise ValueError("a text holds half of a surrogate pair")
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
+        if not inner:
             return
+        level = inner
     raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
 
 

@@ -2,9 +2,9 @@
 file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tfmq.errors import shown
 
@@ -14,6 +14,8 @@ __all__ = ["LONGEST_NAME", "Fields"]
 
 LONGEST_NAME = 512
 LARGEST = 1e300
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Fields:
         """Whether there is a value other than null."""
         return self.values.get(name) is not None
 
+    def optional(self, name: str, read: Callable[["Fields", str], Value]) -> Value | None:
+        """Return what the method `read` gives for a value, None where there is none."""
+        return read(self, name) if self.has(name) else None
+
     def refuse(self, name: str, wanted: str) -> ForeignFileError:
         """Return the error of a value that is not `wanted`."""
         if name not in self.values:
@@ -56,12 +62,18 @@ class Fields:
         if strange := sorted(self.values.keys() - known):
             raise self.refuse(strange[0], f"absent: this tfmq knows {', '.join(sorted(known))}; upgrade tfmq")
 
+    def _of_kind(
+        self, name: str, kind: type[Value], wanted: str, fits: Callable[[Value], bool] = lambda value: True
+    ) -> Value:
+        """Return a value of the class `kind` that `fits`; else it is not what was `wanted`."""
+        value = self.values.get(name)
+        if not isinstance(value, kind) or not fits(value):
+            raise self.refuse(name, wanted)
+        return value
+
     def flag(self, name: str) -> bool:
         """Return true or false."""
-        value = self.values.get(name)
-        if not isinstance(value, bool):
-            raise self.refuse(name, "true or false")
-        return value
+        return self._of_kind(name, bool, "true or false")
 
     def integer(self, name: str, least: int, most: int) -> int:
         """Return an integer of `least` to `most`."""
@@ -79,17 +91,12 @@ class Fields:
 
     def text(self, name: str, *, longest: int = LONGEST_NAME) -> str:
         """Return a text of 1 to `longest` characters."""
-        value = self.values.get(name)
-        if not isinstance(value, str) or not 0 < len(value) <= longest:
-            raise self.refuse(name, f"a text of 1 to {longest} characters")
-        return value
+        wanted = f"a text of 1 to {longest} characters"
+        return self._of_kind(name, str, wanted, lambda text: 0 < len(text) <= longest)
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> str:
         """Return one of the `allowed` texts."""
-        value = self.values.get(name)
-        if not isinstance(value, str) or value not in allowed:
-            raise self.refuse(name, f"one of {', '.join(allowed)}")
-        return value
+        return self._of_kind(name, str, f"one of {', '.join(allowed)}", allowed.__contains__)
 
     def part(self, name: str) -> "Fields":
         """Return an object."""

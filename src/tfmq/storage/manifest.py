@@ -5,6 +5,7 @@ a file.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from .checkpoint import check_format
@@ -55,26 +56,19 @@ class Provenance:
         """
         recipe, rebaked = _optional(fields, "recipe"), _optional(fields, "rebaked")
         calibration, temporal = _optional(recipe, "calibration"), _optional(recipe, "temporal")
-        calibrated = calibration.integer("steps", 1, MOST) if calibration.has("steps") else None
+        steps = partial(Fields.integer, least=1, most=MOST)
+        name, calibrated = partial(Fields.text, longest=LONGEST_TEXT), calibration.optional("steps", steps)
         return cls(
-            scheme=recipe.text("name", longest=LONGEST_TEXT)
-            if recipe.has("name") and recipe.values["name"] != ""
-            else None,
+            scheme=None if recipe.values.get("name") == "" else recipe.optional("name", name),
             recipe=recipe.values,
-            steps=rebaked.integer("steps", 1, MOST) if rebaked.has("steps") else calibrated,
+            steps=rebaked.optional("steps", steps) or calibrated,
             calibrated_steps=calibrated,
-            eta=calibration.number("eta") if calibration.has("eta") else None,
-            guidance_scale=calibration.number("guidance_scale")
-            if calibration.has("guidance_scale")
-            else None,
-            spacing=calibration.choice("spacing", ("quadratic",)) if calibration.has("spacing") else None,  # type: ignore[arg-type]
-            maintenance=temporal.text("maintenance") if temporal.has("maintenance") else None,
-            published=tuple(_figure(figure) for figure in recipe.parts("published"))
-            if recipe.has("published")
-            else (),
-            inputs=tuple(_measured(found) for found in fields.parts("inputs"))
-            if fields.has("inputs")
-            else (),
+            eta=calibration.optional("eta", Fields.number),
+            guidance_scale=calibration.optional("guidance_scale", Fields.number),
+            spacing=calibration.optional("spacing", partial(Fields.choice, allowed=("quadratic",))),  # type: ignore[arg-type]
+            maintenance=temporal.optional("maintenance", Fields.text),
+            published=tuple(map(_figure, recipe.optional("published", Fields.parts) or ())),
+            inputs=tuple(map(_measured, fields.optional("inputs", Fields.parts) or ())),
         )
 
 

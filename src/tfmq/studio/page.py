@@ -93,6 +93,13 @@ def original_of(model: str | None) -> str:
     return TEXT if TEXT in names else "default"
 
 
+def _side(gradio: Any, title: str) -> tuple[Any, Any]:
+    """Place a column for what one model draws, and return the image and the figures below it."""
+    with gradio.Column():
+        image = gradio.Image(label=title, interactive=False, format="png", buttons=[], elem_classes="drawn")
+        return image, gradio.Markdown(min_height=24)
+
+
 class Studio:
     """What the page does.
 
@@ -167,16 +174,8 @@ class Studio:
                 seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
                 steps = gradio.Slider(1, 250, value=steps_of(chosen), step=1, label="Steps", scale=2)
             button = gradio.Button("Draw", variant="primary")
-            outputs = []
             with gradio.Row():
-                for title in ("Full precision", "Quantized"):
-                    with gradio.Column():
-                        outputs += [
-                            gradio.Image(
-                                label=title, interactive=False, format="png", buttons=[], elem_classes="drawn"
-                            ),
-                            gradio.Markdown(min_height=24),
-                        ]
+                outputs = [*_side(gradio, "Full precision"), *_side(gradio, "Quantized")]
             quantized.change(steps_of, quantized, steps)
             button.click(
                 self.draw, [quantized, reference, prompt, label, seed, steps], outputs, concurrency_limit=1

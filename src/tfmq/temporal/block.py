@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import TIMESTEP, Ref, Trace
 from tfmq.models.trace import trace
+from tfmq.numerics.trees import tensors_in
 
 
 class TemporalBlock:
@@ -76,7 +77,7 @@ class TemporalBlock:
         for call in self.trace.calls:
             function = call.function or self.module.get_submodule(call.module)
             result = function(*tree_map(resolve, call.args), **tree_map(resolve, call.kwargs))
-            outputs.append([leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)])
+            outputs.append(tensors_in(result))
         return {name: self._per_sample(resolve(self.trace.outputs[name])) for name in names}
 
     def _per_sample(self, output: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Check by behaviour what the trace says by structure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.models.program import LayerTrace
 from tfmq.temporal.block import TemporalBlock
 
 TOLERANCE = 1e-4
@@ -68,22 +69,33 @@ def probe(denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> TemporalBl
             denoiser(inputs)
         seen[key] = dict(outputs)
     for layer in block.trace.layers:
-        with_sample = _moved(seen["base"][layer.name], seen["sample"][layer.name])
-        with_timestep = _moved(seen["base"][layer.name], seen["timestep"][layer.name])
-        if layer.temporal and with_sample:
-            raise ProbeError(
-                f"{layer.name} was traced as independent of the sample, but its output changes with it"
-            )
-        if with_timestep and not with_sample and not layer.temporal and "timestep" not in layer.depends_on:
-            raise ProbeError(
-                f"{layer.name} changes with the timestep, but the model reads the "
-                "timestep as a Python number there; keep it a tensor"
-            )
+        moved = {
+            key: _moved(seen["base"][layer.name], seen[key][layer.name]) for key in ("sample", "timestep")
+        }
+        _check_dependence(layer, with_sample=moved["sample"], with_timestep=moved["timestep"])
+    _check_replay(block, early + 400, seen["timestep"])
+    return block
+
+
+def _check_dependence(layer: LayerTrace, *, with_sample: bool, with_timestep: bool) -> None:
+    """Refuse a layer that does not move with what it was traced to depend on."""
+    if layer.temporal and with_sample:
+        raise ProbeError(
+            f"{layer.name} was traced as independent of the sample, but its output changes with it"
+        )
+    if with_timestep and not with_sample and not layer.temporal and "timestep" not in layer.depends_on:
+        raise ProbeError(
+            f"{layer.name} changes with the timestep, but the model reads the "
+            "timestep as a Python number there; keep it a tensor"
+        )
+
+
+def _check_replay(block: TemporalBlock, timesteps: Tensor, seen: Mapping[str, Tensor]) -> None:
+    """Refuse a block that does not give the outputs that were `seen` at `timesteps`."""
     temporal = [layer.name for layer in block.trace.temporal]
-    replayed = block.run(block.at(early + 400), temporal)
+    replayed = block.run(block.at(timesteps), temporal)
     for name in temporal:
-        output = seen["timestep"][name]
+        output = seen[name]
         # The frames of a video share one row for each sample.
         if _moved(output, replayed[name][:2].repeat_interleave(len(output) // 2, dim=0)):
             raise ProbeError(f"the traced computation of {name} does not give what the model computes")
-    return block

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import parts_of, replace_module, steps_of
-from tfmq.nn.temporal import CachedFeature, FeatureTable
+from tfmq.nn.temporal import CachedFeature, FeatureTable, cached_features
 from tfmq.quantizers.steps import StepContext
 from tfmq.temporal.block import TemporalBlock
 
@@ -49,7 +49,7 @@ def rebake_tables(module: nn.Module, block: TemporalBlock, timesteps: Tensor) ->
     steps: StepContext = steps_of(module)
     timesteps = timesteps.to(steps.timesteps.device, torch.float32)
     nearest, _ = steps.lookup(timesteps)
-    cached = {name: child for name, child in module.named_modules() if isinstance(child, CachedFeature)}
+    cached = cached_features(module)
     missing = sorted(cached.keys() - set(block.cacheable))
     if missing:
         raise ValueError(

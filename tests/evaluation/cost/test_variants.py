@@ -20,7 +20,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_embeddings, packed_layers
-from tfmq.nn.structure import state_bytes
+from tfmq.nn.size import state_bytes
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Calibration
 

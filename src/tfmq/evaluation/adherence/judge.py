@@ -23,7 +23,8 @@ class Judge(Protocol):
     """
 
     @property
-    def attributes(self) -> tuple[str, ...]: ...
+    def attributes(self) -> tuple[str, ...]:
+        """Return the names of the attributes that it reads."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, list[bool | None]]: ...
 

@@ -79,21 +79,30 @@ class SceneJudge:
         colour, blobs = find_blobs(image, len(scene.figures))
         found: dict[str, bool | None] = dict.fromkeys(ATTRIBUTES)
         found["ground"] = None if scene.ground is None else nearest_colour(colour) == scene.ground
-        place = scene.place
-        ordered = blobs if place is None or len(blobs) < 2 else _ordered(blobs, place) or blobs
-        digits = self.digits(ordered)
-        complete = len(ordered) == len(scene.figures)
-        if place is not None:
-            found["place"] = complete and bool(_ordered(blobs, place)) and self._fits(scene, ordered, digits)
-        if complete and place is not None and not found["place"]:
-            ordered, digits = self._best_order(scene, ordered, digits)
-        pairs = list(zip(scene.figures, ordered, digits, strict=False))
-        found["identity"] = complete and all(figure.digit == digit for figure, _, digit in pairs)
+        complete = len(blobs) == len(scene.figures)
+        found["place"], shown = self._placed(scene, blobs)
+        found["identity"] = complete and all(figure.digit == digit for figure, _, digit in shown)
         for name in ("ink", "stroke", "slant"):
-            said = [_holds(name, figure, blob) for figure, blob, _ in pairs]
-            asked = any(getattr(figure, name) for figure in scene.figures)
-            found[name] = (complete and all(verdict is not False for verdict in said)) if asked else None
+            if any(getattr(figure, name) for figure in scene.figures):
+                found[name] = complete and all(
+                    _holds(name, figure, blob) is not False for figure, blob, _ in shown
+                )
         return found
+
+    def _placed(self, scene: Scene, blobs: list[Blob]) -> tuple[bool | None, list[tuple[Figure, Blob, int]]]:
+        """Return whether the figures stand as said, None where nothing is said, and what is taken for each
+        figure with the digit that it shows.
+        """
+        if scene.place is None:
+            return None, list(zip(scene.figures, blobs, self.digits(blobs), strict=False))
+        as_said = _ordered(blobs, scene.place) if len(blobs) > 1 else []
+        ordered = as_said or blobs
+        digits = self.digits(ordered)
+        complete = len(blobs) == len(scene.figures)
+        stands = complete and bool(as_said) and self._fits(scene, ordered, digits)
+        if complete and not stands:
+            ordered, digits = self._best_order(scene, ordered, digits)
+        return stands, list(zip(scene.figures, ordered, digits, strict=False))
 
     @staticmethod
     def _score(scene: Scene, blobs: Sequence[Blob], digits: Sequence[int]) -> int:

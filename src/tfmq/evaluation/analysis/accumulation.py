@@ -73,7 +73,7 @@ class Accumulation:
 def scheduler_of(sampler: Sampler) -> Any | None:
     """Return the scheduler that a sampler steps with; None where it has none of diffusers' kind."""
     found = getattr(getattr(sampler, "pipeline", sampler), "scheduler", None)
-    return found if hasattr(found, "step") and hasattr(found, "set_timesteps") else None
+    return found if all(hasattr(found, name) for name in ("step", "set_timesteps")) else None
 
 
 @contextmanager

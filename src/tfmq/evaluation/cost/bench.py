@@ -105,14 +105,14 @@ def measure(
 def _measured(
     plan: Plan, settings: Mapping[str, Setting], batch: int, *, around: Around, note: Note, progress: Progress
 ) -> Iterator[Row]:
-    spent: dict[str, dict[str, Any]] = {}
-    workers: dict[str, Worker] = {}
     with ExitStack() as stack:
+        started: dict[str, tuple[Worker, dict[str, Any]] | None] = {}
         with progress(f"loading, batch {batch}", len(settings)) as advance:
             for name, setting in settings.items():
-                if started := _tried(name, setting, stack, batch, note):
-                    workers[name], spent[name] = started
+                started[name] = _tried(name, setting, stack, batch, note)
                 advance()
+        workers = {name: pair[0] for name, pair in started.items() if pair}
+        spent = {name: pair[1] for name, pair in started.items() if pair}
         outputs = {
             name: _outputs(worker, settings[name].folder / "outputs.safetensors")
             for name, worker in workers.items()

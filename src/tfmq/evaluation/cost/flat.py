@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
+from tfmq.numerics.trees import tensors_in
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
     """Return the tensors of a call in a fixed order: sample, timestep, conditions. The timestep is float32,
     which every converter takes.
     """
-    leaves, _ = tree_flatten(dict(inputs.conditions))
-    return inputs.sample, inputs.timestep.float(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    return inputs.sample, inputs.timestep.float(), *tensors_in(dict(inputs.conditions))
 
 
 class Flat(nn.Module):
@@ -26,6 +26,7 @@ class Flat(nn.Module):
         self.leaves, self.shape = tree_flatten(dict(example.conditions))
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the denoiser's output for the tensors of a call."""
         sample, timestep, *rest = tensors
         given = iter(rest)
         leaves: list[Any] = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]

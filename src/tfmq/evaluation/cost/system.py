@@ -73,6 +73,11 @@ def foreign_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
+def memory_bytes() -> int | None:
+    """Return the memory of the machine; None where the system does not say."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
 def describe_machine(threads: int, *, device: str = "cpu") -> dict[str, Any]:
     """Return what figures depend on: processor, instructions, memory, versions, the number of threads, and
     the device beside the processor.
@@ -81,13 +86,12 @@ def describe_machine(threads: int, *, device: str = "cpu") -> dict[str, Any]:
     parts = (line.partition(":") for line in reversed(info))
     fields = {name.strip(): value.strip() for name, _, value in parts}
     flags = (fields.get("flags") or fields.get("Features") or "").split()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     return {
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
         "instructions": [flag for flag in FLAGS if flag in flags],
         "processors": len(processors()),
         "threads": threads,
-        "memory_bytes": pages,
+        "memory_bytes": memory_bytes(),
         "accelerator": _accelerator(device),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {

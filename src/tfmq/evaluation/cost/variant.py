@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -65,17 +65,35 @@ class Variant(Protocol):
     """
 
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """Return the modules that must be importable."""
 
     @property
-    def builds(self) -> bool: ...
+    def builds(self) -> bool:
+        """Whether `build` writes files."""
 
     @property
-    def caches(self) -> bool: ...
+    def caches(self) -> bool:
+        """Whether a first start leaves something that makes later starts faster."""
 
-    def build(self, setting: Setting) -> None: ...
+    def build(self, setting: Setting) -> None:
+        """Write what `prepare` reads, in a process of its own."""
 
-    def prepare(self, setting: Setting) -> Prepared: ...
+    def prepare(self, setting: Setting) -> Prepared:
+        """Load the model for calls of exactly `setting.batch` rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A variant that reads what is stored already, and may run `compiled` by torch."""
+
+    compiled: bool = False
+    needs: tuple[str, ...] = ()
+    caches: bool = False
+    builds: ClassVar[bool] = False
+
+    def build(self, setting: Setting) -> None:
+        """Write nothing."""
 
 
 VARIANTS: dict[str, Variant] = {}

@@ -23,9 +23,11 @@ class Extractor(Protocol):
     """
 
     @property
-    def kinds(self) -> tuple[Kind, ...]: ...
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return the kinds of features that it computes."""
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """Return what the features depend on, as JSON values."""
 
     def __call__(self, images: Images) -> Mapping[Kind, Tensor]: ...
 

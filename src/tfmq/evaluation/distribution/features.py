@@ -20,7 +20,8 @@ class Features(Protocol):
 
     def __len__(self) -> int: ...
 
-    def chunks(self, kind: Kind) -> Iterator[Tensor]: ...
+    def chunks(self, kind: Kind) -> Iterator[Tensor]:
+        """Yield the features of one kind in the order of the images, each chunk `[n, d]`."""
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,12 @@ def frechet_distance(images: Features, others: Features | Moments, kind: Kind) -
         return float(metric.compute())
 
 
-@register("fid")
-class Fid:
-    """Frechet distance of pooled features: FID where they are Inception's."""
+class _Frechet:
+    """The distance of one kind of features, under a metric's `name`."""
 
     library = LIBRARY
-    kind: Kind = "pool"
+    name: str
+    kind: Kind
     compares = True
     of_moments = True
 
@@ -73,22 +73,22 @@ class Fid:
         self, images: Features, others: Features | Moments | None, *, seed: int
     ) -> Mapping[str, Score]:
         assert others is not None
-        return {"fid": Score(frechet_distance(images, others, self.kind))}
+        return {self.name: Score(frechet_distance(images, others, self.kind))}
+
+
+@register("fid")
+class Fid(_Frechet):
+    """Frechet distance of pooled features: FID where they are Inception's."""
+
+    name = "fid"
+    kind: Kind = "pool"
 
 
 @register("sfid")
-class SpatialFid:
+class SpatialFid(_Frechet):
     """Frechet distance of spatial features (Nash et al., 2021): no library has it, so it is the library's
     distance on those features.
     """
 
-    library = LIBRARY
+    name = "sfid"
     kind: Kind = "spatial"
-    compares = True
-    of_moments = True
-
-    def __call__(
-        self, images: Features, others: Features | Moments | None, *, seed: int
-    ) -> Mapping[str, Score]:
-        assert others is not None
-        return {"sfid": Score(frechet_distance(images, others, self.kind))}

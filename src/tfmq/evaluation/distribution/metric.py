@@ -70,6 +70,7 @@ class Given(nn.Module):
         self.num_features = width
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return the features as they are."""
         return features
 
 

@@ -11,7 +11,7 @@ from tfmq.calibration.drift import LayerDrift, drift, extremes, static_inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers, packed_weights
 from tfmq.nn.swap import steps_of
-from tfmq.nn.temporal import CachedFeature
+from tfmq.nn.temporal import cached_features
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables
 
@@ -95,6 +95,6 @@ def fuse_adapters(module: nn.Module, full: Sampler, *, steps: int, scale: float)
             packed[name].round(weight)
         else:
             module.get_parameter(f"{name}.weight").copy_(weight)
-    if any(isinstance(child, CachedFeature) for child in module.modules()):
+    if cached_features(module):
         rebake_tables(module, TemporalBlock(full.denoiser, full.example()), context.timesteps.clone())
     return drift(static_inputs(layers), context, base, changed)

@@ -8,6 +8,8 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 
+from tfmq.nn.submodules import submodules
+
 
 def _configured(init: Callable[..., None]) -> Any:
     """Register the arguments of `init` as diffusers does, which reads them from its signature: the stock
@@ -47,13 +49,12 @@ class UNet2DHeadsModel(UNet2DModel):
                 f"num_attention_heads ({num_attention_heads}) decides it"
             )
         super().__init__(attention_head_dim=None, **stock)
-        for name, module in self.named_modules():
-            if isinstance(module, Attention):
-                width, rest = divmod(module.inner_dim, num_attention_heads)
-                if rest:
-                    raise ValueError(
-                        f"num_attention_heads: {num_attention_heads} does not divide "
-                        f"{module.inner_dim}, the width of {name}"
-                    )
-                module.heads = module.sliceable_head_dim = num_attention_heads
-                module.scale = width**-0.5
+        for name, module in submodules(self, Attention).items():
+            width, rest = divmod(module.inner_dim, num_attention_heads)
+            if rest:
+                raise ValueError(
+                    f"num_attention_heads: {num_attention_heads} does not divide "
+                    f"{module.inner_dim}, the width of {name}"
+                )
+            module.heads = module.sliceable_head_dim = num_attention_heads
+            module.scale = width**-0.5

@@ -9,18 +9,32 @@ from torch import nn
 from tfmq.integrations.diffusers.saved import absent_components
 
 
+def component_modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the components of a pipeline that have weights."""
+    return {name: child for name, child in pipeline.components.items() if isinstance(child, nn.Module)}
+
+
+def _check_source(source: str | Path, path: Path) -> None:
+    """Refuse what is neither a pipeline's directory nor looks like a hub id."""
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise ValueError(f"{path} is not a pipeline directory: it has no model_index.json")
+    if not path.exists() and (
+        path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")
+    ):
+        raise ValueError(f"{source} does not exist, and is not a hub id (owner/name)")
+
+
 def _check_whole(pipeline: DiffusionPipeline, source: str | Path) -> None:
     """Refuse a pipeline that lacks weights, which diffusers leaves on the meta device: a quantized model that
     lost its manifest is one.
     """
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            absent = [key for key, tensor in component.state_dict().items() if tensor.is_meta]
-            if absent:
-                raise ValueError(
-                    f"{source} lacks {len(absent)} tensors of {name}, such as {absent[0]}: "
-                    "its files are not those of its config.json; copy it again"
-                )
+    for name, component in component_modules(pipeline).items():
+        absent = [key for key, tensor in component.state_dict().items() if tensor.is_meta]
+        if absent:
+            raise ValueError(
+                f"{source} lacks {len(absent)} tensors of {name}, such as {absent[0]}: "
+                "its files are not those of its config.json; copy it again"
+            )
 
 
 def open_pipeline(source: str | Path) -> DiffusionPipeline:
@@ -30,26 +44,18 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
         ValueError: there is no pipeline, or it lacks weights.
     """
     path = Path(source)
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise ValueError(f"{path} is not a pipeline directory: it has no model_index.json")
-    if not path.exists() and (
-        path.is_absolute() or str(source).count("/") != 1 or str(source).startswith(".")
-    ):
-        raise ValueError(f"{source} does not exist, and is not a hub id (owner/name)")
+    _check_source(source, path)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(source), **(absent_components(path) if path.is_dir() else {})
-        )
+        absent = absent_components(path) if path.is_dir() else {}
+        pipeline = DiffusionPipeline.from_pretrained(str(source), **absent)
     except OSError as error:
         raise ValueError(
             f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}"
         ) from error
     _check_whole(pipeline, source)
-    for component in pipeline.components.values():
+    for component in component_modules(pipeline).values():
         # Cast only where it is needed: a quantized component has float32 parameters, and tables in a dtype of
         # their own.
-        if isinstance(component, nn.Module) and any(
-            parameter.dtype != torch.float32 for parameter in component.parameters()
-        ):
+        if any(parameter.dtype != torch.float32 for parameter in component.parameters()):
             component.float()
     return pipeline

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from tfmq.integrations.diffusers.opening import component_modules
 from tfmq.integrations.diffusers.spacing import spaced
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator
@@ -55,12 +56,11 @@ def find_denoisers(pipeline: DiffusionPipeline) -> dict[str, Denoiser]:
         ValueError: there is none.
     """
     found = {}
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module):
-            try:
-                found[name] = Denoiser(component)
-            except TypeError:
-                continue
+    for name, component in component_modules(pipeline).items():
+        try:
+            found[name] = Denoiser(component)
+        except TypeError:
+            continue
     if not found:
         raise ValueError(
             f"{type(pipeline).__name__} has no component that takes a sample and "
@@ -239,8 +239,8 @@ class PipelineSampler:
         """
         noted: list[Tensor] = []
         with ExitStack() as stack:
-            for component in self.pipeline.components.values():
-                if isinstance(component, nn.Module) and hasattr(component, "decode"):
+            for component in component_modules(self.pipeline).values():
+                if hasattr(component, "decode"):
                     stack.enter_context(_noted_decoding(component, noted))
             yield noted
 

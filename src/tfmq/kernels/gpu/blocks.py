@@ -8,7 +8,7 @@ ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def segment_of(channels, W0, W1, W2, G: tl.constexpr):
+def segment_of(channels: tl.tensor, W0: tl.tensor, W1: tl.tensor, W2: tl.tensor, G: tl.constexpr):
     """Return the number of the segment that each channel lies in."""
     found = tl.zeros_like(channels)
     if G > 1:
@@ -21,7 +21,16 @@ def segment_of(channels, W0, W1, W2, G: tl.constexpr):
 
 
 @triton.jit
-def grid_of(scale, zero, step, channels, W0, W1, W2, G: tl.constexpr):
+def grid_of(
+    scale: tl.tensor,
+    zero: tl.tensor,
+    step: tl.tensor,
+    channels: tl.tensor,
+    W0: tl.tensor,
+    W1: tl.tensor,
+    W2: tl.tensor,
+    G: tl.constexpr,
+):
     """Return scale and zero-point, float32, for table rows `step` `[R]` and `channels` `[C]`: `[R, 1]`, or
     `[R, C]` with segments.
     """
@@ -36,7 +45,7 @@ def grid_of(scale, zero, step, channels, W0, W1, W2, G: tl.constexpr):
 
 
 @triton.jit
-def coded(x, s, z, LEVELS: tl.constexpr):
+def coded(x: tl.tensor, s: tl.tensor, z: tl.tensor, LEVELS: tl.constexpr):
     """Return `clamp(round(x / s) + z, 0, LEVELS - 1) - 128`: bounds are integers, so the clamp may come
     before the rounding.
     """
@@ -46,7 +55,7 @@ def coded(x, s, z, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def activated(y, ACTIVATION: tl.constexpr):
+def activated(y: tl.tensor, ACTIVATION: tl.constexpr):
     """Return the activation function of a float32 block."""
     if ACTIVATION == "silu":
         y = y * tl.sigmoid(y)

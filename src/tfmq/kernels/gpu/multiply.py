@@ -19,6 +19,9 @@ from tfmq.kernels.operators.grids import widths
 from tfmq.kernels.operators.multiply import output_size
 
 MAX_SEGMENTS = 4
+# What a linear layer, which has one tap and no places, gives for the sizes `OW` to `DW`, and for the window.
+POINT = (1,) * 8
+LINEAR = {"KH": 1, "KW": 1, "IMAGE": False}
 
 
 def launcher(arguments: Sequence[Any], rows: int, columns: int, **constants: Any) -> Callable[[Tile], None]:
@@ -58,6 +61,14 @@ def _lengths(segments: Sequence[int], channels: int, weight_zero: Tensor | None)
     return [*sizes, *rest, *((size if weight_zero is None else (size + 1) // 2) for size in sizes), *rest]
 
 
+def _kind(
+    groups: int, weight_zero: Tensor | None, activation: str, *, integer: bool = True
+) -> dict[str, Any]:
+    """Return the options that tell kernels of any window apart."""
+    nibbles = weight_zero is not None
+    return {"G": groups, "NIBBLES": nibbles, "INTEGER": integer, "ACTIVATION": activation}
+
+
 def _plain(inputs: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return inputs.contiguous(), None if residual is None else residual.contiguous()
 
@@ -85,31 +96,9 @@ def linear_codes(
     out = codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
     groups = max(1, len(segments))
     tensors = (codes, weight, out, scale, zero_point, index, weight_zero, weight_scale, sums, bias, residual)
-    sizes = (
-        rows,
-        columns,
-        channels,
-        rows // len(index),
-        *_lengths(segments, channels, weight_zero),
-        weight.shape[1],
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-    )
-    kind = {
-        "KH": 1,
-        "KW": 1,
-        "IMAGE": False,
-        "G": groups,
-        "NIBBLES": weight_zero is not None,
-        "INTEGER": True,
-        "ACTIVATION": activation,
-    }
+    counts = rows, columns, channels, rows // len(index)
+    sizes = (*counts, *_lengths(segments, channels, weight_zero), weight.shape[1], *POINT)
+    kind = {**LINEAR, **_kind(groups, weight_zero, activation)}
     name = "linear w4a8" if weight_zero is not None else "linear w8a8"
     _run(name, launcher((*tensors, *sizes), rows, columns, **kind), rows, (columns, channels, groups), tile)
     return out
@@ -143,23 +132,10 @@ def convolution_codes(
     tensors = (codes, weight, out, scale, zero_point, index, weight_zero, weight_scale, sums, bias, residual)
     line = width * channels
     places = (across, down * across, line, height * line, *stride, *dilation)
-    sizes = (
-        rows,
-        columns,
-        channels,
-        rows // len(index),
-        *_lengths(segments, channels, weight_zero),
-        tap,
-        *places,
-    )
-    kind = {
-        "IMAGE": True,
-        "G": groups,
-        "NIBBLES": weight_zero is not None,
-        "INTEGER": True,
-        "ACTIVATION": activation,
-    }
-    launch = launcher((*tensors, *sizes), rows, columns, KH=kernel_height, KW=kernel_width, **kind)
+    counts = rows, columns, channels, rows // len(index)
+    sizes = (*counts, *_lengths(segments, channels, weight_zero), tap, *places)
+    window = {"KH": kernel_height, "KW": kernel_width, "IMAGE": True}
+    launch = launcher((*tensors, *sizes), rows, columns, **window, **_kind(groups, weight_zero, activation))
     name = "convolution w4a8" if weight_zero is not None else "convolution w8a8"
     _run(name, launch, rows, (columns, channels, groups, kernel_height, kernel_width, *stride), tile)
     return out
@@ -180,31 +156,9 @@ def linear_weight_only(
     rows, groups = x.numel() // max(1, channels), max(1, len(segments))
     out = x.new_empty((*x.shape[:-1], columns))
     tensors = (x, weight, out, None, None, None, weight_zero, weight_scale, None, bias, None)
-    sizes = (
-        rows,
-        columns,
-        channels,
-        1,
-        *_lengths(segments, channels, weight_zero),
-        weight.shape[1],
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-    )
-    kind = {
-        "KH": 1,
-        "KW": 1,
-        "IMAGE": False,
-        "G": groups,
-        "NIBBLES": weight_zero is not None,
-        "INTEGER": False,
-        "ACTIVATION": "",
-    }
+    lengths = _lengths(segments, channels, weight_zero)
+    sizes = (rows, columns, channels, 1, *lengths, weight.shape[1], *POINT)
+    kind = {**LINEAR, **_kind(groups, weight_zero, "", integer=False)}
     name = f"weight-only {'w4' if weight_zero is not None else 'w8'} {x.dtype}"
     _run(name, launcher((*tensors, *sizes), rows, columns, **kind), rows, (columns, channels, groups), tile)
     return out

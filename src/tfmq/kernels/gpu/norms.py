@@ -80,16 +80,9 @@ def group_norm_codes(
     grid, sizes = blocks(rows, channels)
     constants = {"G": max(1, len(segments)), "LEVELS": levels, "ACTIVATION": activation, **padded, **sizes}
     counts = (rows, channels, rows // len(index), rows // x.shape[0], groups, channels // groups)
+    tensors = (x, out, centre, rate, weight, bias, scale, zero_point, index)
     normalise_rows[grid](
-        x,
-        out,
-        centre,
-        rate,
-        weight,
-        bias,
-        scale,
-        zero_point,
-        index,
+        *tensors,
         *counts,
         *edges,
         *places,

@@ -7,7 +7,7 @@ from tfmq.kernels.gpu.blocks import activated
 
 
 @triton.jit
-def program_place(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def program_place(M: tl.tensor, N: tl.tensor, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Return the row and column of this program's block; `GROUP` rows of blocks walk the columns together."""
     number = tl.program_id(0)
     high, wide = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -18,21 +18,21 @@ def program_place(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr)
 
 @triton.jit
 def segment_sum(
-    acc,
-    inputs,
-    base,
-    weight,
-    rows,
-    weight_zero,
-    begin,
-    weight_begin,
-    width,
-    length,
-    tap_width,
-    XC,
-    XWC,
-    DH,
-    DW,
+    acc: tl.tensor,
+    inputs: tl.tensor,
+    base: tl.tensor,
+    weight: tl.tensor,
+    rows: tl.tensor,
+    weight_zero: tl.tensor,
+    begin: tl.tensor,
+    weight_begin: tl.tensor,
+    width: tl.tensor,
+    length: tl.tensor,
+    tap_width: tl.tensor,
+    XC: tl.tensor,
+    XWC: tl.tensor,
+    DH: tl.tensor,
+    DW: tl.tensor,
     KH: tl.constexpr,
     KW: tl.constexpr,
     NIBBLES: tl.constexpr,
@@ -68,38 +68,38 @@ def segment_sum(
 
 @triton.jit
 def multiply(
-    inputs,
-    weight,
-    out,
-    scale,
-    zero,
-    index,
-    weight_zero,
-    weight_scale,
-    sums,
-    bias,
-    residual,
-    M,
-    N,
-    XC,
-    RUN,
-    W0,
-    W1,
-    W2,
-    W3,
-    L0,
-    L1,
-    L2,
-    L3,
-    TAP,
-    OW,
-    OHW,
-    XWC,
-    XHWC,
-    SH,
-    SW,
-    DH,
-    DW,
+    inputs: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    index: tl.tensor,
+    weight_zero: tl.tensor,
+    weight_scale: tl.tensor,
+    sums: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    XC: tl.tensor,
+    RUN: tl.tensor,
+    W0: tl.tensor,
+    W1: tl.tensor,
+    W2: tl.tensor,
+    W3: tl.tensor,
+    L0: tl.tensor,
+    L1: tl.tensor,
+    L2: tl.tensor,
+    L3: tl.tensor,
+    TAP: tl.tensor,
+    OW: tl.tensor,
+    OHW: tl.tensor,
+    XWC: tl.tensor,
+    XHWC: tl.tensor,
+    SH: tl.tensor,
+    SW: tl.tensor,
+    DH: tl.tensor,
+    DW: tl.tensor,
     KH: tl.constexpr,
     KW: tl.constexpr,
     IMAGE: tl.constexpr,
@@ -133,13 +133,7 @@ def multiply(
     begin = 0
     weight_begin = 0
     for g in tl.static_range(G):
-        width, length = W0, L0
-        if g == 1:
-            width, length = W1, L1
-        elif g == 2:
-            width, length = W2, L2
-        elif g == 3:
-            width, length = W3, L3
+        width, length = (W0, W1, W2, W3)[g], (L0, L1, L2, L3)[g]
         weight_zeros = None
         if NIBBLES:
             weight_zeros = tl.load(weight_zero + n * G + g)[None, :]

@@ -19,7 +19,16 @@ BLOCK = 2048
 
 
 @triton.jit
-def source_row(row, HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, PADDED: tl.constexpr):
+def source_row(
+    row: tl.tensor,
+    HEIGHT: tl.tensor,
+    WIDTH: tl.tensor,
+    OHEIGHT: tl.tensor,
+    OWIDTH: tl.tensor,
+    TOP: tl.tensor,
+    LEFT: tl.tensor,
+    PADDED: tl.constexpr,
+):
     """Return the input row behind each row of a padded output, and whether there is one."""
     if PADDED:
         across = row % OWIDTH - LEFT
@@ -34,7 +43,10 @@ def source_row(row, HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT, PADDED: tl.conste
 
 @triton.jit
 def quantize_rows(
-    x, out, scale, zero, index, ROWS, C, RUN, W0, W1, W2, HEIGHT, WIDTH, OHEIGHT, OWIDTH, TOP, LEFT,
+    x: tl.tensor, out: tl.tensor, scale: tl.tensor, zero: tl.tensor, index: tl.tensor,
+    ROWS: tl.tensor, C: tl.tensor, RUN: tl.tensor, W0: tl.tensor, W1: tl.tensor, W2: tl.tensor,
+    HEIGHT: tl.tensor, WIDTH: tl.tensor, OHEIGHT: tl.tensor, OWIDTH: tl.tensor,
+    TOP: tl.tensor, LEFT: tl.tensor,
     G: tl.constexpr, LEVELS: tl.constexpr, PADDED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Write the codes of a block of rows and channels; the border gets the code of zero."""
@@ -51,7 +63,7 @@ def quantize_rows(
 
 
 @triton.jit
-def quantize_each_row(x, out, scale, C, BC: tl.constexpr):
+def quantize_each_row(x: tl.tensor, out: tl.tensor, scale: tl.tensor, C: tl.tensor, BC: tl.constexpr):
     """Write the codes of one row on its own symmetric grid, and its scale."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BC)

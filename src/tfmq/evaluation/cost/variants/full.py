@@ -4,21 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from tfmq.evaluation.cost.variant import BASE, Prepared, Setting, add, placed
+from tfmq.evaluation.cost.variant import BASE, Prepared, Ready, Setting, add, placed
 
 
 @dataclass(frozen=True)
-class FullPrecision:
+class FullPrecision(Ready):
     """The original in float32."""
 
     channels_last: bool = False
-    compiled: bool = False
-    needs: tuple[str, ...] = ()
-    builds: bool = False
-    caches: bool = False
-
-    def build(self, setting: Setting) -> None:
-        """Write nothing: the original is stored already."""
 
     def prepare(self, setting: Setting) -> Prepared:
         """Load the original."""

@@ -4,21 +4,14 @@ from dataclasses import dataclass
 
 from tfmq.artifact import stored_bytes
 from tfmq.backends.backend import Options
-from tfmq.evaluation.cost.variant import Prepared, Setting, add, placed
+from tfmq.evaluation.cost.variant import Prepared, Ready, Setting, add, placed
 
 
 @dataclass(frozen=True)
-class Executed:
+class Executed(Ready):
     """The quantized model by one backend."""
 
     backend: str
-    compiled: bool = False
-    needs: tuple[str, ...] = ()
-    builds: bool = False
-    caches: bool = False
-
-    def build(self, setting: Setting) -> None:
-        """Write nothing: a backend reads the checkpoint itself."""
 
     def prepare(self, setting: Setting) -> Prepared:
         """Load the checkpoint, ready to run."""

@@ -4,7 +4,7 @@ import torch
 
 from tfmq.errors import require
 from tfmq.evaluation.cost.variant import Prepared, Setting, register
-from tfmq.nn.structure import state_bytes
+from tfmq.nn.size import state_bytes
 
 
 @register("quanto-int8", "peer")

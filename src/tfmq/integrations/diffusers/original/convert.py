@@ -15,14 +15,17 @@ CLIP = "openai/clip-vit-large-patch14"
 
 
 def _is_ddim(config: Mapping[str, Any]) -> bool:
-    model = config.get("model")
-    return "diffusion" in config and isinstance(model, Mapping) and "ch_mult" in model
+    match config:
+        case {"diffusion": _, "model": {"ch_mult": _}}:
+            return True
+    return False
 
 
 def _is_ldm(config: Mapping[str, Any]) -> bool:
-    model = config.get("model")
-    params = model.get("params") if isinstance(model, Mapping) else None
-    return isinstance(params, Mapping) and "unet_config" in params
+    match config:
+        case {"model": {"params": {"unet_config": _}}}:
+            return True
+    return False
 
 
 def import_checkpoint(checkpoint: Path, config_file: Path, *, tokenizer: str = CLIP) -> DiffusionPipeline:

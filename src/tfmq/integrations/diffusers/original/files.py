@@ -91,13 +91,11 @@ def tensors_of(states: Any, *, path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: it does not.
     """
-    if isinstance(states, Mapping) and isinstance(states.get("state_dict"), Mapping):
-        states = states["state_dict"]
-    tensors = (
-        {str(name): value for name, value in states.items() if isinstance(value, Tensor)}
-        if isinstance(states, Mapping)
-        else {}
-    )
+    match states:
+        case {"state_dict": Mapping() as inner}:
+            states = inner
+    named = states.items() if isinstance(states, Mapping) else ()
+    tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(
             f"{path} holds a {type(states).__name__} without named tensors; it is no model checkpoint"

@@ -1,0 +1,17 @@
+"""Refuse values that a field of a recipe cannot have."""
+
+from tfmq.errors import shown
+
+
+def choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
+    """Refuse a `value` of the field `name` that is not among those `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
+
+
+def each(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """Refuse `values` of the field `name` that are not all `allowed`, or that have one twice."""
+    for value in values:
+        choice(name, value, allowed)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} has one twice: {', '.join(values)}")

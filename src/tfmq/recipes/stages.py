@@ -1,0 +1,124 @@
+"""The parts of a recipe that are not about grids: temporal features, calibration, rescaling, correction."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Literal
+
+from tfmq.nn.temporal import TableFormat
+from tfmq.numerics.equivalence import EQUALIZERS
+from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.recipes.checks import choice, each
+from tfmq.reconstruction.learning import Learning
+
+Spacing = Literal["quadratic"]
+Maintenance = Literal["none", "block", "cache", "selected"]
+SelectionScope = Literal["key", "feature", "step", "global"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporal:
+    """What keeps temporal features intact.
+
+    Attributes:
+        maintenance: `none` (temporal layers are ordinary members of their blocks), `block` (TIAR), `cache`
+            (TIAR, and a table that replaces the features of the calibrated schedule), `selected` (whichever
+            of the two disturbs a feature less).
+        table: storage of the cache.
+        scope: what one choice of `selected` covers: a feature at a step, a feature, a step, or everything.
+        learning: hyper-parameters of TIAR.
+    """
+
+    maintenance: Maintenance = "cache"
+    table: TableFormat = "int8"
+    scope: SelectionScope = "key"
+    learning: Learning = field(default_factory=lambda: Learning(iterations=1000, learning_rate=1e-2))
+
+    def __post_init__(self) -> None:
+        choice("temporal.maintenance", self.maintenance, ("none", "block", "cache", "selected"))
+        choice("temporal.table", self.table, ("int8", "float16"))
+        choice("temporal.scope", self.scope, ("key", "feature", "step", "global"))
+
+
+def call_options(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a pipeline is to be called by the fields of a calibration: `eta`, `guidance_scale` and
+    `spacing`, as far as they are set.
+    """
+    return {
+        name: calibration[name]
+        for name in ("eta", "guidance_scale", "spacing")
+        if calibration.get(name) is not None
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The trajectory that calibration runs on: `samples` images of `steps` steps each; weights learn from
+    every `interval`-th step.
+
+    Attributes:
+        eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is
+            opened again; None leaves them to the pipeline. `eta` is that of DDIM.
+        spacing: of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even
+            steps.
+        judged: images for each of the samples, rounded down, by which the whole model is judged in the end.
+            They are drawn from noise of their own by the model that the recipe makes, by the plainest one of
+            the same bits, and in full precision. 0 judges nothing.
+    """
+
+    samples: int = 32
+    steps: int = 50
+    interval: int = 2
+    batch_size: int = 16
+    eta: float | None = None
+    guidance_scale: float | None = None
+    spacing: Spacing | None = None
+    judged: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.judged < inf:
+            raise ValueError(f"calibration.judged must be finite and not negative, got {self.judged}")
+        for name in ("samples", "steps", "interval", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
+        for name, value in (("eta", self.eta), ("guidance_scale", self.guidance_scale)):
+            if value is not None and not 0 <= value < inf:
+                raise ValueError(f"calibration.{name} must be finite and not negative, got {value}")
+        if self.spacing is not None:
+            choice("calibration.spacing", self.spacing, ("quadratic",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaling:
+    """A factor for each input channel of a layer outside of the temporal block: the input is multiplied by
+    it, and the weight divided.
+
+    Attributes:
+        equalizers: propose factors, `ranges` and `peaks`. The factor one is always a candidate, and the error
+            of the layer's output on what it reads in calibration decides; with no equalizer nothing is
+            rescaled.
+    """
+
+    equalizers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        each("rescaling.equalizers", self.equalizers, tuple(EQUALIZERS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What is added to and multiplied with each channel of a prediction, step by step, so that it is nearer
+    to full precision's.
+
+    A batch of images is drawn in full precision and by the quantized model, from the same noise. Every other
+    image fits, the others decide.
+
+    Attributes:
+        estimators: the candidates of each step, the simplest first: `bias`, `gain`, `affine`. No correction
+            is always one; with none of them nothing is corrected.
+    """
+
+    estimators: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        each("correction.estimators", self.estimators, tuple(ESTIMATORS))
