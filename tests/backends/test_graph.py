@@ -29,6 +29,8 @@ from tfmq.reconstruction.solvers import Rounding
 from tfmq.storage.digest import tensor_digest
 
 STEPS = 50
+# From a calibrated timestep to one that is not: almost halfway to the next.
+UNSEEN = 9
 
 
 @pytest.fixture(scope="module")
@@ -337,10 +339,10 @@ def unseen_outputs(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     calibrated one.
     """
     denoiser, mixed = Denoiser(module), inputs.timestep.clone()
-    mixed[1] += 1
+    mixed[1] += UNSEEN
     return [
         denoiser(Inputs(inputs.sample, timestep, inputs.conditions))
-        for timestep in (inputs.timestep + 1, mixed)
+        for timestep in (inputs.timestep + UNSEEN, mixed)
     ]
 
 
