@@ -55,7 +55,8 @@ def test_values_files_and_table(tfmq: Run, whole: Whole) -> None:
         shown.status == 0
         and "fd[pooled-pixels]" in shown.out
         and "3 pairs" in shown.out
-        and "evaluation.json" in shown.out
+        # A long path is wrapped.
+        and "evaluation.json" in "".join(shown.out.split())
     )
     assert {line.partition(":")[0] for line in shown.err.splitlines()} == {
         "full precision",

@@ -441,11 +441,11 @@ def test_other_schedules_run_with_one_warning(quantized: Made) -> None:
 def test_ranges_of_few_values_are_those_of_neighbouring_timesteps_with_a_word(
     sampler: Sampling, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three images of 8 by 8 pixels are 192 rows a step; temporal layers see one value, which is exact."""
+    """Three images of 8 by 8 pixels and 2 channels; temporal layers see one value, which is exact."""
     layers, pooled = [*SHAPES["plain"][:2], "embed", "stages.0.shift", "stages.1.shift"], {}
-    for fewest in (0, 192, 193):
+    for fewest in (0, 384, 385):
         caplog.clear()
-        monkeypatch.setattr("tfmq.jobs.calibration.FEWEST_ROWS", fewest)
+        monkeypatch.setattr("tfmq.jobs.calibration.FEWEST_VALUES", fewest)
         with caplog.at_level("INFO", logger="tfmq"):
             found = quantize(
                 sampler("plain"), quick("rtn_w8a8", activations=Activations()), tmp_path / str(fewest)
@@ -454,7 +454,7 @@ def test_ranges_of_few_values_are_those_of_neighbouring_timesteps_with_a_word(
             name: found[site] for name in layers if (site := f"{name}.input_quantizer") in found
         }
         assert ("up to 3 timesteps together" in caplog.text) == bool(found)
-    assert pooled == {0: {}, 192: {}, 193: {"entry": 3, "exit": 3}}
+    assert pooled == {0: {}, 384: {}, 385: {"entry": 3}}
 
 
 @pytest.mark.parametrize("name", ["down_blocks.1.resnets.0.conv2", "time_embedding.linear_2"])

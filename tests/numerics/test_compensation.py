@@ -33,7 +33,8 @@ def problem(
     hessian = inputs.mT @ inputs / (4 * columns) + 0.01 * torch.eye(columns)
     target = torch.randn(groups, rows, columns, generator=generator)
     scale = 0.3 if fmt is UNEVEN else 0.6
-    grid = CodeGrid(fmt, torch.full_like(target, scale), torch.full_like(target, 4.0))
+    zero_point = 0.0 if fmt is UNEVEN else 4.0
+    grid = CodeGrid(fmt, torch.full_like(target, scale), torch.full_like(target, zero_point))
     return Quadratic(target, hessian), grid
 
 
@@ -63,7 +64,7 @@ def test_without_correlation_feedback_is_nearest_rounding() -> None:
 def test_feedback_moves_the_rest_to_its_least_squares_solution(columns: int, fmt: Grid) -> None:
     quadratic, grid = problem(1, columns=columns, fmt=fmt)
     target, hessian = quadratic.target[0].double(), quadratic.hessian[0].double()
-    values, expected = target.clone(), torch.empty_like(target)
+    values, expected = target.clone(), torch.zeros_like(target)
     for j in range(columns):
         expected[:, j] = grid.nearest(values[None].float())[0, :, j]
         values[:, j] = grid.decode(expected[None].float())[0, :, j].double()

@@ -31,10 +31,8 @@ SHRINKS = 40
 # One grid for all timesteps is accepted if its error is at most this times the error of a grid for each
 # timestep: 1 dB. Where the errors of layers add up, the error of the output grows by no more.
 TOLERATED = 10**0.1
-# Rows of channels (pixels, tokens, samples) that the range of a timestep has to rest on: the next row then
-# goes beyond what a channel has shown with a chance of 1 in 33. A timestep that saw fewer takes in its
-# neighbours.
-FEWEST_ROWS = 64
+# Values that the range of a timestep has to rest on. A timestep that saw fewer takes in its neighbours.
+FEWEST_VALUES = 2048
 # Bytes that the kept values of one site and their search take, about.
 SITE_BYTES = 4 * KEPT * 2
 
@@ -46,13 +44,13 @@ class NonFiniteError(ValueError):
 @dataclass
 class SiteStatistics:
     """Exact extremes `[S, G]` of one quantizer's input, evenly spaced values of it for each `(step,
-    segment)`, and how many rows of channels each step has seen.
+    segment)`, and how many values each step has seen in a segment, on average.
     """
 
     low: Tensor
     high: Tensor
     values: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
-    rows: Counter[int] = field(default_factory=Counter)
+    seen: Counter[int] = field(default_factory=Counter)
 
     def update(self, step: int, segment: int, part: Tensor, budget: int) -> None:
         """Add the values `part` seen at `step` in `segment`; at most `budget` of them are kept.
@@ -67,15 +65,16 @@ class SiteStatistics:
             raise NonFiniteError
         self.low[step, segment] = torch.minimum(self.low[step, segment], low)
         self.high[step, segment] = torch.maximum(self.high[step, segment], high)
+        self.seen[step] += flat.numel()
         stride = -(-flat.numel() // max(1, budget))
         self.values.setdefault((step, segment), []).append(flat[:: stride | 1].cpu().clone())
 
     def neighbours(self, fewest: int) -> list[range]:
-        """Return the steps around each step, as many on either side as there are, that saw `fewest` rows
+        """Return the steps around each step, as many on either side as there are, that saw `fewest` values
         together, or else all.
         """
         count = len(self.low)
-        total = [0, *itertools.accumulate(self.rows[step] for step in range(count))]
+        total = [0, *itertools.accumulate(self.seen[step] / self.low.shape[1] for step in range(count))]
 
         def around(step: int) -> range:
             near = range(step, step + 1)
@@ -117,8 +116,6 @@ def _observe(
     for segment, part in enumerate(parts):
         for step in bins:
             chosen = part if len(bins) == 1 else part[rows == step]
-            if segment == 0:
-                site.rows[step] += chosen.numel() // chosen.shape[quantizer.axis]
             site.update(step, segment, chosen, KEPT // (calls * len(parts) * len(bins)))
 
 
@@ -227,7 +224,7 @@ def fit_site(
 
     With `shared` the grids of a segment get one zero-point, one of these. With `measured` one grid serves all
     steps if it leaves little more error in the kept values, see `TOLERATED`. A step that saw less than
-    `fewest` rows is taken together with its neighbours; returned is how many steps are, at most.
+    `fewest` values is taken together with its neighbours; returned is how many steps are, at most.
     """
     near = site.neighbours(fewest)
     together = max(map(len, near))

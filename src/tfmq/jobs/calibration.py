@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
-from tfmq.calibration.ranges import FEWEST_ROWS, SITE_BYTES, SiteStatistics, collect, fit_site
+from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
 from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_factor, observe
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.calibration.variety import warn_of_single_values
@@ -179,7 +179,7 @@ def _fit_sites(
                 method=plan.ranges,
                 shared=plan.zero_points(name),
                 measured=plan.key == "measured",
-                fewest=0 if plan.finite or not site.per_step else FEWEST_ROWS,
+                fewest=0 if plan.finite or not site.per_step else FEWEST_VALUES,
             )
         advance()
     return together

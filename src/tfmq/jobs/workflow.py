@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from tfmq.calibration.choice import InputErrors
 from tfmq.calibration.correction import StepFit
-from tfmq.calibration.ranges import FEWEST_ROWS
+from tfmq.calibration.ranges import FEWEST_VALUES
 from tfmq.jobs.calibration import (
     choose_inputs,
     fit_activations,
@@ -97,10 +97,10 @@ def quantize_denoiser(job: Job) -> Outcome:
     outcome = _quantized(job)
     if outcome.pooled:
         log.info(
-            "%d inputs saw fewer than %d rows (images, tokens, pixels) at a timestep: their ranges "
+            "%d inputs saw fewer than %d values at a timestep: their ranges "
             "are those of up to %d timesteps together; more calibration images would tell these apart",
             len(outcome.pooled),
-            FEWEST_ROWS,
+            FEWEST_VALUES,
             max(outcome.pooled.values()),
         )
     return outcome

@@ -54,7 +54,7 @@ class CodeGrid:
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the nearest codes, as integers in float."""
-        return self.format.nearest_(values / self.scale, self.zero_point)
+        return self.format.nearest_(values / self.scale + self.zero_point, None)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the values of codes."""
@@ -79,7 +79,7 @@ class _Columns:
 
     def nearest(self, number: int, values: Tensor) -> Tensor:
         """Return the nearest codes of values `[G, R]` of a column."""
-        return self.format.nearest_(values / self.scale[number], self.zero_point[number])
+        return self.format.nearest_((values / self.scale[number]).add_(self.zero_point[number]), None)
 
     def decode(self, number: int, codes: Tensor) -> Tensor:
         """Return the values of codes `[G, R]` of a column."""

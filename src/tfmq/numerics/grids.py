@@ -44,9 +44,10 @@ class Grid(ABC):
         """
 
     @abstractmethod
-    def nearest_(self, values: Tensor, zero_point: Tensor) -> Tensor:
+    def nearest_(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
         """Put the nearest code, in float, in the place of each of `values`, which are in units of the
-        scale.
+        scale. None says that the zero-point was added to them before, in which order a tie may fall the
+        other way.
         """
 
     @abstractmethod
@@ -109,9 +110,10 @@ class IntegerFormat(Grid):
         scale = ((high - low) / (self.levels - 1)).clamp(min=SMALLEST_SCALE)
         return scale, torch.round(-low / scale).clamp(0, self.levels - 1)
 
-    def nearest_(self, values: Tensor, zero_point: Tensor) -> Tensor:
-        """Round, add the zero-point and clamp, in place."""
-        return values.round_().add_(zero_point).clamp_(0, self.levels - 1)
+    def nearest_(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Round to the nearest code that there is."""
+        codes = values.round_() if zero_point is None else values.round_().add_(zero_point)
+        return codes.clamp_(0, self.levels - 1)
 
     def integers(self, codes: Tensor, zero_point: Tensor) -> Tensor:
         """Return the codes less the zero-point."""
@@ -166,8 +168,8 @@ class Table(Grid):
 
     @property
     def middle(self) -> int:
-        """Return the code whose value is zero."""
-        return self.values.index(0)
+        """Return 0: codes are looked up as they are."""
+        return 0
 
     @cached_property
     def _midpoints(self) -> Tensor:
@@ -183,7 +185,7 @@ class Table(Grid):
         scale = torch.stack(sides).amax(dim=0).clamp(min=SMALLEST_SCALE)
         return scale, torch.full_like(scale, self.middle)
 
-    def nearest_(self, values: Tensor, zero_point: Tensor) -> Tensor:
+    def nearest_(self, values: Tensor, zero_point: Tensor | None) -> Tensor:
         """Put the code of the nearest value of the table in the place of each of `values`."""
         return values.copy_(torch.bucketize(values.contiguous(), self._midpoints.to(values.device)))
 
