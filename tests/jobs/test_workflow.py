@@ -447,9 +447,8 @@ def test_ranges_of_few_values_are_those_of_neighbouring_timesteps_with_a_word(
         caplog.clear()
         monkeypatch.setattr("tfmq.jobs.calibration.FEWEST_VALUES", fewest)
         with caplog.at_level("INFO", logger="tfmq"):
-            found = quantize(
-                sampler("plain"), quick("rtn_w8a8", activations=Activations()), tmp_path / str(fewest)
-            ).pooled
+            recipe = quick("rtn_w8a8", activations=Activations(), steps=8)
+            found = quantize(sampler("plain"), recipe, tmp_path / str(fewest)).pooled
         pooled[fewest] = {
             name: found[site] for name in layers if (site := f"{name}.input_quantizer") in found
         }

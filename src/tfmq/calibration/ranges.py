@@ -31,8 +31,10 @@ SHRINKS = 40
 # One grid for all timesteps is accepted if its error is at most this times the error of a grid for each
 # timestep: 1 dB. Where the errors of layers add up, the error of the output grows by no more.
 TOLERATED = 10**0.1
-# Values that the range of a timestep has to rest on. A timestep that saw fewer takes in its neighbours.
+# Values that the range of a timestep has to rest on. A timestep that saw fewer takes in its neighbours, but
+# none that is further away than this share of the trajectory: there values are of another size.
 FEWEST_VALUES = 2048
+NEAR = 1 / 8
 # Bytes that the kept values of one site and their search take, about.
 SITE_BYTES = 4 * KEPT * 2
 
@@ -71,15 +73,18 @@ class SiteStatistics:
 
     def neighbours(self, fewest: int) -> list[range]:
         """Return the steps around each step, as many on either side as there are, that saw `fewest` values
-        together, or else all.
+        together, or else all that are `NEAR`.
         """
         count = len(self.low)
+        most = int(NEAR * count)
         total = [0, *itertools.accumulate(self.seen[step] / self.low.shape[1] for step in range(count))]
 
         def around(step: int) -> range:
             near = range(step, step + 1)
-            while len(near) < count and total[near.stop] - total[near.start] < fewest:
-                near = range(max(0, near.start - 1), min(count, near.stop + 1))
+            for reach in range(1, most + 1):
+                if total[near.stop] - total[near.start] >= fewest:
+                    break
+                near = range(max(0, step - reach), min(count, step + reach + 1))
             return near
 
         return [around(step) for step in range(count)]
