@@ -179,7 +179,7 @@ def _fit_sites(
                 method=plan.ranges,
                 shared=plan.zero_points(name),
                 measured=plan.key == "measured",
-                fewest=0 if plan.finite or not site.per_step else FEWEST_VALUES,
+                fewest=0 if plan.finite else FEWEST_VALUES,
             )
         advance()
     return together

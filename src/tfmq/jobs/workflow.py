@@ -135,5 +135,5 @@ def _packed(job: Job, work: Work) -> Outcome:
     pack_all(module)
     features = quantized_features(work.block, work.steps, work.block.features)
     disturbed = disturbance(work.steps.timesteps, work.full, features)
-    outcome = Outcome(work.reports, disturbed, work.inputs, floating(module, work.block.trace.quantizable))
-    return replace(outcome, pooled=work.pooled)
+    kept_float = floating(module, work.block.trace.quantizable)
+    return Outcome(work.reports, disturbed, work.inputs, kept_float, pooled=work.pooled)

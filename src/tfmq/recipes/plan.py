@@ -27,44 +27,51 @@ def _key(activations: Activations, *, temporal: bool) -> Key:
     return "measured" if scope == "measured" else "timestep" if scope == "all" else "none"
 
 
+def _activation(
+    activations: Activations,
+    *,
+    segments: tuple[int, ...] = (),
+    temporal: bool = False,
+    exact: bool = False,
+    tokenwise: bool = False,
+) -> ActivationScheme | None:
+    """Return the scheme of a layer's input, or of both operands of a product; None in full precision."""
+    grid = activations.format()
+    if grid is None:
+        return None
+    return ActivationScheme(
+        grid=grid,
+        ranges="min_max" if exact else activations.ranges,
+        segments=segments,
+        key=_key(activations, temporal=temporal),
+        shared=activations.zero_points == "shared",
+        finite=temporal,
+        tokens=activations.tokens if tokenwise and not temporal else "static",
+    )
+
+
 def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerScheme | None:
     weights, activations = recipe.scheme(layer.name, roles)
-    weight, grid = weights.format(), activations.format()
+    weight = weights.format()
     if weight is None:
         return None
     segments = activations.segments(layer.segments, direct=layer.direct)
-    # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers (TFMQ-DM,
-    # section 4.3).
-    exact = layer.temporal and recipe.temporal.maintenance != "none"
     return LayerScheme(
         weight=OperandScheme(grid=weight, ranges=weights.ranges, segments=segments),
-        input=ActivationScheme(
-            grid=grid,
-            ranges="min_max" if exact else activations.ranges,
+        input=_activation(
+            activations,
             segments=segments,
-            key=_key(activations, temporal=layer.temporal),
-            shared=activations.zero_points == "shared",
-            finite=layer.temporal,
-            tokens=activations.tokens if layer.tokenwise and not layer.temporal else "static",
-        )
-        if grid
-        else None,
+            temporal=layer.temporal,
+            # A temporal feature takes finitely many values, so its exact extremes lose nothing to outliers
+            # (TFMQ-DM, section 4.3).
+            exact=layer.temporal and recipe.temporal.maintenance != "none",
+            tokenwise=layer.tokenwise,
+        ),
     )
 
 
 def _product(activations: Activations) -> ActivationScheme | None:
-    """Return the scheme of both operands of an attention product."""
-    grid = activations.format() if activations.products else None
-    return (
-        ActivationScheme(
-            grid=grid,
-            ranges=activations.ranges,
-            key=_key(activations, temporal=False),
-            shared=activations.zero_points == "shared",
-        )
-        if grid
-        else None
-    )
+    return _activation(activations) if activations.products else None
 
 
 def _seeing(trace: Trace) -> list[str]:

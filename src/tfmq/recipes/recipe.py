@@ -215,8 +215,8 @@ class Recipe:
         # The first rule has the last word.
         for rule in reversed(self.rules):
             if rule.matches(name, roles):
-                weights = _changed(weights, rule.weights, "weights")
-                activations = _changed(activations, rule.activations, "activations")
+                weights = replace(weights, **rule.weights)
+                activations = replace(activations, **rule.activations)
         return weights, activations
 
     def rows_of(self, name: str) -> IntegerFormat | None:
