@@ -25,6 +25,7 @@ from tfmq.evaluation.cost.variant import Setting
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.numerics.grids import GRIDS
 from tfmq.recipes import presets
 from tfmq.recipes.recipe import Calibration, Recipe
 from tfmq.recipes.yaml import load as load_recipe
@@ -198,7 +199,7 @@ def test_python_blocks_run(block: Block, lay_out: Callable[[Block], None]) -> No
     """What a block registers is gone afterwards."""
     lay_out(block)
     with ExitStack() as stack:
-        for register in (EQUALIZERS, ESTIMATORS, SOLVERS):
+        for register in (EQUALIZERS, ESTIMATORS, GRIDS, SOLVERS):
             stack.callback(_restored, register, dict(register))
         execute(block)
 
