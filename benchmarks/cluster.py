@@ -146,7 +146,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (sampler, fingerprint), opening = timed(lambda: open_target(options.model, recipe, seed=0))
+        (sampler, _, fingerprint), opening = timed(lambda: open_target(options.model, recipe, seed=0))
         weights = sum(
             parameter.numel() * parameter.element_size() for parameter in sampler.denoiser.module.parameters()
         )
@@ -155,7 +155,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
         work, before = timed(lambda: run(job, BEFORE_UNITS))
         stages = size(folder, "*.safetensors") - size(store.directory)
         calls = sum(call.sample.numel() * call.sample.element_size() for call in job.batches)
-        again, _ = open_target(options.model, recipe, seed=0)
+        again, _, _ = open_target(options.model, recipe, seed=0)
         other = Job(
             sampler=again, recipe=recipe, store=store, journal=Journal(folder, fingerprint, resume=True)
         )

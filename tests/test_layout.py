@@ -29,6 +29,7 @@ LAYERS = (
     "api",
     "adapt",
     "targets",
+    "components",
     "artifact",
     "backends",
     "integrations",

@@ -4,10 +4,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import nn
 
 from tfmq.artifact import REPORT_FILE, load, mark, save, stored_architecture, stored_manifest
-from tfmq.calibration.correction import explained
 from tfmq.calibration.store import CalibrationStore
+from tfmq.components import Components, Networks
 from tfmq.jobs.job import Foretold, Helpers, Job
-from tfmq.jobs.workflow import Outcome, quantize_denoiser
-from tfmq.nn.floating import summary
+from tfmq.jobs.report import denoiser_report, measured_inputs, network_report
+from tfmq.jobs.workflow import Outcome, quantize_denoiser, quantize_networks
 from tfmq.nn.size import state_bytes
 from tfmq.nn.structure import describe
 from tfmq.progress import Progress, silent
@@ -48,56 +47,44 @@ class Quantized:
     report: Mapping[str, Any]
 
 
-def _inputs(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return what was measured of static and dynamic input grids, and which each layer kept."""
-    return [{"name": name, **asdict(errors), "kept": errors.kept} for name, errors in outcome.inputs.items()]
+def _provenance(outcome: Outcome) -> dict[str, Any]:
+    """Return what decided on a quantized network, and what was measured of its inputs."""
+    inputs = {"inputs": measured_inputs(outcome)} if outcome.inputs else {}
+    return {"recipe": to_dict(outcome.recipe), **inputs}
 
 
-def _manifest(module: nn.Module, recipe: Recipe, seed: int, outcome: Outcome) -> dict[str, Any]:
-    provenance = {"recipe": to_dict(recipe), "seed": seed, "tfmq": __version__, "torch": torch.__version__}
-    if outcome.inputs:
-        provenance["inputs"] = _inputs(outcome)
+def _manifest(module: nn.Module, seed: int, origin: Mapping[str, Any]) -> dict[str, Any]:
+    provenance = {"seed": seed, "tfmq": __version__, "torch": torch.__version__, **origin}
     fields = {"quant_method": "tfmq", "structure": describe(module), "provenance": provenance}
     if architecture := stored_architecture(module):
         fields["architecture"] = architecture
     return seal(module.state_dict(), fields, table=False)
 
 
-def _correction(outcome: Outcome) -> dict[str, Any] | None:
-    """Return what a correction does: the share of the error that it explains, in all and by step, and how
-    many steps use which estimator.
-    """
-    if not outcome.correction:
-        return None
-    before, after = (sum(getattr(fit, name) for fit in outcome.correction) for name in ("before", "after"))
-    kept = Counter(fit.kept for fit in outcome.correction)
-    return {
-        "explained": explained(before, after),
-        "by_step": [explained(fit.before, fit.after) for fit in outcome.correction],
-        "steps": dict(kept),
-    }
-
-
-def _report(
-    outcome: Outcome, recipe: Recipe, manifest: Mapping[str, Any], parameters: int, quantized_bytes: int
+def _finish_components(
+    owner: Any, networks: Networks, done: Mapping[str, Outcome | str], seed: int, sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    disturbed = outcome.disturbance
-    return {
-        "scheme": recipe.name,
-        "bytes": {"fp32": 4 * parameters, "quantized": quantized_bytes},
-        "units": [{**asdict(unit), "seconds": round(unit.seconds, 3)} for unit in outcome.units],
-        "temporal": {
-            "max_relative_error": disturbed.max_relative_error,
-            "mean_relative_error": disturbed.mean_relative_error,
-            "mismatches": disturbed.mismatches,
-        },
-        "inputs": _inputs(outcome),
-        "pooled": dict(outcome.pooled),
-        "floating": summary(outcome.floating, quantized_bytes),
-        "correction": _correction(outcome),
-        "judged": None if outcome.verdict is None else outcome.verdict.values(),
-        "sha256": manifest["digest"],
-    }
+    """Mark the components of a pipeline of which networks have been quantized; return a report of each, or
+    why it is left.
+    """
+    reports: dict[str, Any] = {name: {"left": reason} for name, reason in networks.left.items()}
+    for name, part in networks.components.items():
+        found = {network: done[network] for network in part}
+        quantized = {key: value for key, value in found.items() if isinstance(value, Outcome)}
+        reports[name] = {
+            "networks": {
+                network: network_report(value) if isinstance(value, Outcome) else {"left": value}
+                for network, value in found.items()
+            }
+        }
+        if quantized:
+            origin = {network: _provenance(outcome) for network, outcome in quantized.items()}
+            component: nn.Module = owner.components[name]
+            manifest = _manifest(component, seed, {"networks": origin})
+            mark(component, manifest)
+            size = {"fp32": sizes[name], "quantized": state_bytes(component)}
+            reports[name] |= {"bytes": size, "sha256": manifest["digest"]}
+    return {"components": reports} if reports else {}
 
 
 def _timeless(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +156,7 @@ def quantize(
     resume: bool = False,
     prompts: tuple[str, ...] = (),
     component: str | None = None,
+    components: Components | None = None,
     resources: Resources = UNLIMITED,
     helpers: Helpers | None = None,
     foretold: Foretold | None = None,
@@ -192,6 +180,9 @@ def quantize(
         component: which denoiser of a pipeline that calls two in turn, such as "transformer_2"; without it
             `unet`, `transformer` or what else there is, with a warning that names the others. They are
             quantized one after the other.
+        components: "all", "denoiser", or names of what is quantized, such as ("denoiser", "vae"): halves of
+            autoencoders, and encoders of text. By default all of a pipeline that draws from text, of
+            others the denoiser. What cannot be quantized stays in floating point, and the report says why.
         resources: limits of memory and of time.
         helpers: do parts of the job elsewhere; see `tfmq.cluster`. They keep no budget of time.
         foretold: is told about how many seconds calibration takes, and later the units, before they begin.
@@ -210,8 +201,15 @@ def quantize(
             "a budget of time is kept by one process alone: leave out the "
             "cluster (--cluster) or the budget (--time-budget)"
         )
-    sampler, fingerprint = open_target(
-        target, recipe, seed=seed, device=device, prompts=prompts, component=component, resources=resources
+    sampler, networks, fingerprint = open_target(
+        target,
+        recipe,
+        seed=seed,
+        device=device,
+        prompts=prompts,
+        component=component,
+        components=components,
+        resources=resources,
     )
     module, owner = sampler.denoiser.module, owner_of(sampler)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
@@ -222,26 +220,28 @@ def quantize(
         )
         return Quantized(loaded, stored_manifest(destination).values, _read_report(destination))
     parameters = sum(parameter.numel() for parameter in module.parameters())
+    sizes = {name: state_bytes(owner.components[name]) for name in networks.components}
     with _job_directory(destination) as job:
         journal = Journal(job, fingerprint, resume=resume)
         journal.sweep()
-        outcome = quantize_denoiser(
-            Job(
-                sampler=sampler,
-                recipe=recipe,
-                store=store_of(job),
-                journal=journal,
-                seed=seed,
-                resources=resources,
-                helpers=helpers,
-                foretold=foretold,
-                progress=progress,
-                began=began,
-            )
+        work = Job(
+            sampler=sampler,
+            recipe=recipe,
+            store=store_of(job),
+            journal=journal,
+            seed=seed,
+            resources=resources,
+            helpers=helpers,
+            foretold=foretold,
+            progress=progress,
+            networks=networks.all,
+            began=began,
         )
-        manifest = _manifest(module, recipe, seed, outcome)
-        report = _report(outcome, recipe, manifest, parameters, state_bytes(module))
+        outcome = quantize_denoiser(work)
+        manifest = _manifest(module, seed, _provenance(outcome))
+        report = denoiser_report(outcome, manifest, parameters, state_bytes(module))
         mark(module, manifest)
+        report |= _finish_components(owner, networks, quantize_networks(work), seed, sizes)
         if destination is not None:
             save(
                 owner,

@@ -13,6 +13,7 @@ from torch import nn
 
 from tfmq.artifact import check_quantizable, holds_quantized, load, stored_manifest
 from tfmq.calibration.trajectory import CalibrationError
+from tfmq.components import Components, Networks, chosen_networks
 from tfmq.errors import require
 from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
@@ -153,7 +154,15 @@ def calibrated_options(provenance: Provenance) -> dict[str, Any]:
     )
 
 
-def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int, resources: Resources) -> dict[str, Any]:
+def _digests(networks: Networks) -> dict[str, Any]:
+    """Return the digests of networks, which what becomes of them depends on; nothing where there are none."""
+    digests = {name: tensor_digest(network.module.state_dict()) for name, network in networks.all.items()}
+    return {"networks": digests} if digests else {}
+
+
+def _fingerprint(
+    sampler: Sampler, recipe: Recipe, seed: int, resources: Resources, networks: Networks
+) -> dict[str, Any]:
     """Return everything that the result depends on; with a budget of time it also depends on the shares that
     the journal keeps.
     """
@@ -162,7 +171,7 @@ def _fingerprint(sampler: Sampler, recipe: Recipe, seed: int, resources: Resourc
     versions = {"tfmq": __version__, "torch": torch.__version__}
     model = {"model": tensor_digest(module.state_dict()), "sampler": sampler.describe(), "device": device}
     budget = {} if resources.time_budget is None else {"time_budget": resources.time_budget}
-    return {"recipe": to_dict(recipe), "seed": seed, **budget, **model, **versions}
+    return {"recipe": to_dict(recipe), "seed": seed, **budget, **model, **_digests(networks), **versions}
 
 
 def _check_weights(module: nn.Module) -> None:
@@ -183,10 +192,11 @@ def open_target(
     device: str | torch.device | None = None,
     prompts: tuple[str, ...] = (),
     component: str | None = None,
+    components: Components | None = None,
     resources: Resources = UNLIMITED,
-) -> tuple[Sampler, dict[str, Any]]:
-    """Return the sampler of a model that is to be quantized, on its device, and everything that the result
-    depends on.
+) -> tuple[Sampler, Networks, dict[str, Any]]:
+    """Return the sampler of a model that is to be quantized, on its device, what else of its pipeline is, see
+    `chosen_networks`, and everything that the result depends on.
 
     Raises:
         ValueError: it is quantized already, or cannot be.
@@ -207,9 +217,12 @@ def open_target(
         )
     check_quantizable(module)
     _check_weights(module)
+    networks = chosen_networks(sampler, components)
+    for network in networks.all.values():
+        _check_weights(network.module)
     if device is not None:
         owner_of(sampler).to(device)
-    return sampler, _fingerprint(sampler, recipe, seed, resources)
+    return sampler, networks, _fingerprint(sampler, recipe, seed, resources, networks)
 
 
 def owner_of(sampler: Sampler) -> Any:

@@ -149,6 +149,22 @@ def test_parts_are_taken_over_in_their_order(tmp_path: Path) -> None:
     assert not list(store.directory.iterdir())
 
 
+def test_parts_bring_the_calls_of_other_networks(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calls")
+    for number in range(2):
+        part = store.part(number)
+        part.append(call(9.0))
+        part.of("vae.decoder").append(call(float(number)))
+        part.of("vae.decoder").of("held_out").append(call(number + 5.0))
+    store.adopt(range(2))
+    found = store.of("vae.decoder")
+    assert [float(inputs.timestep[0]) for inputs in found] == [0, 1]
+    assert [float(inputs.timestep[0]) for inputs in found.of("held_out")] == [5, 6]
+    assert len(store) == 2 and not list(store.directory.glob("part_*"))
+    store.clear()
+    assert not list(store.directory.iterdir())
+
+
 def test_what_every_leaves_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CalibrationStore(tmp_path)
     for number in range(6):

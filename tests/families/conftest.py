@@ -76,6 +76,12 @@ def quick(name: str) -> Recipe:
     )
 
 
+@pytest.fixture(scope="session")
+def recipe_of() -> Callable[[str], Recipe]:
+    """Return `quick`."""
+    return quick
+
+
 class Parts:
     """Makes the components that pipelines share; files of tokenizers go to `directory`."""
 

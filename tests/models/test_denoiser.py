@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.models.denoiser import Denoiser, Inputs, first_tensor, output_tensors
+from tfmq.models.denoiser import Denoiser, Inputs, Timeless, first_tensor, output_tensors
 
 
 class Model(nn.Module):
@@ -157,3 +157,26 @@ def test_tokens_of_frames_follow_their_video() -> None:
         and len(copies) == 2
     )
     assert torch.equal(copies.sample, video[:1].expand(2, -1, -1, -1, -1))
+
+
+class Decoder(nn.Module):
+    """Takes a latent, and no timestep."""
+
+    def forward(self, latent: Tensor, scale: Any = None, return_dict: bool = True) -> Tensor:
+        return latent if scale is None else latent * scale
+
+
+def test_a_network_without_a_timestep_stands_at_one_and_the_same() -> None:
+    network, x = Timeless(Decoder()), torch.randn(3, 2)
+    inputs = network.bind((x,), {"scale": torch.full((3, 1), 2.0), "return_dict": False})
+    assert torch.equal(inputs.timestep, torch.zeros(3)) and {*inputs.conditions} == {"scale"}
+    assert {*network.arguments(inputs)} == {"latent", "scale"}
+    assert torch.equal(network(inputs.rows(1, 2)), 2 * x[1:2])
+
+
+def test_a_network_needs_an_argument() -> None:
+    class Nothing(nn.Module):
+        def forward(self) -> None: ...
+
+    with pytest.raises(TypeError, match="has no argument"):
+        Timeless(Nothing())

@@ -10,7 +10,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
 from tfmq.nn.plan import activation_sites, calibrated_layers, pack_all, prepare
 from tfmq.nn.structure import assemble, describe, named_specs
-from tfmq.nn.swap import replace_module
+from tfmq.nn.swap import networks_of, replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
@@ -260,3 +260,20 @@ def test_a_table_for_a_missing_layer_is_refused_by_its_name(build: Callable[...,
         fresh, _ = build("unet", seed=1)
         with pytest.raises(ValueError, match=r"gone\.proj, which"):
             assemble(fresh.module, {**structure, place: value})
+
+
+def test_a_layer_of_no_network_is_refused(build: Any) -> None:
+    layer = {"bits": 8, "symmetric": True, "segments": [], "input": None, "names": ["entry"]}
+    structure = {"steps": 1, "networks": ["stages"], "layers": [layer]}
+    with pytest.raises(ValueError, match="names entry, which is part of none of its networks"):
+        assemble(build("plain")[0].module, structure)
+
+
+def test_a_network_without_a_timestep_is_described_by_its_name(build: Any) -> None:
+    layer = {"bits": 8, "symmetric": True, "segments": [], "input": None, "names": ["stages.0.block"]}
+    module = build("plain")[0].module
+    assemble(module, {"steps": 1, "networks": ["stages.0"], "layers": [layer]})
+    assert [*networks_of(module)] == ["stages.0"]
+    described = describe(module)
+    assert described["networks"] == ["stages.0"] and "timestep" not in described
+    assert [name for name, _ in named_specs(described, "layers")] == ["stages.0.block"]

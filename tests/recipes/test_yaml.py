@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfmq.recipes.networks import image_w8a8, network_recipe, text_w8a8
 from tfmq.recipes.presets import PRESETS, tfmq_w4a8
 from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal, Weights
 from tfmq.recipes.yaml import dumps, from_dict, load, to_dict
@@ -71,6 +72,14 @@ recipes = st.builds(
 )
 
 
+def test_recipes_of_components_are_part_of_the_file() -> None:
+    recipe = Recipe(name="r", components={"vae": image_w8a8(), "text_*": text_w8a8()})
+    assert from_dict(yaml.safe_load(dumps(recipe))) == recipe
+    assert recipe.of_network("vae.decoder") == image_w8a8() and recipe.of_network("unet") is None
+    assert network_recipe(recipe, "vae.decoder", tokens=True) == image_w8a8()
+    assert network_recipe(recipe, "other", tokens=True) == text_w8a8()
+
+
 @given(recipes)
 def test_every_recipe_survives_yaml_and_json(recipe: Recipe) -> None:
     assert from_dict(yaml.safe_load(dumps(recipe))) == recipe
@@ -130,6 +139,10 @@ def test_fields_left_out_take_their_defaults_and_integers_serve_as_floats() -> N
             r"rules\[0\]\.activations\.bits must be of type int or NoneType; got '8'",
         ),
         ({"rules": [{"match": "*", "activations": 8}]}, r"rules\[0\]\.activations must be a mapping of bits"),
+        ({"components": ["vae"]}, r"components must be a mapping of names; got \['vae'\]"),
+        ({"components": {"vae": {"name": "v", "weights": 4}}}, r"components\.vae\.weights must be a mapping"),
+        ({"tolerance": {"output": 0}}, r"tolerance\.output must be finite and above 0, got 0"),
+        ({"tolerance": {"instead": "hope"}}, r"tolerance\.instead is 'hope'"),
         ({"rules": ["conv_in"]}, r"rules\[0\] must be a mapping of match.*got 'conv_in'"),
         ({"weights": 4}, r"weights must be a mapping of bits.*got 4"),
         ({"weights": {"bits": "4"}}, r"weights\.bits must be of type int or NoneType; got '4'"),

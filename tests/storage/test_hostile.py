@@ -546,6 +546,14 @@ def test_an_unknown_timestep_argument_is_refused_by_its_name(
         tfmq.load(tmp_path / "q", module=build("plain")[0].module)
 
 
+@pytest.mark.parametrize("networks", [[], ["decoder"], [3], "decoder"])
+def test_networks_are_names_and_stand_for_no_timestep(bare: Path, tmp_path: Path, networks: Any) -> None:
+    shutil.copytree(bare, tmp_path / "q")
+    resealed(tmp_path / "q", lambda _, manifest: manifest["structure"].update(networks=networks))
+    with pytest.raises(ForeignFileError, match=r"structure\.networks"):
+        tfmq.load(tmp_path / "q", module=torch.nn.Identity())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

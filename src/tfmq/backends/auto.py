@@ -19,7 +19,7 @@ from tfmq.backends.prepared import Kind, Prepared, Way, differentiates, kind_of
 from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
+from tfmq.nn.swap import entered_steps, plain_forward, steps_of, timestep_of
 from tfmq.numerics.trees import tensors_in
 from tfmq.reconstruction.resources import free_bytes
 from tfmq.storage.digest import tensor_digest
@@ -205,21 +205,26 @@ class AutoExecutor:
 
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             given = self._affordable(module, next(iter(ways.values())), arguments)
-            with steps_of(module).at(torch.as_tensor(given[getattr(module, TIMESTEP)])):
+            with entered_steps(module, given):
                 return race(tuple(ways), enter, leave), len(_sample(given))
 
     def _affordable(
         self, module: nn.Module, baseline: Way, arguments: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Return the call, or its first row where the whole would take long."""
-        sample, timestep = _sample(arguments), torch.as_tensor(arguments[getattr(module, TIMESTEP)])
+        sample = _sample(arguments)
         if len(sample) == 1:
             return arguments
+        # One timestep serves a batch or each sample has one: the first is that of the first row.
+        timestep = timestep_of(module, arguments)
         row: Mapping[str, Any] = (
-            Inputs(sample, timestep, {"row": dict(arguments)}).rows(0, 1).conditions["row"]
+            Inputs(sample, sample.new_zeros(len(sample)), {"row": dict(arguments)})
+            .rows(0, 1)
+            .conditions["row"]
         )
+        steps = steps_of(module)
         try:
-            with steps_of(module).at(timestep.flatten()[:1]):
+            with steps.first() if timestep is None else steps.at(timestep.flatten()[:1]):
                 self.prepared.run(module, baseline, row)
                 seconds = timed(lambda: self.prepared.run(module, baseline, row))
         except (RuntimeError, ValueError):

@@ -16,7 +16,7 @@ from tfmq.backends.fallback import FallbackExecutor, complain
 from tfmq.backends.prepared import Prepared, Way
 from tfmq.errors import MissingExtraError
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import is_quantized
+from tfmq.nn.swap import networks_of
 
 AUTO = "auto"
 # Backends that take over, in this order, where an engine fails. The last one, torch's own floating point,
@@ -74,13 +74,15 @@ def computed_by(module: nn.Module) -> str | None:
 
 
 def quantized_modules(target: Any) -> tuple[nn.Module, ...]:
-    """Return the quantized denoisers of a pipeline, or the module itself.
+    """Return what is quantized of a pipeline or of a module: denoisers, decoders, encoders.
 
     Raises:
         ValueError: there is none.
     """
     parts = target.components.values() if hasattr(target, "components") else (target,)
-    found = tuple(part for part in parts if isinstance(part, nn.Module) and is_quantized(part))
+    found = tuple(
+        network for part in parts if isinstance(part, nn.Module) for network in networks_of(part).values()
+    )
     if not found:
         raise ValueError(f"{type(target).__name__} holds no model quantized by tfmq")
     return found
@@ -125,8 +127,8 @@ def _attach(module: nn.Module, backend: str, options: Options) -> Coverage:
 def execute(target: Any, backend: str = AUTO, *, options: Options | None = None) -> Coverage:
     """Make a quantized pipeline or denoiser compute by `backend` from now on, in place.
 
-    The pipeline stays what it is: schedulers, guidance, saving. Only the denoiser's arithmetic changes,
-    within the bounds that docs/performance.md states.
+    The pipeline stays what it is: schedulers, guidance, saving. Only the arithmetic of what is quantized
+    changes, each denoiser, decoder or encoder by itself, within the bounds that docs/performance.md states.
 
     "auto" measures at the first call, and at the first of another batch: some calls of each backend that is
     installed, and of the dequantized model in floating point ("float"), which is nearer to full precision

@@ -85,8 +85,14 @@ class CalibrationStore:
         self._timesteps.clear()
         for path in self._paths():
             path.unlink()
-        for part in self.directory.glob("part_*"):
-            shutil.rmtree(part)
+        for folder in (*self.directory.glob("part_*"), *self.directory.glob("of_*")):
+            shutil.rmtree(folder)
+
+    def of(self, name: str) -> "CalibrationStore":
+        """Return the store, within this one, of the calls that another network had on the same
+        trajectory.
+        """
+        return CalibrationStore(self.directory / f"of_{name}")
 
     def part(self, number: int) -> "CalibrationStore":
         """Return an empty store that lies within this one, for calls that this one takes over later; see
@@ -99,10 +105,16 @@ class CalibrationStore:
     def adopt(self, numbers: Sequence[int]) -> None:
         """Move the calls of the parts `numbers` behind those that are here, in that order."""
         for number in numbers:
-            part = CalibrationStore(self.directory / f"part_{number:05d}")
-            for path in part._paths():
-                path.replace(self.directory / f"call_{len(self):05d}.safetensors")
-            part.directory.rmdir()
+            self._take(CalibrationStore(self.directory / f"part_{number:05d}"))
+
+    def _take(self, other: "CalibrationStore") -> None:
+        """Move the calls of another store behind those that are here, those of its networks too."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in other._paths():
+            path.replace(self.directory / f"call_{len(self):05d}.safetensors")
+        for folder in sorted(other.directory.glob("of_*")):
+            CalibrationStore(self.directory / folder.name)._take(CalibrationStore(folder))
+        other.directory.rmdir()
 
     def append(self, inputs: Inputs) -> None:
         """Write one call."""

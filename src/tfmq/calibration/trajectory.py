@@ -1,13 +1,21 @@
-"""Record the calls that a sampler makes to its denoiser: one trajectory serves all of its steps."""
+"""Record the calls that a sampler makes to its denoiser, and to networks around it: one trajectory serves all
+of its steps.
+"""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tfmq.calibration.store import CalibrationStore
 from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
+
+HELD_OUT = "held_out"
+# One sample of so many is held out.
+EVERY = 4
 
 
 class CalibrationError(RuntimeError):
@@ -84,3 +92,41 @@ def recorded_calls(denoiser: Denoiser, sink: Callable[[Inputs], None]) -> Iterat
         yield
     finally:
         remove()
+
+
+@contextmanager
+def recorded_networks(networks: Mapping[str, Denoiser], store: CalibrationStore) -> Iterator[None]:
+    """Keep the calls of `networks`, which stand before or behind the denoiser on its trajectory, sample by
+    sample while the context is open.
+
+    Those of each go to `store.of(name)`; one of `EVERY` samples is held out and goes to the store within it,
+    see `held_out`. A call of which something cannot be kept, such as a cache that a network fills, is left
+    out.
+    """
+    with ExitStack() as stack:
+        for name, network in networks.items():
+            hook = _keep_samples(network, store.of(name))
+            stack.callback(network.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def held_out(store: CalibrationStore) -> CalibrationStore:
+    """Return the store of the calls of a network that no grid is fitted on: those held out or, where there
+    were too few samples, the same ones.
+    """
+    kept = store.of(HELD_OUT)
+    return kept if len(kept) else store
+
+
+def _keep_samples(network: Denoiser, store: CalibrationStore) -> Callable[..., None]:
+    """Return a hook that keeps the samples of the calls of a network."""
+    count = itertools.count()
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with suppress(TypeError, KeyError):
+            inputs = network.bind(args, kwargs).map(lambda tensor: tensor.detach().clone())
+            for sample in inputs.chunks(1):
+                check_finite(sample)
+                (store.of(HELD_OUT) if next(count) % EVERY == 1 else store).append(sample)
+
+    return keep

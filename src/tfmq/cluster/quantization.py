@@ -8,6 +8,7 @@ from typing import Literal
 
 from tfmq.api import job_of, store_of
 from tfmq.cluster.crew import Crew, Team
+from tfmq.components import Components
 from tfmq.jobs.calibration import record_batch
 from tfmq.jobs.job import Job, Work
 from tfmq.jobs.units import reconstruct_alone, unit_file
@@ -36,6 +37,7 @@ class Order:
         device: the device that `tfmq.quantize` was given.
         prompts: the prompts that `tfmq.quantize` was given.
         component: the component that `tfmq.quantize` was given.
+        components: the components that `tfmq.quantize` was given.
         resources: its limit of memory is that of each worker.
     """
 
@@ -46,6 +48,7 @@ class Order:
     device: str | None = None
     prompts: tuple[str, ...] = ()
     component: str | None = None
+    components: Components | None = None
     resources: Resources = UNLIMITED
 
 
@@ -60,7 +63,7 @@ class _Worker:
     def __call__(self, task: Task) -> None:
         kind, number, indices = task
         if indices is not None:
-            record_batch(self.job, self.job.store.part(number).append, indices)
+            record_batch(self.job, self.job.store.part(number), indices)
         else:
             with silent(kind, 0) as advance:
                 self.job.journal.stage(
@@ -77,13 +80,14 @@ class _Worker:
 def _make(order: Order) -> Callable[[Task], None]:
     """Open the job in a worker; refuse where the worker would compute something else."""
     folder = job_of(order.output_dir.absolute())
-    sampler, fingerprint = open_target(
+    sampler, networks, fingerprint = open_target(
         order.target,
         order.recipe,
         seed=order.seed,
         device=order.device,
         prompts=order.prompts,
         component=order.component,
+        components=order.components,
     )
     order.resources.prepare()
     journal = Journal(folder, fingerprint, resume=True)
@@ -95,6 +99,7 @@ def _make(order: Order) -> Callable[[Task], None]:
             journal=journal,
             seed=order.seed,
             resources=order.resources,
+            networks=networks.all,
         )
     )
 

@@ -40,10 +40,12 @@ class Call:
 
         The batch is the first axis of the first tensor that has several axes: the sample.
         """
-        name = getattr(module, TIMESTEP)
+        name: str | None = getattr(module, TIMESTEP)
         sample = next(tensor for tensor in tensors_in(dict(arguments)) if tensor.ndim > 1)
-        timestep = torch.as_tensor(arguments[name], device=sample.device).flatten()
-        tree = {**arguments, name: timestep.expand(len(sample))}
+        tree = dict(arguments)
+        if name is not None:
+            timestep = torch.as_tensor(arguments[name], device=sample.device).flatten()
+            tree[name] = timestep.expand(len(sample))
         tensors = tuple(tensors_in(tree))
         return cls(Signature.of(tree, tensors, batch=len(sample), timestep=name), tensors, len(sample))
 
@@ -110,6 +112,8 @@ class Graph(nn.Module):
         were not calibrated if there is room.
         """
         timesteps, position = steps_of(self.module).timesteps, self.signature.timestep
+        if position is None:
+            return tuple(tensors)
         near = torch.where(bins + 1 < len(timesteps), bins + 1, (bins - 1).clamp(min=0))
         halfway = ((timesteps[bins] + timesteps[near]) / 2).to(tensors[position].dtype)
         return (*tensors[:position], halfway, *tensors[position + 1 :])
@@ -178,6 +182,9 @@ class KeyedGraph(Graph):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Look the bins up by the timesteps, and return the tensors of the denoiser's output."""
         steps = steps_of(self.module)
+        if self.signature.timestep is None:
+            with steps.first():
+                return tuple(tree_flatten(self.called(inputs))[0])
         timestep = inputs[self.signature.timestep].to(torch.float32)
         edges = (steps.timesteps[1:] + steps.timesteps[:-1]) / 2
         # Count as `torch.bucketize` does, by operators that every engine has.

@@ -74,8 +74,7 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
     module: nn.Module = denoiser.module
     if not is_quantized(module):
         raise ValueError("the model is not quantized; pass what tfmq quantize wrote")
-    arguments = {denoiser.sample: example.sample, denoiser.timestep: example.timestep, **example.conditions}
-    call = Call.of(module, arguments)
+    call = Call.of(module, denoiser.arguments(example))
     graph = KeyedGraph(module, call.signature)
     with torch.no_grad(), graph_kernels(module):
         output = graph.output(torch.zeros(call.batch, dtype=torch.long), call.tensors)

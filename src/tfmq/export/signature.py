@@ -24,7 +24,8 @@ class Signature:
     dtype and shape of the tensors.
 
     `batched` says of each tensor whether its first axis is the batch, which is left out of its `shape`.
-    `names` are paths in the arguments, `timestep` the position of the timesteps among the tensors.
+    `names` are paths in the arguments, `timestep` the position of the timesteps among the tensors, None
+    where there are none.
     """
 
     structure: TreeSpec
@@ -33,13 +34,13 @@ class Signature:
     shapes: tuple[tuple[int, ...], ...]
     batched: tuple[bool, ...]
     names: tuple[str, ...]
-    timestep: int
+    timestep: int | None
 
     @classmethod
     def of(
-        cls, tree: Mapping[str, Any], tensors: Sequence[Tensor], *, batch: int, timestep: str
+        cls, tree: Mapping[str, Any], tensors: Sequence[Tensor], *, batch: int, timestep: str | None
     ) -> "Signature":
-        """Return the signature of the arguments `tree`, whose `tensors` these are; `timestep` names one."""
+        """Return the signature of the arguments `tree` with these `tensors`; `timestep` may name one."""
         paths, structure = tree_flatten_with_path(dict(tree))
         tensor_paths = [path for path, leaf in paths if isinstance(leaf, Tensor)]
         names = tuple(map(_name, tensor_paths))
@@ -51,7 +52,7 @@ class Signature:
             tuple(tuple(t.shape[1:] if b else t.shape) for t, b in zip(tensors, batched, strict=True)),
             batched,
             names,
-            names.index(timestep),
+            None if timestep is None else names.index(timestep),
         )
 
     @property

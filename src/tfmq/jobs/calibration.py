@@ -2,7 +2,7 @@
 inputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
 from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
 from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_factor, observe
-from tfmq.calibration.trajectory import recorded_calls
+from tfmq.calibration.store import CalibrationStore
+from tfmq.calibration.trajectory import recorded_calls, recorded_networks
 from tfmq.calibration.variety import warn_of_single_values
 from tfmq.jobs.forecast import calibration_seconds, check_room, check_time
 from tfmq.jobs.job import Job, Work
@@ -23,9 +24,18 @@ from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.reconstruction.unit import settle
 
 
-def record_batch(job: Job, sink: Callable[[Inputs], None], indices: range) -> None:
-    """Run the sampler in full precision for the images `indices`, and hand every denoiser call to `sink`."""
-    with recorded_calls(job.denoiser, sink):
+def record_batch(
+    job: Job, store: CalibrationStore, indices: range, *, advance: Advance = lambda amount=1: None
+) -> None:
+    """Run the sampler in full precision for the images `indices`, and keep every denoiser call in `store`,
+    those of other networks in stores within it.
+    """
+
+    def sink(inputs: Inputs) -> None:
+        store.append(inputs)
+        advance()
+
+    with recorded_calls(job.denoiser, sink), recorded_networks(job.networks, store):
         job.sampler.run(indices, steps=job.recipe.calibration.steps, seed=job.seed_of("calibration"))
 
 
@@ -53,14 +63,9 @@ def _record(job: Job, work: Work) -> None:
         for start in range(0, config.samples, config.batch_size)
     ]
     with job.progress("calibration: sampling", len(batches) * config.steps) as advance:
-
-        def sink(inputs: Inputs) -> None:
-            store.append(inputs)
-            advance()
-
         if job.helpers is None:
             for indices in batches:
-                record_batch(job, sink, indices)
+                record_batch(job, store, indices, advance=advance)
         else:
             for _ in job.helpers.record(batches):
                 advance(config.steps)

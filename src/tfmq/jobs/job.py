@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from zlib import crc32
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tfmq.calibration.choice import InputErrors
+from tfmq.calibration.spared import Spared
 from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.models.denoiser import Denoiser
 from tfmq.models.sampler import Sampler
@@ -64,6 +65,8 @@ class Job:
             other.
         foretold: is told about how many seconds calibration takes, and later the units, before they begin.
         progress: shows bars.
+        networks: what else of the pipeline is quantized, by name. Their calls are recorded on the trajectory
+            of the denoiser.
         began: value of `time.perf_counter` from which a budget of time counts.
     """
 
@@ -76,6 +79,7 @@ class Job:
     helpers: Helpers | None = None
     foretold: Foretold | None = None
     progress: Progress = silent
+    networks: Mapping[str, Denoiser] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -108,6 +112,8 @@ class Work:
         full: temporal features in full precision at these timesteps.
         pooled: of quantizers that saw few values at a timestep, how many timesteps share a range.
         inputs: errors of layers whose input grids were measured.
+        stock: the layers as they were before they were quantized, where some may stay so.
+        spared: what was found of layers and of the output, where the recipe bounds an error.
         units: what is reconstructed, in execution order.
         reports: of the units that are done.
     """
@@ -118,6 +124,8 @@ class Work:
     full: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, int] = field(default_factory=dict)
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
+    stock: Mapping[str, nn.Module] = field(default_factory=dict)
+    spared: Spared | None = None
     units: tuple[Unit, ...] = ()
     reports: tuple[UnitReport, ...] = ()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from tfmq.calibration.choice import InputErrors
 from tfmq.calibration.correction import StepFit
 from tfmq.calibration.ranges import FEWEST_VALUES
+from tfmq.calibration.spared import Spared
 from tfmq.jobs.calibration import (
     choose_inputs,
     fit_activations,
@@ -17,14 +18,19 @@ from tfmq.jobs.calibration import (
 from tfmq.jobs.correction import correct
 from tfmq.jobs.job import Job, Stage, Work
 from tfmq.jobs.judging import RECIPE, Known, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
+from tfmq.jobs.networks import Recorded, keep_stock, spare_layers
 from tfmq.jobs.temporal import maintain_temporal, maintained
 from tfmq.jobs.units import list_units, reconstruct_units
+from tfmq.models.denoiser import Denoiser
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.plan import pack_all, prepare
 from tfmq.quantizers.steps import StepContext
+from tfmq.recipes.networks import network_recipe
 from tfmq.recipes.plan import last_layer, make_plan
+from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.tiar import full_features
 from tfmq.reconstruction.unit import UnitReport, learned
+from tfmq.storage.errors import CheckpointError
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.cache import quantized_features
 from tfmq.temporal.disturbance import Disturbance, disturbance
@@ -37,11 +43,13 @@ log = logging.getLogger("tfmq")
 class Outcome:
     """What quantization did.
 
-    One report a unit, the disturbance of temporal features at the calibrated timesteps, measured inputs, what
-    stays in floating point, what candidates for the whole model drew, for each step what correction was
-    found, and of quantizers that saw few values at a timestep how many timesteps share a range.
+    By which recipe, one report a unit, the disturbance of temporal features at the calibrated timesteps,
+    measured inputs, what stays in floating point, what candidates for the whole model drew, for each step
+    what correction was found, of quantizers that saw few values at a timestep how many timesteps share a
+    range, which layers the recipe's tolerance has spared, and the number of quantized layers.
     """
 
+    recipe: Recipe
     units: tuple[UnitReport, ...]
     disturbance: Disturbance
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
@@ -49,6 +57,8 @@ class Outcome:
     verdict: Verdict | None = None
     correction: tuple[StepFit, ...] = ()
     pooled: Mapping[str, int] = field(default_factory=dict)
+    spared: Spared | None = None
+    layers: int = 0
 
 
 def swap_layers(job: Job, work: Work) -> None:
@@ -62,16 +72,20 @@ def swap_layers(job: Job, work: Work) -> None:
 
 # All that gives the model its quantized form and its grids. Every recorded call is on disk after the first.
 LAYING_OUT: tuple[Stage, ...] = (
+    keep_stock,
     swap_layers,
     rescale_layers,
     fit_activations,
     choose_inputs,
     settle_embeddings,
     maintain_temporal,
+    spare_layers,
 )
 # What a helper does as well, or reads back, before it takes its units.
 BEFORE_UNITS: tuple[Stage, ...] = (record_calls, *LAYING_OUT, list_units)
 STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
+# A network that the trajectory of a denoiser reaches has its calls from there.
+RECORDED: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage is not record_calls)
 
 
 def run(job: Job, stages: tuple[Stage, ...] = STAGES, block: TemporalBlock | None = None) -> Work:
@@ -136,4 +150,48 @@ def _packed(job: Job, work: Work) -> Outcome:
     features = quantized_features(work.block, work.steps, work.block.features)
     disturbed = disturbance(work.steps.timesteps, work.full, features)
     kept_float = floating(module, work.block.trace.quantizable)
-    return Outcome(work.reports, disturbed, work.inputs, kept_float, pooled=work.pooled)
+    return Outcome(
+        job.recipe,
+        work.reports,
+        disturbed,
+        work.inputs,
+        kept_float,
+        pooled=work.pooled,
+        spared=work.spared,
+        layers=len(work.plan.layers),
+    )
+
+
+def quantize_networks(job: Job) -> dict[str, Outcome | str]:
+    """Quantize the further networks of a job whose denoiser is done, in place, one after the other.
+
+    Returns:
+        What was done to each, or why it stays as it was.
+    """
+    return {name: _quantized_network(job, name, network) for name, network in job.networks.items()}
+
+
+def _quantized_network(job: Job, name: str, network: Denoiser) -> Outcome | str:
+    store = job.store.of(name)
+    if not len(store):
+        return "the pipeline made no call of it that can be recorded"
+    sampler = Recorded(network, store)
+    tokens = not sampler.example().sample.is_floating_point()
+    own = replace(
+        job,
+        sampler=sampler,
+        recipe=network_recipe(job.recipe, name, tokens=tokens),
+        store=store,
+        journal=job.journal.of(name),
+        helpers=None,
+        networks={},
+    )
+    before = shared_copy(network.module)
+    try:
+        return _packed(own, run(own, RECORDED))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        # What a network of any kind may raise while it is traced and called.
+        exchange(network.module, before)
+        return " ".join(str(error).split()) or type(error).__name__

@@ -100,7 +100,7 @@ class Denoiser:
         self.module = module
         self.signature = inspect.signature(module.forward)
         self.sample = sample or self._find(SAMPLE_NAMES, "sample")
-        self.timestep = timestep or self._find(TIMESTEP_NAMES, "timestep")
+        self.timestep: str | None = timestep or self._find(TIMESTEP_NAMES, "timestep")
 
     def _find(self, names: tuple[str, ...], role: str) -> str:
         for name in names:
@@ -122,7 +122,9 @@ class Denoiser:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 bound.update(bound.pop(name, {}))
         sample = bound.pop(self.sample)
-        timestep = torch.as_tensor(bound.pop(self.timestep), device=sample.device).flatten()
+        # Without a timestep all calls stand at one and the same.
+        given = 0.0 if self.timestep is None else bound.pop(self.timestep)
+        timestep = torch.as_tensor(given, device=sample.device).flatten()
         if len(timestep) == 1:
             timestep = timestep.expand(sample.shape[0]).clone()
         conditions = {
@@ -135,9 +137,12 @@ class Denoiser:
         device = next((parameter.device for parameter in self.module.parameters()), inputs.sample.device)
         if inputs.sample.device != device:
             inputs = inputs.map(lambda tensor: tensor.to(device))
-        return first_tensor(
-            self.module(**{self.sample: inputs.sample, self.timestep: inputs.timestep, **inputs.conditions})
-        )
+        return first_tensor(self.module(**self.arguments(inputs)))
+
+    def arguments(self, inputs: Inputs) -> dict[str, Any]:
+        """Return the arguments of a `forward` call by name."""
+        timestep = {} if self.timestep is None else {self.timestep: inputs.timestep}
+        return {self.sample: inputs.sample, **timestep, **inputs.conditions}
 
     def labelled(self, inputs: Inputs) -> list[tuple[str, Tensor]]:
         """Return every input tensor with the name of what it carries: `sample`, `timestep`, or the innermost
@@ -163,6 +168,28 @@ class Denoiser:
             inputs.timestep,
             torch.utils._pytree.tree_map_with_path(replaced, dict(inputs.conditions)),
         )
+
+
+class Timeless(Denoiser):
+    """A network without a timestep, such as a decoder or a text encoder, as the algorithms see it: a denoiser
+    all of whose calls stand at the timestep 0.
+
+    Args:
+        module: any `nn.Module`.
+        sample: name of what it transforms, with the batch as first axis; by default its first argument.
+
+    Raises:
+        TypeError: `forward` has no argument.
+    """
+
+    def __init__(self, module: nn.Module, *, sample: str | None = None) -> None:
+        self.module = module
+        self.signature = inspect.signature(module.forward)
+        first = next(iter(self.signature.parameters), None)
+        if first is None:
+            raise TypeError(f"{type(module).__name__}.forward has no argument")
+        self.sample = sample or first
+        self.timestep = None
 
 
 def _label(path: tuple[Any, ...]) -> str:

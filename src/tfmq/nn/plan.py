@@ -38,7 +38,7 @@ class Plan:
         return entry is not None and entry.tokens == "measured"
 
 
-def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str) -> None:
+def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str | None) -> None:
     """Swap calibrated layers and product quantizers into `module` in place; it still computes in full
     precision.
     """

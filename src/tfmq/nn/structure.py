@@ -16,7 +16,7 @@ from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.submodules import submodules
-from tfmq.nn.swap import attach_steps, replace_module, steps_of
+from tfmq.nn.swap import TIMESTEP, attach_steps, context_of, networks_of, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.grids import Grid, IntegerFormat, Table
 from tfmq.numerics.operations import Operation, TransposedConvolution
@@ -161,13 +161,18 @@ SECTIONS: dict[str, Section] = {
 def describe(module: nn.Module) -> dict[str, Any]:
     """Return the structure of a packed denoiser, as values that JSON keeps.
 
-    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument); and `SECTIONS`, each
-    a list of groups with one specification and the `names` it holds for, or of names. Layers behind a table
-    have the name of the stock layer.
+    Keys: `steps` (number of calibrated timesteps) and `timestep` (name of the argument), or for a component
+    without a timestep `networks` (names of those that compute calls of their own, "" for the component); and
+    `SECTIONS`, each a list of groups with one specification and the `names` it holds for, or of names. Layers
+    behind a table have the name of the stock layer.
     """
     listed = {key: section.listed(module) for key, section in SECTIONS.items()}
     kept = {key: parts for key, parts in listed.items() if parts or SECTIONS[key].listed_empty}
-    return {"steps": len(steps_of(module).timesteps), "timestep": module.tfmq_timestep, **kept}
+    networks = networks_of(module)
+    first = next(iter(networks.values()))
+    timestep = getattr(first, TIMESTEP)
+    called = {"networks": list(networks)} if timestep is None else {"timestep": timestep}
+    return {"steps": len(steps_of(first).timesteps), **called, **kept}
 
 
 def _grouped(specs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -271,7 +276,8 @@ def assemble(module: nn.Module, structure: Structure) -> None:
     """
     device = next(module.parameters()).device
     with torch.device(device):
-        steps = StepContext(torch.zeros(structure["steps"]))
+        names, count = structure.get("networks", ("",)), structure["steps"]
+        contexts = {network: StepContext(torch.zeros(count)) for network in names}
         for key, section in SECTIONS.items():
             entries = (
                 named_specs(structure, key)
@@ -279,8 +285,9 @@ def assemble(module: nn.Module, structure: Structure) -> None:
                 else ((name, {}) for name in structure.get(key, ()))
             )
             for name, spec in entries:
-                section.place(module, name, spec, steps)
-        attach_steps(module, steps, timestep=structure["timestep"])
+                section.place(module, name, spec, context_of(contexts, name))
+        for network, steps in contexts.items():
+            attach_steps(_submodule(module, network), steps, timestep=structure.get("timestep"))
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:

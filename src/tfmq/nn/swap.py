@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tfmq.errors import shown
 from tfmq.nn.correction import corrected
@@ -42,13 +42,13 @@ class _Stepped:
     """
 
     tfmq_steps: StepContext
-    tfmq_timestep: str
+    tfmq_timestep: str | None
     tfmq_executor: Executor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Look up the timestep of a call and compute it; a sample with NaN comes out as NaN."""
         bound = self.tfmq_signature.bind(*args, **kwargs)  # type: ignore[attr-defined]
-        with self.tfmq_steps.at(torch.as_tensor(bound.arguments[self.tfmq_timestep])):
+        with entered_steps(self, bound.arguments):  # type: ignore[arg-type]
             run: Executor = self.tfmq_executor or plain_forward
             output = run(self, bound.arguments)  # type: ignore[arg-type]
         return poisoned(output, bound.arguments)
@@ -65,15 +65,15 @@ class _Stepped:
 _STEPPED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str) -> None:
-    """Make every call of `module` set `steps` from its argument named `timestep`; its class becomes a
-    subclass of itself.
+def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str | None) -> None:
+    """Make every call of `module` set `steps` from its argument named `timestep`, or to the first bin where
+    it has none; its class becomes a subclass of itself.
 
     Raises:
         ValueError: its `forward` has no such argument.
     """
     kind = type(module)
-    if timestep not in inspect.signature(module.forward).parameters:
+    if timestep is not None and timestep not in inspect.signature(module.forward).parameters:
         raise ValueError(f"{kind.__name__} has no argument {shown(timestep)} for the timestep")
     if kind not in _STEPPED:
         signature = inspect.signature(module.forward)
@@ -97,10 +97,44 @@ def is_quantized(module: nn.Module) -> bool:
     return hasattr(module, STEPS)
 
 
+def networks_of(component: nn.Module) -> dict[str, nn.Module]:
+    """Return what has been quantized of a component of a pipeline, by name: itself, called "", or submodules
+    such as the decoder of an autoencoder. Each computes its own calls.
+    """
+    owners = (name.rpartition(".")[0] for name in submodules(component, StepContext))
+    return {name: component.get_submodule(name) for name in owners}
+
+
+def context_of(contexts: Mapping[str, StepContext], name: str) -> StepContext:
+    """Return the step context, of those of some networks by name, of the network that has the module `name`.
+
+    Raises:
+        ValueError: none of them has it.
+    """
+    for network, steps in contexts.items():
+        if not network or f"{name}.".startswith(f"{network}."):
+            return steps
+    raise ValueError(f"the checkpoint names {name}, which is part of none of its networks")
+
+
 def steps_of(module: nn.Module) -> StepContext:
     """Return the step context of a quantized denoiser."""
     steps: StepContext = getattr(module, STEPS)
     return steps
+
+
+def timestep_of(module: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Return the timesteps of a call of a quantized denoiser; None where it takes none."""
+    name: str | None = getattr(module, TIMESTEP)
+    return None if name is None else torch.as_tensor(arguments[name])
+
+
+def entered_steps(module: nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Return the context in which a call of a quantized denoiser computes: the bins of its timesteps are
+    set.
+    """
+    timestep = timestep_of(module, arguments)
+    return steps_of(module).first() if timestep is None else steps_of(module).at(timestep)
 
 
 def plain_forward(module: nn.Module, arguments: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -135,6 +135,10 @@ class StepContext(Part):
             yield
         finally:
             self._index, self._exact, self._all_exact = before
+
+    def first(self) -> AbstractContextManager[None]:
+        """Return the context of a call without a timestep, which stands at the first bin."""
+        return self.at_bins(torch.zeros(1, dtype=torch.long, device=self.timesteps.device))
 
     def _warn(self, unseen: float) -> None:
         if self._warned:

@@ -18,6 +18,7 @@ from tfmq.recipes.stages import (
     SelectionScope,
     Spacing,
     Temporal,
+    Tolerance,
     call_options,
 )
 from tfmq.reconstruction.learning import Learning
@@ -36,6 +37,7 @@ __all__ = [
     "Spacing",
     "Split",
     "Temporal",
+    "Tolerance",
     "Weights",
     "ZeroPoints",
     "call_options",
@@ -186,6 +188,10 @@ def _changed(part: Part, changes: Mapping[str, Any], name: str) -> Part:
 class Recipe:
     """Everything that decides how a model is quantized. Presets are functions in `tfmq.recipes.presets`; YAML
     is a serialisation.
+
+    `components` has recipes of further networks of a pipeline, such as its decoder, by patterns of their
+    names (`vae`, `vae.decoder`, `text_encoder*`); the first that fits counts, and a network that none fits
+    has a recipe for its kind. Their calibration is part of that of this one.
     """
 
     name: str
@@ -197,8 +203,10 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     rescaling: Rescaling = field(default_factory=Rescaling)
     correction: Correction = field(default_factory=Correction)
+    tolerance: Tolerance = field(default_factory=Tolerance)
     rules: tuple[Rule, ...] = ()
     published: tuple[Published, ...] = ()
+    components: Mapping[str, "Recipe"] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         listed = table(self.weights.grid)
@@ -218,6 +226,18 @@ class Recipe:
                 weights = replace(weights, **rule.weights)
                 activations = replace(activations, **rule.activations)
         return weights, activations
+
+    def of_network(self, name: str) -> "Recipe | None":
+        """Return the recipe of a further network, by its name or that of its component; None where there is
+        none for it.
+        """
+        component = name.partition(".")[0]
+        fitting = (
+            recipe
+            for pattern, recipe in self.components.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(component, pattern)
+        )
+        return next(fitting, None)
 
     def rows_of(self, name: str) -> IntegerFormat | None:
         """Return the grid of the rows of the embedding `name`, None for full precision. Their bits are those

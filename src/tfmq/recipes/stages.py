@@ -106,6 +106,36 @@ class Rescaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How large the errors of a network may be on held-out calls. What exceeds it is left in full precision:
+    layers whose own output has too large an error, then the worst others until the network's output is near
+    enough.
+
+    Attributes:
+        layer: the most energy of the error of a layer's output over that of the output; None measures no
+            layer.
+        output: the same of the network's output.
+        instead: what becomes of a layer that is too far off: it stays in floating point (`float`), or its
+            input does (`weights`).
+    """
+
+    layer: float | None = None
+    output: float | None = None
+    instead: Literal["float", "weights"] = "float"
+
+    def __post_init__(self) -> None:
+        choice("tolerance.instead", self.instead, ("float", "weights"))
+        for name, value in (("layer", self.layer), ("output", self.output)):
+            if value is not None and not 0 < value < inf:
+                raise ValueError(f"tolerance.{name} must be finite and above 0, got {value}")
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is a bound at all."""
+        return self.layer is not None or self.output is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Correction:
     """What is added to and multiplied with each channel of a prediction, step by step, so that it is nearer
     to full precision's.

@@ -86,6 +86,8 @@ def _fields(kind: Any, values: Any, path: str) -> dict[str, Any]:
 def _value(hint: Any, value: Any, path: str) -> Any:
     if is_dataclass(hint):
         return _build(hint, value, f"{path}.")
+    if getattr(hint, "__origin__", None) is Mapping:
+        return _values(get_args(hint)[1], value, path)
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{path} must be a list; got {shown(value)}")
@@ -98,6 +100,13 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             f"{path} must be of type {' or '.join(kind.__name__ for kind in allowed)}; got {shown(value)}"
         )
     return value
+
+
+def _values(hint: Any, values: Any, path: str) -> dict[str, Any]:
+    """Return a mapping of names to values of a kind."""
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path} must be a mapping of names; got {shown(values)}")
+    return {name: _value(hint, value, f"{path}.{name}") for name, value in values.items()}
 
 
 def _plain_types(hint: Any) -> tuple[type, ...]:

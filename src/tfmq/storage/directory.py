@@ -46,7 +46,8 @@ def _configurations(directory: Path) -> dict[Path, dict[str, Any]]:
 
 
 def components(directory: Path) -> dict[Path, Manifest]:
-    """Return the manifest of every quantized component of a pipeline or component directory.
+    """Return the manifest of every quantized component of a pipeline or component directory, denoisers
+    first.
 
     Raises:
         CheckpointError: a configuration cannot be read, or holds no valid manifest where it should.
@@ -55,7 +56,8 @@ def components(directory: Path) -> dict[Path, Manifest]:
         folder: Manifest.of_config(config, source=folder / CONFIG_FILE, method=METHOD)
         for folder, config in _configurations(directory).items()
     }
-    return {folder: manifest for folder, manifest in found.items() if manifest is not None}
+    kept = [(folder, manifest) for folder, manifest in found.items() if manifest is not None]
+    return dict(sorted(kept, key=lambda entry: entry[1].structure.timestep is None))
 
 
 def holds_quantized(path: Path) -> bool:

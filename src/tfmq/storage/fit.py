@@ -85,10 +85,11 @@ class _Parts:
 
     def timesteps(self) -> None:
         """Check the calibrated timesteps."""
-        name = "tfmq_steps.timesteps"
-        steps = self.take(name, (self.structure.steps,), integer=False)
-        if not bool(torch.isfinite(steps).all()) or not bool((steps.diff() > 0).all()):
-            raise self.wrong(name, "is not finite and ascending")
+        for network in self.structure.networks:
+            name = f"{network}.tfmq_steps.timesteps".lstrip(".")
+            steps = self.take(name, (self.structure.steps,), integer=False)
+            if not bool(torch.isfinite(steps).all()) or not bool((steps.diff() > 0).all()):
+                raise self.wrong(name, "is not finite and ascending")
 
     def grid(self, prefix: str, shape: tuple[int, ...], *, bits: int, zero_point: bool = True) -> None:
         """Check the scales and the zero-points of grids of `bits` bits."""

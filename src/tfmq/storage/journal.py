@@ -67,6 +67,14 @@ class Journal:
                 "start over without --resume"
             )
 
+    def of(self, name: str) -> "Journal":
+        """Return the journal, in a folder within this one, of a part of the job with stages of its own."""
+        part = Journal(None, {}, resume=False)
+        if self.directory is not None:
+            part.directory = self.directory / name
+            part.directory.mkdir(parents=True, exist_ok=True)
+        return part
+
     def done(self, name: str) -> bool:
         """Whether the stage was finished."""
         return self.directory is not None and (self.directory / f"{name}.safetensors").exists()

@@ -20,7 +20,7 @@ MOST_AXES = 8
 # What a layer and a structure may have. What this reader does not know would be left out of the computation,
 # so it is refused.
 LAYER = frozenset({"bits", "symmetric", "grid", "values", "segments", "input", "kind", "rescaled", "names"})
-KNOWN = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped", "corrections"})
+KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,27 @@ class Correction:
 class Structure:
     """All quantized parts, by the names of modules of the stock architecture.
 
+    A component without a `timestep` lists its `networks`, which compute calls of their own; the one of a
+    denoiser is the denoiser, called "".
+
     Raises (from `from_json`):
         ForeignFileError: a value of another type, out of bounds, or a name twice; names its place.
     """
 
     steps: int
-    timestep: str
+    timestep: str | None
     layers: Mapping[str, Layer] = field(default_factory=dict)
     products: Mapping[str, Products] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     corrections: Mapping[str, Correction] = field(default_factory=dict)
+    networks: tuple[str, ...] = ("",)
 
     @classmethod
     def from_json(cls, fields: Fields) -> "Structure":
         """Return the parts that `fields`, a manifest's `structure`, describe."""
         fields.only(KNOWN)
+        networks = _networks(fields)
         layers = {name: _layer(group) for name, group in _named(fields, "layers")}
         products = {name: _products(group) for name, group in _named(fields, "products", empty=True)}
         tables = {name: _table(group) for name, group in _named(fields, "tables")}
@@ -116,12 +121,13 @@ class Structure:
         )
         return cls(
             fields.integer("steps", 1, MOST_STEPS),
-            fields.text("timestep"),
+            None if networks else fields.text("timestep"),
             layers,
             products,
             tables,
             skipped,
             corrections,
+            networks or ("",),
         )
 
     def stored_name(self, name: str) -> str:
@@ -129,6 +135,16 @@ class Structure:
         `block`.
         """
         return f"{name}.block" if name in self.tables or name in self.skipped else name
+
+
+def _networks(fields: Fields) -> tuple[str, ...]:
+    """Return the names of the networks of a component without a timestep; none for a denoiser."""
+    if "networks" not in fields.values:
+        return ()
+    found = fields.names("networks", empty=True)
+    if not found or "timestep" in fields.values:
+        raise fields.refuse("networks", "absent beside timestep, or a list of at least one name")
+    return found
 
 
 def _grid(fields: Fields) -> tuple[int, bool, tuple[int, ...]]:

@@ -1,0 +1,112 @@
+"""Which layers of a network stay in floating point, or keep their input so, for the sake of its output:
+measured on calls that no grid was fitted on.
+
+An outlier channel of an activation leaves the others few codes of a grid for the whole tensor. The layer that
+reads it has a large error then, which its own output shows.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.swap import precision
+
+
+@dataclass(frozen=True)
+class Spared:
+    """What was measured: the error of each layer's output, which layers are spared, and the error of the
+    network's output before any was and after. Errors are energies over that of the output. What is `instead`
+    of a spared layer is one in floating point (`float`), or one whose input is (`weights`).
+    """
+
+    errors: Mapping[str, float]
+    names: tuple[str, ...]
+    before: float
+    after: float
+    instead: str = "float"
+
+
+def _watch(
+    layer: CalibratedLayer, energies: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Return a hook that adds up the energies of the output and of its error in `energies` `[2]`."""
+    weight = layer.quantized_weight()
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+        x = layer.rescaled(args[0])
+        read = x if layer.input_quantizer is None else layer.input_quantizer(x)
+        exact = layer.operation(x, layer.weight, None)
+        error = layer.operation(read, weight.to(x.dtype), None) - exact
+        for index, part in enumerate((exact, error)):
+            energies[index] += part.float().square().sum(dtype=torch.float64).cpu()
+
+    return hook
+
+
+@torch.no_grad()
+def layer_errors(
+    denoiser: Denoiser, layers: Mapping[str, CalibratedLayer], batches: Iterable[Inputs]
+) -> dict[str, float]:
+    """Run the full-precision network over `batches` and return the error that quantization makes in the
+    output of each of `layers`; 0 where no call reaches it.
+    """
+    energies = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
+    with ExitStack() as stack:
+        stack.enter_context(precision(denoiser.module, weights="full", inputs="full"))
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(_watch(layer, energies[name])).remove)
+        for inputs in batches:
+            denoiser(inputs)
+    return {name: _ratio(row) for name, row in energies.items()}
+
+
+@torch.no_grad()
+def output_error(denoiser: Denoiser, batches: Iterable[Inputs]) -> float:
+    """Return the error that quantization makes in the output of the network over `batches`."""
+    energies = torch.zeros(2, dtype=torch.float64)
+    for inputs in batches:
+        found = {}
+        for kind in ("full", "quantized"):
+            with precision(denoiser.module, weights=kind, inputs=kind):
+                found[kind] = denoiser(inputs).double()
+        for index, part in enumerate((found["full"], found["quantized"] - found["full"])):
+            energies[index] += part.square().sum().cpu()
+    return _ratio(energies)
+
+
+def _ratio(energies: Tensor) -> float:
+    """Return the energy of an error over that of the output; an error that is no number is without bound."""
+    output, error = energies.tolist()
+    return float(error / max(output, torch.finfo(torch.float64).tiny)) if error == error else float("inf")
+
+
+def spare(
+    errors: Mapping[str, float],
+    *,
+    layer: float,
+    output: float,
+    measure: Callable[[Sequence[str]], float],
+    rounds: int = 8,
+) -> Spared:
+    """Choose which layers are spared: those whose own error is above `layer`, and then the worst of the rest,
+    an equal share of them in each of at most `rounds`, until the error of the output is at most `output`.
+
+    `measure` returns the error of the output with these layers spared, too, beside those it was asked about
+    before.
+    """
+    order = sorted(errors, key=lambda name: (-errors[name], name))
+    before = after = measure(())
+    taken = sum(errors[name] > layer for name in order)
+    share = -(-len(order) // rounds)
+    if taken:
+        after = measure(order[:taken])
+    while after > output and taken < len(order):
+        more = order[taken : taken + share]
+        taken += len(more)
+        after = measure(more)
+    return Spared(errors, tuple(order[:taken]), before, after)

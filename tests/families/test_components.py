@@ -1,0 +1,244 @@
+"""A whole pipeline quantized: decoders, encoders and denoisers, each with its own executor."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tfmq
+from tfmq.artifact import verify_files
+from tfmq.integrations.diffusers.opening import open_pipeline
+from tfmq.integrations.diffusers.pipelines import PipelineSampler
+from tfmq.integrations.diffusers.quiet import quiet
+from tfmq.nn.plan import packed_layers
+from tfmq.nn.swap import is_quantized, networks_of
+from tfmq.numerics.errors import sqnr_db
+from tfmq.recipes import Calibration, Recipe, Rule
+from tfmq.recipes.networks import image_w8a8
+from tfmq.storage.errors import ChecksumError
+
+pytestmark = pytest.mark.filterwarnings("default")
+STEPS = 2
+BACKENDS = ("reference", "torch", "openvino")
+
+
+def opened(path: Path, **options: Any) -> PipelineSampler:
+    """Return a sampler of the pipeline at a path."""
+    with quiet():
+        return PipelineSampler(open_pipeline(path), prompts=("a", "b c"), options=options)
+
+
+def brief(recipe: Recipe) -> Recipe:
+    """Return a recipe that is calibrated on two images of two steps."""
+    return replace(recipe, calibration=Calibration(samples=2, steps=STEPS, interval=1, batch_size=2))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Return the digest of every file below a directory."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def latents(sampler: PipelineSampler) -> Tensor:
+    """Return what a pipeline decodes at the end of its trajectory, three images of noise of their own."""
+    with sampler.noted_latents() as noted:
+        sampler.run(range(3), steps=4, seed=5)
+    return torch.cat(noted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_part_of_a_pipeline_is_loaded_and_computed_by_a_backend(
+    family: Callable[[str], Any], backend: str
+) -> None:
+    made = family("sd1")
+    simulated, executed = (tfmq.load(made.quantized, backend=name) for name in ("simulated", backend))
+    parts = {
+        name: networks_of(part) for name, part in executed.components.items() if isinstance(part, nn.Module)
+    }
+    assert {name: [*found] for name, found in parts.items()}["vae"] == ["decoder"]
+    given = latents(made.reference)
+    with torch.no_grad():
+        expected, found = (each.vae.decode(given).sample for each in (simulated, executed))
+        full = made.reference.pipeline.vae.decode(given).sample
+    assert sqnr_db(expected, found) > 35
+    assert sqnr_db(full, found) > 25
+    drawn = [
+        PipelineSampler(each, prompts=("a",)).run(range(2), steps=4, seed=0) for each in (simulated, executed)
+    ]
+    assert sqnr_db(*drawn) > 25
+
+
+def test_a_decoder_keeps_no_weight_twice_and_goes_on_tiling_and_slicing(family: Callable[[str], Any]) -> None:
+    pipeline = tfmq.load(family("sd1").quantized, backend="torch")
+    layers = packed_layers(pipeline.vae.decoder)
+    assert len(layers) > 10
+    assert all(layer.unpacked is None and layer.decoded is None for layer in layers.values())
+    given = latents(family("sd1").reference)
+    with torch.no_grad():
+        whole = pipeline.vae.decode(given).sample
+        pipeline.vae.enable_slicing()
+        assert sqnr_db(whole, pipeline.vae.decode(given).sample) > 60
+        pipeline.vae.enable_tiling()
+        pipeline.vae.tile_latent_min_size, pipeline.vae.tile_sample_min_size = 6, 12
+        tiled = pipeline.vae.decode(given).sample
+        full = family("sd1").reference.pipeline.vae
+        full.enable_tiling()
+        full.tile_latent_min_size, full.tile_sample_min_size = 6, 12
+        try:
+            expected = full.decode(given).sample
+        finally:
+            full.disable_tiling()
+    assert sqnr_db(expected, tiled) > 25
+
+
+def test_the_report_has_a_section_for_each_component(family: Callable[[str], Any]) -> None:
+    report = json.loads((family("sd1").quantized / "tfmq_report.json").read_text())
+    decoder = report["components"]["vae"]["networks"]["vae.decoder"]
+    assert decoder["layers"] > 10 and decoder["tolerance"]["output_db"] > 30
+    sizes = report["components"]["vae"]["bytes"]
+    assert sizes["quantized"] < sizes["fp32"]
+    encoder = report["components"]["vae"]["networks"]["vae.encoder"]
+    assert encoder == {"left": "the pipeline made no call of it that can be recorded"}
+    listed = json.loads((family("sd1").quantized / "tfmq_files.json").read_text())
+    assert {"unet", "vae"} <= listed["components"].keys()
+
+
+def test_a_component_of_another_pipeline_is_refused(family: Callable[[str], Any], tmp_path: Path) -> None:
+    copytree(family("sd1").quantized, tmp_path / "mixed")
+    verify_files(tmp_path / "mixed")
+    rmtree(tmp_path / "mixed" / "vae")
+    copytree(family("turbo").quantized / "vae", tmp_path / "mixed" / "vae")
+    with pytest.raises(ChecksumError, match="vae is of another pipeline"):
+        tfmq.load(tmp_path / "mixed")
+
+
+def test_an_interrupted_job_ends_in_the_same_bytes(
+    family: Callable[[str], Any],
+    recipe_of: Callable[[str], Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import tfmq.jobs.networks as networks
+
+    stock, recipe = family("sd1").stock, brief(recipe_of("sd1"))
+    tfmq.quantize(opened(stock), recipe, output_dir=tmp_path / "whole", components="denoiser,vae")
+
+    class Killed(BaseException):
+        """Ends the process, as far as anybody can tell."""
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    recorded = tmp_path / "cut.job" / "calibration" / "of_vae.decoder"
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "layer_errors", die)
+        with pytest.raises(Killed):
+            tfmq.quantize(opened(stock), recipe, output_dir=tmp_path / "cut", components="denoiser,vae")
+    assert sorted(path.name for path in recorded.iterdir()) == ["call_00000.safetensors", "of_held_out"]
+    kept = digests(recorded)
+    tfmq.quantize(opened(stock), recipe, output_dir=tmp_path / "cut", components="denoiser,vae", resume=True)
+    assert len(kept) == 2 and digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    again = tfmq.quantize(
+        opened(stock), recipe, output_dir=tmp_path / "cut", components="denoiser,vae", resume=True
+    )
+    assert again.report["components"]["vae"]["bytes"]["quantized"] > 0
+
+
+def test_the_denoiser_is_the_same_whatever_is_quantized_beside_it(
+    family: Callable[[str], Any], recipe_of: Callable[[str], Recipe]
+) -> None:
+    found = [
+        tfmq.quantize(opened(family("sd1").stock), brief(recipe_of("sd1")), components=components)
+        for components in ("denoiser", ("denoiser", "vae"))
+    ]
+    assert found[0].manifest["digest"] == found[1].manifest["digest"]
+    assert "components" not in found[0].report
+    assert not networks_of(found[0].model.vae) and [*networks_of(found[1].model.vae)] == ["decoder"]
+
+
+def test_image_to_image_quantizes_both_halves_of_the_autoencoder(
+    family: Callable[[str], Any], recipe_of: Callable[[str], Recipe], tmp_path: Path
+) -> None:
+    parts = opened(family("sd1").stock).pipeline.components
+    parts["image_encoder"] = None
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    picture = torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+    given = {"image": picture.expand(2, -1, -1, -1), "strength": 1.0}
+    sampler = PipelineSampler(pipeline, prompts=("a",), options=given)
+    exact = sampler.run(range(2), steps=STEPS, seed=0)
+    with torch.no_grad():
+        encoded = pipeline.vae.encode(2 * picture - 1).latent_dist.mean
+    done = tfmq.quantize(sampler, brief(recipe_of("sd1")), output_dir=tmp_path / "both")
+    assert {*done.report["components"]["vae"]["networks"]} == {"vae.decoder", "vae.encoder"}
+    loaded = tfmq.load(tmp_path / "both", backend="torch")
+    assert [*networks_of(loaded.vae)] == ["encoder", "decoder"]
+    with torch.no_grad():
+        assert sqnr_db(encoded, loaded.vae.encode(2 * picture - 1).latent_dist.mean) > 25
+    drawn = PipelineSampler(loaded, prompts=("a",), options=given).run(range(2), steps=STEPS, seed=0)
+    assert sqnr_db(exact, drawn) > 15
+
+
+def test_a_pipeline_of_pixels_has_a_denoiser_alone(
+    family: Callable[[str], Any], recipe_of: Callable[[str], Recipe]
+) -> None:
+    done = tfmq.quantize(opened(family("ddpm").stock), brief(recipe_of("ddpm")), components="all")
+    assert "components" not in done.report and is_quantized(done.model.unet)
+
+
+def test_a_component_that_cannot_be_quantized_is_named_and_left(
+    family: Callable[[str], Any], recipe_of: Callable[[str], Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tfmq.jobs.networks as networks
+
+    def unusual(*_: Any) -> Mapping[str, float]:
+        raise ValueError("nobody\nhas seen such a decoder")
+
+    sampler = opened(family("sd1").stock)
+    given = latents(sampler)
+    with torch.no_grad():
+        exact = sampler.pipeline.vae.decode(given).sample
+    monkeypatch.setattr(networks, "layer_errors", unusual)
+    done = tfmq.quantize(sampler, brief(recipe_of("sd1")), components=["denoiser", "vae"])
+    section = done.report["components"]["vae"]
+    assert section["networks"]["vae.decoder"] == {"left": "nobody has seen such a decoder"}
+    assert "bytes" not in section and not networks_of(done.model.vae)
+    with torch.no_grad():
+        assert torch.equal(done.model.vae.decode(given).sample, exact)
+    assert is_quantized(done.model.unet)
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        ("vae", "leave out the denoiser"),
+        ("denoiser,veil", "has no component veil; choose all, or of denoiser"),
+    ],
+)
+def test_components_that_there_are_not_are_refused(
+    family: Callable[[str], Any], recipe_of: Callable[[str], Recipe], components: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        tfmq.quantize(opened(family("sd1").stock), recipe_of("sd1"), components=components)
+
+
+def test_a_recipe_says_by_component_how_it_is_quantized(
+    family: Callable[[str], Any], recipe_of: Callable[[str], Recipe]
+) -> None:
+    own = replace(
+        image_w8a8(),
+        name="own",
+        rules=(Rule(match="conv_out", weights={"bits": None}),),
+    )
+    recipe = replace(brief(recipe_of("sd1")), components={"vae.dec*": own})
+    done = tfmq.quantize(opened(family("sd1").stock), recipe, components="denoiser,vae")
+    assert done.report["components"]["vae"]["networks"]["vae.decoder"]["scheme"] == "own"
+    layers = packed_layers(done.model.vae.decoder)
+    assert "up_blocks.0.resnets.0.conv1" in layers and "conv_out" not in layers
