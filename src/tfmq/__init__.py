@@ -77,6 +77,13 @@ def _register_with_diffusers() -> None:
     import tfmq.integrations.diffusers.quantizer  # noqa: F401
 
 
+def _register_with_transformers() -> None:
+    from tfmq.integrations.loaded import execute_with
+
+    execute_with(_execute_loaded)
+    import tfmq.integrations.text  # noqa: F401
+
+
 def _register_components() -> None:
     import tfmq.integrations.diffusers.components  # noqa: F401
 
@@ -86,6 +93,7 @@ def _register_pipeline() -> None:
 
 
 when_imported("diffusers.quantizers.auto", _register_with_diffusers)
+when_imported("transformers.quantizers.auto", _register_with_transformers)
 when_imported("diffusers.pipelines.pipeline_loading_utils", _register_components)
 # Whoever has `DiffusionPipeline` has the models that this pipeline is made of.
 when_imported("diffusers.pipelines.pipeline_utils", _register_pipeline)

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from tfmq.artifact import REPORT_FILE, load, mark, save, stored_architecture, stored_manifest
+from tfmq.artifact import (
+    REPORT_FILE,
+    load,
+    mark,
+    save,
+    stored_architecture,
+    stored_manifest,
+    stored_state,
+)
 from tfmq.calibration.store import CalibrationStore
 from tfmq.components import Components, Networks
 from tfmq.jobs.job import Foretold, Helpers, Job
@@ -58,7 +66,7 @@ def _manifest(module: nn.Module, seed: int, origin: Mapping[str, Any]) -> dict[s
     fields = {"quant_method": "tfmq", "structure": describe(module), "provenance": provenance}
     if architecture := stored_architecture(module):
         fields["architecture"] = architecture
-    return seal(module.state_dict(), fields, table=False)
+    return seal(stored_state(module), fields, table=False)
 
 
 def _finish_components(

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ __all__ = [
     "stored_architecture",
     "stored_bytes",
     "stored_manifest",
+    "stored_state",
     "verify_files",
 ]
 
@@ -62,20 +64,37 @@ def check_quantizable(module: nn.Module) -> None:
 
 
 def stored_architecture(module: nn.Module) -> Mapping[str, Any]:
-    """Return what a diffusers model saves of its architecture, for its manifest to seal; nothing of any other
-    module.
+    """Return what a model of diffusers or transformers saves of its architecture, for its manifest to seal;
+    nothing of any other module.
     """
     if "diffusers" not in sys.modules:
         return {}
     from tfmq.integrations.diffusers.architecture import configuration
 
-    return configuration(module)
+    return configuration(module) or (text.configuration(module) if (text := _text()) else {})
+
+
+def stored_state(module: nn.Module) -> Mapping[str, Tensor]:
+    """Return the tensors of a module as they are saved: a text encoder leaves out tied ones."""
+    text = _text()
+    return text.stored_state(module) if text and text.reads_text(module) else module.state_dict()
+
+
+def _text() -> ModuleType | None:
+    """Return what knows of transformers, where that is loaded."""
+    if "transformers" not in sys.modules:
+        return None
+    from tfmq.integrations import text
+
+    return text
 
 
 def mark(module: nn.Module, manifest: Mapping[str, Any]) -> None:
-    """Make a diffusers model that was quantized in memory save with its manifest; any other module is left
-    alone.
+    """Make a model of diffusers or transformers that was quantized in memory save with its manifest; any
+    other module is left alone.
     """
+    if text := _text():
+        text.mark_quantized(module, manifest)
     if "diffusers" in sys.modules:
         from tfmq.integrations.diffusers.quantizer import mark_quantized
 

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tfmq
@@ -23,6 +24,7 @@ from tfmq.nn.swap import is_quantized, networks_of
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes import Calibration, Recipe, Rule
 from tfmq.recipes.networks import image_w8a8
+from tfmq.storage.directory import components
 from tfmq.storage.errors import ChecksumError
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -76,6 +78,59 @@ def test_every_part_of_a_pipeline_is_loaded_and_computed_by_a_backend(
     assert sqnr_db(*drawn) > 25
 
 
+def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the text encoders of a pipeline by name."""
+    return {
+        name: part
+        for name, part in pipeline.components.items()
+        if name.startswith("text_encoder") and part is not None
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["sdxl", "pixart"])
+def test_text_encoders_are_loaded_and_computed_by_a_backend(
+    family: Callable[[str], Any], name: str, backend: str
+) -> None:
+    made = family(name)
+    simulated, executed = (tfmq.load(made.quantized, backend=each) for each in ("simulated", backend))
+    ids = torch.randint(4, 20, (2, 7))
+    stock, found = text_encoders(made.reference.pipeline), text_encoders(executed)
+    assert found and stock.keys() == found.keys()
+    for encoder, module in found.items():
+        assert is_quantized(module) and packed_layers(module)
+        with torch.no_grad():
+            expected = text_encoders(simulated)[encoder](ids, output_hidden_states=True)
+            output = module(ids, output_hidden_states=True)
+            full = stock[encoder](ids, output_hidden_states=True)
+        assert type(output) is type(full) and output.keys() == full.keys()
+        assert sqnr_db(expected[0], output[0]) > 30 and sqnr_db(full[0], output[0]) > 15
+        assert sqnr_db(expected.hidden_states[-2], output.hidden_states[-2]) > 30
+
+
+@pytest.mark.parametrize("name", ["sd1", "pixart"])
+def test_a_loaded_pipeline_is_saved_again_to_the_same_seals(
+    family: Callable[[str], Any], tmp_path: Path, name: str
+) -> None:
+    tfmq.load(family(name).quantized, backend="simulated").save_pretrained(tmp_path / "again")
+    before, after = components(family(name).quantized), components(tmp_path / "again")
+    assert len(before) == 3
+    assert {path.name: found.seal for path, found in before.items()} == {
+        path.name: found.seal for path, found in after.items()
+    }
+    verify_files(tmp_path / "again")
+
+
+def test_a_changed_text_encoder_is_refused(family: Callable[[str], Any], tmp_path: Path) -> None:
+    copytree(family("sd1").quantized, tmp_path / "changed")
+    weights = tmp_path / "changed" / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["final_layer_norm.bias"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ChecksumError):
+        tfmq.load(tmp_path / "changed")
+
+
 def test_a_decoder_keeps_no_weight_twice_and_goes_on_tiling_and_slicing(family: Callable[[str], Any]) -> None:
     pipeline = tfmq.load(family("sd1").quantized, backend="torch")
     layers = packed_layers(pipeline.vae.decoder)
@@ -105,10 +160,12 @@ def test_the_report_has_a_section_for_each_component(family: Callable[[str], Any
     assert decoder["layers"] > 10 and decoder["tolerance"]["output_db"] > 30
     sizes = report["components"]["vae"]["bytes"]
     assert sizes["quantized"] < sizes["fp32"]
+    words = report["components"]["text_encoder"]["networks"]["text_encoder"]
+    assert words["layers"] > 10 and words["tolerance"]["instead"] == "weights"
     encoder = report["components"]["vae"]["networks"]["vae.encoder"]
     assert encoder == {"left": "the pipeline made no call of it that can be recorded"}
     listed = json.loads((family("sd1").quantized / "tfmq_files.json").read_text())
-    assert {"unet", "vae"} <= listed["components"].keys()
+    assert {"unet", "vae", "text_encoder"} == listed["components"].keys()
 
 
 def test_a_component_of_another_pipeline_is_refused(family: Callable[[str], Any], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tfmq.jobs.temporal import maintain_temporal, maintained
 from tfmq.jobs.units import list_units, reconstruct_units
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.floating import Floating, floating
-from tfmq.nn.plan import pack_all, prepare
+from tfmq.nn.plan import pack_all, prepare, untied
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.networks import network_recipe
 from tfmq.recipes.plan import last_layer, make_plan
@@ -100,7 +100,8 @@ def run(job: Job, stages: tuple[Stage, ...] = STAGES, block: TemporalBlock | Non
     job.resources.prepare()
     job.denoiser.module.requires_grad_(False).eval()
     block = block or probe(job.denoiser, job.sampler.example())
-    work = Work(block=block, plan=make_plan(job.recipe, block.trace))
+    plan = untied(make_plan(job.recipe, block.trace), job.denoiser.module)
+    work = Work(block=block, plan=plan)
     for stage in stages:
         stage(job, work)
     return work
@@ -191,7 +192,7 @@ def _quantized_network(job: Job, name: str, network: Denoiser) -> Outcome | str:
         return _packed(own, run(own, RECORDED))
     except CheckpointError:
         raise
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         # What a network of any kind may raise while it is traced and called.
         exchange(network.module, before)
         return " ".join(str(error).split()) or type(error).__name__

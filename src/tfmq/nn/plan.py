@@ -1,7 +1,8 @@
 """What each layer of a denoiser is to become, and making it so."""
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -36,6 +37,20 @@ class Plan:
         """Whether calibration decides on the input grids of the layer `name`."""
         entry = self.layers[name].input
         return entry is not None and entry.tokens == "measured"
+
+
+def untied(plan: Plan, module: nn.Module) -> Plan:
+    """Return the plan without embeddings whose table another module below `module` reads too: packed rows
+    are no tensor to share.
+    """
+    tensors = [tensor for child in module.modules() for tensor in child.parameters(recurse=False)]
+    readers = Counter(map(id, tensors))
+    own = {
+        name: rows
+        for name, rows in plan.embeddings.items()
+        if readers[id(weight_of(module.get_submodule(name)))] == 1
+    }
+    return replace(plan, embeddings=own)
 
 
 def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str | None) -> None:

@@ -53,6 +53,9 @@ def probe(denoiser: Denoiser, example: Inputs, *, batch: int = 32) -> TemporalBl
             number).
     """
     block = TemporalBlock(denoiser, example, batch=batch)
+    if denoiser.timestep is None:
+        # Nothing depends on one: neither the trace nor a call can say otherwise.
+        return block
     base = example.resized(2)
     early = torch.full_like(base.timestep, 17)
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """What a pipeline computes with beside its denoiser: text encoders, and the two halves of its autoencoder."""
 
+import sys
 from collections.abc import Iterator, Mapping
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -39,14 +40,25 @@ def _reason(component: nn.Module) -> str:
     """Return why a component cannot be quantized, whatever is in it; nothing where it may."""
     if networks_of(component):
         return "it is quantized already"
-    if not isinstance(component, ModelMixin):
+    if not isinstance(component, ModelMixin) and not _reads_text(component):
         return f"a {type(component).__name__} has no form on disk that tfmq knows"
     if getattr(component, "hf_quantizer", None) is not None:
         return "it is quantized by another method"
     return ""
 
 
+def _reads_text(component: nn.Module) -> bool:
+    """Whether a component is a text encoder of transformers, which need not be installed."""
+    if "transformers" not in sys.modules:
+        return False
+    from tfmq.integrations.text import reads_text
+
+    return reads_text(component)
+
+
 def _networks(name: str, component: nn.Module) -> Iterator[tuple[str, Timeless]]:
+    if _reads_text(component):
+        yield name, Timeless(component)
     children = dict(component.named_children())
     for half in HALVES if callable(getattr(component, "decode", None)) else ():
         if half in children:

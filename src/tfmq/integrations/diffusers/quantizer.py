@@ -6,7 +6,6 @@ it heed the backend of a config that a model is loaded with.
 """
 
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from tfmq.integrations.config import ManifestConfig
 from tfmq.integrations.diffusers.adapters import refuse_adapters
 from tfmq.integrations.loaded import loaded
 from tfmq.nn.structure import assemble
@@ -29,47 +29,14 @@ from tfmq.storage.errors import CheckpointError, TensorMismatchError
 from tfmq.storage.manifest import Manifest
 
 
-class QuantMethod(StrEnum):
-    """The name under which diffusers knows this method."""
-
-    TFMQ = METHOD
-
-
-class TFMQConfig(QuantizationConfigMixin):
+class TFMQConfig(ManifestConfig, QuantizationConfigMixin):
     """The `quantization_config` of a quantized component: its sealed manifest (docs/format.md), field by
     field.
 
     Passed to `from_pretrained`, it says what the model computes with; its manifest is the stored one in any
     case. For a component `quantization_config=TFMQConfig(backend="openvino")`, for a pipeline the same in a
     `PipelineQuantizationConfig(quant_mapping={"unet": ...})`.
-
-    Args:
-        backend: as in `tfmq.execute`. It is no part of the manifest, and not saved.
-        manifest: the fields.
     """
-
-    def __init__(self, *, backend: str = "auto", **manifest: Any) -> None:
-        self.backend = backend
-        self.manifest = {**manifest, "quant_method": METHOD}
-        self.quant_method = QuantMethod.TFMQ
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Return the config of a manifest; diffusers' signature."""
-        config = cls()
-        # A manifest has no field `backend`. If somebody has added one, the seal has to fail.
-        config.manifest |= config_dict
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the manifest."""
-        return dict(self.manifest)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return what differs from a default config: the manifest, which has no defaults."""
-        return self.to_dict()
 
 
 class TFMQQuantizer(DiffusersQuantizer):
