@@ -21,7 +21,7 @@ KEYS = {
     "schemes",
     "speed",
 }
-KEYS |= {"inputs", "floating", "embeddings"}
+KEYS |= {"inputs", "floating", "embeddings", "components"}
 
 
 def test_full_precision(tfmq: Run, model: Path) -> None:
@@ -32,6 +32,8 @@ def test_full_precision(tfmq: Run, model: Path) -> None:
         "fp32": 4 * found["parameters"],
         "quantized": None,
     }
+    unet = {"name": "unet", "kind": "UNet2DModel", "bytes": found["bytes"]["fp32"]}
+    assert found["components"] == [{**unet, "networks": [], "layers": 0}]
     assert found["predicted_bytes"]["w4"] < found["predicted_bytes"]["w8"] < found["bytes"]["fp32"]
     for layer in found["temporal"]:
         assert (

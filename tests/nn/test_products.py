@@ -186,6 +186,15 @@ def quantizers(count: int) -> ProductQuantizers:
     )
 
 
+def test_spared_products_take_their_operands_as_they_come() -> None:
+    products, (left, right) = quantizers(2), torch.randn(2, 3, 4)
+    assert not torch.equal(products(0, left, right)[0], left)
+    products.spare()
+    for site in range(2):
+        assert all(map(torch.equal, products(site, left, right), (left, right)))
+    assert not list(products.state_dict())
+
+
 def test_an_owner_keeps_its_class_methods_state_and_values() -> None:
     module, stock = Product(), Product()
     attach_products(module, ProductQuantizers([None] * 4, [None] * 4))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
+from tfmq.quantizers.part import Part
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,25 @@ def layer_errors(
 
 
 @torch.no_grad()
-def output_error(denoiser: Denoiser, batches: Iterable[Inputs]) -> float:
-    """Return the error that quantization makes in the output of the network over `batches`."""
+def output_error(denoiser: Denoiser, batches: Iterable[Inputs], part: Part | None = None) -> float:
+    """Return the error that quantization makes in the output of the network over `batches`, or that one
+    `part` of it alone makes.
+    """
     energies = torch.zeros(2, dtype=torch.float64)
+    module = denoiser.module
     for inputs in batches:
-        found = {}
-        for kind in ("full", "quantized"):
-            with precision(denoiser.module, weights=kind, inputs=kind):
-                found[kind] = denoiser(inputs).double()
-        for index, part in enumerate((found["full"], found["quantized"] - found["full"])):
-            energies[index] += part.square().sum().cpu()
+        with precision(module, weights="full", inputs="full"):
+            full = denoiser(inputs).double()
+            found = full
+            if part is not None:
+                undo = part.choose(weights="quantized", inputs="quantized")
+                found = denoiser(inputs).double()
+                undo()
+        if part is None:
+            with precision(module, weights="quantized", inputs="quantized"):
+                found = denoiser(inputs).double()
+        for index, tensor in enumerate((full, found - full)):
+            energies[index] += tensor.square().sum().cpu()
     return _ratio(energies)
 
 

@@ -19,6 +19,7 @@ from tfmq.nn.floating import summary
 from tfmq.report.summary import floating_in_words, megabytes
 
 if TYPE_CHECKING:
+    from tfmq.evaluation.components import Component
     from tfmq.evaluation.forecast import Forecast
     from tfmq.evaluation.inspection import Inspection, LayerBits
 
@@ -136,6 +137,18 @@ def _schemes(names: Sequence[str]) -> str:
     return f"begin with {first} or, smaller, {smaller}; {', '.join(also)} fit too"
 
 
+def _components(found: "Sequence[Component]") -> list[tuple[str, str]]:
+    """Return a row for the components of a pipeline that has several: bytes, and what of each is
+    quantized.
+    """
+    names = {
+        part.name: ", ".join(filter(None, part.networks)) + (" in integers" if part.networks else "")
+        for part in found
+    }
+    text = [f"{part.name} {megabytes(part.bytes)} {names[part.name]}".strip() for part in found]
+    return [("components", ", ".join(text))] if len(found) > 1 else []
+
+
 def show_inspection(inspection: "Inspection") -> None:
     """Print the summary of `tfmq inspect` on one screen."""
     console = Console()
@@ -159,6 +172,7 @@ def show_inspection(inspection: "Inspection") -> None:
             floating_in_words(_floating_of(inspection))
             + (" with the smallest weights" if quantized is None else ""),
         ),
+        *_components(inspection.components),
         ("units", str(len(inspection.units))),
         ("temporal", _temporal(inspection)),
         (

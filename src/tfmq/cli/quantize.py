@@ -127,6 +127,14 @@ def quantize(
             help="Which denoiser of a pipeline that calls two in turn: transformer_2.",
         ),
     ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            "--components",
+            metavar="NAMES",
+            help="all, denoiser, or denoiser,vae,... [default: all of what draws from text]",
+        ),
+    ] = None,
     unit_inputs: Annotated[
         str | None,
         typer.Option(
@@ -180,7 +188,13 @@ def quantize(
                 stacklevel=2,
             )
         limits, read = _limits(max_memory, time_budget), read_prompts(prompts)
-        options: dict[str, Any] = {"seed": seed, "device": device, "prompts": read, "component": component}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "device": device,
+            "prompts": read,
+            "component": component,
+            "components": components,
+        }
         report = _quantized(
             check_module(module) or str(model), chosen, output_dir, place, limits, resume=resume, **options
         )
@@ -265,5 +279,6 @@ def _quantized(
         "pooled": report.get("pooled"),
         "judged": report.get("judged"),
         "correction": report.get("correction"),
+        "components": report.get("components", {}),
         **{key: report[key] for key in keys},
     }

@@ -13,7 +13,13 @@ from tfmq.evaluation.cost.system import machine_in_words
 from tfmq.evaluation.deviation import in_words
 from tfmq.report.metrics import pair_rows, published_rows
 from tfmq.report.speed import BUSY
-from tfmq.report.summary import correction_in_words, floating_in_words, judged_in_words, megabytes
+from tfmq.report.summary import (
+    component_in_words,
+    correction_in_words,
+    floating_in_words,
+    judged_in_words,
+    megabytes,
+)
 
 if TYPE_CHECKING:
     pass
@@ -92,6 +98,7 @@ def show_quantized(result: Mapping[str, Any]) -> None:
         ),
         *([("judged by its images", judged_in_words(result["judged"]))] if result["judged"] else []),
         ("temporal features", disturbance_in_words(result["temporal"])),
+        *((name, component_in_words(part)) for name, part in (result.get("components") or {}).items()),
         ("time", f"{result['seconds']:.0f} s"),
         ("most memory", megabytes(result["memory"]["peak_bytes"])),
         ("sha256", result["sha256"]),

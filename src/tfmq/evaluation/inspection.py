@@ -1,7 +1,7 @@
 """What a model consists of, as quantization sees it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from tfmq.artifact import stored_bytes, stored_manifest
+from tfmq.evaluation.components import Component, find_components
 from tfmq.evaluation.cost.system import describe_machine
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -85,9 +86,9 @@ class Inspection:
     steps. `schemes` are the schemes and published experiments whose rules fit the model's layers. `inputs`
     are the layers of a quantized model whose input grids were chosen by measured error. `floating` are the
     modules with tensors that stay in floating point, the largest first: of a full-precision model those that
-    no scheme quantizes. `embeddings` are the look-ups whose tables can be quantized. `speed` is what to
-    expect of integers on this machine's CPU: `integer` with instructions for them, `integer-slow` without,
-    else `simulated`.
+    no scheme quantizes. `embeddings` are the look-ups whose tables can be quantized, `components` the parts
+    of the pipeline with weights. `speed` is what to expect of integers on this machine's CPU: `integer` with
+    instructions for them, `integer-slow` without, else `simulated`.
     """
 
     family: str
@@ -104,6 +105,7 @@ class Inspection:
     inputs: tuple[MeasuredInput, ...] = ()
     floating: tuple[Floating, ...] = ()
     embeddings: tuple[LayerBits, ...] = ()
+    components: tuple[Component, ...] = ()
 
 
 def speed_class() -> Speed:
@@ -265,6 +267,9 @@ def inspect(sampler: Sampler, *, directory: Path | None = None, stock: Denoiser 
         ValueError: a quantized module that diffusers cannot rebuild.
     """
     module, example = sampler.denoiser.module, sampler.example()
-    if is_quantized(module):
-        return _of_quantized(module, example, directory, stock)
-    return _of_full_precision(module, trace(sampler.denoiser, example))
+    found = (
+        _of_quantized(module, example, directory, stock)
+        if is_quantized(module)
+        else _of_full_precision(module, trace(sampler.denoiser, example))
+    )
+    return replace(found, components=find_components(sampler))

@@ -15,7 +15,9 @@ from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import held_out
 from tfmq.jobs.job import Job, Work
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.nn.plan import calibrated_layers
+from tfmq.nn.plan import activation_sites, calibrated_layers
+from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.submodules import submodules
 from tfmq.nn.swap import replace_module
 
 
@@ -59,14 +61,14 @@ def spare_layers(job: Job, work: Work) -> None:
     """
     if not job.recipe.tolerance.measures:
         return
-    names = list(calibrated_layers(job.denoiser.module))
+    names = _candidates(job)
     found = job.journal.stage("spared", lambda: _measured(job, work))
     errors = dict(zip(names, found["errors"].tolist(), strict=True))
     spared = tuple(name for name, one in zip(names, found["spared"].tolist(), strict=True) if one)
     before, after = found["output"].tolist()
     work.spared = Spared(errors, spared, before, after, job.recipe.tolerance.instead)
     # Those that have just been measured are out already.
-    left = calibrated_layers(job.denoiser.module)
+    left = _candidates(job)
     _leave(job, work, [name for name in spared if name in left])
     work.stock = {}
 
@@ -79,22 +81,38 @@ def _measured(job: Job, work: Work) -> dict[str, Tensor]:
         _leave(job, work, names)
         return output_error(job.denoiser, batches)
 
-    errors = layer_errors(job.denoiser, layers, batches)
+    # Products have no weights: what they do is seen in the output of the network alone.
+    errors = layer_errors(job.denoiser, layers, batches) | {
+        name: output_error(job.denoiser, batches, part) for name, part in _products(job).items()
+    }
     layer, output = (inf if bound is None else bound for bound in (tolerance.layer, tolerance.output))
     found = spare(errors, layer=layer, output=output, measure=measure)
     return {
-        "errors": torch.tensor([errors[name] for name in layers], dtype=torch.float64),
-        "spared": torch.tensor([name in found.names for name in layers]),
+        "errors": torch.tensor([*errors.values()], dtype=torch.float64),
+        "spared": torch.tensor([name in found.names for name in errors]),
         "output": torch.tensor([found.before, found.after], dtype=torch.float64),
     }
 
 
+def _products(job: Job) -> dict[str, ProductQuantizers]:
+    """Return the quantizers of attention products by the module that owns them."""
+    found = submodules(job.denoiser.module, ProductQuantizers)
+    return {name.rpartition(".")[0]: part for name, part in found.items() if activation_sites(part)}
+
+
+def _candidates(job: Job) -> list[str]:
+    """Return the names of all that may be spared: layers, and owners of attention products."""
+    return [*calibrated_layers(job.denoiser.module), *_products(job)]
+
+
 def _leave(job: Job, work: Work, names: Sequence[str]) -> None:
-    """Let layers compute in full precision, or read their input so, as the recipe has it."""
+    """Let layers compute in full precision, or read their input so, as the recipe has it; products do."""
     module = job.denoiser.module
-    layers = dict(work.plan.layers)
+    layers, products = dict(work.plan.layers), _products(job)
     for name in names:
-        if job.recipe.tolerance.instead == "weights":
+        if name in products:
+            products[name].spare()
+        elif job.recipe.tolerance.instead == "weights":
             layers[name] = replace(layers[name], input=None)
             calibrated_layers(module)[name].input_quantizer = None
         else:

@@ -191,6 +191,12 @@ class ProductQuantizers(Part):
         self.enabled = True
         return self
 
+    def spare(self) -> None:
+        """Leave the operands of every site in full precision from now on."""
+        self.left, self.right = (
+            nn.ModuleList(nn.Identity() for _ in side) for side in (self.left, self.right)
+        )
+
     def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
         """Return the product of site `site` by the kernel, or on quantized operands where one of them stays
         in full precision.

@@ -102,3 +102,26 @@ def judged_in_words(found: Mapping[str, Any]) -> str:
     recipe, plain = (f"{found['psnr_db'][name]:.1f} dB" for name in ("recipe", "plain"))
     text = f"{recipe} over {found['images']} images, {plain} with nearest codes and exact ranges"
     return text if found["kept"] == "recipe" else f"{text}, which were kept"
+
+
+def component_in_words(found: Mapping[str, Any]) -> str:
+    """Return what was done to a component of a pipeline, as the report of a job has it."""
+    if "left" in found:
+        return f"stays in floating point: {found['left']}"
+    size = found.get("bytes")
+    sizes = [f"{megabytes(size['fp32'])} to {megabytes(size['quantized'])}"] if size else []
+    return "; ".join([*sizes, *(_network_in_words(name, part) for name, part in found["networks"].items())])
+
+
+def _network_in_words(name: str, found: Mapping[str, Any]) -> str:
+    if "left" in found:
+        return f"{name} stays in floating point: {found['left']}"
+    text, tolerance = f"{name} with {found['layers']} quantized layers", found["tolerance"]
+    if tolerance is None:
+        return text
+    error = (
+        "" if tolerance["output_db"] is None else f", error of its output -{tolerance['output_db']:.1f} dB"
+    )
+    spared = tolerance["layers"]
+    kind = "left in floating point" if tolerance["instead"] == "float" else "with inputs in floating point"
+    return f"{text}{error}" + (f", {len(spared)} {kind}: {', '.join(spared)}" if spared else "")
