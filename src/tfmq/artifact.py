@@ -81,8 +81,8 @@ def stored_state(module: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _text() -> ModuleType | None:
-    """Return what knows of transformers, where that is loaded."""
-    if "transformers" not in sys.modules:
+    """Return what knows of transformers, where a model of it may be loaded."""
+    if "transformers.modeling_utils" not in sys.modules:
         return None
     from tfmq.integrations import text
 

@@ -49,7 +49,7 @@ def _reason(component: nn.Module) -> str:
 
 def _reads_text(component: nn.Module) -> bool:
     """Whether a component is a text encoder of transformers, which need not be installed."""
-    if "transformers" not in sys.modules:
+    if "transformers.modeling_utils" not in sys.modules:
         return False
     from tfmq.integrations.text import reads_text
 
