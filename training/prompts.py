@@ -4,6 +4,7 @@
 
 `scenes.txt` has 500 captions of combinations that training keeps out, `calibration.txt` 128 of combinations
 that it sees. Both files are committed, so that evaluating needs no data; a test holds them to this script.
+With `--model DIR` a pipeline brings the latter as its own, which it is drawn and calibrated with.
 """
 
 import argparse
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 from scenes import draw_scene, held_out, said
 from torch import Generator
+
+from tfmq.storage.atomic import write_json
+from tfmq.storage.prompts import PROMPTS_FILE, prompts_content
 
 # File, number of captions, held out of training or not, seed.
 FILES = (("scenes.txt", 500, True, 18), ("calibration.txt", 128, False, 19))
@@ -35,12 +39,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="directory of a pipeline to give prompts to")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, count, held, seed in FILES:
         (options.output_dir / name).write_text(
             "\n".join(captions(count, held=held, seed=seed)) + "\n", encoding="utf-8"
         )
+    if options.model is not None:
+        _, count, held, seed = FILES[1]
+        write_json(options.model / PROMPTS_FILE, prompts_content(captions(count, held=held, seed=seed)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.fields import Fields
 from tfmq.storage.journal import Journal
 from tfmq.storage.listing import FILES
+from tfmq.storage.prompts import PROMPTS_FILE, prompts_content
 from tfmq.targets import open_target, owner_of
 from tfmq.version import __version__
 
@@ -93,6 +94,12 @@ def _finish_components(
             size = {"fp32": sizes[name], "quantized": state_bytes(component)}
             reports[name] |= {"bytes": size, "sha256": manifest["digest"]}
     return {"components": reports} if reports else {}
+
+
+def _prompts(sampler: Any) -> dict[str, Any]:
+    """Return the file of prompts to save for a sampler that draws from text: it goes on with them."""
+    takes = getattr(sampler, "takes_prompts", False)
+    return {PROMPTS_FILE: prompts_content(sampler.prompts)} if takes else {}
 
 
 def _timeless(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,7 +262,7 @@ def quantize(
                 owner,
                 destination,
                 manifest=manifest,
-                extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}},
+                extra={REPORT_FILE: {**_timeless(report), "fingerprint": fingerprint}, **_prompts(sampler)},
             )
             journal.remove()
     return Quantized(owner, manifest, report)

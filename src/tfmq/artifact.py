@@ -139,8 +139,8 @@ def save(
         owner: what has `save_pretrained`, or an `nn.Module` without it.
         directory: must not exist, or be empty.
         manifest: the sealed manifest.
-        extra: further JSON files by name; that of `REPORT_FILE` also gets the digest of a pipeline's list, so
-            that a list cannot go missing.
+        extra: further JSON files by name, which a pipeline's list has too; that of `REPORT_FILE` gets the
+            digest of the list instead, so that a list cannot go missing.
 
     Raises:
         StorageFullError: no space is left; nothing is kept of the attempt.
@@ -154,13 +154,15 @@ def save(
                 _forget_origin(partial)
             else:
                 save_checkpoint(partial, owner.state_dict(), manifest)
+            for name in extra.keys() - {REPORT_FILE}:
+                write_json(partial / name, extra[name])
             listed = (
                 {FILES: write_listing(partial, components=components(partial))}
                 if (partial / PIPELINE_FILE).exists()
                 else {}
             )
-            for name, value in extra.items():
-                write_json(partial / name, {**value, **(listed if name == REPORT_FILE else {})})
+            if REPORT_FILE in extra:
+                write_json(partial / REPORT_FILE, {**extra[REPORT_FILE], **listed})
             partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

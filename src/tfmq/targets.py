@@ -23,6 +23,7 @@ from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.digest import tensor_digest
 from tfmq.storage.manifest import Provenance
+from tfmq.storage.prompts import brought_prompts
 from tfmq.version import __version__
 
 # Folders with models that have names: the package's own, and those of a checkout.
@@ -61,9 +62,10 @@ def open_sampler(
     """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory, a hub id, or
     the name of a model of the project.
 
-    `options` go to the pipeline's call; by default those that a quantized model was calibrated with. A
-    quantized model that is loaded here computes in simulated arithmetic; `tfmq.execute` changes that once it
-    is on its device. `component` names the denoiser of a pipeline that calls two in turn.
+    A directory may bring prompts of its own, see `PROMPTS_FILE`. `options` go to the pipeline's call; by
+    default those that a quantized model was calibrated with. A quantized model that is loaded here computes
+    in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the
+    denoiser of a pipeline that calls two in turn.
 
     Raises:
         ValueError: nothing that can be sampled from, or no such component.
@@ -82,7 +84,9 @@ def open_sampler(
         accepted_options,
     )
 
+    own: tuple[str, ...] = ()
     if isinstance(target, str | Path):
+        own = brought_prompts(_directory(target))
         target, options = _read_pipeline(target, options)
     if not hasattr(target, "components"):
         raise ValueError(
@@ -91,7 +95,7 @@ def open_sampler(
         )
     sampler = PipelineSampler(
         target,
-        prompts=prompts or DEFAULT_PROMPTS,
+        prompts=prompts or own or DEFAULT_PROMPTS,
         options=accepted_options(target, options or {}),
         component=component,
     )
@@ -118,6 +122,11 @@ def _check_unasked(options: Mapping[str, Any] | None, component: str | None) -> 
         )
 
 
+def _directory(target: str | Path) -> Path:
+    """Return the path of a directory, or the directory of a name; a hub id's is none that exists."""
+    return named_directory(str(target)) or Path(target)
+
+
 def _read_pipeline(
     target: str | Path, options: Mapping[str, Any] | None
 ) -> tuple[Any, Mapping[str, Any] | None]:
@@ -126,7 +135,7 @@ def _read_pipeline(
     """
     from tfmq.integrations.diffusers.opening import open_pipeline
 
-    path = named_directory(str(target)) or Path(target)
+    path = _directory(target)
     if not holds_quantized(path):
         return open_pipeline(path if path.exists() else target), options
     if options is None:

@@ -18,6 +18,8 @@ from tfmq.evaluation.adherence.judge import JUDGES
 from tfmq.evaluation.sampling import SamplingError
 from tfmq.progress import silent
 from tfmq.storage.atomic import read_json
+from tfmq.storage.prompts import brought_prompts
+from tfmq.targets import named_directory
 
 diffusers = pytest.importorskip("diffusers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -484,4 +486,5 @@ def test_the_committed_prompts_are_those_of_the_script(scripts: None) -> None:
     assert len(set(found["scenes.txt"])) == 500 and not set(found["scenes.txt"]) & set(
         found["calibration.txt"]
     )
+    assert brought_prompts(named_directory("text")) == tuple(found["calibration.txt"])
     assert torch.initial_seed() == 0, "the global generator is left alone"

@@ -26,6 +26,8 @@ from tfmq.recipes import Calibration, Recipe, Rule
 from tfmq.recipes.networks import image_w8a8
 from tfmq.storage.directory import components
 from tfmq.storage.errors import ChecksumError
+from tfmq.storage.prompts import PROMPTS_FILE, prompts_content
+from tfmq.targets import open_sampler
 
 pytestmark = pytest.mark.filterwarnings("default")
 STEPS = 2
@@ -324,3 +326,20 @@ def test_an_outlier_leaves_the_layer_that_reads_it_in_float(
     assert "mid_block.attentions.0.to_out.0" not in packed_layers(decoder)
     with torch.no_grad():
         assert sqnr_db(exact, tfmq.load(tmp_path / "out").vae.decode(given).sample) > 25
+
+
+def test_a_pipeline_draws_what_it_brings_unless_it_is_asked_for_something_else(
+    family: Callable[[str], Any], tmp_path: Path
+) -> None:
+    copytree(family("sd1").stock, tmp_path / "own")
+    (tmp_path / "own" / PROMPTS_FILE).write_text(json.dumps(prompts_content(["a", "b"])))
+    assert open_sampler(tmp_path / "own").prompts == ("a", "b")
+    assert open_sampler(tmp_path / "own", prompts=("c",)).prompts == ("c",)
+
+
+def test_a_quantized_pipeline_goes_on_with_the_prompts_of_its_calibration(
+    family: Callable[[str], Any],
+) -> None:
+    made = family("sd1")
+    assert open_sampler(made.quantized).prompts == made.reference.prompts
+    assert PROMPTS_FILE in json.loads((made.quantized / "tfmq_files.json").read_text())["files"]
