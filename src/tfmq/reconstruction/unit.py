@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.capture import Around, Keep, UnitCalls, capture, capture_inputs, run_to
+from tfmq.calibration.capture import Keep, UnitCalls, capture, capture_inputs
 from tfmq.calibration.replay import Upstream
 from tfmq.calibration.spool import Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
@@ -149,28 +149,19 @@ def _mean_error(loss: Callable[[UnitCalls], Tensor], calls: UnitCalls, parts: Se
     return sum(float(loss(calls.rows(part))) * len(part) for part in parts) / sum(len(part) for part in parts)
 
 
-def _network_error(
-    denoiser: Denoiser,
-    unit: nn.Module,
-    batches: Iterable[Inputs],
-    targets: UnitCalls,
-    *,
-    around: Around,
-    keep: Keep,
-) -> float:
-    """Return the mean error of a unit's outputs in the network over `batches`, which `keep` gets: the next
+@torch.no_grad()
+def _handed_on(unit: nn.Module, feed: Feed, calls: UnitCalls, keep: Keep) -> float:
+    """Return the mean error of a unit's outputs, call by call of the denoiser, which `keep` gets: the next
     unit starts from them.
     """
     error, done = 0.0, 0
-
-    def see(number: int, batch: Inputs, _: Any, __: Any, output: Any) -> None:
-        nonlocal error, done
+    for number, batch in enumerate(feed.batches):
+        rows = calls.rows(torch.arange(done, done + len(batch)))
+        with feed.steps.at(rows.timestep):
+            output = unit(*rows.args, **rows.kwargs)
         keep(number, output)
-        wanted = targets.rows(torch.arange(done, done + len(batch))).outputs
-        error += float(_output_error(output, wanted)) * len(batch)
+        error += float(_output_error(output, rows.outputs)) * len(batch)
         done += len(batch)
-
-    run_to(denoiser, unit, batches, see, around=around)
     return error / done
 
 
@@ -256,12 +247,7 @@ def reconstruct_unit(
     problem = UnitProblem(layers, samples, learning, advance, feed.spool)
     iterations = solver.solve(problem, rounding, seed)
     keep = upstream.keeper("quantized", unit.name) if rounding.inputs == "quantized" else None
-    if keep is None:
-        after = _mean_error(loss, calls, parts)
-    else:
-        after = _network_error(
-            denoiser, module, feed.batches, calls, around=upstream.around("quantized"), keep=keep
-        )
+    after = _mean_error(loss, calls, parts) if keep is None else _handed_on(module, feed, calls, keep)
     before, solved = first.mean(), learned(layers)
     if before is None:
         restore(layers, nearest)
