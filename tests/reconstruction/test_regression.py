@@ -69,7 +69,7 @@ def test_moments_are_those_of_inputs_and_of_what_the_weight_leaves(groups: int) 
     )
     regression.record_targets(run_full)
     handle.remove()
-    moments = regression.moments("c", lambda part: calibrated(x[part]), widest=100)
+    moments = regression.moments(["c"], lambda part: calibrated(x[part]), widest=100)["c"]
     columns = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     residual = (target - module(x)).flatten(2).transpose(1, 2).flatten(0, 1).double()
     assert moments.cross is not None
@@ -104,7 +104,7 @@ def test_positions_are_drawn_from_the_seed_and_bounded() -> None:
         regression = Regression({"c": calibrated}, [torch.arange(4)], most=most, seed=seed)
         regression.record_targets(lambda part: calibrated(x[part]))
         assert regression.targets["c"].shape == (4 * most, 3)
-        return regression.moments("c", lambda part: calibrated(x[part]), widest=100).hessians[0]
+        return regression.moments(["c"], lambda part: calibrated(x[part]), widest=100)["c"].hessians[0]
 
     assert torch.equal(hessian(1, 5), hessian(1, 5)) and not torch.equal(hessian(1, 5), hessian(2, 5))
     torch.testing.assert_close(hessian(1, 64), hessian(2, 64))
@@ -118,7 +118,7 @@ def test_a_wide_layer_keeps_the_blocks_of_its_parts_alone() -> None:
         calibrated = layer(module)
         regression = Regression({"c": calibrated}, torch.arange(6).split(4), most=9, seed=0)
         regression.record_targets(lambda part: calibrated(x[part]))
-        return regression.moments("c", lambda part: calibrated(x[part]), widest=widest)
+        return regression.moments(["c"], lambda part: calibrated(x[part]), widest=widest)["c"]
 
     whole, parted = found(36), found(16)
     assert [tuple(block.shape) for block in parted.hessians] == [
@@ -133,3 +133,57 @@ def test_a_wide_layer_keeps_the_blocks_of_its_parts_alone() -> None:
         moments.centre()
     for columns, block in parted.parts():
         torch.testing.assert_close(block, whole.hessians[0][:, columns, columns])
+
+
+class Projections(nn.Module):
+    """Two projections of the same input, one of their product, and one of the input again that runs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.out, self.past = (layer(nn.Linear(4, 4)) for _ in range(4))
+        self.runs: list[str] = []
+        for name in ("left", "right", "out", "past"):
+            getattr(self, name).register_forward_hook(lambda *_, name=name: self.runs.append(name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return their sum."""
+        product: Tensor = self.out(self.left(x) * self.right(x)) + self.past(x)
+        return product
+
+    @property
+    def layers(self) -> dict[str, CalibratedLayer]:
+        """The layers by name, in execution order."""
+        return {name: getattr(self, name) for name in ("left", "right", "out", "past")}
+
+
+@torch.no_grad()
+def test_layers_that_read_nothing_of_each_other_are_gathered_together() -> None:
+    unit, x = Projections(), torch.randn(8, 3, 4)
+    parts = list(torch.arange(8).split(4))
+
+    def gathered(passes: list[list[str]] | None) -> tuple[list[list[str]], dict[str, Moments], list[str]]:
+        regression = Regression(unit.layers, parts, most=5, seed=0)
+        regression.record_targets(lambda part: unit(x[part]))
+        passes = passes or regression.passes_of(lambda part: unit(x[part]), widest=100)
+        unit.runs.clear()
+        found: dict[str, Moments] = {}
+        for names in passes:
+            found |= regression.moments(names, lambda part: unit(x[part]), widest=100)
+        return passes, found, list(unit.runs)
+
+    passes, together, runs = gathered(None)
+    assert passes == [["left", "right", "past"], ["out"]]
+    # The first pass runs the whole unit; the second ends at the layer it is for.
+    assert runs == [*unit.layers] * len(parts) + ["left", "right", "out"] * len(parts)
+    _, apart, _ = gathered([[name] for name in unit.layers])
+    for name in unit.layers:
+        assert torch.equal(together[name].hessians[0], apart[name].hessians[0])
+        assert torch.equal(together[name].residuals, apart[name].residuals)
+
+
+@torch.no_grad()
+def test_layers_are_gathered_apart_where_their_moments_take_too_much() -> None:
+    x, layers = torch.randn(4, 3, 4), {str(number): layer(nn.Linear(4, 4)) for number in range(4)}
+    regression = Regression(layers, [torch.arange(4)], most=5, seed=0)
+    passes = regression.passes_of(lambda part: [one(x[part]) for one in layers.values()], widest=100)
+    assert passes == [["0", "1", "2"], ["3"]]

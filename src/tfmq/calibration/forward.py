@@ -1,9 +1,10 @@
-"""Another forward for one module, or somebody who watches some, for a while."""
+"""Another forward for one module, or somebody who watches some, for a while, and who reads from whom."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,3 +36,46 @@ def watched(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Ended(Exception):
+    """Ends a call that is watched."""
+
+
+@contextmanager
+def ended(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], bool]) -> Iterator[None]:
+    """Call `see(name, input, output)` whenever one of `layers` runs; where it returns true, what runs in the
+    context ends there.
+    """
+
+    def end(name: str, x: Tensor, output: Tensor) -> None:
+        if see(name, x, output):
+            raise _Ended
+
+    with suppress(_Ended), watched(layers, end):
+        yield
+
+
+@torch.no_grad()
+def dependents(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, set[str]]:
+    """Return which of `layers` read something of the output of each, while `run` calls what has them all.
+
+    An output that is NaN tells: whoever reads of it reads NaN, too.
+    """
+
+    def poisoned(name: str) -> set[str]:
+        found: set[str] = set()
+
+        def see(reader: str, x: Tensor, _: Tensor) -> None:
+            if bool(x.isnan().any()):
+                found.add(reader)
+
+        handle = layers[name].register_forward_hook(lambda _, __, output: torch.full_like(output, torch.nan))
+        try:
+            with watched(layers, see):
+                run()
+        finally:
+            handle.remove()
+        return found
+
+    return {name: poisoned(name) for name in layers}

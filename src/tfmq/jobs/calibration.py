@@ -15,13 +15,18 @@ from tfmq.calibration.trajectory import recorded_calls, recorded_networks
 from tfmq.calibration.variety import warn_of_single_values
 from tfmq.jobs.forecast import calibration_seconds, check_room, check_time
 from tfmq.jobs.job import Job, Work
+from tfmq.jobs.judging import judged
 from tfmq.models.denoiser import Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers
+from tfmq.nn.scheme import RangeMethod
 from tfmq.nn.swap import precision
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.reconstruction.unit import settle
+
+# Between the name of a quantizer and that of a tensor of its grid over the exact extremes.
+EXACT = ".exact."
 
 
 def record_batch(
@@ -132,16 +137,19 @@ def fit_activations(job: Job, work: Work) -> None:
         quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
     together = {name: int(ranges[f"{name}.together"]) for name in sites}
     work.pooled = {name: steps for name, steps in together.items() if steps > 1}
+    work.exact = {name.replace(EXACT, "."): tensor for name, tensor in ranges.items() if EXACT in name}
 
 
 def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
-    """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors."""
+    """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors and, where
+    the plainest candidate will be judged, as `EXACT` ones those of grids over the exact extremes.
+    """
     module, store = job.denoiser.module, job.store
     sites = activation_sites(module)
     if not sites:
         return {}
     groups = _in_groups(job, list(sites), SITE_BYTES)
-    together: dict[str, int] = {}
+    found: dict[str, Tensor] = {}
     amount = len(groups) * len(store) + len(sites)
     with (
         job.progress("calibration: activation ranges", amount) as advance,
@@ -153,41 +161,45 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
             statistics = collect(
                 job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others
             )
-            together |= _fit_sites(work, seen, statistics, advance)
-    tensors = {name: quantizer.state_dict() for name, quantizer in sites.items()}
-    return {
-        f"{name}.{key}": value
-        for name, state in tensors.items()
-        for key, value in {**state, "together": torch.tensor(together.get(name, 1))}.items()
-    }
+            found |= _fit_sites(job, work, seen, statistics, advance)
+    return found
 
 
 def _fit_sites(
+    job: Job,
     work: Work,
     sites: Mapping[str, ActivationQuantizer],
     statistics: Mapping[str, SiteStatistics],
     advance: Advance,
-) -> dict[str, int]:
-    """Fit the quantizers, and return how many timesteps at most each had to take together; one that no call
-    has reached stays as it is.
+) -> dict[str, Tensor]:
+    """Fit the quantizers and return their tensors, and how many timesteps at most each had to take together;
+    one that no call has reached stays as it is.
     """
-    together = {}
+    found: dict[str, Tensor] = {}
+    # What the plan says comes last, and stays.
+    exact: dict[str, RangeMethod] = {EXACT: "min_max"} if judged(job) else {}
     layers, products = work.plan.layers, work.plan.products
     plans = {f"{name}.input_quantizer": layer.input for name, layer in layers.items() if layer.input}
     plans |= {owner: quantizer for owner, (_, quantizer) in products.items() if quantizer}
     for name, site in sites.items():
         plan = plans.get(name) or plans[name.rpartition(".tfmq_products")[0]]
-        if name in statistics:
-            together[name] = fit_site(
-                site,
-                statistics[name],
-                method=plan.ranges,
-                shared=plan.zero_points(name),
-                measured=plan.key == "measured",
-                fewest=0 if plan.finite else FEWEST_VALUES,
+        for mark, method in {**exact, ".": plan.ranges}.items():
+            together = (
+                fit_site(
+                    site,
+                    statistics[name],
+                    method=method,
+                    shared=plan.zero_points(name),
+                    measured=plan.key == "measured",
+                    fewest=0 if plan.finite else FEWEST_VALUES,
+                )
+                if name in statistics
+                else 1
             )
+            state = {**site.state_dict(), "together": torch.tensor(together)}
+            found |= {f"{name}{mark}{key}": value.clone() for key, value in state.items()}
         advance()
-    return together
+    return found
 
 
 def choose_inputs(job: Job, work: Work) -> None:

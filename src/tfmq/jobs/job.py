@@ -111,6 +111,7 @@ class Work:
         steps: the calibrated timesteps; there from the stage on that records the calls.
         full: temporal features in full precision at these timesteps.
         pooled: of quantizers that saw few values at a timestep, how many timesteps share a range.
+        exact: what the stage of the ranges would keep if all were exact extremes.
         inputs: errors of layers whose input grids were measured.
         stock: the layers as they were before they were quantized, where some may stay so.
         spared: what was found of layers and of the output, where the recipe bounds an error.
@@ -123,6 +124,7 @@ class Work:
     steps: StepContext = field(init=False)
     full: Mapping[str, Tensor] = field(default_factory=dict)
     pooled: Mapping[str, int] = field(default_factory=dict)
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
     stock: Mapping[str, nn.Module] = field(default_factory=dict)
     spared: Spared | None = None

@@ -127,15 +127,17 @@ def _quantized(job: Job) -> Outcome:
         return _packed(job, run(job))
     full, other = shared_copy(module), shared_copy(module)
     work = run(job)
-    temporal = learned(maintained(job, work))
+    known = {"temporal": learned(maintained(job, work))}
+    if work.exact and not job.recipe.rescaling.equalizers:
+        known["activations"] = dict(work.exact)
     found = _packed(job, work)
     found = replace(found, correction=correct(job, full, last_layer(work.block.trace)))
     if not count:
         return found
     with exchanged(module, other):
-        # The recorded calls are there, and temporal layers are what they are; the rest is found again in less
-        # time than it takes to keep.
-        simple = replace(job, recipe=plain(job.recipe), journal=Known({"temporal": temporal}))
+        # The recorded calls are there, temporal layers are what they are, and ranges too unless inputs were
+        # rescaled; the rest is found again in less time than it takes to keep.
+        simple = replace(job, recipe=plain(job.recipe), journal=Known(known))
         simplest = _packed(simple, run(simple, LAYING_OUT, work.block))
     verdict = compare(job, full, other, count)
     if verdict.kept == RECIPE:

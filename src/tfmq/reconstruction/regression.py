@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq.calibration.forward import watched
+from tfmq.calibration.forward import dependents, ended, watched
 from tfmq.calibration.spool import Column, Spool
 from tfmq.nn.layer import CalibratedLayer
 
 Run = Callable[[Tensor], Any]
+# Moments that are gathered in one pass take at most so many times the bytes of the largest layer's.
+TOGETHER = 3
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Moments:
 
 
 class Regression:
-    """Gathers the moments of the layers of a unit, each when those before it are rounded.
+    """Gathers the moments of the layers of a unit, each when those that it reads from are rounded.
 
     Args:
         layers: the layers of the unit, by name.
@@ -88,6 +90,7 @@ class Regression:
         self.spool = spool or Spool()
         self.places: dict[str, list[Tensor]] = {name: [] for name in layers}
         self.targets: dict[str, Column] = {}
+        self.passes = 0
 
     @torch.no_grad()
     def record_targets(self, run: Run) -> None:
@@ -107,47 +110,107 @@ class Regression:
                 run(part)
 
     @torch.no_grad()
-    def moments(self, name: str, run: Run, *, widest: int) -> Moments:
-        """Return the moments of a layer at what it reads while `run` calls the quantized unit; its targets
-        are forgotten.
-
-        At most `widest` columns are taken together.
+    def passes_of(self, run: Run, *, widest: int) -> list[list[str]]:
+        """Return which layers are gathered together, in execution order: those that read nothing of each
+        other, as the three projections in front of an attention product, as long as their moments take no
+        more than `TOGETHER` times those of the largest layer.
         """
-        layer, targets, kept = self.layers[name], self.targets.pop(name), enumerate(self.places.pop(name))
-        groups = layer.operation.groups
-        weight = layer.weight.flatten(1).unflatten(0, (groups, -1)).float()
-        sums = _zeros(weight, widest)
-        reads: list[tuple[Tensor, Tensor]] = []
+        readers = dependents(self.layers, lambda: run(self.parts[0][:1]))
+        sizes = {name: moments_bytes(layer, widest) for name, layer in self.layers.items()}
+        found: list[list[str]] = []
+        waiting = list(self.layers)
+        while waiting:
+            held = set().union(*(readers[other] - {other} for other in waiting))
+            free = [name for name in waiting if name not in held]
+            # Where all read from each other, as in a loop, they go in the order of their first calls.
+            together = (free or waiting)[:1]
+            for name in free[1:]:
+                if sum(sizes[other] for other in (*together, name)) <= TOGETHER * max(sizes.values()):
+                    together.append(name)
+            found.append(together)
+            waiting = [name for name in waiting if name not in together]
+        return found
 
-        def see(_: str, x: Tensor, __: Tensor) -> None:
-            number, places = next(kept)
-            reads.append(
-                (
-                    layer.operation.inputs_at(layer.entering(x), layer.weight.shape[2:], places).float(),
-                    targets.batch(number),
-                )
+    @torch.no_grad()
+    def moments(self, names: Sequence[str], run: Run, *, widest: int) -> dict[str, Moments]:
+        """Return the moments of some layers at what they read while `run` calls the quantized unit; their
+        targets are forgotten.
+
+        At most `widest` columns are taken together. From the second time on a run ends when these layers have
+        been reached.
+        """
+        gathering = {
+            name: _Gathering(
+                self.layers[name], self.places.pop(name), self.targets.pop(name), len(self.parts), widest
             )
+            for name in names
+        }
+        whole, self.passes = self.passes == 0, self.passes + 1
 
-        count = 0
+        def see(name: str, x: Tensor, _: Tensor) -> bool:
+            gathering[name].see(x)
+            return not whole and all(one.complete for one in gathering.values())
+
         for part in self.parts:
-            with watched({name: layer}, see):
+            with ended({name: self.layers[name] for name in names}, see):
                 run(part)
             # Not in the hook: a mode that watches the unit's products is active there, and would count these
             # too.
-            for read, target in reads:
-                target = target if layer.bias is None else target - layer.bias
-                _add(sums, read, target.float().unflatten(1, (groups, -1)).transpose(0, 1) - read @ weight.mT)
-                count += len(target)
-            reads.clear()
-        for tensor in (
-            *sums.hessians,
-            sums.inputs,
-            sums.residuals,
-            sums.squares,
-            *(() if sums.cross is None else (sums.cross,)),
-        ):
-            tensor /= count
+            for one in gathering.values():
+                one.add()
+        return {name: one.mean() for name, one in gathering.items()}
+
+
+class _Gathering:
+    """The moments of one layer, batch by batch."""
+
+    def __init__(
+        self, layer: CalibratedLayer, places: Sequence[Tensor], targets: Column, batches: int, widest: int
+    ) -> None:
+        self.layer = layer
+        self.targets = targets
+        self.places = enumerate(places)
+        self.calls = len(places) // batches
+        self.weight = layer.weight.flatten(1).unflatten(0, (layer.operation.groups, -1)).float()
+        self.sums = _zeros(self.weight, widest)
+        self.reads: list[tuple[Tensor, Tensor]] = []
+        self.count = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all calls of a batch have been seen."""
+        return len(self.reads) == self.calls
+
+    def see(self, x: Tensor) -> None:
+        """Take what the layer reads in a call."""
+        layer = self.layer
+        number, places = next(self.places)
+        read = layer.operation.inputs_at(layer.entering(x), layer.weight.shape[2:], places).float()
+        self.reads.append((read, self.targets.batch(number)))
+
+    def add(self) -> None:
+        """Add what was seen of a batch."""
+        layer = self.layer
+        for read, target in self.reads:
+            target = target if layer.bias is None else target - layer.bias
+            wanted = target.float().unflatten(1, (len(self.weight), -1)).transpose(0, 1)
+            _add(self.sums, read, wanted - read @ self.weight.mT)
+            self.count += len(target)
+        self.reads.clear()
+
+    def mean(self) -> Moments:
+        """Return the means over what was added."""
+        sums = self.sums
+        cross = () if sums.cross is None else (sums.cross,)
+        for tensor in (*sums.hessians, sums.inputs, sums.residuals, sums.squares, *cross):
+            tensor /= self.count
         return sums
+
+
+def moments_bytes(layer: CalibratedLayer, widest: int) -> int:
+    """Return the bytes of a layer's second moments in float64, `widest` columns together."""
+    whole, rest = divmod(layer.weight[0].numel(), widest)
+    return 8 * layer.operation.groups * (whole * widest**2 + rest**2)
 
 
 def _zeros(weight: Tensor, widest: int) -> Moments:

@@ -14,7 +14,7 @@ from tfmq.numerics.compensation import CodeGrid, Quadratic, compensate
 from tfmq.numerics.segments import numbers
 from tfmq.progress import Advance
 from tfmq.reconstruction.learning import Learning, learn_rounding
-from tfmq.reconstruction.regression import Moments, Regression, Run
+from tfmq.reconstruction.regression import TOGETHER, Moments, Regression, Run, moments_bytes
 from tfmq.reconstruction.unit_gain import Output
 
 # Distance, in codes, from a code at which its learned rounding starts, towards the full-precision weight.
@@ -162,28 +162,32 @@ def gptq(problem: UnitProblem, config: Rounding, seed: int) -> int:
         problem.layers, problem.samples.parts, most=config.positions, seed=seed, spool=problem.spool
     )
     regression.record_targets(problem.samples.run_full)
-    for name, layer in problem.layers.items():
-        moments = regression.moments(name, problem.samples.run, widest=config.widest)
-        damping = (config.damping * moments.mean_square()).clamp(min=SMALLEST_DAMPING)
-        if layer.bias is not None:
-            moments.centre()
-        output = Output(layer, moments) if config.unit_gain and moments.cross is not None else None
-        moments.damp(damping)
-        _solve(layer, moments, config)
-        if output is not None:
-            layer.grid.scale.mul_(output.gain(layer.quantized_weight())[:, None])
-        if layer.correction is not None:
-            change = (
-                (layer.quantized_weight() - layer.weight)
-                .flatten(1)
-                .unflatten(0, moments.residuals.shape)
-                .double()
-            )
-            layer.correction.copy_(
-                (moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten()
-            )
-        problem.advance()
+    for names in regression.passes_of(problem.samples.run_full, widest=config.widest):
+        found = regression.moments(names, problem.samples.run, widest=config.widest)
+        for name in names:
+            _round(problem.layers[name], found.pop(name), config)
+            problem.advance()
     return 0
+
+
+def _round(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
+    """Set the codes, scales and bias of a layer by its moments, which are used up."""
+    damping = (config.damping * moments.mean_square()).clamp(min=SMALLEST_DAMPING)
+    if layer.bias is not None:
+        moments.centre()
+    output = Output(layer, moments) if config.unit_gain and moments.cross is not None else None
+    moments.damp(damping)
+    _solve(layer, moments, config)
+    if output is not None:
+        layer.grid.scale.mul_(output.gain(layer.quantized_weight())[:, None])
+    if layer.correction is not None:
+        change = (
+            (layer.quantized_weight() - layer.weight)
+            .flatten(1)
+            .unflatten(0, moments.residuals.shape)
+            .double()
+        )
+        layer.correction.copy_((moments.residuals - (change @ moments.inputs[:, :, None])[:, :, 0]).flatten())
 
 
 def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
@@ -254,17 +258,17 @@ def _learning_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:
 
 
 def _closed_form_bytes(layers: Sequence[CalibratedLayer], config: Rounding) -> int:
-    """The hessian of one layer in float64, in order, factored and inverted, and its weights as target, codes,
-    scales and gradients.
+    """The hessian of one layer in float64, in order, factored and inverted, its weights as target, codes,
+    scales and gradients, and the moments of layers that were gathered with it.
     """
-    return max((_layer_bytes(layer, config.widest) for layer in layers), default=0)
+    gathered = [moments_bytes(layer, config.widest) for layer in layers]
+    beside = min(sum(gathered) - max(gathered, default=0), (TOGETHER - 1) * max(gathered, default=0))
+    return beside + max((_layer_bytes(layer, config.widest) for layer in layers), default=0)
 
 
 def _layer_bytes(layer: CalibratedLayer, widest: int) -> int:
-    groups, columns = layer.operation.groups, layer.weight[0].numel()
-    whole, rest = divmod(columns, widest)
-    blocks = whole * widest**2 + rest**2
-    return 8 * groups * (blocks + 5 * min(columns, widest) ** 2) + 60 * layer.weight.numel()
+    solved = 5 * min(layer.weight[0].numel(), widest) ** 2
+    return moments_bytes(layer, widest) + 8 * layer.operation.groups * solved + 60 * layer.weight.numel()
 
 
 SOLVERS: dict[str, Solver] = {
