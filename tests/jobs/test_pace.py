@@ -18,6 +18,7 @@ from tfmq.reconstruction import sensitivity
 from tfmq.reconstruction.budget import Budget
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.resources import Resources
+from tfmq.reconstruction.solvers import Rounding
 from tfmq.storage.errors import JobMismatchError
 from tfmq.storage.journal import Journal
 
@@ -177,14 +178,17 @@ def test_all_stages_before_the_units_count_against_a_budget(
 ) -> None:
     # A call, a search and a pass of the temporal block take a second each.
     monkeypatch.setattr("tfmq.jobs.forecast.seconds_of", lambda call: 1.0)
-    longer = replace(recipe, temporal=replace(recipe.temporal, learning=Learning(iterations=1000)))
-    exact = replace(recipe, activations=replace(recipe.activations, ranges="min_max"))
+    base = replace(recipe, temporal=replace(recipe.temporal, rounding=Rounding()))
+    longer = replace(base, temporal=replace(base.temporal, learning=Learning(iterations=1000)))
+    exact = replace(base, activations=replace(base.activations, ranges="min_max"))
+    closed = replace(base, temporal=replace(base.temporal, rounding=Rounding(solver="gptq")))
     needed = {}
     cases = {
-        "base": (recipe, None),
+        "base": (base, None),
+        "closed": (closed, None),
         "longer": (longer, None),
         "exact": (exact, None),
-        "passes": (recipe, 2**24),
+        "passes": (base, 2**24),
     }
     for name, (changed, memory) in cases.items():
         journal, store = (
@@ -198,6 +202,8 @@ def test_all_stages_before_the_units_count_against_a_budget(
             )
         needed[name] = float(str(error.value).partition("takes about ")[2].split()[0])
     assert needed["longer"] - needed["base"] == pytest.approx(4 * 998, abs=2)
+    # One batch of timesteps and three layers: once each, four times beside that; no steps of learning.
+    assert needed["closed"] - needed["base"] == pytest.approx(3 + 4 - 4 * 2, abs=1)
     # Four calls: once drawn, and looked at for twice their time.
     assert needed["base"] - needed["exact"] > 4 and needed["exact"] == pytest.approx(4 * 3 + 4 * 2, abs=1)
     assert needed["passes"] > needed["base"]

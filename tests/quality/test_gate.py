@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 THRESHOLDS = json.loads((Path(__file__).parent / "thresholds.json").read_text(encoding="utf-8"))
 # Noise that no calibration of the gate has seen.
 IMAGES, SEED = 8, 4_711
-TIAR = 20
 PROMPTS = tuple(
     (ROOT / "benchmarks" / "prompts" / "scenes.txt").read_text(encoding="utf-8").splitlines()[:IMAGES]
 )
@@ -65,10 +64,7 @@ def short(scheme: str, drawing: Drawing) -> Recipe:
         batch_size=drawing.samples,
         judged=0.0,
     )
-    temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=TIAR))
-    return replace(
-        recipe, calibration=calibration, temporal=temporal, rounding=replace(recipe.rounding, sweeps=1)
-    )
+    return replace(recipe, calibration=calibration, rounding=replace(recipe.rounding, sweeps=1))
 
 
 def opened(model: str, prompts: tuple[str, ...]) -> Any:

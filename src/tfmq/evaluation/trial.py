@@ -19,6 +19,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import pack_all
 from tfmq.recipes.recipe import Recipe
+from tfmq.reconstruction.solvers import Rounding
 from tfmq.storage.journal import Journal
 
 
@@ -44,7 +45,7 @@ class _Still:
 
 def _hasty(recipe: Recipe) -> Recipe:
     """Return a recipe of the same form whose values cost no time."""
-    temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=0))
+    temporal = replace(recipe.temporal, rounding=Rounding(solver="nearest"))
     weights, activations = (
         replace(recipe.weights, ranges="min_max"),
         replace(recipe.activations, ranges="min_max"),

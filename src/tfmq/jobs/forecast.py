@@ -13,12 +13,22 @@ from tfmq.numerics.ranges import search
 from tfmq.progress import seconds_of
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.budget import Cost
-from tfmq.reconstruction.sensitivity import ROWS, SECONDS_A_WEIGHT, STEP_RUNS, predicted_costs
+from tfmq.reconstruction.sensitivity import (
+    ROWS,
+    SECONDS_A_WEIGHT,
+    STEP_RUNS,
+    closed_form_products,
+    predicted_costs,
+    products_a_second,
+)
 from tfmq.reconstruction.solvers import SOLVERS
+from tfmq.reconstruction.tiar import MOST_PAIRS
 from tfmq.reconstruction.units import Unit
 
 # A call whose quantizers look at their inputs, in calls.
 OBSERVED = 2.0
+# Passes of the temporal block beside one for each layer: twice in full precision, twice to see the error.
+BLOCK_RUNS = 4
 
 
 @torch.no_grad()
@@ -46,15 +56,26 @@ def calibration_seconds(job: Job, work: Work) -> float:
 
 
 def _block_seconds(job: Job, work: Work) -> float:
-    """Return about what TIAR takes, by the time of one pass of the temporal block."""
-    block, learning = work.block, job.recipe.temporal.learning
+    """Return about what TIAR takes, by the time of one pass of the temporal block, its sizes and this
+    machine's speed.
+    """
+    block, recipe = work.block, job.recipe
+    rounding, learning = recipe.temporal.rounding, recipe.temporal.learning
     maintained = [layer.name for layer in block.trace.temporal if layer.name in work.plan.layers]
-    if job.recipe.temporal.maintenance == "none" or not maintained:
+    if recipe.temporal.maintenance == "none" or not maintained:
         return 0.0
     timesteps = block.at(torch.zeros(1))
-    weights = sum(weight_of(block.module.get_submodule(name)).numel() for name in maintained)
+    weights = [weight_of(block.module.get_submodule(name)) for name in maintained]
     a_pass = seconds_of(lambda: block.run(timesteps, block.features))
-    return learning.iterations * (STEP_RUNS * a_pass + SECONDS_A_WEIGHT * weights)
+    a_step = STEP_RUNS * a_pass + SECONDS_A_WEIGHT * sum(weight.numel() for weight in weights)
+    seconds = SOLVERS[rounding.solver].work(learning, 0) * a_step
+    if SOLVERS[rounding.solver].runs_full:
+        config = recipe.calibration
+        pairs = min(MOST_PAIRS, config.samples * config.steps) if block.conditions else config.steps
+        runs = -(-pairs // block.trace.batch) * (BLOCK_RUNS + len(weights))
+        products = sum(closed_form_products(weight, pairs, rounding) for weight in weights)
+        seconds += runs * a_pass + products / products_a_second()
+    return seconds
 
 
 def unit_costs(job: Job, units: Sequence[Unit]) -> list[Cost]:

@@ -5,6 +5,7 @@ from torch import Tensor
 from tfmq.jobs.job import Job, Work
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
+from tfmq.reconstruction.solvers import work_amount
 from tfmq.reconstruction.tiar import reconstruct_temporal
 from tfmq.reconstruction.unit import learned, restore, settle
 from tfmq.temporal.cache import install_tables
@@ -35,13 +36,15 @@ def maintain_temporal(job: Job, work: Work) -> None:
 
 
 def _learned(job: Job, work: Work, layers: dict[str, CalibratedLayer]) -> dict[str, Tensor]:
-    config = job.recipe.temporal.learning
-    with job.progress("temporal block: TIAR", config.iterations) as advance:
+    config = job.recipe.temporal
+    amount = work_amount(config.rounding, config.learning, len(layers))
+    with job.progress("temporal block: TIAR", amount) as advance:
         reconstruct_temporal(
             work.block,
             layers,
             work.steps,
-            config,
+            config.rounding,
+            config.learning,
             batches=job.store,
             seed=job.seed_of("temporal"),
             advance=advance,

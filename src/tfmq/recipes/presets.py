@@ -11,6 +11,7 @@ from tfmq.reconstruction.solvers import Rounding
 
 # The closed form takes a fraction of AdaRound's time and leaves less error.
 FAST = Rounding(solver="gptq")
+MAINTAINED = Temporal(rounding=FAST)
 # Budget of `adaround`, which two CPU cores finish in minutes. The released code runs 20 000 iterations at
 # rate 1e-3.
 SHORT = Learning(iterations=400, learning_rate=1e-2)
@@ -23,18 +24,27 @@ ENDS_W8A8 = tuple(replace(rule, activations={"bits": 8}) for rule in ENDS)
 
 def tfmq_w4a8() -> Recipe:
     """4-bit weights, 8-bit activations per timestep, temporal features from an int8 table."""
-    return Recipe(name="tfmq_w4a8", rounding=FAST, learning=SHORT, rules=ENDS_W8A8)
+    return Recipe(name="tfmq_w4a8", rounding=FAST, learning=SHORT, temporal=MAINTAINED, rules=ENDS_W8A8)
 
 
 def tfmq_w8a8() -> Recipe:
     """8-bit weights and activations."""
-    return Recipe(name="tfmq_w8a8", weights=Weights(bits=8), rounding=FAST, learning=SHORT)
+    return Recipe(
+        name="tfmq_w8a8", weights=Weights(bits=8), rounding=FAST, learning=SHORT, temporal=MAINTAINED
+    )
 
 
 def tfmq_w4a32() -> Recipe:
     """4-bit weights, activations in full precision."""
     activations = Activations(bits=None, products=False, per_step="none")
-    return Recipe(name="tfmq_w4a32", activations=activations, rounding=FAST, learning=SHORT, rules=ENDS)
+    return Recipe(
+        name="tfmq_w4a32",
+        activations=activations,
+        rounding=FAST,
+        learning=SHORT,
+        temporal=MAINTAINED,
+        rules=ENDS,
+    )
 
 
 def rtn(recipe: Recipe) -> Recipe:

@@ -10,6 +10,7 @@ from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.recipes.checks import choice, each
 from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import Rounding
 
 Spacing = Literal["quadratic"]
 Maintenance = Literal["none", "block", "cache", "selected"]
@@ -26,12 +27,14 @@ class Temporal:
             of the two disturbs a feature less).
         table: storage of the cache.
         scope: what one choice of `selected` covers: a feature at a step, a feature, a step, or everything.
-        learning: hyper-parameters of TIAR.
+        rounding: how TIAR finds codes; the papers' way is `adaround`.
+        learning: hyper-parameters of learned rounding in TIAR.
     """
 
     maintenance: Maintenance = "cache"
     table: TableFormat = "int8"
     scope: SelectionScope = "key"
+    rounding: Rounding = field(default_factory=Rounding)
     learning: Learning = field(default_factory=lambda: Learning(iterations=1000, learning_rate=1e-2))
 
     def __post_init__(self) -> None:

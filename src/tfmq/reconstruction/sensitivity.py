@@ -70,7 +70,7 @@ def _timed(modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
         yield seconds
 
 
-def _products_a_second() -> float:
+def products_a_second() -> float:
     """Return how many multiplications and additions of float64 matrices this machine does in a second."""
     matrix = torch.ones(384, 384, dtype=torch.float64)
     began = time.perf_counter()
@@ -78,11 +78,11 @@ def _products_a_second() -> float:
     return 2 * 384**3 / max(time.perf_counter() - began, 1e-6)
 
 
-def _closed_form(layer: CalibratedLayer, samples: int, rounding: Rounding) -> float:
+def closed_form_products(weight: Tensor, samples: int, rounding: Rounding) -> float:
     """Return about how many operations a layer's solution in closed form takes: moments, factors, feedback,
     sweeps.
     """
-    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+    rows, columns = weight.shape[0], weight[0].numel()
     moments = 2.0 * samples * rounding.positions * columns * (columns + rows)
     return moments + 4.0 * columns**3 + (4.0 + 4.0 * rounding.sweeps) * rows * columns**2
 
@@ -100,7 +100,7 @@ def predicted_costs(
     """Return what each unit will cost for `samples` samples, from the time of its part in one call, its sizes
     and this machine's speed.
     """
-    solver, rate = SOLVERS[rounding.solver], _products_a_second()
+    solver, rate = SOLVERS[rounding.solver], products_a_second()
     with full_precision(denoiser.module):
         denoiser(call)
         with _timed({unit.name: denoiser.module.get_submodule(unit.name) for unit in units}) as seconds:
@@ -111,7 +111,7 @@ def predicted_costs(
         a_sample = seconds[unit.name] / len(call)
         runs = RUNS + (1 + len(layers) if solver.runs_full else 1)
         solved = (
-            sum(_closed_form(layer, samples, rounding) for layer in layers) / rate
+            sum(closed_form_products(layer.weight, samples, rounding) for layer in layers) / rate
             if solver.runs_full
             else 0.0
         )

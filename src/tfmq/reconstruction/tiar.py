@@ -1,5 +1,5 @@
-"""Temporal information aware reconstruction (TFMQ-DM, equation 6): the temporal block's roundings, learned
-jointly over timesteps.
+"""Temporal information aware reconstruction (TFMQ-DM, equation 6): the temporal block's roundings, found for
+all timesteps together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,9 @@ from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
 from tfmq.progress import Advance
 from tfmq.quantizers.steps import StepContext
-from tfmq.reconstruction.learning import Learning, learn_rounding
+from tfmq.reconstruction.learning import Learning
+from tfmq.reconstruction.solvers import SOLVERS, Rounding, Samples, UnitProblem
+from tfmq.reconstruction.unit import learned, restore
 from tfmq.temporal.block import TemporalBlock
 
 # Maximum number of (timestep, condition) pairs that a block with conditions is learned on.
@@ -56,7 +58,8 @@ def reconstruct_temporal(
     block: TemporalBlock,
     layers: dict[str, CalibratedLayer],
     steps: StepContext,
-    config: Learning,
+    rounding: Rounding,
+    learning: Learning,
     *,
     batches: Iterable[Inputs] = (),
     seed: int,
@@ -66,27 +69,54 @@ def reconstruct_temporal(
 
     The error is summed over channels and features and averaged over a batch of timesteps; no image is
     involved. Features that also depend on a class or a pooled prompt are learned on the pairs that `batches`,
-    the calibration calls, hold.
+    the calibration calls, hold. A solver in closed form does it layer by layer. Where the error ends above
+    that of the nearest codes, these stay.
     """
     timesteps, conditions = condition_pairs(block, steps.timesteps.cpu(), batches)
     names = block.features
-    size = min(config.batch_size, block.trace.batch, len(timesteps))
+    size = min(learning.batch_size, block.trace.batch, len(timesteps))
+    module = block.module
 
     def inputs_at(index: Tensor) -> Inputs:
         return block.at(timesteps[index], {name: values[index] for name, values in conditions.items()})
 
-    with precision(block.module, weights="full", inputs="full"), torch.no_grad():
-        parts = [
-            (len(index), block.run(inputs_at(index), names))
-            for index in torch.arange(len(timesteps)).split(block.trace.batch)
-        ]
-    target = {name: torch.cat([features[name][:count] for count, features in parts]) for name in names}
-
-    def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randperm(len(timesteps), generator=generator)[:size]
+    def run(index: Tensor) -> dict[str, Tensor]:
         inputs = inputs_at(index)
         with steps.at(inputs.timestep):
-            features = block.run(inputs, names)
-        return sum((features[name][:size] - target[name][index]).square().sum(dim=1).mean() for name in names)  # type: ignore[return-value]
+            return block.run(inputs, names)
 
-    learn_rounding(layers, loss, config, seed=seed, advance=advance)
+    def run_full(index: Tensor) -> dict[str, Tensor]:
+        with precision(module, weights="full", inputs="full"):
+            return block.run(inputs_at(index), names)
+
+    batches_of = torch.arange(len(timesteps)).split(block.trace.batch)
+    with torch.no_grad():
+        parts = [(len(index), run_full(index)) for index in batches_of]
+    target = {name: torch.cat([features[name][:count] for count, features in parts]) for name in names}
+
+    def error(index: Tensor) -> Tensor:
+        features = run(index)
+        return sum(
+            (features[name][: len(index)] - target[name][index]).square().sum(dim=1).mean() for name in names
+        )  # type: ignore[return-value]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return error(torch.randperm(len(timesteps), generator=generator)[:size])
+
+    @torch.no_grad()
+    def whole_error() -> float:
+        return sum(float(error(index)) * len(index) for index in batches_of)
+
+    nearest, before = learned(layers), whole_error()
+    samples = Samples(_filled(len(timesteps), block.trace.batch), run_full, run, loss)
+    SOLVERS[rounding.solver].solve(UnitProblem(layers, samples, learning, advance), rounding, seed)
+    if not whole_error() <= before:
+        restore(layers, nearest)
+
+
+def _filled(count: int, batch: int) -> tuple[Tensor, ...]:
+    """Return the numbers below `count` in full batches, as a block computes no others: each number once or,
+    evenly spread, once more.
+    """
+    rows = -(-count // batch) * batch
+    return (torch.arange(rows) * count // rows).split(batch)
