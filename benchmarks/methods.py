@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import tfmq
 from tfmq.recipes.paper import released
-from tfmq.recipes.presets import brecq, fast, rtn, transformer
+from tfmq.recipes.presets import brecq, fast, rotate, rtn, smooth, transformer
 from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 
 
@@ -37,6 +37,11 @@ def unit_gain(recipe: Recipe) -> Recipe:
         name=recipe.name.replace("tfmq", "unit_gain"),
         rounding=replace(recipe.rounding, unit_gain=True),
     )
+
+
+def rotated(recipe: Recipe) -> Recipe:
+    """The preset with groups of inputs rotated where that leaves less error."""
+    return replace(recipe, name=recipe.name.replace("tfmq", "rotated"), rescaling=Rescaling(rotation=256))
 
 
 def rescaled(recipe: Recipe, *equalizers: str) -> Recipe:
@@ -72,6 +77,9 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "unit-gain": unit_gain,
     "rescaled": lambda recipe: rescaled(recipe, "ranges"),
     "peaks": lambda recipe: rescaled(recipe, "peaks"),
+    "rotated": rotated,
+    "smooth": smooth,
+    "rotate": rotate,
     "bias": lambda recipe: corrected(recipe, "bias"),
     "gain": lambda recipe: corrected(recipe, "gain"),
     "affine": lambda recipe: corrected(recipe, "affine"),
@@ -88,7 +96,7 @@ OF_INPUTS = ("w8a8", "w4a8", "w6a6", "w4a4")
 DOORS = ("w8a8", "w4a8", "w4a4")
 TRIED = {
     **dict.fromkeys(("fast", "transformer"), OF_INPUTS),
-    **dict.fromkeys(("rescaled", "peaks", "bias", "gain", "affine"), DOORS),
+    **dict.fromkeys(("rescaled", "peaks", "rotated", "smooth", "rotate", "bias", "gain", "affine"), DOORS),
     **dict.fromkeys(("e1m2", "e2m1"), ("w4a8", "w4a4")),
     "released": ("w4a8",),
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 import tfmq
 from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
+from tfmq.calibration.rescaling import Transform
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.models.trace import trace
@@ -55,8 +56,10 @@ def whole(sampler: Make) -> LoopSampler:
     made = sampler("upsampler")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "tfmq.jobs.calibration.best_factor",
-            lambda layer, *_, **__: torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0),
+            "tfmq.jobs.calibration.best_transform",
+            lambda layer, *_, **__: Transform(
+                torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0)
+            ),
         )
         tfmq.quantize(made, short())
     return made

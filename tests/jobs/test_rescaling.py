@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import tfmq
 from tfmq.backends.execution import execute
+from tfmq.calibration.rescaling import Seen, Transform
 from tfmq.export.capture import Call, KeyedGraph, capture
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -34,13 +34,15 @@ NAMES = ("plain_rgb", "unet", "dit", "upsampler")
 def recipe() -> Recipe:
     base = tfmq.scheme("rtn_w4a8")
     calibration = Calibration(samples=2, steps=3, interval=1, batch_size=2, judged=0.0)
-    return replace(base, calibration=calibration, rescaling=Rescaling(equalizers=("ranges", "peaks")))
+    return replace(
+        base, calibration=calibration, rescaling=Rescaling(equalizers=("ranges", "peaks"), rotation=256)
+    )
 
 
-def wild(layer: Any, *_: Any, **__: Any) -> Tensor:
-    """Return factors that every layer would be wrong without."""
+def wild(layer: Any, seen: Seen, **_: Any) -> Transform:
+    """Return factors that every layer would be wrong without, and a rotation of those that may have one."""
     width = layer.weight.shape[1] * layer.operation.groups
-    return torch.exp2((torch.arange(width) * 5 % 7 - 3).float())
+    return Transform(torch.exp2((torch.arange(width) * 5 % 7 - 3).float()), seen.group)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def made(
     """Return the models by name, and where "plain_rgb" was saved."""
     found, directory = {}, tmp_path_factory.mktemp("made") / "q"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfmq.jobs.calibration.best_factor", wild)
+        patch.setattr("tfmq.jobs.calibration.best_transform", wild)
         for name in NAMES:
             found[name] = sampler(name)
             tfmq.quantize(found[name], recipe, output_dir=directory if name == "plain_rgb" else None)
@@ -87,7 +89,8 @@ def test_every_backend_rescales(quantized: dict[str, LoopSampler], name: str, ba
     if backend == "openvino":
         pytest.importorskip("openvino")
     denoiser, inputs = quantized[name].denoiser, inputs_of(quantized[name])
-    assert rescaled(denoiser.module)
+    layers = packed_layers(denoiser.module).values()
+    assert rescaled(denoiser.module) and (name != "dit" or any(layer.rotated for layer in layers))
     expected = denoiser(inputs)
     try:
         execute(denoiser.module, backend)
@@ -120,6 +123,13 @@ def test_what_is_rescaled_is_saved_and_loaded(
     manifest = json.loads((saved / "tfmq.json").read_text())
     named = {
         name for group in manifest["structure"]["layers"] for name in group["names"] if group.get("rescaled")
+    }
+    rotated = {
+        name: layer.rotated for name, layer in packed_layers(drawn.denoiser.module).items() if layer.rotated
+    }
+    groups = manifest["structure"]["layers"]
+    assert rotated == {
+        name: group["rotated"] for group in groups if "rotated" in group for name in group["names"]
     }
     assert manifest["version"] == 3 and named == rescaled(drawn.denoiser.module).keys()
     assert not any("embed" in name or "shift" in name for name in named), (
@@ -168,7 +178,7 @@ def test_measured_factors_bring_a_planted_model_back(
 def test_a_killed_job_has_the_same_factors(
     sampler: Make, recipe: Recipe, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfmq.jobs.calibration.best_factor", wild)
+    monkeypatch.setattr("tfmq.jobs.calibration.best_transform", wild)
     whole = json.loads((saved / "tfmq_report.json").read_text())
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -192,6 +202,8 @@ def test_a_killed_job_has_the_same_factors(
         (lambda s, t: t.update({"exit.factor": torch.ones(3)}), ValueError, r"exit\.factor"),
         (lambda s, t: s["layers"][0].update(rescaled="yes"), ForeignFileError, "rescaled"),
         (lambda s, t: s["layers"][0].update(rotated=True), ForeignFileError, "rotated"),
+        (lambda s, t: s["layers"][0].update(rotated=32), ForeignFileError, "rotated is 32; .*power of four"),
+        (lambda s, t: s["layers"][0].update(rotated=4**9), ForeignFileError, "rotated"),
     ],
     ids=["zero", "infinite", "missing", "short", "type", "unknown"],
 )

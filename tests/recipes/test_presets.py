@@ -3,7 +3,9 @@ from dataclasses import replace
 import pytest
 
 from tfmq.recipes.presets import PRESETS, brecq, rtn, scheme, tfmq_w4a8
-from tfmq.recipes.recipe import Recipe
+from tfmq.recipes.recipe import Recipe, Rescaling
+
+VARIANTS = ("fast", "transformer", "smooth", "rotate")
 
 
 def ends(recipe: Recipe) -> list[tuple[str, int | None, int | None]]:
@@ -21,7 +23,7 @@ def test_the_presets_are_these() -> None:
         f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")
     ]
     assert sorted(PRESETS) == sorted(
-        [*general, *(f"{kind}_{name}" for kind in ("fast", "transformer") for name in ("w4a8", "w8a8"))]
+        [*general, *(f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8"))]
     )
 
 
@@ -32,6 +34,19 @@ def test_the_transformer_schemes_differ_in_the_grids_of_tokens_alone(name: str) 
     assert replace(
         recipe, name=f"tfmq_{name}", activations=replace(recipe.activations, tokens="static")
     ) == scheme(name)
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w8a8"])
+@pytest.mark.parametrize(
+    ("kind", "rescaling"),
+    [("smooth", Rescaling(equalizers=("ranges",))), ("rotate", Rescaling(rotation=256))],
+)
+def test_schemes_that_transform_inputs_are_those_of_transformers_otherwise(
+    kind: str, rescaling: Rescaling, name: str
+) -> None:
+    recipe = scheme(f"{kind}_{name}")
+    assert recipe.rescaling == rescaling
+    assert replace(recipe, name=f"transformer_{name}", rescaling=Rescaling()) == scheme(f"transformer_{name}")
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])

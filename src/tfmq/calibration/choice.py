@@ -51,7 +51,7 @@ def _watch(
     dynamic, weight = _dynamic(static), layer.weight
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        x = layer.rescaled(args[0]).float()
+        x = layer.transformed(args[0]).float()
         # The layer is linear, so the error of its output is the layer applied to the error of its input.
         for index, part in enumerate((x, static(x) - x, dynamic(x) - x)):
             energies[index] += (

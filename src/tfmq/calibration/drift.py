@@ -83,7 +83,7 @@ def extremes(
 
     def note(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: _update(
-            seen[name], quantizers[name], layers[name].rescaled(operand(args, kwargs)), running[0]
+            seen[name], quantizers[name], layers[name].transformed(operand(args, kwargs)), running[0]
         )
 
     with ExitStack() as stack:

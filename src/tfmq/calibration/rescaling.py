@@ -1,5 +1,5 @@
-"""Choose how the inputs of layers are rescaled: equalizers propose, and the error of the layer's output on
-what it has read decides.
+"""Choose how the inputs of layers are rescaled or rotated: equalizers propose factors, and the error of the
+layer's output on what it has read decides.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +15,7 @@ from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, by_row, columns, power_of_two
 from tfmq.numerics.ranges import from_range
+from tfmq.numerics.rotation import largest_group, rotate
 from tfmq.numerics.segments import spread
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -27,34 +28,40 @@ FEWEST, MOST = 16, 256
 # Bytes that one layer takes while it is looked at, about: what is kept, and the same a few times while
 # candidates are compared.
 LAYER_BYTES = 4 * KEPT * 4
-# Share of the error that a rescaling has to take away: what it does costs a multiplication at every call.
+# Share of the error that a transform has to take away: what it does costs time at every call.
 WORTH = 0.01
 
 
 @dataclass
 class Seen:
-    """What a layer has read: extremes of every channel `[S, C]`, and rows `[groups, R, n]` as its weight
-    reads them, with the step of each.
+    """What a layer has read: extremes of every channel `[S, C]` as they come and with groups of `group`
+    channels rotated, and rows `[groups, R, n]` as its weight reads them, with the step of each. The group is
+    0 where there is none.
     """
 
-    low: Tensor
-    high: Tensor
+    plain: Extremes
+    turned: Extremes
+    group: int
     rows: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def nothing(cls, layer: CalibratedLayer, steps: int) -> "Seen":
-        """Return what a layer has read before it ran."""
+    def nothing(cls, layer: CalibratedLayer, steps: int, rotation: int) -> "Seen":
+        """Return what a layer has read before it ran; of at most `rotation` channels a group is rotated."""
         channels = layer.weight.shape[1] * layer.operation.groups
-        return cls(torch.zeros(steps, channels), torch.zeros(steps, channels))
+        linear = layer.operation.channel_axis == -1
+        group = largest_group(layer.grid.segments or [channels], rotation) if linear else 0
+        plain, turned = (
+            Extremes(torch.zeros(steps, channels), torch.zeros(steps, channels)) for _ in range(2)
+        )
+        return cls(plain, turned, group)
 
     def update(self, layer: CalibratedLayer, x: Tensor, output: Tensor, bins: Tensor, *, most: int) -> None:
         """Take note of an input at the steps `bins` `[B or 1]`; at most `most` rows of it are kept."""
         steps = bins.cpu().repeat_interleave(len(x) // len(bins))
-        channels = x.movedim(layer.operation.channel_axis, 1).reshape(len(x), self.low.shape[1], -1).float()
-        index = steps[:, None].expand(-1, channels.shape[1])
-        self.low.scatter_reduce_(0, index, channels.amin(dim=2).cpu(), "amin")
-        self.high.scatter_reduce_(0, index, channels.amax(dim=2).cpu(), "amax")
+        _widen(self.plain, steps, x, layer.operation.channel_axis)
+        if self.group:
+            _widen(self.turned, steps, rotate(x, self.group), layer.operation.channel_axis)
         samples = torch.arange(min(len(x), most)) * len(x) // min(len(x), most)
         available = layer.operation.places(output)
         each = min(available, most // len(samples))
@@ -64,12 +71,21 @@ class Seen:
         self.steps.append(steps[samples].repeat_interleave(each))
 
 
+def _widen(extremes: Extremes, steps: Tensor, x: Tensor, axis: int) -> None:
+    """Let `extremes` take in an input with its channels at `axis`, whose samples stand at `steps` `[B]`."""
+    channels = x.movedim(axis, 1).reshape(len(x), extremes.low.shape[1], -1).float()
+    index = steps[:, None].expand(-1, channels.shape[1])
+    extremes.low.scatter_reduce_(0, index, channels.amin(dim=2).cpu(), "amin")
+    extremes.high.scatter_reduce_(0, index, channels.amax(dim=2).cpu(), "amax")
+
+
 @contextmanager
 def observed(
-    layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: int
+    layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: int, *, rotation: int = 0
 ) -> Iterator[dict[str, Seen]]:
     """Note what `layers` read in the next `calls` calls of the denoiser."""
-    seen = {name: Seen.nothing(layer, len(steps.timesteps)) for name, layer in layers.items()}
+    count = len(steps.timesteps)
+    seen = {name: Seen.nothing(layer, count, rotation) for name, layer in layers.items()}
 
     def note(name: str, x: Tensor, output: Tensor) -> None:
         rows = min(MOST, max(FEWEST, KEPT // layers[name].weight[0].numel()))
@@ -87,21 +103,32 @@ def observe(
     batches: Iterable[Inputs],
     *,
     calls: int,
+    rotation: int,
     advance: Advance,
 ) -> dict[str, Seen]:
     """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read; a
     layer that none reaches is left out.
     """
-    with observed(layers, steps, calls) as seen:
+    with observed(layers, steps, calls, rotation=rotation) as seen:
         for inputs in batches:
             denoiser(inputs)
             advance()
     return {name: found for name, found in seen.items() if found.rows}
 
 
-def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
-    """Return rescaled `rows` `[groups, R, n]` as they come out of the layer's quantizer, on grids over exact
-    extremes.
+@dataclass(frozen=True)
+class Transform:
+    """What becomes of a layer's input: its channels are multiplied by a `factor` `[C_in]`, or groups of
+    `group` of them rotated; nothing where there is neither.
+    """
+
+    factor: Tensor | None = None
+    group: int = 0
+
+
+def _entered(layer: CalibratedLayer, extremes: Extremes, rows: Tensor, steps: Tensor) -> Tensor:
+    """Return transformed `rows` `[groups, R, n]` as they come out of the layer's quantizer, on grids over
+    exact `extremes`.
     """
     quantizer = layer.input_quantizer
     if quantizer is None:
@@ -109,14 +136,14 @@ def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, fa
     if not isinstance(quantizer, ActivationQuantizer):
         # A grid for each token, which is a row.
         return quantizer(rows)
-    low, high = seen.low * factor, seen.high * factor
+    low, high = extremes.low, extremes.high
     if not quantizer.per_step:
         low, high, steps = (
             low.amin(dim=0, keepdim=True),
             high.amax(dim=0, keepdim=True),
             torch.zeros_like(steps),
         )
-    widths = quantizer.segments or (len(factor),)
+    widths = quantizer.segments or (low.shape[1],)
     grids = [
         from_range(below.amin(dim=1), above.amax(dim=1), quantizer.format)
         for below, above in zip(low.split(widths, dim=1), high.split(widths, dim=1), strict=True)
@@ -124,7 +151,7 @@ def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, fa
     scale, zero = (
         spread(torch.stack(column, dim=1), widths, axis=1)[steps] for column in zip(*grids, strict=True)
     )
-    taps = rows.shape[2] * layer.operation.groups // len(factor)
+    taps = rows.shape[2] * layer.operation.groups // low.shape[1]
     scale, zero = (
         value.unflatten(1, (layer.operation.groups, -1)).transpose(0, 1).repeat_interleave(taps, dim=2)
         for value in (scale, zero)
@@ -132,38 +159,48 @@ def _entered(layer: CalibratedLayer, seen: Seen, rows: Tensor, steps: Tensor, fa
     return fake_quantize(rows, scale, zero, quantizer.format.levels)
 
 
-def output_error(layer: CalibratedLayer, seen: Seen, factor: Tensor, *, ranges: str) -> float:
-    """Return the squared error of a layer's output on what it has read, with its inputs rescaled, quantized,
-    and nearest codes of its weight.
+def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ranges: str) -> float:
+    """Return the squared error of a layer's output on what it has read, with its inputs transformed,
+    quantized, and nearest codes of its weight.
     """
-    groups = layer.operation.groups
+    groups, factor = layer.operation.groups, transform.factor
     exact, rows = layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
-    weight = exact / by_row(factor, exact, groups)
+    weight, changed, extremes = exact, rows, seen.plain
+    if factor is not None:
+        weight = exact / by_row(factor, exact, groups)
+        taps = rows.shape[2] * groups // len(factor)
+        changed = rows * factor.reshape(groups, 1, -1).repeat_interleave(taps, dim=2)
+        extremes = Extremes(extremes.low * factor, extremes.high * factor)
+    if transform.group:
+        weight, changed = rotate(weight, transform.group), rotate(changed, transform.group)
+        extremes = seen.turned
     grid = fit_grid(weight, layer.grid.format, segments=layer.grid.segments, method=ranges)
-    taps = rows.shape[2] * groups // len(factor)
-    scaled = rows * factor.reshape(groups, 1, -1).repeat_interleave(taps, dim=2)
-    entered = _entered(layer, seen, scaled, torch.cat(seen.steps), factor)
+    entered = _entered(layer, extremes, changed, torch.cat(seen.steps))
     rounded = grid.decode(grid.encode(weight))
     full, found = (w.flatten(1).unflatten(0, (groups, -1)).mT for w in (exact, rounded))
     return float((entered @ found - rows @ full).double().square().sum())
 
 
-def best_factor(
-    layer: CalibratedLayer, seen: Seen, *, equalizers: Iterable[str], ranges: str
-) -> Tensor | None:
-    """Return the factor `[C_in]` that leaves the least error; None where no rescaling takes away `WORTH` of
-    it.
-    """
+def _proposed(layer: CalibratedLayer, seen: Seen, equalizers: Iterable[str]) -> Iterator[Transform]:
     weights = columns(layer.weight.float().cpu(), layer.operation.groups)
-    extremes = Extremes(seen.low, seen.high)
-    one = torch.ones_like(weights)
-    least, kept = (1 - WORTH) * output_error(layer, seen, one, ranges=ranges), None
     for name in equalizers:
-        for proposed in EQUALIZERS[name](extremes, weights):
-            factor = power_of_two(proposed)
-            if torch.equal(factor, one):
-                continue
-            error = output_error(layer, seen, factor, ranges=ranges)
-            if error < least:
-                least, kept = error, factor
+        for factor in map(power_of_two, EQUALIZERS[name](seen.plain, weights)):
+            if not bool((factor == 1).all()):
+                yield Transform(factor)
+    if seen.group:
+        yield Transform(group=seen.group)
+
+
+def best_transform(
+    layer: CalibratedLayer, seen: Seen, *, equalizers: Iterable[str], ranges: str
+) -> Transform:
+    """Return what leaves the least error: a factor, or a rotation where the layer was looked at for one;
+    nothing where no transform takes away `WORTH` of the error.
+    """
+    kept = Transform()
+    least = (1 - WORTH) * output_error(layer, seen, kept, ranges=ranges)
+    for transform in _proposed(layer, seen, equalizers):
+        error = output_error(layer, seen, transform, ranges=ranges)
+        if error < least:
+            least, kept = error, transform
     return kept

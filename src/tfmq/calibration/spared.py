@@ -39,7 +39,7 @@ def _watch(
     weight = layer.quantized_weight()
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        x = layer.rescaled(args[0])
+        x = layer.transformed(args[0])
         read = x if layer.input_quantizer is None else layer.input_quantizer(x)
         exact = layer.operation(x, layer.weight, None)
         error = layer.operation(read, weight.to(x.dtype), None) - exact

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
 from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
-from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_factor, observe
+from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_transform, observe
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls, recorded_networks
 from tfmq.calibration.variety import warn_of_single_values
@@ -78,16 +78,15 @@ def _record(job: Job, work: Work) -> None:
     warn_of_single_values(job.denoiser, job.sampler.example(), work.block.trace, store, batches)
 
 
-def rescale_layers(job: Job, work: Work) -> None:
-    """Let equalizers choose how inputs outside of the temporal block are rescaled, where the recipe has
-    any.
-    """
-    if not job.recipe.rescaling.equalizers:
+def transform_layers(job: Job, work: Work) -> None:
+    """Choose how inputs outside of the temporal block are rescaled or rotated, where the recipe has it."""
+    if not job.recipe.rescaling.transforms:
         return
-    factors = job.journal.stage("rescaling", lambda: _factors(job, work))
-    layers = calibrated_layers(job.denoiser.module)
-    for name, factor in factors.items():
-        layers[name].rescale(factor, ranges=work.plan.layers[name].weight.ranges)
+    found = job.journal.stage("rescaling", lambda: _transforms(job, work))
+    for name, layer in calibrated_layers(job.denoiser.module).items():
+        factor, group = found.get(f"{name}.factor"), int(found.get(f"{name}.rotated", 0))
+        if factor is not None or group:
+            layer.transform(factor, group, ranges=work.plan.layers[name].weight.ranges)
 
 
 def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -98,8 +97,8 @@ def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]
     return [names[start : start + most] for start in range(0, len(names), most)]
 
 
-def _factors(job: Job, work: Work) -> dict[str, Tensor]:
-    """Return the factors of the layers that are rescaled."""
+def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
+    """Return the factors of layers that are rescaled, and the groups of those that are rotated."""
     module, store = job.denoiser.module, job.store
     temporal = {layer.name for layer in work.block.trace.temporal}
     layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
@@ -109,7 +108,15 @@ def _factors(job: Job, work: Work) -> dict[str, Tensor]:
         for group in groups:
             chosen = {name: layers[name] for name in group}
             with precision(module, weights="full", inputs="full"):
-                seen = observe(job.denoiser, chosen, work.steps, store, calls=len(store), advance=advance)
+                seen = observe(
+                    job.denoiser,
+                    chosen,
+                    work.steps,
+                    store,
+                    calls=len(store),
+                    rotation=job.recipe.rescaling.rotation,
+                    advance=advance,
+                )
             found |= _best(job, work, chosen, seen)
             advance(len(group))
     return found
@@ -118,15 +125,20 @@ def _factors(job: Job, work: Work) -> dict[str, Tensor]:
 def _best(
     job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
 ) -> dict[str, Tensor]:
-    """Return the best factors of the layers that gain by one."""
-    equalizers = job.recipe.rescaling.equalizers
-    factors = {
-        name: best_factor(
-            layers[name], what, equalizers=equalizers, ranges=work.plan.layers[name].weight.ranges
+    """Return the best factors or groups of the layers that gain by one."""
+    found: dict[str, Tensor] = {}
+    for name, what in seen.items():
+        kept = best_transform(
+            layers[name],
+            what,
+            equalizers=job.recipe.rescaling.equalizers,
+            ranges=work.plan.layers[name].weight.ranges,
         )
-        for name, what in seen.items()
-    }
-    return {name: factor for name, factor in factors.items() if factor is not None}
+        if kept.factor is not None:
+            found[f"{name}.factor"] = kept.factor
+        if kept.group:
+            found[f"{name}.rotated"] = torch.tensor(kept.group)
+    return found
 
 
 def fit_activations(job: Job, work: Work) -> None:

@@ -12,8 +12,8 @@ from tfmq.jobs.calibration import (
     choose_inputs,
     fit_activations,
     record_calls,
-    rescale_layers,
     settle_embeddings,
+    transform_layers,
 )
 from tfmq.jobs.correction import correct
 from tfmq.jobs.job import Job, Stage, Work
@@ -74,7 +74,7 @@ def swap_layers(job: Job, work: Work) -> None:
 LAYING_OUT: tuple[Stage, ...] = (
     keep_stock,
     swap_layers,
-    rescale_layers,
+    transform_layers,
     fit_activations,
     choose_inputs,
     settle_embeddings,
@@ -128,7 +128,7 @@ def _quantized(job: Job) -> Outcome:
     full, other = shared_copy(module), shared_copy(module)
     work = run(job)
     known = {"temporal": learned(maintained(job, work))}
-    if work.exact and not job.recipe.rescaling.equalizers:
+    if work.exact and not job.recipe.rescaling.transforms:
         known["activations"] = dict(work.exact)
     found = _packed(job, work)
     found = replace(found, correction=correct(job, full, last_layer(work.block.trace)))

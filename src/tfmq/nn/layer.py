@@ -13,6 +13,7 @@ from tfmq.nn.packed import PackedWeight
 from tfmq.numerics.equivalence import by_row
 from tfmq.numerics.grids import Grid
 from tfmq.numerics.operations import Operation
+from tfmq.numerics.rotation import rotate
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
@@ -25,7 +26,8 @@ class CalibratedLayer(Part):
     for a while. `rounding` holds the trainable roundings while the layer's unit is reconstructed, `codes` the
     fixed ones before and after. `correction` `[C_out]` is added to the bias together with quantized weights:
     what they shift the mean of each channel by. With a `factor` `[C_in]` the layer reads its input multiplied
-    by it, and `weight` is the layer's own divided by it.
+    by it, and `weight` is the layer's own divided by it. With a group of `rotated` channels it reads that
+    rotated, and `weight` is rotated too.
     """
 
     codes: Tensor
@@ -44,6 +46,7 @@ class CalibratedLayer(Part):
         self.rounding: AdaptiveRounding | None = None
         self.weight_precision: Precision = "full"
         self.input_precision: Precision = "full"
+        self.rotated = 0
         self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
         self.register_buffer(
             "correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False
@@ -51,20 +54,24 @@ class CalibratedLayer(Part):
         self.register_buffer("factor", None, persistent=False)
 
     @torch.no_grad()
-    def rescale(self, factor: Tensor, *, ranges: str) -> None:
-        """Read inputs multiplied by `factor` `[C_in]`, powers of two, from now on: the weight gets another
-        grid, with nearest codes.
+    def transform(self, factor: Tensor | None, rotated: int, *, ranges: str) -> None:
+        """Read inputs multiplied by `factor` `[C_in]`, powers of two, and then with groups of `rotated`
+        channels rotated, from now on: the weight gets another grid, with nearest codes.
         """
-        self.factor = factor.to(self.weight.device)
         # Another tensor: a copy of the model may hold the one that there was.
-        weight = self.weight / by_row(self.factor, self.weight, self.operation.groups).to(self.weight.dtype)
+        weight: Tensor = self.weight
+        if factor is not None:
+            self.factor = factor.to(weight.device)
+            weight = weight / by_row(self.factor, weight, self.operation.groups).to(weight.dtype)
+        if rotated:
+            self.rotated, weight = rotated, rotate(weight, rotated)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.grid = fit_grid(weight, self.grid.format, segments=self.grid.segments, method=ranges)
         self.codes = self.grid.encode(weight).to(torch.uint8)
 
-    def rescaled(self, x: Tensor) -> Tensor:
+    def transformed(self, x: Tensor) -> Tensor:
         """Return an input as the weight multiplies it in full precision."""
-        return _rescaled(x, self.factor, self.operation)
+        return _transformed(x, self.factor, self.rotated, self.operation)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
@@ -78,7 +85,7 @@ class CalibratedLayer(Part):
 
     def entering(self, x: Tensor) -> Tensor:
         """Return what the layer computes with of an input."""
-        x = self.rescaled(x)
+        x = self.transformed(x)
         return (
             self.input_quantizer(x)
             if self.input_quantizer is not None and self.input_precision == "quantized"
@@ -133,7 +140,7 @@ class PackedLayer(PackedWeight):
     it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the simulation leaves
     the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend
     keeps that. A layer that is `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those
-    of the weight divided by it.
+    of the weight divided by it; one with a group of `rotated` channels then rotates both.
     """
 
     PREPARED: ClassVar[Mapping[str, Any]] = {
@@ -158,8 +165,10 @@ class PackedLayer(PackedWeight):
         segments: tuple[int, ...] = (),
         input_quantizer: InputQuantizer | None = None,
         rescaled: bool = False,
+        rotated: int = 0,
     ) -> None:
         super().__init__(fmt, shape, segments=segments)
+        self.rotated = rotated
         self.operation = operation
         self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
         self.bias = (
@@ -202,22 +211,21 @@ class PackedLayer(PackedWeight):
         return self
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Return a stock weight as rows, divided by the factors of rescaled channels."""
+        """Return a stock weight as rows, divided by the factors of rescaled channels, and rotated."""
         rows = self.operation.rows(weight)
-        return rows if self.factor is None else rows / by_row(self.factor, rows, self.operation.groups)
+        rows = rows if self.factor is None else rows / by_row(self.factor, rows, self.operation.groups)
+        return rotate(rows, self.rotated) if self.rotated else rows
 
-    def rescaled(self, x: Tensor) -> Tensor:
+    def transformed(self, x: Tensor) -> Tensor:
         """Return an input as it is quantized."""
-        return _rescaled(x, self.factor, self.operation)
+        return _transformed(x, self.factor, self.rotated, self.operation)
 
     @property
     def stock_weight(self) -> Tensor:
         """The dequantized weight in the layout of the stock module, for inputs as they come."""
-        weight = (
-            self.weight
-            if self.factor is None
-            else self.weight * by_row(self.factor, self.weight, self.operation.groups)
-        )
+        weight = rotate(self.weight, self.rotated) if self.rotated else self.weight
+        if self.factor is not None:
+            weight = weight * by_row(self.factor, weight, self.operation.groups)
         return self.operation.stored(weight)
 
     @property
@@ -249,8 +257,8 @@ class PackedLayer(PackedWeight):
         if self.kernel is None and self.input_precision == "full" and (decoded := self.decoded) is not None:
             # As a stock layer does it: a small one takes no longer than a few calls from Python.
             return self.operation.multiply(input, decoded, self.bias)
-        if self.factor is not None:
-            input = self.rescaled(input)
+        if self.factor is not None or self.rotated:
+            input = self.transformed(input)
         if self.kernel is not None:
             return self.kernel(
                 input, None if self.input_quantizer is None else self.input_quantizer.rows(input)
@@ -268,8 +276,10 @@ class PackedLayer(PackedWeight):
         return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"
 
 
-def _rescaled(x: Tensor, factor: Tensor | None, operation: Operation) -> Tensor:
-    return x if factor is None else x * channels(factor, operation, x.ndim).to(x.dtype)
+def _transformed(x: Tensor, factor: Tensor | None, rotated: int, operation: Operation) -> Tensor:
+    if factor is not None:
+        x = x * channels(factor, operation, x.ndim).to(x.dtype)
+    return rotate(x, rotated) if rotated else x
 
 
 @torch.no_grad()
@@ -284,6 +294,7 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         segments=grid.segments,
         input_quantizer=layer.input_quantizer,
         rescaled=layer.factor is not None,
+        rotated=layer.rotated,
     ).to(layer.weight.device)
     packed.fill(layer.codes, grid)
     if layer.factor is not None:

@@ -63,7 +63,8 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
         return {**weight, "input": None, "kind": EMBEDDING}
     assert isinstance(child, PackedLayer)
     rescaled = {} if child.factor is None else {"rescaled": True}
-    layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **rescaled}
+    rotated = {"rotated": child.rotated} if child.rotated else {}
+    layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **rescaled, **rotated}
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
     kind = _operation_kind(child.operation)
     return {**layer, "kind": kind} if kind else layer
@@ -261,7 +262,24 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         segments=tuple(spec["segments"]),
         input_quantizer=_build_quantizer(spec["input"], steps),
         rescaled=spec.get("rescaled", False),
+        rotated=_rotated(name, spec, source, operation),
     )
+
+
+def _rotated(name: str, spec: Mapping[str, Any], source: nn.Module, operation: Operation) -> int:
+    """Return the channels of a group that a described layer rotates, 0 for none.
+
+    Raises:
+        ValueError: it is no linear layer, or its inputs do not divide into such groups.
+    """
+    rotated: int = spec.get("rotated", 0)
+    width = operation.rows(weight_of(source)).shape[1]
+    if rotated and (operation.channel_axis != -1 or width % rotated):
+        raise ValueError(
+            f"{name}: the checkpoint rotates groups of {rotated} inputs, the architecture has a "
+            f"{type(source).__name__} of {width} there"
+        )
+    return rotated
 
 
 def assemble(module: nn.Module, structure: Structure) -> None:

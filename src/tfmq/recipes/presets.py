@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tfmq.recipes.paper import PAPER, PROTOCOLS
-from tfmq.recipes.recipe import Activations, Recipe, Rule, Temporal, Weights
+from tfmq.recipes.recipe import Activations, Recipe, Rescaling, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
 
@@ -89,6 +89,24 @@ def transformer(recipe: Recipe) -> Recipe:
     )
 
 
+def smooth(recipe: Recipe) -> Recipe:
+    """The recipe for transformers with inputs rescaled where that takes away error (SmoothQuant; DiTAS)."""
+    return replace(
+        transformer(recipe),
+        name=recipe.name.replace("tfmq", "smooth"),
+        rescaling=Rescaling(equalizers=("ranges",)),
+    )
+
+
+def rotate(recipe: Recipe) -> Recipe:
+    """The recipe for transformers with groups of inputs rotated where that takes away error (ConvRot)."""
+    return replace(
+        transformer(recipe),
+        name=recipe.name.replace("tfmq", "rotate"),
+        rescaling=Rescaling(rotation=256),
+    )
+
+
 def _composed(change: Callable[[Recipe], Recipe], build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return lambda: change(build())
 
@@ -100,7 +118,12 @@ PRESETS |= {
     f"{method}_{name}": _composed(f, b) for method, f in _METHODS.items() for name, b in _SCHEMES.items()
 }
 PRESETS |= {f"fast_{name}": _composed(fast, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
-PRESETS |= {f"transformer_{name}": _composed(transformer, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
+_VARIANTS = {"transformer": transformer, "smooth": smooth, "rotate": rotate}
+PRESETS |= {
+    f"{variant}_{name}": _composed(change, _SCHEMES[name])
+    for variant, change in _VARIANTS.items()
+    for name in ("w4a8", "w8a8")
+}
 
 
 def _bits_of(name: str) -> tuple[int | None, int | None]:

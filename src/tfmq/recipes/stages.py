@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.numerics.rotation import is_group
 from tfmq.recipes.checks import choice, each
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
@@ -93,19 +94,31 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Rescaling:
-    """A factor for each input channel of a layer outside of the temporal block: the input is multiplied by
-    it, and the weight divided.
+    """What inputs of layers outside of the temporal block are multiplied by before they are quantized, with
+    the opposite in the weight: a factor for each channel, or a rotation of groups of channels.
+
+    For each layer the error of its output on what it reads in calibration decides; to leave the input as it
+    comes is always a candidate.
 
     Attributes:
-        equalizers: propose factors, `ranges` and `peaks`. The factor one is always a candidate, and the error
-            of the layer's output on what it reads in calibration decides; with no equalizer nothing is
-            rescaled.
+        equalizers: propose factors, `ranges` and `peaks`; with none nothing is rescaled.
+        rotation: most channels of a group that linear layers rotate by a Hadamard matrix, a power of four
+            such as 256 (ConvRot, arXiv 2512.03673); 0 rotates nothing. Groups of other layers are as large as
+            their width, and its segments, divide into.
     """
 
     equalizers: tuple[str, ...] = ()
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         each("rescaling.equalizers", self.equalizers, tuple(EQUALIZERS))
+        if self.rotation and not is_group(self.rotation):
+            raise ValueError(f"rescaling.rotation must be 0 or a power of four, got {self.rotation}")
+
+    @property
+    def transforms(self) -> bool:
+        """Whether there is anything to choose from."""
+        return bool(self.equalizers or self.rotation)
 
 
 @dataclass(frozen=True, kw_only=True)

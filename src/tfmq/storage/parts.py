@@ -8,6 +8,7 @@ from typing import Literal
 
 from tfmq.errors import shown
 from tfmq.numerics.grids import MAX_BITS, MIN_BITS
+from tfmq.numerics.rotation import ORDER, is_group
 
 from .fields import Fields
 
@@ -17,9 +18,12 @@ __all__ = ["Correction", "Input", "Layer", "Products", "Structure", "Table"]
 MOST_STEPS = 100_000
 MOST_CHANNELS = 2**24
 MOST_AXES = 8
+MOST_ROTATED = 2**16
 # What a layer and a structure may have. What this reader does not know would be left out of the computation,
 # so it is refused.
-LAYER = frozenset({"bits", "symmetric", "grid", "values", "segments", "input", "kind", "rescaled", "names"})
+LAYER = frozenset(
+    {"bits", "symmetric", "grid", "values", "segments", "input", "kind", "rescaled", "rotated", "names"}
+)
 KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
 
@@ -48,8 +52,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer: its weight grid, the quantizer of its input, None for full precision, and whether
-    that input is multiplied by a factor. `values` are those of a grid that is not uniform.
+    """A quantized layer: its weight grid, the quantizer of its input, None for full precision, whether that
+    input is multiplied by a factor, and the channels of a group in which it is rotated, 0 for none. `values`
+    are those of a grid that is not uniform.
     """
 
     bits: int
@@ -57,6 +62,7 @@ class Layer:
     segments: tuple[int, ...]
     input: Input | None
     rescaled: bool = False
+    rotated: int = 0
     values: tuple[int, ...] = ()
 
 
@@ -173,10 +179,22 @@ def _layer(group: Fields) -> Layer:
     )
     group.only(LAYER)
     rescaled = "rescaled" in group.values and group.flag("rescaled")
-    layer = Layer(*_grid(group), input=found, rescaled=rescaled, values=_values(group))
+    layer = Layer(
+        *_grid(group), input=found, rescaled=rescaled, rotated=_rotated(group), values=_values(group)
+    )
     if found is not None and found.segments != layer.segments:
         raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")
     return layer
+
+
+def _rotated(group: Fields) -> int:
+    """Return the channels of a group that is rotated, 0 for none."""
+    if "rotated" not in group.values:
+        return 0
+    size = group.integer("rotated", ORDER, MOST_ROTATED)
+    if not is_group(size) or "kind" in group.values:
+        raise group.refuse("rotated", "a power of four, of a layer without kind")
+    return size
 
 
 def _values(group: Fields) -> tuple[int, ...]:
