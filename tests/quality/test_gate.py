@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 THRESHOLDS = json.loads((Path(__file__).parent / "thresholds.json").read_text(encoding="utf-8"))
 # Noise that no calibration of the gate has seen.
 IMAGES, SEED = 8, 4_711
+# PSNR in dB of another picture. Under guidance a small error may turn one into another, which is counted: a
+# mean would show little else.
+OTHER = 15.0
 PROMPTS = tuple(
     (ROOT / "benchmarks" / "prompts" / "scenes.txt").read_text(encoding="utf-8").splitlines()[:IMAGES]
 )
@@ -107,27 +110,31 @@ def test_images_stay_what_they_were(references: dict[str, Images], model: str, s
     if model.startswith("text"):
         sampler.prompts = PROMPTS
     images = drawn(sampler, model)
-    psnr = float(np.mean(paired_fidelity(references[model], images).psnr_db))
-    found = adherence(sampler, model, images)
-    print(f"{model} {scheme}: {psnr:.2f} dB, adherence {found}")
-    assert psnr >= limits["psnr_db"]
+    psnr = np.array(paired_fidelity(references[model], images).psnr_db)
+    median, others, found = (
+        float(np.median(psnr)),
+        int((psnr < OTHER).sum()),
+        adherence(sampler, model, images),
+    )
+    print(f"{model} {scheme}: median {median:.2f} dB, {others} others, adherence {found}")
+    assert median >= limits["psnr_db"]
+    assert others <= limits["others"]
     if found is not None:
         assert found >= limits["adherence"]
 
 
 def test_every_threshold_has_its_row_in_the_log() -> None:
-    """A row: model, scheme, dB, adherence or a dash, and why. The last one of a model and a scheme is the one
-    that holds.
+    """A row: model, scheme, dB, others, adherence or a dash, and why. The last one of a model and a scheme
+    holds.
     """
     logged = {}
     for line in (ROOT / "docs" / "log.md").read_text(encoding="utf-8").splitlines():
-        found = re.fullmatch(r"\| ([\w-]+) \| (w\da\d) \| ([\d.]+) dB \| ([\d.]+|-) \| (.+) \|", line)
-        if found:
-            model, scheme, psnr, share, reason = found.groups()
+        row = r"\| ([\w-]+) \| (w\da\d) \| ([\d.]+) dB \| (\d+) \| ([\d.]+|-) \| (.+) \|"
+        if found := re.fullmatch(row, line):
+            model, scheme, psnr, others, share, reason = found.groups()
             assert reason.strip()
-            logged[model, scheme] = {"psnr_db": float(psnr)} | (
-                {} if share == "-" else {"adherence": float(share)}
-            )
+            asked = {} if share == "-" else {"adherence": float(share)}
+            logged[model, scheme] = {"psnr_db": float(psnr), "others": int(others), **asked}
     assert logged == {
         (model, scheme): limits for model, schemes in THRESHOLDS.items() for scheme, limits in schemes.items()
     }
