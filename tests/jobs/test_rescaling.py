@@ -205,7 +205,7 @@ def test_a_killed_job_has_the_same_factors(
         (lambda s, t: s["layers"][0].update(rotated=32), ForeignFileError, "rotated is 32; .*power of four"),
         (lambda s, t: s["layers"][0].update(rotated=4**9), ForeignFileError, "rotated"),
     ],
-    ids=["zero", "infinite", "missing", "short", "type", "unknown"],
+    ids=["zero", "infinite", "missing", "short", "type", "turned", "no power", "too large"],
 )
 def test_a_damaged_factor_is_refused_by_name(
     sampler: Make,

@@ -27,6 +27,7 @@ from tfmq.reconstruction.unit import (
     reconstruct_unit,
     restore,
     settle,
+    unseen,
 )
 from tfmq.reconstruction.units import Unit, find_units
 
@@ -52,11 +53,16 @@ def reconstruct_alone(job: Job, work: Work, number: int, *, advance: Advance) ->
 
 def reconstruct_units(job: Job, work: Work) -> None:
     """Reconstruct the units in execution order, each on inputs as the recipe's rounding has them; journal
-    each.
+    each. Those that keep their nearest codes are not run.
 
     Where no unit waits for another, helpers leave units in the journal, in any order.
     """
     module, units = job.denoiser.module, work.units
+    if job.recipe.rounding.solver == "nearest":
+        for unit in units:
+            settle(module.get_submodule(unit.name))
+        work.reports = tuple(unseen(unit.name) for unit in units)
+        return
     layers = calibrated_layers(module)
     _check_memory(job, units, layers)
     upstream, pace, reports = _upstream(job, units), paced(job, units), []
@@ -124,7 +130,7 @@ def _computed(
 ) -> dict[str, Tensor]:
     """Reconstruct a unit by what its pace leaves it, and count the rest of its work as done."""
     unit, layers = work.units[number], calibrated_layers(job.denoiser.module)
-    granted, report = pace.learning(number), UnitReport(work.units[number].name, None, None, 0, 0.0)
+    granted, report = pace.learning(number), unseen(unit.name)
     if granted is not None:
         report = _reconstructed(job, work, unit, upstream, granted, noted)
         pace.took(number, report, noted.moments)

@@ -89,6 +89,16 @@ def transformer(recipe: Recipe) -> Recipe:
     )
 
 
+def quick(recipe: Recipe) -> Recipe:
+    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images."""
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "quick"),
+        rounding=Rounding(solver="nearest"),
+        calibration=replace(recipe.calibration, samples=2, batch_size=1, judged=0.0),
+    )
+
+
 def smooth(recipe: Recipe) -> Recipe:
     """The recipe for transformers with inputs rescaled where that takes away error (SmoothQuant; DiTAS)."""
     return replace(
@@ -118,7 +128,7 @@ PRESETS |= {
     f"{method}_{name}": _composed(f, b) for method, f in _METHODS.items() for name, b in _SCHEMES.items()
 }
 PRESETS |= {f"fast_{name}": _composed(fast, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
-_VARIANTS = {"transformer": transformer, "smooth": smooth, "rotate": rotate}
+_VARIANTS = {"transformer": transformer, "quick": quick, "smooth": smooth, "rotate": rotate}
 PRESETS |= {
     f"{variant}_{name}": _composed(change, _SCHEMES[name])
     for variant, change in _VARIANTS.items()

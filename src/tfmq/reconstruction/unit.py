@@ -29,7 +29,7 @@ class UnitReport:
     """Mean squared error of a unit's outputs with the nearest and with the found codes, the learning steps
     taken, and the time it took.
 
-    A unit that was left with its nearest codes unseen, for want of time, has no errors.
+    A unit that was left with its nearest codes unseen, as the recipe says or for want of time, has no errors.
     """
 
     name: str
@@ -37,6 +37,11 @@ class UnitReport:
     error_after: float | None
     iterations: int
     seconds: float
+
+
+def unseen(name: str) -> UnitReport:
+    """Return the report of a unit that was left with its nearest codes."""
+    return UnitReport(name, None, None, 0, 0.0)
 
 
 @dataclass(frozen=True)
