@@ -4,7 +4,7 @@
 
 `scenes.txt` has 500 captions of combinations that training keeps out, `calibration.txt` 128 of combinations
 that it sees. Both files are committed, so that evaluating needs no data; a test holds them to this script.
-With `--model DIR` a pipeline brings the latter as its own, which it is drawn and calibrated with.
+With `--model DIR` a pipeline brings the latter as its own, and `--guidance`: it is drawn and calibrated so.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from scenes import draw_scene, held_out, said
 from torch import Generator
 
 from tfmq.storage.atomic import write_json
-from tfmq.storage.prompts import PROMPTS_FILE, prompts_content
+from tfmq.storage.prompts import GUIDANCE, PROMPTS_FILE, prompts_content
 
 # File, number of captions, held out of training or not, seed.
 FILES = (("scenes.txt", 500, True, 18), ("calibration.txt", 128, False, 19))
@@ -40,6 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="directory of a pipeline to give prompts to")
+    parser.add_argument("--guidance", type=float, help="guidance scale that the pipeline is meant for")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, count, held, seed in FILES:
@@ -48,7 +49,10 @@ def main() -> None:
         )
     if options.model is not None:
         _, count, held, seed = FILES[1]
-        write_json(options.model / PROMPTS_FILE, prompts_content(captions(count, held=held, seed=seed)))
+        write_json(
+            options.model / PROMPTS_FILE,
+            prompts_content(captions(count, held=held, seed=seed), {GUIDANCE: options.guidance}),
+        )
 
 
 if __name__ == "__main__":

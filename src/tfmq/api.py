@@ -99,7 +99,7 @@ def _finish_components(
 def _prompts(sampler: Any) -> dict[str, Any]:
     """Return the file of prompts to save for a sampler that draws from text: it goes on with them."""
     takes = getattr(sampler, "takes_prompts", False)
-    return {PROMPTS_FILE: prompts_content(sampler.prompts)} if takes else {}
+    return {PROMPTS_FILE: prompts_content(sampler.prompts, sampler.options)} if takes else {}
 
 
 def _timeless(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tfmq.recipes.yaml import to_dict
 from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.digest import tensor_digest
 from tfmq.storage.manifest import Provenance
-from tfmq.storage.prompts import brought_prompts
+from tfmq.storage.prompts import Brought, brought
 from tfmq.version import __version__
 
 # Folders with models that have names: the package's own, and those of a checkout.
@@ -62,10 +62,10 @@ def open_sampler(
     """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory, a hub id, or
     the name of a model of the project.
 
-    A directory may bring prompts of its own, see `PROMPTS_FILE`. `options` go to the pipeline's call; by
-    default those that a quantized model was calibrated with. A quantized model that is loaded here computes
-    in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names the
-    denoiser of a pipeline that calls two in turn.
+    A directory may bring prompts and guidance of its own, see `PROMPTS_FILE`. `options` go to the pipeline's
+    call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
+    computes in simulated arithmetic; `tfmq.execute` changes that once it is on its device. `component` names
+    the denoiser of a pipeline that calls two in turn.
 
     Raises:
         ValueError: nothing that can be sampled from, or no such component.
@@ -84,9 +84,9 @@ def open_sampler(
         accepted_options,
     )
 
-    own: tuple[str, ...] = ()
+    own = Brought()
     if isinstance(target, str | Path):
-        own = brought_prompts(_directory(target))
+        own = brought(_directory(target))
         target, options = _read_pipeline(target, options)
     if not hasattr(target, "components"):
         raise ValueError(
@@ -95,8 +95,8 @@ def open_sampler(
         )
     sampler = PipelineSampler(
         target,
-        prompts=prompts or own or DEFAULT_PROMPTS,
-        options=accepted_options(target, options or {}),
+        prompts=prompts or own.prompts or DEFAULT_PROMPTS,
+        options=accepted_options(target, {**own.options, **(options or {})}),
         component=component,
     )
     if prompts and not sampler.takes_prompts:

@@ -18,7 +18,7 @@ from tfmq.evaluation.adherence.judge import JUDGES
 from tfmq.evaluation.sampling import SamplingError
 from tfmq.progress import silent
 from tfmq.storage.atomic import read_json
-from tfmq.storage.prompts import brought_prompts
+from tfmq.storage.prompts import brought
 from tfmq.targets import named_directory
 
 diffusers = pytest.importorskip("diffusers")
@@ -486,5 +486,9 @@ def test_the_committed_prompts_are_those_of_the_script(scripts: None) -> None:
     assert len(set(found["scenes.txt"])) == 500 and not set(found["scenes.txt"]) & set(
         found["calibration.txt"]
     )
-    assert brought_prompts(named_directory("text")) == tuple(found["calibration.txt"])
+    for name, guidance in (("text", 3.0), ("text-turbo", 1.0)):
+        if directory := named_directory(name):
+            own = brought(directory)
+            assert own.prompts == tuple(found["calibration.txt"])
+            assert own.options == {"guidance_scale": guidance}
     assert torch.initial_seed() == 0, "the global generator is left alone"

@@ -332,8 +332,12 @@ def test_a_pipeline_draws_what_it_brings_unless_it_is_asked_for_something_else(
     family: Callable[[str], Any], tmp_path: Path
 ) -> None:
     copytree(family("sd1").stock, tmp_path / "own")
-    (tmp_path / "own" / PROMPTS_FILE).write_text(json.dumps(prompts_content(["a", "b"])))
-    assert open_sampler(tmp_path / "own").prompts == ("a", "b")
+    (tmp_path / "own" / PROMPTS_FILE).write_text(
+        json.dumps(prompts_content(["a", "b"], {"guidance_scale": 2}))
+    )
+    own = open_sampler(tmp_path / "own")
+    assert own.prompts == ("a", "b") and own.options["guidance_scale"] == 2
+    assert open_sampler(tmp_path / "own", options={"guidance_scale": 5.0}).options["guidance_scale"] == 5
     assert open_sampler(tmp_path / "own", prompts=("c",)).prompts == ("c",)
 
 
