@@ -1,22 +1,24 @@
 """Draw the picture of the README: prompts, and below each the images of full precision and of quantized
 models from the same noise.
 
-    tfmq quantize text --scheme w8a8 --output-dir runs/text-w8a8 --prompts benchmarks/prompts/calibration.txt
-    tfmq quantize text --scheme w4a8 --output-dir runs/text-w4a8 --prompts benchmarks/prompts/calibration.txt
+    tfmq quantize text --scheme w8a8 --steps 20 --output-dir runs/text-w8a8
+    tfmq quantize text --scheme w4a8 --steps 20 --output-dir runs/text-w4a8
     python benchmarks/pictures.py text runs/text-w8a8 runs/text-w4a8 --output docs/figures/text.png
 
 The prompts are the first of `benchmarks/prompts/scenes.txt`, which neither training nor calibration has seen;
-the noise is new as well.
+the noise is new as well. Sizes are those of all tensors of the pipeline.
 """
 
 import argparse
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import nn
 
-from tfmq.artifact import holds_quantized, stored_bytes, stored_manifest
+from tfmq.artifact import holds_quantized, stored_manifest
 from tfmq.evaluation.sampling import Images, draw_batch
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.report.pictures import enlarged, montage
@@ -37,13 +39,14 @@ def rows(
     found = []
     for model in models:
         with quiet():
-            sampler = open_sampler(model, prompts=prompts, options={"guidance_scale": guidance})
+            sampler: Any = open_sampler(model, prompts=prompts, options={"guidance_scale": guidance})
         quantized = holds_quantized(Path(model))
         name = stored_manifest(Path(model)).provenance.scheme if quantized else "full precision"
+        parts = [part for part in sampler.pipeline.components.values() if isinstance(part, nn.Module)]
         size = (
-            stored_bytes(Path(model))
+            sum(path.stat().st_size for path in Path(model).rglob("*.safetensors"))
             if quantized
-            else sum(4 * value.numel() for value in sampler.denoiser.module.parameters())
+            else sum(4 * value.numel() for part in parts for value in part.parameters())
         )
         label = f"{str(name).removeprefix('tfmq_').upper() if quantized else name}\n{megabytes(size)}"
         found.append((label, draw_batch(sampler, range(len(prompts)), steps=steps, seed=seed)))
