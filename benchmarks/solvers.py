@@ -277,10 +277,10 @@ def quantized(
 
 def gain_db(outcome: Outcome) -> float:
     """Return how far the units' output errors are below those of nearest codes on the same inputs, the mean
-    over units in dB.
+    over units in dB; 0 where none was run, as all kept their nearest codes.
     """
-    ratios = [unit.error_after / unit.error_before for unit in outcome.units if unit.error_before > 0]
-    return float(-10 * np.mean(np.log10(np.maximum(ratios, 1e-30))))
+    ratios = [unit.error_after / unit.error_before for unit in outcome.units if unit.error_before]
+    return float(-10 * np.mean(np.log10(np.maximum(ratios, 1e-30)))) if ratios else 0.0
 
 
 def measure(cell: Cell, model: Model, reference: Reference, jobs: Path, progress: Progress) -> dict[str, Any]:

@@ -46,11 +46,9 @@ def bar() -> Remembering:
 def quick(maintenance: Maintenance = "cache") -> Recipe:
     """Return a recipe that takes a second on a tiny model: nobody here looks at how weights are rounded."""
     recipe = tfmq.scheme("w4a8")
-    temporal = replace(
-        recipe.temporal, maintenance=maintenance, learning=replace(recipe.temporal.learning, iterations=10)
-    )
-    calibration = Calibration(samples=2, steps=4, interval=2, batch_size=2)
     rounding = replace(recipe.rounding, solver="nearest")
+    temporal = replace(recipe.temporal, maintenance=maintenance, rounding=rounding)
+    calibration = Calibration(samples=2, steps=4, interval=2, batch_size=2)
     return replace(recipe, rounding=rounding, temporal=temporal, calibration=calibration)
 
 
