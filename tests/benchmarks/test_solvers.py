@@ -90,7 +90,9 @@ def test_cells_are_measured_kept_and_finished_after_a_kill(
 
     written = read_json(tmp_path / "solvers.json")
     assert [row["solver"] for row in written["summary"]] == ["nearest", "gptq", "adaround-2", "adaround-4"]
-    assert all(row["seeds"] == [0, 1] and row["cpu_seconds"] > 0 for row in written["summary"])
+    assert all(row["seeds"] == [0, 1] for row in written["summary"])
+    # Nearest codes need no run of the units.
+    assert [row["solver"] for row in written["summary"] if not row["cpu_seconds"]] == ["nearest"]
     text = (tmp_path / "solvers.md").read_text()
     assert text in capsys.readouterr().out and "extrapolated, not measured: AdaRound with 20000" in text
     monkeypatch.setattr(solvers, "draw_curves", draw_curves)
