@@ -242,15 +242,9 @@ class PackedLayer(PackedWeight):
 
     def integer_weight(self) -> IntegerWeight:
         """Return what integer kernels compute with."""
-        grid = self.grid
-        values = grid.integers(self.codes.to(torch.int16))
-        return IntegerWeight(
-            self.operation,
-            values,
-            self.scale,
-            None if self.bias is None else self.bias.detach().float(),
-            self.segments,
-        )
+        values = self.grid.integers(self.codes.to(torch.int16))
+        bias = None if self.bias is None else self.bias.detach().float()
+        return IntegerWeight(self.operation, values, self.scale, bias, self.segments)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output by the kernel of its backend, else in floating point on the grids."""

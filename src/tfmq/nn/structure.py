@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.embedding import PackedEmbedding
+from tfmq.nn.entry import check_layer
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
@@ -210,24 +211,6 @@ def _operation_kind(operation: Operation) -> str | None:
     return TRANSPOSED if isinstance(operation, TransposedConvolution) else None
 
 
-def _check_input(name: str, spec: Mapping[str, Any], axis: int, *, channels: int) -> None:
-    """Refuse what the input of a layer cannot have: it would be found at the first call only. `axis` is where
-    it has its `channels`.
-    """
-    given, segments = spec["input"] or {}, spec["segments"]
-    if segments and sum(segments) != channels:
-        raise ValueError(
-            f"{name}: the checkpoint splits {sum(segments)} channels, the architecture has {channels} there"
-        )
-    if "dynamic" in given and axis != -1:
-        raise ValueError(f"{name}: the checkpoint has a dynamic input, which linear layers alone have")
-    if segments and given.get("axis", axis) != axis:
-        raise ValueError(
-            f"{name}: the checkpoint splits axis {given['axis']} of the input, "
-            f"the channels of the architecture are on axis {axis}"
-        )
-
-
 def _grid_of(spec: Mapping[str, Any]) -> Grid:
     """Return the grid of a described weight. The values of a table come with it, so that no table needs to be
     known here.
@@ -253,7 +236,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         )
     if operation is None:
         return PackedEmbedding(fmt, tuple(weight_of(source).shape), dtype=weight_of(source).dtype)
-    _check_input(name, spec, operation.channel_axis, channels=operation.rows(weight_of(source)).shape[1])
+    check_layer(name, spec, operation.channel_axis, channels=operation.rows(weight_of(source)).shape[1])
     return PackedLayer(
         operation,
         fmt,
@@ -262,24 +245,8 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         segments=tuple(spec["segments"]),
         input_quantizer=_build_quantizer(spec["input"], steps),
         rescaled=spec.get("rescaled", False),
-        rotated=_rotated(name, spec, source, operation),
+        rotated=spec.get("rotated", 0),
     )
-
-
-def _rotated(name: str, spec: Mapping[str, Any], source: nn.Module, operation: Operation) -> int:
-    """Return the channels of a group that a described layer rotates, 0 for none.
-
-    Raises:
-        ValueError: it is no linear layer, or its inputs do not divide into such groups.
-    """
-    rotated: int = spec.get("rotated", 0)
-    width = operation.rows(weight_of(source)).shape[1]
-    if rotated and (operation.channel_axis != -1 or width % rotated):
-        raise ValueError(
-            f"{name}: the checkpoint rotates groups of {rotated} inputs, the architecture has a "
-            f"{type(source).__name__} of {width} there"
-        )
-    return rotated
 
 
 def assemble(module: nn.Module, structure: Structure) -> None:

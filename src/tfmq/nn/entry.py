@@ -1,0 +1,32 @@
+"""Checks of a described layer against the architecture that it is put into: what does not fit would be found
+at the first call only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int) -> None:
+    """Refuse what a layer with its `channels` at `axis` of the input cannot have.
+
+    Raises:
+        ValueError: segments of another width or at another axis; a dynamic or rotated input of anything but a
+            linear layer; a width that does not divide into rotated groups.
+    """
+    given, segments, rotated = spec["input"] or {}, spec["segments"], spec.get("rotated", 0)
+    if segments and sum(segments) != channels:
+        raise ValueError(
+            f"{name}: the checkpoint splits {sum(segments)} channels, the architecture has {channels} there"
+        )
+    if axis != -1 and ("dynamic" in given or rotated):
+        kind = "rotated" if rotated else "dynamic"
+        raise ValueError(f"{name}: the checkpoint has a {kind} input, which linear layers alone have")
+    if rotated and channels % rotated:
+        raise ValueError(
+            f"{name}: the checkpoint rotates {rotated} inputs together, the architecture has {channels}"
+        )
+    if segments and given.get("axis", axis) != axis:
+        raise ValueError(
+            f"{name}: the checkpoint splits axis {given['axis']} of the input, "
+            f"the channels of the architecture are on axis {axis}"
+        )
