@@ -6,16 +6,15 @@ outliers (Q-DiT), static ones cost no pass over the input and their fitted range
 each layer is measured.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tfmq.calibration.energies import Parts, layer_energies
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
-from tfmq.nn.swap import precision
 from tfmq.progress import Advance
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
@@ -42,26 +41,20 @@ def _dynamic(quantizer: InputQuantizer) -> DynamicQuantizer:
     return DynamicQuantizer(quantizer.format, segments=quantizer.segments)
 
 
-def _watch(
-    layer: CalibratedLayer, energies: Tensor
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Return a hook that adds up the energies of the output and of both errors in `energies` `[3]`."""
+def _parts(layer: CalibratedLayer) -> Parts:
+    """Return what gives the output and both errors in it."""
     static = layer.input_quantizer
     assert static is not None
     dynamic, weight = _dynamic(static), layer.weight
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        x = layer.transformed(args[0]).float()
+    def parts(x: Tensor) -> list[Tensor]:
+        x = layer.transformed(x).float()
         # The layer is linear, so the error of its output is the layer applied to the error of its input.
-        for index, part in enumerate((x, static(x) - x, dynamic(x) - x)):
-            energies[index] += (
-                layer.operation(part, weight.float(), None).square().sum(dtype=torch.float64).cpu()
-            )
+        return [layer.operation(part, weight.float(), None) for part in (x, static(x) - x, dynamic(x) - x)]
 
-    return hook
+    return parts
 
 
-@torch.no_grad()
 def measure_inputs(
     denoiser: Denoiser, layers: Mapping[str, CalibratedLayer], batches: Iterable[Inputs], *, advance: Advance
 ) -> dict[str, InputErrors]:
@@ -70,14 +63,7 @@ def measure_inputs(
 
     A layer that no call reaches has no error either way.
     """
-    energies = {name: torch.zeros(3, dtype=torch.float64) for name in layers}
-    with ExitStack() as stack:
-        stack.enter_context(precision(denoiser.module, weights="full", inputs="full"))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(_watch(layer, energies[name])).remove)
-        for inputs in batches:
-            denoiser(inputs)
-            advance()
+    energies = layer_energies(denoiser, layers, _parts, batches, count=3, advance=advance)
     relative = {
         name: (row[1:] / row[0].clamp(min=torch.finfo(row.dtype).tiny)).tolist()
         for name, row in energies.items()

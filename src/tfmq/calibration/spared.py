@@ -6,12 +6,12 @@ reads it has a large error then, which its own output shows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tfmq.calibration.energies import Parts, layer_energies
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
@@ -32,37 +32,26 @@ class Spared:
     instead: str = "float"
 
 
-def _watch(
-    layer: CalibratedLayer, energies: Tensor
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Return a hook that adds up the energies of the output and of its error in `energies` `[2]`."""
+def _parts(layer: CalibratedLayer) -> Parts:
+    """Return what gives the output and its error."""
     weight = layer.quantized_weight()
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        x = layer.transformed(args[0])
+    def parts(x: Tensor) -> list[Tensor]:
+        x = layer.transformed(x)
         read = x if layer.input_quantizer is None else layer.input_quantizer(x)
         exact = layer.operation(x, layer.weight, None)
-        error = layer.operation(read, weight.to(x.dtype), None) - exact
-        for index, part in enumerate((exact, error)):
-            energies[index] += part.float().square().sum(dtype=torch.float64).cpu()
+        return [exact, layer.operation(read, weight.to(x.dtype), None) - exact]
 
-    return hook
+    return parts
 
 
-@torch.no_grad()
 def layer_errors(
     denoiser: Denoiser, layers: Mapping[str, CalibratedLayer], batches: Iterable[Inputs]
 ) -> dict[str, float]:
     """Run the full-precision network over `batches` and return the error that quantization makes in the
     output of each of `layers`; 0 where no call reaches it.
     """
-    energies = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
-    with ExitStack() as stack:
-        stack.enter_context(precision(denoiser.module, weights="full", inputs="full"))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(_watch(layer, energies[name])).remove)
-        for inputs in batches:
-            denoiser(inputs)
+    energies = layer_energies(denoiser, layers, _parts, batches, count=2)
     return {name: _ratio(row) for name, row in energies.items()}
 
 
