@@ -14,16 +14,21 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tfmq.integrations.config import ManifestConfig
+from tfmq.integrations.config import (
+    ManifestConfig,
+    check_complete,
+    check_sealed,
+    mark_as_quantized,
+    put,
+    register_method,
+)
 from tfmq.integrations.loaded import loaded
 from tfmq.nn.structure import assemble
 from tfmq.nn.submodules import submodules
 from tfmq.quantizers.part import Part
 from tfmq.storage.atomic import read_json, read_tensors
-from tfmq.storage.checkpoint import verify
 from tfmq.storage.digest import remember_digest
-from tfmq.storage.directory import METHOD, verify_component
-from tfmq.storage.errors import CheckpointError, TensorMismatchError
+from tfmq.storage.directory import verify_component
 from tfmq.storage.manifest import Manifest
 
 # What transformers notes in a configuration of its own accord.
@@ -56,14 +61,12 @@ class TextQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tensors = self._read()
-        if absent := sorted(stored_state(model).keys() - tensors.keys()):
-            raise TensorMismatchError(
-                f"the checkpoint lacks {absent[0]}, which the architecture has; copy or save it again"
-            )
+        check_complete(stored_state(model), tensors)
         for owner, part in submodules(model, Part).items():
             for name, tensor in list(part.named_buffers(recurse=False)):
                 if part.keeps(name):
-                    _put(part, name, tensors[f"{owner}.{name}".lstrip(".")], tensor)
+                    full_name = f"{owner}.{name}".lstrip(".")
+                    put(part, name, tensors[full_name], full_name=full_name, device=tensor.device)
         model.requires_grad_(False)
         model._weight_conversions = []
         remember_digest(model, self.quantization_config.manifest["digest"], tensors)
@@ -80,13 +83,7 @@ class TextQuantizer(HfQuantizer):
             ValueError: the tensors changed since they were quantized, as a cast to another dtype does.
         """
         state = stored_state(model)
-        try:
-            verify(state, self.quantization_config.to_dict())
-        except CheckpointError as error:
-            raise ValueError(
-                "the tensors changed since they were sealed (cast to another "
-                "dtype?); load the model in float32 to save it"
-            ) from error
+        check_sealed(state, self.quantization_config)
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -97,20 +94,6 @@ class TextQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights have no gradient."""
         return False
-
-
-def _put(part: nn.Module, name: str, stored: Tensor, current: Tensor) -> None:
-    """Put a stored tensor into its buffer, uncast.
-
-    Raises:
-        TensorMismatchError: it has another shape.
-    """
-    if stored.shape != current.shape:
-        raise TensorMismatchError(
-            f"{name} has the shape {list(stored.shape)}, the architecture "
-            f"needs {list(current.shape)}; copy it again"
-        )
-    part.register_buffer(name, stored.to(current.device))
 
 
 def reads_text(component: Any) -> bool:
@@ -153,30 +136,9 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
         return
     config = TextConfig.from_dict(manifest)
     model.config.quantization_config = config
-    model.hf_quantizer = TextQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    mark_as_quantized(model, config, TextQuantizer(config, pre_quantized=True))
     # Names of the checkpoint that the model came from.
     model._weight_conversions = []
 
 
-def register() -> None:
-    """Make transformers know the method.
-
-    Raises:
-        RuntimeError: this transformers keeps its quantizers elsewhere.
-    """
-    for table, value in (
-        ("AUTO_QUANTIZER_MAPPING", TextQuantizer),
-        ("AUTO_QUANTIZATION_CONFIG_MAPPING", TextConfig),
-    ):
-        mapping = getattr(auto, table, None)
-        if not isinstance(mapping, dict):
-            raise RuntimeError(
-                f"transformers.quantizers.auto has no {table}; install a transformers "
-                "that tfmq supports: pip install 'tfmq[diffusers]'"
-            )
-        mapping[METHOD] = value
-
-
-register()
+register_method(auto, "transformers", TextQuantizer, TextConfig)

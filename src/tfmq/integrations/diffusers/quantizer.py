@@ -16,16 +16,21 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from tfmq.integrations.config import ManifestConfig
+from tfmq.integrations.config import (
+    ManifestConfig,
+    check_complete,
+    check_sealed,
+    mark_as_quantized,
+    put,
+    register_method,
+)
 from tfmq.integrations.diffusers.adapters import refuse_adapters
 from tfmq.integrations.loaded import loaded
 from tfmq.nn.structure import assemble
 from tfmq.quantizers.part import Part
 from tfmq.storage.atomic import read_json, read_tensors
-from tfmq.storage.checkpoint import verify
 from tfmq.storage.digest import remember_digest
 from tfmq.storage.directory import METHOD, verify_component
-from tfmq.storage.errors import CheckpointError, TensorMismatchError
 from tfmq.storage.manifest import Manifest
 
 
@@ -67,10 +72,7 @@ class TFMQQuantizer(DiffusersQuantizer):
         assemble(model, self.quantization_config.manifest["structure"])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if absent := sorted(model.state_dict().keys() - self._sealed.keys()):
-            raise TensorMismatchError(
-                f"the checkpoint lacks {absent[0]}, which the architecture has; copy or save it again"
-            )
+        check_complete(model.state_dict(), self._sealed)
         model.requires_grad_(False)
         remember_digest(model, self.quantization_config.manifest["digest"], self._sealed)
         refuse_adapters(model)
@@ -85,13 +87,7 @@ class TFMQQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: the tensors changed since they were quantized, as a cast to another dtype does.
         """
-        try:
-            verify(state_dict, self.quantization_config.to_dict())
-        except CheckpointError as error:
-            raise ValueError(
-                "the tensors changed since they were sealed (cast to another "
-                "dtype?); load the model in float32 to save it"
-            ) from error
+        check_sealed(state_dict, self.quantization_config)
         return state_dict, {}
 
     def check_if_quantized_param(
@@ -119,14 +115,9 @@ class TFMQQuantizer(DiffusersQuantizer):
     ) -> None:
         """Put a stored tensor into its buffer, uncast."""
         owner, _, name = param_name.rpartition(".")
-        module, stored = model.get_submodule(owner), state_dict[param_name]
-        wanted = getattr(module, name).shape
-        if stored.shape != wanted:
-            raise TensorMismatchError(
-                f"{param_name} has the shape {list(stored.shape)}, the "
-                f"architecture needs {list(wanted)}; copy it again"
-            )
-        module.register_buffer(name, stored.to(target_device))
+        module = model.get_submodule(owner)
+        assert isinstance(module, Part)
+        put(module, name, state_dict[param_name], full_name=param_name, device=target_device)
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None = None) -> torch.dtype:
         """Default to float32, in which the quantized model was measured."""
@@ -176,17 +167,7 @@ def register() -> None:
     Raises:
         RuntimeError: this diffusers keeps its quantizers elsewhere.
     """
-    for table, value in (
-        ("AUTO_QUANTIZER_MAPPING", TFMQQuantizer),
-        ("AUTO_QUANTIZATION_CONFIG_MAPPING", TFMQConfig),
-    ):
-        mapping = getattr(auto, table, None)
-        if not isinstance(mapping, dict):
-            raise RuntimeError(
-                f"diffusers.quantizers.auto has no {table}; install a diffusers "
-                "that tfmq supports: pip install 'tfmq[diffusers]'"
-            )
-        mapping[METHOD] = value
+    register_method(auto, "diffusers", TFMQQuantizer, TFMQConfig)
     merge = auto.DiffusersAutoQuantizer.merge_quantization_configs
     if not getattr(merge, METHOD, False):
         auto.DiffusersAutoQuantizer.merge_quantization_configs = staticmethod(_heeding(merge))
@@ -203,9 +184,7 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
         return
     config = TFMQConfig.from_dict(manifest)
     model.register_to_config(quantization_config=config.to_dict())
-    model.hf_quantizer = TFMQQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    mark_as_quantized(model, config, TFMQQuantizer(config, pre_quantized=True))
     refuse_adapters(model)
 
 
