@@ -15,7 +15,7 @@ from torch import nn
 
 import tfmq
 from tfmq.backends.backend import Coverage, Options
-from tfmq.backends.execution import execute
+from tfmq.backends.execution import computed_alone, execute
 from tfmq.backends.openvino import shared_core
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -120,6 +120,15 @@ def converted_cached(cached: tuple[nn.Module, Inputs], tmp_path_factory: pytest.
 @pytest.fixture(scope="module")
 def converted_fast(fast: tuple[nn.Module, Inputs], tmp_path_factory: pytest.TempPathFactory) -> Converted:
     return converted(copy.deepcopy(fast[0]), fast[1], tmp_path_factory.mktemp("fast"))
+
+
+def test_layers_of_a_compiled_model_are_simulated_where_they_are_called_alone(
+    converted_fast: Converted,
+) -> None:
+    module = copy.deepcopy(converted_fast.module)
+    assert computed_alone(module, "openvino") == "simulated"
+    execute(module, "reference")
+    assert computed_alone(module, "reference") == "reference"
 
 
 def kinds_of(layer_type: str, file: Path) -> list[str]:

@@ -40,7 +40,7 @@ def test_values_and_files(tfmq: Run, model: Path, quantized: Path, tmp_path: Pat
         "parts": count,
         "of_parts": count,
     }
-    expected |= {"backend": "simulated", "weights": report["sha256"]}
+    expected |= {"backend": "simulated", "layers_backend": "simulated", "weights": report["sha256"]}
     assert result.json["settings"] == expected
     assert result.json["disturbance"]["mismatches"] == report["temporal"]["mismatches"]
     found = {part["name"] for part in result.json["sensitivity"]["parts"]}

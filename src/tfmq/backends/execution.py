@@ -73,6 +73,14 @@ def computed_by(module: nn.Module) -> str | None:
     return executor.prepared.current.backend
 
 
+def computed_alone(module: nn.Module, backend: str) -> str:
+    """Return what computes a layer of a denoiser that `backend` runs, where the layer is called by itself:
+    the backend, or "simulated" where it has compiled the whole and its layers have no kernels.
+    """
+    kernels = any(layer.kernel is not None for layer in packed_layers(module).values())
+    return backend if kernels else "simulated"
+
+
 def quantized_modules(target: Any) -> tuple[nn.Module, ...]:
     """Return what is quantized of a pipeline or of a module: denoisers, decoders, encoders.
 

@@ -65,6 +65,7 @@ def analyze(
     """
     target = output_dir or beside(directory, SUFFIX)
     with verb():
+        from tfmq.backends.execution import computed_alone
         from tfmq.cli.models import default_steps, execute_model, open_model, provenance, quantized_directory
         from tfmq.cli.progress import foretell, shown_progress
         from tfmq.evaluation.analysis.analyze import QUICK, THOROUGH, expected_seconds
@@ -107,7 +108,11 @@ def analyze(
             }
             settings |= {"parts": len(found.sensitivity.parts), "of_parts": found.of_parts}
             weights_digest = module_digest(quantized.denoiser.module)
-            values = analysis_values(found, {**settings, "backend": name, "weights": weights_digest})
+            settings |= {
+                "backend": name,
+                "layers_backend": computed_alone(quantized.denoiser.module, str(name)),
+            }
+            values = analysis_values(found, {**settings, "weights": weights_digest})
             write_analysis(folder, found, values, title=described.scheme or "quantized")
             if parquet:
                 write_parquet(folder / PARQUET_FILE, values)

@@ -254,4 +254,7 @@ def show_analysis(values: Mapping[str, Any], output_dir: Path) -> None:
         rows.insert(
             0, ("looked at", f"{share} of {settings['num_images']} image(s); --thorough looks at every unit")
         )
+    if settings["layers_backend"] != settings["backend"]:
+        alone = f"{settings['layers_backend']}; {settings['backend']} computes the model as a whole"
+        rows.append(("units and layers alone", alone))
     console.print(figures(rows))
