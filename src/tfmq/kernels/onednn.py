@@ -88,6 +88,16 @@ def pads(window: Window) -> bool:
     )
 
 
+@cache
+def _hear_warning() -> None:
+    """Let torch say, unseen, that `quantize_per_tensor` will go: it says so at the first call of a process
+    alone. Nothing else in eager torch quantizes in one pass.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+
+
 def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     """Return the codes of `x` on one grid, uint8, in the memory format of `x`: one vectorised pass.
 
@@ -95,10 +105,8 @@ def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor
     point and rounds off less than 2**-16, so a code may differ by one from that of `numerics.affine.quantize`
     where `x / s` lies within 2**-15 of a tie, and nowhere else.
     """
-    with warnings.catch_warnings():
-        # torch warns that this function will go; nothing else in eager torch quantizes in one pass.
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
-        codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    _hear_warning()
+    codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     plain = torch.empty(0, dtype=torch.uint8).set_(codes.untyped_storage(), 0, codes.size(), codes.stride())
     return plain if levels == 256 else plain.clamp_(max=levels - 1)
 
