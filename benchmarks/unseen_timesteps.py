@@ -4,8 +4,9 @@ interleaved medians, by backend.
     tfmq quantize default --scheme w8a8 --output-dir runs/w8a8
     python benchmarks/unseen_timesteps.py runs/w8a8 --backends openvino,torch-compile
 
-`known` are calibrated timesteps, `unseen` ones between two of these, which their temporal features have to be
-computed for. Rounds take turns, and each call of a round is at another timestep. Prints one JSON object.
+`known` are calibrated timesteps; `first` are others at their first call, which their temporal features have
+to be computed for; `again` are others at later calls, as every picture after the first one makes them. Rounds
+take turns, and each call of a round is at another timestep. Prints one JSON object.
 """
 
 import argparse
@@ -23,12 +24,17 @@ from tfmq.models.denoiser import Inputs
 from tfmq.targets import open_sampler
 
 WARM = 3
+# Timesteps of `again`, as many as a schedule of few steps has.
+FEW = 20
 
 
 def timesteps(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the calibrated timesteps, and as many between them as there is room for."""
-    known = module.tfmq_steps.timesteps
-    return {"known": known.long(), "unseen": ((known[1:] + known[:-1]) / 2).long()[known.diff() > 1]}
+    """Return the calibrated timesteps, others of which none comes twice, and a few others."""
+    known = module.tfmq_steps.timesteps.long()
+    others = torch.arange(int(known.min()), int(known.max()))
+    others = others[~torch.isin(others, known)]
+    few = others[:: max(1, len(others) // FEW)]
+    return {"known": known, "first": others[~torch.isin(others, few)], "again": few}
 
 
 @torch.no_grad()
@@ -80,7 +86,8 @@ def main() -> None:
                 return denoiser(Inputs(noise, timestep.expand(len(noise)), example.conditions))
 
             ms = medians(run, at, options.rounds)
-            found[f"{backend}, batch {batch}"] = {**ms, "ratio": ms["unseen"] / ms["known"]}
+            ratios = {f"{kind} / known": ms[kind] / ms["known"] for kind in ("first", "again")}
+            found[f"{backend}, batch {batch}"] = ms | ratios
     print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "ms": found}, indent=1))
 
 

@@ -17,11 +17,15 @@ from tfmq.quantizers.steps import StepContext
 Run = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 Build = Callable[[Graph, Call], Run]
 Key = tuple[str, int]
+Name = TypeVar("Name")
 Kept = TypeVar("Kept")
 
 # Number of kinds of call whose graphs stay compiled. Each graph holds its own copy of every weight, so the
 # least recently used one goes. Four are enough for two batch sizes of two prompt lengths.
 KEPT = 4
+# Number of timesteps outside of the tables whose features are kept, one float32 row each: more than pictures
+# in few steps need.
+KEPT_ROWS = 128
 # Characters of an engine's message that are passed on: some engines print the whole graph.
 MESSAGE = 600
 
@@ -32,7 +36,7 @@ class GraphExecutor:
 
     The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up
     here, at any other a graph of their own computes them, which holds the layers behind the tables and is
-    built when the first such timestep comes.
+    built when the first such timestep comes. What it computed is kept, since the next picture asks again.
 
     A call raises `EngineError` where the engine, called `engine` in the message, cannot compile a graph or
     run it for the first time. What the model itself refuses, such as inputs that do not fit, is raised as it
@@ -55,6 +59,7 @@ class GraphExecutor:
         self.everywhere = all(child.everywhere for child in cached)
         self.denoisers: OrderedDict[Key, tuple[Run, TreeSpec]] = OrderedDict()
         self.features: OrderedDict[Key, Run] = OrderedDict()
+        self.rows: OrderedDict[tuple[str, float], Tensor] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphExecutor":
         # A graph holds the weights it was built with, which do not change; the copy of a model runs the same
@@ -79,12 +84,21 @@ class GraphExecutor:
         if steps.all_exact and (self.everywhere or bool(self.chosen.to(index.device)[index].all())):
             self.table = self.table.to(index.device)
             return self.table[index].expand(call.batch, -1)
+        if len(index) == 1 and call.signature.timestep is not None:
+            key = call.signature.key, float(call.tensors[call.signature.timestep][0])
+            row = _used(self.rows, key, lambda: self._computed(module, steps, call)[:1], KEPT_ROWS)
+            return row.expand(call.batch, -1)
+        return self._computed(module, steps, call)
+
+    def _computed(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
+        """Return the temporal features of a call as the layers behind the tables have them."""
         run = _used(
             self.features,
             (call.signature.key, call.batch),
             lambda: self._compiled(FeatureGraph(module, call.signature), call),
         )
-        (features,) = run(index.expand(call.batch), (steps.exact.expand(call.batch), *call.tensors))
+        bins, exact = steps.index.expand(call.batch), steps.exact.expand(call.batch)
+        (features,) = run(bins, (exact, *call.tensors))
         return features
 
     def _denoiser(self, module: nn.Module, steps: StepContext, call: Call) -> tuple[Run, TreeSpec]:
@@ -111,11 +125,13 @@ class GraphExecutor:
         return run
 
 
-def _used(kept: "OrderedDict[Key, Kept]", key: Key, make: Callable[[], Kept]) -> Kept:
-    """Return what is kept under a key, made if it is not there; what was used longest ago goes."""
+def _used(kept: "OrderedDict[Name, Kept]", key: Name, make: Callable[[], Kept], most: int = KEPT) -> Kept:
+    """Return what is kept under a key, made if it is not there; what was used longest ago goes when there are
+    more than `most`.
+    """
     if key not in kept:
         kept[key] = make()
-        if len(kept) > KEPT:
+        if len(kept) > most:
             kept.popitem(last=False)
     kept.move_to_end(key)
     return kept[key]
