@@ -6,9 +6,11 @@ all of that once a stamp says that the same `pyproject.toml` and `constraints.tx
 
 To use another torch than the one installed by default, which no version in `constraints.txt` then replaces:
 
-    python3 tasks.py demo --system-site-packages      a new .venv sees the packages, torch included, of the
-    Python that runs this script TFMQ_PYTHON=/path/to/python python3 tasks.py demo  that interpreter is used
-    as it is; nothing is created or installed
+    python3 tasks.py demo --system-site-packages
+    TFMQ_PYTHON=/path/to/python python3 tasks.py demo
+
+The first makes a new .venv that sees the packages, torch included, of the Python that runs this script. The
+second uses that interpreter as it is; nothing is created or installed.
 
 `python3 tasks.py docs` builds the documentation as a site in `site/`. `python3 tasks.py matrix` writes the
 tables of docs/capabilities.md anew.

@@ -1,10 +1,11 @@
 """One leaderboard: models x methods x bits, every cell a quantized model measured against full precision.
 
-    python benchmarks/leaderboard.py                                  # all that is missing, of the models
-    that are here python benchmarks/leaderboard.py --models text --only w4a8        # some of it python
-    benchmarks/leaderboard.py --models NAME=FILE.py:FUNCTION   # another model: a function that returns a
-    sampler, or a directory python benchmarks/leaderboard.py --write-docs                     #
-    docs/leaderboard.md from the cells
+    python benchmarks/leaderboard.py                            # all that is missing, of the models here
+    python benchmarks/leaderboard.py --models text --only w4a8  # some of it
+    python benchmarks/leaderboard.py --models NAME=FILE.py:FUNCTION
+    python benchmarks/leaderboard.py --write-docs               # docs/leaderboard.md from the cells
+
+The third measures another model: FILE.py:FUNCTION returns a sampler; a directory of a pipeline will do too.
 
 A cell is quantized as `tfmq quantize` does it, saved, opened again and measured: bytes on disk; PSNR and SSIM
 of images to those of full precision from the same noise, which calibration has not seen, nor the prompts;
