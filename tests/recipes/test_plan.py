@@ -74,6 +74,11 @@ def test_switches_turn_products_and_splitting_off(plain: Trace) -> None:
     }
 
 
+def test_a_number_is_no_switch() -> None:
+    with pytest.raises(ValueError, match=r"activations\.split is 1; it must be one of True, False, direct"):
+        Activations(split=1)  # type: ignore[arg-type]
+
+
 def test_concatenations_are_split_where_they_are_read_directly(build: Callable[..., Any]) -> None:
     traced = trace(*build("unet"))
 

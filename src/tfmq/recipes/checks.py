@@ -4,8 +4,8 @@ from tfmq.errors import shown
 
 
 def choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
-    """Refuse a `value` of the field `name` that is not among those `allowed`."""
-    if value not in allowed:
+    """Refuse a `value` of the field `name` that is not among those `allowed`: 1 is no True."""
+    if not any(type(value) is type(one) and value == one for one in allowed):
         raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(map(str, allowed))}")
 
 
