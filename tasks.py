@@ -239,7 +239,7 @@ CHECKS = (
     "ruff check .",
     "mypy",
     SITE,
-    "pytest -q -n 2 --dist loadgroup --no-loadscope-reorder",
+    "pytest -q -n 2 --dist loadfile --no-loadscope-reorder",
 )
 
 
