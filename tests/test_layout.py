@@ -89,6 +89,7 @@ OPTIONAL = {
     "sdnq": ("evaluation/cost/variants/sdnq.py",),
     "optimum": ("evaluation/cost/variants/quanto.py",),
     "openvino": ("export/*", "backends/openvino*"),
+    "openvino_tokenizers": ("export/genai/*",),
     "ray": ("cluster/*",),
     "pyarrow": ("report/*",),
     "gradio": ("studio/*",),

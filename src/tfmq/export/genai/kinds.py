@@ -1,0 +1,97 @@
+"""Which pipelines OpenVINO GenAI draws with, and what it reads of each: read in its sources
+(`src/cpp/src/image_generation`, 2026.4).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A class of pipelines: its denoiser, the text encoders by component and class, those of them that may be
+    left out, whether hidden states of every layer are read, and the dtype in which timesteps come.
+    """
+
+    denoiser: str
+    denoiser_class: str
+    encoders: Mapping[str, str]
+    optional: tuple[str, ...] = ()
+    hidden_states: bool
+    timestep: str
+
+
+_DIFFUSION = Kind(
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    encoders={"text_encoder": CLIP},
+    hidden_states=False,
+    timestep="int64",
+)
+KINDS: dict[str, Kind] = {
+    "StableDiffusionPipeline": _DIFFUSION,
+    "LatentConsistencyModelPipeline": _DIFFUSION,
+    "StableDiffusionXLPipeline": Kind(
+        denoiser="unet",
+        denoiser_class="UNet2DConditionModel",
+        encoders={"text_encoder": CLIP, "text_encoder_2": PROJECTED},
+        hidden_states=True,
+        timestep="int64",
+    ),
+    "StableDiffusion3Pipeline": Kind(
+        denoiser="transformer",
+        denoiser_class="SD3Transformer2DModel",
+        encoders={"text_encoder": PROJECTED, "text_encoder_2": PROJECTED, "text_encoder_3": T5},
+        optional=("text_encoder_3",),
+        hidden_states=True,
+        timestep="float32",
+    ),
+}
+DECODER = "AutoencoderKL"
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Return the component that makes tokens for a text encoder.
+
+    >>> tokenizer_of("text_encoder_2")
+    'tokenizer_2'
+    """
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def kind_of(pipeline: Any, denoiser: str) -> Kind:
+    """Return the kind of a pipeline whose component `denoiser` is quantized.
+
+    Raises:
+        ValueError: GenAI cannot draw with it, for the reason in the message.
+    """
+    name = type(pipeline).__name__
+    if name not in KINDS:
+        raise ValueError(f"OpenVINO GenAI draws no {name}; it draws {', '.join(KINDS)}")
+    kind, components = KINDS[name], pipeline.components
+    if denoiser != kind.denoiser:
+        raise ValueError(
+            f"of a {name} OpenVINO GenAI runs the {kind.denoiser}, and the {denoiser} is quantized"
+        )
+    wanted = {kind.denoiser: kind.denoiser_class, **kind.encoders, "vae": DECODER}
+    for component, expected in wanted.items():
+        found = components.get(component)
+        if found is None and component in kind.optional:
+            continue
+        if type(found).__name__ != expected:
+            has = "has none" if found is None else f"has a {type(found).__name__}"
+            raise ValueError(
+                f"OpenVINO GenAI needs a {expected} as {component} of a {name}, and this one {has}"
+            )
+        if component in kind.encoders and components.get(tokenizer_of(component)) is None:
+            raise ValueError(
+                f"OpenVINO GenAI needs a {tokenizer_of(component)} for the {component}, and this {name} has none"
+            )
+    return kind
+
+
+def encoders_of(kind: Kind, pipeline: Any) -> tuple[str, ...]:
+    """Return the text encoders that a pipeline of a kind has, in order."""
+    return tuple(name for name in kind.encoders if pipeline.components.get(name) is not None)
