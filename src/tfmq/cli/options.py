@@ -41,6 +41,14 @@ Steps = Annotated[
     typer.Option("--steps", min=1, help="Denoising steps. Default: those of the calibration, else 50."),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Such as cpu or cuda.")]
+EngineDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="D",
+        help="Such as cpu or cuda; with --backend openvino one of OpenVINO's: CPU, GPU, NPU, AUTO.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -164,12 +172,36 @@ def check_device(name: str | None) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise typer.BadParameter(
-            f"{name!r} is no device; give cpu, cuda, cuda:1 or the like", param_hint="--device"
+            f"{name!r} is no device; give cpu, cuda, cuda:1 or the like (--backend openvino has its own)",
+            param_hint="--device",
         ) from error
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_devices(name: str | None, backend: str) -> tuple[str | None, str]:
+    """Return the device of torch and that of OpenVINO: `--device` names the latter where the backend is
+    `openvino`, and torch stays on the CPU then.
+
+    Raises:
+        typer.BadParameter: torch knows no such kind of device.
+        ValueError: this machine has no such device.
+        MissingExtraError: OpenVINO is not installed.
+    """
+    from tfmq.backends.openvino_device import CPU
+
+    if backend != "openvino" or name is None:
+        check_device(name)
+        return name, CPU
+    from tfmq.backends.openvino import shared_core
+    from tfmq.backends.openvino_device import check_device as check_engine
+    from tfmq.errors import require
+
+    require("openvino", extra="openvino")
+    check_engine(shared_core(), name.upper())
+    return None, name.upper()
 
 
 def check_module(text: str | None) -> "ModuleFile | None":
@@ -218,8 +250,8 @@ def check_reference(reference: str | None, module: str | None, *, needed: bool =
         )
 
 
-def check_execution(backend: str, weights: str) -> "Options":
-    """Return the options of a backend, after refusing what no machine knows.
+def check_execution(backend: str, weights: str, device: str = "CPU") -> "Options":
+    """Return the options of a backend, `device` that of OpenVINO, after refusing what no machine knows.
 
     Raises:
         typer.BadParameter: no such backend, or no such form of weights.
@@ -233,7 +265,7 @@ def check_execution(backend: str, weights: str) -> "Options":
             param_hint="--backend",
         )
     try:
-        return Options(weights=weights)  # type: ignore[arg-type]
+        return Options(weights=weights, device=device)  # type: ignore[arg-type]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--weights") from error
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tfmq.export.directory import DESCRIPTION, description, keyed_call, output_names
 from tfmq.export.fake_quantize import graph_kernels
-from tfmq.export.genai.kinds import Kind, encoders_of, kind_of, tokenizer_of
+from tfmq.export.genai.kinds import T5, Kind, encoders_of, fitting, kind_of, token_limits, tokenizer_of
 from tfmq.export.genai.models import denoiser_model, network_model
 from tfmq.export.genai.scheduler import scheduler_config
 from tfmq.export.genai.tokenizer import write_tokenizer
@@ -21,7 +21,6 @@ from tfmq.models.denoiser import Denoiser, Inputs
 
 MODEL = "openvino_model.xml"
 NOTHING = [None, None]
-LONGEST = 32
 
 
 class Drawing(Protocol):
@@ -62,14 +61,15 @@ def export_pipeline(drawing: Drawing, directory: Path) -> dict[str, Any]:
     kind = kind_of(pipeline, drawing.component)
     schedule = scheduler_config(pipeline.scheduler)
     _warn_of_options(drawing)
-    example = drawing.example()
+    example = fitting(kind, pipeline, drawing.example())
     graph, call = keyed_call(denoiser, example)
     with torch.no_grad(), graph_kernels(denoiser.module):
         outputs = output_names(graph, call)
         model = denoiser_model(graph, call, outputs, timestep=kind.timestep)
     _write_model(directory / kind.denoiser, model, denoiser.module)
-    for name in encoders_of(kind, pipeline):
-        _write_encoder(directory, pipeline, name, kind, drawing.prompts)
+    texts = example.conditions["encoder_hidden_states"].shape[1]
+    for name, limit in token_limits(kind, pipeline, texts).items():
+        _write_encoder(directory, pipeline, name, kind, limit, drawing.prompts)
     _write_decoder(directory / "vae_decoder", pipeline.vae, example.sample)
     _write_json(directory / "scheduler" / "scheduler_config.json", schedule)
     _write_json(directory / "model_index.json", _index(pipeline, kind))
@@ -103,14 +103,15 @@ def _ports(model: ov.Model) -> list[dict[str, Any]]:
     ]
 
 
-def _write_encoder(directory: Path, pipeline: Any, name: str, kind: Kind, prompts: Sequence[str]) -> None:
+def _write_encoder(
+    directory: Path, pipeline: Any, name: str, kind: Kind, limit: int, prompts: Sequence[str]
+) -> None:
     encoder, tokenizer = (pipeline.components[part] for part in (name, tokenizer_of(name)))
-    limit: int | None = getattr(encoder.config, "max_position_embeddings", None)
-    length = limit or min(tokenizer.model_max_length, LONGEST)
     tokens = tokenizer(
-        ["a", "b"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ["a", "b"], padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     ).input_ids
-    network: Network = TextEncoder(encoder, tokens, hidden_states=kind.hidden_states and limit is not None)
+    every_layer = kind.hidden_states and kind.encoders[name] != T5
+    network: Network = TextEncoder(encoder, tokens, hidden_states=every_layer)
     _write_model(directory / name, network_model(network, tokens), encoder)
     write_tokenizer(tokenizer, directory / tokenizer_of(name), limit=limit, texts=prompts)
 

@@ -3,8 +3,10 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from tfmq.models.denoiser import Inputs
 
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 
@@ -87,9 +89,33 @@ def kind_of(pipeline: Any, denoiser: str) -> Kind:
             )
         if component in kind.encoders and components.get(tokenizer_of(component)) is None:
             raise ValueError(
-                f"OpenVINO GenAI needs a {tokenizer_of(component)} for the {component}, and this {name} has none"
+                f"OpenVINO GenAI needs a {tokenizer_of(component)} beside the {component}, which this lacks"
             )
     return kind
+
+
+def token_limits(kind: Kind, pipeline: Any, texts: int) -> dict[str, int]:
+    """Return the number of tokens that each text encoder of a pipeline reads, where the denoiser reads hidden
+    states of `texts` tokens: CLIP has its own, T5 what that leaves beside the first CLIP.
+    """
+    limits = {}
+    for name in encoders_of(kind, pipeline):
+        own: int | None = getattr(pipeline.components[name].config, "max_position_embeddings", None)
+        limits[name] = own or texts - limits["text_encoder"]
+    return limits
+
+
+def fitting(kind: Kind, pipeline: Any, example: Inputs) -> Inputs:
+    """Return an example of a denoiser's inputs with as many tokens as GenAI passes: in the place of a T5 that
+    a pipeline lacks it passes zeros for as many as the first CLIP has, where diffusers takes more.
+    """
+    if encoders_of(kind, pipeline) == tuple(kind.encoders):
+        return example
+    states = example.conditions["encoder_hidden_states"]
+    limit = pipeline.components["text_encoder"].config.max_position_embeddings
+    return replace(
+        example, conditions={**example.conditions, "encoder_hidden_states": states[:, : 2 * limit]}
+    )
 
 
 def encoders_of(kind: Kind, pipeline: Any) -> tuple[str, ...]:

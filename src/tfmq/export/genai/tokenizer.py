@@ -12,7 +12,7 @@ from openvino import opset13 as ops
 END = np.iinfo(np.int64).max
 
 
-def write_tokenizer(tokenizer: Any, directory: Path, *, limit: int | None, texts: Sequence[str]) -> None:
+def write_tokenizer(tokenizer: Any, directory: Path, *, limit: int, texts: Sequence[str]) -> None:
     """Write a tokenizer of transformers to a new folder: its own files, and models that make tokens of a text
     and text of tokens.
 
@@ -21,7 +21,7 @@ def write_tokenizer(tokenizer: Any, directory: Path, *, limit: int | None, texts
         directory: takes `openvino_tokenizer.xml`, `openvino_detokenizer.xml` and their weights beside the
             tokenizer's own files.
         limit: tokens of the longest text; GenAI cuts what is longer, the token that ends it included, so the
-            model itself keeps that one. None where the reader sets it.
+            model itself keeps that one.
         texts: what is read by both for a comparison; a difference is warned of.
 
     Raises:
@@ -36,13 +36,11 @@ def write_tokenizer(tokenizer: Any, directory: Path, *, limit: int | None, texts
         raise ValueError(
             f"OpenVINO cannot convert the {type(tokenizer).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    if limit is not None:
-        keep_end(model, limit)
+    keep_end(model, limit)
     tokenizer.save_pretrained(str(directory))
     ov.save_model(model, directory / "openvino_tokenizer.xml", compress_to_fp16=False)
     ov.save_model(back, directory / "openvino_detokenizer.xml", compress_to_fp16=False)
-    if limit is not None:
-        _compare(model, tokenizer, limit, texts)
+    _compare(model, tokenizer, limit, texts)
 
 
 def keep_end(model: ov.Model, limit: int) -> None:
