@@ -1,9 +1,8 @@
 """Options that several verbs share."""
 
 import pytest
-import typer
 
-from tfmq.cli.options import check_cluster, check_devices, with_addresses
+from tfmq.cli.options import check_cluster, with_addresses
 
 
 @pytest.mark.parametrize(
@@ -32,15 +31,3 @@ def test_where_work_is_done() -> None:
     assert there is not None and (there.address, there.gpus) == ("head:6379", 1)
     with pytest.warns(UserWarning, match="no effect without --cluster"):
         assert check_cluster(None, 2, 1, device=None) is None
-
-
-def test_a_device_is_that_of_what_computes() -> None:
-    assert check_devices(None, "openvino") == (None, "CPU")
-    assert check_devices("cpu", "torch") == ("cpu", "CPU")
-    pytest.importorskip("openvino")
-    assert check_devices("cpu", "openvino") == (None, "CPU")
-    assert check_devices("auto:cpu", "openvino") == (None, "AUTO:CPU")
-    with pytest.raises(ValueError, match=r"OpenVINO sees no device 'ABACUS'; it sees .*CPU"):
-        check_devices("abacus", "openvino")
-    with pytest.raises(typer.BadParameter, match="--backend openvino has its own"):
-        check_devices("GPU", "auto")

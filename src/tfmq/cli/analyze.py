@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.options import (
     Backend,
     Directory,
@@ -18,7 +19,6 @@ from tfmq.cli.options import (
     Steps,
     Weights,
     beside,
-    check_devices,
     check_execution,
     check_module,
     check_reference,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.options import (
     Backend,
     BatchSize,
@@ -17,7 +18,6 @@ from tfmq.cli.options import (
     Seed,
     Steps,
     Weights,
-    check_devices,
     check_execution,
     check_module,
     check_reference,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.evaluating import amounts, judge_of, metrics_for, metrics_of, shard_of
 from tfmq.cli.options import (
     Backend,
@@ -24,7 +25,6 @@ from tfmq.cli.options import (
     Workers,
     beside,
     check_cluster,
-    check_devices,
     check_execution,
     check_module,
     check_reference,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.options import (
     Backend,
     BatchSize,
@@ -21,7 +22,6 @@ from tfmq.cli.options import (
     Weights,
     Workers,
     check_cluster,
-    check_devices,
     check_execution,
     check_model,
     check_module,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tfmq.cli.options import Backend, EngineDevice, check_devices, check_execution
+from tfmq.cli.devices import check_devices
+from tfmq.cli.options import Backend, EngineDevice, check_execution
 from tfmq.cli.outcome import verb
 
 

@@ -98,7 +98,7 @@ def token_limits(kind: Kind, pipeline: Any, texts: int) -> dict[str, int]:
     """Return the number of tokens that each text encoder of a pipeline reads, where the denoiser reads hidden
     states of `texts` tokens: CLIP has its own, T5 what that leaves beside the first CLIP.
     """
-    limits = {}
+    limits: dict[str, int] = {}
     for name in encoders_of(kind, pipeline):
         own: int | None = getattr(pipeline.components[name].config, "max_position_embeddings", None)
         limits[name] = own or texts - limits["text_encoder"]
