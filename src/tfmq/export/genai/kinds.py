@@ -1,5 +1,5 @@
 """Which pipelines OpenVINO GenAI draws with, and what it reads of each: read in its sources
-(`src/cpp/src/image_generation`, 2026.4).
+of August 2026 (`src/cpp/src/image_generation`), run with 2026.4.1.
 """
 
 from collections.abc import Mapping

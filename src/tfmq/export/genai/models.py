@@ -1,8 +1,5 @@
 """The OpenVINO models of a pipeline's components, with the inputs and outputs that GenAI sets and reads."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import openvino as ov
 import torch
@@ -14,8 +11,6 @@ from tfmq.export.fake_quantize import graph_kernels
 from tfmq.export.network import Network, NetworkGraph
 from tfmq.export.openvino import convert
 
-INDEX = np.array(0)
-
 
 def denoiser_model(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], *, timestep: str) -> ov.Model:
     """Return the model of a denoiser, whose timesteps `[1]` or `[B]` are the input `timestep` of this dtype.
@@ -24,11 +19,8 @@ def denoiser_model(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], *, t
         ValueError: its code fixes the batch, which guidance doubles.
     """
     model = _named(convert(graph, call), outputs)
-    if any(
-        port.partial_shape[0].is_static
-        for port, batched in _batched(model, dict(zip(graph.names, graph.batched, strict=True)))
-        if batched
-    ):
+    batched = dict(zip(graph.names, graph.batched, strict=True))
+    if any(batched[port.get_any_name()] and port.partial_shape[0].is_static for port in model.inputs):
         raise ValueError(
             f"OpenVINO can convert the denoiser for a batch of {call.batch} alone, and GenAI draws with "
             "guidance in batches of two"
@@ -39,10 +31,6 @@ def denoiser_model(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], *, t
         # Conditions of diffusers come in dicts; GenAI calls them by their own names.
         port.set_names({port.get_any_name().rpartition(".")[2]})
     return model
-
-
-def _batched(model: ov.Model, batched: Mapping[str, bool]) -> list[tuple[Any, bool]]:
-    return [(port, batched[port.get_any_name()]) for port in model.inputs]
 
 
 def network_model(network: Network, example: Tensor) -> ov.Model:
@@ -64,7 +52,7 @@ def _retime(model: ov.Model, name: str, dtype: str) -> None:
     other = next(port for port in model.inputs if port.get_any_name() != name)
     new = ops.parameter([-1], np.dtype(dtype), name=name)
     new.output(0).set_names({name})
-    batch = ops.gather(ops.shape_of(other), np.array([0]), INDEX)
+    batch = ops.gather(ops.shape_of(other), np.array([0]), np.array(0))
     value = ops.convert(ops.broadcast(new, batch), old.get_element_type().to_string())
     for target in old.output(0).get_target_inputs():
         target.replace_source_output(value.output(0))
