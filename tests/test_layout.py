@@ -90,6 +90,7 @@ OPTIONAL = {
     "sdnq": ("evaluation/cost/variants/sdnq.py",),
     "optimum": ("evaluation/cost/variants/quanto.py",),
     "openvino": ("export/*", "backends/openvino*", "evaluation/cost/variants/openvino.py"),
+    "openvino_tokenizers": ("export/genai/*",),
     "ray": ("cluster/*",),
     "pyarrow": ("report/*",),
     "gradio": ("studio/*",),

@@ -26,12 +26,14 @@ class Options:
     `weights`: "unpacked" keeps each weight in the form that executes fastest, one byte each beside the packed
     codes; "packed" unpacks at each call.
     `compile`: let the backend's graph compiler run; the first call takes longer. `threads`: of an engine with
-    threads of its own.
+    threads of its own. `device`: of the backend `openvino`, by OpenVINO's name, such as "GPU", "NPU" or
+    "AUTO"; no other than "CPU" has been tested.
     """
 
     weights: Weights = "unpacked"
     compile: bool = False
     threads: int | None = None
+    device: str = "CPU"
 
     def __post_init__(self) -> None:
         if self.weights not in ("unpacked", "packed"):

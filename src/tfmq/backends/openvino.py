@@ -1,5 +1,5 @@
-"""The openvino backend: the whole denoiser as one OpenVINO model on the CPU, its layers fused to INT8 with
-our scales.
+"""The openvino backend: the whole denoiser as one OpenVINO model, its layers fused to INT8 with our scales on
+the CPU, the one device that has been tested.
 """
 
 import os
@@ -17,6 +17,7 @@ from tfmq.backends.backend import Coverage, EngineError, Options, by_input, regi
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.openvino_blame import blamed
+from tfmq.backends.openvino_device import CPU, check_device, settings_for
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
@@ -46,8 +47,8 @@ def shared_core() -> Any:
 
 @register("openvino")
 class OpenVINO:
-    """INT8 linear layers and convolutions of the CPU plug-in. A converted model is kept on disk, compiled
-    ones too; any batch is compiled for.
+    """INT8 linear layers and convolutions of OpenVINO's plug-in for a device. A converted model is kept on
+    disk, compiled ones too; any batch is compiled for.
     """
 
     def missing(self) -> str:
@@ -60,7 +61,12 @@ class OpenVINO:
         return ""
 
     def attach(self, module: nn.Module, options: Options) -> Coverage:
-        """Let the denoiser run as OpenVINO models; a first call with a new shape converts and compiles."""
+        """Let the denoiser run as OpenVINO models; a first call with a new shape converts and compiles.
+
+        Raises:
+            ValueError: OpenVINO sees no such device.
+        """
+        check_device(shared_core(), options.device)
         layers, floating = by_input(module)
         floating |= {name: ASYMMETRIC for name, layer in layers.items() if not _narrow(layer)}
         floating |= {name: GROUPED for name, layer in layers.items() if layer.operation.stored_axis is None}
@@ -76,9 +82,9 @@ def _narrow(layer: PackedLayer) -> bool:
     return layer.format.bits < 8 or layer.format.symmetric or layer.integer_weight().narrow
 
 
-def _compiles(core: Any, model: Any, settings: Mapping[str, Any]) -> bool:
+def _compiles(core: Any, model: Any, device: str, settings: Mapping[str, Any]) -> bool:
     try:
-        core.compile_model(model, "CPU", settings)
+        core.compile_model(model, device, settings)
     except RuntimeError:
         return False
     return True
@@ -120,12 +126,13 @@ class _Builder:
         threads = self.options.threads or torch.get_num_threads()
         # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the
         # other backends.
-        settings = {
+        wanted = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "CACHE_DIR": str(cache_directory("openvino")),
         }
+        settings = settings_for(core, self.options.device, wanted)
         request = self._compiled(core, model, settings, graph, call).create_infer_request()
         outputs = len(model.outputs)
 
@@ -143,16 +150,18 @@ class _Builder:
         return run
 
     def _compiled(self, core: Any, model: Any, settings: Mapping[str, Any], graph: Graph, call: Call) -> Any:
+        device = self.options.device
         try:
-            return core.compile_model(model, "CPU", settings)
+            return core.compile_model(model, device, settings)
         except RuntimeError as error:
             where = blamed(
                 model,
                 packed_layers(graph.module),
-                lambda part: _compiles(core, part, {**settings, "CACHE_DIR": ""}),
+                lambda part: _compiles(core, part, device, {**settings, "CACHE_DIR": ""}),
             )
             last = str(error).split("\n\n")[0].strip().splitlines()[-1]
-            text = f"OpenVINO cannot compile the {graph.kind} for a batch of {call.batch}: {last}"
+            on = "" if device == CPU else f" on {device}"
+            text = f"OpenVINO cannot compile the {graph.kind} for a batch of {call.batch}{on}: {last}"
             raise EngineError(f"{text}; at {where}" if where else text) from error
 
     def _converted(self, graph: Graph, call: Call) -> Path:

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.options import (
     Backend,
-    Device,
     Directory,
+    EngineDevice,
     Json,
     Module,
     Prompts,
@@ -18,7 +19,6 @@ from tfmq.cli.options import (
     Steps,
     Weights,
     beside,
-    check_device,
     check_execution,
     check_module,
     check_reference,
@@ -51,7 +51,7 @@ def analyze(
         Path | None,
         typer.Option("--output-dir", metavar="OUT", help="Where the files go. Default: DIR.analysis."),
     ] = None,
-    device: Device = None,
+    device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
@@ -79,10 +79,10 @@ def analyze(
         if parquet:
             # Ask for it now, not after minutes of work.
             require("pyarrow", extra="parquet")
-        check_device(device)
+        device, engine = check_devices(device, backend)
         check_reference(reference, module)
         own = check_module(module)
-        execution = check_execution(backend, weights)
+        execution = check_execution(backend, weights, engine)
         source = quantized_directory(directory)
         with (
             quiet(),

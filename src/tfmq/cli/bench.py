@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tfmq.cli.devices import check_device
 from tfmq.cli.options import (
     Device,
     Directory,
@@ -15,7 +16,6 @@ from tfmq.cli.options import (
     Module,
     Prompts,
     Steps,
-    check_device,
     check_module,
     check_reference,
     read_prompts,

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.options import (
     Backend,
     BatchSize,
-    Device,
     Directory,
+    EngineDevice,
     Json,
     Module,
     NumImages,
@@ -17,7 +18,6 @@ from tfmq.cli.options import (
     Seed,
     Steps,
     Weights,
-    check_device,
     check_execution,
     check_module,
     check_reference,
@@ -39,7 +39,7 @@ def compare(
     steps: Steps = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    device: Device = None,
+    device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
@@ -56,10 +56,10 @@ def compare(
         from tfmq.report.summary import COMPARISON_FILES
         from tfmq.targets import calibrated_options
 
-        check_device(device)
+        device, engine = check_devices(device, backend)
         check_reference(reference, module)
         own = check_module(module)
-        execution = check_execution(backend, weights)
+        execution = check_execution(backend, weights, engine)
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=COMPARISON_FILES) as folder:
             options = {"num_images": num_images, "steps": steps, "seed": seed, "batch_size": batch_size}

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.evaluating import amounts, judge_of, metrics_for, metrics_of, shard_of
 from tfmq.cli.options import (
     Backend,
     BatchSize,
     Cluster,
-    Device,
     Directory,
+    EngineDevice,
     Json,
     Module,
     Prompts,
@@ -24,7 +25,6 @@ from tfmq.cli.options import (
     Workers,
     beside,
     check_cluster,
-    check_device,
     check_execution,
     check_module,
     check_reference,
@@ -131,7 +131,7 @@ def evaluate(
         bool, typer.Option("--resume", help="Continue an interrupted evaluation, or the work of shards.")
     ] = False,
     batch_size: BatchSize = 16,
-    device: Device = None,
+    device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
@@ -160,9 +160,9 @@ def evaluate(
         from tfmq.evaluation.weights import Weights as Found
         from tfmq.integrations.diffusers.quiet import quiet
 
-        check_device(device)
+        device, engine = check_devices(device, backend)
         execution, part, names = (
-            check_execution(backend, weights),
+            check_execution(backend, weights, engine),
             shard_of(shard),
             metrics_of(metrics, extractor),
         )

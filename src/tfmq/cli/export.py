@@ -1,11 +1,15 @@
 """`tfmq export`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tfmq.cli.options import Directory, Json, Module, OutputDir, check_module
 from tfmq.cli.outcome import emit, verb
+
+if TYPE_CHECKING:
+    from tfmq.models.sampler import Sampler
 
 # Seconds that converting one quantized layer to OpenVINO takes on one core of a server: the 79 of the
 # embedded model took 5.3.
@@ -15,36 +19,62 @@ SECONDS_A_LAYER = 0.07
 def export(
     directory: Directory,
     output_dir: OutputDir,
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="openvino or onnx.")],
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="openvino, onnx, or openvino-genai.")],
     module: Module = None,
     json: Json = False,
 ) -> None:
     """Write the denoiser of DIR as a model of another engine, which runs without tfmq; the temporal table is
-    inside.
+    inside. `openvino-genai` takes the whole pipeline.
     """
     with verb():
         from tfmq.cli.models import open_model, quantized_directory
         from tfmq.cli.progress import foretell
-        from tfmq.export.directory import FILES, TARGETS
-        from tfmq.export.directory import export as write
+        from tfmq.export.directory import owned_files, targets
         from tfmq.integrations.diffusers.quiet import quiet
-        from tfmq.nn.plan import packed_layers
         from tfmq.report.directory import completed_directory
 
-        if to not in TARGETS:
+        if to not in targets():
             raise typer.BadParameter(
-                f"{to!r} is no target; choose one of {', '.join(TARGETS)}", param_hint="--to"
+                f"{to!r} is no target; choose one of {', '.join(targets())}", param_hint="--to"
             )
         own = check_module(module)
         source = quantized_directory(directory)
-        with quiet(), completed_directory(output_dir, owned=FILES) as folder:
+        with quiet(), completed_directory(output_dir, owned=owned_files(output_dir, to)) as folder:
             sampler = open_model(str(source), module=own)
-            foretell(SECONDS_A_LAYER * len(packed_layers(sampler.denoiser.module)), "the conversion")
-            result = {"output_dir": str(output_dir), "to": to} | write(
-                sampler.denoiser, sampler.example(), folder, to=to
-            )
+            foretell(SECONDS_A_LAYER * _layers(sampler, to), "the conversion")
+            result = {"output_dir": str(output_dir), "to": to} | _write(sampler, folder, to)
     if json:
         emit(result)
     else:
         shapes = "; ".join(f"{port['name']} {port['dtype']} {port['shape']}" for port in result["inputs"])
         print(f"{', '.join(result['files'])} in {output_dir}; inputs: {shapes}")
+
+
+def _layers(sampler: "Sampler", to: str) -> int:
+    """Return how many quantized layers are converted."""
+    from tfmq.backends.execution import quantized_modules
+    from tfmq.export.directory import PIPELINE
+    from tfmq.nn.plan import packed_layers
+    from tfmq.targets import owner_of
+
+    parts = quantized_modules(owner_of(sampler)) if to == PIPELINE else (sampler.denoiser.module,)
+    return sum(len(packed_layers(part)) for part in parts)
+
+
+def _write(sampler: "Sampler", folder: Path, to: str) -> dict[str, Any]:
+    """Write a model, or its pipeline where that is the target, and return its description."""
+    from tfmq.export.directory import PIPELINE, export
+
+    if to != PIPELINE:
+        return export(sampler.denoiser, sampler.example(), folder, to=to)
+    from tfmq.errors import require
+    from tfmq.integrations.diffusers.pipelines import PipelineSampler
+
+    if not hasattr(sampler, "pipeline"):
+        raise ValueError(f"{PIPELINE} takes a pipeline; a module of your own goes to openvino or onnx")
+    assert isinstance(sampler, PipelineSampler)
+    for package in ("openvino", "openvino_tokenizers"):
+        require(package, extra="genai")
+    from tfmq.export.genai.directory import export_pipeline
+
+    return export_pipeline(sampler, folder)

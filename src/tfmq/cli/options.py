@@ -41,6 +41,14 @@ Steps = Annotated[
     typer.Option("--steps", min=1, help="Denoising steps. Default: those of the calibration, else 50."),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="D", help="Such as cpu or cuda.")]
+EngineDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="D",
+        help="Such as cpu or cuda; with --backend openvino one of OpenVINO's: CPU, GPU, NPU, AUTO.",
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -149,29 +157,6 @@ def parse_seconds(text: str, hint: str) -> float:
     return _measured(text, SECONDS, hint, "10m")
 
 
-def check_device(name: str | None) -> None:
-    """Refuse a device that torch does not know or does not have.
-
-    Raises:
-        typer.BadParameter: no such kind of device.
-        ValueError: this machine, or this torch, has none.
-    """
-    if name is None:
-        return
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise typer.BadParameter(
-            f"{name!r} is no device; give cpu, cuda, cuda:1 or the like", param_hint="--device"
-        ) from error
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"cannot use the device {name}: {str(error).splitlines()[0]}") from error
-
-
 def check_module(text: str | None) -> "ModuleFile | None":
     """Return what `--module` names; None without it.
 
@@ -218,8 +203,8 @@ def check_reference(reference: str | None, module: str | None, *, needed: bool =
         )
 
 
-def check_execution(backend: str, weights: str) -> "Options":
-    """Return the options of a backend, after refusing what no machine knows.
+def check_execution(backend: str, weights: str, device: str = "CPU") -> "Options":
+    """Return the options of a backend, `device` that of OpenVINO, after refusing what no machine knows.
 
     Raises:
         typer.BadParameter: no such backend, or no such form of weights.
@@ -233,7 +218,7 @@ def check_execution(backend: str, weights: str) -> "Options":
             param_hint="--backend",
         )
     try:
-        return Options(weights=weights)  # type: ignore[arg-type]
+        return Options(weights=weights, device=device)  # type: ignore[arg-type]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--weights") from error
 

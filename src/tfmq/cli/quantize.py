@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tfmq.cli.devices import check_device
 from tfmq.cli.options import (
     Cluster,
     Device,
@@ -22,7 +23,6 @@ from tfmq.cli.options import (
     Workers,
     beside,
     check_cluster,
-    check_device,
     check_model,
     check_module,
     parse_bytes,

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tfmq.cli.devices import check_devices
 from tfmq.cli.options import (
     Backend,
     BatchSize,
     Cluster,
-    Device,
+    EngineDevice,
     Json,
     Model,
     Module,
@@ -21,7 +22,6 @@ from tfmq.cli.options import (
     Weights,
     Workers,
     check_cluster,
-    check_device,
     check_execution,
     check_model,
     check_module,
@@ -43,7 +43,7 @@ def sample(
     steps: Steps = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
-    device: Device = None,
+    device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
     weights: Weights = "unpacked",
@@ -61,10 +61,10 @@ def sample(
         from tfmq.report.directory import completed_directory
         from tfmq.report.pictures import SAMPLE_FILES, write_samples
 
-        check_device(device)
+        device, engine = check_devices(device, backend)
         check_model(model, module)
         options, place = (
-            check_execution(backend, weights),
+            check_execution(backend, weights, engine),
             check_cluster(cluster, workers, threads, device=device),
         )
         with quiet(), completed_directory(output_dir, owned=SAMPLE_FILES) as directory:

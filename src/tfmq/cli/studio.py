@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tfmq.cli.options import Backend, Device, check_device, check_execution
+from tfmq.cli.devices import check_devices
+from tfmq.cli.options import Backend, EngineDevice, check_execution
 from tfmq.cli.outcome import verb
 
 
@@ -28,7 +29,7 @@ def studio(
         int | None,
         typer.Option("--port", min=1, max=65535, help="Of the page. Default: the first free one from 7860."),
     ] = None,
-    device: Device = None,
+    device: EngineDevice = None,
     backend: Backend = "auto",
 ) -> None:
     """Open a page on this machine that draws the same image with a quantized model and its original, with
@@ -37,10 +38,10 @@ def studio(
     with verb(interrupted="the page is closed"):
         from tfmq.studio.page import Studio, find_models
 
-        check_device(device)
-        check_execution(backend, "unpacked")
+        device, engine = check_devices(device, backend)
+        options = check_execution(backend, "unpacked", engine)
         found = [model for folder in models or [Path()] for model in find_models(folder)]
-        made = Studio(found, reference, backend=backend, device=device)
+        made = Studio(found, reference, backend=backend, device=device, options=options)
 
         def opened(address: str) -> None:
             typer.echo(

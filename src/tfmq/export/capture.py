@@ -86,6 +86,11 @@ class Graph(nn.Module):
         return plain_forward(self.module, tree_unflatten(leaves, self.signature.structure))
 
     @property
+    def positions(self) -> int:
+        """How many bins there are."""
+        return len(steps_of(self.module).timesteps)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What the inputs are called, in the order of `arguments`."""
         return ("bins", *(("temporal_features",) if self.tables else ()), *self.signature.names)
@@ -234,7 +239,7 @@ def trace(graph: Graph, call: Call) -> Any | None:
     A branch on values or on the batch would be frozen as that run took it. So the traced graph has to give
     what the model gives for another batch, other values and other timesteps.
     """
-    device, count = call.tensors[0].device, len(steps_of(graph.module).timesteps)
+    device, count = call.tensors[0].device, graph.positions
 
     def arguments(batch: int, first: int, factor: float) -> tuple[Tensor, ...]:
         tensors = [

@@ -1,7 +1,7 @@
 """Write a quantized denoiser for an engine outside torch, with a description of its inputs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ from tfmq.version import __version__
 
 DESCRIPTION = "tfmq_export.json"
 FILES = (DESCRIPTION, "denoiser.*")
+# The target that takes a whole pipeline, see `tfmq.export.genai`; those of `TARGETS` take a denoiser.
+PIPELINE = "openvino-genai"
+PIPELINE_FILES = (
+    *("model_index.json", "scheduler", "unet", "transformer", "vae_decoder"),
+    *("text_encoder*", "tokenizer*"),
+)
 Write = Callable[[KeyedGraph, Call, tuple[str, ...], Path], list[str]]
 
 
@@ -49,6 +55,19 @@ TARGETS: dict[str, tuple[tuple[str, ...], Write]] = {
 }
 
 
+def targets() -> tuple[str, ...]:
+    """Return every name that `tfmq export --to` takes."""
+    return (*TARGETS, PIPELINE)
+
+
+def owned_files(directory: Path, to: str) -> tuple[str, ...]:
+    """Return name patterns of what an earlier export to `directory` may have written. Folders are called as
+    those of any pipeline, so they count only where the description beside them says whose they are.
+    """
+    described = to == PIPELINE and (directory / DESCRIPTION).is_file()
+    return (*FILES, *PIPELINE_FILES) if described else FILES
+
+
 def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> dict[str, Any]:
     """Write a quantized denoiser to an existing `directory`, for any batch, the temporal table inside and
     keyed by timestep.
@@ -71,36 +90,65 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
     packages, write = TARGETS[to]
     for package in packages:
         require(package, extra=to)
+    graph, call = keyed_call(denoiser, example)
+    with torch.no_grad(), graph_kernels(denoiser.module):
+        outputs = output_names(graph, call)
+        files = write(graph, call, outputs, directory)
+    written = description(denoiser.module, files=files, inputs=ports(call), outputs=outputs)
+    (directory / DESCRIPTION).write_text(json.dumps(written, indent=1) + "\n")
+    return written
+
+
+def keyed_call(denoiser: Denoiser, example: Inputs) -> tuple[KeyedGraph, Call]:
+    """Return the graph of a quantized denoiser that is keyed by timestep, and the call that an example is.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
     module: nn.Module = denoiser.module
     if not is_quantized(module):
         raise ValueError("the model is not quantized; pass what tfmq quantize wrote")
     call = Call.of(module, denoiser.arguments(example))
-    graph = KeyedGraph(module, call.signature)
-    with torch.no_grad(), graph_kernels(module):
-        output = graph.output(torch.zeros(call.batch, dtype=torch.long), call.tensors)
-        # Outputs of diffusers' models have names.
-        names = (
-            tuple(output.keys())
-            if hasattr(output, "keys")
-            else tuple(str(index) for index in range(len(output_tensors(output))))
-        )
-        # Inputs and outputs share one name space, and both are often called `sample`.
-        outputs = tuple(f"out_{name}" for name in names)
-        files = write(graph, call, outputs, directory)
+    return KeyedGraph(module, call.signature), call
+
+
+def output_names(graph: KeyedGraph, call: Call) -> tuple[str, ...]:
+    """Return what the outputs of a denoiser's graph are called. Inputs and outputs share one name space, and
+    both are often called `sample`.
+    """
+    output = graph.output(torch.zeros(call.batch, dtype=torch.long), call.tensors)
+    # Outputs of diffusers' models have names.
+    names = (
+        tuple(output.keys())
+        if hasattr(output, "keys")
+        else tuple(str(index) for index in range(len(output_tensors(output))))
+    )
+    return tuple(f"out_{name}" for name in names)
+
+
+def ports(call: Call) -> list[dict[str, Any]]:
+    """Return name, dtype and shape of each tensor of a call."""
     shapes = [
         ["batch", *shape] if batched else list(shape)
         for shape, batched in zip(call.signature.shapes, call.signature.batched, strict=True)
     ]
     dtypes = [str(dtype).removeprefix("torch.") for dtype in call.signature.dtypes]
-    description = {
-        "files": files,
-        "inputs": [
-            {"name": n, "dtype": d, "shape": s}
-            for n, d, s in zip(call.signature.names, dtypes, shapes, strict=True)
-        ],
+    return [
+        {"name": n, "dtype": d, "shape": s}
+        for n, d, s in zip(call.signature.names, dtypes, shapes, strict=True)
+    ]
+
+
+def description(
+    module: nn.Module, *, files: Sequence[str], inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str]
+) -> dict[str, Any]:
+    """Return what `tfmq_export.json` holds of a denoiser: its files, inputs, outputs, and the calibrated
+    timesteps.
+    """
+    return {
+        "files": list(files),
+        "inputs": list(inputs),
         "outputs": list(outputs),
         "timesteps": steps_of(module).timesteps.tolist(),
         "tfmq": __version__,
     }
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    return description

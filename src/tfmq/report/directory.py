@@ -43,7 +43,7 @@ def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Pa
     """Yield an empty folder whose files move to `directory` when the block ends; if it fails, `directory`
     stays as it was.
 
-    Files of an earlier run, those that match the name patterns `owned`, are replaced.
+    Files and folders of an earlier run, those that match the name patterns `owned`, are replaced.
 
     Raises:
         OutputExistsError: `directory` holds anything else, or is no directory.
@@ -60,7 +60,7 @@ def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Pa
             partial.mkdir()
             yield partial
         for entry in target.iterdir():
-            entry.unlink()
+            _remove(entry)
         for entry in partial.iterdir():
             entry.replace(target / entry.name)
     except BaseException:
@@ -69,6 +69,14 @@ def completed_directory(directory: Path, *, owned: Sequence[str]) -> Iterator[Pa
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def read_result(path: Path, fields: Sequence[str], *, verb: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tfmq.artifact import PIPELINE_FILE, holds_quantized, stored_manifest
+from tfmq.backends.backend import Options
 from tfmq.errors import require
 from tfmq.report.pictures import enlarged
 from tfmq.report.summary import megabytes
@@ -108,6 +109,7 @@ class Studio:
         reference: the original, as it is chosen at first; None is that of the first quantized model.
         backend: what the quantized model computes with.
         device: device that both models run on.
+        options: of the quantized model's backend.
     """
 
     def __init__(
@@ -117,10 +119,12 @@ class Studio:
         *,
         backend: str = "auto",
         device: str | None = None,
+        options: Options | None = None,
     ) -> None:
         self.models = list(models)
         self.reference = reference or original_of(self.models[0] if self.models else None)
-        self.sides = {"reference": Side(device=device), "quantized": Side(backend=backend, device=device)}
+        quantized = Side(backend=backend, device=device, options=options)
+        self.sides = {"reference": Side(device=device), "quantized": quantized}
 
     def draw(
         self, quantized: str, reference: str, prompt: str, label: float, seed: float, steps: float

@@ -7,6 +7,7 @@ from importlib import import_module
 from threading import Lock
 from typing import Any
 
+from tfmq.backends.backend import Options
 from tfmq.backends.execution import AUTO, computed_by, execute
 from tfmq.evaluation.cost.system import peak_bytes, resident_bytes
 from tfmq.evaluation.sampling import Images, draw_batch
@@ -63,7 +64,7 @@ class _Open:
 _open: dict[str, _Open] = {}
 
 
-def _opened(model: str, backend: str, device: str | None) -> _Open:
+def _opened(model: str, backend: str, device: str | None, options: Options | None) -> _Open:
     """Open the model of this process, and draw once so that nothing is done for the first time later."""
     # Import first what every model needs, so that its memory does not count as the model's.
     import_module("tfmq.integrations.diffusers.pipelines")
@@ -78,7 +79,7 @@ def _opened(model: str, backend: str, device: str | None) -> _Open:
     module = sampler.denoiser.module
     quantized = is_quantized(module)
     if quantized:
-        execute(module, backend)
+        execute(module, backend, options=options)
     with warnings.catch_warnings():
         # Silence the warning that these two steps were not calibrated.
         warnings.simplefilter("ignore")
@@ -86,7 +87,9 @@ def _opened(model: str, backend: str, device: str | None) -> _Open:
     return _Open(sampler, computed_by(module) or backend if quantized else None, before)
 
 
-def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn:
+def draw_here(
+    model: str, backend: str, device: str | None, wish: Wish, options: Options | None = None
+) -> Drawn:
     """Draw in this process, which opens `model` the first time.
 
     Raises:
@@ -94,7 +97,7 @@ def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn
         SamplingError: it draws no image.
     """
     if model not in _open:
-        _open[model] = _opened(model, backend, device)
+        _open[model] = _opened(model, backend, device, options)
     held = _open[model]
     if wish.prompt and held.sampler.takes_prompts:
         held.sampler.prompts = (wish.prompt,)
@@ -115,8 +118,11 @@ def draw_here(model: str, backend: str, device: str | None, wish: Wish) -> Drawn
 class Side:
     """Draws with whatever model it is asked for; each model gets a new process, and the last one's ends."""
 
-    def __init__(self, *, backend: str = AUTO, device: str | None = None) -> None:
+    def __init__(
+        self, *, backend: str = AUTO, device: str | None = None, options: Options | None = None
+    ) -> None:
         self.backend = backend
+        self.options = options
         self.device = device
         self._model: str | None = None
         self._worker: Worker | None = None
@@ -132,7 +138,7 @@ class Side:
         """
         worker = self._worker_of(model)
         try:
-            drawn: Drawn = worker.call(draw_here, model, self.backend, self.device, wish)
+            drawn: Drawn = worker.call(draw_here, model, self.backend, self.device, wish, self.options)
         except WorkerEndedError as error:
             self._end_worker()
             raise SideError(f"the process of {model} ended; most likely it was out of memory") from error
