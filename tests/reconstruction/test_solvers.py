@@ -159,7 +159,7 @@ def test_a_polish_starts_from_the_codes_that_it_polishes(segments: tuple[int, ..
     found = solve(layer, x, x)
     rounding = AdaptiveRounding(leaning(layer), layer.grid)
     assert torch.equal(rounding.codes(hard=True), layer.codes.float())
-    step = layer.grid.expand(layer.grid.scale, 4)
+    step = layer.grid.steps(4)
     moved = (layer.grid.decode(rounding.codes(hard=False).detach()) - layer.quantized_weight()).div(step)
     towards = (layer.weight - layer.quantized_weight()).div(step)
     assert float(moved.abs().max()) <= LEAN + 1e-3 and bool((moved * towards >= -1e-3).all())

@@ -4,7 +4,7 @@ import warnings
 
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import Plan
-from tfmq.nn.scheme import ActivationScheme, Key, LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, Key, LayerScheme, OperandScheme, WeightScheme
 from tfmq.recipes.recipe import Activations, Recipe
 
 
@@ -57,7 +57,13 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
         return None
     segments = activations.segments(layer.segments, direct=layer.direct)
     return LayerScheme(
-        weight=OperandScheme(grid=weight, ranges=weights.ranges, segments=segments),
+        weight=WeightScheme(
+            grid=weight,
+            ranges=weights.ranges,
+            segments=segments,
+            group=weights.group,
+            choices=weights.choices(),
+        ),
         input=_activation(
             activations,
             segments=segments,
