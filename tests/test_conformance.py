@@ -26,6 +26,7 @@ from tfmq.numerics.equivalence import EQUALIZERS, Extremes, power_of_two
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.numerics.grids import GRIDS, Table
+from tfmq.numerics.groups import has_room
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.recipes import Recipe
@@ -167,6 +168,39 @@ def test_every_grid_is_packed_stored_and_run_by_every_backend(sampler: Make, tmp
                 execute(module, backend)
                 assert sqnr_db(expected, made.denoiser(inputs)) > 35, backend
     opened = tfmq.load(tmp_path / "out", module=sampler("plain_rgb").denoiser.module)
+    assert tensor_digest(opened.state_dict()) == tensor_digest(module.state_dict())
+
+
+def test_groups_on_every_grid_are_packed_stored_and_run_by_every_backend(
+    sampler: Make, tmp_path: Path
+) -> None:
+    made = sampler("dit")
+    grids = [grid for name, values in GRIDS.items() if has_room(grid := Table(name, values))]
+    names = itertools.cycle([None, *grids])
+    rules = tuple(
+        Rule(match=layer.name, weights={"bits": grid.bits, "grid": grid.name} if grid else {"bits": 4})
+        for layer, grid in zip(trace(made.denoiser, made.example()).layers, names, strict=False)
+    )
+    base = tfmq.scheme("rtn_w4a8")
+    recipe = replace(
+        base,
+        rules=rules,
+        weights=replace(base.weights, group=8),
+        calibration=Calibration(samples=1, steps=3, interval=1, batch_size=1),
+    )
+    tfmq.quantize(made, recipe, output_dir=tmp_path / "out")
+    module, inputs = made.denoiser.module, batch(made)
+    layers = packed_layers(module).values()
+    assert {layer.group for layer in layers} >= {8} and len({layer.format for layer in layers}) > 1
+    assert all(layer.integer_weight().narrow for layer in layers)
+    with torch.no_grad():
+        expected = made.denoiser(inputs)
+        for backend in BACKENDS:
+            if backend != "float" and not BACKENDS[backend].missing():
+                coverage = execute(module, backend)
+                assert sqnr_db(expected, made.denoiser(inputs)) > 35, backend
+                assert backend == "simulated" or len(coverage.integer) == len(layers), coverage.floating
+    opened = tfmq.load(tmp_path / "out", module=sampler("dit").denoiser.module)
     assert tensor_digest(opened.state_dict()) == tensor_digest(module.state_dict())
 
 
