@@ -25,7 +25,7 @@ from tfmq.nn.swap import parts_of
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, power_of_two
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
-from tfmq.numerics.grids import GRIDS, Table
+from tfmq.numerics.grids import GRIDS, IntegerFormat, Table, table
 from tfmq.numerics.groups import has_room
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
@@ -129,7 +129,8 @@ def test_a_grid_holds_its_own_values_and_takes_the_nearest_of_any(name: str) -> 
     decoded, scaled = fitted.decode(fitted.encode(other)), other / fitted.scale
     nearest = (scaled[..., None] - torch.tensor(GRIDS[name])).abs().amin(dim=-1) * fitted.scale
     torch.testing.assert_close((decoded - other).abs(), nearest, rtol=1e-4, atol=1e-6)
-    assert torch.equal(fitted.decode(fitted.encode(torch.zeros(2, 1))), torch.zeros(2, 1))
+    if 0 in GRIDS[name]:
+        assert torch.equal(fitted.decode(fitted.encode(torch.zeros(2, 1))), torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -144,55 +145,31 @@ def test_soft_roundings_start_at_the_weight_and_end_beside_it(name: str) -> None
     assert rounding.logits.grad is not None and bool(rounding.logits.grad.isfinite().all())
 
 
-def test_every_grid_is_packed_stored_and_run_by_every_backend(sampler: Make, tmp_path: Path) -> None:
-    made, names = sampler("plain_rgb"), itertools.cycle(GRIDS)
-    grids = {
-        layer.name: Table(name := next(names), GRIDS[name])
-        for layer in trace(made.denoiser, made.example()).layers
-    }
-    rules = tuple(
-        Rule(match=name, weights={"bits": grid.bits, "grid": grid.name}) for name, grid in grids.items()
-    )
-    assert len(rules) >= len(GRIDS)
-    recipe = replace(short(), rules=rules, rescaling=Rescaling())
-    tfmq.quantize(made, recipe, output_dir=tmp_path / "out")
-    module, inputs = made.denoiser.module, batch(made)
-    layers = packed_layers(module)
-    assert {name: layer.format for name, layer in layers.items()} == grids
-    for layer in layers.values():
-        assert set(layer.integer_weight().values.unique().tolist()) <= set(layer.format.values)
-    with torch.no_grad():
-        expected = made.denoiser(inputs)
-        for backend in BACKENDS:
-            if backend != "float" and not BACKENDS[backend].missing():
-                execute(module, backend)
-                assert sqnr_db(expected, made.denoiser(inputs)) > 35, backend
-    opened = tfmq.load(tmp_path / "out", module=sampler("plain_rgb").denoiser.module)
-    assert tensor_digest(opened.state_dict()) == tensor_digest(module.state_dict())
-
-
-def test_groups_on_every_grid_are_packed_stored_and_run_by_every_backend(
+def test_every_grid_with_groups_where_it_has_room_is_packed_stored_and_run_by_every_backend(
     sampler: Make, tmp_path: Path
 ) -> None:
     made = sampler("dit")
-    grids = [grid for name, values in GRIDS.items() if has_room(grid := Table(name, values))]
-    names = itertools.cycle([None, *grids])
+    names = itertools.cycle([*GRIDS, "uniform"])
+    grids = {layer.name: table(next(names)) for layer in trace(made.denoiser, made.example()).layers}
     rules = tuple(
-        Rule(match=layer.name, weights={"bits": grid.bits, "grid": grid.name} if grid else {"bits": 4})
-        for layer, grid in zip(trace(made.denoiser, made.example()).layers, names, strict=False)
+        Rule(match=name, weights={"bits": grid.bits, "grid": grid.name} if grid else {"bits": 4})
+        for name, grid in grids.items()
     )
-    base = tfmq.scheme("rtn_w4a8")
-    recipe = replace(
-        base,
-        rules=rules,
-        weights=replace(base.weights, group=8),
-        calibration=Calibration(samples=1, steps=3, interval=1, batch_size=1),
-    )
+    assert len(rules) > len(GRIDS)
+    recipe = replace(short(), rules=rules, rescaling=Rescaling())
+    recipe = replace(recipe, weights=replace(recipe.weights, group=8))
     tfmq.quantize(made, recipe, output_dir=tmp_path / "out")
     module, inputs = made.denoiser.module, batch(made)
-    layers = packed_layers(module).values()
-    assert {layer.group for layer in layers} >= {8} and len({layer.format for layer in layers}) > 1
-    assert all(layer.integer_weight().narrow for layer in layers)
+    layers = packed_layers(module)
+    assert {name: layer.format for name, layer in layers.items()} == {
+        name: grid or IntegerFormat(4) for name, grid in grids.items()
+    }
+    for name, layer in layers.items():
+        wide = layer.shape[1] >= 16
+        assert layer.group == (8 if wide and has_room(layer.format) else 0)
+        assert layer.integer_weight().narrow
+        if (grid := grids[name]) and not layer.group:
+            assert set(layer.integer_weight().values.unique().tolist()) <= set(grid.values)
     with torch.no_grad():
         expected = made.denoiser(inputs)
         for backend in BACKENDS:

@@ -65,7 +65,8 @@ def test_integers_of_groups_are_signed_bytes_and_codes_the_nearest(
     nearest = (values - weight).abs().amin(dim=0)
     error = (found.decode(codes) - weight).abs()
     torch.testing.assert_close(error, nearest, rtol=1e-4, atol=1e-6)
-    assert torch.equal(found.decode(codes)[1, :16], torch.zeros(16, 3))
+    if getattr(grid, "name", "") != "binary":
+        assert torch.equal(found.decode(codes)[1, :16], torch.zeros(16, 3))
     if method == "min_max":
         steps = found.steps(3)
         widest = max(1, *(b - a for a, b in zip(*(ends_of(grid)[i:] for i in (0, 1)), strict=False)))

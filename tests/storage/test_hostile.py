@@ -585,6 +585,8 @@ def test_an_input_that_the_layer_cannot_have_is_refused(
         ({"values": [*range(-7, 7), 7.0]}, "ascending, 0 among them"),
         ({"values": [*range(-7, 7), 128]}, "integers of -128 to 127"),
         ({"values": [*range(1, 16)]}, "0 among them"),
+        ({"bits": 1, "values": [0, 1]}, "2 to 2 integers of -128 to 127, ascending, one on either side of 0"),
+        ({"bits": 0, "values": [-1, 1]}, "bits is 0; it must be an integer of 1 to 8"),
         ({"values": {}}, "it must be a list"),
         ({"grid": 4, "values": [*range(-7, 8)]}, "grid is 4; it must be a text"),
         ({"grid": "", "values": [*range(-7, 8)]}, "grid is ''; it must be a text"),

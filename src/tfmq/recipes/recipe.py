@@ -92,7 +92,7 @@ class Weights:
         for name, size in (("group", self.group), *(("groups", size) for size in self.groups)):
             if size and size < SMALLEST:
                 raise ValueError(f"weights.{name} must be 0 or at least {SMALLEST} channels, got {size}")
-        self.uniform(self.bits)
+        self.format()
         self.uniform(self.embeddings)
 
     def uniform(self, bits: int | None) -> IntegerFormat | None:

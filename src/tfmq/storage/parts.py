@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tfmq.errors import shown
-from tfmq.numerics.grids import MAX_BITS, MIN_BITS
+from tfmq.numerics.grids import MAX_BITS, MIN_BITS, is_table
 from tfmq.numerics.groups import SMALLEST
 from tfmq.numerics.rotation import ORDER, is_group
 
@@ -168,9 +168,9 @@ def _networks(fields: Fields) -> tuple[str, ...]:
 
 
 def _grid(fields: Fields) -> tuple[int, bool, tuple[int, ...]]:
-    """Return bits, symmetry and segments."""
+    """Return bits, of which one is enough for a table, symmetry and segments."""
     return (
-        fields.integer("bits", MIN_BITS, MAX_BITS),
+        fields.integer("bits", 1 if "values" in fields.values else MIN_BITS, MAX_BITS),
         fields.flag("symmetric"),
         fields.widths("segments", most=MOST_CHANNELS),
     )
@@ -234,15 +234,11 @@ def _values(group: Fields) -> tuple[int, ...]:
     if "grid" not in group.values and "values" not in group.values:
         return ()
     group.text("grid")
-    values, levels = group.items("values"), 2 ** group.integer("bits", MIN_BITS, MAX_BITS)
+    values, levels = group.items("values"), 2 ** group.integer("bits", 1, MAX_BITS)
     known = all(type(value) is int and -128 <= value <= 127 for value in values)
-    if (
-        not known
-        or 0 not in values
-        or values != sorted(set(values))
-        or not levels // 2 < len(values) <= levels
-    ):
-        wanted = f"a list of {levels // 2 + 1} to {levels} integers of -128 to 127, ascending, 0 among them"
+    if not known or not is_table(values) or not levels // 2 < len(values) <= levels:
+        zero = "one on either side of 0" if levels == 2 else "0 among them"
+        wanted = f"a list of {levels // 2 + 1} to {levels} integers of -128 to 127, ascending, {zero}"
         raise group.refuse("values", wanted)
     if not group.flag("symmetric"):
         raise group.refuse("symmetric", "true, as a table has no zero-points")
