@@ -145,6 +145,15 @@ def test_soft_roundings_start_at_the_weight_and_end_beside_it(name: str) -> None
     assert rounding.logits.grad is not None and bool(rounding.logits.grad.isfinite().all())
 
 
+def documented_reader() -> Callable[[Path, str, tuple[int, ...]], Any]:
+    """Return the reader without tfmq of docs/format.md."""
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    start = page.index("import json", page.index("### Values"))
+    found: dict[str, Any] = {}
+    exec(page[start : page.index("\nweight = ", start)], found)
+    return found["read_weight"]
+
+
 def test_every_grid_with_groups_where_it_has_room_is_packed_stored_and_run_by_every_backend(
     sampler: Make, tmp_path: Path
 ) -> None:
@@ -179,6 +188,9 @@ def test_every_grid_with_groups_where_it_has_room_is_packed_stored_and_run_by_ev
                 assert backend == "simulated" or len(coverage.integer) == len(layers), coverage.floating
     opened = tfmq.load(tmp_path / "out", module=sampler("dit").denoiser.module)
     assert tensor_digest(opened.state_dict()) == tensor_digest(module.state_dict())
+    for name, layer in layers.items():
+        read = documented_reader()(tmp_path / "out", name, layer.shape)
+        assert torch.equal(torch.from_numpy(read), layer.weight), name
 
 
 def extremes() -> Iterator[Extremes]:

@@ -1,5 +1,5 @@
-"""Balanced grids of `2**n + 1` evenly spaced levels (BitsFusion, Sui et al., 2024): as many below zero as above
-it, which a uniform grid of `2**n` codes has not.
+"""Balanced grids of `2**n + 1` evenly spaced levels (BitsFusion, Sui et al., 2024): as many below zero as
+above it, which a uniform grid of `2**n` codes has not.
 """
 
 
