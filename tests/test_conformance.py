@@ -166,7 +166,9 @@ def test_every_grid_with_groups_where_it_has_room_is_packed_stored_and_run_by_ev
     )
     assert len(rules) > len(GRIDS)
     recipe = replace(short(), rules=rules, rescaling=Rescaling())
-    recipe = replace(recipe, weights=replace(recipe.weights, group=8))
+    # Two groups in the inputs of some layers, which are segments of their weights too.
+    rules += (Rule(match="*.to_q", activations={"group": 8}),)
+    recipe = replace(recipe, rules=rules, weights=replace(recipe.weights, group=8))
     tfmq.quantize(made, recipe, output_dir=tmp_path / "out")
     module, inputs = made.denoiser.module, batch(made)
     layers = packed_layers(module)
@@ -175,7 +177,8 @@ def test_every_grid_with_groups_where_it_has_room_is_packed_stored_and_run_by_ev
     }
     for name, layer in layers.items():
         wide = layer.shape[1] >= 16
-        assert layer.group == (8 if wide and has_room(layer.format) else 0)
+        assert layer.segments == ((8, 8) if name.endswith(".to_q") else ())
+        assert layer.group == (8 if wide and has_room(layer.format) and not layer.segments else 0)
         assert layer.integer_weight().narrow
         if (grid := grids[name]) and not layer.group:
             assert set(layer.integer_weight().values.unique().tolist()) <= set(grid.values)

@@ -39,6 +39,17 @@ def group_size(widths: Sequence[int], most: int) -> int:
     return 0 if all(width == size for width in widths) else size
 
 
+def group_widths(widths: Sequence[int], most: int) -> tuple[int, ...]:
+    """Return the widths of segments cut into groups of at most `most` channels, one after the other; those
+    that were there where they do not divide into any.
+
+    >>> group_widths([256], 128), group_widths([320, 640], 160), group_widths([7], 128)
+    ((128, 128), (160, 160, 160, 160, 160, 160), (7,))
+    """
+    size = group_size(widths, most)
+    return (size,) * (sum(widths) // size) if size else tuple(widths)
+
+
 def ends(fmt: Grid, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least and the greatest integer of a grid around each zero-point."""
     first, last = torch.zeros_like(zero_point), torch.full_like(zero_point, fmt.levels - 1)

@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 from tfmq.errors import shown
 from tfmq.nn.scheme import RangeMethod, Tokens
 from tfmq.numerics.grids import GRIDS, UNIFORM, Grid, IntegerFormat, table
-from tfmq.numerics.groups import SMALLEST, has_room
-from tfmq.recipes.checks import choice, each
+from tfmq.numerics.groups import has_room
+from tfmq.recipes.checks import choice, each, group
 from tfmq.recipes.published import Published
 from tfmq.recipes.stages import (
     Calibration,
@@ -89,9 +89,8 @@ class Weights:
         choice("weights.ranges", self.ranges, ("search", "min_max"))
         choice("weights.grid", self.grid, (UNIFORM, *GRIDS))
         each("weights.grids", self.grids, (UNIFORM, *GRIDS))
-        for name, size in (("group", self.group), *(("groups", size) for size in self.groups)):
-            if size and size < SMALLEST:
-                raise ValueError(f"weights.{name} must be 0 or at least {SMALLEST} channels, got {size}")
+        group("weights.group", self.group)
+        group("weights.groups", *self.groups)
         self.format()
         self.uniform(self.embeddings)
 
@@ -154,6 +153,9 @@ class Activations:
             gives less output error on the calibration calls. Convolutions, temporal layers and attention
             products are static: sums over places have no grid of each place, and finite sets have exact
             ranges.
+        group: channels of the inputs of linear layers outside of the temporal block that have a grid of their
+            own, and their weights with them, sized as those of `weights.group`; 0 is one for all. An engine
+            multiplies group by group, which takes more than twice the time.
     """
 
     bits: int | None = 8
@@ -164,8 +166,10 @@ class Activations:
     products: bool = True
     split: Split = True
     tokens: Tokens = "static"
+    group: int = 0
 
     def __post_init__(self) -> None:
+        group("activations.group", self.group)
         choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
         choice("activations.ranges", self.ranges, ("search", "min_max"))
         choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
