@@ -23,6 +23,7 @@ from tfmq.evaluation.paired import paired_fidelity
 from tfmq.evaluation.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.nn.plan import packed_layers
+from tfmq.reconstruction.solvers import SOLVERS, SolverName
 from tfmq.targets import open_sampler
 
 STEPS, SEED = 20, 1234
@@ -35,19 +36,14 @@ def opened(model: str) -> Any:
     return open_sampler(model, options=options)
 
 
-def row(model: str, scheme: str, full: np.ndarray, *, samples: int) -> str:
+def row(model: str, scheme: str, full: np.ndarray, *, samples: int, solver: SolverName | None) -> str:
     """Quantize and measure; return a row of the table."""
     recipe = tfmq.scheme(scheme)
-    calibration = replace(
-        recipe.calibration,
-        samples=samples,
-        steps=STEPS,
-        interval=4,
-        judged=0.0,
-        guidance_scale=GUIDANCE.get(model),
-    )
+    calibration = replace(recipe.calibration, samples=samples, steps=STEPS, interval=4, judged=0.0)
     sampler, began = opened(model), time.perf_counter()
     recipe = replace(recipe, calibration=calibration)
+    if solver is not None:
+        recipe = replace(recipe, rounding=replace(recipe.rounding, solver=solver))
     report = tfmq.quantize(
         sampler, recipe, components="denoiser" if hasattr(sampler, "pipeline") else None
     ).report
@@ -76,6 +72,7 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="+")
     parser.add_argument("--schemes", default="transformer_w4a8,group_w4a8,fp4_w4a8")
+    parser.add_argument("--solver", choices=SOLVERS, help="of the units, instead of the scheme's")
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--samples", type=int, default=16)
     options = parser.parse_args()
@@ -85,7 +82,7 @@ def main() -> None:
         with quiet():
             full = draw(opened(model), options.images, steps=STEPS, seed=SEED)
             for scheme in options.schemes.split(","):
-                print(row(model, scheme, full, samples=options.samples), flush=True)
+                print(row(model, scheme, full, samples=options.samples, solver=options.solver), flush=True)
 
 
 if __name__ == "__main__":
