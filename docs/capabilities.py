@@ -32,7 +32,7 @@ from tfmq.nn.plan import (
     prepare,
 )
 from tfmq.nn.products import _SITES, ProductQuantizers
-from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, LayerScheme, WeightScheme
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import GRIDS, MAX_BITS, MIN_BITS, Grid, IntegerFormat, Table
 from tfmq.numerics.operations import Operation
@@ -262,7 +262,7 @@ def assembly(
         )
     plans = {
         f"layers.{number}": LayerScheme(
-            weight=OperandScheme(grid=entry.weight, ranges="min_max"), input=quantizer(entry)
+            weight=WeightScheme(grid=entry.weight, ranges="min_max"), input=quantizer(entry)
         )
         for number, (_, entry) in enumerate(rows)
     }
@@ -346,7 +346,7 @@ def embedding_row() -> tuple[str, ...]:
     cells = []
     for backend in BACKENDS.values():
         module = quantized(
-            Lookup(), Plan({}, {}, {"table": OperandScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max")})
+            Lookup(), Plan({}, {}, {"table": WeightScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max")})
         )
         attached(backend, module)
         cells.append("rows dequantized" if module.table.decoded is None else "kept dequantized")

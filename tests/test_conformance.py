@@ -25,7 +25,8 @@ from tfmq.nn.swap import parts_of
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, power_of_two
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
-from tfmq.numerics.grids import GRIDS, Table
+from tfmq.numerics.grids import GRIDS, IntegerFormat, Table, table
+from tfmq.numerics.groups import has_room
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.recipes import Recipe
@@ -128,7 +129,8 @@ def test_a_grid_holds_its_own_values_and_takes_the_nearest_of_any(name: str) -> 
     decoded, scaled = fitted.decode(fitted.encode(other)), other / fitted.scale
     nearest = (scaled[..., None] - torch.tensor(GRIDS[name])).abs().amin(dim=-1) * fitted.scale
     torch.testing.assert_close((decoded - other).abs(), nearest, rtol=1e-4, atol=1e-6)
-    assert torch.equal(fitted.decode(fitted.encode(torch.zeros(2, 1))), torch.zeros(2, 1))
+    if 0 in GRIDS[name]:
+        assert torch.equal(fitted.decode(fitted.encode(torch.zeros(2, 1))), torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -143,31 +145,55 @@ def test_soft_roundings_start_at_the_weight_and_end_beside_it(name: str) -> None
     assert rounding.logits.grad is not None and bool(rounding.logits.grad.isfinite().all())
 
 
-def test_every_grid_is_packed_stored_and_run_by_every_backend(sampler: Make, tmp_path: Path) -> None:
-    made, names = sampler("plain_rgb"), itertools.cycle(GRIDS)
-    grids = {
-        layer.name: Table(name := next(names), GRIDS[name])
-        for layer in trace(made.denoiser, made.example()).layers
-    }
+def documented_reader() -> Callable[[Path, str, tuple[int, ...]], Any]:
+    """Return the reader without tfmq of docs/format.md."""
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    start = page.index("import json", page.index("### Values"))
+    found: dict[str, Any] = {}
+    exec(page[start : page.index("\nweight = ", start)], found)
+    return found["read_weight"]
+
+
+def test_every_grid_with_groups_where_it_has_room_is_packed_stored_and_run_by_every_backend(
+    sampler: Make, tmp_path: Path
+) -> None:
+    made = sampler("dit")
+    names = itertools.cycle([*GRIDS, "uniform"])
+    grids = {layer.name: table(next(names)) for layer in trace(made.denoiser, made.example()).layers}
     rules = tuple(
-        Rule(match=name, weights={"bits": grid.bits, "grid": grid.name}) for name, grid in grids.items()
+        Rule(match=name, weights={"bits": grid.bits, "grid": grid.name} if grid else {"bits": 4})
+        for name, grid in grids.items()
     )
-    assert len(rules) >= len(GRIDS)
+    assert len(rules) > len(GRIDS)
     recipe = replace(short(), rules=rules, rescaling=Rescaling())
+    # Two groups in the inputs of some layers, which are segments of their weights too.
+    rules += (Rule(match="*.to_q", activations={"group": 8}),)
+    recipe = replace(recipe, rules=rules, weights=replace(recipe.weights, group=8))
     tfmq.quantize(made, recipe, output_dir=tmp_path / "out")
     module, inputs = made.denoiser.module, batch(made)
     layers = packed_layers(module)
-    assert {name: layer.format for name, layer in layers.items()} == grids
-    for layer in layers.values():
-        assert set(layer.integer_weight().values.unique().tolist()) <= set(layer.format.values)
+    assert {name: layer.format for name, layer in layers.items()} == {
+        name: grid or IntegerFormat(4) for name, grid in grids.items()
+    }
+    for name, layer in layers.items():
+        wide = layer.shape[1] >= 16
+        assert layer.segments == ((8, 8) if name.endswith(".to_q") else ())
+        assert layer.group == (8 if wide and has_room(layer.format) and not layer.segments else 0)
+        assert layer.integer_weight().narrow
+        if (grid := grids[name]) and not layer.group:
+            assert set(layer.integer_weight().values.unique().tolist()) <= set(grid.values)
     with torch.no_grad():
         expected = made.denoiser(inputs)
         for backend in BACKENDS:
             if backend != "float" and not BACKENDS[backend].missing():
-                execute(module, backend)
+                coverage = execute(module, backend)
                 assert sqnr_db(expected, made.denoiser(inputs)) > 35, backend
-    opened = tfmq.load(tmp_path / "out", module=sampler("plain_rgb").denoiser.module)
+                assert backend == "simulated" or len(coverage.integer) == len(layers), coverage.floating
+    opened = tfmq.load(tmp_path / "out", module=sampler("dit").denoiser.module)
     assert tensor_digest(opened.state_dict()) == tensor_digest(module.state_dict())
+    for name, layer in layers.items():
+        read = documented_reader()(tmp_path / "out", name, layer.shape)
+        assert torch.equal(torch.from_numpy(read), layer.weight), name
 
 
 def extremes() -> Iterator[Extremes]:

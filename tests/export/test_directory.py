@@ -14,19 +14,21 @@ from tfmq.backends.execution import execute
 from tfmq.export.directory import DESCRIPTION, export
 from tfmq.models.denoiser import Denoiser
 from tfmq.models.sampler import LoopSampler
+from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 
 
-@pytest.fixture(scope="module", params=["plain", "upsampler"])
+@pytest.fixture(scope="module", params=["plain", "upsampler", "plain grouped"])
 def quantized(
     sampler: Callable[..., LoopSampler], request: pytest.FixtureRequest
 ) -> tuple[LoopSampler, dict[str, Tensor], Tensor]:
     """A quantized denoiser, the inputs of a call at two timesteps, and its exact output."""
-    made = sampler(request.param)
-    recipe = tfmq.scheme("w8a8")
+    name, _, grouped = request.param.partition(" ")
+    made = sampler(name)
+    recipe = tfmq.scheme("w4a8" if grouped else "w8a8")
     recipe = replace(
         recipe,
-        weights=replace(recipe.weights, ranges="min_max"),
+        weights=replace(recipe.weights, ranges="min_max", group=8 if grouped else 0),
         activations=replace(recipe.activations, ranges="min_max"),
         rounding=replace(recipe.rounding, solver="nearest"),
         calibration=replace(recipe.calibration, steps=3, samples=2),
@@ -34,9 +36,10 @@ def quantized(
     )
     tfmq.quantize(made, recipe)
     module: nn.Module = made.denoiser.module
+    assert any(layer.group for layer in packed_layers(module).values()) == bool(grouped)
     torch.manual_seed(3)
     inputs = {"x": torch.randn(3, 2, 8, 8), "t": module.tfmq_steps.timesteps[[2, 0, 1]].long()}
-    if request.param == "upsampler":
+    if name == "upsampler":
         inputs["class_labels"] = torch.tensor([3, 0, 9])
     execute(module, "reference")
     with torch.no_grad():

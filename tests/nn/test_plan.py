@@ -13,7 +13,7 @@ from tfmq.nn.plan import (
     prepare,
 )
 from tfmq.nn.products import ProductQuantizers
-from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, LayerScheme, WeightScheme
 from tfmq.nn.swap import replace_module
 from tfmq.nn.temporal import CachedFeature, FeatureTable
 from tfmq.numerics.grids import IntegerFormat
@@ -27,7 +27,7 @@ STATIC = ActivationScheme(grid=IntegerFormat(4), ranges="search", segments=(8, 8
 def layer_scheme(
     bits: int = 4, *, segments: tuple[int, ...] = (), entry: ActivationScheme | None = A8
 ) -> LayerScheme:
-    weight = OperandScheme(grid=IntegerFormat(bits), ranges="min_max", segments=segments)
+    weight = WeightScheme(grid=IntegerFormat(bits), ranges="min_max", segments=segments)
     return LayerScheme(weight=weight, input=entry)
 
 

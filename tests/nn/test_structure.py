@@ -29,6 +29,7 @@ MIXED = (
             Rule(match="role:temporal", weights={"bits": 8}, activations={"bits": None}),
         ),
     ),
+    Recipe(name="grouped", weights=Weights(ranges="min_max", group=8)),
     Recipe(name="dynamic", weights=Weights(ranges="min_max"), activations=Activations(tokens="dynamic")),
     Recipe(
         name="w4a32", weights=Weights(ranges="min_max"), activations=Activations(bits=None, products=False)

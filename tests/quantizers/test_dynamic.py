@@ -1,3 +1,5 @@
+from math import log10
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,6 +53,17 @@ def test_the_zero_points_that_can_occur_are_those_that_do(fmt: IntegerFormat) ->
     assert possible.shape[1] == 2
     x = torch.randn(4, 7, 6) + torch.linspace(-3, 3, 7)[:, None]
     assert set(quantizer.rows(x).zero_point.flatten().tolist()) <= set(possible[:, 0].tolist())
+
+
+def test_an_outlier_channel_costs_its_own_group_resolution_and_no_other() -> None:
+    x = torch.randn(512, 256)
+    x[:, 100] = 64.0
+    errors = [
+        (DynamicQuantizer(IntegerFormat(8), segments=segments)(x) - x).square().sum()
+        for segments in ((), (32,) * 8)
+    ]
+    # The seven groups without it have a step about sixteen times smaller.
+    assert 10 * float(torch.log10(errors[0] / errors[1])) == pytest.approx(10 * log10(8), abs=0.5)
 
 
 def test_segments_that_do_not_add_up_are_refused() -> None:

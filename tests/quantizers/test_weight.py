@@ -76,7 +76,7 @@ def test_soft_rounding_starts_at_full_precision_inside_the_range(
 ) -> None:
     weight = draw(shape, seed)
     grid = fit_grid(weight, fmt, method="min_max")
-    scale = grid.expand(grid.scale, weight.ndim)
+    scale = grid.steps(weight.ndim)
     soft = grid.decode(AdaptiveRounding(weight, grid).codes(hard=False))
     lowest, highest = (grid.decode(torch.full_like(weight, code)) for code in (0, fmt.levels - 1))
     expected = weight.clamp(lowest, highest)
@@ -91,7 +91,7 @@ def test_hard_codes_start_at_the_nearest_and_stay_within_one_step(
     grid = fit_grid(weight, fmt)
     rounding = AdaptiveRounding(weight, grid)
     nearest = grid.encode(weight)
-    scaled = weight / grid.expand(grid.scale, weight.ndim)
+    scaled = weight / grid.steps(weight.ndim)
     clear = (scaled - scaled.floor() - 0.5).abs() > 1e-4
     assert torch.equal(rounding.codes(hard=True)[clear], nearest[clear])
     rounding.logits.data.copy_(draw(shape, seed + 1) * 5)

@@ -189,3 +189,39 @@ def test_the_linear_layers_outside_of_the_temporal_block_get_the_grids_of_tokens
     others = {layer.name for layer in traced.layers if not layer.temporal} - {"pos_embed.proj"}
     assert len(others) > 10 and {kinds[name] for name in others} == {tokens}
     assert all(product is not None and product.tokens == "static" for _, product in plan.products.values())
+
+
+def test_groups_of_inputs_are_those_of_linear_layers_outside_of_the_temporal_block(
+    build: Callable[..., Any],
+) -> None:
+    found = trace(*build("dit"))
+    grouped = make_plan(Recipe(name="r", activations=Activations(group=8)), found).layers
+    for layer in found.layers:
+        plan = grouped[layer.name]
+        expected = (8,) * (layer.channels // 8) if layer.tokenwise and not layer.temporal else ()
+        assert plan.weight.segments == (expected if len(expected) > 1 else ())
+        assert plan.input is not None and plan.input.segments == plan.weight.segments
+    assert any(len(plan.weight.segments) == 8 for plan in grouped.values())
+    assert make_plan(Recipe(name="r"), found).layers.keys() == grouped.keys()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"bits": 8, "group": 64}, "weights.group needs a grid of small integers.*uniform of 8 bits"),
+        ({"bits": 4, "grid": "e3m0", "group": 64}, "e3m0 of 4 bits leaves no room"),
+        ({"group": 4}, "weights.group must be 0 or at least 8 channels, got 4"),
+        ({"groups": (64, 4)}, "weights.groups must be 0 or at least 8 channels, got 4"),
+        ({"grids": ("e9",)}, "weights.grids is 'e9'"),
+    ],
+)
+def test_groups_that_no_layer_could_have_are_refused(weights: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe(name="r", weights=Weights(**weights))
+    if "groups" not in weights:
+        with pytest.raises(ValueError, match=message):
+            Rule(match="*", weights=weights)
+    with pytest.raises(ValueError, match=r"activations\.group must be 0 or at least 8 channels, got 2"):
+        Activations(group=2)
+    # A rule of other bits than the recipe's says nothing of groups: its layers have none.
+    assert Recipe(name="r", weights=Weights(group=64), rules=(rule("*", 8, 8),)).weights.group == 64

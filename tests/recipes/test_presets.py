@@ -22,8 +22,27 @@ def test_the_presets_are_these() -> None:
     general = [
         f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")
     ]
-    assert sorted(PRESETS) == sorted(
-        [*general, *(f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8"))]
+    both = [f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8")]
+    assert sorted(PRESETS) == sorted([*general, *both, "group_w4a8", "group_w4a4", "fp4_w4a8"])
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "weights"),
+    [
+        ("group_w4a8", "w4a8", {"group": 128, "groups": (64, 32)}),
+        ("group_w4a4", "w4a4", {"group": 128, "groups": (64, 32)}),
+        ("fp4_w4a8", "w4a8", {"grids": ("e2m1", "e3m0")}),
+    ],
+)
+def test_schemes_with_measured_grids_are_those_of_transformers_otherwise(
+    name: str, base: str, weights: dict[str, object]
+) -> None:
+    plain = scheme(base)
+    assert scheme(name) == replace(
+        plain,
+        name=name,
+        weights=replace(plain.weights, **weights),
+        activations=replace(plain.activations, tokens="measured"),
     )
 
 

@@ -16,10 +16,12 @@ from tfmq.reconstruction.solvers import LEAN, SOLVERS, Rounding, Samples, UnitPr
 GPTQ = Rounding(solver="gptq")
 
 
-def calibrated(module: nn.Module, *, segments: tuple[int, ...] = (), bits: int = 3) -> CalibratedLayer:
+def calibrated(
+    module: nn.Module, *, segments: tuple[int, ...] = (), bits: int = 3, group: int = 0
+) -> CalibratedLayer:
     operation = operation_of(module)
     assert operation is not None
-    grid = fit_grid(weight_of(module).detach(), IntegerFormat(bits), segments=segments)
+    grid = fit_grid(weight_of(module).detach(), IntegerFormat(bits), segments=segments, group=group)
     layer = CalibratedLayer(module, operation, grid, None)
     layer.weight_precision = "quantized"
     return layer
@@ -78,6 +80,35 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]
     ),
     "segments": (lambda: nn.Conv2d(8, 10, 3, padding=1), (32, 8, 7, 7), (3, 5)),
 }
+
+
+@pytest.mark.parametrize("solver", ["gptq", "gptq_adaround", "adaround"])
+@pytest.mark.parametrize(
+    ("build", "shape", "segments"),
+    [
+        (lambda: nn.Linear(32, 10), (128, 32), ()),
+        (lambda: nn.Conv2d(32, 10, 3, padding=1), (32, 32, 7, 7), (16, 16)),
+        (lambda: nn.Conv2d(32, 10, 3, padding=1, groups=2), (32, 32, 7, 7), ()),
+    ],
+    ids=["linear", "segments", "grouped"],
+)
+def test_solvers_keep_the_ratios_of_groups(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], segments: tuple[int, ...], solver: str
+) -> None:
+    torch.manual_seed(7)
+    x, module = correlated(*shape), build()
+    layer = calibrated(module, segments=segments, group=8)
+    grid, nearest = layer.grid, solve(layer, x, x, Rounding(solver="nearest"))
+    assert grid.group == 8 and grid.multiplier is not None
+    before = grid.multiplier.clone(), grid.zero_point.clone(), grid.scale.clone()
+    found = solve(layer, x, x, Rounding(solver=solver))  # type: ignore[arg-type]
+    assert found < (0.5 if "gptq" in solver else 1.01) * nearest
+    assert torch.equal(grid.multiplier, before[0]) and torch.equal(grid.zero_point, before[1])
+    # A row has one scale, which least squares moves by a little.
+    assert bool(((grid.scale / before[2]).log().abs() < 0.5).all())
+    packed = pack(layer)
+    with torch.no_grad():
+        assert torch.equal(packed(x), layer(x))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -159,7 +190,7 @@ def test_a_polish_starts_from_the_codes_that_it_polishes(segments: tuple[int, ..
     found = solve(layer, x, x)
     rounding = AdaptiveRounding(leaning(layer), layer.grid)
     assert torch.equal(rounding.codes(hard=True), layer.codes.float())
-    step = layer.grid.expand(layer.grid.scale, 4)
+    step = layer.grid.steps(4)
     moved = (layer.grid.decode(rounding.codes(hard=False).detach()) - layer.quantized_weight()).div(step)
     towards = (layer.weight - layer.quantized_weight()).div(step)
     assert float(moved.abs().max()) <= LEAN + 1e-3 and bool((moved * towards >= -1e-3).all())

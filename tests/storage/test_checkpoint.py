@@ -81,7 +81,7 @@ def test_the_version_is_the_lowest_that_has_all_of_the_structure() -> None:
     plain = {"bits": 4, "symmetric": False, "segments": [], "input": None, "names": ["a"]}
     assert seal(TENSORS, {"structure": {"layers": [plain]}})["version"] == 2
     kinds = [{**plain, "kind": kind} for kind in ("embedding", "transposed_convolution")]
-    kinds.append({**plain, "grid": "e2m1", "values": [-1, 0, 1]})
+    kinds += [{**plain, "grid": "e2m1", "values": [-1, 0, 1]}, {**plain, "group": 32}]
     assert all(
         seal(TENSORS, {"structure": {"layers": [plain, group]}})["version"] == FORMAT_VERSION == 3
         for group in kinds

@@ -585,6 +585,8 @@ def test_an_input_that_the_layer_cannot_have_is_refused(
         ({"values": [*range(-7, 7), 7.0]}, "ascending, 0 among them"),
         ({"values": [*range(-7, 7), 128]}, "integers of -128 to 127"),
         ({"values": [*range(1, 16)]}, "0 among them"),
+        ({"bits": 1, "values": [0, 1]}, "2 to 2 integers of -128 to 127, ascending, one on either side of 0"),
+        ({"bits": 0, "values": [-1, 1]}, "bits is 0; it must be an integer of 1 to 8"),
         ({"values": {}}, "it must be a list"),
         ({"grid": 4, "values": [*range(-7, 8)]}, "grid is 4; it must be a text"),
         ({"grid": "", "values": [*range(-7, 8)]}, "grid is ''; it must be a text"),
@@ -608,6 +610,104 @@ def test_a_table_that_lies_is_refused_before_anything_is_built(
     monkeypatch.setattr("tfmq.artifact.assemble", lambda *_: pytest.fail("built something"))
     with pytest.raises(CheckpointError, match=message):
         tfmq.load(tmp_path / "q", module=torch.nn.Identity())
+
+
+@pytest.fixture(scope="module")
+def grouped(sampler: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of a plain module with groups of eight inputs in its linear layers."""
+    directory, made = tmp_path_factory.mktemp("grouped") / "model", recipe()
+    weights = replace(made.weights, group=8)
+    tfmq.quantize(sampler("plain"), replace(made, weights=weights), output_dir=directory)
+    return directory
+
+
+def test_a_checkpoint_with_groups_opens_and_is_one_of_version_3(
+    build: Callable[..., Any], grouped: Path
+) -> None:
+    tensors, manifest = checkpoint_of(grouped)
+    assert manifest["version"] == 3
+    module = tfmq.load(grouped, module=build("plain")[0].module, backend="simulated")
+    assert tensor_digest(module.state_dict()) == tensor_digest(tensors)
+
+
+Tensors = dict[str, Tensor]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "change", "message"),
+    [
+        (None, {"group": 0}, "group is 0; it must be an integer of 8 to"),
+        (None, {"group": True}, "group is True; it must be an integer of 8 to"),
+        (None, {"group": 4096}, "has more groups than"),
+        (None, {"group": 16, "segments": [8, 8]}, "group is 16; it must be a number that divides every"),
+        (None, {"group": 8, "kind": "embedding"}, "group is 8; it must be absent: an embedding"),
+        (lambda tensors, name: tensors.pop(name), {}, "needs the tensor .*multiplier, which is missing"),
+        (lambda tensors, name: tensors[name].zero_(), {}, "multiplier: it has a multiple of 0, or one that"),
+        (lambda tensors, name: tensors[name].fill_(17), {}, "leaves eight signed bits"),
+        (
+            lambda tensors, name: tensors.update({name: tensors[name].short()}),
+            {},
+            r"is torch.int16 .*, not uint8",
+        ),
+        (
+            lambda tensors, name: tensors.update({name: tensors[name][:, :1].contiguous()}),
+            {},
+            r"zero_point: it is torch.uint8 .*, not uint8",
+        ),
+    ],
+)
+def test_groups_that_lie_are_refused_before_anything_is_built(
+    grouped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Tensors, str], Any] | None,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    shutil.copytree(grouped, tmp_path / "q")
+
+    def edit(tensors: Tensors, manifest: dict[str, Any]) -> None:
+        groups = [group for group in manifest["structure"]["layers"] if "group" in group]
+        assert groups, "the model has a layer with groups"
+        groups[0].update(change)
+        if "segments" in change and groups[0]["input"]:
+            groups[0]["input"]["segments"] = change["segments"]
+        if spoil is not None:
+            first = groups[0]["names"][0]
+            spoil(tensors, next(n for n in tensors if n.startswith(first) and n.endswith(".multiplier")))
+
+    resealed(tmp_path / "q", edit)
+    monkeypatch.setattr("tfmq.artifact.assemble", lambda *_: pytest.fail("built something"))
+    with pytest.raises(CheckpointError, match=message):
+        tfmq.load(tmp_path / "q", module=torch.nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (9, "shift: the checkpoint has weights in groups of 9 inputs, the architecture has 16 there"),
+        (16, "multiplier"),
+    ],
+)
+def test_groups_that_the_layer_does_not_divide_into_are_refused_by_its_name(
+    build: Callable[..., Any], grouped: Path, tmp_path: Path, size: int, message: str
+) -> None:
+    shutil.copytree(grouped, tmp_path / "q")
+
+    def edit(tensors: Tensors, manifest: dict[str, Any]) -> None:
+        layers, name = manifest["structure"]["layers"], "stages.0.shift"
+        group = next(group for group in layers if name in group["names"])
+        assert group["group"] == 8
+        group["names"].remove(name)
+        layers.append({**group, "names": [name], "group": size})
+        manifest["structure"]["layers"] = [entry for entry in layers if entry["names"]]
+        for kind in ("multiplier", "zero_point"):
+            if size == 9:
+                tensors[f"{name}.{kind}"] = tensors[f"{name}.{kind}"][:, :1].contiguous()
+
+    resealed(tmp_path / "q", edit)
+    with pytest.raises(ValueError, match=message):
+        tfmq.load(tmp_path / "q", module=build("plain")[0].module)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The stages that look at the full-precision model: its calls, the ranges of activations, static or dynamic
-inputs.
+"""The stages that look at the full-precision model: its calls, the grids of weights, the ranges of
+activations, static or dynamic inputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
+from tfmq.calibration.granularity import GridErrors, candidates, measure_grids
 from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
 from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_transform, observe
 from tfmq.calibration.store import CalibrationStore
@@ -138,6 +139,41 @@ def _best(
             found[f"{name}.factor"] = kept.factor
         if kept.group:
             found[f"{name}.rotated"] = torch.tensor(kept.group)
+    return found
+
+
+def choose_grids(job: Job, work: Work) -> None:
+    """Choose the grids and groups of weights where the recipe has more than one."""
+    layers = {
+        name: layer
+        for name, layer in calibrated_layers(job.denoiser.module).items()
+        if work.plan.layers[name].weight.choices
+    }
+    if not layers:
+        return
+    found = job.journal.stage("grids", lambda: _grid_errors(job, work, layers))
+    for name, layer in layers.items():
+        scheme, work.grids[name] = work.plan.layers[name].weight, GridErrors.of(found[name])
+        layer.regrid(*scheme.choices[work.grids[name].kept], ranges=scheme.ranges)
+
+
+def _grid_errors(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+    """Return errors and bits of the candidates of each layer, `[2, n]`."""
+    schemes = {name: work.plan.layers[name].weight for name in layers}
+    most = max(len(schemes[name].choices) * layer.weight.numel() for name, layer in layers.items())
+    groups = _in_groups(job, list(layers), 4 * most)
+    found: dict[str, Tensor] = {}
+    with job.progress(
+        "calibration: grids of weights", len(groups) * (len(job.store) // job.recipe.calibration.interval)
+    ) as advance:
+        for group in groups:
+            chosen = {name: layers[name] for name in group}
+            grids = {
+                name: candidates(layer, schemes[name].choices, ranges=schemes[name].ranges)
+                for name, layer in chosen.items()
+            }
+            measured = measure_grids(job.denoiser, chosen, grids, job.batches, advance=advance)
+            found |= {name: errors.tensor() for name, errors in measured.items()}
     return found
 
 

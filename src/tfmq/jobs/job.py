@@ -9,6 +9,7 @@ from zlib import crc32
 from torch import Tensor, nn
 
 from tfmq.calibration.choice import InputErrors
+from tfmq.calibration.granularity import GridErrors
 from tfmq.calibration.spared import Spared
 from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.models.denoiser import Denoiser
@@ -113,6 +114,7 @@ class Work:
         pooled: of quantizers that saw few values at a timestep, how many timesteps share a range.
         exact: what the stage of the ranges would keep if all were exact extremes.
         inputs: errors of layers whose input grids were measured.
+        grids: errors of the candidates for the grids of weights, where there were several.
         stock: the layers as they were before they were quantized, where some may stay so.
         spared: what was found of layers and of the output, where the recipe bounds an error.
         units: what is reconstructed, in execution order.
@@ -126,6 +128,7 @@ class Work:
     pooled: Mapping[str, int] = field(default_factory=dict)
     exact: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, InputErrors] = field(default_factory=dict)
+    grids: dict[str, GridErrors] = field(default_factory=dict)
     stock: Mapping[str, nn.Module] = field(default_factory=dict)
     spared: Spared | None = None
     units: tuple[Unit, ...] = ()

@@ -10,11 +10,29 @@ from tfmq.calibration.correction import explained
 from tfmq.calibration.spared import Spared
 from tfmq.jobs.workflow import Outcome
 from tfmq.nn.floating import summary
+from tfmq.numerics.grids import UNIFORM
 
 
 def measured_inputs(outcome: Outcome) -> list[dict[str, Any]]:
     """Return what was measured of static and dynamic input grids, and which each layer kept."""
     return [{"name": name, **asdict(errors), "kept": errors.kept} for name, errors in outcome.inputs.items()]
+
+
+def measured_grids(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return what was measured of the candidates for the grid of each weight, and the number of the one that
+    it kept.
+    """
+    return [
+        {
+            "name": name,
+            "candidates": [
+                {"grid": fmt.describe().get("grid", UNIFORM), "group": group, "error": error, "bits": bits}
+                for (fmt, group), error, bits in zip(choices, errors.errors, errors.bits, strict=True)
+            ],
+            "kept": errors.kept,
+        }
+        for name, (choices, errors) in outcome.grids.items()
+    ]
 
 
 def _correction(outcome: Outcome) -> dict[str, Any] | None:
@@ -47,6 +65,7 @@ def denoiser_report(
             "mismatches": disturbed.mismatches,
         },
         "inputs": measured_inputs(outcome),
+        **({"grids": measured_grids(outcome)} if outcome.grids else {}),
         "pooled": dict(outcome.pooled),
         "floating": summary(outcome.floating, quantized_bytes),
         "correction": _correction(outcome),

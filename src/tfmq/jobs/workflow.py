@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from tfmq.calibration.choice import InputErrors
 from tfmq.calibration.correction import StepFit
+from tfmq.calibration.granularity import Choices, GridErrors
 from tfmq.calibration.ranges import FEWEST_VALUES
 from tfmq.calibration.spared import Spared
 from tfmq.jobs.calibration import (
+    choose_grids,
     choose_inputs,
     fit_activations,
     record_calls,
@@ -46,7 +48,8 @@ class Outcome:
     By which recipe, one report a unit, the disturbance of temporal features at the calibrated timesteps,
     measured inputs, what stays in floating point, what candidates for the whole model drew, for each step
     what correction was found, of quantizers that saw few values at a timestep how many timesteps share a
-    range, which layers the recipe's tolerance has spared, and the number of quantized layers.
+    range, which layers the recipe's tolerance has spared, the number of quantized layers, and measured grids
+    of weights.
     """
 
     recipe: Recipe
@@ -59,6 +62,7 @@ class Outcome:
     pooled: Mapping[str, int] = field(default_factory=dict)
     spared: Spared | None = None
     layers: int = 0
+    grids: Mapping[str, tuple[Choices, GridErrors]] = field(default_factory=dict)
 
 
 def swap_layers(job: Job, work: Work) -> None:
@@ -75,6 +79,7 @@ LAYING_OUT: tuple[Stage, ...] = (
     keep_stock,
     swap_layers,
     transform_layers,
+    choose_grids,
     fit_activations,
     choose_inputs,
     settle_embeddings,
@@ -128,6 +133,8 @@ def _quantized(job: Job) -> Outcome:
     full, other = shared_copy(module), shared_copy(module)
     work = run(job)
     known = {"temporal": learned(maintained(job, work))}
+    if work.grids:
+        known["grids"] = {name: errors.tensor() for name, errors in work.grids.items()}
     if work.exact and not job.recipe.rescaling.transforms:
         known["activations"] = dict(work.exact)
     found = _packed(job, work)
@@ -162,6 +169,7 @@ def _packed(job: Job, work: Work) -> Outcome:
         pooled=work.pooled,
         spared=work.spared,
         layers=len(work.plan.layers),
+        grids={name: (work.plan.layers[name].weight.choices, errors) for name, errors in work.grids.items()},
     )
 
 

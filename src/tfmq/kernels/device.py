@@ -20,7 +20,7 @@ from tfmq.numerics.operations import Operation
 from tfmq.numerics.segments import spread
 from tfmq.numerics.window import Window
 
-# Largest number of segments that the operators take. No model here has more.
+# Largest number of segments that the operators take. No concatenation of a model here has more.
 MAX_SEGMENTS = 4
 NIBBLE = 16
 
@@ -40,7 +40,7 @@ def shape_refusal(weight: IntegerWeight) -> str:
     """Return what about the shape of a layer has no operator; nothing if all has."""
     operation = weight.operation
     if len(weight.segments) > MAX_SEGMENTS:
-        return f"it reads a concatenation of more than {MAX_SEGMENTS} sources"
+        return f"its input has more than {MAX_SEGMENTS} segments with grids of their own"
     if operation.groups != 1:
         return f"it is a grouped {operation.kind}"
     window = operation.window(weight.values.shape[2:])

@@ -27,7 +27,7 @@ class LayerTrace:
 
     `direct` says that what it reads is the concatenated tensor itself, copied, viewed or enlarged at most,
     and not computed from it. `tokenwise` says that the layer computes each token by itself: a linear layer,
-    with channels on the last axis.
+    with channels on the last axis. `channels` are those that it reads.
     """
 
     name: str
@@ -36,6 +36,7 @@ class LayerTrace:
     segments: tuple[int, ...] = ()
     tokenwise: bool = False
     direct: bool = False
+    channels: int = 0
 
     @property
     def cacheable(self) -> bool:

@@ -229,7 +229,13 @@ def _record_layer(
         temporal = TIMESTEP in sources and not sources & record.spatial
         read = _read(record, layer, operation, inputs[0])
         record.layers[name] = LayerTrace(
-            name, sources, temporal, read.widths, operation.channel_axis == -1, read.direct
+            name,
+            sources,
+            temporal,
+            read.widths,
+            tokenwise=operation.channel_axis == -1,
+            direct=read.direct,
+            channels=weight_of(layer).shape[1] * operation.groups,
         )
     producers = {name} & {layer.name for layer in (record.layers.get(name),) if layer and layer.temporal}
     label = _Label(combined.sources, frozenset(producers))

@@ -11,7 +11,7 @@ def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int)
 
     Raises:
         ValueError: segments of another width or at another axis; a dynamic or rotated input of anything but a
-            linear layer; a width that does not divide into rotated groups.
+            linear layer; a width that does not divide into rotated groups, or into those of the weight.
     """
     given, segments, rotated = spec["input"] or {}, spec["segments"], spec.get("rotated", 0)
     if segments and sum(segments) != channels:
@@ -24,6 +24,11 @@ def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int)
     if rotated and channels % rotated:
         raise ValueError(
             f"{name}: the checkpoint rotates {rotated} inputs together, the architecture has {channels}"
+        )
+    if (group := spec.get("group", 0)) and channels % group:
+        raise ValueError(
+            f"{name}: the checkpoint has weights in groups of {group} inputs, "
+            f"the architecture has {channels} there"
         )
     if segments and given.get("axis", axis) != axis:
         raise ValueError(

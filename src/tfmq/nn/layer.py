@@ -66,8 +66,13 @@ class CalibratedLayer(Part):
         if rotated:
             self.rotated, weight = rotated, rotate(weight, rotated)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.grid = fit_grid(weight, self.grid.format, segments=self.grid.segments, method=ranges)
-        self.codes = self.grid.encode(weight).to(torch.uint8)
+        self.regrid(self.grid.format, self.grid.group, ranges=ranges)
+
+    @torch.no_grad()
+    def regrid(self, fmt: Grid, group: int, *, ranges: str) -> None:
+        """Fit another grid, with groups of at most `group` channels, and take the nearest codes."""
+        self.grid = fit_grid(self.weight, fmt, segments=self.grid.segments, group=group, method=ranges)
+        self.codes = self.grid.encode(self.weight).to(torch.uint8)
 
     def transformed(self, x: Tensor) -> Tensor:
         """Return an input as the weight multiplies it in full precision."""
@@ -75,9 +80,8 @@ class CalibratedLayer(Part):
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
-        return self.grid.decode(
-            self.rounding.codes(hard=False) if self.rounding else self.codes.to(self.weight.dtype)
-        )
+        codes = self.rounding.codes(hard=False) if self.rounding else self.codes.to(self.weight.dtype)
+        return self.grid.decode(codes)
 
     def quantized_bias(self) -> Tensor | None:
         """Return the bias that goes with the quantized weight."""
@@ -131,8 +135,7 @@ class CalibratedLayer(Part):
 
 
 class PackedLayer(PackedWeight):
-    """A layer at rest: packed codes `[C_out, ...]`, scales, zero-points, bias, and the quantizer of its
-    input.
+    """A layer at rest: packed codes `[C_out, ...]`, their grid, bias, and the quantizer of its input.
 
     The bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float
     arithmetic on values that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps
@@ -166,8 +169,9 @@ class PackedLayer(PackedWeight):
         input_quantizer: InputQuantizer | None = None,
         rescaled: bool = False,
         rotated: int = 0,
+        group: int = 0,
     ) -> None:
-        super().__init__(fmt, shape, segments=segments)
+        super().__init__(fmt, shape, segments=segments, group=group)
         self.rotated = rotated
         self.operation = operation
         self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
@@ -254,14 +258,10 @@ class PackedLayer(PackedWeight):
         if self.factor is not None or self.rotated:
             input = self.transformed(input)
         if self.kernel is not None:
-            return self.kernel(
-                input, None if self.input_quantizer is None else self.input_quantizer.rows(input)
-            )
-        x = (
-            input
-            if self.input_quantizer is None or self.input_precision == "full"
-            else self.input_quantizer(input)
-        )
+            rows = None if self.input_quantizer is None else self.input_quantizer.rows(input)
+            return self.kernel(input, rows)
+        quantize = None if self.input_precision == "full" else self.input_quantizer
+        x = input if quantize is None else quantize(input)
         weight = self.weight if self.unpacked is None else self.unpacked
         return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -289,6 +289,7 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         input_quantizer=layer.input_quantizer,
         rescaled=layer.factor is not None,
         rotated=layer.rotated,
+        group=grid.group,
     ).to(layer.weight.device)
     packed.fill(layer.codes, grid)
     if layer.factor is not None:

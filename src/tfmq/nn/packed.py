@@ -17,24 +17,31 @@ class PackedWeight(Part):
     """A module with the packed codes of a weight of `shape` `[rows, ...]`.
 
     `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8
-    are `[rows, G]` for `G` `segments` of axis 1 (no zero-point for symmetric formats).
+    are `[rows, G]` for `G` `segments` of axis 1 (no zero-point for symmetric formats). With a `group` of
+    channels, zero-point and `multiplier`, uint8, have a column for each group.
     """
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    multiplier: Tensor | None
 
-    def __init__(self, fmt: Grid, shape: tuple[int, ...], *, segments: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, fmt: Grid, shape: tuple[int, ...], *, segments: tuple[int, ...] = (), group: int = 0
+    ) -> None:
         super().__init__()
         self.format = fmt
         self.shape = tuple(shape)
         self.segments = tuple(segments)
-        groups = (self.shape[0], scales(self.segments))
+        self.group = group
+        grids = (self.shape[0], scales(self.segments))
+        columns = (self.shape[0], self.shape[1] // group) if group else grids
         self.register_buffer(
             "packed", torch.zeros(packed_shape(self.shape, bits=fmt.bits), dtype=torch.uint8)
         )
-        self.register_buffer("scale", torch.ones(groups))
-        self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(groups, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(grids))
+        self.register_buffer("zero_point", None if fmt.symmetric else torch.zeros(columns, dtype=torch.uint8))
+        self.register_buffer("multiplier", torch.ones(columns, dtype=torch.uint8) if group else None)
 
     @property
     def codes(self) -> Tensor:
@@ -44,10 +51,12 @@ class PackedWeight(Part):
     @property
     def grid(self) -> WeightGrid:
         """The grid that the codes refer to."""
-        zero_point = (
-            torch.full_like(self.scale, self.format.middle) if self.zero_point is None else self.zero_point
+        multiplier = None if self.multiplier is None else self.multiplier.to(self.scale.dtype)
+        like = self.scale if multiplier is None else multiplier
+        zero_point = torch.full_like(like, self.format.middle) if self.zero_point is None else self.zero_point
+        return WeightGrid(
+            self.format, self.scale, zero_point.to(like.dtype), self.segments, self.group, multiplier
         )
-        return WeightGrid(self.format, self.scale, zero_point.to(self.scale.dtype), self.segments)
 
     @property
     def weight(self) -> Tensor:
@@ -61,11 +70,13 @@ class PackedWeight(Part):
 
     @torch.no_grad()
     def fill(self, codes: Tensor, grid: WeightGrid) -> None:
-        """Take over `codes`, uint8, on a `grid` of the same format and segments."""
+        """Take over `codes`, uint8, on a `grid` of the same format, segments and group."""
         self.packed.copy_(pack_unsigned(codes, bits=self.format.bits))
         self.scale.copy_(grid.scale)
         if self.zero_point is not None:
             self.zero_point.copy_(grid.zero_point)
+        if self.multiplier is not None and grid.multiplier is not None:
+            self.multiplier.copy_(grid.multiplier)
 
     def prepare(self, values: Mapping[str, Any]) -> None:
         """Set what a backend had set, moved to the device of the weight."""
@@ -84,5 +95,5 @@ class PackedWeight(Part):
         stays.
         """
         rows = self.rows(weight.float().to(self.packed.device))
-        grid = fit_grid(rows, self.format, segments=self.segments)
+        grid = fit_grid(rows, self.format, segments=self.segments, group=self.group)
         self.fill(grid.encode(rows).to(torch.uint8), grid)

@@ -66,6 +66,7 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str 
             weight_of(source).detach(),
             layer.weight.grid,
             segments=layer.weight.segments,
+            group=layer.weight.group,
             method=layer.weight.ranges,
         )
         quantizer = layer.input.quantizer(steps, axis=operation.channel_axis) if layer.input else None

@@ -16,7 +16,7 @@ Key = Literal["none", "timestep", "measured"]
 
 @dataclass(frozen=True, kw_only=True)
 class OperandScheme:
-    """How an operand is quantized; as it stands, a weight, which has a scale for each of its rows.
+    """How an operand is quantized; as it stands, the rows of an embedding, which have a scale each.
 
     Attributes:
         grid: the values that a code can have.
@@ -28,6 +28,20 @@ class OperandScheme:
     grid: Grid
     ranges: RangeMethod
     segments: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScheme(OperandScheme):
+    """How the weight of a layer is quantized.
+
+    Attributes:
+        group: most channels of a group that has a step of its own; 0 is one for a row.
+        choices: grids and groups among which the error of the layer's output decides, `grid` and `group`
+            among them; none where there is nothing to choose.
+    """
+
+    group: int = 0
+    choices: tuple[tuple[Grid, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +91,5 @@ class ActivationScheme(OperandScheme):
 class LayerScheme:
     """How a layer is quantized: its weight, and its input unless that stays in full precision."""
 
-    weight: OperandScheme
+    weight: WeightScheme
     input: ActivationScheme | None

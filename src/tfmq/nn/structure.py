@@ -65,7 +65,14 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     assert isinstance(child, PackedLayer)
     rescaled = {} if child.factor is None else {"rescaled": True}
     rotated = {"rotated": child.rotated} if child.rotated else {}
-    layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **rescaled, **rotated}
+    grouped = {"group": child.group} if child.group else {}
+    layer = {
+        **weight,
+        "input": _describe_quantizer(child.input_quantizer),
+        **rescaled,
+        **rotated,
+        **grouped,
+    }
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
     kind = _operation_kind(child.operation)
     return {**layer, "kind": kind} if kind else layer
@@ -246,6 +253,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         input_quantizer=_build_quantizer(spec["input"], steps),
         rescaled=spec.get("rescaled", False),
         rotated=spec.get("rotated", 0),
+        group=spec.get("group", 0),
     )
 
 

@@ -1,12 +1,17 @@
 """Grids as frozen values: what codes stand for, before a scale."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tfmq.numerics.balanced import balanced
+from tfmq.numerics.binary import BINARY
 
 MIN_BITS, MAX_BITS = 2, 8
 SMALLEST_SCALE = 1e-8
@@ -135,19 +140,21 @@ class Table(Grid):
 
     Args:
         name: what recipes and files call it.
-        values: signed bytes in ascending order, zero among them.
+        values: signed bytes in ascending order, zero among them; or one on either side of it.
 
     Raises:
-        ValueError: other values, or fewer than 3 of them.
+        ValueError: other values.
     """
 
     name: str
     values: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
-        if not (len(self.values) >= 3 and ascending and 0 in self.values):
-            raise ValueError(f"the grid {self.name} must have 3 values or more, ascending, zero among them")
+        if not is_table(self.values):
+            raise ValueError(
+                f"the grid {self.name} must have 3 values or more, ascending, zero among them, "
+                "or one on either side of zero"
+            )
         if not (self.values[0] >= -128 and self.values[-1] <= 127):
             raise ValueError(f"the values of the grid {self.name} must be signed bytes")
 
@@ -158,7 +165,7 @@ class Table(Grid):
 
     @property
     def symmetric(self) -> bool:  # type: ignore[override]
-        """Return True: zero is a value of every table."""
+        """Return True: zero is where it is in the table."""
         return True
 
     @property
@@ -210,6 +217,15 @@ class Table(Grid):
         return {**super().describe(), "grid": self.name, "values": list(self.values)}
 
 
+def is_table(values: Sequence[int]) -> bool:
+    """Whether there can be a table of these values: they ascend, and zero is one of them, or two lie on
+    either side of it.
+    """
+    ascending = all(a < b for a, b in pairwise(values))
+    around = len(values) == 2 and values[0] < 0 < values[1]
+    return ascending and (around or (len(values) >= 3 and 0 in values))
+
+
 def minifloat(exponent: int, mantissa: int) -> tuple[int, ...]:
     """Return the values of a float of one sign, `exponent` and `mantissa` bits, in units of the smallest one;
     no code stands for infinity, NaN or a second zero.
@@ -220,13 +236,18 @@ def minifloat(exponent: int, mantissa: int) -> tuple[int, ...]:
 
 
 # Values of the grids that a recipe may name in the place of the uniform one (`weights.grid`): floats of 4 and
-# 6 bits, as in FP4DiT (Chen et al., 2025). The values of `e1m2` are evenly spaced.
+# 6 bits, as in FP4DiT (Chen et al., 2025), of which those of `e1m2` are evenly spaced, balanced ones, and the
+# two of binary weights.
 UNIFORM = "uniform"
 GRIDS: dict[str, tuple[int, ...]] = {
     "e1m2": minifloat(1, 2),
     "e2m1": minifloat(2, 1),
     "e3m0": minifloat(3, 0),
     "e2m3": minifloat(2, 3),
+    "balanced3": balanced(1),
+    "balanced5": balanced(2),
+    "balanced9": balanced(3),
+    "binary": BINARY,
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tfmq.numerics.binary import mean_magnitude
 from tfmq.numerics.grids import SMALLEST_SCALE, Grid, IntegerFormat
 
 # Number of values that are searched at once. These and what is computed of them stay in a processor's cache.
@@ -39,8 +40,11 @@ def search(
 
     The candidates are `shrinks` factors from 1 downwards in steps of `1 / (1.25 * shrinks)` applied to the
     range `[low, high]` `[rows]` (that of `values` `[rows, n]` by default). BRECQ (Li et al., 2021) and
-    Q-Diffusion use 80 factors and power 2.4.
+    Q-Diffusion use 80 factors and power 2.4. Two levels have their scale of least squares in closed form.
     """
+    if fmt.levels == 2:
+        scale = mean_magnitude(values)
+        return from_range(-scale, scale, fmt)
     low = values.amin(dim=1) if low is None else low
     high = values.amax(dim=1) if high is None else high
     rows = max(1, CHUNK // max(1, values.shape[1]))

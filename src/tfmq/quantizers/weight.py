@@ -1,4 +1,6 @@
-"""Weight grids: per output channel, and per input segment where the input is a concatenation."""
+"""Weight grids: per output channel, per input segment where the input is a concatenation, and per group of
+inputs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tfmq.numerics.grids import Grid
+from tfmq.numerics.groups import fit_groups, group_size, has_room, spread_groups
 from tfmq.numerics.ranges import min_max, search
 from tfmq.numerics.rounding import rectified_sigmoid, rounding_logits
 from tfmq.numerics.segments import split, spread
@@ -16,42 +19,67 @@ from tfmq.numerics.segments import split, spread
 class WeightGrid:
     """Scale and zero-point of a weight `[C_out, C_in, ...]`, each `[C_out, G]` for `G` input segments of
     widths `segments`.
+
+    With a `group` of channels (`tfmq.numerics.groups`), zero-point and `multiplier` are `[C_out, C_in /
+    group]`, whole numbers in float: the step from one integer of the grid to the next is the multiple of the
+    scale.
     """
 
     format: Grid
     scale: Tensor
     zero_point: Tensor
     segments: tuple[int, ...] = ()
+    group: int = 0
+    multiplier: Tensor | None = None
 
-    def expand(self, values: Tensor, weight_ndim: int) -> Tensor:
-        """Return `[C_out, G]` values so that they broadcast against a weight of `weight_ndim` axes."""
-        values = spread(values, self.segments, axis=1)
+    def _wide(self, values: Tensor, weight_ndim: int, *, grouped: bool) -> Tensor:
+        values = spread_groups(values, self.group) if grouped else spread(values, self.segments, axis=1)
         return values.reshape(*values.shape, *([1] * (weight_ndim - 2)))
+
+    def steps(self, weight_ndim: int) -> Tensor:
+        """Return the step of every weight so that it broadcasts against a weight of `weight_ndim` axes."""
+        scale = self._wide(self.scale, weight_ndim, grouped=False)
+        if self.multiplier is None:
+            return scale
+        return scale * self._wide(self.multiplier, weight_ndim, grouped=True)
+
+    def zeros(self, weight_ndim: int) -> Tensor:
+        """Return the zero-point of every weight so that it broadcasts alike."""
+        return self._wide(self.zero_point, weight_ndim, grouped=bool(self.group))
 
     def encode(self, weight: Tensor) -> Tensor:
         """Return the nearest codes of `weight`, as integers in float."""
-        scaled = weight * self.expand(self.scale, weight.ndim).reciprocal()
-        return self.format.nearest_(scaled, self.expand(self.zero_point, weight.ndim))
+        scaled = weight * self.steps(weight.ndim).reciprocal()
+        return self.format.nearest_(scaled, self.zeros(weight.ndim))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the values of `codes`; differentiable in `codes`."""
         integers = self.integers(codes.to(self.scale.dtype))
-        return integers * self.expand(self.scale, codes.ndim)
+        return integers * self._wide(self.scale, codes.ndim, grouped=False)
 
     def integers(self, codes: Tensor) -> Tensor:
         """Return the values of `codes` in units of their scales."""
-        return self.format.integers(codes, self.expand(self.zero_point, codes.ndim).to(codes.dtype))
+        found = self.format.integers(codes, self.zeros(codes.ndim).to(codes.dtype))
+        if self.multiplier is None:
+            return found
+        return found * self._wide(self.multiplier, codes.ndim, grouped=True).to(codes.dtype)
 
 
 @torch.no_grad()
 def fit_grid(
-    weight: Tensor, fmt: Grid, *, segments: Sequence[int] = (), method: str = "search"
+    weight: Tensor, fmt: Grid, *, segments: Sequence[int] = (), group: int = 0, method: str = "search"
 ) -> WeightGrid:
     """Fit the grid of a weight `[C_out, C_in, ...]` by `"search"` (least error over shrunk ranges) or
     `"min_max"`, in float32.
+
+    `group` is the most channels of a group; 0, a grid that leaves groups no room and channels that do not
+    divide into them are one scale a row.
     """
     fit = {"search": search, "min_max": min_max}[method]
     weight = weight.float()
+    if size := group_size(segments or weight.shape[1:2], group) if group and has_room(fmt) else 0:
+        scale, zero_point, multiplier = fit_groups(weight, fmt, size, segments=segments, method=method)
+        return WeightGrid(fmt, scale, zero_point, tuple(segments), size, multiplier)
     fitted = [fit(part.flatten(1), fmt) for part in split(weight, segments, axis=1)]
     scale, zero_point = (torch.stack(columns, dim=1) for columns in zip(*fitted, strict=True))
     return WeightGrid(fmt, scale, zero_point, tuple(segments))
@@ -69,9 +97,9 @@ class AdaptiveRounding(torch.nn.Module):
 
     def __init__(self, weight: Tensor, grid: WeightGrid) -> None:
         super().__init__()
-        scaled = weight.detach() * grid.expand(grid.scale, weight.ndim).reciprocal()
+        scaled = weight.detach() * grid.steps(weight.ndim).reciprocal()
         self.grid = grid
-        floor, share = grid.format.below(scaled, grid.expand(grid.zero_point, weight.ndim))
+        floor, share = grid.format.below(scaled, grid.zeros(weight.ndim))
         self.register_buffer("floor", floor)
         self.logits = torch.nn.Parameter(rounding_logits(share.clamp(0.0, 1.0 - 1e-4)))
 

@@ -1,6 +1,7 @@
 """Refuse values that a field of a recipe cannot have."""
 
 from tfmq.errors import shown
+from tfmq.numerics.groups import SMALLEST
 
 
 def choice(name: str, value: object, allowed: tuple[str | bool, ...]) -> None:
@@ -15,3 +16,10 @@ def each(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
         choice(name, value, allowed)
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has one twice: {', '.join(values)}")
+
+
+def group(name: str, *sizes: int) -> None:
+    """Refuse sizes of groups that hardly any channel is in."""
+    for size in sizes:
+        if size and size < SMALLEST:
+            raise ValueError(f"{name} must be 0 or at least {SMALLEST} channels, got {size}")

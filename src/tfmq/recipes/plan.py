@@ -4,7 +4,8 @@ import warnings
 
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import Plan
-from tfmq.nn.scheme import ActivationScheme, Key, LayerScheme, OperandScheme
+from tfmq.nn.scheme import ActivationScheme, Key, LayerScheme, OperandScheme, WeightScheme
+from tfmq.numerics.groups import group_widths
 from tfmq.recipes.recipe import Activations, Recipe
 
 
@@ -56,8 +57,17 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
     if weight is None:
         return None
     segments = activations.segments(layer.segments, direct=layer.direct)
+    if activations.group and layer.tokenwise and not layer.temporal and activations.bits:
+        widths = group_widths(segments or (layer.channels,), activations.group)
+        segments = widths if len(widths) > 1 else ()
     return LayerScheme(
-        weight=OperandScheme(grid=weight, ranges=weights.ranges, segments=segments),
+        weight=WeightScheme(
+            grid=weight,
+            ranges=weights.ranges,
+            segments=segments,
+            group=weights.group,
+            choices=weights.choices(),
+        ),
         input=_activation(
             activations,
             segments=segments,

@@ -27,6 +27,12 @@ def tfmq_w4a8() -> Recipe:
     return Recipe(name="tfmq_w4a8", rounding=FAST, learning=SHORT, temporal=MAINTAINED, rules=ENDS_W8A8)
 
 
+def tfmq_w4a4() -> Recipe:
+    """4-bit weights and activations."""
+    base = tfmq_w4a8()
+    return replace(base, name="tfmq_w4a4", activations=replace(base.activations, bits=4))
+
+
 def tfmq_w8a8() -> Recipe:
     """8-bit weights and activations."""
     return Recipe(
@@ -117,6 +123,28 @@ def rotate(recipe: Recipe) -> Recipe:
     )
 
 
+def group(recipe: Recipe) -> Recipe:
+    """The recipe for transformers with weights in groups of 128 inputs, smaller ones where the output's error
+    is worth their bytes (Q-DiT, Chen et al., 2025).
+    """
+    return replace(
+        transformer(recipe),
+        name=recipe.name.replace("tfmq", "group"),
+        weights=replace(recipe.weights, group=128, groups=(64, 32)),
+    )
+
+
+def fp4(recipe: Recipe) -> Recipe:
+    """The recipe for transformers with the grid of each weight chosen among uniform ones and floats of four
+    bits (FP4DiT, Chen et al., 2025).
+    """
+    return replace(
+        transformer(recipe),
+        name=recipe.name.replace("tfmq", "fp4"),
+        weights=replace(recipe.weights, grids=("e2m1", "e3m0")),
+    )
+
+
 def _composed(change: Callable[[Recipe], Recipe], build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return lambda: change(build())
 
@@ -133,6 +161,11 @@ PRESETS |= {
     f"{variant}_{name}": _composed(change, _SCHEMES[name])
     for variant, change in _VARIANTS.items()
     for name in ("w4a8", "w8a8")
+}
+PRESETS |= {
+    "group_w4a8": _composed(group, tfmq_w4a8),
+    "group_w4a4": _composed(group, tfmq_w4a4),
+    "fp4_w4a8": _composed(fp4, tfmq_w4a8),
 }
 
 

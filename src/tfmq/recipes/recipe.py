@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 from tfmq.errors import shown
 from tfmq.nn.scheme import RangeMethod, Tokens
 from tfmq.numerics.grids import GRIDS, UNIFORM, Grid, IntegerFormat, table
-from tfmq.recipes.checks import choice
+from tfmq.numerics.groups import has_room
+from tfmq.recipes.checks import choice, each, group
 from tfmq.recipes.published import Published
 from tfmq.recipes.stages import (
     Calibration,
@@ -67,6 +68,12 @@ class Weights:
         ranges: how scales are found.
         embeddings: the bits of the rows of embeddings, which have a uniform grid each; a row is read as it
             is, so that nothing evens out its error.
+        group: input channels that have a step of their own in each row; 0 is one step for a row. Groups of a
+            layer are the largest of at most so many channels that its width, and its segments, divide into; a
+            layer without any of 8 channels or more, and one whose grid leaves no room for them (uniform ones
+            of more than five bits, `e3m0`, `e2m3`), has one step for a row.
+        grids, groups: what to choose from beside `grid` and `group`, layer by layer: the error of the layer's
+            output in calibration decides, against the bits of a weight with all that it stores.
     """
 
     bits: int | None = 4
@@ -74,11 +81,17 @@ class Weights:
     symmetric: bool | None = None
     ranges: RangeMethod = "search"
     embeddings: int | None = 8
+    group: int = 0
+    grids: tuple[str, ...] = ()
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         choice("weights.ranges", self.ranges, ("search", "min_max"))
         choice("weights.grid", self.grid, (UNIFORM, *GRIDS))
-        self.uniform(self.bits)
+        each("weights.grids", self.grids, (UNIFORM, *GRIDS))
+        group("weights.group", self.group)
+        group("weights.groups", *self.groups)
+        self.format()
         self.uniform(self.embeddings)
 
     def uniform(self, bits: int | None) -> IntegerFormat | None:
@@ -87,8 +100,34 @@ class Weights:
 
     def format(self) -> Grid | None:
         """Return the grid of a layer; None in full precision."""
-        listed = table(self.grid)
+        return self._of_bits(self.grid)
+
+    def _of_bits(self, name: str) -> Grid | None:
+        listed = table(name)
         return listed if listed is not None and listed.bits == self.bits else self.uniform(self.bits)
+
+    def choices(self) -> tuple[tuple[Grid, int], ...]:
+        """Return the grids and groups that a layer may have, the recipe's own first; none where there is
+        nothing to choose.
+        """
+        grids = [grid for name in (self.grid, *self.grids) if (grid := self._of_bits(name)) is not None]
+        found = dict.fromkeys(
+            (grid, group if has_room(grid) else 0) for grid in grids for group in (self.group, *self.groups)
+        )
+        return tuple(found) if len(found) > 1 else ()
+
+    def check_room(self) -> None:
+        """Refuse groups where no grid leaves them room.
+
+        Raises:
+            ValueError: says for how many bits there is.
+        """
+        grids = [grid for name in (self.grid, *self.grids) if (grid := self._of_bits(name)) is not None]
+        if (self.group or any(self.groups)) and grids and not any(map(has_room, grids)):
+            raise ValueError(
+                f"weights.group needs a grid of small integers, as uniform ones of at most five bits have; "
+                f"{self.grid} of {self.bits} bits leaves no room for multiples of its scale in eight"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +153,9 @@ class Activations:
             gives less output error on the calibration calls. Convolutions, temporal layers and attention
             products are static: sums over places have no grid of each place, and finite sets have exact
             ranges.
+        group: channels of the inputs of linear layers outside of the temporal block that have a grid of their
+            own, and their weights with them, sized as those of `weights.group`; 0 is one for all. An engine
+            multiplies group by group, which takes more than twice the time.
     """
 
     bits: int | None = 8
@@ -124,8 +166,10 @@ class Activations:
     products: bool = True
     split: Split = True
     tokens: Tokens = "static"
+    group: int = 0
 
     def __post_init__(self) -> None:
+        group("activations.group", self.group)
         choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
         choice("activations.ranges", self.ranges, ("search", "min_max"))
         choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
@@ -167,7 +211,9 @@ class Rule:
             raise ValueError(f"unknown role {shown(self.match)}; it must be one of {', '.join(ROLES)}")
         if not self.weights and not self.activations:
             raise ValueError(f"the rule {shown(self.match)} changes nothing; give it weights or activations")
-        _changed(Weights(), self.weights, "weights")
+        weights = _changed(Weights(), self.weights, "weights")
+        if "bits" in self.weights:
+            weights.check_room()
         _changed(Activations(), self.activations, "activations")
 
     def matches(self, name: str, roles: frozenset[str]) -> bool:
@@ -209,6 +255,7 @@ class Recipe:
     components: Mapping[str, "Recipe"] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        self.weights.check_room()
         listed = table(self.weights.grid)
         if listed is not None and self.weights.bits not in (None, listed.bits):
             raise ValueError(

@@ -206,8 +206,8 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
     )
     grid = layer.grid
     scale, zero_point = (
-        matrix(grid.expand(grid.scale, layer.weight.ndim)).float(),
-        matrix(grid.expand(grid.zero_point, layer.weight.ndim)).float(),
+        matrix(grid.steps(layer.weight.ndim)).float(),
+        matrix(grid.zeros(layer.weight.ndim)).float(),
     )
     segment = numbers(grid.segments, shape[1], shape[2:].numel()).to(weight.device)
     codes = torch.empty_like(scale)
@@ -221,7 +221,11 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
         scale[:, :, some] = fitted.scale
     layer.codes.copy_(codes.flatten(0, 1).reshape(shape))
     first = torch.stack([(segment == number).int().argmax() for number in range(grid.scale.shape[1])])
-    grid.scale.copy_(scale[:, :, first].flatten(0, 1))
+    fitted_scale = scale[:, :, first].flatten(0, 1)
+    if grid.multiplier is not None:
+        # A refitted row moves as a whole: the steps of its groups keep their ratios.
+        fitted_scale /= grid.multiplier[:, first.cpu() // (grid.group * shape[2:].numel())]
+    grid.scale.copy_(fitted_scale)
 
 
 def leaning(layer: CalibratedLayer) -> Tensor:
@@ -229,7 +233,7 @@ def leaning(layer: CalibratedLayer) -> Tensor:
     than `LEAN` codes.
     """
     coded = layer.quantized_weight()
-    step = layer.grid.expand(layer.grid.scale, layer.weight.ndim)
+    step = layer.grid.steps(layer.weight.ndim)
     return coded + (layer.weight - coded).clamp(min=-LEAN * step, max=LEAN * step)
 
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tfmq.numerics.grids import IntegerFormat
+from tfmq.numerics.grids import Table as ValueTable
+from tfmq.numerics.groups import largest
 from tfmq.numerics.packing import unpack_unsigned
 from tfmq.numerics.segments import scales
 
@@ -96,8 +99,15 @@ class _Parts:
         scale = self.take(f"{prefix}.scale", shape, integer=False)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise self.wrong(f"{prefix}.scale", "has a scale that is not positive and finite")
-        if zero_point and int(self.take(f"{prefix}.zero_point", shape, integer=True).max()) >= 2**bits:
+        if zero_point:
+            self.zeros(prefix, shape, bits=bits)
+
+    def zeros(self, prefix: str, shape: tuple[int | None, ...], *, bits: int) -> Tensor:
+        """Return zero-points, of `shape`, that are codes of `bits` bits."""
+        found = self.take(f"{prefix}.zero_point", shape, integer=True)
+        if int(found.max()) >= 2**bits:
             raise self.wrong(f"{prefix}.zero_point", f"has a zero-point off the grid of {bits} bits")
+        return found
 
     def layer(self, name: str, layer: Layer) -> None:
         """Check a packed layer and the quantizer of its input."""
@@ -112,8 +122,10 @@ class _Parts:
             name,
             (packed.shape[0], scales(layer.segments)),
             bits=layer.bits,
-            zero_point=not layer.symmetric,
+            zero_point=not (layer.symmetric or layer.group),
         )
+        if layer.group:
+            self.groups(name, layer, (packed.shape[0], sum(layer.segments) // layer.group or None), codes)
         if layer.values:
             self.codes(f"{name}{PACKED}", packed, layer)
         self.input(f"{name}.input_quantizer", layer.input)
@@ -121,6 +133,28 @@ class _Parts:
             factor = self.take(f"{name}.factor", (None,), integer=False)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 raise self.wrong(f"{name}.factor", "has a factor that is not positive and finite")
+
+    def groups(self, name: str, layer: Layer, shape: tuple[int | None, ...], codes: int) -> None:
+        """Check the multiples of groups, whose products with the integers of the grid are signed bytes, and
+        their zero-points, of `shape`, of a weight that has at most so many `codes` a row.
+        """
+        multiplier = self.take(f"{name}.multiplier", shape, integer=True)
+        if multiplier.shape[1] * layer.group > codes:
+            raise self.wrong(f"{name}.multiplier", f"has more groups than {codes} codes a row make")
+        fmt = (
+            ValueTable("of the file", layer.values)
+            if layer.values
+            else IntegerFormat(layer.bits, layer.symmetric)
+        )
+        zeros = (
+            torch.full_like(multiplier, fmt.middle)
+            if layer.symmetric
+            else self.zeros(name, tuple(multiplier.shape), bits=layer.bits)
+        )
+        if bool(((multiplier < 1) | (multiplier > largest(fmt, zeros.float()))).any()):
+            raise self.wrong(
+                f"{name}.multiplier", "has a multiple of 0, or one that leaves eight signed bits"
+            )
 
     def codes(self, name: str, packed: Tensor, layer: Layer) -> None:
         """Check that the codes of a layer are places of its table."""

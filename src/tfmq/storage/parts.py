@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tfmq.errors import shown
-from tfmq.numerics.grids import MAX_BITS, MIN_BITS
+from tfmq.numerics.grids import MAX_BITS, MIN_BITS, is_table
+from tfmq.numerics.groups import SMALLEST
 from tfmq.numerics.rotation import ORDER, is_group
 
 from .fields import Fields
@@ -22,7 +23,19 @@ MOST_ROTATED = 2**16
 # What a layer and a structure may have. What this reader does not know would be left out of the computation,
 # so it is refused.
 LAYER = frozenset(
-    {"bits", "symmetric", "grid", "values", "segments", "input", "kind", "rescaled", "rotated", "names"}
+    {
+        "bits",
+        "symmetric",
+        "grid",
+        "values",
+        "segments",
+        "input",
+        "kind",
+        "rescaled",
+        "rotated",
+        "group",
+        "names",
+    }
 )
 KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
@@ -53,8 +66,8 @@ class Input:
 @dataclass(frozen=True)
 class Layer:
     """A quantized layer: its weight grid, the quantizer of its input, None for full precision, whether that
-    input is multiplied by a factor, and the channels of a group in which it is rotated, 0 for none. `values`
-    are those of a grid that is not uniform.
+    input is multiplied by a factor, the channels of a group in which it is rotated, 0 for none, and those of
+    a group of the weight. `values` are those of a grid that is not uniform.
     """
 
     bits: int
@@ -64,6 +77,7 @@ class Layer:
     rescaled: bool = False
     rotated: int = 0
     values: tuple[int, ...] = ()
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,9 +168,9 @@ def _networks(fields: Fields) -> tuple[str, ...]:
 
 
 def _grid(fields: Fields) -> tuple[int, bool, tuple[int, ...]]:
-    """Return bits, symmetry and segments."""
+    """Return bits, of which one is enough for a table, symmetry and segments."""
     return (
-        fields.integer("bits", MIN_BITS, MAX_BITS),
+        fields.integer("bits", 1 if "values" in fields.values else MIN_BITS, MAX_BITS),
         fields.flag("symmetric"),
         fields.widths("segments", most=MOST_CHANNELS),
     )
@@ -180,8 +194,15 @@ def _layer(group: Fields) -> Layer:
     group.only(LAYER)
     rescaled = "rescaled" in group.values and group.flag("rescaled")
     layer = Layer(
-        *_grid(group), input=found, rescaled=rescaled, rotated=_rotated(group), values=_values(group)
+        *_grid(group),
+        input=found,
+        rescaled=rescaled,
+        rotated=_rotated(group),
+        values=_values(group),
+        group=_group(group),
     )
+    if layer.group and any(width % layer.group for width in layer.segments):
+        raise group.refuse("group", "a number that divides every segment")
     if found is not None and found.segments != layer.segments:
         raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")
     return layer
@@ -197,6 +218,15 @@ def _rotated(group: Fields) -> int:
     return size
 
 
+def _group(group: Fields) -> int:
+    """Return the channels of a group of a weight, 0 for none."""
+    if "group" not in group.values:
+        return 0
+    if group.values.get("kind") == "embedding":
+        raise group.refuse("group", "absent: an embedding has one grid a row")
+    return group.integer("group", SMALLEST, MOST_CHANNELS)
+
+
 def _values(group: Fields) -> tuple[int, ...]:
     """Return the values of a table of signed bytes, ascending and with zero among them; none for a uniform
     grid.
@@ -204,15 +234,11 @@ def _values(group: Fields) -> tuple[int, ...]:
     if "grid" not in group.values and "values" not in group.values:
         return ()
     group.text("grid")
-    values, levels = group.items("values"), 2 ** group.integer("bits", MIN_BITS, MAX_BITS)
+    values, levels = group.items("values"), 2 ** group.integer("bits", 1, MAX_BITS)
     known = all(type(value) is int and -128 <= value <= 127 for value in values)
-    if (
-        not known
-        or 0 not in values
-        or values != sorted(set(values))
-        or not levels // 2 < len(values) <= levels
-    ):
-        wanted = f"a list of {levels // 2 + 1} to {levels} integers of -128 to 127, ascending, 0 among them"
+    if not known or not is_table(values) or not levels // 2 < len(values) <= levels:
+        zero = "one on either side of 0" if levels == 2 else "0 among them"
+        wanted = f"a list of {levels // 2 + 1} to {levels} integers of -128 to 127, ascending, {zero}"
         raise group.refuse("values", wanted)
     if not group.flag("symmetric"):
         raise group.refuse("symmetric", "true, as a table has no zero-points")
