@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
 from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
-from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_transform, observe
+from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Seen, best_transform, observe
+from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls, recorded_networks
 from tfmq.calibration.variety import warn_of_single_values
@@ -19,8 +20,9 @@ from tfmq.jobs.judging import judged
 from tfmq.models.denoiser import Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers
-from tfmq.nn.scheme import RangeMethod
+from tfmq.nn.scheme import LayerScheme, RangeMethod
 from tfmq.nn.swap import precision
+from tfmq.numerics.low_rank import LowRank
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.reconstruction.unit import settle
@@ -79,14 +81,25 @@ def _record(job: Job, work: Work) -> None:
 
 
 def transform_layers(job: Job, work: Work) -> None:
-    """Choose how inputs outside of the temporal block are rescaled or rotated, where the recipe has it."""
-    if not job.recipe.rescaling.transforms:
+    """Choose how inputs outside of the temporal block are rescaled or rotated, and which layers have a branch
+    beside their codes, where the recipe has it.
+    """
+    if not job.recipe.rescaling.transforms and not _splits(work):
         return
     found = job.journal.stage("rescaling", lambda: _transforms(job, work))
     for name, layer in calibrated_layers(job.denoiser.module).items():
         factor, group = found.get(f"{name}.factor"), int(found.get(f"{name}.rotated", 0))
+        ranges = work.plan.layers[name].weight.ranges
         if factor is not None or group:
-            layer.transform(factor, group, ranges=work.plan.layers[name].weight.ranges)
+            layer.transform(factor, group, ranges=ranges)
+        if f"{name}.up" in found:
+            factors = LowRank(found[f"{name}.up"], found[f"{name}.down"])
+            layer.split(branch_of(layer, factors, job.recipe.branch.dtype), ranges=ranges)
+
+
+def _splits(work: Work) -> bool:
+    """Whether any layer may have a branch."""
+    return any(layer.rank for layer in work.plan.layers.values())
 
 
 def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]:
@@ -98,7 +111,9 @@ def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]
 
 
 def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
-    """Return the factors of layers that are rescaled, and the groups of those that are rotated."""
+    """Return the factors of layers that are rescaled, the groups of those that are rotated, and both factors
+    of branches.
+    """
     module, store = job.denoiser.module, job.store
     temporal = {layer.name for layer in work.block.trace.temporal}
     layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
@@ -116,6 +131,7 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
                     calls=len(store),
                     rotation=job.recipe.rescaling.rotation,
                     advance=advance,
+                    most=ROWS if _splits(work) else MOST,
                 )
             found |= _best(job, work, chosen, seen)
             advance(len(group))
@@ -125,20 +141,33 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
 def _best(
     job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
 ) -> dict[str, Tensor]:
-    """Return the best factors or groups of the layers that gain by one."""
+    """Return the best factors, groups and branches of the layers that gain by one."""
     found: dict[str, Tensor] = {}
     for name, what in seen.items():
-        kept = best_transform(
-            layers[name],
-            what,
-            equalizers=job.recipe.rescaling.equalizers,
-            ranges=work.plan.layers[name].weight.ranges,
-        )
-        if kept.factor is not None:
-            found[f"{name}.factor"] = kept.factor
-        if kept.group:
-            found[f"{name}.rotated"] = torch.tensor(kept.group)
+        kept = _chosen(job, work.plan.layers[name], layers[name], what)
+        transform, factors = kept.transform, kept.factors
+        if transform.factor is not None:
+            found[f"{name}.factor"] = transform.factor
+        if transform.group:
+            found[f"{name}.rotated"] = torch.tensor(transform.group)
+        if factors is not None:
+            found |= {f"{name}.up": factors.up.contiguous(), f"{name}.down": factors.down.contiguous()}
     return found
+
+
+def _chosen(job: Job, scheme: LayerScheme, layer: CalibratedLayer, seen: Seen) -> Split:
+    """Return what becomes of a layer."""
+    config, branch, ranges = job.recipe.rescaling, job.recipe.branch, scheme.weight.ranges
+    split = best_split(
+        layer,
+        seen,
+        equalizers=config.equalizers,
+        splitters=branch.splitters,
+        rank=scheme.rank,
+        dtype=branch.dtype,
+        ranges=ranges,
+    )
+    return split or Split(best_transform(layer, seen, equalizers=config.equalizers, ranges=ranges))
 
 
 def fit_activations(job: Job, work: Work) -> None:

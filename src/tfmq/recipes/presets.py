@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tfmq.recipes.paper import PAPER, PROTOCOLS
-from tfmq.recipes.recipe import Activations, Recipe, Rescaling, Rule, Temporal, Weights
+from tfmq.recipes.recipe import Activations, Branch, Recipe, Rescaling, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
 
@@ -117,6 +117,31 @@ def rotate(recipe: Recipe) -> Recipe:
     )
 
 
+def svd(recipe: Recipe) -> Recipe:
+    """A recipe for transformers whose layers have a low-rank branch beside their codes, and inputs rescaled,
+    where that takes away error together (SVDQuant). First and last layer have none.
+
+    Inputs of 8 bits are fine enough for the branch too, which then reads their codes. As in the paper
+    attention products are not quantized at 4 bits.
+    """
+    fine = recipe.activations.bits == 8
+    smoothed = smooth(recipe)
+    return replace(
+        smoothed,
+        name=recipe.name.replace("tfmq", "svd"),
+        weights=replace(recipe.weights, rank=16),
+        activations=replace(smoothed.activations, products=fine),
+        branch=Branch(dtype="int8" if fine else "float16"),
+        rules=tuple(replace(rule, weights={**rule.weights, "rank": 0}) for rule in recipe.rules),
+    )
+
+
+def tfmq_w4a4() -> Recipe:
+    """4-bit weights and activations, those of the first and last layer at 8."""
+    recipe = tfmq_w4a8()
+    return replace(recipe, name="tfmq_w4a4", activations=replace(recipe.activations, bits=4))
+
+
 def _composed(change: Callable[[Recipe], Recipe], build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return lambda: change(build())
 
@@ -134,6 +159,7 @@ PRESETS |= {
     for variant, change in _VARIANTS.items()
     for name in ("w4a8", "w8a8")
 }
+PRESETS |= {"svd_w4a4": _composed(svd, tfmq_w4a4), "svd_w4a8": _composed(svd, tfmq_w4a8)}
 
 
 def _bits_of(name: str) -> tuple[int | None, int | None]:

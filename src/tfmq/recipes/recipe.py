@@ -11,6 +11,7 @@ from tfmq.numerics.grids import GRIDS, UNIFORM, Grid, IntegerFormat, table
 from tfmq.recipes.checks import choice
 from tfmq.recipes.published import Published
 from tfmq.recipes.stages import (
+    Branch,
     Calibration,
     Correction,
     Maintenance,
@@ -26,6 +27,7 @@ from tfmq.reconstruction.solvers import Rounding
 
 __all__ = [
     "Activations",
+    "Branch",
     "Calibration",
     "Correction",
     "Maintenance",
@@ -67,6 +69,7 @@ class Weights:
         ranges: how scales are found.
         embeddings: the bits of the rows of embeddings, which have a uniform grid each; a row is read as it
             is, so that nothing evens out its error.
+        rank: of a branch in higher precision beside the codes (see `Branch`); 0 is none.
     """
 
     bits: int | None = 4
@@ -74,10 +77,13 @@ class Weights:
     symmetric: bool | None = None
     ranges: RangeMethod = "search"
     embeddings: int | None = 8
+    rank: int = 0
 
     def __post_init__(self) -> None:
         choice("weights.ranges", self.ranges, ("search", "min_max"))
         choice("weights.grid", self.grid, (UNIFORM, *GRIDS))
+        if self.rank < 0:
+            raise ValueError(f"weights.rank must not be negative, got {self.rank}")
         self.uniform(self.bits)
         self.uniform(self.embeddings)
 
@@ -202,6 +208,7 @@ class Recipe:
     learning: Learning = field(default_factory=Learning)
     calibration: Calibration = field(default_factory=Calibration)
     rescaling: Rescaling = field(default_factory=Rescaling)
+    branch: Branch = field(default_factory=Branch)
     correction: Correction = field(default_factory=Correction)
     tolerance: Tolerance = field(default_factory=Tolerance)
     rules: tuple[Rule, ...] = ()

@@ -12,18 +12,23 @@ from tfmq.numerics.rotation import ORDER, is_group
 
 from .fields import Fields
 
-__all__ = ["Correction", "Input", "Layer", "Products", "Structure", "Table"]
+__all__ = ["Branch", "Correction", "Input", "Layer", "Products", "Structure", "Table"]
 
 # Bounds on what is built before any tensor was read. No real model comes near them.
 MOST_STEPS = 100_000
 MOST_CHANNELS = 2**24
 MOST_AXES = 8
 MOST_ROTATED = 2**16
+MOST_RANK = 2**12
 # What a layer and a structure may have. What this reader does not know would be left out of the computation,
 # so it is refused.
 LAYER = frozenset(
-    {"bits", "symmetric", "grid", "values", "segments", "input", "kind", "rescaled", "rotated", "names"}
+    {
+        *("bits", "symmetric", "grid", "values", "segments", "input", "kind", "names"),
+        *("rescaled", "rotated", "branch"),
+    }
 )
+BRANCH, FACTORS = frozenset({"rank", "dtype"}), ("float16", "bfloat16", "float32", "int8")
 KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
 
@@ -51,10 +56,18 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Two factors beside a layer: their rank, and the dtype that both are stored in."""
+
+    rank: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """A quantized layer: its weight grid, the quantizer of its input, None for full precision, whether that
-    input is multiplied by a factor, and the channels of a group in which it is rotated, 0 for none. `values`
-    are those of a grid that is not uniform.
+    input is multiplied by a factor, the channels of a group in which it is rotated, 0 for none, and what is
+    computed beside it. `values` are those of a grid that is not uniform.
     """
 
     bits: int
@@ -64,6 +77,7 @@ class Layer:
     rescaled: bool = False
     rotated: int = 0
     values: tuple[int, ...] = ()
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +194,12 @@ def _layer(group: Fields) -> Layer:
     group.only(LAYER)
     rescaled = "rescaled" in group.values and group.flag("rescaled")
     layer = Layer(
-        *_grid(group), input=found, rescaled=rescaled, rotated=_rotated(group), values=_values(group)
+        *_grid(group),
+        input=found,
+        rescaled=rescaled,
+        rotated=_rotated(group),
+        values=_values(group),
+        branch=_branch(group),
     )
     if found is not None and found.segments != layer.segments:
         raise group.part("input").refuse("segments", f"those of the layer, {shown(list(layer.segments))}")
@@ -195,6 +214,17 @@ def _rotated(group: Fields) -> int:
     if not is_group(size) or "kind" in group.values:
         raise group.refuse("rotated", "a power of four, of a layer without kind")
     return size
+
+
+def _branch(group: Fields) -> Branch | None:
+    """Return what is computed beside a layer."""
+    if "branch" not in group.values:
+        return None
+    if group.values.get("kind") == "embedding":
+        raise group.refuse("branch", "absent from an embedding, which multiplies nothing")
+    branch = group.part("branch")
+    branch.only(BRANCH)
+    return Branch(branch.integer("rank", 1, MOST_RANK), branch.choice("dtype", FACTORS))
 
 
 def _values(group: Fields) -> tuple[int, ...]:
