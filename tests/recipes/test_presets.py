@@ -23,8 +23,25 @@ def test_the_presets_are_these() -> None:
         f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")
     ]
     assert sorted(PRESETS) == sorted(
-        [*general, *(f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8"))]
+        [
+            *general,
+            *(f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8")),
+            *("svd_w4a4", "svd_w4a8"),
+        ]
     )
+
+
+def test_the_svd_schemes_are_smooth_ones_with_a_branch() -> None:
+    recipe, smooth = scheme("svd_w4a8"), scheme("smooth_w4a8")
+    assert recipe.weights == replace(smooth.weights, rank=16) and recipe.branch.dtype == "int8"
+    assert all(rule.weights["rank"] == 0 for rule in recipe.rules), "first and last layer have none"
+    rules = smooth.rules
+    assert (
+        replace(recipe, name=smooth.name, weights=smooth.weights, branch=smooth.branch, rules=rules) == smooth
+    )
+    four = scheme("svd_w4a4")
+    assert (four.weights.bits, four.activations.bits, four.branch.dtype) == (4, 4, "float16")
+    assert not four.activations.products and four.temporal == recipe.temporal
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])
