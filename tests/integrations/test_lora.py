@@ -66,8 +66,12 @@ def weights(build: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def predicted(unet: Any, timestep: int = 500) -> Tensor:
-    output: Tensor = unet(SAMPLE, timestep, encoder_hidden_states=torch.ones(2, 5, 8)).sample
+def predicted(unet: Any, timestep: int = 500, **cross_attention: Any) -> Tensor:
+    conditions = {
+        "encoder_hidden_states": torch.ones(2, 5, 8),
+        "cross_attention_kwargs": cross_attention or None,
+    }
+    output: Tensor = unet(SAMPLE, timestep, **conditions).sample
     return output
 
 
@@ -244,3 +248,51 @@ def test_a_temporal_feature_behind_a_table_takes_no_adapter(build: Any) -> None:
         load(unet, state)
     assert torch.equal(predicted(unet), before)
     assert not any(isinstance(child, LoraLayer) for child in unet.modules())
+
+
+@torch.no_grad()
+def test_the_verbs_of_a_pipeline_work_on_a_quantized_one(
+    quantized: UNet2DConditionModel, weights: dict[str, Tensor]
+) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    parts: Any = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipeline: Any = StableDiffusionPipeline(
+        **parts,
+        unet=quantized,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def drawn() -> Tensor:
+        images: Tensor = pipeline(
+            prompt_embeds=torch.ones(1, 5, 8),
+            negative_prompt_embeds=torch.zeros(1, 5, 8),
+            latents=SAMPLE[:1],
+            num_inference_steps=2,
+            output_type="latent",
+        ).images
+        return images
+
+    before = drawn()
+    pipeline.load_lora_weights(weights, adapter_name="ink")
+    full = drawn()
+    assert pipeline.get_active_adapters() == ["ink"] and not torch.equal(full, before)
+    # As pipelines pass a strength to the denoiser for one call.
+    scaled = predicted(quantized, scale=0.25)
+    assert torch.equal(drawn(), full)
+    pipeline.set_adapters("ink", 0.25)
+    assert torch.equal(predicted(quantized), scaled) and not torch.equal(drawn(), full)
+    pipeline.set_adapters("ink", 0.0)
+    assert torch.equal(drawn(), before)
+    pipeline.set_adapters("ink")
+    pipeline.disable_lora()
+    assert torch.equal(drawn(), before)
+    pipeline.enable_lora()
+    pipeline.fuse_lora(components=["unet"])
+    assert sqnr_db(full, drawn()) > 60
+    pipeline.unfuse_lora(components=["unet"])
+    assert torch.equal(drawn(), full)
+    pipeline.unload_lora_weights()
+    assert torch.equal(drawn(), before)
