@@ -6,7 +6,7 @@ Prints, for each model and for neither, either and both: SQNR of what is predict
 precision, PSNR to full precision of images, both from noise that calibration has not seen, the latter's
 difference to rescaling alone image by image, layers with a branch, bytes of the quantized tensors, and
 processor milliseconds of a step in OpenVINO at batch 1, on one thread. The recipe is that of `svd_` and the
-bits in all rows, on 8 images of 20 steps, units learning from every fourth.
+bits in all rows, on `--samples` images of 20 steps, units learning from every fourth.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Branch, Recipe, Rescaling
 from tfmq.targets import open_sampler
 
-STEPS, SEED, CALLS, FOLLOWED = 20, 1234, 100, 4
+STEPS, SEED, CALLS, FOLLOWED = 20, 1234, 100, 2
 GUIDANCE = {"dit": 3.0}
 NEITHER: dict[str, Any] = {"branch": Branch(splitters=()), "rescaling": Rescaling()}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -45,12 +45,13 @@ def opened(model: str) -> Any:
     return open_sampler(model, options={"guidance_scale": GUIDANCE[model]} if model in GUIDANCE else {})
 
 
-def recipe_of(model: str, bits: str, change: str, rank: int) -> Recipe:
+def recipe_of(model: str, bits: str, change: str, rank: int, samples: int) -> Recipe:
     """Return the recipe of a row."""
     recipe = tfmq.scheme(f"svd_{bits}")
     calibration = replace(
         recipe.calibration,
-        samples=8,
+        samples=samples,
+        batch_size=min(samples, recipe.calibration.batch_size),
         steps=STEPS,
         interval=4,
         judged=0.0,
@@ -92,7 +93,7 @@ def predictions(denoiser: Denoiser, calls: list[Inputs]) -> torch.Tensor:
     return torch.cat([denoiser(call) for call in calls])
 
 
-def row(model: str, bits: str, change: str, *, rank: int, images: int, known: dict[str, np.ndarray]) -> str:
+def row(model: str, change: str, recipe: Recipe, *, images: int, known: dict[str, np.ndarray]) -> str:
     """Quantize and measure; return a row of the table. `known` has the images of full precision, and gets the
     PSNR of these.
     """
@@ -100,7 +101,7 @@ def row(model: str, bits: str, change: str, *, rank: int, images: int, known: di
     calls = followed(full)
     sampler, began = opened(model), time.process_time()
     components = "denoiser" if hasattr(sampler, "pipeline") else None
-    tfmq.quantize(sampler, recipe_of(model, bits, change, rank), seed=0, components=components)
+    tfmq.quantize(sampler, recipe, seed=0, components=components)
     seconds = time.process_time() - began
     layers = packed_layers(sampler.denoiser.module)
     branches = sum(layer.branch is not None for layer in layers.values())
@@ -112,9 +113,9 @@ def row(model: str, bits: str, change: str, *, rank: int, images: int, known: di
     gain = psnr - known.get("rescaling", psnr)
     spread, paired = (values.std(ddof=1) / len(values) ** 0.5 for values in (psnr, gain))
     return (
-        f"| {model} | {bits} | {change} | {rank} | {signal:.2f} | {psnr.mean():.2f} ± {spread:.2f} "
-        f"| {gain.mean():+.2f} ± {paired:.2f} | {branches} of {len(layers)} | {size} "
-        f"| {milliseconds(sampler):.2f} | {seconds:.0f} |"
+        f"| {model} | {recipe.name} | {change} | {recipe.weights.rank} | {signal:.2f} "
+        f"| {psnr.mean():.2f} ± {spread:.2f} | {gain.mean():+.2f} ± {paired:.2f} "
+        f"| {branches} of {len(layers)} | {size} | {milliseconds(sampler):.2f} | {seconds:.0f} |"
     )
 
 
@@ -127,19 +128,18 @@ def main() -> None:
     parser.add_argument("--bits", default="w4a4", choices=("w4a4", "w4a8"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rows", nargs="+", default=["rescaling", "branch", "both"], choices=CHANGES)
     options = parser.parse_args()
-    names = ("model", "bits", "method", "rank", "SQNR, dB", "PSNR, dB", "over rescaling", "branches")
+    names = ("model", "recipe", "method", "rank", "SQNR, dB", "PSNR, dB", "over rescaling", "branches")
     print(f"| {' | '.join((*names, 'bytes', 'ms a step', 'CPU s'))} |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for model in options.models:
         with quiet():
             known = {"full": draw(opened(model), options.images, steps=STEPS, seed=SEED)}
             for change in options.rows:
-                found = row(
-                    model, options.bits, change, rank=options.rank, images=options.images, known=known
-                )
-                print(found, flush=True)
+                recipe = recipe_of(model, options.bits, change, options.rank, options.samples)
+                print(row(model, change, recipe, images=options.images, known=known), flush=True)
 
 
 if __name__ == "__main__":
