@@ -1,5 +1,5 @@
-"""What holds for all that is registered: backends, solvers, grids, equalizers, estimators, parts of a
-quantized model. None is listed here.
+"""What holds for all that is registered: backends, solvers, grids, equalizers, splitters, estimators, parts
+of a quantized model. None is listed here.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import tfmq
 from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
 from tfmq.calibration.rescaling import Transform
+from tfmq.calibration.splitting import Split
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.models.trace import trace
@@ -27,6 +28,7 @@ from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.numerics.grids import GRIDS, IntegerFormat, Table, table
 from tfmq.numerics.groups import has_room
+from tfmq.numerics.low_rank import SPLITTERS, second_moments, truncated
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.recipes import Recipe
@@ -51,18 +53,22 @@ def short(**changes: Any) -> Recipe:
     )
 
 
+def doubled(layer: CalibratedLayer, *_: Any, **__: Any) -> Transform:
+    return Transform(torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0))
+
+
+def parted(layer: CalibratedLayer, *_: Any, rank: int, **__: Any) -> Split:
+    matrix = layer.weight.flatten(1).unflatten(0, (layer.operation.groups, -1))
+    return Split(doubled(layer), truncated(matrix, None, min(rank, *matrix.shape[1:])))
+
+
 @pytest.fixture(scope="module")
 def whole(sampler: Make) -> LoopSampler:
-    """A model in which every layer is rescaled and every prediction corrected."""
-    made = sampler("upsampler")
+    """A model in which every layer is rescaled, with a branch beside it, and every prediction corrected."""
+    made, recipe = sampler("upsampler"), short()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "tfmq.jobs.calibration.best_transform",
-            lambda layer, *_, **__: Transform(
-                torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0)
-            ),
-        )
-        tfmq.quantize(made, short())
+        patch.setattr("tfmq.jobs.calibration.best_split", parted)
+        tfmq.quantize(made, replace(recipe, weights=replace(recipe.weights, rank=2)))
     return made
 
 
@@ -217,6 +223,27 @@ def test_an_equalizer_proposes_positive_finite_factors_and_has_no_memory(name: s
                 and bool((snapped.isfinite() & (snapped > 0)).all())
                 and torch.equal(one, other)
             )
+
+
+@pytest.mark.parametrize("name", SPLITTERS)
+@pytest.mark.parametrize("kind", ["noise", "zero", "rank one", "tiny"])
+def test_a_splitter_proposes_factors_that_leave_less(name: str, kind: str) -> None:
+    weight = {
+        "noise": torch.randn(2, 6, 9),
+        "zero": torch.zeros(2, 6, 9),
+        "rank one": torch.randn(2, 6, 1) @ torch.randn(2, 1, 9),
+        "tiny": 1e-20 * torch.randn(2, 6, 9),
+    }[kind]
+    moments = second_moments(torch.randn(2, 40, 9))
+    first, second = (list(SPLITTERS[name](weight, moments, 2, torch.round)) for _ in range(2))
+    assert first
+    for one, other in zip(first, second, strict=True):
+        assert one.up.shape == (2, 6, 2) and one.down.shape == (2, 2, 9)
+        assert bool(one.up.isfinite().all() and one.down.isfinite().all())
+        assert torch.equal(one.product, other.product)
+    rest = weight.double() - first[0].product
+    energies = [float(((part @ moments) * part).sum()) for part in (rest, weight.double())]
+    assert energies[0] <= energies[1]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -82,6 +82,7 @@ OPTIONAL = {
     "accelerate": ("integrations/diffusers*",),
     # Measured tiles are kept for one version of triton.
     "triton": ("kernels/gpu/*", "backends/tuned.py"),
+    "peft": ("integrations/diffusers/lora.py",),
     "onnx": ("export/*",),
     "onnxscript": ("export/*",),
     "onnxruntime": ("export/*", "evaluation/cost/variants/onnxruntime.py"),

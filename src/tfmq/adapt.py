@@ -8,7 +8,7 @@ from tfmq.artifact import remark
 from tfmq.backends.backend import release
 from tfmq.calibration.drift import LayerDrift, complaint
 from tfmq.models.sampler import Sampler
-from tfmq.nn.swap import is_quantized, steps_of
+from tfmq.nn.swap import adapted, is_quantized, steps_of
 from tfmq.targets import open_sampler
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables, visited
@@ -49,14 +49,17 @@ def rebake(target: Any, reference: Any, *, steps: int) -> None:
 
 
 def fuse_lora(
-    target: Any, reference: Any, *, scale: float = 1.0, steps: int | None = None
+    target: Any, reference: Any = None, *, scale: float = 1.0, steps: int | None = None
 ) -> tuple[LayerDrift, ...]:
-    """Fuse the LoRA that a full-precision model carries into the quantized model that was made from it,
-    without calibrating again.
+    """Fuse a LoRA into a quantized model without calibrating again: the one that it carries beside its layers
+    itself, or that of the full-precision model that it was made from.
 
-    The layers that it changes are rounded to nearest; activation ranges stay, so this measures how far the
-    LoRA leaves them and warns where it does. Both models are changed in place, and the full-precision one
-    ends with the LoRA fused. Call `tfmq.execute` again afterwards.
+    Without a `reference` the adapters of the quantized model (`pipeline.load_lora_weights`) become part of
+    the branches beside its layers, which is exact, and is saved with it. Codes and tables stay.
+
+    With one, the layers that its LoRA changes are rounded to nearest; activation ranges stay, so this
+    measures how far the LoRA leaves them and warns where it does. Both models are changed in place, and the
+    full-precision one ends with the LoRA fused. Call `tfmq.execute` again afterwards.
 
     Args:
         target: a quantized pipeline, or a `Sampler` of a quantized model.
@@ -70,8 +73,10 @@ def fuse_lora(
         The layers whose inputs leave their range, the furthest first.
 
     Raises:
-        ValueError: the target is not quantized, or the reference carries no LoRA or is another model.
+        ValueError: the target is not quantized, there is no LoRA, or the reference is another model.
     """
+    if reference is None:
+        return _fuse_beside(target, scale)
     from tfmq.integrations.diffusers.adapters import fuse_adapters
 
     sampler, full = _pair(target, reference, verb="fuse_lora")
@@ -81,3 +86,14 @@ def fuse_lora(
     if text := complaint(found):
         warnings.warn(f"the LoRA {text}; for full quality quantize the fused pipeline again", stacklevel=2)
     return found
+
+
+def _fuse_beside(target: Any, scale: float) -> tuple[LayerDrift, ...]:
+    """Make the adapters of a quantized model part of its branches."""
+    module: Any = open_sampler(target).denoiser.module
+    if not is_quantized(module) or not adapted(module):
+        raise ValueError(f"{type(module).__name__} is no quantized model with a LoRA beside its layers")
+    module.fuse_lora(lora_scale=scale)
+    module.unload_lora()
+    remark(module, lora={"scale": scale})
+    return ()

@@ -1,4 +1,6 @@
-"""LoRA: fused before quantization, refused beside it and after it."""
+"""LoRA: fused before quantization, and into codes; refused where it stands beside layers that are to be
+quantized.
+"""
 
 import warnings
 from dataclasses import replace
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 import tfmq
 from tfmq.models.denoiser import Denoiser
@@ -60,15 +62,6 @@ def test_a_fused_adapter_is_quantized_with_the_weights(build: Any, tmp_path: Pat
 def test_an_adapter_beside_the_layers_is_refused_with_advice(build: Any) -> None:
     with pytest.raises(ValueError, match=r"UNet2DConditionModel carries LoRA adapters.*fuse_lora\(\)"):
         tfmq.quantize(loop(adapted(build)), QUICK)
-
-
-def test_a_quantized_model_takes_no_adapter(build: Any, tmp_path: Path) -> None:
-    pipeline = DDIMPipeline(build("unet")[0].module, DDIMScheduler())
-    tfmq.quantize(pipeline, QUICK, output_dir=tmp_path / "q")
-    for unet in (pipeline.unet, tfmq.load(tmp_path / "q", backend="simulated").unet):
-        for entry in (unet.load_lora_adapter, unet.add_adapter):
-            with pytest.raises(ValueError, match=r"integer layers take no LoRA.*fuse_lora\(\)"):
-                entry({}, prefix=None)
 
 
 def carrying(

@@ -23,7 +23,9 @@ def test_the_presets_are_these() -> None:
         f"{method}_{name}" for method in ("tfmq", "rtn", "brecq") for name in ("w4a8", "w8a8", "w4a32")
     ]
     both = [f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8")]
-    assert sorted(PRESETS) == sorted([*general, *both, "group_w4a8", "group_w4a4", "fp4_w4a8"])
+    assert sorted(PRESETS) == sorted(
+        [*general, *both, "group_w4a8", "group_w4a4", "fp4_w4a8", "svd_w4a4", "svd_w4a8"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,19 @@ def test_schemes_with_measured_grids_are_those_of_transformers_otherwise(
         weights=replace(plain.weights, **weights),
         activations=replace(plain.activations, tokens="measured"),
     )
+
+
+def test_the_svd_schemes_are_smooth_ones_with_a_branch() -> None:
+    recipe, smooth = scheme("svd_w4a8"), scheme("smooth_w4a8")
+    assert recipe.weights == replace(smooth.weights, rank=16) and recipe.branch.dtype == "int8"
+    assert all(rule.weights["rank"] == 0 for rule in recipe.rules), "first and last layer have none"
+    rules = smooth.rules
+    assert (
+        replace(recipe, name=smooth.name, weights=smooth.weights, branch=smooth.branch, rules=rules) == smooth
+    )
+    four = scheme("svd_w4a4")
+    assert (four.weights.bits, four.activations.bits, four.branch.dtype) == (4, 4, "float16")
+    assert not four.activations.products and four.temporal == recipe.temporal
 
 
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from tfmq.backends.backend import BACKENDS, Options, release
 from tfmq.backends.choices import Choice, Stored, machine, versions
-from tfmq.backends.fallback import complain, first_that_runs, in_a_line
+from tfmq.backends.fallback import beside_adapters, complain, first_that_runs, in_a_line
 from tfmq.backends.measuring import Race, race, ranked, timed
 from tfmq.backends.prepared import Kind, Prepared, Way, differentiates, kind_of
 from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import entered_steps, plain_forward, steps_of, timestep_of
+from tfmq.nn.swap import adapted, entered_steps, plain_forward, steps_of, timestep_of
 from tfmq.numerics.trees import tensors_in
 from tfmq.reconstruction.resources import free_bytes
 from tfmq.storage.digest import tensor_digest
@@ -111,6 +111,12 @@ class AutoExecutor:
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return plain_forward(module, arguments)
+        if adapted(module):
+            known, _ = candidates(module, _device(arguments), self.options, judged=self.judged)
+            # The last one is as a rule the fastest; the model in floating point is no quantized one.
+            simulated = Way(JUDGED, replace(self.options, compile=False))
+            order = (*(known[name] for name in reversed(known) if name != "float"), simulated)
+            return beside_adapters(self.prepared, module, order, arguments)
         kind = kind_of(arguments)
         if differentiates(module, arguments) or (kind not in self.ways and _watched(module)):
             return self.prepared.run(module, Way(JUDGED, replace(self.options, compile=False)), arguments)

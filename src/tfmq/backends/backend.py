@@ -8,7 +8,7 @@ from torch import nn
 
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.swap import parts_of
+from tfmq.nn.swap import release_parts
 
 Weights = Literal["unpacked", "packed"]
 
@@ -82,11 +82,7 @@ def register(name: str) -> Callable[[type[Backend]], type[Backend]]:
     return fill
 
 
-def release(module: nn.Module) -> None:
-    """Let a denoiser compute in simulated arithmetic again."""
-    module.tfmq_executor = None  # type: ignore[assignment]
-    for child in parts_of(module):
-        child.release()
+release = release_parts
 
 
 def by_input(module: nn.Module) -> tuple[dict[str, PackedLayer], dict[str, str]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tfmq.backends.prepared import Kind, Prepared, Way, kind_of
-from tfmq.nn.swap import plain_forward
+from tfmq.nn.swap import adapted, plain_forward
 
 LONGEST = 300
 
@@ -56,6 +56,22 @@ def _after(
     return output, ways
 
 
+def beside_adapters(
+    prepared: Prepared, module: nn.Module, ways: tuple[Way, ...], arguments: Mapping[str, Any]
+) -> Any:
+    """Return the output of the first of `ways` that computes layer by layer: a graph was made without the
+    adapters that stand beside layers, and their strength may change at every call.
+    """
+    way = next(way for way in ways if way.layerwise)
+    if way != prepared.current:
+        warnings.warn(
+            f"{type(module).__name__} has LoRA adapters beside its layers, which graphs do not hold: {way} "
+            "computes it layer by layer while they are there",
+            stacklevel=5,
+        )
+    return prepared.run(module, way, arguments)
+
+
 class FallbackExecutor:
     """Computes each kind of call by the first of `order` that can; a kind that an engine has failed at is not
     tried again.
@@ -69,6 +85,8 @@ class FallbackExecutor:
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return plain_forward(module, arguments)
+        if adapted(module):
+            return beside_adapters(self.prepared, module, self.order, arguments)
         kind = kind_of(arguments)
         output, self.ways[kind] = first_that_runs(
             self.prepared, module, self.ways.get(kind, self.order), arguments

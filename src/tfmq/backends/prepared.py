@@ -32,6 +32,11 @@ class Way(NamedTuple):
     backend: str
     options: Options
 
+    @property
+    def layerwise(self) -> bool:
+        """Whether it computes the layers of a denoiser one by one, so that adapters beside them count."""
+        return not self.options.compile and self.backend != "openvino"
+
     def __str__(self) -> str:
         return f"{self.backend} compiled" if self.options.compile else self.backend
 

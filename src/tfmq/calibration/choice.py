@@ -45,7 +45,10 @@ def _parts(layer: CalibratedLayer) -> Parts:
     """Return what gives the output and both errors in it."""
     static = layer.input_quantizer
     assert static is not None
-    dynamic, weight = _dynamic(static), layer.weight
+    dynamic = _dynamic(static)
+    weight: Tensor = layer.weight
+    if layer.branch is not None and layer.branch.shared:
+        weight = weight + layer.branch.product()
 
     def parts(x: Tensor) -> list[Tensor]:
         x = layer.transformed(x).float()

@@ -81,14 +81,19 @@ def _widen(extremes: Extremes, steps: Tensor, x: Tensor, axis: int) -> None:
 
 @contextmanager
 def observed(
-    layers: Mapping[str, CalibratedLayer], steps: StepContext, calls: int, *, rotation: int = 0
+    layers: Mapping[str, CalibratedLayer],
+    steps: StepContext,
+    calls: int,
+    *,
+    rotation: int = 0,
+    most: int = MOST,
 ) -> Iterator[dict[str, Seen]]:
-    """Note what `layers` read in the next `calls` calls of the denoiser."""
+    """Note what `layers` read in the next `calls` calls of the denoiser; at most `most` rows are kept."""
     count = len(steps.timesteps)
     seen = {name: Seen.nothing(layer, count, rotation) for name, layer in layers.items()}
 
     def note(name: str, x: Tensor, output: Tensor) -> None:
-        rows = min(MOST, max(FEWEST, KEPT // layers[name].weight[0].numel()))
+        rows = min(most, max(FEWEST, KEPT // layers[name].weight[0].numel()))
         seen[name].update(layers[name], x, output, steps.index, most=max(1, rows // calls))
 
     with watched(layers, note):
@@ -105,11 +110,12 @@ def observe(
     calls: int,
     rotation: int,
     advance: Advance,
+    most: int = MOST,
 ) -> dict[str, Seen]:
-    """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read; a
-    layer that none reaches is left out.
+    """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read, at
+    most `most` rows of it; a layer that none reaches is left out.
     """
-    with observed(layers, steps, calls, rotation=rotation) as seen:
+    with observed(layers, steps, calls, rotation=rotation, most=most) as seen:
         for inputs in batches:
             denoiser(inputs)
             advance()
@@ -159,9 +165,9 @@ def _entered(layer: CalibratedLayer, extremes: Extremes, rows: Tensor, steps: Te
     return fake_quantize(rows, scale, zero, quantizer.format.levels)
 
 
-def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ranges: str) -> float:
-    """Return the squared error of a layer's output on what it has read, with its inputs transformed,
-    quantized, and nearest codes of its weight.
+def entering(layer: CalibratedLayer, seen: Seen, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight for transformed inputs, and what it has read of them, `[groups, R, n]`: in full
+    precision, and quantized.
     """
     groups, factor = layer.operation.groups, transform.factor
     exact, rows = layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
@@ -174,14 +180,23 @@ def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ra
     if transform.group:
         weight, changed = rotate(weight, transform.group), rotate(changed, transform.group)
         extremes = seen.turned
+    return weight, changed, _entered(layer, extremes, changed, torch.cat(seen.steps))
+
+
+def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ranges: str) -> float:
+    """Return the squared error of a layer's output on what it has read, with its inputs transformed,
+    quantized, and nearest codes of its weight.
+    """
+    weight, _, entered = entering(layer, seen, transform)
     grid = fit_grid(weight, layer.grid.format, segments=layer.grid.segments, method=ranges)
-    entered = _entered(layer, extremes, changed, torch.cat(seen.steps))
     rounded = grid.decode(grid.encode(weight))
+    groups, exact, rows = layer.operation.groups, layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
     full, found = (w.flatten(1).unflatten(0, (groups, -1)).mT for w in (exact, rounded))
     return float((entered @ found - rows @ full).double().square().sum())
 
 
-def _proposed(layer: CalibratedLayer, seen: Seen, equalizers: Iterable[str]) -> Iterator[Transform]:
+def proposed(layer: CalibratedLayer, seen: Seen, equalizers: Iterable[str]) -> Iterator[Transform]:
+    """Yield the transforms of a layer's input that are to be tried beside none."""
     weights = columns(layer.weight.float().cpu(), layer.operation.groups)
     for name in equalizers:
         for factor in map(power_of_two, EQUALIZERS[name](seen.plain, weights)):
@@ -199,7 +214,7 @@ def best_transform(
     """
     kept = Transform()
     least = (1 - WORTH) * output_error(layer, seen, kept, ranges=ranges)
-    for transform in _proposed(layer, seen, equalizers):
+    for transform in proposed(layer, seen, equalizers):
         error = output_error(layer, seen, transform, ranges=ranges)
         if error < least:
             least, kept = error, transform

@@ -40,7 +40,11 @@ def _parts(layer: CalibratedLayer) -> Parts:
         x = layer.transformed(x)
         read = x if layer.input_quantizer is None else layer.input_quantizer(x)
         exact = layer.operation(x, layer.weight, None)
-        return [exact, layer.operation(read, weight.to(x.dtype), None) - exact]
+        error = layer.operation(read, weight.to(x.dtype), None) - exact
+        if layer.branch is None:
+            return [exact, error]
+        beside = layer.branch(x)
+        return [exact + beside, error + layer.branch(read) - beside if layer.branch.shared else error]
 
     return parts
 

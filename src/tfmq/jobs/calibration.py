@@ -1,16 +1,14 @@
-"""The stages that look at the full-precision model: its calls, the grids of weights, the ranges of
-activations, static or dynamic inputs.
+"""The stages that look at the full-precision model: its calls, the ranges of activations, static or dynamic
+inputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
-from tfmq.calibration.granularity import GridErrors, candidates, measure_grids
 from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
-from tfmq.calibration.rescaling import LAYER_BYTES, Seen, best_transform, observe
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import recorded_calls, recorded_networks
 from tfmq.calibration.variety import warn_of_single_values
@@ -18,7 +16,6 @@ from tfmq.jobs.forecast import calibration_seconds, check_room, check_time
 from tfmq.jobs.job import Job, Work
 from tfmq.jobs.judging import judged
 from tfmq.models.denoiser import Inputs
-from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers
 from tfmq.nn.scheme import RangeMethod
 from tfmq.nn.swap import precision
@@ -79,104 +76,6 @@ def _record(job: Job, work: Work) -> None:
     warn_of_single_values(job.denoiser, job.sampler.example(), work.block.trace, store, batches)
 
 
-def transform_layers(job: Job, work: Work) -> None:
-    """Choose how inputs outside of the temporal block are rescaled or rotated, where the recipe has it."""
-    if not job.recipe.rescaling.transforms:
-        return
-    found = job.journal.stage("rescaling", lambda: _transforms(job, work))
-    for name, layer in calibrated_layers(job.denoiser.module).items():
-        factor, group = found.get(f"{name}.factor"), int(found.get(f"{name}.rotated", 0))
-        if factor is not None or group:
-            layer.transform(factor, group, ranges=work.plan.layers[name].weight.ranges)
-
-
-def _in_groups(job: Job, names: Sequence[str], size: int) -> list[Sequence[str]]:
-    """Return `names` in groups that fit the memory, if each takes `size` bytes. The trajectory is run again
-    for each group.
-    """
-    most = job.resources.sites_at_once(size) or max(1, len(names))
-    return [names[start : start + most] for start in range(0, len(names), most)]
-
-
-def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
-    """Return the factors of layers that are rescaled, and the groups of those that are rotated."""
-    module, store = job.denoiser.module, job.store
-    temporal = {layer.name for layer in work.block.trace.temporal}
-    layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
-    groups = _in_groups(job, list(layers), LAYER_BYTES)
-    found: dict[str, Tensor] = {}
-    with job.progress("calibration: rescaling", len(groups) * len(store) + len(layers)) as advance:
-        for group in groups:
-            chosen = {name: layers[name] for name in group}
-            with precision(module, weights="full", inputs="full"):
-                seen = observe(
-                    job.denoiser,
-                    chosen,
-                    work.steps,
-                    store,
-                    calls=len(store),
-                    rotation=job.recipe.rescaling.rotation,
-                    advance=advance,
-                )
-            found |= _best(job, work, chosen, seen)
-            advance(len(group))
-    return found
-
-
-def _best(
-    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
-) -> dict[str, Tensor]:
-    """Return the best factors or groups of the layers that gain by one."""
-    found: dict[str, Tensor] = {}
-    for name, what in seen.items():
-        kept = best_transform(
-            layers[name],
-            what,
-            equalizers=job.recipe.rescaling.equalizers,
-            ranges=work.plan.layers[name].weight.ranges,
-        )
-        if kept.factor is not None:
-            found[f"{name}.factor"] = kept.factor
-        if kept.group:
-            found[f"{name}.rotated"] = torch.tensor(kept.group)
-    return found
-
-
-def choose_grids(job: Job, work: Work) -> None:
-    """Choose the grids and groups of weights where the recipe has more than one."""
-    layers = {
-        name: layer
-        for name, layer in calibrated_layers(job.denoiser.module).items()
-        if work.plan.layers[name].weight.choices
-    }
-    if not layers:
-        return
-    found = job.journal.stage("grids", lambda: _grid_errors(job, work, layers))
-    for name, layer in layers.items():
-        scheme, work.grids[name] = work.plan.layers[name].weight, GridErrors.of(found[name])
-        layer.regrid(*scheme.choices[work.grids[name].kept], ranges=scheme.ranges)
-
-
-def _grid_errors(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
-    """Return errors and bits of the candidates of each layer, `[2, n]`."""
-    schemes = {name: work.plan.layers[name].weight for name in layers}
-    most = max(len(schemes[name].choices) * layer.weight.numel() for name, layer in layers.items())
-    groups = _in_groups(job, list(layers), 4 * most)
-    found: dict[str, Tensor] = {}
-    with job.progress(
-        "calibration: grids of weights", len(groups) * (len(job.store) // job.recipe.calibration.interval)
-    ) as advance:
-        for group in groups:
-            chosen = {name: layers[name] for name in group}
-            grids = {
-                name: candidates(layer, schemes[name].choices, ranges=schemes[name].ranges)
-                for name, layer in chosen.items()
-            }
-            measured = measure_grids(job.denoiser, chosen, grids, job.batches, advance=advance)
-            found |= {name: errors.tensor() for name, errors in measured.items()}
-    return found
-
-
 def fit_activations(job: Job, work: Work) -> None:
     """Give every activation quantizer its ranges."""
     sites = activation_sites(job.denoiser.module)
@@ -196,7 +95,7 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
     sites = activation_sites(module)
     if not sites:
         return {}
-    groups = _in_groups(job, list(sites), SITE_BYTES)
+    groups = job.in_groups(list(sites), SITE_BYTES)
     found: dict[str, Tensor] = {}
     amount = len(groups) * len(store) + len(sites)
     with (

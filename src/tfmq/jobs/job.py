@@ -97,6 +97,13 @@ class Job:
         """Return the seconds that the job has taken, those of earlier runs included."""
         return self.journal.seconds_before + time.perf_counter() - self.began
 
+    def in_groups(self, names: Sequence[str], size: int) -> list[Sequence[str]]:
+        """Return `names` in groups that fit the memory, if each takes `size` bytes. The trajectory is run
+        again for each group.
+        """
+        most = self.resources.sites_at_once(size) or max(1, len(names))
+        return [names[start : start + most] for start in range(0, len(names), most)]
+
     def seed_of(self, stage: str) -> int:
         """Return the seed of a stage; see `stage_seed`."""
         return stage_seed(self.seed, stage)

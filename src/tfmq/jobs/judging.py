@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tfmq.jobs.job import Job
 from tfmq.progress import Advance
-from tfmq.recipes.recipe import Correction, Recipe, Rescaling
+from tfmq.recipes.recipe import Branch, Correction, Recipe, Rescaling
 from tfmq.reconstruction.solvers import Rounding
 from tfmq.storage.journal import Journal
 
@@ -55,7 +55,7 @@ class Known(Journal):
 
 def plain(recipe: Recipe) -> Recipe:
     """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs on
-    grids over their exact extremes.
+    grids over their exact extremes, no branches.
     """
     activations = replace(recipe.activations, ranges="min_max")
     return replace(
@@ -63,6 +63,7 @@ def plain(recipe: Recipe) -> Recipe:
         activations=activations,
         rounding=Rounding(solver="nearest"),
         rescaling=Rescaling(),
+        branch=Branch(splitters=()),
         correction=Correction(),
     )
 

@@ -10,12 +10,10 @@ from tfmq.calibration.granularity import Choices, GridErrors
 from tfmq.calibration.ranges import FEWEST_VALUES
 from tfmq.calibration.spared import Spared
 from tfmq.jobs.calibration import (
-    choose_grids,
     choose_inputs,
     fit_activations,
     record_calls,
     settle_embeddings,
-    transform_layers,
 )
 from tfmq.jobs.correction import correct
 from tfmq.jobs.job import Job, Stage, Work
@@ -23,6 +21,7 @@ from tfmq.jobs.judging import RECIPE, Known, Verdict, compare, exchange, exchang
 from tfmq.jobs.networks import Recorded, keep_stock, spare_layers
 from tfmq.jobs.temporal import maintain_temporal, maintained
 from tfmq.jobs.units import list_units, reconstruct_units
+from tfmq.jobs.weights import choose_grids, transform_layers
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.plan import pack_all, prepare, untied

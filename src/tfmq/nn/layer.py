@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tfmq.kernels.kernel import IntegerWeight, LayerKernel, channels
+from tfmq.kernels.kernel import IntegerWeight, LayerKernel
+from tfmq.nn.branch import SideBranch
 from tfmq.nn.packed import PackedWeight
-from tfmq.numerics.equivalence import by_row
+from tfmq.nn.transform import opposed, restored, transformed
 from tfmq.numerics.grids import Grid
 from tfmq.numerics.operations import Operation
-from tfmq.numerics.rotation import rotate
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
@@ -27,7 +27,7 @@ class CalibratedLayer(Part):
     fixed ones before and after. `correction` `[C_out]` is added to the bias together with quantized weights:
     what they shift the mean of each channel by. With a `factor` `[C_in]` the layer reads its input multiplied
     by it, and `weight` is the layer's own divided by it. With a group of `rotated` channels it reads that
-    rotated, and `weight` is rotated too.
+    rotated, and `weight` is rotated too. With a `branch` beside it `weight` is what that leaves.
     """
 
     codes: Tensor
@@ -47,6 +47,7 @@ class CalibratedLayer(Part):
         self.weight_precision: Precision = "full"
         self.input_precision: Precision = "full"
         self.rotated = 0
+        self.branch: SideBranch | None = None
         self.register_buffer("codes", grid.encode(self.weight).to(torch.uint8), persistent=False)
         self.register_buffer(
             "correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False
@@ -58,13 +59,18 @@ class CalibratedLayer(Part):
         """Read inputs multiplied by `factor` `[C_in]`, powers of two, and then with groups of `rotated`
         channels rotated, from now on: the weight gets another grid, with nearest codes.
         """
+        self.factor = None if factor is None else factor.to(self.weight.device)
+        self.rotated = rotated
+        self._replace(opposed(self.weight, self.factor, rotated, self.operation.groups), ranges)
+
+    @torch.no_grad()
+    def split(self, branch: SideBranch, *, ranges: str) -> None:
+        """Compute a `branch` beside the rest of the weight from now on, which gets another grid."""
+        self.branch = branch.to(self.weight.device)
+        self._replace(self.weight - branch.product().to(self.weight.dtype), ranges)
+
+    def _replace(self, weight: Tensor, ranges: str) -> None:
         # Another tensor: a copy of the model may hold the one that there was.
-        weight: Tensor = self.weight
-        if factor is not None:
-            self.factor = factor.to(weight.device)
-            weight = weight / by_row(self.factor, weight, self.operation.groups).to(weight.dtype)
-        if rotated:
-            self.rotated, weight = rotated, rotate(weight, rotated)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.regrid(self.grid.format, self.grid.group, ranges=ranges)
 
@@ -76,7 +82,7 @@ class CalibratedLayer(Part):
 
     def transformed(self, x: Tensor) -> Tensor:
         """Return an input as the weight multiplies it in full precision."""
-        return _transformed(x, self.factor, self.rotated, self.operation)
+        return transformed(x, self.factor, self.rotated, self.operation)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
@@ -95,6 +101,12 @@ class CalibratedLayer(Part):
             if self.input_quantizer is not None and self.input_precision == "quantized"
             else x
         )
+
+    def beside(self, x: Tensor) -> Tensor | None:
+        """Return what a branch adds to the output for an input; None without one."""
+        if self.branch is None:
+            return None
+        return self.branch(self.entering(x) if self.branch.shared else self.transformed(x))
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
         """Choose the precision of weight and input."""
@@ -128,10 +140,12 @@ class CalibratedLayer(Part):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output with weight and input in the precision that is chosen."""
-        x = self.entering(input)
+        x, beside = self.entering(input), self.beside(input)
         if self.weight_precision == "full":
-            return self.operation(x, self.weight, self.bias)
-        return self.operation(x, self.quantized_weight().to(x.dtype), self.quantized_bias())
+            output = self.operation(x, self.weight, self.bias)
+        else:
+            output = self.operation(x, self.quantized_weight().to(x.dtype), self.quantized_bias())
+        return output if beside is None else output + beside
 
 
 class PackedLayer(PackedWeight):
@@ -143,7 +157,8 @@ class PackedLayer(PackedWeight):
     it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the simulation leaves
     the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend
     keeps that. A layer that is `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those
-    of the weight divided by it; one with a group of `rotated` channels then rotates both.
+    of the weight divided by it; one with a group of `rotated` channels then rotates both. A `branch` is
+    computed beside its codes, which are those of what that leaves of the weight.
     """
 
     PREPARED: ClassVar[Mapping[str, Any]] = {
@@ -170,9 +185,10 @@ class PackedLayer(PackedWeight):
         rescaled: bool = False,
         rotated: int = 0,
         group: int = 0,
+        branch: SideBranch | None = None,
     ) -> None:
         super().__init__(fmt, shape, segments=segments, group=group)
-        self.rotated = rotated
+        self.rotated, self.branch = rotated, branch
         self.operation = operation
         self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
         self.bias = (
@@ -183,7 +199,6 @@ class PackedLayer(PackedWeight):
         self.register_buffer("unpacked", None, persistent=False)
         self.register_buffer("decoded", None, persistent=False)
         self.input_precision: Precision = "quantized"
-        self.shelved = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "kernel":
@@ -192,44 +207,23 @@ class PackedLayer(PackedWeight):
             self.__dict__.pop(name, None)
         super().__setattr__(name, value)
 
-    def prepare(self, values: Mapping[str, Any]) -> None:
-        """Set what a backend had set, and put the weight on the shelf or back as it was then."""
-        super().prepare({name: value for name, value in values.items() if name != "shelved"})
-        (self.shelve if values["shelved"] else self.unshelve)()
-
-    def shelve(self) -> None:
-        """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has
-        the weight in a layout of its own.
-        """
-        self.packed, self.shelved = self.packed.cpu(), True
-
-    def unshelve(self) -> None:
-        """Undo `shelve`."""
-        self.packed, self.shelved = self.packed.to(self.scale.device), False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLayer":
-        packed = self.packed
-        super()._apply(fn, recurse)
-        if self.shelved:
-            self.packed = packed
-        return self
-
     def rows(self, weight: Tensor) -> Tensor:
-        """Return a stock weight as rows, divided by the factors of rescaled channels, and rotated."""
+        """Return a stock weight as rows, divided by the factors of rescaled channels, and rotated, without
+        the branch.
+        """
         rows = self.operation.rows(weight)
-        rows = rows if self.factor is None else rows / by_row(self.factor, rows, self.operation.groups)
-        return rotate(rows, self.rotated) if self.rotated else rows
+        rows = opposed(rows, self.factor, self.rotated, self.operation.groups)
+        return rows if self.branch is None else rows - self.branch.product()
 
     def transformed(self, x: Tensor) -> Tensor:
         """Return an input as it is quantized."""
-        return _transformed(x, self.factor, self.rotated, self.operation)
+        return transformed(x, self.factor, self.rotated, self.operation)
 
     @property
     def stock_weight(self) -> Tensor:
         """The dequantized weight in the layout of the stock module, for inputs as they come."""
-        weight = rotate(self.weight, self.rotated) if self.rotated else self.weight
-        if self.factor is not None:
-            weight = weight * by_row(self.factor, weight, self.operation.groups)
+        weight = self.weight if self.branch is None else self.weight + self.branch.product()
+        weight = restored(weight, self.factor, self.rotated, self.operation.groups)
         return self.operation.stored(weight)
 
     @property
@@ -248,7 +242,8 @@ class PackedLayer(PackedWeight):
         """Return what integer kernels compute with."""
         values = self.grid.integers(self.codes.to(torch.int16))
         bias = None if self.bias is None else self.bias.detach().float()
-        return IntegerWeight(self.operation, values, self.scale, bias, self.segments)
+        weight = IntegerWeight(self.operation, values, self.scale, bias, self.segments)
+        return self.branch.joined(weight) if self.branch is not None and self.branch.shared else weight
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output by the kernel of its backend, else in floating point on the grids."""
@@ -257,23 +252,22 @@ class PackedLayer(PackedWeight):
             return self.operation.multiply(input, decoded, self.bias)
         if self.factor is not None or self.rotated:
             input = self.transformed(input)
+        branch = self.branch
         if self.kernel is not None:
             rows = None if self.input_quantizer is None else self.input_quantizer.rows(input)
-            return self.kernel(input, rows)
+            output = self.kernel(input, rows)
+            if branch is None:
+                return output
+            return branch.parted(output) if branch.shared else output + branch(input)
         quantize = None if self.input_precision == "full" else self.input_quantizer
         x = input if quantize is None else quantize(input)
         weight = self.weight if self.unpacked is None else self.unpacked
-        return self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        output = self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return output if branch is None else output + branch(x if branch.shared else input)
 
     def extra_repr(self) -> str:
         """Return shape, bits and whether there is a bias for the printed model."""
         return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"
-
-
-def _transformed(x: Tensor, factor: Tensor | None, rotated: int, operation: Operation) -> Tensor:
-    if factor is not None:
-        x = x * channels(factor, operation, x.ndim).to(x.dtype)
-    return rotate(x, rotated) if rotated else x
 
 
 @torch.no_grad()
@@ -290,6 +284,7 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         rescaled=layer.factor is not None,
         rotated=layer.rotated,
         group=grid.group,
+        branch=layer.branch,
     ).to(layer.weight.device)
     packed.fill(layer.codes, grid)
     if layer.factor is not None:

@@ -1,6 +1,6 @@
 """A weight at rest: packed codes with their grid."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ class PackedWeight(Part):
 
     `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8
     are `[rows, G]` for `G` `segments` of axis 1 (no zero-point for symmetric formats). With a `group` of
-    channels, zero-point and `multiplier`, uint8, have a column for each group.
+    channels, zero-point and `multiplier`, uint8, have a column for each group. While it is `shelved`, the
+    packed codes stay where they are.
     """
 
     packed: Tensor
@@ -33,6 +34,7 @@ class PackedWeight(Part):
         self.format = fmt
         self.shape = tuple(shape)
         self.segments = tuple(segments)
+        self.shelved = False
         self.group = group
         grids = (self.shape[0], scales(self.segments))
         columns = (self.shape[0], self.shape[1] // group) if group else grids
@@ -79,11 +81,32 @@ class PackedWeight(Part):
             self.multiplier.copy_(grid.multiplier)
 
     def prepare(self, values: Mapping[str, Any]) -> None:
-        """Set what a backend had set, moved to the device of the weight."""
-        for name, value in values.items():
+        """Set what a backend had set, moved to the device of the weight, and put the weight on the shelf or
+        back as it was then.
+        """
+        for name in values.keys() - {"shelved"}:
+            value = values[name]
             setattr(
                 self, name, value.to(self.scale.device) if isinstance(value, nn.Module | Tensor) else value
             )
+        (self.shelve if values.get("shelved") else self.unshelve)()
+
+    def shelve(self) -> None:
+        """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has
+        the weight in a layout of its own.
+        """
+        self.packed, self.shelved = self.packed.cpu(), True
+
+    def unshelve(self) -> None:
+        """Undo `shelve`."""
+        self.packed, self.shelved = self.packed.to(self.scale.device), False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
+        packed = self.packed
+        super()._apply(fn, recurse)
+        if self.shelved:
+            self.packed = packed
+        return self
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return a weight in the layout of the stock module as this one has it, `[rows, ...]`."""

@@ -89,7 +89,10 @@ class ActivationScheme(OperandScheme):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScheme:
-    """How a layer is quantized: its weight, and its input unless that stays in full precision."""
+    """How a layer is quantized: its weight, its input unless that stays in full precision, and the rank of
+    the branch beside it, 0 for none.
+    """
 
     weight: WeightScheme
     input: ActivationScheme | None
+    rank: int = 0

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tfmq.nn.branch import SideBranch
 from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.entry import check_layer
@@ -65,14 +66,10 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     assert isinstance(child, PackedLayer)
     rescaled = {} if child.factor is None else {"rescaled": True}
     rotated = {"rotated": child.rotated} if child.rotated else {}
+    branch = {"branch": {"rank": child.branch.rank, "dtype": child.branch.dtype}} if child.branch else {}
     grouped = {"group": child.group} if child.group else {}
-    layer = {
-        **weight,
-        "input": _describe_quantizer(child.input_quantizer),
-        **rescaled,
-        **rotated,
-        **grouped,
-    }
+    beside = {**rescaled, **rotated, **branch, **grouped}
+    layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **beside}
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
     kind = _operation_kind(child.operation)
     return {**layer, "kind": kind} if kind else layer
@@ -244,16 +241,20 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
     if operation is None:
         return PackedEmbedding(fmt, tuple(weight_of(source).shape), dtype=weight_of(source).dtype)
     check_layer(name, spec, operation.channel_axis, channels=operation.rows(weight_of(source)).shape[1])
+    shape, segments = tuple(weight_of(source).shape), tuple(spec["segments"])
     return PackedLayer(
         operation,
         fmt,
-        tuple(weight_of(source).shape),
+        shape,
         bias=source.bias.dtype if isinstance(source.bias, Tensor) else None,
-        segments=tuple(spec["segments"]),
+        segments=segments,
         input_quantizer=_build_quantizer(spec["input"], steps),
         rescaled=spec.get("rescaled", False),
         rotated=spec.get("rotated", 0),
         group=spec.get("group", 0),
+        branch=SideBranch(operation, shape, **spec["branch"], segments=segments)
+        if "branch" in spec
+        else None,
     )
 
 

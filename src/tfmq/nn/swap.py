@@ -160,6 +160,18 @@ def precision(
         yield
 
 
+def release_parts(module: nn.Module) -> None:
+    """Let a denoiser compute in simulated arithmetic again."""
+    module.tfmq_executor = None  # type: ignore[assignment]
+    for child in parts_of(module):
+        child.release()
+
+
+def adapted(module: nn.Module) -> bool:
+    """Whether peft has put adapters beside the layers of a denoiser."""
+    return bool(getattr(module, "peft_config", None))
+
+
 def parts_of(module: nn.Module) -> Iterator[Part]:
     """Yield what quantization has put into `module`."""
     yield from submodules(module, Part).values()

@@ -182,11 +182,17 @@ def given_features(module: nn.Module, values: Tensor) -> Iterator[None]:
             child.given = None
 
 
+# Where peft keeps the layer that an adapter stands beside.
+ADAPTED = "base_layer"
+
+
 def stock_name(module: nn.Module, name: str) -> str:
     """Return the name in the stock architecture of the layer that is now called `name` below `module`: tables
-    and skips keep it as `block`.
+    and skips keep it as `block`, adapters as `base_layer`.
     """
     parent, _, last = name.rpartition(".")
+    if last == ADAPTED and parent:
+        return parent
     return (
         parent
         if last == "block" and isinstance(module.get_submodule(parent), CachedFeature | SkippedLayer)

@@ -18,6 +18,12 @@ def each(name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} has one twice: {', '.join(values)}")
 
 
+def natural(name: str, number: int) -> None:
+    """Refuse a negative `number` in the field `name`."""
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+
+
 def group(name: str, *sizes: int) -> None:
     """Refuse sizes of groups that hardly any channel is in."""
     for size in sizes:

@@ -77,6 +77,7 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
             exact=layer.temporal and recipe.temporal.maintenance != "none",
             tokenwise=layer.tokenwise,
         ),
+        rank=0 if layer.temporal or not recipe.branch.splitters else weights.rank,
     )
 
 

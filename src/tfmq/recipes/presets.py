@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tfmq.recipes.paper import PAPER, PROTOCOLS
-from tfmq.recipes.recipe import Activations, Recipe, Rescaling, Rule, Temporal, Weights
+from tfmq.recipes.recipe import Activations, Branch, Recipe, Rescaling, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
 
@@ -145,6 +145,25 @@ def fp4(recipe: Recipe) -> Recipe:
     )
 
 
+def svd(recipe: Recipe) -> Recipe:
+    """A recipe for transformers whose layers have a low-rank branch beside their codes, and inputs rescaled,
+    where that takes away error together (SVDQuant). First and last layer have none.
+
+    Inputs of 8 bits are fine enough for the branch too, which then reads their codes. As in the paper
+    attention products are not quantized at 4 bits.
+    """
+    fine = recipe.activations.bits == 8
+    smoothed = smooth(recipe)
+    return replace(
+        smoothed,
+        name=recipe.name.replace("tfmq", "svd"),
+        weights=replace(recipe.weights, rank=16),
+        activations=replace(smoothed.activations, products=fine),
+        branch=Branch(dtype="int8" if fine else "float16"),
+        rules=tuple(replace(rule, weights={**rule.weights, "rank": 0}) for rule in recipe.rules),
+    )
+
+
 def _composed(change: Callable[[Recipe], Recipe], build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return lambda: change(build())
 
@@ -167,6 +186,7 @@ PRESETS |= {
     "group_w4a4": _composed(group, tfmq_w4a4),
     "fp4_w4a8": _composed(fp4, tfmq_w4a8),
 }
+PRESETS |= {"svd_w4a4": _composed(svd, tfmq_w4a4), "svd_w4a8": _composed(svd, tfmq_w4a8)}
 
 
 def _bits_of(name: str) -> tuple[int | None, int | None]:

@@ -9,9 +9,10 @@ from tfmq.errors import shown
 from tfmq.nn.scheme import RangeMethod, Tokens
 from tfmq.numerics.grids import GRIDS, UNIFORM, Grid, IntegerFormat, table
 from tfmq.numerics.groups import has_room
-from tfmq.recipes.checks import choice, each, group
+from tfmq.recipes.checks import choice, each, group, natural
 from tfmq.recipes.published import Published
 from tfmq.recipes.stages import (
+    Branch,
     Calibration,
     Correction,
     Maintenance,
@@ -27,6 +28,7 @@ from tfmq.reconstruction.solvers import Rounding
 
 __all__ = [
     "Activations",
+    "Branch",
     "Calibration",
     "Correction",
     "Maintenance",
@@ -68,12 +70,11 @@ class Weights:
         ranges: how scales are found.
         embeddings: the bits of the rows of embeddings, which have a uniform grid each; a row is read as it
             is, so that nothing evens out its error.
-        group: input channels that have a step of their own in each row; 0 is one step for a row. Groups of a
-            layer are the largest of at most so many channels that its width, and its segments, divide into; a
-            layer without any of 8 channels or more, and one whose grid leaves no room for them (uniform ones
-            of more than five bits, `e3m0`, `e2m3`), has one step for a row.
-        grids, groups: what to choose from beside `grid` and `group`, layer by layer: the error of the layer's
-            output in calibration decides, against the bits of a weight with all that it stores.
+        group: most input channels that have a step of their own in each row (see `numerics.groups`); 0 is
+            one step for a row.
+        grids, groups: what to choose from beside `grid` and `group`, by the error of a layer's output in
+            calibration, against the bits of a weight with all that it stores.
+        rank: of a branch beside the codes (see `Branch`); 0 is none.
     """
 
     bits: int | None = 4
@@ -84,6 +85,7 @@ class Weights:
     group: int = 0
     grids: tuple[str, ...] = ()
     groups: tuple[int, ...] = ()
+    rank: int = 0
 
     def __post_init__(self) -> None:
         choice("weights.ranges", self.ranges, ("search", "min_max"))
@@ -92,6 +94,7 @@ class Weights:
         group("weights.group", self.group)
         group("weights.groups", *self.groups)
         self.format()
+        natural("weights.rank", self.rank)
         self.uniform(self.embeddings)
 
     def uniform(self, bits: int | None) -> IntegerFormat | None:
@@ -140,9 +143,8 @@ class Activations:
             one grid for all timesteps costs more than 1 dB of accuracy (`measured`).
         zero_points: whether the grids of one quantizer have a zero-point for each timestep (`per_step`), or
             one for all timesteps (`shared`), whose scales are then as large as that zero-point needs to cover
-            the same range. In attention products the shared one is the middle code, or 0 on the left. Integer
-            engines that want the zero-point as a constant run faster with it, and some compute products of
-            activations in integers with it alone.
+            the same range. In attention products the shared one is the middle code, or 0 on the left. Some
+            integer engines run faster with it, or compute products of activations with it alone.
         products: quantize attention's q, k, v and post-softmax map.
         split: give each source of a channel concatenation its own grid, in activations and weights: in every
             layer that reads one (True), in none (False), or in those that read the concatenated tensor itself
@@ -248,6 +250,7 @@ class Recipe:
     learning: Learning = field(default_factory=Learning)
     calibration: Calibration = field(default_factory=Calibration)
     rescaling: Rescaling = field(default_factory=Rescaling)
+    branch: Branch = field(default_factory=Branch)
     correction: Correction = field(default_factory=Correction)
     tolerance: Tolerance = field(default_factory=Tolerance)
     rules: tuple[Rule, ...] = ()

@@ -1,13 +1,17 @@
-"""The parts of a recipe that are not about grids: temporal features, calibration, rescaling, correction."""
+"""The parts of a recipe that are not about grids: temporal features, calibration, rescaling, branches,
+correction.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
+from tfmq.nn.branch import BRANCH_TYPES, BranchType
 from tfmq.nn.temporal import TableFormat
 from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.estimators import ESTIMATORS
+from tfmq.numerics.low_rank import SPLITTERS
 from tfmq.numerics.rotation import is_group
 from tfmq.recipes.checks import choice, each
 from tfmq.reconstruction.learning import Learning
@@ -119,6 +123,29 @@ class Rescaling:
     def transforms(self) -> bool:
         """Whether there is anything to choose from."""
         return bool(self.equalizers or self.rotation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """How weights are parted into two thin factors, which are computed beside the layer, and the rest, which
+    is quantized. `weights.rank` says which layers outside of the temporal block have such a branch, and of
+    which rank.
+
+    For each layer the error of its output on inputs that no factor was fitted to decides, under every
+    rescaling of the recipe; to have no branch is always a candidate.
+
+    Attributes:
+        splitters: propose factors: `weighted`, `plain`, `alternating`; with none no layer has a branch.
+        dtype: of both factors. In floating point they read the input before its quantizer; `int8` ones read
+            its codes, as the weight does, for inputs of 8 bits.
+    """
+
+    splitters: tuple[str, ...] = ("weighted", "plain")
+    dtype: BranchType = "float16"
+
+    def __post_init__(self) -> None:
+        each("branch.splitters", self.splitters, tuple(SPLITTERS))
+        choice("branch.dtype", self.dtype, BRANCH_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)

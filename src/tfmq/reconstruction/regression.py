@@ -186,7 +186,10 @@ class _Gathering:
         layer = self.layer
         number, places = next(self.places)
         read = layer.operation.inputs_at(layer.entering(x), layer.weight.shape[2:], places).float()
-        self.reads.append((read, self.targets.batch(number)))
+        target, beside = self.targets.batch(number), layer.beside(x)
+        # What a branch puts out is left to it.
+        target = target if beside is None else target - layer.operation.outputs_at(beside, places)
+        self.reads.append((read, target))
 
     def add(self) -> None:
         """Add what was seen of a batch."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.grids import Table as ValueTable
 from tfmq.numerics.groups import largest
-from tfmq.numerics.packing import unpack_unsigned
+from tfmq.numerics.packing import packed_shape, unpack_unsigned
 from tfmq.numerics.segments import scales
 
 from .errors import TensorMismatchError
-from .parts import Correction, Input, Layer, Structure, Table
+from .parts import Branch, Correction, Input, Layer, Structure, Table
 
 __all__ = ["check_parts"]
 
@@ -133,6 +133,37 @@ class _Parts:
             factor = self.take(f"{name}.factor", (None,), integer=False)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 raise self.wrong(f"{name}.factor", "has a factor that is not positive and finite")
+        if layer.branch is not None:
+            self.branch(name, layer, layer.branch, tuple(packed.shape))
+
+    def branch(self, name: str, layer: Layer, branch: Branch, packed: tuple[int, ...]) -> None:
+        """Check the factors beside a layer, whose packed codes have the shape `packed`."""
+        up, down = (self.factor(f"{name}.branch.{part}", branch.dtype) for part in ("up", "down"))
+        rows, kernel = len(down), tuple(down.shape[1:])
+        if tuple(up.shape) != (packed[0], branch.rank):
+            raise self.wrong(f"{name}.branch.up", f"has not {packed[0]} rows of {branch.rank} values")
+        if rows % branch.rank or not rows or packed[0] % (rows // branch.rank):
+            raise self.wrong(f"{name}.branch.down", f"has not {branch.rank} rows for each group of channels")
+        if packed_shape((packed[0], *kernel), bits=layer.bits) != packed:
+            raise self.wrong(f"{name}.branch.down", "has other rows than the codes of the layer")
+        if branch.dtype == "int8":
+            for part, shape in (("down", (rows, scales(layer.segments))), ("up", (packed[0], 1))):
+                scale = self.take(f"{name}.branch.{part}_scale", shape, integer=False)
+                if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                    raise self.wrong(f"{name}.branch.{part}_scale", "has a scale that is not positive")
+
+    def factor(self, name: str, dtype: str) -> Tensor:
+        """Return a factor of a branch, of finite values in the dtype that is described."""
+        if name not in self.tensors:
+            raise TensorMismatchError(
+                f"{self.source} needs the tensor {name}, which is missing; copy or save the checkpoint again"
+            )
+        tensor = self.tensors[name]
+        if tensor.dtype != getattr(torch, dtype) or tensor.ndim < 2:
+            raise self.wrong(name, f"is {tensor.dtype} {list(tensor.shape)}, not a matrix of {dtype}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise self.wrong(name, "has a value that is not finite")
+        return tensor
 
     def groups(self, name: str, layer: Layer, shape: tuple[int | None, ...], codes: int) -> None:
         """Check the multiples of groups, whose products with the integers of the grid are signed bytes, and

@@ -13,30 +13,23 @@ from tfmq.numerics.rotation import ORDER, is_group
 
 from .fields import Fields
 
-__all__ = ["Correction", "Input", "Layer", "Products", "Structure", "Table"]
+__all__ = ["Branch", "Correction", "Input", "Layer", "Products", "Structure", "Table"]
 
 # Bounds on what is built before any tensor was read. No real model comes near them.
 MOST_STEPS = 100_000
 MOST_CHANNELS = 2**24
 MOST_AXES = 8
 MOST_ROTATED = 2**16
+MOST_RANK = 2**12
 # What a layer and a structure may have. What this reader does not know would be left out of the computation,
 # so it is refused.
 LAYER = frozenset(
     {
-        "bits",
-        "symmetric",
-        "grid",
-        "values",
-        "segments",
-        "input",
-        "kind",
-        "rescaled",
-        "rotated",
-        "group",
-        "names",
+        *("bits", "symmetric", "grid", "values", "group", "segments", "input", "kind", "names"),
+        *("rescaled", "rotated", "branch"),
     }
 )
+BRANCH, FACTORS = frozenset({"rank", "dtype"}), ("float16", "bfloat16", "float32", "int8")
 KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
 
@@ -64,10 +57,18 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Two factors beside a layer: their rank, and the dtype that both are stored in."""
+
+    rank: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """A quantized layer: its weight grid, the quantizer of its input, None for full precision, whether that
-    input is multiplied by a factor, the channels of a group in which it is rotated, 0 for none, and those of
-    a group of the weight. `values` are those of a grid that is not uniform.
+    input is multiplied by a factor, the channels of a group in which it is rotated, 0 for none, those of a
+    group of the weight, and what is computed beside it. `values` are those of a grid that is not uniform.
     """
 
     bits: int
@@ -78,6 +79,7 @@ class Layer:
     rotated: int = 0
     values: tuple[int, ...] = ()
     group: int = 0
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def _layer(group: Fields) -> Layer:
         rotated=_rotated(group),
         values=_values(group),
         group=_group(group),
+        branch=_branch(group),
     )
     if layer.group and any(width % layer.group for width in layer.segments):
         raise group.refuse("group", "a number that divides every segment")
@@ -225,6 +228,17 @@ def _group(group: Fields) -> int:
     if group.values.get("kind") == "embedding":
         raise group.refuse("group", "absent: an embedding has one grid a row")
     return group.integer("group", SMALLEST, MOST_CHANNELS)
+
+
+def _branch(group: Fields) -> Branch | None:
+    """Return what is computed beside a layer."""
+    if "branch" not in group.values:
+        return None
+    if group.values.get("kind") == "embedding":
+        raise group.refuse("branch", "absent from an embedding, which multiplies nothing")
+    branch = group.part("branch")
+    branch.only(BRANCH)
+    return Branch(branch.integer("rank", 1, MOST_RANK), branch.choice("dtype", FACTORS))
 
 
 def _values(group: Fields) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""LoRA adapters: fused before quantization, or into a quantized model by way of the full-precision one;
-refused beside integer layers.
+"""LoRA adapters: fused before quantization, beside the layers of a quantized model, or in its codes by way of
+the full-precision one.
 """
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,29 +12,79 @@ from torch import Tensor, nn
 from tfmq.calibration.drift import LayerDrift, drift, extremes, static_inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers, packed_weights
-from tfmq.nn.swap import steps_of
+from tfmq.nn.swap import is_quantized, release_parts, steps_of
 from tfmq.nn.temporal import cached_features
+from tfmq.storage.directory import METHOD
 from tfmq.temporal.block import TemporalBlock
 from tfmq.temporal.rebake import rebake_tables
 
-ENTRIES = ("load_lora_adapter", "add_adapter")
 ADVICE = (
     "load the LoRA into the full-precision pipeline, call pipeline.fuse_lora() "
     "and pipeline.unload_lora_weights(), and quantize that"
 )
 
 
-def _refused(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError(
-        f"the model is quantized, and integer layers take no LoRA; {ADVICE}, or "
-        "fuse it with tfmq.fuse_lora(quantized, full_precision)"
-    )
+def _admitted(config: Any) -> Any:
+    # peft is imported by whoever has an adapter.
+    from tfmq.integrations.diffusers.lora import admit
+
+    return admit(config)
 
 
-def refuse_adapters(model: nn.Module) -> None:
-    """Make a quantized diffusers model answer every attempt to add an adapter with what to do instead."""
-    for name in ENTRIES:
-        setattr(model, name, _refused)
+def _created(create: Callable[..., Any]) -> Callable[..., Any]:
+    return wraps(create)(lambda *args, **kwargs: _admitted(create(*args, **kwargs)))
+
+
+def _added(add: Callable[..., Any]) -> Callable[..., Any]:
+    return wraps(add)(lambda self, config, *args, **kwargs: add(self, _admitted(config), *args, **kwargs))
+
+
+def _loaded(load: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(load)
+    def attempt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(self, *args, **kwargs)
+        except Exception:
+            # What was refused half-way leaves peft's layers around some, without an adapter.
+            if is_quantized(self) and not getattr(self, "peft_config", None):
+                self.unload_lora()
+            raise
+
+    return attempt
+
+
+def _fusing(fuse: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(fuse)
+    def anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_quantized(self):
+            release_parts(self)
+        return fuse(self, *args, **kwargs)
+
+    return anew
+
+
+def admit_adapters() -> None:
+    """Make diffusers' loaders put adapters beside packed layers, by peft's own arithmetic.
+
+    peft has a register of classes for layers that it does not know, one for each configuration, which
+    diffusers makes where it loads an adapter. Graphs of engines hold no branch that comes later, so that
+    fusing takes a model back to the simulation.
+    """
+    from diffusers.loaders import lora_base, peft
+
+    for owner, name, change in (
+        (peft, "_create_lora_config", _created),
+        (lora_base, "_create_lora_config", _created),
+        (peft.PeftAdapterMixin, "load_lora_adapter", _loaded),
+        (peft.PeftAdapterMixin, "add_adapter", _added),
+        (peft.PeftAdapterMixin, "fuse_lora", _fusing),
+        (peft.PeftAdapterMixin, "unfuse_lora", _fusing),
+    ):
+        known = getattr(owner, name)
+        if not getattr(known, METHOD, False):
+            changed = change(known)
+            setattr(changed, METHOD, True)
+            setattr(owner, name, changed)
 
 
 def check_fused(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from tfmq.integrations.config import (
     put,
     register_method,
 )
-from tfmq.integrations.diffusers.adapters import refuse_adapters
+from tfmq.integrations.diffusers.adapters import admit_adapters
 from tfmq.integrations.loaded import loaded
 from tfmq.nn.structure import assemble
 from tfmq.quantizers.part import Part
@@ -75,7 +75,7 @@ class TFMQQuantizer(DiffusersQuantizer):
         check_complete(model.state_dict(), self._sealed)
         model.requires_grad_(False)
         remember_digest(model, self.quantization_config.manifest["digest"], self._sealed)
-        refuse_adapters(model)
+        admit_adapters()
         loaded(model, self.quantization_config.backend)
         return model
 
@@ -185,7 +185,7 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
     config = TFMQConfig.from_dict(manifest)
     model.register_to_config(quantization_config=config.to_dict())
     mark_as_quantized(model, config, TFMQQuantizer(config, pre_quantized=True))
-    refuse_adapters(model)
+    admit_adapters()
 
 
 register()

@@ -1,0 +1,135 @@
+"""The stages that settle what the codes of a layer stand for, before any is rounded: inputs that are rescaled
+or rotated, a branch beside the codes, the grid of the weight.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tfmq.calibration.granularity import GridErrors, candidates, measure_grids
+from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Seen, best_transform, observe
+from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
+from tfmq.jobs.job import Job, Work
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.plan import calibrated_layers
+from tfmq.nn.scheme import LayerScheme
+from tfmq.nn.swap import precision
+from tfmq.numerics.low_rank import LowRank
+
+
+def transform_layers(job: Job, work: Work) -> None:
+    """Choose how inputs outside of the temporal block are rescaled or rotated, and which layers have a branch
+    beside their codes, where the recipe has it.
+    """
+    if not job.recipe.rescaling.transforms and not _splits(work):
+        return
+    found = job.journal.stage("rescaling", lambda: _transforms(job, work))
+    for name, layer in calibrated_layers(job.denoiser.module).items():
+        factor, group = found.get(f"{name}.factor"), int(found.get(f"{name}.rotated", 0))
+        ranges = work.plan.layers[name].weight.ranges
+        if factor is not None or group:
+            layer.transform(factor, group, ranges=ranges)
+        if f"{name}.up" in found:
+            factors = LowRank(found[f"{name}.up"], found[f"{name}.down"])
+            layer.split(branch_of(layer, factors, job.recipe.branch.dtype), ranges=ranges)
+
+
+def _splits(work: Work) -> bool:
+    """Whether any layer may have a branch."""
+    return any(layer.rank for layer in work.plan.layers.values())
+
+
+def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
+    """Return the factors of layers that are rescaled, the groups of those that are rotated, and both factors
+    of branches.
+    """
+    module, store = job.denoiser.module, job.store
+    temporal = {layer.name for layer in work.block.trace.temporal}
+    layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
+    groups = job.in_groups(list(layers), LAYER_BYTES)
+    found: dict[str, Tensor] = {}
+    with job.progress("calibration: rescaling", len(groups) * len(store) + len(layers)) as advance:
+        for group in groups:
+            chosen = {name: layers[name] for name in group}
+            with precision(module, weights="full", inputs="full"):
+                seen = observe(
+                    job.denoiser,
+                    chosen,
+                    work.steps,
+                    store,
+                    calls=len(store),
+                    rotation=job.recipe.rescaling.rotation,
+                    advance=advance,
+                    most=ROWS if _splits(work) else MOST,
+                )
+            found |= _best(job, work, chosen, seen)
+            advance(len(group))
+    return found
+
+
+def _best(
+    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
+) -> dict[str, Tensor]:
+    """Return the best factors, groups and branches of the layers that gain by one."""
+    found: dict[str, Tensor] = {}
+    for name, what in seen.items():
+        kept = _chosen(job, work.plan.layers[name], layers[name], what)
+        transform, factors = kept.transform, kept.factors
+        if transform.factor is not None:
+            found[f"{name}.factor"] = transform.factor
+        if transform.group:
+            found[f"{name}.rotated"] = torch.tensor(transform.group)
+        if factors is not None:
+            found |= {f"{name}.up": factors.up.contiguous(), f"{name}.down": factors.down.contiguous()}
+    return found
+
+
+def _chosen(job: Job, scheme: LayerScheme, layer: CalibratedLayer, seen: Seen) -> Split:
+    """Return what becomes of a layer."""
+    config, branch, ranges = job.recipe.rescaling, job.recipe.branch, scheme.weight.ranges
+    split = best_split(
+        layer,
+        seen,
+        equalizers=config.equalizers,
+        splitters=branch.splitters,
+        rank=scheme.rank,
+        dtype=branch.dtype,
+        ranges=ranges,
+    )
+    return split or Split(best_transform(layer, seen, equalizers=config.equalizers, ranges=ranges))
+
+
+def choose_grids(job: Job, work: Work) -> None:
+    """Choose the grids and groups of weights where the recipe has more than one."""
+    layers = {
+        name: layer
+        for name, layer in calibrated_layers(job.denoiser.module).items()
+        if work.plan.layers[name].weight.choices
+    }
+    if not layers:
+        return
+    found = job.journal.stage("grids", lambda: _grid_errors(job, work, layers))
+    for name, layer in layers.items():
+        scheme, work.grids[name] = work.plan.layers[name].weight, GridErrors.of(found[name])
+        layer.regrid(*scheme.choices[work.grids[name].kept], ranges=scheme.ranges)
+
+
+def _grid_errors(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+    """Return errors and bits of the candidates of each layer, `[2, n]`."""
+    schemes = {name: work.plan.layers[name].weight for name in layers}
+    most = max(len(schemes[name].choices) * layer.weight.numel() for name, layer in layers.items())
+    groups = job.in_groups(list(layers), 4 * most)
+    found: dict[str, Tensor] = {}
+    with job.progress(
+        "calibration: grids of weights", len(groups) * (len(job.store) // job.recipe.calibration.interval)
+    ) as advance:
+        for group in groups:
+            chosen = {name: layers[name] for name in group}
+            grids = {
+                name: candidates(layer, schemes[name].choices, ranges=schemes[name].ranges)
+                for name, layer in chosen.items()
+            }
+            measured = measure_grids(job.denoiser, chosen, grids, job.batches, advance=advance)
+            found |= {name: errors.tensor() for name, errors in measured.items()}
+    return found
