@@ -57,6 +57,8 @@ def import_checkpoint(
     if prediction not in (None, "epsilon", "v_prediction"):
         raise typer.BadParameter("choose epsilon or v_prediction", param_hint="--prediction")
     with verb():
+        from tfmq.artifact import save
+        from tfmq.integrations.diffusers.architecture import manifest_of
         from tfmq.integrations.diffusers.original.convert import CLIP
         from tfmq.integrations.diffusers.original.convert import import_checkpoint as convert
         from tfmq.integrations.diffusers.original.single_file import open_single_file
@@ -69,13 +71,21 @@ def import_checkpoint(
                 if config is None
                 else convert(checkpoint, config, tokenizer=tokenizer or CLIP)
             )
-            pipeline.save_pretrained(str(folder))
+            quantized = {
+                name: part for name, part in pipeline.components.items() if manifest_of(part) is not None
+            }
+            if quantized:
+                save(pipeline, folder, manifest={}, extra={})
+            else:
+                pipeline.save_pretrained(str(folder))
         parts = {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None}
         result = {"output_dir": str(output_dir), "pipeline": type(pipeline).__name__, "components": parts}
+        result["quantized"] = list(quantized)
     if json:
         emit(result)
     else:
         print(
             f"{result['pipeline']} in {output_dir}: "
             f"{', '.join(f'{name} {kind}' for name, kind in parts.items())}"
+            + "".join(f"; {name} is quantized" for name in result["quantized"])
         )

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tfmq.integrations.diffusers.original.rows import to_original
 from tfmq.integrations.diffusers.original.tables import TABLES
+
+diffusers = pytest.importorskip("diffusers")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VAE = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 32}
@@ -259,7 +261,7 @@ def sd3(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tokens = tokenizer(folder / "tokenizer")
     parts = {
         "transformer": drawn(transformer, 7),
-        "vae": autoencoder(16, use_quant_conv=False, use_post_quant_conv=False),
+        "vae": autoencoder(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
         "text_encoder": text(tokens, projected=True),
         "text_encoder_2": text(tokens, projected=True, activation="gelu"),
         "text_encoder_3": t5(),
@@ -294,7 +296,7 @@ def flux(folder: Path, *, prefix: str = "") -> tuple[dict[str, Any], dict[str, T
     tokens = tokenizer(folder / "tokenizer")
     parts = {
         "transformer": drawn(transformer, 8),
-        "vae": autoencoder(16, use_quant_conv=False, use_post_quant_conv=False),
+        "vae": autoencoder(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
         "text_encoder": text(tokens),
         "text_encoder_2": t5(),
     }

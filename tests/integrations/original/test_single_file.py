@@ -1,31 +1,29 @@
 """Published single files: what is read is what was written, by diffusers' own tables."""
 
-import sys
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
+from warnings import catch_warnings
 
+import published
 import pytest
 import torch
 from torch import Tensor, nn
 
-diffusers = pytest.importorskip("diffusers")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import published  # noqa: E402
-from diffusers.loaders import single_file_utils as theirs  # noqa: E402
-
-import tfmq  # noqa: E402
-from tfmq.integrations.diffusers.original import single_file as opening  # noqa: E402
-from tfmq.integrations.diffusers.original import sizes  # noqa: E402
-from tfmq.integrations.diffusers.original.rows import from_original, to_original  # noqa: E402
-from tfmq.integrations.diffusers.original.single_file import open_single_file  # noqa: E402
-from tfmq.integrations.diffusers.original.tables import TABLES  # noqa: E402
-from tfmq.storage.atomic import read_tensors, write_tensors  # noqa: E402
-from tfmq.storage.errors import CheckpointError, ForeignFileError  # noqa: E402
-from tfmq.targets import open_sampler  # noqa: E402
+import tfmq
+from tfmq.integrations.diffusers.original import single_file as opening
+from tfmq.integrations.diffusers.original import sizes
+from tfmq.integrations.diffusers.original.rows import from_original, to_original
+from tfmq.integrations.diffusers.original.single_file import open_single_file
+from tfmq.integrations.diffusers.original.tables import TABLES
+from tfmq.storage.atomic import read_tensors, write_tensors
+from tfmq.storage.errors import CheckpointError, ForeignFileError
+from tfmq.targets import open_sampler
 
 Run = Callable[..., Any]
+theirs = importlib.import_module("diffusers.loaders.single_file_utils")
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
 # The configurations that the authors published, as far as they are not diffusers' defaults.
@@ -121,7 +119,7 @@ CONVERTERS = {
 
 def skeleton(kind: str, config: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        return getattr(diffusers, kind)(**config)
+        return getattr(published.diffusers, kind)(**config)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -301,7 +299,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     for changed, message in cases:
         with pytest.raises(ValueError, match=message):
             open_single_file(write(place, changed, torch.float16), tokenizer=tokens)
-    with pytest.raises(ValueError, match=r"there is no tokenizer .*nowhere.*--tokenizer"):
+    with pytest.raises(ValueError, match=r"there is no tokenizer in .*nowhere.*--tokenizer"):
         open_single_file(write(place, tensors, torch.float16), tokenizer=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"model\.ckpt is no \.safetensors file"):
         open_single_file(place.rename(tmp_path / "model.ckpt"))
@@ -325,7 +323,7 @@ def test_verbs_take_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run([*arguments, "--output-dir", str(tmp_path / "stock")]) == 0
     for written in (tmp_path / "stock").glob("*/*.safetensors"):
         assert {t.dtype for t in read_tensors(written)[0].values()} <= {torch.float16, torch.int64}
-    stored = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "stock"))
+    stored = published.diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "stock"))
     monkeypatch.setattr(opening, "CLIP", str(tmp_path / "tokenizer"))
     sampler = open_sampler(path, prompts=("a b",))
     assert sampler.denoiser.module.dtype == torch.float32
@@ -334,3 +332,60 @@ def test_verbs_take_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     quick = ["--scheme", "rtn_w8a8", "--steps", "2", "--calib-size", "1", "--components", "denoiser"]
     assert run(["quantize", str(path), *quick, "--output-dir", str(tmp_path / "low")]) == 0
     assert tfmq.load(tmp_path / "low", backend="reference").unet.tfmq_steps is not None
+
+
+def lied(tensors: dict[str, Tensor], chance: Random) -> dict[str, Tensor]:
+    """Return a file in which one to three tensors are something else, elsewhere or gone."""
+    found = dict(tensors)
+    for name in chance.sample(sorted(found), chance.randint(1, 3)):
+        tensor = found.pop(name)
+        other = chance.choice(sorted(tensors))
+        kind = chance.randrange(8)
+        if kind == 0:
+            found[name] = torch.zeros(())
+        elif kind == 1:
+            found[name] = tensor[None]
+        elif kind == 2:
+            found[name] = tensor[:0]
+        elif kind == 3:
+            found[name] = torch.zeros(chance.choice([(1,), (7, 3), (2, 2, 2), (3, 3, 3, 3), (1, 1, 1, 1, 1)]))
+        elif kind == 4:
+            found[name] = tensor.to(chance.choice([torch.int64, torch.bool, torch.uint8]))
+        elif kind == 5:
+            found[name.replace(".0.", f".{chance.choice([9, 77, 9999, 10**9])}.")] = tensor
+        elif kind == 6:
+            found[name], found[other] = tensors[other], tensor
+    return found
+
+
+@pytest.mark.parametrize("make", [published.stable_diffusion, published.sdxl, published.sd3, published.flux])
+def test_files_that_lie_are_refused_by_name(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Whatever stands in a whole file: it is refused in one line that names it, or opens."""
+    parts, tensors = make(
+        tmp_path, **({"prefix": "model.diffusion_model."} if make is published.flux else {})
+    )
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    base = published.flux_base(tmp_path, parts) if make is published.flux else None
+    if make is published.sd3:
+        tensors = {name: t for name, t in tensors.items() if ".t5xxl." not in name}
+    path, tokens, chance = tmp_path / "lie.safetensors", str(tmp_path / "tokenizer"), Random(5)
+    refused, cases = 0, 25
+    for _ in range(cases):
+        write_tensors(path, lied(tensors, chance))
+        with catch_warnings(action="ignore"):
+            try:
+                open_single_file(path, tokenizer=tokens, base=base)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > cases / 2
+
+
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path: Path) -> None:
+    shapes = {"x_embedder.proj.weight": (10**9, 1, 1, 1), "context_embedder.weight": (64, 64)}
+    with pytest.raises(ValueError, match="pos_embed is 1 channels wide"):
+        sizes.sd3(
+            {name: torch.Size(shape) for name, shape in (shapes | {"pos_embed": (1, 10**9, 1)}).items()}
+        )
+    with pytest.raises(ValueError, match="no model has more than 256"):
+        sizes.count([f"joint_blocks.{index}.a" for index in range(1000)], "joint_blocks.")

@@ -30,8 +30,14 @@ def common_dtype(tensors: Tensors) -> torch.dtype:
 
 
 def in_common_dtype(tensors: Tensors) -> dict[str, Tensor]:
-    """Return the tensors in their common dtype."""
+    """Return the tensors in their common dtype.
+
+    Raises:
+        ValueError: one is not of floating point.
+    """
     dtype = common_dtype(tensors)
+    if strange := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"{strange[0]} is {tensors[strange[0]].dtype}, not floating point")
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 

@@ -1,5 +1,5 @@
 """A published single file as a pipeline: denoiser, autoencoder and text encoders that it holds, in its own
-precision; nothing is downloaded but a tokenizer, if none is given.
+precision; nothing is downloaded.
 """
 
 import warnings
@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -22,17 +23,21 @@ from tfmq.integrations.diffusers.original.families import (
     family_of,
     prediction_of,
 )
+from tfmq.integrations.diffusers.original.files import ILL_FITTING
 from tfmq.integrations.diffusers.original.fit import fit
+from tfmq.integrations.diffusers.original.integer import integer_denoiser
 from tfmq.integrations.diffusers.original.rows import from_original
 from tfmq.integrations.diffusers.original.stock import lengths_of, placed, stock_denoiser
 from tfmq.integrations.diffusers.saved import absent_components
 from tfmq.nn.submodules import submodules
 from tfmq.quantizers.part import Part
 from tfmq.storage.atomic import read_json, read_tensors
+from tfmq.storage.comfy import split_layers
 from tfmq.storage.directory import PIPELINE_FILE
 
 CLIP = "openai/clip-vit-large-patch14"
 SUFFIX = ".safetensors"
+VOCABULARIES = ("tokenizer.json", "vocab.json")
 AUTOENCODERS = ("first_stage_model.", "vae.")
 # Parts of pipelines that no single file has and that no image needs.
 UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -64,9 +69,12 @@ class SingleFile:
         if path.suffix != SUFFIX:
             raise ValueError(f"{path} is no {SUFFIX} file; other files may run code when they are read")
         self.path = path
-        self.tensors, self.metadata = read_tensors(path)
+        self.tensors, layers = split_layers(*read_tensors(path), source=path)
         with _named(path):
             self.prefix = denoiser_prefix(self.tensors)
+            if elsewhere := [name for name in layers if not name.startswith(self.prefix)]:
+                raise ValueError(f"{elsewhere[0]} is int8, which layers of the denoiser alone may be")
+            self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
             self.denoiser = self.below(self.prefix)
             self.family = family_of(encoders.shapes_of(self.denoiser), self.tensors)
 
@@ -111,6 +119,10 @@ class _named:
         """Name the file where something is wrong with what it holds."""
         if type(error) is ValueError:
             raise ValueError(f"{self.path}: {error}") from error
+        if isinstance(error, KeyError):
+            raise ValueError(f"{self.path}: the checkpoint lacks {error.args[0]}") from error
+        if isinstance(error, ILL_FITTING):
+            raise ValueError(f"{self.path}: its tensors are not those of this layout: {error}") from error
 
 
 def denoiser_of(family: Family, tensors: Mapping[str, Tensor]) -> ModelMixin:
@@ -126,19 +138,22 @@ def denoiser_of(family: Family, tensors: Mapping[str, Tensor]) -> ModelMixin:
 
 
 def _tokenizer(encoder: Encoder, source: str) -> CLIPTokenizer:
-    """Return the tokenizer of a CLIP, from a directory or a hub id.
+    """Return the tokenizer of a CLIP, from a directory or from what the cache of the hub has of an id.
 
     Raises:
         ValueError: there is none.
     """
-    padded = {"pad_token": encoder.padded} if encoder.padded else {}
-    try:
-        return CLIPTokenizer.from_pretrained(source, **padded)
-    except OSError as error:
+    found = (try_to_load_from_cache(source, name) for name in VOCABULARIES) if source.count("/") == 1 else ()
+    cached = next((Path(path).parent for path in found if isinstance(path, str)), None)
+    directory = cached or Path(source)
+    # Without a vocabulary transformers builds a tokenizer that knows nothing.
+    if not any((directory / name).is_file() for name in VOCABULARIES):
         raise ValueError(
-            f"there is no tokenizer {source}, which no single file holds: pass the directory of one "
+            f"there is no tokenizer in {source}, and no single file holds one: pass the directory of one "
             f"(--tokenizer), or of a pipeline that has one (--base)"
-        ) from error
+        )
+    padded = {"pad_token": encoder.padded} if encoder.padded else {}
+    return CLIPTokenizer.from_pretrained(str(directory), **padded)
 
 
 def _texts(file: SingleFile, given: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
@@ -242,7 +257,9 @@ def open_single_file(
 ) -> DiffusionPipeline:
     """Return the pipeline of a published single file: Stable Diffusion 1.x, 2.x, XL and 3, or FLUX.1.
 
-    Each part has the precision of its tensors. Of the weights that are averaged beside the others nothing is
+    Each part has the precision of its tensors. A denoiser with layers of int8, as ComfyUI stores them, comes
+    out quantized, with the codes, scales and rotations of the file and all else in float32; float8 becomes
+    floating point. Of the weights that are averaged beside the others nothing is
     taken, as stock loaders do.
 
     Args:
@@ -260,5 +277,9 @@ def open_single_file(
     if unused := file.unused():
         warnings.warn(f"{path}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=2)
     with _named(path):
-        denoiser = denoiser_of(file.family, file.denoiser)
+        denoiser = (
+            integer_denoiser(file.family, file.denoiser, file.layers, name=path.name)
+            if file.layers
+            else denoiser_of(file.family, file.denoiser)
+        )
     return pipeline_of(file, denoiser, base=base, tokenizer=tokenizer, prediction=prediction)

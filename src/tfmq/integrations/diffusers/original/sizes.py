@@ -11,6 +11,7 @@ from typing import Any
 from torch import Size
 
 Shapes = Mapping[str, Size]
+MOST_PARTS = 256
 # Channels of a head: in UNets that project by linear layers and in SD3, and in FLUX with its rotary axes.
 HEAD, FLUX_HEAD, FLUX_AXES = 64, 128, (16, 56, 56)
 # Heads of a UNet that projects by convolutions, and channels of each of SDXL's six numbers of sizes.
@@ -32,9 +33,16 @@ def shape_of(shapes: Shapes, name: str, axes: int) -> Size:
 
 
 def count(names: Collection[str], prefix: str) -> int:
-    """Return how many numbered parts stand below `prefix`."""
+    """Return how many numbered parts stand below `prefix`.
+
+    Raises:
+        ValueError: more than any model has.
+    """
     found = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
-    return len({match[1] for match in map(found.match, names) if match})
+    total = len({match[1] for match in map(found.match, names) if match})
+    if total > MOST_PARTS:
+        raise ValueError(f"{total} parts stand below {prefix}; no model has more than {MOST_PARTS}")
+    return total
 
 
 def heads_of(width: int, head: int) -> int:
@@ -110,6 +118,9 @@ def sd3(shapes: Shapes) -> dict[str, Any]:
     """
     width, channels, patch, _ = shape_of(shapes, "x_embedder.proj.weight", 4)
     captions, joint = shape_of(shapes, "context_embedder.weight", 2)
+    _, places, embedded = shape_of(shapes, "pos_embed", 3)
+    if embedded != width:
+        raise ValueError(f"pos_embed is {embedded} channels wide, x_embedder.proj.weight {width}")
     layers = count(shapes, "joint_blocks.")
     dual = (index for index in range(layers) if f"joint_blocks.{index}.x_block.attn2.qkv.weight" in shapes)
     norms = "joint_blocks.0.x_block.attn.ln_q.weight" in shapes
@@ -124,7 +135,7 @@ def sd3(shapes: Shapes) -> dict[str, Any]:
         "joint_attention_dim": joint,
         "caption_projection_dim": captions,
         "pooled_projection_dim": shape_of(shapes, "y_embedder.mlp.0.weight", 2)[1],
-        "pos_embed_max_size": isqrt(shape_of(shapes, "pos_embed", 3)[1]),
+        "pos_embed_max_size": isqrt(places),
         "dual_attention_layers": tuple(dual),
         "qk_norm": "rms_norm" if norms else None,
     }
