@@ -233,3 +233,19 @@ def test_float8_without_scales_and_inputs_left_as_they_come(tmp_path: Path) -> N
     write_tensors(path, {**tensors, **{f"{layer}{suffix}": t for suffix, t in full.items()}})
     (packed,) = packed_layers(open_single_file(path, tokenizer=tokens).unet).values()
     assert isinstance(packed, PackedLayer) and packed.input_quantizer is None
+
+
+def test_a_file_of_halves_and_integers_draws(tmp_path: Path) -> None:
+    """Parts of one pipeline compute with each other's tensors."""
+    _, tensors = published.stable_diffusion(tmp_path)
+    changed, _ = theirs(tensors)
+    halves = {
+        name: t.half() if t.is_floating_point() and not name.endswith("_scale") else t
+        for name, t in changed.items()
+    }
+    opened(tmp_path, "sd1", halves, {}).save_pretrained(str(tmp_path / "saved"))
+    pipeline = tfmq.load(tmp_path / "saved", backend="simulated")
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a b", num_inference_steps=2, output_type="latent", height=16, width=16).images
+    assert torch.isfinite(image).all() and image.std() > 0

@@ -314,6 +314,19 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         open_single_file(tmp_path / "absent.safetensors")
 
 
+def test_parts_of_several_precisions_become_float32(tmp_path: Path) -> None:
+    _, tensors = published.stable_diffusion(tmp_path)
+    mixed = {name: t.half() if not name.startswith("first_stage") else t for name, t in tensors.items()}
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, mixed)
+    pipeline = open_single_file(path, tokenizer=str(tmp_path / "tokenizer"))
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert part.dtype == torch.float32
+    assert torch.equal(
+        pipeline.unet.conv_in.bias.half(), mixed["model.diffusion_model.input_blocks.0.0.bias"]
+    )
+
+
 def test_verbs_take_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tfmq.cli.commands import run
 

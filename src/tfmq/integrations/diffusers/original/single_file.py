@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from tfmq.integrations.diffusers.opening import component_modules, in_float32
 from tfmq.integrations.diffusers.original import encoders
 from tfmq.integrations.diffusers.original.families import (
     Encoder,
@@ -150,7 +151,7 @@ def _tokenizer(encoder: Encoder, source: str) -> CLIPTokenizer:
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise ValueError(
             f"there is no tokenizer in {source}, and no single file holds one: pass the directory of one "
-            f"(--tokenizer), or of a pipeline that has one (--base)"
+            f"(tfmq import --tokenizer), or of a pipeline that has one (tfmq import --base)"
         )
     padded = {"pad_token": encoder.padded} if encoder.padded else {}
     return CLIPTokenizer.from_pretrained(str(directory), **padded)
@@ -214,7 +215,7 @@ def pipeline_of(
         known = ", ".join(map(str, family.pipelines))
         raise ValueError(f"{file.path}: {channels} input channels; {family.title} is read with {known}")
     kind = getattr(diffusers, family.pipelines[channels])
-    given = _given(file, base, encoders.common_dtype(file.denoiser))
+    given = _given(file, base, denoiser.dtype)
     with _named(file.path):
         texts = _texts(file, given, tokenizer or CLIP)
         tensors = file.below(*AUTOENCODERS)
@@ -224,7 +225,9 @@ def pipeline_of(
         scheduler = {"scheduler": getattr(diffusers, name)(**fields)}
         parts = {**scheduler, **given, **vae, **texts, family.component: denoiser}
         pipeline: DiffusionPipeline = kind(**_complete(kind, family, parts))
-    return pipeline
+    # A pipeline hands tensors from part to part, which do not compute with those of another precision.
+    mixed = {part.dtype for part in component_modules(pipeline).values()} != {denoiser.dtype}
+    return in_float32(pipeline) if mixed else pipeline
 
 
 def _complete(kind: Any, family: Family, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,7 +245,7 @@ def _complete(kind: Any, family: Family, parts: Mapping[str, Any]) -> dict[str, 
     if missing:
         raise ValueError(
             f"the file holds no {', '.join(missing)}: pass the directory of a {family.title} pipeline that "
-            f"has them (--base), such as a copy of {family.published}"
+            f"has them (tfmq import --base), such as a copy of {family.published}"
         )
     checker = {"requires_safety_checker": False} if "requires_safety_checker" in flags else {}
     return {name: parts.get(name) for name in needed} | checker
@@ -257,9 +260,9 @@ def open_single_file(
 ) -> DiffusionPipeline:
     """Return the pipeline of a published single file: Stable Diffusion 1.x, 2.x, XL and 3, or FLUX.1.
 
-    Each part has the precision of its tensors. A denoiser with layers of int8, as ComfyUI stores them, comes
-    out quantized, with the codes, scales and rotations of the file and all else in float32; float8 becomes
-    floating point. Of the weights that are averaged beside the others nothing is
+    All parts have the precision of their tensors where it is one half precision, else float32. A denoiser
+    with layers of int8, as ComfyUI stores them, comes out quantized, with the codes, scales and rotations of
+    the file; float8 becomes floating point. Of the weights that are averaged beside the others nothing is
     taken, as stock loaders do.
 
     Args:
