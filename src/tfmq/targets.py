@@ -59,8 +59,8 @@ def open_sampler(
     options: Mapping[str, Any] | None = None,
     component: str | None = None,
 ) -> Sampler:
-    """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory, a hub id, or
-    the name of a model of the project.
+    """Return the sampler of `target`: one itself, a module's file, a pipeline, its directory or single file,
+    a hub id, or the name of a model of the project.
 
     A directory may bring prompts and guidance of its own, see `PROMPTS_FILE`. `options` go to the pipeline's
     call; by default those that a quantized model was calibrated with. A quantized model that is loaded here
@@ -130,12 +130,14 @@ def _directory(target: str | Path) -> Path:
 def _read_pipeline(
     target: str | Path, options: Mapping[str, Any] | None
 ) -> tuple[Any, Mapping[str, Any] | None]:
-    """Return the pipeline of a directory, a name or a hub id, and the options of its call: those that a
-    quantized one was calibrated with, unless others are given.
+    """Return the pipeline of a directory, a single file, a name or a hub id, and the options of its call:
+    those that a quantized one was calibrated with, unless others are given.
     """
-    from tfmq.integrations.diffusers.opening import open_pipeline
+    from tfmq.integrations.diffusers.opening import open_file, open_pipeline
 
     path = _directory(target)
+    if path.is_file():
+        return open_file(path), options
     if not holds_quantized(path):
         return open_pipeline(path if path.exists() else target), options
     if options is None:

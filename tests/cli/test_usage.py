@@ -49,7 +49,7 @@ def test_version_and_help(tfmq: Run) -> None:
             "--evaluation --analysis --bench --base-model --push-to-hub --private --output-dir --json",
         ),
         ("inspect", "--json"),
-        ("import", "--config --output-dir --tokenizer --json"),
+        ("import", "--config --base --prediction --output-dir --tokenizer --json"),
         ("bench", "--reference --backends --peers --batch --rounds --threads --steps --prompts --json"),
     ],
 )
@@ -95,7 +95,7 @@ def test_options_of_the_contract(tfmq: Run, monkeypatch: pytest.MonkeyPatch, ver
         ("analyze m", "--reference"),
         ("report", "DIR"),
         ("inspect", "MODEL"),
-        ("import c --output-dir d", "--config"),
+        ("import c --config c.yaml --base b --output-dir d", "--base"),
         ("import --config c.yaml --output-dir d", "CHECKPOINT"),
         ("inspect m n", "n"),
         ("bench", "DIR"),

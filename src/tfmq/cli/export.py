@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 # Seconds that converting one quantized layer to OpenVINO takes on one core of a server: the 79 of the
 # embedded model took 5.3.
 SECONDS_A_LAYER = 0.07
+COMFY = "comfy"
 
 
 def export(
     directory: Directory,
     output_dir: OutputDir,
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="openvino, onnx, or openvino-genai.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="TARGET", help="openvino, onnx, openvino-genai or comfy.")
+    ],
     module: Module = None,
     json: Json = False,
 ) -> None:
-    """Write the denoiser of DIR as a model of another engine, which runs without tfmq; the temporal table is
-    inside. `openvino-genai` takes the whole pipeline.
+    """Write the denoiser of DIR as a model of another engine, which runs without tfmq, the temporal table
+    inside. `openvino-genai` takes the whole pipeline; `comfy` is the int8 file that ComfyUI opens, and lists
+    what that has no place for.
     """
     with verb():
         from tfmq.cli.models import open_model, quantized_directory
@@ -33,21 +37,22 @@ def export(
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
 
-        if to not in targets():
+        known = (*targets(), COMFY)
+        if to not in known:
             raise typer.BadParameter(
-                f"{to!r} is no target; choose one of {', '.join(targets())}", param_hint="--to"
+                f"{to!r} is no target; choose one of {', '.join(known)}", param_hint="--to"
             )
         own = check_module(module)
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=owned_files(output_dir, to)) as folder:
             sampler = open_model(str(source), module=own)
-            foretell(SECONDS_A_LAYER * _layers(sampler, to), "the conversion")
+            if to != COMFY:
+                foretell(SECONDS_A_LAYER * _layers(sampler, to), "the conversion")
             result = {"output_dir": str(output_dir), "to": to} | _write(sampler, folder, to)
     if json:
         emit(result)
     else:
-        shapes = "; ".join(f"{port['name']} {port['dtype']} {port['shape']}" for port in result["inputs"])
-        print(f"{', '.join(result['files'])} in {output_dir}; inputs: {shapes}")
+        print("\n".join(_lines(result)))
 
 
 def _layers(sampler: "Sampler", to: str) -> int:
@@ -65,9 +70,18 @@ def _write(sampler: "Sampler", folder: Path, to: str) -> dict[str, Any]:
     """Write a model, or its pipeline where that is the target, and return its description."""
     from tfmq.export.directory import PIPELINE, export
 
-    if to != PIPELINE:
+    if to == PIPELINE:
+        return _pipeline(sampler, folder)
+    if to != COMFY:
         return export(sampler.denoiser, sampler.example(), folder, to=to)
+    from tfmq.integrations.diffusers.original.comfy_out import export_comfy
+
+    return export_comfy(sampler.denoiser.module, folder)
+
+
+def _pipeline(sampler: "Sampler", folder: Path) -> dict[str, Any]:
     from tfmq.errors import require
+    from tfmq.export.directory import PIPELINE
     from tfmq.integrations.diffusers.pipelines import PipelineSampler
 
     if not hasattr(sampler, "pipeline"):
@@ -78,3 +92,13 @@ def _write(sampler: "Sampler", folder: Path, to: str) -> dict[str, Any]:
     from tfmq.export.genai.directory import export_pipeline
 
     return export_pipeline(sampler, folder)
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """Return what was written, and all that was not."""
+    files = f"{', '.join(result['files'])} in {result['output_dir']}"
+    if result["to"] == COMFY:
+        written = f"{files}: {result['int8']} matrices of int8, the rest in {result['dtype']}"
+        return [written, *(f"left out: {line}" for line in result["left_out"])]
+    shapes = "; ".join(f"{port['name']} {port['dtype']} {port['shape']}" for port in result["inputs"])
+    return [f"{files}; inputs: {shapes}"]

@@ -8,6 +8,7 @@ metadata at random, and refuses tensors that are strided or share memory.
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def _read_header(path: Path, *, size: int) -> tuple[int, dict[str, Any]]:
             )
         text = stream.read(length)
     try:
-        header = json.loads(text.decode())
+        header = json.loads(text.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ForeignFileError(
             f"{path} is not a safetensors file: its header is not JSON ({error}); pass a tfmq checkpoint"
@@ -144,6 +145,14 @@ def _read_header(path: Path, *, size: int) -> tuple[int, dict[str, Any]]:
             "not an object; pass a tfmq checkpoint"
         )
     return length, header
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a header; of a name that is there twice readers take the one or the other."""
+    counts = Counter(name for name, _ in pairs)
+    if len(counts) < len(pairs):
+        raise ValueError(f"it has {shown(counts.most_common(1)[0][0])} twice")
+    return dict(pairs)
 
 
 def _data_length(path: Path, header: dict[str, Any]) -> int:

@@ -3,7 +3,9 @@ are those of the checkpoints.
 """
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Tests import `published`, a module beside this one.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def swish(x: Tensor) -> Tensor:

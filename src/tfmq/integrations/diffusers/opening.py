@@ -53,6 +53,23 @@ def open_pipeline(source: str | Path) -> DiffusionPipeline:
             f"cannot load a pipeline from {source}: {str(error).strip().splitlines()[0]}"
         ) from error
     _check_whole(pipeline, source)
+    return in_float32(pipeline)
+
+
+def open_file(path: Path) -> DiffusionPipeline:
+    """Return the pipeline of a single file, in float32.
+
+    Raises:
+        CheckpointError: a damaged or foreign file.
+        ValueError: a layout that is not known, or a part is missing.
+    """
+    from tfmq.integrations.diffusers.original.single_file import open_single_file
+
+    return in_float32(open_single_file(path))
+
+
+def in_float32(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Return a pipeline with all components in float32."""
     for component in component_modules(pipeline).values():
         # Cast only where it is needed: a quantized component has float32 parameters, and tables in a dtype of
         # their own.

@@ -7,10 +7,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from tfmq.integrations.diffusers.original import ddim, ldm
-from tfmq.integrations.diffusers.original.files import read_checkpoint, read_config
+from tfmq.integrations.diffusers.original.files import ILL_FITTING, read_checkpoint, read_config
 
-# Errors that a value of the wrong kind leads to: text for a number, a number for a list, a negative width.
-ILL_FITTING = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
 CLIP = "openai/clip-vit-large-patch14"
 
 

@@ -15,6 +15,8 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 from tfmq.errors import require
 from tfmq.storage.atomic import read_tensors
 
+# Errors that a value of the wrong kind leads to: text for a number, a number for a list, a negative width.
+ILL_FITTING = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError)
 # Other errors that torch.load raises where bytes are missing or changed.
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, struct.error)
 

@@ -6,13 +6,21 @@ from typing import Any
 from torch import Tensor
 
 
-def fit(model: Any, tensors: Mapping[str, Tensor], *, original: Mapping[str, Tensor] | None = None) -> Any:
+def fit(
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    *,
+    original: Mapping[str, Tensor] | None = None,
+    assign: bool = False,
+) -> Any:
     """Load `tensors` into `model` and return it in evaluation mode.
 
     Args:
         model: a diffusers or transformers model.
         tensors: by the model's names.
         original: the tensors that `tensors` were converted from; each must have gone somewhere.
+        assign: let the model have the tensors themselves, of whatever dtype, in the place of its own, which
+            may be on the meta device.
 
     Raises:
         ValueError: keys are missing, unknown, of another shape, or were left behind; lists all of them.
@@ -32,7 +40,7 @@ def fit(model: Any, tensors: Mapping[str, Tensor], *, original: Mapping[str, Ten
             f"the checkpoint does not fit the {type(model).__name__} "
             f"that its configuration describes; {found}"
         )
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(dict(tensors), assign=assign)
     return model.eval()
 
 

@@ -1,0 +1,404 @@
+"""Published single files: what is read is what was written, by diffusers' own tables."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+from warnings import catch_warnings
+
+import published
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tfmq
+from tfmq.integrations.diffusers.original import single_file as opening
+from tfmq.integrations.diffusers.original import sizes
+from tfmq.integrations.diffusers.original.rows import from_original, to_original
+from tfmq.integrations.diffusers.original.single_file import open_single_file
+from tfmq.integrations.diffusers.original.tables import TABLES
+from tfmq.storage.atomic import read_tensors, write_tensors
+from tfmq.storage.errors import CheckpointError, ForeignFileError
+from tfmq.targets import open_sampler
+
+Run = Callable[..., Any]
+theirs = importlib.import_module("diffusers.loaders.single_file_utils")
+CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
+UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
+# The configurations that the authors published, as far as they are not diffusers' defaults.
+SD1 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "down_block_types": (CROSS, CROSS, CROSS, PLAIN),
+    "up_block_types": (PLAIN_UP, UP, UP, UP),
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+}
+SD2 = SD1 | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SDXL = SD2 | {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": (PLAIN, CROSS, CROSS),
+    "up_block_types": (UP, UP, PLAIN_UP),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": (),
+    "qk_norm": None,
+}
+SD35 = SD3 | {
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+FLUX = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+UNET, MMDIT, RECTIFIED = "UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
+# Class, configuration, how it is read, tensors in the published file, and parameters where they were stated.
+PUBLISHED = {
+    "sd1": (UNET, SD1, sizes.unet, 686, 859_520_964),
+    "sd2": (UNET, SD2, sizes.unet, 686, 865_910_724),
+    "sdxl": (UNET, SDXL, sizes.unet, 1680, 2_567_463_684),
+    "sd3": (MMDIT, SD3, sizes.sd3, None, None),
+    "sd35": (MMDIT, SD35, sizes.sd3, None, None),
+    "flux": (RECTIFIED, FLUX, sizes.flux, 780, 11_901_408_320),
+}
+CONVERTERS = {
+    MMDIT: lambda tensors, config: theirs.convert_sd3_transformer_checkpoint_to_diffusers(tensors),
+    RECTIFIED: lambda tensors, config: theirs.convert_flux_transformer_checkpoint_to_diffusers(tensors),
+    UNET: theirs.convert_ldm_unet_checkpoint,
+}
+
+
+def skeleton(kind: str, config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return getattr(published.diffusers, kind)(**config)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_configuration_is_read_off_the_published_shapes(name: str) -> None:
+    kind, config, read, tensors, parameters = PUBLISHED[name]
+    model = skeleton(kind, config)
+    original = published.denoiser_names(model)
+    assert len(original) == (tensors or len(original))
+    assert sum(p.numel() for p in model.parameters()) == (
+        parameters or sum(map(torch.numel, model.parameters()))
+    )
+    assert read({name: tensor.shape for name, tensor in original.items()}) == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tables_are_those_of_diffusers(name: str) -> None:
+    """Every tensor has rows of its own numbers, and one column, so that a file of full size costs nothing."""
+    kind, config, *_ = PUBLISHED[name]
+    model = skeleton(kind, config)
+    generator = torch.Generator().manual_seed(1)
+    own = {
+        key: torch.randint(2**30, (len(tensor) if tensor.ndim else 1,), generator=generator)
+        for key, tensor in model.state_dict().items()
+    }
+    table = TABLES[kind](model)
+    original = to_original(own, table)
+    again = from_original(original, table, {key: len(tensor) for key, tensor in own.items()})
+    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in original.items()}
+    converted = CONVERTERS[kind](prefixed, model.config)
+    for found in (converted, again):
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[key], own[key]) for key in own)
+
+
+def test_autoencoders_are_read_off_their_shapes() -> None:
+    model = skeleton("AutoencoderKL", VAE)
+    assert sum(p.numel() for p in model.parameters()) == 83_653_863
+    shapes = {
+        name.replace(".up.0.", ".up.x.").replace(".up.x.", ".up.0."): tensor.shape
+        for name, tensor in published.vae_names(model).items()
+    }
+    assert sizes.autoencoder(shapes) == VAE
+
+
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "sd1": (published.stable_diffusion, {}, "StableDiffusionPipeline"),
+    "sd1 inpainting": (published.stable_diffusion, {"channels": 9}, "StableDiffusionInpaintPipeline"),
+    "sd2": (published.stable_diffusion, {"second": True}, "StableDiffusionPipeline"),
+    "sdxl": (published.sdxl, {}, "StableDiffusionXLPipeline"),
+    "sdxl inpainting": (published.sdxl, {"channels": 9}, "StableDiffusionXLInpaintPipeline"),
+    "sd3": (published.sd3, {}, "StableDiffusion3Pipeline"),
+    "flux": (published.flux, {}, "FluxPipeline"),
+    "flux, all in one": (published.flux, {"prefix": "model.diffusion_model."}, "FluxPipeline"),
+}
+
+
+def write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> Path:
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    write_tensors(path, cast)
+    return path
+
+
+def call(name: str, model: nn.Module, seed: int) -> Tensor:
+    """Return what a part computes, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    t = torch.tensor([500.0])
+    if "text" in name:
+        return model(torch.arange(8)[None])[0]
+    if name == "vae":
+        latent = model.config["latent_channels"]
+        return torch.cat(
+            [
+                model.decode(noise(1, latent, 4, 4))[0].flatten(),
+                model.encode(noise(1, 3, 8, 8)).latent_dist.mean.flatten(),
+            ]
+        )
+    if name == "unet":
+        config = model.config
+        added = (
+            {"text_embeds": noise(1, 64), "time_ids": noise(1, 6)} if config["addition_embed_type"] else None
+        )
+        sample = noise(1, config["in_channels"], 8, 8)
+        return model(sample, t, noise(1, 8, config["cross_attention_dim"]), added_cond_kwargs=added)[0]
+    if "pos_embed_max_size" in model.config:
+        return model(noise(1, 16, 8, 8), noise(1, 8, 64), noise(1, 128), t)[0]
+    return model(
+        noise(1, 4, 64), noise(1, 8, 64), noise(1, 64), t / 1000, torch.zeros(4, 3), torch.zeros(8, 3), t
+    )[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_parts_compute_what_the_stock_models_compute(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    make, arguments, kind = CASES[case]
+    parts, tensors = make(tmp_path, **arguments)
+    path = write(tmp_path / "model.safetensors", tensors, dtype)
+    base = None
+    if case.startswith("flux"):
+        base = published.flux_base(tmp_path, parts)
+    if case == "sd3":
+        with pytest.raises(ValueError, match=r"holds no tokenizer_3: .*--base"):
+            open_single_file(path, tokenizer=str(tmp_path / "tokenizer"))
+        path = write(path, {key: t for key, t in tensors.items() if ".t5xxl." not in key}, dtype)
+        del parts["text_encoder_3"]
+    pipeline = open_single_file(path, base=base, tokenizer=str(tmp_path / "tokenizer"))
+    assert type(pipeline).__name__ == kind
+    with torch.no_grad():
+        for name, part in parts.items():
+            found = getattr(pipeline, name)
+            assert {tensor.dtype for tensor in found.state_dict().values()} == {dtype}
+            expected = call(name, part.to(dtype).float(), 9)
+            assert torch.equal(call(name, found.float(), 9), expected) and expected.std() > 0
+
+
+def test_a_scheduler_comes_from_the_base_or_from_the_file(tmp_path: Path) -> None:
+    parts, tensors = published.flux(tmp_path)
+    path, base = write(tmp_path / "flux.safetensors", tensors, torch.bfloat16), None
+    with pytest.raises(
+        ValueError, match=r"flux.safetensors: the file holds no text_encoder, .*vae: .*--base"
+    ):
+        open_single_file(path)
+    base = published.flux_base(tmp_path, parts)
+    assert open_single_file(path, base=base).scheduler.config["shift"] == 2.5
+    _, stable = published.stable_diffusion(tmp_path)
+    path = write(tmp_path / "sd.safetensors", stable, torch.float16)
+    with pytest.raises(ValueError, match=r"base is no Stable Diffusion 1.x pipeline"):
+        open_single_file(path, base=base)
+    _, marked = published.sdxl(tmp_path)
+    marked |= {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    path = write(tmp_path / "xl.safetensors", marked, torch.float16)
+    config = open_single_file(path, tokenizer=str(tmp_path / "tokenizer")).scheduler.config
+    assert config["prediction_type"] == "v_prediction" and config["rescale_betas_zero_snr"]
+    plain = open_single_file(path, tokenizer=str(tmp_path / "tokenizer"), prediction="epsilon")
+    assert plain.scheduler.config["prediction_type"] == "epsilon"
+
+
+REFUSED = {
+    "lora_unet_down.weight": "a LoRA",
+    "control_model.input_blocks.0.0.weight": "a ControlNet",
+    "edm_mean": "EDM",
+    "model.diffusion_model.distilled_guidance_layer.in_proj.weight": "Chroma",
+    "down_blocks.0.resnets.0.conv1.weight": "diffusers' own layout",
+    "unheard.of": "no layout that is known here: Stable Diffusion 1.x, .*FLUX.1",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_other_layouts_are_refused_by_name(key: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "other.safetensors", {key: torch.zeros(2, 2)}, torch.float16)
+    with pytest.raises(ValueError, match=rf"other\.safetensors: .*{REFUSED[key]}"):
+        open_single_file(path)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    _, tensors = published.stable_diffusion(tmp_path)
+    place, tokens = tmp_path / "model.safetensors", str(tmp_path / "tokenizer")
+    prefix = "model.diffusion_model."
+    extra = {**tensors, f"{prefix}middle_block.9.weight": torch.zeros(1)}
+    cases: list[tuple[dict[str, Tensor], str]] = [
+        (extra, r"1 tensors have no place in Stable Diffusion 1\.x: middle_block\.9"),
+        (
+            {k: t for k, t in tensors.items() if "time_embed.0.bias" not in k},
+            r"missing: time_embedding.linear_1.bias",
+        ),
+        (tensors | {f"{prefix}out.2.weight": torch.zeros(4)}, r"out\.2\.weight is \[4\]; it needs 4 axes"),
+        (tensors | {f"{prefix}out.0.weight": torch.zeros(7)}, r"of another shape: conv_norm_out\.weight"),
+        (
+            {k: t for k, t in tensors.items() if "encoder.mid.attn_1.q" not in k},
+            r"missing: encoder.mid_block",
+        ),
+        (tensors | {f"{prefix}label_emb.0.0.weight": torch.zeros(4, 2560)}, "the SDXL refiner"),
+    ]
+    for changed, message in cases:
+        with pytest.raises(ValueError, match=message):
+            open_single_file(write(place, changed, torch.float16), tokenizer=tokens)
+    with pytest.raises(ValueError, match=r"there is no tokenizer in .*nowhere.*--tokenizer"):
+        open_single_file(write(place, tensors, torch.float16), tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"model\.ckpt is no \.safetensors file"):
+        open_single_file(place.rename(tmp_path / "model.ckpt"))
+    with pytest.warns(UserWarning, match=r"1 tensors are not used, such as unheard"):
+        open_single_file(
+            write(place, {**tensors, "unheard.of": torch.zeros(1)}, torch.float16), tokenizer=tokens
+        )
+    (tmp_path / "zip.safetensors").write_bytes(b"PK\x03\x04" + bytes(200))
+    with pytest.raises(ForeignFileError, match="not a safetensors file"):
+        open_single_file(tmp_path / "zip.safetensors")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_single_file(tmp_path / "absent.safetensors")
+
+
+def test_parts_of_several_precisions_become_float32(tmp_path: Path) -> None:
+    _, tensors = published.stable_diffusion(tmp_path)
+    mixed = {name: t.half() if not name.startswith("first_stage") else t for name, t in tensors.items()}
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, mixed)
+    pipeline = open_single_file(path, tokenizer=str(tmp_path / "tokenizer"))
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert part.dtype == torch.float32
+    assert torch.equal(
+        pipeline.unet.conv_in.bias.half(), mixed["model.diffusion_model.input_blocks.0.0.bias"]
+    )
+
+
+def test_verbs_take_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tfmq.cli.commands import run
+
+    _, tensors = published.stable_diffusion(tmp_path)
+    path = write(tmp_path / "model.safetensors", tensors, torch.float16)
+    arguments = ["import", str(path), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert run([*arguments, "--output-dir", str(tmp_path / "stock")]) == 0
+    for written in (tmp_path / "stock").glob("*/*.safetensors"):
+        assert {t.dtype for t in read_tensors(written)[0].values()} <= {torch.float16, torch.int64}
+    stored = published.diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "stock"))
+    monkeypatch.setattr(opening, "CLIP", str(tmp_path / "tokenizer"))
+    sampler = open_sampler(path, prompts=("a b",))
+    assert sampler.denoiser.module.dtype == torch.float32
+    for name, tensor in sampler.denoiser.module.state_dict().items():
+        assert torch.equal(tensor, stored.unet.state_dict()[name])
+    quick = ["--scheme", "rtn_w8a8", "--steps", "2", "--calib-size", "1", "--components", "denoiser"]
+    assert run(["quantize", str(path), *quick, "--output-dir", str(tmp_path / "low")]) == 0
+    assert tfmq.load(tmp_path / "low", backend="reference").unet.tfmq_steps is not None
+
+
+def lied(tensors: dict[str, Tensor], chance: Random) -> dict[str, Tensor]:
+    """Return a file in which one to three tensors are something else, elsewhere or gone."""
+    found = dict(tensors)
+    for name in chance.sample(sorted(found), chance.randint(1, 3)):
+        tensor = found.pop(name)
+        other = chance.choice(sorted(tensors))
+        kind = chance.randrange(8)
+        if kind == 0:
+            found[name] = torch.zeros(())
+        elif kind == 1:
+            found[name] = tensor[None]
+        elif kind == 2:
+            found[name] = tensor[:0]
+        elif kind == 3:
+            found[name] = torch.zeros(chance.choice([(1,), (7, 3), (2, 2, 2), (3, 3, 3, 3), (1, 1, 1, 1, 1)]))
+        elif kind == 4:
+            found[name] = tensor.to(chance.choice([torch.int64, torch.bool, torch.uint8]))
+        elif kind == 5:
+            found[name.replace(".0.", f".{chance.choice([9, 77, 9999, 10**9])}.")] = tensor
+        elif kind == 6:
+            found[name], found[other] = tensors[other], tensor
+    return found
+
+
+@pytest.mark.parametrize("make", [published.stable_diffusion, published.sdxl, published.sd3, published.flux])
+def test_files_that_lie_are_refused_by_name(make: Callable[..., Any], tmp_path: Path) -> None:
+    """Whatever stands in a whole file: it is refused in one line that names it, or opens."""
+    parts, tensors = make(
+        tmp_path, **({"prefix": "model.diffusion_model."} if make is published.flux else {})
+    )
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    base = published.flux_base(tmp_path, parts) if make is published.flux else None
+    if make is published.sd3:
+        tensors = {name: t for name, t in tensors.items() if ".t5xxl." not in name}
+    path, tokens, chance = tmp_path / "lie.safetensors", str(tmp_path / "tokenizer"), Random(5)
+    refused, cases = 0, 25
+    for _ in range(cases):
+        write_tensors(path, lied(tensors, chance))
+        with catch_warnings(action="ignore"):
+            try:
+                open_single_file(path, tokenizer=tokens, base=base)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > cases / 2
+
+
+def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path: Path) -> None:
+    shapes = {"x_embedder.proj.weight": (10**9, 1, 1, 1), "context_embedder.weight": (64, 64)}
+    with pytest.raises(ValueError, match="pos_embed is 1 channels wide"):
+        sizes.sd3(
+            {name: torch.Size(shape) for name, shape in (shapes | {"pos_embed": (1, 10**9, 1)}).items()}
+        )
+    with pytest.raises(ValueError, match="no model has more than 256"):
+        sizes.count([f"joint_blocks.{index}.a" for index in range(1000)], "joint_blocks.")
