@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import tfmq
 from tfmq.recipes.paper import released
-from tfmq.recipes.presets import brecq, fast, fp4, group, rotate, rtn, smooth, transformer
+from tfmq.recipes.presets import brecq, fast, fp4, group, rotate, rtn, smooth, svd, transformer
 from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 
 
@@ -90,6 +90,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "transformer": transformer,
     "group": group,
     "fp4": fp4,
+    "svd": svd,
 }
 BITS = ("w8a8", "w4a8", "w4a32", "w6a6", "w4a4")
 # Where a method is tried, if not everywhere. W4A32 has no grids of inputs. What corrects the finished model
@@ -99,7 +100,7 @@ DOORS = ("w8a8", "w4a8", "w4a4")
 TRIED = {
     **dict.fromkeys(("fast", "transformer"), OF_INPUTS),
     **dict.fromkeys(("rescaled", "peaks", "rotated", "smooth", "rotate", "bias", "gain", "affine"), DOORS),
-    **dict.fromkeys(("e1m2", "e2m1", "group", "fp4"), ("w4a8", "w4a4")),
+    **dict.fromkeys(("e1m2", "e2m1", "group", "fp4", "svd"), ("w4a8", "w4a4")),
     "released": ("w4a8",),
 }
 # The exceptions of the released code name layers of its UNet.
