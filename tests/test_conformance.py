@@ -67,7 +67,7 @@ def whole(sampler: Make) -> LoopSampler:
     """A model in which every layer is rescaled, with a branch beside it, and every prediction corrected."""
     made, recipe = sampler("upsampler"), short()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfmq.jobs.calibration.best_split", parted)
+        patch.setattr("tfmq.jobs.weights.best_split", parted)
         tfmq.quantize(made, replace(recipe, weights=replace(recipe.weights, rank=2)))
     return made
 

@@ -173,7 +173,7 @@ def test_a_fused_adapter_is_part_of_the_branches_and_of_what_is_saved(
         matrix = layer.weight.flatten(1)[None]
         return Split(factors=truncated(matrix, None, rank)) if rank and layer.operation.groups == 1 else None
 
-    monkeypatch.setattr("tfmq.jobs.calibration.best_split", split)
+    monkeypatch.setattr("tfmq.jobs.weights.best_split", split)
     made = loop(build("conditional")[0].module)
     tfmq.quantize(made, recipe(rank))
     unet: Any = made.denoiser.module
@@ -205,7 +205,7 @@ def test_rescaled_layers_take_adapters_as_they_come(
         width = layer.weight.shape[1] * layer.operation.groups
         return Transform(torch.exp2((torch.arange(width) % 3 - 1).float()), seen.group)
 
-    monkeypatch.setattr("tfmq.jobs.calibration.best_transform", wild)
+    monkeypatch.setattr("tfmq.jobs.weights.best_transform", wild)
     made = loop(build("conditional")[0].module)
     tfmq.quantize(made, replace(recipe(), rescaling=Rescaling(equalizers=("ranges",), rotation=4)))
     unet: Any = made.denoiser.module

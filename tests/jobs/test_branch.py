@@ -67,7 +67,7 @@ def made(
     """Return the models by name, and where they were saved."""
     found, directories = {}, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfmq.jobs.calibration.best_split", wild)
+        patch.setattr("tfmq.jobs.weights.best_split", wild)
         for name, dtype in MODELS.items():
             found[name], directories[name] = sampler(name), tmp_path_factory.mktemp(name) / "q"
             tfmq.quantize(found[name], recipe_of(dtype), output_dir=directories[name])
@@ -157,7 +157,7 @@ def test_branches_are_saved_and_loaded(
 def test_a_killed_job_has_the_same_branches(
     sampler: Make, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfmq.jobs.calibration.best_split", lambda *_, **__: pytest.fail("split again"))
+    monkeypatch.setattr("tfmq.jobs.weights.best_split", lambda *_, **__: pytest.fail("split again"))
     whole = json.loads((saved["plain_rgb"] / "tfmq_report.json").read_text())
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -165,7 +165,7 @@ def test_a_killed_job_has_the_same_branches(
 
     recipe = recipe_of("int8")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("tfmq.jobs.calibration.best_split", wild)
+        patch.setattr("tfmq.jobs.weights.best_split", wild)
         patch.setattr("tfmq.jobs.calibration.collect", stop)
         tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q")
     resumed = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q", resume=True).report

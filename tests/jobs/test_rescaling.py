@@ -52,7 +52,7 @@ def made(
     """Return the models by name, and where "plain_rgb" was saved."""
     found, directory = {}, tmp_path_factory.mktemp("made") / "q"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfmq.jobs.calibration.best_transform", wild)
+        patch.setattr("tfmq.jobs.weights.best_transform", wild)
         for name in NAMES:
             found[name] = sampler(name)
             tfmq.quantize(found[name], recipe, output_dir=directory if name == "plain_rgb" else None)
@@ -178,7 +178,7 @@ def test_measured_factors_bring_a_planted_model_back(
 def test_a_killed_job_has_the_same_factors(
     sampler: Make, recipe: Recipe, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tfmq.jobs.calibration.best_transform", wild)
+    monkeypatch.setattr("tfmq.jobs.weights.best_transform", wild)
     whole = json.loads((saved / "tfmq_report.json").read_text())
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -188,7 +188,7 @@ def test_a_killed_job_has_the_same_factors(
         patch.setattr("tfmq.jobs.calibration.collect", stop)
         tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q")
     with monkeypatch.context() as patch:
-        patch.setattr("tfmq.jobs.calibration.observe", lambda *_, **__: pytest.fail("observed again"))
+        patch.setattr("tfmq.jobs.weights.observe", lambda *_, **__: pytest.fail("observed again"))
         resumed = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q", resume=True).report
     assert resumed["sha256"] == whole["sha256"]
 
