@@ -61,6 +61,12 @@ def test_the_svd_schemes_are_smooth_ones_with_a_branch() -> None:
     assert not four.activations.products and four.temporal == recipe.temporal
 
 
+def test_the_quick_schemes_search_where_bits_are_few() -> None:
+    assert scheme("quick_w8a8").weights == replace(scheme("w8a8").weights, ranges="min_max")
+    assert scheme("quick_w4a8").weights == scheme("w4a8").weights
+    assert {scheme(f"quick_{name}").rounding.solver for name in ("w4a8", "w8a8")} == {"nearest"}
+
+
 @pytest.mark.parametrize("name", ["w4a8", "w8a8"])
 def test_the_transformer_schemes_differ_in_the_grids_of_tokens_alone(name: str) -> None:
     recipe = scheme(f"transformer_{name}")

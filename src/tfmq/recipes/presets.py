@@ -96,10 +96,14 @@ def transformer(recipe: Recipe) -> Recipe:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images."""
+    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. Of weights of 8
+    bits it takes the exact ranges: a search wins 0.1 dB, and takes seconds for a million weights.
+    """
+    weights = recipe.weights
     return replace(
         recipe,
         name=recipe.name.replace("tfmq", "quick"),
+        weights=replace(weights, ranges="min_max") if weights.bits == 8 else weights,
         rounding=Rounding(solver="nearest"),
         calibration=replace(recipe.calibration, samples=2, batch_size=1, judged=0.0),
     )
