@@ -96,8 +96,8 @@ def transformer(recipe: Recipe) -> Recipe:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. Of weights of 8
-    bits it takes the exact ranges: a search wins 0.1 dB, and takes seconds for a million weights.
+    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. Of 8-bit weights
+    it takes the exact ranges: a search wins 0.1 dB, and takes seconds for a million weights.
     """
     weights = recipe.weights
     return replace(

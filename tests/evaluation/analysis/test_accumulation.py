@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor, nn
 
 from tfmq.evaluation.analysis.accumulation import Accumulation, accumulated, influence, scheduler_of, walked
@@ -112,8 +112,16 @@ def compared(reference: LoopSampler, quantized: LoopSampler, count: int) -> Accu
     return accumulated(quantized, tuple(walks), scheduler_of(reference), range(count), steps=20, seed=0)  # type: ignore[arg-type]
 
 
-def sampler(module: nn.Module) -> LoopSampler:
-    return LoopSampler(Denoiser(module), DDIMScheduler(clip_sample=False), shape=(3, 4, 4))
+def sampler(module: nn.Module, scheduler: Any = None) -> LoopSampler:
+    return LoopSampler(Denoiser(module), scheduler or DDIMScheduler(clip_sample=False), shape=(3, 4, 4))
+
+
+def test_a_scheduler_that_calls_more_often_than_it_steps_adds_up() -> None:
+    """PNDM asks twice for the second timestep. It is linear in predictions, so that the sum is exact."""
+    reference, shifted = (sampler(Linear(0.0, c), PNDMScheduler(skip_prk_steps=True)) for c in (0.0, 1e-3))
+    found = compared(reference, shifted, 2)
+    assert found is not None and len(found.timesteps) == 21
+    assert found.predicted[-1] == pytest.approx(found.measured, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -101,17 +101,18 @@ def stepping(scheduler: Any, change: Callable[[Step], Tensor]) -> Iterator[None]
 
 def influence(scheduler: Any, steps: int) -> Tensor:
     """Return by how much an error of each prediction moves the final state, float64 `[S]`: the scheduler's
-    own response to impulses.
+    own response to impulses. `S` is the number of calls that it asks for, which may be more than `steps`.
 
     Noise that a scheduler adds is the same in every run and so falls out.
     """
-    # One row for each step's impulse, and one without any.
-    impulses = IMPULSE * torch.eye(steps + 1, steps, dtype=torch.float64)
     own = deepcopy(scheduler)
+    own.set_timesteps(steps)
+    calls = len(own.timesteps)
+    # One row for each call's impulse, and one without any.
+    impulses = IMPULSE * torch.eye(calls + 1, calls, dtype=torch.float64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        state = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
-        own.set_timesteps(steps)
+        state = torch.zeros(calls + 1, 1, 1, 1, dtype=torch.float64)
         for number, timestep in enumerate(own.timesteps):
             impulse = impulses[:, number].reshape(-1, 1, 1, 1)
             state = own.step(impulse, timestep, state).prev_sample
@@ -167,12 +168,12 @@ def _correlation(left: Tensor, right: Tensor) -> float:
 
 @torch.no_grad()
 def accumulation(
-    walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, errors: Sequence[Tensor]
+    walk: Sequence[Step], alone: Sequence[Step], scheduler: Any, errors: Sequence[Tensor], *, steps: int
 ) -> Accumulation:
-    """Say what becomes of `errors`, those of each prediction on the states of the full-precision `walk`;
-    `alone` is the quantized model's own.
+    """Say what becomes of `errors`, those of each prediction on the states of the full-precision `walk` of so
+    many `steps`; `alone` is the quantized model's own.
     """
-    moved = influence(scheduler, len(walk))
+    moved = influence(scheduler, steps)
     final = walk[-1].after.double()
     summed, squared, predicted, random = torch.zeros_like(final), torch.zeros((), dtype=torch.float64), [], []
     for weight, error in zip(moved, errors, strict=True):
@@ -225,7 +226,7 @@ def accumulated(
     errors = _errors(quantized, reference, indices, steps=steps, seed=seed)
     if any(error.shape != reference[0].after.shape for error in errors):
         return None
-    return accumulation(reference, alone, scheduler, errors)
+    return accumulation(reference, alone, scheduler, errors, steps=steps)
 
 
 def added_in_words(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
