@@ -96,8 +96,8 @@ def transformer(recipe: Recipe) -> Recipe:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. Of 8-bit weights
-    it takes the exact ranges: a search wins 0.1 dB, and takes seconds for a million weights.
+    """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. 8-bit
+    weights have exact ranges: a search wins 0.1 dB, and takes seconds for a million of them.
     """
     weights = recipe.weights
     return replace(
