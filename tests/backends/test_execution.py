@@ -20,7 +20,7 @@ from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import Plan, activation_sites, pack_all, packed_layers, prepare
 from tfmq.nn.products import ProductQuantizers
-from tfmq.nn.scheme import ActivationScheme, LayerScheme
+from tfmq.nn.scheme import ActivationScheme, LayerScheme, WeightScheme
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.steps import StepContext
@@ -246,10 +246,11 @@ class Assorted(nn.Module):
 def assorted() -> nn.Module:
     """Return the quantized form of `Assorted`: 4 bits, but an asymmetric 8-bit grid in `wide`."""
     module, steps = Assorted().requires_grad_(False), StepContext(torch.tensor([0.0, 10.0]))
-    operands = {bits: ActivationScheme(grid=IntegerFormat(bits), ranges="min_max") for bits in (4, 8)}
+    weights = {bits: WeightScheme(grid=IntegerFormat(bits), ranges="min_max") for bits in (4, 8)}
+    inputs = ActivationScheme(grid=IntegerFormat(8), ranges="min_max")
     layers = {
         name: LayerScheme(
-            weight=operands[8 if name == "wide" else 4], input=None if name == "weight_only" else operands[8]
+            weight=weights[8 if name == "wide" else 4], input=None if name == "weight_only" else inputs
         )
         for name, _ in module.named_children()
     }

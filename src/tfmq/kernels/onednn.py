@@ -60,9 +60,7 @@ def multiplies() -> bool:
 
 
 def multipliable(depth: int, *rows: Rows) -> bool:
-    """Whether codes on these grids have at most eight bits, and sums of `depth` of their products, one side
-    moved into s8, stay in int32.
-    """
+    """Whether these codes have at most eight bits, and sums of `depth` of their products stay in int32."""
     return all(grid.levels <= 256 for grid in rows) and depth * 255 * MIDDLE <= ACCUMULATOR
 
 
@@ -90,20 +88,16 @@ def pads(window: Window) -> bool:
 
 @cache
 def _hear_warning() -> None:
-    """Let torch say, unseen, that `quantize_per_tensor` will go: it says so at the first call of a process
-    alone. Nothing else in eager torch quantizes in one pass.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+    """Let torch say, unseen and once in a process, that `quantize_per_tensor` will go."""
+    with warnings.catch_warnings(action="ignore"):
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
 
 
 def quantize_u8(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
-    """Return the codes of `x` on one grid, uint8, in the memory format of `x`: one vectorised pass.
+    """Return the codes of `x` on one grid, uint8, in its memory format, in one pass.
 
-    torch adds the zero-point before it rounds: `round(x / s + z)`. The sum has at most eight bits before the
-    point and rounds off less than 2**-16, so a code may differ by one from that of `numerics.affine.quantize`
-    where `x / s` lies within 2**-15 of a tie, and nowhere else.
+    torch adds the zero-point before it rounds: `round(x / s + z)`. The sum rounds off less than 2**-16, so a
+    code may differ by one from that of `numerics.affine.quantize` where `x / s` is within 2**-15 of a tie.
     """
     _hear_warning()
     codes = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)

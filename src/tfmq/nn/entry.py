@@ -6,6 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def _check_groups(name: str, spec: Mapping[str, Any], channels: int) -> None:
+    together = {
+        "rotates {} inputs together": spec.get("rotated", 0),
+        "has weights in groups of {} inputs": spec.get("group", 0),
+    }
+    for does, size in together.items():
+        if size and channels % size:
+            text = does.format(size)
+            raise ValueError(f"{name}: the checkpoint {text}, the architecture has {channels} there")
+
+
 def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int) -> None:
     """Refuse what a layer with its `channels` at `axis` of the input cannot have.
 
@@ -21,15 +32,7 @@ def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int)
     if axis != -1 and ("dynamic" in given or rotated):
         kind = "rotated" if rotated else "dynamic"
         raise ValueError(f"{name}: the checkpoint has a {kind} input, which linear layers alone have")
-    if rotated and channels % rotated:
-        raise ValueError(
-            f"{name}: the checkpoint rotates {rotated} inputs together, the architecture has {channels}"
-        )
-    if (group := spec.get("group", 0)) and channels % group:
-        raise ValueError(
-            f"{name}: the checkpoint has weights in groups of {group} inputs, "
-            f"the architecture has {channels} there"
-        )
+    _check_groups(name, spec, channels)
     if segments and given.get("axis", axis) != axis:
         raise ValueError(
             f"{name}: the checkpoint splits axis {given['axis']} of the input, "

@@ -252,18 +252,21 @@ class PackedLayer(PackedWeight):
             return self.operation.multiply(input, decoded, self.bias)
         if self.factor is not None or self.rotated:
             input = self.transformed(input)
-        branch = self.branch
-        if self.kernel is not None:
-            rows = None if self.input_quantizer is None else self.input_quantizer.rows(input)
-            output = self.kernel(input, rows)
-            if branch is None:
-                return output
-            return branch.parted(output) if branch.shared else output + branch(input)
+        if self.kernel is None:
+            return self._simulated(input)
+        rows = None if self.input_quantizer is None else self.input_quantizer.rows(input)
+        output = self.kernel(input, rows)
+        if self.branch is None:
+            return output
+        return self.branch.parted(output) if self.branch.shared else output + self.branch(input)
+
+    def _simulated(self, input: Tensor) -> Tensor:
+        """Return the output in floating point, for an input as the weight multiplies it."""
         quantize = None if self.input_precision == "full" else self.input_quantizer
         x = input if quantize is None else quantize(input)
         weight = self.weight if self.unpacked is None else self.unpacked
         output = self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return output if branch is None else output + branch(x if branch.shared else input)
+        return output if self.branch is None else output + self.branch(x if self.branch.shared else input)
 
     def extra_repr(self) -> str:
         """Return shape, bits and whether there is a bias for the printed model."""

@@ -70,8 +70,7 @@ class Weights:
         ranges: how scales are found.
         embeddings: the bits of the rows of embeddings, which have a uniform grid each; a row is read as it
             is, so that nothing evens out its error.
-        group: most input channels that have a step of their own in each row (see `numerics.groups`); 0 is
-            one step for a row.
+        group: most input channels of a row with a step of their own (`numerics.groups`); 0 is one a row.
         grids, groups: what to choose from beside `grid` and `group`, by the error of a layer's output in
             calibration, against the bits of a weight with all that it stores.
         rank: of a branch beside the codes (see `Branch`); 0 is none.

@@ -44,7 +44,7 @@ def _loaded(load: Callable[..., Any]) -> Callable[..., Any]:
     def attempt(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return load(self, *args, **kwargs)
-        except Exception:
+        except BaseException:
             # What was refused half-way leaves peft's layers around some, without an adapter.
             if is_quantized(self) and not getattr(self, "peft_config", None):
                 self.unload_lora()

@@ -2,7 +2,7 @@
 half precision, by the names of the published layout.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,11 @@ class Lost:
     products: list[str] = field(default_factory=list)
     corrections: int = 0
 
-    def leave(self, name: str, reason: str) -> None:
-        """Note a layer that is written in half precision."""
-        self.half.setdefault(reason, []).append(name)
+    def joined(self, original: str, reasons: Mapping[str, str | None]) -> None:
+        """Note the layers of a matrix that is written in half precision, and why they are no integers."""
+        for name, reason in reasons.items():
+            why = reason or f"joined with others in {original}, which differ"
+            self.half.setdefault(why, []).append(name)
 
 
 def _reason(layer: PackedWeight) -> str | None:
@@ -58,6 +60,8 @@ def _reason(layer: PackedWeight) -> str | None:
         return "no linear layer"
     if layer.factor is not None:
         return "its input is rescaled"
+    if layer.branch is not None:
+        return "a branch is computed beside it"
     if layer.scale.shape[1] > 1:
         return "its rows have several scales"
     return None if layer.integer_weight().narrow else "its integers need more than eight bits"
@@ -66,6 +70,16 @@ def _reason(layer: PackedWeight) -> str | None:
 def _held(layer: PackedLayer) -> Int8Layer:
     codes = layer.integer_weight().values.to(torch.int8)
     return Int8Layer(codes, layer.scale.float(), layer.rotated, layer.input_quantizer is None)
+
+
+def _held_of(packed: Mapping[str, PackedWeight], reasons: Mapping[str, str | None]) -> dict[str, Int8Layer]:
+    """Return the layers that no reason keeps from being signed bytes."""
+    return {name: _held(packed[name]) for name, reason in reasons.items() if not reason}  # type: ignore[arg-type]
+
+
+def _kinds(held: Mapping[str, Int8Layer], names: Sequence[str]) -> set[tuple[int, bool]]:
+    """Return how the layers of a matrix read their inputs: rotated groups, and whether in floating point."""
+    return {(held[name].rotated, held[name].full_input) for name in names if name in held}
 
 
 def _as_theirs(layer: PackedLayer) -> bool:
@@ -111,28 +125,22 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
     table, lost = TABLES[kind](stock := stock_architecture(model)), _lost(model)
     packed = {stock_name(model, name): layer for name, layer in submodules(model, PackedWeight).items()}
     reasons = {name: _reason(layer) for name, layer in packed.items()}
-    held = {
-        name: _held(layer)
-        for name, layer in packed.items()
-        if isinstance(layer, PackedLayer) and not reasons[name]
-    }
+    held = _held_of(packed, reasons)
     codes = to_original({f"{name}.weight": layer.codes for name, layer in held.items()}, table)
     scales = to_original({f"{name}.weight": layer.scale for name, layer in held.items()}, table)
     plain = to_original(_stock_state(model, packed, stock.state_dict()), table)
     written: dict[str, Tensor] = {}
     for entry in table:
-        names = [part.removesuffix(".weight") for part in entry.parts]
-        kinds = {(held[name].rotated, held[name].full_input) for name in names if name in held}
-        if entry.original in codes and len(kinds) == 1:
-            ((rotated, full),) = kinds
-            layer = Int8Layer(codes[entry.original], scales[entry.original], rotated, full)
-            del plain[entry.original]
-            stem = PREFIX + entry.original.removesuffix(".weight")
-            written |= {stem + suffix: tensor.cpu() for suffix, tensor in encoded(layer).items()}
-            lost.inputs += [name for name in names if not _as_theirs(packed[name])]  # type: ignore[arg-type]
+        names = [part.removesuffix(".weight") for part in entry.parts if part.endswith(".weight")]
+        kinds = _kinds(held, names)
+        if entry.original not in codes or len(kinds) > 1:
+            lost.joined(entry.original, {name: reasons[name] for name in names if name in packed})
             continue
-        for name in (name for name in names if name in packed and f"{name}.weight" in entry.parts):
-            lost.leave(name, reasons[name] or f"joined with others in {entry.original}, which differ")
+        layer = Int8Layer(codes[entry.original], scales[entry.original], *kinds.pop())
+        del plain[entry.original]
+        stem = PREFIX + entry.original.removesuffix(".weight")
+        written |= {stem + suffix: tensor.cpu() for suffix, tensor in encoded(layer).items()}
+        lost.inputs += [name for name in names if not _as_theirs(packed[name])]  # type: ignore[arg-type]
     return written | {PREFIX + name: tensor for name, tensor in _halved(plain).items()}, lost
 
 

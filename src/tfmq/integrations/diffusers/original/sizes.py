@@ -4,7 +4,7 @@ What shapes do not say (the width of a head, a factor of the latents) is that of
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import isqrt
 from typing import Any
 
@@ -73,6 +73,13 @@ def _levels(shapes: Shapes) -> list[list[tuple[int, int]]]:
     return levels
 
 
+def _listed(depths: Sequence[int], middle: int) -> list[int]:
+    """Return how many transformer blocks each level has. Where no layer of a level attends that counts for
+    nothing, but that the last number is the middle's.
+    """
+    return [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle]
+
+
 def unet(shapes: Shapes) -> dict[str, Any]:
     """Return the configuration of the `UNet2DConditionModel` of Stable Diffusion 1.x, 2.x or XL.
 
@@ -81,10 +88,8 @@ def unet(shapes: Shapes) -> dict[str, Any]:
     """
     levels = _levels(shapes)
     widths = tuple(level[-1][0] for level in levels)
-    middle = count(shapes, "middle_block.1.transformer_blocks.")
     depths = [level[0][1] for level in levels]
-    # Where no layer of a level attends its depth counts for nothing, but that the last one is the middle's.
-    listed = [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle]
+    listed = _listed(depths, count(shapes, "middle_block.1.transformer_blocks."))
     linear = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
     context = shape_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
     config = {
