@@ -6,6 +6,7 @@ reads it has a large error then, which its own output shows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from tfmq.calibration.energies import Parts, layer_energies
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
-from tfmq.quantizers.part import Part
+from tfmq.quantizers.part import Part, Precision
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,28 @@ def layer_errors(
 
 
 @torch.no_grad()
-def output_error(denoiser: Denoiser, batches: Iterable[Inputs], part: Part | None = None) -> float:
+def full_outputs(denoiser: Denoiser, batches: Iterable[Inputs]) -> list[Tensor]:
+    """Return the outputs of the network in full precision."""
+    with precision(denoiser.module, weights="full", inputs="full"):
+        return [denoiser(inputs) for inputs in batches]
+
+
+@torch.no_grad()
+def output_error(
+    denoiser: Denoiser, batches: Iterable[Inputs], full: Sequence[Tensor], part: Part | None = None
+) -> float:
     """Return the error that quantization makes in the output of the network over `batches`, or that one
-    `part` of it alone makes.
+    `part` of it alone makes; `full` are the outputs without it.
     """
     energies = torch.zeros(2, dtype=torch.float64)
-    module = denoiser.module
-    for inputs in batches:
-        with precision(module, weights="full", inputs="full"):
-            full = denoiser(inputs).double()
-            found = full
-            if part is not None:
-                undo = part.choose(weights="quantized", inputs="quantized")
-                found = denoiser(inputs).double()
-                undo()
-        if part is None:
-            with precision(module, weights="quantized", inputs="quantized"):
-                found = denoiser(inputs).double()
-        for index, tensor in enumerate((full, found - full)):
-            energies[index] += tensor.square().sum().cpu()
+    kind: Precision = "quantized" if part is None else "full"
+    with precision(denoiser.module, weights=kind, inputs=kind), ExitStack() as stack:
+        if part is not None:
+            stack.callback(part.choose(weights="quantized", inputs="quantized"))
+        for inputs, expected in zip(batches, full, strict=True):
+            error = denoiser(inputs).double() - expected.double()
+            for index, tensor in enumerate((expected.double(), error)):
+                energies[index] += tensor.square().sum().cpu()
     return _ratio(energies)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq.calibration.spared import Spared, layer_errors, output_error, spare
+from tfmq.calibration.spared import Spared, full_outputs, layer_errors, output_error, spare
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import held_out
 from tfmq.jobs.job import Job, Work
@@ -75,15 +75,15 @@ def spare_layers(job: Job, work: Work) -> None:
 
 def _measured(job: Job, work: Work) -> dict[str, Tensor]:
     tolerance, batches = job.recipe.tolerance, held_out(job.store)
-    layers = calibrated_layers(job.denoiser.module)
+    layers, full = calibrated_layers(job.denoiser.module), full_outputs(job.denoiser, batches)
 
     def measure(names: Sequence[str]) -> float:
         _leave(job, work, names)
-        return output_error(job.denoiser, batches)
+        return output_error(job.denoiser, batches, full)
 
     # Products have no weights: what they do is seen in the output of the network alone.
     errors = layer_errors(job.denoiser, layers, batches) | {
-        name: output_error(job.denoiser, batches, part) for name, part in _products(job).items()
+        name: output_error(job.denoiser, batches, full, part) for name, part in _products(job).items()
     }
     layer, output = (inf if bound is None else bound for bound in (tolerance.layer, tolerance.output))
     found = spare(errors, layer=layer, output=output, measure=measure)
