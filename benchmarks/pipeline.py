@@ -4,8 +4,9 @@
     python benchmarks/pipeline.py --model text --steps 4,20 --rounds 5
 
 `sd15` is Stable Diffusion 1.5's pipeline at its real size with random weights: text encoder, UNet, decoder,
-512x512 pixels. It is made in `--work`, quantized there by `tfmq quantize --scheme quick_w8a8`, and both stay
-for the next run. Any directory of a text-to-image pipeline can take its place; `text` is the project's own.
+512x512 pixels. It is made in `--work`, quantized there by the scheme `quick_w8a8`, and both stay for the next
+run. Its decoder has no bound on its error: with random weights there is no picture to keep. Any directory of
+a text-to-image pipeline can take its place; `text` is the project's own.
 
 Every variant is a process of its own. They take turns: a round is one picture of each, for 1 and 4 steps
 without guidance and 20 steps with it. Medians; ratios are those of pictures of the same round. `first` is the
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ import numpy as np
 import torch
 from painter import VARIANTS, Job
 
+import tfmq
 from tfmq.evaluation.cost.system import describe_machine
+from tfmq.recipes.networks import image_w8a8
+from tfmq.recipes.recipe import Recipe, Tolerance
+from tfmq.recipes.yaml import dumps
 from tfmq.storage.atomic import write_json
 from tfmq.targets import named_directory
 
@@ -78,17 +83,25 @@ def make_sd15(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+def recipe_of(scheme: str, *, bounded: bool) -> Recipe:
+    """Return the recipe of a scheme; without bounds every layer of a decoder is quantized."""
+    recipe = tfmq.scheme(scheme)
+    free = replace(image_w8a8(), tolerance=Tolerance())
+    return recipe if bounded else replace(recipe, components={"vae.decoder": free})
+
+
 def quantized(
-    original: Path, directory: Path, *, scheme: str, steps: int, prompts: Path
+    original: Path, directory: Path, recipe: Recipe, *, steps: int, prompts: Path
 ) -> dict[str, Any] | None:
     """Quantize a pipeline unless that is done already, and return what that took."""
     if directory.exists():
         return None
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "tfmq", "quantize", str(original), "--scheme", scheme]
+    began, file = time.perf_counter(), directory.with_name("recipe.yaml")
+    file.write_text(dumps(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "tfmq", "quantize", str(original), "--recipe", str(file)]
     command += ["--steps", str(steps), "--prompts", str(prompts), "--output-dir", str(directory), "--resume"]
     subprocess.run(command, check=True)
-    return {"scheme": scheme, "steps": steps, "seconds": time.perf_counter() - began}
+    return {"recipe": recipe.name, "steps": steps, "seconds": time.perf_counter() - began}
 
 
 @contextmanager
@@ -234,9 +247,8 @@ def main() -> None:
         if not original.exists():
             make_sd15(original)
     made = work / options.scheme
-    took = quantized(
-        original, made, scheme=options.scheme, steps=options.calibration_steps, prompts=options.prompts
-    )
+    recipe = recipe_of(options.scheme, bounded=options.model != "sd15")
+    took = quantized(original, made, recipe, steps=options.calibration_steps, prompts=options.prompts)
     prompts = tuple(options.prompts.read_text(encoding="utf-8").splitlines()[:8])
     jobs = []
     for name in options.variants.split(","):
