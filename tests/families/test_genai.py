@@ -62,7 +62,7 @@ def parts(module: Any) -> int:
 
 
 @needs_genai
-@pytest.mark.parametrize("name", ["sdxl", "sd3_without_t5"])
+@pytest.mark.parametrize("name", ["sd2", "sd3_without_t5"])
 def test_genai_draws_the_images_of_tfmq(
     family: Callable[[str], Any], bench: ModuleType, tmp_path: Path, name: str
 ) -> None:
