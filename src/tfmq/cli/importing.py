@@ -1,7 +1,7 @@
 """`tfmq import`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -84,8 +84,11 @@ def import_checkpoint(
     if json:
         emit(result)
     else:
-        print(
-            f"{result['pipeline']} in {output_dir}: "
-            f"{', '.join(f'{name} {kind}' for name, kind in parts.items())}"
-            + "".join(f"; {name} is quantized" for name in result["quantized"])
-        )
+        print(_line(result))
+
+
+def _line(result: dict[str, Any]) -> str:
+    """Return what was written, in a line."""
+    parts = ", ".join(f"{name} {kind}" for name, kind in result["components"].items())
+    quantized = "".join(f"; {name} is quantized" for name in result["quantized"])
+    return f"{result['pipeline']} in {result['output_dir']}: {parts}{quantized}"

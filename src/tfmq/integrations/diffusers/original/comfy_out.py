@@ -2,7 +2,7 @@
 half precision, by the names of the published layout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from tfmq.integrations.diffusers.architecture import stock_architecture, stock_class
-from tfmq.integrations.diffusers.original.rows import to_original
+from tfmq.integrations.diffusers.original.rows import Rows, to_original
 from tfmq.integrations.diffusers.original.tables import TABLES
 from tfmq.nn.correction import Correction
 from tfmq.nn.layer import PackedLayer
@@ -77,6 +77,13 @@ def _held_of(packed: Mapping[str, PackedWeight], reasons: Mapping[str, str | Non
     return {name: _held(packed[name]) for name, reason in reasons.items() if not reason}  # type: ignore[arg-type]
 
 
+def _joined(
+    held: Mapping[str, Int8Layer], part: Callable[[Int8Layer], Tensor], table: Iterable[Rows]
+) -> dict[str, Tensor]:
+    """Return a part of each layer under the names of the layout, joined where that joins the layers."""
+    return to_original({f"{name}.weight": part(layer) for name, layer in held.items()}, table)
+
+
 def _kinds(held: Mapping[str, Int8Layer], names: Sequence[str]) -> set[tuple[int, bool]]:
     """Return how the layers of a matrix read their inputs: rotated groups, and whether in floating point."""
     return {(held[name].rotated, held[name].full_input) for name in names if name in held}
@@ -104,10 +111,12 @@ def _stock_state(model: nn.Module, packed: Mapping[str, PackedWeight], names: An
 
 
 def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in float16, or all in bfloat16 where one has a value beyond that."""
+    """Return tensors as the file names them, in float16, or all in bfloat16 where one has a value beyond
+    that.
+    """
     most = max((float(tensor.abs().max()) for tensor in tensors.values() if tensor.numel()), default=0.0)
     dtype = torch.float16 if most <= torch.finfo(torch.float16).max else torch.bfloat16
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return {PREFIX + name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
@@ -126,8 +135,9 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
     packed = {stock_name(model, name): layer for name, layer in submodules(model, PackedWeight).items()}
     reasons = {name: _reason(layer) for name, layer in packed.items()}
     held = _held_of(packed, reasons)
-    codes = to_original({f"{name}.weight": layer.codes for name, layer in held.items()}, table)
-    scales = to_original({f"{name}.weight": layer.scale for name, layer in held.items()}, table)
+    codes, scales = (
+        _joined(held, part, table) for part in (lambda layer: layer.codes, lambda layer: layer.scale)
+    )
     plain = to_original(_stock_state(model, packed, stock.state_dict()), table)
     written: dict[str, Tensor] = {}
     for entry in table:
@@ -141,7 +151,7 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
         stem = PREFIX + entry.original.removesuffix(".weight")
         written |= {stem + suffix: tensor.cpu() for suffix, tensor in encoded(layer).items()}
         lost.inputs += [name for name in names if not _as_theirs(packed[name])]  # type: ignore[arg-type]
-    return written | {PREFIX + name: tensor for name, tensor in _halved(plain).items()}, lost
+    return written | _halved(plain), lost
 
 
 def _lost(model: nn.Module) -> Lost:
