@@ -49,7 +49,8 @@ def measured(weight: Tensor, factor: Tensor, choices: Any) -> GridErrors:
     source = module.layer
     operation = operation_of(source)
     assert operation is not None
-    layer = CalibratedLayer(source, operation, fit_grid(weight, choices[0][0]), None)
+    (fmt, group), *_ = choices
+    layer = CalibratedLayer(source, operation, fit_grid(weight, fmt, group=group), None)
     replace_module(module, "layer", layer)
     attach_steps(module, steps, timestep="t")
     grids = {"layer": candidates(layer, choices, ranges="search")}

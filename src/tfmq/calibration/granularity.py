@@ -65,11 +65,15 @@ def stored_bits(grid: WeightGrid, shape: Sequence[int]) -> float:
 
 
 def candidates(layer: CalibratedLayer, choices: Choices, *, ranges: str) -> list[WeightGrid]:
-    """Return the grids of a layer's weight that there are to choose from."""
-    segments = layer.grid.segments
-    return [
-        fit_grid(layer.weight, fmt, segments=segments, group=group, method=ranges) for fmt, group in choices
-    ]
+    """Return the grids of a layer's weight that there are to choose from: its own, of the first of `choices`,
+    and those fitted for the others.
+    """
+    return [layer.grid, *(candidate(layer, *choice, ranges=ranges) for choice in choices[1:])]
+
+
+def candidate(layer: CalibratedLayer, fmt: Grid, group: int, *, ranges: str) -> WeightGrid:
+    """Fit one of the grids that a layer's weight may have."""
+    return fit_grid(layer.weight, fmt, segments=layer.grid.segments, group=group, method=ranges)
 
 
 def measure_grids(

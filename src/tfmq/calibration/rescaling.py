@@ -20,7 +20,6 @@ from tfmq.numerics.segments import spread
 from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
-from tfmq.quantizers.weight import fit_grid
 
 # Values of a layer's inputs that are kept, and the fewest and most rows that these make.
 KEPT = 2**19
@@ -188,7 +187,7 @@ def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ra
     quantized, and nearest codes of its weight.
     """
     weight, _, entered = entering(layer, seen, transform)
-    grid = fit_grid(weight, layer.grid.format, segments=layer.grid.segments, method=ranges)
+    grid = layer.grid.refitted(weight, method=ranges)
     rounded = grid.decode(grid.encode(weight))
     groups, exact, rows = layer.operation.groups, layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
     full, found = (w.flatten(1).unflatten(0, (groups, -1)).mT for w in (exact, rounded))

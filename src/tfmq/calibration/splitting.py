@@ -12,7 +12,6 @@ from tfmq.calibration.rescaling import Seen, Transform, entering, proposed
 from tfmq.nn.branch import BranchType, SideBranch
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.low_rank import SPLITTERS, LowRank, second_moments
-from tfmq.quantizers.weight import fit_grid
 
 # Rows of a layer's inputs that are kept at most: one half of them fits, the other one decides.
 ROWS = 1024
@@ -73,9 +72,9 @@ class _Trial:
 
     def rounded(self, matrix: Tensor) -> Tensor:
         """Return the values of the nearest codes of a weight `[G, R, n]`."""
-        weight, grid = matrix.flatten(0, 1).reshape(self.weight.shape), self.layer.grid
-        fitted = fit_grid(weight, grid.format, segments=grid.segments, method=self.ranges)
-        return self.matrix(fitted.decode(fitted.encode(weight)))
+        weight = matrix.flatten(0, 1).reshape(self.weight.shape)
+        grid = self.layer.grid.refitted(weight, method=self.ranges)
+        return self.matrix(grid.decode(grid.encode(weight)))
 
     def error(self, branch: SideBranch | None) -> float:
         """Return the squared error of the output, on the rows that decide."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tfmq.calibration.granularity import GridErrors, candidates, measure_grids
+from tfmq.calibration.granularity import GridErrors, candidate, candidates, measure_grids
 from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Seen, best_transform, observe
 from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
 from tfmq.jobs.job import Job, Work
@@ -112,7 +112,8 @@ def choose_grids(job: Job, work: Work) -> None:
     found = job.journal.stage("grids", lambda: _grid_errors(job, work, layers))
     for name, layer in layers.items():
         scheme, work.grids[name] = work.plan.layers[name].weight, GridErrors.of(found[name])
-        layer.regrid(*scheme.choices[work.grids[name].kept], ranges=scheme.ranges)
+        if kept := work.grids[name].kept:
+            layer.regrid(candidate(layer, *scheme.choices[kept], ranges=scheme.ranges))
 
 
 def _grid_errors(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:

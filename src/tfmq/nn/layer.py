@@ -16,7 +16,7 @@ from tfmq.numerics.grids import Grid
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
-from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid, fit_grid
+from tfmq.quantizers.weight import AdaptiveRounding, WeightGrid
 
 
 class CalibratedLayer(Part):
@@ -72,13 +72,13 @@ class CalibratedLayer(Part):
     def _replace(self, weight: Tensor, ranges: str) -> None:
         # Another tensor: a copy of the model may hold the one that there was.
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.regrid(self.grid.format, self.grid.group, ranges=ranges)
+        self.regrid(self.grid.refitted(self.weight, method=ranges))
 
     @torch.no_grad()
-    def regrid(self, fmt: Grid, group: int, *, ranges: str) -> None:
-        """Fit another grid, with groups of at most `group` channels, and take the nearest codes."""
-        self.grid = fit_grid(self.weight, fmt, segments=self.grid.segments, group=group, method=ranges)
-        self.codes = self.grid.encode(self.weight).to(torch.uint8)
+    def regrid(self, grid: WeightGrid) -> None:
+        """Take the nearest codes on another grid of the weight."""
+        self.grid = grid
+        self.codes = grid.encode(self.weight).to(torch.uint8)
 
     def transformed(self, x: Tensor) -> Tensor:
         """Return an input as the weight multiplies it in full precision."""
