@@ -18,6 +18,7 @@ from tfmq.export.genai.scheduler import scheduler_config
 from tfmq.export.genai.tokenizer import write_tokenizer
 from tfmq.export.network import Decoder, Network, TextEncoder
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.storage.atomic import write_json
 
 MODEL = "openvino_model.xml"
 NOTHING = [None, None]
@@ -71,11 +72,12 @@ def export_pipeline(drawing: Drawing, directory: Path) -> dict[str, Any]:
     for name, limit in token_limits(kind, pipeline, texts).items():
         _write_encoder(directory, pipeline, name, kind, limit, drawing.prompts)
     _write_decoder(directory / "vae_decoder", pipeline.vae, example.sample)
-    _write_json(directory / "scheduler" / "scheduler_config.json", schedule)
-    _write_json(directory / "model_index.json", _index(pipeline, kind))
+    (directory / "scheduler").mkdir()
+    write_json(directory / "scheduler" / "scheduler_config.json", schedule)
+    write_json(directory / "model_index.json", _index(pipeline, kind))
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     written = description(denoiser.module, files=files, inputs=_ports(model), outputs=outputs)
-    _write_json(directory / DESCRIPTION, written)
+    write_json(directory / DESCRIPTION, written)
     return written
 
 
@@ -128,7 +130,7 @@ def _write_model(directory: Path, model: ov.Model, component: Any) -> None:
     owner = component if hasattr(component, "to_json_string") else component.config
     config = json.loads(owner.to_json_string())
     config.pop("quantization_config", None)
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
 
 
 def _index(pipeline: Any, kind: Kind) -> dict[str, Any]:
@@ -142,8 +144,3 @@ def _index(pipeline: Any, kind: Kind) -> dict[str, Any]:
             absent = name in pipeline.components and name not in written
             index[name] = NOTHING if absent else value
     return index
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tfmq.calibration.drift import LayerDrift, drift, extremes, static_inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.plan import packed_layers, packed_weights
-from tfmq.nn.swap import is_quantized, release_parts, steps_of
+from tfmq.nn.swap import adapted, is_quantized, release_parts, steps_of
 from tfmq.nn.temporal import cached_features
 from tfmq.storage.directory import METHOD
 from tfmq.temporal.block import TemporalBlock
@@ -46,7 +46,7 @@ def _loaded(load: Callable[..., Any]) -> Callable[..., Any]:
             return load(self, *args, **kwargs)
         except BaseException:
             # What was refused half-way leaves peft's layers around some, without an adapter.
-            if is_quantized(self) and not getattr(self, "peft_config", None):
+            if is_quantized(self) and not adapted(self):
                 self.unload_lora()
             raise
 
@@ -93,7 +93,7 @@ def check_fused(model: nn.Module) -> None:
     Raises:
         ValueError: there are some; the architecture that is loaded later would not have them.
     """
-    if getattr(model, "peft_config", None):
+    if adapted(model):
         raise ValueError(f"{type(model).__name__} carries LoRA adapters beside its layers; {ADVICE}")
 
 
@@ -123,7 +123,7 @@ def fuse_adapters(module: nn.Module, full: Sampler, *, steps: int, scale: float)
         ValueError: there are no adapters, or one is on a layer that the quantized model does not have.
     """
     stock: Any = full.denoiser.module
-    if not getattr(stock, "peft_config", None):
+    if not adapted(stock):
         raise ValueError(
             f"{type(stock).__name__} carries no LoRA; load one into the "
             "full-precision pipeline first, and do not fuse it"

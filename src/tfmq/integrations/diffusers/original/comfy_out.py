@@ -2,7 +2,7 @@
 half precision, by the names of the published layout.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,21 +72,21 @@ def _held(layer: PackedLayer) -> Int8Layer:
     return Int8Layer(codes, layer.scale.float(), layer.rotated, layer.input_quantizer is None)
 
 
-def _held_of(packed: Mapping[str, PackedWeight], reasons: Mapping[str, str | None]) -> dict[str, Int8Layer]:
-    """Return the layers that no reason keeps from being signed bytes."""
-    return {name: _held(packed[name]) for name, reason in reasons.items() if not reason}  # type: ignore[arg-type]
+def _layers(entry: Rows) -> list[str]:
+    """Return the layers whose weights are joined in a matrix of the layout."""
+    return [part.removesuffix(".weight") for part in entry.parts if part.endswith(".weight")]
 
 
-def _joined(
-    held: Mapping[str, Int8Layer], part: Callable[[Int8Layer], Tensor], table: Iterable[Rows]
-) -> dict[str, Tensor]:
-    """Return a part of each layer under the names of the layout, joined where that joins the layers."""
-    return to_original({f"{name}.weight": part(layer) for name, layer in held.items()}, table)
-
-
-def _kinds(held: Mapping[str, Int8Layer], names: Sequence[str]) -> set[tuple[int, bool]]:
-    """Return how the layers of a matrix read their inputs: rotated groups, and whether in floating point."""
-    return {(held[name].rotated, held[name].full_input) for name in names if name in held}
+def _joined(held: Mapping[str, Int8Layer], table: Sequence[Rows]) -> dict[str, Int8Layer]:
+    """Return the matrices of the layout whose layers are all signed bytes and read their inputs alike."""
+    codes = to_original({f"{name}.weight": layer.codes for name, layer in held.items()}, table)
+    scales = to_original({f"{name}.weight": layer.scale for name, layer in held.items()}, table)
+    found = {}
+    for entry in table:
+        kinds = {(held[name].rotated, held[name].full_input) for name in _layers(entry) if name in held}
+        if entry.original in codes and len(kinds) == 1:
+            found[entry.original] = Int8Layer(codes[entry.original], scales[entry.original], *kinds.pop())
+    return found
 
 
 def _as_theirs(layer: PackedLayer) -> bool:
@@ -134,22 +134,19 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
     table, lost = TABLES[kind](stock := stock_architecture(model)), _lost(model)
     packed = {stock_name(model, name): layer for name, layer in submodules(model, PackedWeight).items()}
     reasons = {name: _reason(layer) for name, layer in packed.items()}
-    held = _held_of(packed, reasons)
-    codes, scales = (
-        _joined(held, part, table) for part in (lambda layer: layer.codes, lambda layer: layer.scale)
-    )
+    held = {name: _held(packed[name]) for name, reason in reasons.items() if not reason}  # type: ignore[arg-type]
+    matrices = _joined(held, table)
     plain = to_original(_stock_state(model, packed, stock.state_dict()), table)
     written: dict[str, Tensor] = {}
     for entry in table:
-        names = [part.removesuffix(".weight") for part in entry.parts if part.endswith(".weight")]
-        kinds = _kinds(held, names)
-        if entry.original not in codes or len(kinds) > 1:
+        names = _layers(entry)
+        if entry.original not in matrices:
             lost.joined(entry.original, {name: reasons[name] for name in names if name in packed})
             continue
-        layer = Int8Layer(codes[entry.original], scales[entry.original], *kinds.pop())
         del plain[entry.original]
         stem = PREFIX + entry.original.removesuffix(".weight")
-        written |= {stem + suffix: tensor.cpu() for suffix, tensor in encoded(layer).items()}
+        fields = encoded(matrices[entry.original])
+        written |= {stem + suffix: tensor.cpu() for suffix, tensor in fields.items()}
         lost.inputs += [name for name in names if not _as_theirs(packed[name])]  # type: ignore[arg-type]
     return written | _halved(plain), lost
 
