@@ -107,16 +107,14 @@ class AutoExecutor:
         self.prepared = Prepared()
         self.digest: str | None = None
         self.ways: dict[Kind, tuple[Way, ...]] = {}
+        # By device: what computes beside adapters, which is not measured.
+        self.beside: dict[torch.device, tuple[Way, ...]] = {}
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return plain_forward(module, arguments)
         if adapted(module):
-            known, _ = candidates(module, _device(arguments), self.options, judged=self.judged)
-            # The last one is as a rule the fastest; the model in floating point is no quantized one.
-            simulated = Way(JUDGED, replace(self.options, compile=False))
-            order = (*(known[name] for name in reversed(known) if name != "float"), simulated)
-            return beside_adapters(self.prepared, module, order, arguments)
+            return beside_adapters(self.prepared, module, self._beside(module, arguments), arguments)
         kind = kind_of(arguments)
         if differentiates(module, arguments) or (kind not in self.ways and _watched(module)):
             return self.prepared.run(module, Way(JUDGED, replace(self.options, compile=False)), arguments)
@@ -125,6 +123,16 @@ class AutoExecutor:
             self.prepared.keep(module, [ways[0] for ways in self.ways.values()])
         output, self.ways[kind] = first_that_runs(self.prepared, module, self.ways[kind], arguments)
         return output
+
+    def _beside(self, module: nn.Module, arguments: Mapping[str, Any]) -> tuple[Way, ...]:
+        """Return what may compute beside adapters, the likely fastest first."""
+        device = _device(arguments)
+        if device not in self.beside:
+            known, _ = candidates(module, device, self.options, judged=self.judged)
+            # The last one is as a rule the fastest; the model in floating point is no quantized one.
+            simulated = Way(JUDGED, replace(self.options, compile=False))
+            self.beside[device] = (*(known[name] for name in reversed(known) if name != "float"), simulated)
+        return self.beside[device]
 
     def _choose(self, module: nn.Module, kind: Kind, arguments: Mapping[str, Any]) -> tuple[Way, ...]:
         ways, untried = candidates(module, _device(arguments), self.options, judged=self.judged)
