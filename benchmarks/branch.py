@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from short import opened, quantize, with_error
 
 import tfmq
 from tfmq.calibration.trajectory import recorded_calls
@@ -26,7 +27,6 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes.recipe import Branch, Recipe, Rescaling
-from tfmq.targets import open_sampler
 
 STEPS, SEED, CALLS, FOLLOWED = 20, 1234, 100, 2
 GUIDANCE = {"dit": 3.0}
@@ -38,11 +38,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "both": {},
     "alternating": {"branch": Branch(splitters=("alternating",))},
 }
-
-
-def opened(model: str) -> Any:
-    """Return the sampler of a model."""
-    return open_sampler(model, options={"guidance_scale": GUIDANCE[model]} if model in GUIDANCE else {})
 
 
 def recipe_of(model: str, bits: str, change: str, rank: int, samples: int) -> Recipe:
@@ -97,11 +92,10 @@ def row(model: str, change: str, recipe: Recipe, *, images: int, known: dict[str
     """Quantize and measure; return a row of the table. `known` has the images of full precision, and gets the
     PSNR of these.
     """
-    full = opened(model)
+    full = opened(model, GUIDANCE)
     calls = followed(full)
-    sampler, began = opened(model), time.process_time()
-    components = "denoiser" if hasattr(sampler, "pipeline") else None
-    tfmq.quantize(sampler, recipe, seed=0, components=components)
+    sampler, began = opened(model, GUIDANCE), time.process_time()
+    quantize(sampler, recipe)
     seconds = time.process_time() - began
     layers = packed_layers(sampler.denoiser.module)
     branches = sum(layer.branch is not None for layer in layers.values())
@@ -110,11 +104,10 @@ def row(model: str, change: str, recipe: Recipe, *, images: int, known: dict[str
     signal = sqnr_db(predictions(full.denoiser, calls), predictions(sampler.denoiser, calls))
     drawn = draw(sampler, images, steps=STEPS, seed=SEED)
     psnr = known[change] = np.asarray(paired_fidelity(known["full"], drawn).psnr_db)
-    gain = psnr - known.get("rescaling", psnr)
-    spread, paired = (values.std(ddof=1) / len(values) ** 0.5 for values in (psnr, gain))
+    gain = with_error(psnr - known.get("rescaling", psnr), sign=True)
     return (
         f"| {model} | {recipe.name} | {change} | {recipe.weights.rank} | {signal:.2f} "
-        f"| {psnr.mean():.2f} ± {spread:.2f} | {gain.mean():+.2f} ± {paired:.2f} "
+        f"| {with_error(psnr)} | {gain} "
         f"| {branches} of {len(layers)} | {size} | {milliseconds(sampler):.2f} | {seconds:.0f} |"
     )
 
@@ -136,7 +129,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for model in options.models:
         with quiet():
-            known = {"full": draw(opened(model), options.images, steps=STEPS, seed=SEED)}
+            known = {"full": draw(opened(model, GUIDANCE), options.images, steps=STEPS, seed=SEED)}
             for change in options.rows:
                 recipe = recipe_of(model, options.bits, change, options.rank, options.samples)
                 print(row(model, change, recipe, images=options.images, known=known), flush=True)

@@ -93,12 +93,6 @@ def tfmq_images(
     return np.stack(drawn) * 255
 
 
-def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return dB of PSNR of each pair of images `[N, H, W, 3]` in [0, 255]."""
-    error = np.square(images.astype(np.float64) - others).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-12))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,6 +110,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     import tfmq
+    from tfmq.evaluation.paired import psnr
     from tfmq.integrations.diffusers.quiet import quiet
     from tfmq.targets import open_sampler
 

@@ -92,6 +92,7 @@ VARIANTS: dict[str, Callable[[Job], Any]] = {
 
 def peak_bytes() -> int:
     """Return the most memory that this process has held (Linux)."""
+    # An interpreter with other libraries has no tfmq to ask.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

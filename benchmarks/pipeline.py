@@ -21,8 +21,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ import torch
 from painter import VARIANTS, Job
 
 import tfmq
+from tfmq.evaluation.cost.process import Child, WorkerError
 from tfmq.evaluation.cost.system import describe_machine
+from tfmq.evaluation.paired import psnr
 from tfmq.recipes.networks import image_w8a8
 from tfmq.recipes.recipe import Recipe, Tolerance
 from tfmq.recipes.yaml import dumps
@@ -104,44 +106,22 @@ def quantized(
     return {"recipe": recipe.name, "steps": steps, "seconds": time.perf_counter() - began}
 
 
-@contextmanager
-def painter(job: Job, python: str) -> Iterator["Painter"]:
-    """Start the process of a variant, and end it with the block."""
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    began = time.perf_counter()
-    child = subprocess.Popen([python, str(PAINTER), json.dumps(asdict(job))], text=True, **pipes)
-    try:
-        yield Painter(child, began)
-    finally:
-        child.stdin.close()  # type: ignore[union-attr]
-        child.wait()
-
-
-class Absent(Exception):
-    """A variant's process ended; its last words say why."""
-
-
-class Painter:
+class Painter(Child):
     """The other end of `painter.py`."""
 
-    def __init__(self, child: "subprocess.Popen[str]", began: float) -> None:
-        self.child, self.began = child, began
-        self.ready = self._answer()
+    def __init__(self, job: Job, python: str, log: Path) -> None:
+        self.began = time.perf_counter()
+        super().__init__([python, str(PAINTER), json.dumps(asdict(job))], log=log)
 
-    def _answer(self) -> dict[str, Any]:
-        line = self.child.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            last = self.child.stderr.read().strip().splitlines()[-1:]  # type: ignore[union-attr]
-            raise Absent(*last)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    def __enter__(self) -> "Painter":
+        super().__enter__()
+        # It says when it is ready.
+        self.answer()
+        return self
 
     def draw(self, steps: int, guidance: float, path: Path) -> dict[str, Any]:
         """Ask for one picture."""
-        order = json.dumps({"steps": steps, "guidance": guidance, "path": str(path)})
-        self.child.stdin.write(order + "\n")  # type: ignore[union-attr]
-        self.child.stdin.flush()  # type: ignore[union-attr]
-        return self._answer()
+        return self.ask(steps=steps, guidance=guidance, path=str(path))
 
 
 @dataclass
@@ -166,10 +146,9 @@ def bytes_below(directory: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def psnr(one: Path, two: Path) -> float:
+def psnr_of(one: Path, two: Path) -> float:
     """Return dB between two pictures in [0, 1]."""
-    error = float(np.mean((np.load(one) - np.load(two)) ** 2))
-    return 10 * float(np.log10(1 / max(error, 1e-12)))
+    return float(psnr(255 * np.load(one)[None], 255 * np.load(two)[None])[0])
 
 
 def measure(
@@ -184,12 +163,13 @@ def measure(
             name = job.variant
             try:
                 one, _ = PICTURES[kinds[0]]
-                with painter(job, python) as first:
+                log = work / f"{name.replace(' ', '-')}.log"
+                with Painter(job, python, log) as first:
                     first.draw(one, 0.0, work / "first.npy")
                     spent = time.perf_counter() - first.began
-                again = stack.enter_context(painter(job, python))
+                again = stack.enter_context(Painter(job, python, log))
                 peak = again.draw(one, 0.0, work / "first.npy")["peak_bytes"]
-            except Absent as error:
+            except WorkerError as error:
                 absent[name] = str(error)
                 continue
             painters[name] = again
@@ -209,7 +189,7 @@ def measure(
                     row = rows[name]
                     row.seconds.setdefault(kind, []).append(drawn["seconds"])
                     row.parts[kind], row.peak_bytes = drawn["parts"], drawn["peak_bytes"]
-                    row.psnr[kind] = psnr(work / f"{kind}-{FULL.replace(' ', '-')}.npy", picture)
+                    row.psnr[kind] = psnr_of(work / f"{kind}-{FULL.replace(' ', '-')}.npy", picture)
                     print(
                         f"{kind} steps, round {number + 1}, {name}: {drawn['seconds']:.1f} s", file=sys.stderr
                     )

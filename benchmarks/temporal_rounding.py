@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from short import opened, quantize, with_error
 
 import tfmq
 from tfmq.evaluation.paired import paired_fidelity
@@ -21,18 +22,11 @@ from tfmq.evaluation.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes.stages import Maintenance
 from tfmq.reconstruction.solvers import Rounding, SolverName
-from tfmq.targets import open_sampler
 
 IMAGES, STEPS, SEED = 24, 20, 1234
 GUIDANCE = {"text": 3.0, "dit": 3.0}
 SCHEMES = {"dit": "transformer_w4a8"}
 SCENES = Path(__file__).parent / "prompts" / "scenes.txt"
-
-
-def opened(model: str) -> Any:
-    """Return the sampler of a model."""
-    options = {"guidance_scale": GUIDANCE[model]} if model in GUIDANCE else {}
-    return open_sampler(model, options=options)
 
 
 def drawn(sampler: Any) -> np.ndarray:
@@ -54,20 +48,14 @@ def row(model: str, solver: SolverName, maintenance: Maintenance, full: np.ndarr
         guidance_scale=GUIDANCE.get(model),
     )
     temporal = replace(recipe.temporal, rounding=Rounding(solver=solver), maintenance=maintenance)
-    sampler, began = opened(model), time.perf_counter()
-    report = tfmq.quantize(
-        sampler,
-        replace(recipe, calibration=calibration, temporal=temporal),
-        seed=0,
-        components="denoiser" if hasattr(sampler, "pipeline") else None,
-    ).report
+    sampler, began = opened(model, GUIDANCE), time.perf_counter()
+    report = quantize(sampler, replace(recipe, calibration=calibration, temporal=temporal))
     seconds = time.perf_counter() - began
     tfmq.execute(sampler.denoiser.module, "torch")
     psnr = np.asarray(paired_fidelity(full, drawn(sampler)).psnr_db)
-    spread = psnr.std(ddof=1) / len(psnr) ** 0.5
     error = report["temporal"]["mean_relative_error"]
     return (
-        f"| {model} | `{solver}` | {maintenance} | {error:.4f} | {psnr.mean():.2f} ± {spread:.2f} "
+        f"| {model} | `{solver}` | {maintenance} | {error:.4f} | {with_error(psnr)} "
         f"| {np.median(psnr):.2f} | {seconds:.0f} |"
     )
 
@@ -83,7 +71,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for model in options.models:
         with quiet():
-            full = drawn(opened(model))
+            full = drawn(opened(model, GUIDANCE))
             for solver in ("adaround", "gptq"):
                 for maintenance in ("cache", "block"):
                     print(row(model, solver, maintenance, full), flush=True)

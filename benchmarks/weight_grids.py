@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from math import log10
-from typing import Any
 
 import numpy as np
+from short import opened, quantize, with_error
 from torch import nn
 
 import tfmq
@@ -34,29 +34,20 @@ from tfmq.numerics.grids import GRIDS, Grid, IntegerFormat, Table
 from tfmq.numerics.groups import group_size
 from tfmq.quantizers.weight import fit_grid
 from tfmq.reconstruction.solvers import SOLVERS, SolverName
-from tfmq.targets import open_sampler
 
 STEPS, SEED = 20, 1234
 GUIDANCE = {"text": 3.0, "dit": 2.0}
-
-
-def opened(model: str) -> Any:
-    """Return the sampler of a model."""
-    options = {"guidance_scale": GUIDANCE[model]} if model in GUIDANCE else {}
-    return open_sampler(model, options=options)
 
 
 def row(model: str, scheme: str, full: np.ndarray, *, samples: int, solver: SolverName | None) -> str:
     """Quantize and measure; return a row of the table."""
     recipe = tfmq.scheme(scheme)
     calibration = replace(recipe.calibration, samples=samples, steps=STEPS, interval=4, judged=0.0)
-    sampler, began = opened(model), time.perf_counter()
+    sampler, began = opened(model, GUIDANCE), time.perf_counter()
     recipe = replace(recipe, calibration=calibration)
     if solver is not None:
         recipe = replace(recipe, rounding=replace(recipe.rounding, solver=solver))
-    report = tfmq.quantize(
-        sampler, recipe, components="denoiser" if hasattr(sampler, "pipeline") else None
-    ).report
+    report = quantize(sampler, recipe)
     seconds = time.perf_counter() - began
     module = sampler.denoiser.module
     grids = Counter(
@@ -67,17 +58,16 @@ def row(model: str, scheme: str, full: np.ndarray, *, samples: int, solver: Solv
     errors = f"{-10 * log10(float(np.median(kept))):.1f}" if kept else "-"
     tfmq.execute(module, "torch")
     psnr = np.asarray(paired_fidelity(full, draw(sampler, len(full), steps=STEPS, seed=SEED)).psnr_db)
-    spread = psnr.std(ddof=1) / len(psnr) ** 0.5
     named = ", ".join(f"{name}: {count}" for name, count in sorted(grids.items()))
     return (
-        f"| {model} | `{scheme}` | {psnr.mean():.2f} ± {spread:.2f} | {np.median(psnr):.2f} | {errors} "
+        f"| {model} | `{scheme}` | {with_error(psnr)} | {np.median(psnr):.2f} | {errors} "
         f"| {report['bytes']['quantized'] / 1e6:.3f} | {named} | {seconds:.0f} |"
     )
 
 
 def weight_errors(model: str) -> Iterator[str]:
     """Yield a row for each kind of grid."""
-    module = opened(model).denoiser.module
+    module = opened(model, GUIDANCE).denoiser.module
     found = [layer.weight.detach() for layer in module.modules() if isinstance(layer, nn.Linear)]
     weights = [weight for weight in found if weight.shape[1] >= 128]
     tables = {name: Table(name, GRIDS[name]) for name in ("e2m1", "e3m0", "balanced9")}
@@ -120,7 +110,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for model in options.models:
         with quiet():
-            full = draw(opened(model), options.images, steps=STEPS, seed=SEED)
+            full = draw(opened(model, GUIDANCE), options.images, steps=STEPS, seed=SEED)
             for scheme in options.schemes.split(","):
                 print(row(model, scheme, full, samples=options.samples, solver=options.solver), flush=True)
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from tfmq.backends.execution import quantized_modules
+from tfmq.evaluation.paired import psnr
 from tfmq.export.directory import DESCRIPTION
 from tfmq.export.genai.kinds import KINDS, kind_of
 from tfmq.export.genai.scheduler import scheduler_config
@@ -94,9 +95,9 @@ def test_genai_draws_the_images_of_tfmq(
     short = {"max_sequence_length": 8} if name == "sd3_without_t5" else {}
     own = bench.tfmq_images(pipeline, PROMPTS, latents, options=options | short)
     drawn = bench.genai_images(tmp_path, PROMPTS, latents, options=options)
-    assert drawn.dtype == np.uint8 and bench.psnr(own, drawn).mean() > NEAR
+    assert drawn.dtype == np.uint8 and psnr(own, drawn).mean() > NEAR
     # Guidance, prompt and latents matter.
-    assert bench.psnr(own, drawn[::-1]).mean() < NEAR - 10
+    assert psnr(own, drawn[::-1]).mean() < NEAR - 10
 
 
 @torch.no_grad()

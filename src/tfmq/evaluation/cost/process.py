@@ -5,8 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tfmq.backends.caching import CACHE
 from tfmq.evaluation.cost.timing import Slice
@@ -32,27 +33,21 @@ def _environment(setting: Setting) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONWARNINGS": "ignore"}
 
 
-class Worker:
-    """A running worker. Use it as a context: it ends with the block."""
+class Child:
+    """A process that answers each line of JSON with one. Use it as a context: it ends with the block.
 
-    def __init__(self, variant: str, setting: Setting, *, build: bool = False) -> None:
-        setting.folder.mkdir(parents=True, exist_ok=True)
-        source = setting.source.to_json()
-        job = {
-            "variant": variant,
-            "source": source,
-            "folder": str(setting.folder),
-            "batch": setting.batch,
-            "threads": setting.threads,
-        }
-        job["device"] = setting.device
-        command = [sys.executable, "-m", "tfmq.evaluation.cost.worker", json.dumps({**job, "build": build})]
-        self.log = setting.folder / "log.txt"
-        with self.log.open("w") as log:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
-            self.child = subprocess.Popen(command, env=_environment(setting), text=True, **pipes)  # type: ignore[call-overload]
+    What it says on its standard error goes to the file `log`.
+    """
 
-    def __enter__(self) -> "Worker":
+    def __init__(
+        self, command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.log = log
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with log.open("w") as errors:
+            self.child: Any = subprocess.Popen(command, env=environment, text=True, stderr=errors, **pipes)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -63,7 +58,7 @@ class Worker:
         self.child.stdout.close()
 
     def answer(self) -> dict[str, Any]:
-        """Return the worker's next answer.
+        """Return its next answer.
 
         Raises:
             WorkerError: it ended without one.
@@ -82,7 +77,7 @@ class Worker:
         """Give an order and return the answer.
 
         Raises:
-            WorkerError: the worker ended instead.
+            WorkerError: it ended instead.
         """
         try:
             self.child.stdin.write(json.dumps(order) + "\n")
@@ -90,6 +85,24 @@ class Worker:
         except BrokenPipeError:
             pass
         return self.answer()
+
+
+class Worker(Child):
+    """A running worker."""
+
+    def __init__(self, variant: str, setting: Setting, *, build: bool = False) -> None:
+        setting.folder.mkdir(parents=True, exist_ok=True)
+        source = setting.source.to_json()
+        job = {
+            "variant": variant,
+            "source": source,
+            "folder": str(setting.folder),
+            "batch": setting.batch,
+            "threads": setting.threads,
+        }
+        job["device"] = setting.device
+        command = [sys.executable, "-m", "tfmq.evaluation.cost.worker", json.dumps({**job, "build": build})]
+        super().__init__(command, log=setting.folder / "log.txt", environment=_environment(setting))
 
     def turn(self) -> Slice:
         """Let the variant compute steps for a while."""
