@@ -29,6 +29,7 @@ from tfmq.recipes.recipe import Correction as CorrectionFields
 from tfmq.storage.errors import CheckpointError, ForeignFileError
 
 Make = Callable[..., LoopSampler]
+Given = Callable[[LoopSampler], Inputs]
 STEPS = 3
 
 
@@ -67,18 +68,9 @@ def made(whole: tuple[LoopSampler, Any, Path]) -> tuple[LoopSampler, dict[str, A
     return whole[0], dict(whole[1]["correction"])
 
 
-def inputs_of(made: LoopSampler) -> Inputs:
-    example = made.example().resized(2)
-    return Inputs(
-        torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([333, 666]),
-        example.conditions,
-    )
-
-
 @torch.no_grad()
 def test_a_correction_is_found_and_reported(
-    made: tuple[LoopSampler, dict[str, Any]], sampler: Make, recipe: Recipe
+    made: tuple[LoopSampler, dict[str, Any]], sampler: Make, recipe: Recipe, inputs_of: Given
 ) -> None:
     drawn, report = made
     assert len(report["by_step"]) == STEPS and sum(report["steps"].values()) == STEPS
@@ -96,7 +88,9 @@ def test_a_correction_is_found_and_reported(
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["float", "reference", "operators", "torch", "openvino"])
-def test_every_backend_corrects(made: tuple[LoopSampler, dict[str, Any]], backend: str) -> None:
+def test_every_backend_corrects(
+    made: tuple[LoopSampler, dict[str, Any]], backend: str, inputs_of: Given
+) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
     drawn, inputs = made[0], inputs_of(made[0])
@@ -120,7 +114,9 @@ def test_every_backend_corrects(made: tuple[LoopSampler, dict[str, Any]], backen
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [Graph, KeyedGraph])
-def test_graphs_correct(made: tuple[LoopSampler, dict[str, Any]], kind: type[Graph]) -> None:
+def test_graphs_correct(
+    made: tuple[LoopSampler, dict[str, Any]], kind: type[Graph], inputs_of: Given
+) -> None:
     drawn, inputs = made[0], inputs_of(made[0])
     module = drawn.denoiser.module
     planted(module, gain=1.5)
@@ -134,7 +130,7 @@ def test_graphs_correct(made: tuple[LoopSampler, dict[str, Any]], kind: type[Gra
 
 @torch.no_grad()
 def test_a_correction_is_saved_and_loaded_and_follows_another_schedule(
-    sampler: Make, recipe: Recipe, tmp_path: Path
+    sampler: Make, recipe: Recipe, tmp_path: Path, inputs_of: Given
 ) -> None:
     drawn = sampler("plain_rgb")
     tfmq.quantize(drawn, recipe, output_dir=tmp_path / "q")

@@ -15,7 +15,6 @@ import torch
 import tfmq
 from tfmq.backends.execution import execute
 from tfmq.calibration.rescaling import Seen, Transform
-from tfmq.export.capture import Call, KeyedGraph, capture
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import PackedLayer
@@ -27,6 +26,7 @@ from tfmq.storage import read_tensors, seal, write_tensors
 from tfmq.storage.errors import CheckpointError, ForeignFileError
 
 Make = Callable[..., LoopSampler]
+Given = Callable[[LoopSampler], Inputs]
 NAMES = ("plain_rgb", "unet", "dit", "upsampler")
 
 
@@ -73,19 +73,12 @@ def rescaled(module: torch.nn.Module) -> dict[str, PackedLayer]:
     return {name: layer for name, layer in packed_layers(module).items() if layer.factor is not None}
 
 
-def inputs_of(made: LoopSampler) -> Inputs:
-    example = made.example().resized(2)
-    return Inputs(
-        torch.randn(example.sample.shape, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([333, 666]),
-        example.conditions,
-    )
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["float", "reference", "operators", "torch", "openvino"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_backend_rescales(quantized: dict[str, LoopSampler], name: str, backend: str) -> None:
+def test_every_backend_rescales(
+    quantized: dict[str, LoopSampler], name: str, backend: str, inputs_of: Given
+) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
     denoiser, inputs = quantized[name].denoiser, inputs_of(quantized[name])
@@ -104,17 +97,15 @@ def test_every_backend_rescales(quantized: dict[str, LoopSampler], name: str, ba
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["plain_rgb", "dit"])
-def test_graphs_rescale(quantized: dict[str, LoopSampler], name: str) -> None:
-    denoiser, inputs = quantized[name].denoiser, inputs_of(quantized[name])
-    arguments = {denoiser.sample: inputs.sample, denoiser.timestep: inputs.timestep, **inputs.conditions}
-    call = Call.of(denoiser.module, arguments)
-    program = capture(KeyedGraph(denoiser.module, call.signature), call, dynamic=True)
-    assert sqnr_db(denoiser(inputs), program.module()(*call.tensors)[0]) > 60
+def test_graphs_rescale(
+    quantized: dict[str, LoopSampler], name: str, graph_sqnr_db: Callable[[LoopSampler], float]
+) -> None:
+    assert graph_sqnr_db(quantized[name]) > 60
 
 
 @torch.no_grad()
 def test_what_is_rescaled_is_saved_and_loaded(
-    quantized: dict[str, LoopSampler], saved: Path, sampler: Make
+    quantized: dict[str, LoopSampler], saved: Path, sampler: Make, inputs_of: Given
 ) -> None:
     drawn = quantized["plain_rgb"]
     inputs = inputs_of(drawn)
@@ -138,7 +129,7 @@ def test_what_is_rescaled_is_saved_and_loaded(
 
 
 def test_measured_factors_bring_a_planted_model_back(
-    sampler: Make, recipe: Recipe, script: Callable[[str], Any]
+    sampler: Make, recipe: Recipe, script: Callable[[str], Any], inputs_of: Given
 ) -> None:
     """One channel behind each norm is 64 times as large, and its readers' weights as much smaller: the same
     model, harder to quantize.
