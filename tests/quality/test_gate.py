@@ -42,7 +42,7 @@ CALIBRATION = tuple(
 @dataclass(frozen=True)
 class Drawing:
     """How a model draws here: fewer steps than a user takes, as each costs time. `quick` does without
-    reconstruction at W8A8, where that costs the model nothing.
+    reconstruction at W8A8, where that costs the model little.
     """
 
     steps: int

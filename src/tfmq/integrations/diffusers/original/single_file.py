@@ -3,7 +3,8 @@ precision; nothing is downloaded.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +108,20 @@ def _owned(encoder: Encoder) -> tuple[str, ...]:
     return tuple(prefix.rpartition(".transformer.")[0] or prefix for prefix in encoder.prefixes)
 
 
-class _named:
-    """A context in which `ValueError` names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        """Enter."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Name the file where something is wrong with what it holds."""
-        if type(error) is ValueError:
-            raise ValueError(f"{self.path}: {error}") from error
-        if isinstance(error, KeyError):
-            raise ValueError(f"{self.path}: the checkpoint lacks {error.args[0]}") from error
-        if isinstance(error, ILL_FITTING):
-            raise ValueError(f"{self.path}: its tensors are not those of this layout: {error}") from error
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file where something is wrong with what it holds."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: the checkpoint lacks {error.args[0]}") from error
+    except ValueError as error:
+        # Errors of a kind of their own name the file already.
+        if type(error) is not ValueError:
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except ILL_FITTING as error:
+        raise ValueError(f"{path}: its tensors are not those of this layout: {error}") from error
 
 
 def denoiser_of(family: Family, tensors: Mapping[str, Tensor]) -> ModelMixin:
