@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -125,6 +126,14 @@ class ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return next((name for name in SHARED if file.startswith(name)), file)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        # A worker begins a test once it has the next one. xdist gives one more file whenever a test ends; who
+        # replaces a crashed worker would wait for ever, given a file that was done or that has one test.
+        queued = -1
+        while queued != len(self.workqueue):
+            queued = len(self.workqueue)
+            super()._reschedule(node)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tfmq.kernels import onednn_products
+from tfmq.kernels.halves import saturates
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
 from tfmq.kernels.onednn import (
     OnednnKernel,
@@ -52,10 +53,10 @@ def distance_to_tie(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def agree(y: Tensor, exact: Tensor, weight: IntegerWeight, x: Tensor, rows: Rows) -> bool:
-    """Whether every bit is the same; for convolutions on AMX tiles, which apply both scales at once, whether
-    the same sums were rounded otherwise.
+    """Whether every bit is the same; on AMX tiles for convolutions, and without VNNI for all, where both
+    scales are applied at once, whether the same sums were rounded otherwise.
     """
-    if not TILES or isinstance(weight.operation, Linear):
+    if not saturates() and (not TILES or isinstance(weight.operation, Linear)):
         return torch.equal(y, exact)
     magnitude = torch.zeros_like(exact)
     columns = zip(

@@ -17,10 +17,11 @@ from tfmq.backends.backend import Coverage, EngineError, Options, by_input, regi
 from tfmq.backends.caching import cache_directory
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.openvino_blame import blamed
-from tfmq.backends.openvino_device import CPU, check_device, settings_for
+from tfmq.backends.openvino_device import CPU, check_device, on_cpu, settings_for
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
+from tfmq.kernels.halves import saturates
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.storage.digest import module_digest
@@ -102,6 +103,8 @@ class _Builder:
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.options = options
         self.digest = module_digest(module)
+        # Other devices than the CPU have integer units of their own.
+        self.halved = on_cpu(options.device) and saturates()
         # Kinds of graphs and calls of which one batch has shown that the model's code fixes it.
         self.fixed: set[tuple[str, str]] = set()
         _let_go(module)
@@ -176,7 +179,7 @@ class _Builder:
         from openvino import frontend
 
         kind = graph.kind, call.signature.key
-        with graph_kernels(graph.module):
+        with graph_kernels(graph.module, halved=self.halved):
             try:
                 model = convert(graph, call, fixed=kind in self.fixed)
             except (
@@ -204,7 +207,7 @@ class _Builder:
 
         text = "\n".join(
             [
-                CONVERSION,
+                f"{CONVERSION} in halves" if self.halved else CONVERSION,
                 graph.kind,
                 self.digest,
                 call.signature.key,

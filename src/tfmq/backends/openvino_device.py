@@ -33,6 +33,16 @@ def check_device(core: Any, name: str) -> None:
             )
 
 
+def on_cpu(name: str) -> bool:
+    """Whether a device is the CPU, or may hand work to it.
+
+    >>> [on_cpu(name) for name in ("CPU", "GPU.0", "AUTO:GPU,CPU", "AUTO")]
+    [True, False, True, True]
+    """
+    kind, _, rest = name.partition(":")
+    return name == CPU or (kind in VIRTUAL and (not rest or CPU in rest))
+
+
 def settings_for(core: Any, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of `settings` that a device takes."""
     if name == CPU:

@@ -16,6 +16,9 @@ An attention product has such an operand on either side. OpenVINO computes it in
 the middle code for its zero-point and the left one that or 0, for all timesteps; other products stay in
 floating point, on quantized values.
 
+For processors that cut sums of integers off, a weight of eight bits is the two of `halves`, whose outputs are
+added, and products of two activations stay in floating point.
+
 Two operators stand for what an engine has by other names: `tfmq::codes`, the quantizer, and
 `tfmq::integer_weight`, the integers of a weight times their scale. Each exporter says what they become.
 """
@@ -27,6 +30,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tfmq.kernels.halves import saturates, terms
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
 from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductKernel, ProductQuantizers
@@ -59,7 +63,7 @@ def _(values: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 class FakeQuantizeKernel:
     """A layer as a graph of fake-quantizers; `zero_points` `[S, G]` are all that can occur, None where the
-    input is not quantized.
+    input is not quantized. A weight is `halved` if that is so, by default where this processor needs it.
 
     With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed
     convolutions of signed and of unsigned codes, and none with a zero-point between. The maps `m` are kept by
@@ -67,21 +71,21 @@ class FakeQuantizeKernel:
     """
 
     def __init__(
-        self, weight: IntegerWeight, zero_points: Tensor | None, *, middle: int | None = None
+        self,
+        weight: IntegerWeight,
+        zero_points: Tensor | None,
+        *,
+        middle: int | None = None,
+        halved: bool | None = None,
     ) -> None:
         # Keep the integers in the parts alone, one byte each: a model is in memory several times while it is
         # converted.
         self.weight = replace(weight, values=weight.values.new_empty(0))
         # Keep the layout of the module, which engines know. Where it has no axis for the scales they are
         # multiplied into the weight: a plug-in that moves them errs.
-        operation, self.axis = weight.operation, weight.operation.stored_axis
+        self.axis = weight.operation.stored_axis
         self.parts = [
-            (
-                operation.stored(
-                    values.to(torch.int8) if self.axis is not None else values * column(scale, values.ndim)
-                ),
-                scale.float().contiguous(),
-            )
+            (self._stored(values, scale, halved), scale.float().contiguous())
             for values, scale in weight.parts()
         ]
         self.maps: dict[tuple[int, ...], Tensor] = {}
@@ -92,6 +96,13 @@ class FakeQuantizeKernel:
         self.shifts = [
             bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)
         ]
+
+    def _stored(self, values: Tensor, scale: Tensor, halved: bool | None) -> tuple[Tensor, ...]:
+        """Return the terms of a weight in the module's layout: integers if that has an axis for scales."""
+        stored = self.weight.operation.stored
+        if self.axis is None:
+            return (stored(values * column(scale, values.ndim)),)
+        return tuple(stored(term.to(torch.int8)) for term in terms(values, halved=halved))
 
     def __call__(self, x: Tensor, rows: Rows | None) -> Tensor:
         operation, partials = self.weight.operation, []
@@ -117,19 +128,25 @@ class FakeQuantizeKernel:
             partials.append((y - shift * self._map(index, segment, values, weight_scale)) * scale)
         return combined(partials, self.weight.bias, operation).to(x.dtype)
 
-    def _multiply(self, x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-        weight = values if self.axis is None else integer_weight(values, scale, self.axis)
-        return self.weight.operation.multiply(x, weight, None)
+    def _multiply(self, x: Tensor, values: tuple[Tensor, ...], scale: Tensor) -> Tensor:
+        outputs = [
+            self.weight.operation.multiply(
+                x, term if self.axis is None else integer_weight(term, scale, self.axis), None
+            )
+            for term in values
+        ]
+        return combined(outputs, None, self.weight.operation)
 
-    def _map(self, index: int, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
+    def _map(self, index: int, x: Tensor, values: tuple[Tensor, ...], weight_scale: Tensor) -> Tensor:
         key = index, *(int(size) for size in x.shape[2:])
         if key not in self.maps:
             self.maps[key] = self._ones_through(x, values, weight_scale)
         return self.maps[key]
 
-    def _ones_through(self, x: Tensor, values: Tensor, weight_scale: Tensor) -> Tensor:
+    def _ones_through(self, x: Tensor, terms: tuple[Tensor, ...], weight_scale: Tensor) -> Tensor:
         """Return `m`: for each output channel, or with zero padding for each place of one sample's output."""
         operation = self.weight.operation
+        values = terms[0] if len(terms) == 1 else terms[0].short() + terms[1]
         real = (
             operation.rows(values)
             if self.axis is None
@@ -160,9 +177,13 @@ class FakeQuantizeProduct:
         return ((operands[0] @ operands[1]) * (scales[0] * scales[1])).to(left.dtype)
 
 
-def product_kernels(products: ProductQuantizers) -> dict[int, ProductKernel]:
-    """Return the kernels of the sites whose product an engine computes in integers, by site."""
+def product_kernels(products: ProductQuantizers, *, halved: bool | None = None) -> dict[int, ProductKernel]:
+    """Return the kernels of the sites whose product an engine computes in integers, by site: of none where
+    weights are `halved`.
+    """
     kernels: dict[int, ProductKernel] = {}
+    if saturates() if halved is None else halved:
+        return kernels
     for site, grids in enumerate(zip(products.left, products.right, strict=True)):
         (left, left_middle), (right, right_middle) = map(_zero_points, grids)
         if left in ([0], [left_middle]) and right == [right_middle]:
@@ -179,19 +200,20 @@ def _zero_points(grid: nn.Module) -> tuple[list[int], int | None]:
     return grid.zero_points().unique().tolist(), grid.format.middle
 
 
-def _kernel(weight: IntegerWeight, quantizer: InputQuantizer | None) -> FakeQuantizeKernel:
+def _kernel(
+    weight: IntegerWeight, quantizer: InputQuantizer | None, *, halved: bool | None
+) -> FakeQuantizeKernel:
     if quantizer is None:
-        return FakeQuantizeKernel(weight, None)
+        return FakeQuantizeKernel(weight, None, halved=False)
     transposed = weight.operation.window(weight.values.shape[2:]).mirrored
-    return FakeQuantizeKernel(
-        weight, quantizer.zero_points(), middle=quantizer.format.middle if transposed else None
-    )
+    middle = quantizer.format.middle if transposed else None
+    return FakeQuantizeKernel(weight, quantizer.zero_points(), middle=middle, halved=halved)
 
 
 @contextmanager
-def graph_kernels(module: nn.Module) -> Iterator[None]:
+def graph_kernels(module: nn.Module, *, halved: bool | None = None) -> Iterator[None]:
     """Let the layers, embeddings and attention products of a packed denoiser compute in terms of engines for
-    a while.
+    a while: for processors that cut sums off if `halved`, by default for this one.
     """
     layers = list(packed_layers(module).values())
     products = list(submodules(module, ProductQuantizers).values())
@@ -199,10 +221,10 @@ def graph_kernels(module: nn.Module) -> Iterator[None]:
     for layer in layers:
         weight = layer.integer_weight()
         quantizer = layer.input_quantizer
-        layer.kernel = _kernel(weight, quantizer) if weight.narrow else None
+        layer.kernel = _kernel(weight, quantizer, halved=halved) if weight.narrow else None
         layer.input_precision = "quantized"
     for child in products:
-        child.site_kernels, child.idle = product_kernels(child), False
+        child.site_kernels, child.idle = product_kernels(child, halved=halved), False
     for embedding in packed_embeddings(module).values():
         embedding.unpacked = embedding.codes
     try:

@@ -13,7 +13,9 @@ term in `z` to compute.
 
 A batch of mixed timesteps, or of tokens with a grid each, takes that path in eager mode too. Both equal the
 reference bit for bit while sums stay below 2**24, beyond which float32 rounds `sum q v` (the tests hold them
-to it).
+to it). On some processors the library applies both scales at once, which rounds otherwise.
+
+Where the processor cuts sums off, a weight of eight bits is computed in halves; see `tfmq.kernels.halves`.
 """
 
 import warnings
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tfmq.kernels.halves import saturates, terms
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.operations import Operation
@@ -48,7 +51,11 @@ def available() -> bool:
 
 @cache
 def multiplies() -> bool:
-    """Whether this torch has products of u8 and s8 matrices on the CPU, and gets the largest sums right."""
+    """Whether this torch has fast products of u8 and s8 matrices on the CPU, and gets the largest sums right.
+    Where the processor has no VNNI it has a plain loop.
+    """
+    if saturates():
+        return False
     codes, values = (
         torch.full((17, 64), 255, dtype=torch.uint8),
         torch.full((64, 16), -MIDDLE, dtype=torch.int8),
@@ -120,31 +127,41 @@ class _Part:
     """
 
     def __init__(self, operation: Operation, values: Tensor, scale: Tensor, size: Sequence[int]) -> None:
+        self.operation = operation
         self.groups, self.window = operation.groups, operation.window(values.shape[2:])
         self.scale = scale.float().contiguous()
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
         self.ones = torch.ones_like(self.scale)
         self.sums = values.float().flatten(1).sum(dim=1)
-        narrow = self.window.slid(values).to(torch.int8).contiguous()
+        narrow = [self.window.slid(term).to(torch.int8).contiguous() for term in terms(values)]
         if not self.window.size:
-            self.packed = torch.ops.onednn.qlinear_prepack(narrow, None)
+            self.packed = [torch.ops.onednn.qlinear_prepack(term, None) for term in narrow]
         else:
             # Treat one spatial axis as the second of two.
-            narrow = narrow.unsqueeze(2) if narrow.ndim == 3 else narrow
+            narrow = [term.unsqueeze(2) if term.ndim == 3 else term for term in narrow]
             self.stride, self.dilation = [[1, *v][-2:] for v in (self.window.stride, self.window.dilation)]
             self.pads = pads(self.window)
             self.padding = [0, *(before for before, _ in self.window.border)][-2:] if self.pads else [0, 0]
-            self.reach = self.dilation[1] * (narrow.shape[-1] - 1)
+            self.reach = self.dilation[1] * (narrow[0].shape[-1] - 1)
             # Pack with a zero-point, so that the packed weight serves any zero-point later.
             geometry = self.stride, self.padding, self.dilation, self.groups
             batch, *places = size
             places = list(places if self.pads else self.window.extent(places))
-            shape = [batch, narrow.shape[1] * self.groups, *[1, *places][-2:]]
-            self.packed = torch.ops.onednn.qconv_prepack(narrow, self.scale, 1.0, 1, *geometry, shape)
+            shape = [batch, narrow[0].shape[1] * self.groups, *[1, *places][-2:]]
+            self.packed = [
+                torch.ops.onednn.qconv_prepack(term, self.scale, 1.0, 1, *geometry, shape) for term in narrow
+            ]
 
     def fused(self, codes: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         """Return `(sum (q - z) v) s s_w + bias` in float32."""
-        return self._padded_run(codes, scale, zero_point, self.scale, bias)
+        if len(self.packed) == 1:
+            return self._padded_run(codes, scale, zero_point, self.scale, bias)
+        # Scale the sum of the halves, which is exact, and not each half.
+        sums = self.centred_sums_of(codes, zero_point)
+        factor = channels(self.scale * scale, self.operation, sums.ndim)
+        if bias is None:
+            return sums.mul_(factor)
+        return torch.addcmul(channels(bias, self.operation, sums.ndim), sums, factor)
 
     def sums_of(self, codes: Tensor) -> Tensor:
         """Return `sum q v` over codes `q` that are laid out already, float32."""
@@ -171,10 +188,9 @@ class _Part:
         bias: Tensor | None,
         padding: list[int],
     ) -> Tensor:
-        tail: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
         if not self.window.size:
-            return torch.ops.onednn.qlinear_pointwise(
-                codes, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *tail
+            return self._summed(
+                torch.ops.onednn.qlinear_pointwise, codes, scale, zero_point, weight_scale, bias
             )
         geometry = self.stride, padding, self.dilation, self.groups
         wide = codes.unsqueeze(2) if codes.ndim == 3 else codes
@@ -184,12 +200,31 @@ class _Part:
         narrow = stride > 1 and columns <= stride
         if narrow:
             wide = F.pad(wide, (0, stride), value=zero_point).contiguous(memory_format=torch.channels_last)
-        y = torch.ops.onednn.qconv2d_pointwise(
-            wide, scale, zero_point, self.packed, weight_scale, self.zeros, bias, *geometry, *tail
+        y = self._summed(
+            torch.ops.onednn.qconv2d_pointwise, wide, scale, zero_point, weight_scale, bias, *geometry
         )
         if narrow:
             y = y[..., :1].contiguous(memory_format=torch.channels_last)
         return y.squeeze(2) if codes.ndim == 3 else y
+
+    def _summed(
+        self,
+        operator: Callable[..., Tensor],
+        codes: Tensor,
+        scale: float,
+        zero_point: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *geometry: Any,
+    ) -> Tensor:
+        """Return what an operator of the library gives for the terms of the weight, added up."""
+        tail: tuple[Any, ...] = 1.0, 0, torch.float32, "none", [], ""
+        total: Tensor | None = None
+        for packed in self.packed:
+            y = operator(codes, scale, zero_point, packed, weight_scale, self.zeros, bias, *geometry, *tail)
+            total, bias = y if total is None else total + y, None
+        assert total is not None
+        return total
 
 
 class OnednnKernel:
