@@ -52,13 +52,16 @@ def cases(draw: st.DrawFn) -> tuple[IntegerWeight, torch.Tensor, Rows]:
     return weight, x, rows
 
 
-@given(cases(), st.sampled_from([None, True]))
+@given(cases(), st.sampled_from([None, True]), st.booleans())
 def test_it_computes_the_formula_of_the_layer(
-    case: tuple[IntegerWeight, torch.Tensor, Rows], middle: bool | None
+    case: tuple[IntegerWeight, torch.Tensor, Rows], middle: bool | None, halved: bool
 ) -> None:
     weight, x, rows = case
     exact = ReferenceKernel(weight, rows.levels)(x, rows)
-    through = FakeQuantizeKernel(weight, rows.zero_point, middle=middle and rows.levels // 2)(x, rows)
+    kernel = FakeQuantizeKernel(
+        weight, rows.zero_point, middle=middle and rows.levels // 2, halved=halved and weight.narrow
+    )
+    through = kernel(x, rows)
     # The quotient is shifted before it is rounded, so a value within rounding error of a tie may fall on the
     # other side: one code of one input.
     step = (rows.scale.max() * weight.scale.max() * weight.values.abs().max()).item()
@@ -133,7 +136,8 @@ def product_quantizers(
 def test_products_with_the_zero_points_of_integer_products(
     left: list[int], right: list[int], integer: bool
 ) -> None:
-    kernels = product_kernels(product_quantizers(left, right))
+    kernels = product_kernels(product_quantizers(left, right), halved=False)
+    assert product_kernels(product_quantizers(left, right), halved=True) == {}
     assert set(kernels) == ({0} if integer else set())
     if integer:
         x, y = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 7, 4)

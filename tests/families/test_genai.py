@@ -23,6 +23,7 @@ from tfmq.export.genai.kinds import KINDS, kind_of
 from tfmq.export.genai.scheduler import scheduler_config
 from tfmq.export.network import Decoder, TextEncoder
 from tfmq.integrations.diffusers.pipelines import find_denoisers
+from tfmq.kernels.halves import saturates, terms
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 
@@ -58,8 +59,14 @@ def integers(path: Path) -> int:
 
 
 def parts(module: Any) -> int:
-    """Return how many parts the weights of quantized layers have: one for each segment of the input."""
-    return sum(max(1, len(layer.segments)) for layer in packed_layers(module).values())
+    """Return how many parts the weights of quantized layers have: for each segment of the input one, or two
+    where this processor needs halves.
+    """
+    return sum(
+        len(terms(values))
+        for layer in packed_layers(module).values()
+        for values, _ in layer.integer_weight().parts()
+    )
 
 
 @needs_genai
@@ -121,8 +128,12 @@ def test_networks_beside_the_denoiser_are_what_they_are_for_any_batch(
     expected = pipeline.text_encoder(others, output_hidden_states=True)
     images = pipeline.vae.decode(latents := torch.randn(3, 4, 8, 8)).sample
     for model, given, wanted in (
-        (network_model(encoder, tokens), others, expected.to_tuple()),
-        (network_model(Decoder(pipeline.vae), torch.zeros(1, 4, 8, 8)), latents, (images,)),
+        (network_model(encoder, tokens, halved=saturates()), others, expected.to_tuple()),
+        (
+            network_model(Decoder(pipeline.vae), torch.zeros(1, 4, 8, 8), halved=saturates()),
+            latents,
+            (images,),
+        ),
     ):
         compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         found = [torch.from_numpy(value) for value in compiled([given.numpy()]).values()]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tfmq.kernels import onednn_products
-from tfmq.kernels.halves import saturates
+from tfmq.kernels.halves import halves, saturates
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column
 from tfmq.kernels.onednn import (
     OnednnKernel,
@@ -84,6 +84,29 @@ def test_clear_of_ties_every_bit_is_the_references(layer_cases: Cases, data: st.
         or isinstance(weight.operation, Linear)
         or y.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+@given(st.data())
+def test_a_weight_in_halves_gives_the_same_sums(layer_cases: Cases, data: st.DataObject) -> None:
+    """As where the processor cuts sums off, on one grid and on several."""
+    weight, x, rows = data.draw(layer_cases(offset=torch.zeros, narrow=True))
+    exact = ReferenceKernel(weight, rows.levels)(x, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tfmq.kernels.onednn.terms", halves)
+        y = OnednnKernel(weight)(x, rows)
+    assert y.shape == exact.shape and bool(((y - exact).abs() <= 1e-5 * exact.abs().max() + 1e-6).all())
+
+
+def test_extreme_sums_are_exact() -> None:
+    """All codes and weights at their largest: sums of pairs leave int16, which some processors cut off."""
+    for sign, shape in ((127, (48, 64)), (-128, (48, 64)), (127, (16, 8, 3, 3)), (-128, (16, 8, 3, 3))):
+        values = torch.full(shape, sign, dtype=torch.int16)
+        operation = Linear() if len(shape) == 2 else Convolution((1, 1), (0, 0), (1, 1), 1)
+        weight = IntegerWeight(operation, values, torch.ones(shape[0], 1), None)
+        rows = Rows(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), 256)
+        x = torch.full((2, *((64,) if len(shape) == 2 else (8, 5, 5))), 255.0)
+        y = OnednnKernel(weight)(x, rows)
+        assert bool((y == 255.0 * sign * math.prod(shape[1:])).all())
 
 
 @given(st.data())

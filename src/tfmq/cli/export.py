@@ -23,6 +23,15 @@ def export(
     to: Annotated[
         str, typer.Option("--to", metavar="TARGET", help="openvino, onnx, openvino-genai or comfy.")
     ],
+    halved: Annotated[
+        bool | None,
+        typer.Option(
+            "--halved/--whole",
+            help="Write weights of eight bits in halves, which processors without VNNI need, or whole; as "
+            "this machine needs them.",
+            show_default=False,
+        ),
+    ] = None,
     module: Module = None,
     json: Json = False,
 ) -> None:
@@ -48,7 +57,7 @@ def export(
             sampler = open_model(str(source), module=own)
             if to != COMFY:
                 foretell(SECONDS_A_LAYER * _layers(sampler, to), "the conversion")
-            result = {"output_dir": str(output_dir), "to": to} | _write(sampler, folder, to)
+            result = {"output_dir": str(output_dir), "to": to} | _write(sampler, folder, to, halved)
     if json:
         emit(result)
     else:
@@ -66,20 +75,20 @@ def _layers(sampler: "Sampler", to: str) -> int:
     return sum(len(packed_layers(part)) for part in parts)
 
 
-def _write(sampler: "Sampler", folder: Path, to: str) -> dict[str, Any]:
+def _write(sampler: "Sampler", folder: Path, to: str, halved: bool | None) -> dict[str, Any]:
     """Write a model, or its pipeline where that is the target, and return its description."""
     from tfmq.export.directory import PIPELINE, export
 
     if to == PIPELINE:
-        return _pipeline(sampler, folder)
+        return _pipeline(sampler, folder, halved)
     if to != COMFY:
-        return export(sampler.denoiser, sampler.example(), folder, to=to)
+        return export(sampler.denoiser, sampler.example(), folder, to=to, halved=halved)
     from tfmq.integrations.diffusers.original.comfy_out import export_comfy
 
     return export_comfy(sampler.denoiser.module, folder)
 
 
-def _pipeline(sampler: "Sampler", folder: Path) -> dict[str, Any]:
+def _pipeline(sampler: "Sampler", folder: Path, halved: bool | None) -> dict[str, Any]:
     from tfmq.errors import require
     from tfmq.export.directory import PIPELINE
     from tfmq.integrations.diffusers.pipelines import PipelineSampler
@@ -91,7 +100,7 @@ def _pipeline(sampler: "Sampler", folder: Path) -> dict[str, Any]:
         require(package, extra="genai")
     from tfmq.export.genai.directory import export_pipeline
 
-    return export_pipeline(sampler, folder)
+    return export_pipeline(sampler, folder, halved=halved)
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -101,4 +110,9 @@ def _lines(result: dict[str, Any]) -> list[str]:
         written = f"{files}: {result['int8']} matrices of int8, the rest in {result['dtype']}"
         return [written, *(f"left out: {line}" for line in result["left_out"])]
     shapes = "; ".join(f"{port['name']} {port['dtype']} {port['shape']}" for port in result["inputs"])
-    return [f"{files}; inputs: {shapes}"]
+    kept = (
+        "in halves: right on any processor, slower than whole on one with VNNI"
+        if result["halved"]
+        else "whole: wrong on x86 processors without VNNI (--halved)"
+    )
+    return [f"{files}; inputs: {shapes}", f"weights of eight bits are {kept}"]

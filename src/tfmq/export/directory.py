@@ -11,6 +11,7 @@ from torch import nn
 from tfmq.errors import require
 from tfmq.export.capture import Call, KeyedGraph, capture
 from tfmq.export.fake_quantize import graph_kernels
+from tfmq.kernels.halves import wanted
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
 from tfmq.nn.swap import is_quantized, steps_of
 from tfmq.version import __version__
@@ -68,7 +69,9 @@ def owned_files(directory: Path, to: str) -> tuple[str, ...]:
     return (*FILES, *PIPELINE_FILES) if described else FILES
 
 
-def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> dict[str, Any]:
+def export(
+    denoiser: Denoiser, example: Inputs, directory: Path, *, to: str, halved: bool | None = None
+) -> dict[str, Any]:
     """Write a quantized denoiser to an existing `directory`, for any batch, the temporal table inside and
     keyed by timestep.
 
@@ -77,6 +80,8 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
         example: one call's inputs; sizes other than the batch are fixed to theirs.
         directory: takes the model's files and `tfmq_export.json`.
         to: "openvino" or "onnx".
+        halved: whether weights of eight bits are written in halves, for processors without VNNI (see
+            `tfmq.kernels.halves`); None means as this machine needs it.
 
     Returns:
         What `tfmq_export.json` holds: files, inputs, outputs, calibrated timesteps.
@@ -91,10 +96,11 @@ def export(denoiser: Denoiser, example: Inputs, directory: Path, *, to: str) -> 
     for package in packages:
         require(package, extra=to)
     graph, call = keyed_call(denoiser, example)
-    with torch.no_grad(), graph_kernels(denoiser.module):
+    halved = wanted(halved)
+    with torch.no_grad(), graph_kernels(denoiser.module, halved=halved):
         outputs = output_names(graph, call)
         files = write(graph, call, outputs, directory)
-    written = description(denoiser.module, files=files, inputs=ports(call), outputs=outputs)
+    written = description(denoiser.module, files=files, inputs=ports(call), outputs=outputs, halved=halved)
     (directory / DESCRIPTION).write_text(json.dumps(written, indent=1) + "\n")
     return written
 
@@ -140,15 +146,21 @@ def ports(call: Call) -> list[dict[str, Any]]:
 
 
 def description(
-    module: nn.Module, *, files: Sequence[str], inputs: Sequence[Mapping[str, Any]], outputs: Sequence[str]
+    module: nn.Module,
+    *,
+    files: Sequence[str],
+    inputs: Sequence[Mapping[str, Any]],
+    outputs: Sequence[str],
+    halved: bool,
 ) -> dict[str, Any]:
-    """Return what `tfmq_export.json` holds of a denoiser: its files, inputs, outputs, and the calibrated
-    timesteps.
+    """Return what `tfmq_export.json` holds of a denoiser: its files, inputs, outputs, the calibrated
+    timesteps, and whether weights of eight bits are in halves.
     """
     return {
         "files": list(files),
         "inputs": list(inputs),
         "outputs": list(outputs),
         "timesteps": steps_of(module).timesteps.tolist(),
+        "halved": halved,
         "tfmq": __version__,
     }

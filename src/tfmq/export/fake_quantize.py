@@ -30,7 +30,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tfmq.kernels.halves import saturates, terms
+from tfmq.kernels.halves import terms, wanted
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
 from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductKernel, ProductQuantizers
@@ -182,7 +182,7 @@ def product_kernels(products: ProductQuantizers, *, halved: bool | None = None) 
     weights are `halved`.
     """
     kernels: dict[int, ProductKernel] = {}
-    if saturates() if halved is None else halved:
+    if wanted(halved):
         return kernels
     for site, grids in enumerate(zip(products.left, products.right, strict=True)):
         (left, left_middle), (right, right_middle) = map(_zero_points, grids)

@@ -46,8 +46,11 @@ def halves(values: Tensor) -> tuple[Tensor, ...]:
     return half, values - half
 
 
+def wanted(halved: bool | None) -> bool:
+    """Return whether weights are to be halved: as asked, or where it is None as this processor needs it."""
+    return saturates() if halved is None else halved
+
+
 def terms(values: Tensor, *, halved: bool | None = None) -> tuple[Tensor, ...]:
-    """Return integers as the terms that a kernel multiplies: `halves` where they are asked for, by default
-    where this processor needs them, else the integers themselves.
-    """
-    return halves(values) if (saturates() if halved is None else halved) else (values,)
+    """Return integers as the terms that a kernel multiplies: `halves` where these are `wanted`, else one."""
+    return halves(values) if wanted(halved) else (values,)

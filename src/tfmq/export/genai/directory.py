@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from tfmq.export.genai.models import denoiser_model, network_model
 from tfmq.export.genai.scheduler import scheduler_config
 from tfmq.export.genai.tokenizer import write_tokenizer
 from tfmq.export.network import Decoder, Network, TextEncoder
+from tfmq.kernels.halves import wanted
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.storage.atomic import write_json
 
@@ -40,7 +41,7 @@ class Drawing(Protocol):
         """Return the inputs of one call of the denoiser."""
 
 
-def export_pipeline(drawing: Drawing, directory: Path) -> dict[str, Any]:
+def export_pipeline(drawing: Drawing, directory: Path, *, halved: bool | None = None) -> dict[str, Any]:
     """Write a pipeline to an existing `directory`: models of its denoiser, text encoders and decoder, for any
     batch, its tokenizers, and the configurations of all.
 
@@ -51,6 +52,7 @@ def export_pipeline(drawing: Drawing, directory: Path) -> dict[str, Any]:
     Args:
         drawing: a sampler of a pipeline of a kind in `KINDS` whose denoiser is quantized by tfmq.
         directory: takes the files.
+        halved: as in `tfmq.export.directory.export`.
 
     Returns:
         What `tfmq_export.json` holds.
@@ -64,19 +66,27 @@ def export_pipeline(drawing: Drawing, directory: Path) -> dict[str, Any]:
     _warn_of_options(drawing)
     example = fitting(kind, pipeline, drawing.example())
     graph, call = keyed_call(denoiser, example)
-    with torch.no_grad(), graph_kernels(denoiser.module):
+    halved = wanted(halved)
+    with torch.no_grad(), graph_kernels(denoiser.module, halved=halved):
         outputs = output_names(graph, call)
         model = denoiser_model(graph, call, outputs, timestep=kind.timestep)
     _write_model(directory / kind.denoiser, model, denoiser.module)
     texts = example.conditions["encoder_hidden_states"].shape[1]
     for name, limit in token_limits(kind, pipeline, texts).items():
-        _write_encoder(directory, pipeline, name, kind, limit, drawing.prompts)
-    _write_decoder(directory / "vae_decoder", pipeline.vae, example.sample)
+        encoder = _encoder(pipeline, name, kind, limit)
+        _write_model(directory / name, network_model(*encoder, halved=halved), pipeline.components[name])
+        tokenizer = tokenizer_of(name)
+        write_tokenizer(
+            pipeline.components[tokenizer], directory / tokenizer, limit=limit, texts=drawing.prompts
+        )
+    latents = torch.zeros(1, pipeline.vae.config.latent_channels, *example.sample.shape[2:])
+    decoder = network_model(Decoder(pipeline.vae), latents, halved=halved)
+    _write_model(directory / "vae_decoder", decoder, pipeline.vae)
     (directory / "scheduler").mkdir()
     write_json(directory / "scheduler" / "scheduler_config.json", schedule)
     write_json(directory / "model_index.json", _index(pipeline, kind))
     files = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    written = description(denoiser.module, files=files, inputs=_ports(model), outputs=outputs)
+    written = description(denoiser.module, files=files, inputs=_ports(model), outputs=outputs, halved=halved)
     write_json(directory / DESCRIPTION, written)
     return written
 
@@ -105,22 +115,14 @@ def _ports(model: ov.Model) -> list[dict[str, Any]]:
     ]
 
 
-def _write_encoder(
-    directory: Path, pipeline: Any, name: str, kind: Kind, limit: int, prompts: Sequence[str]
-) -> None:
+def _encoder(pipeline: Any, name: str, kind: Kind, limit: int) -> tuple[Network, Tensor]:
+    """Return a text encoder and tokens for it."""
     encoder, tokenizer = (pipeline.components[part] for part in (name, tokenizer_of(name)))
     tokens = tokenizer(
         ["a", "b"], padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
     ).input_ids
     every_layer = kind.hidden_states and kind.encoders[name] != T5
-    network: Network = TextEncoder(encoder, tokens, hidden_states=every_layer)
-    _write_model(directory / name, network_model(network, tokens), encoder)
-    write_tokenizer(tokenizer, directory / tokenizer_of(name), limit=limit, texts=prompts)
-
-
-def _write_decoder(directory: Path, autoencoder: Any, sample: Tensor) -> None:
-    latents = torch.zeros(1, autoencoder.config.latent_channels, *sample.shape[2:])
-    _write_model(directory, network_model(Decoder(autoencoder), latents), autoencoder)
+    return TextEncoder(encoder, tokens, hidden_states=every_layer), tokens
 
 
 def _write_model(directory: Path, model: ov.Model, component: Any) -> None:

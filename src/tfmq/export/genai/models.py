@@ -33,9 +33,11 @@ def denoiser_model(graph: KeyedGraph, call: Call, outputs: tuple[str, ...], *, t
     return model
 
 
-def network_model(network: Network, example: Tensor) -> ov.Model:
-    """Return the model of a text encoder or a decoder for any batch; other sizes are the example's."""
-    with torch.no_grad(), graph_kernels(network):
+def network_model(network: Network, example: Tensor, *, halved: bool) -> ov.Model:
+    """Return the model of a text encoder or a decoder for any batch, its weights of eight bits `halved` or
+    whole; other sizes are the example's.
+    """
+    with torch.no_grad(), graph_kernels(network, halved=halved):
         graph, call = NetworkGraph.of(network, example)
         return _named(convert(graph, call), network.outputs)
 
