@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.backends.backend import BACKENDS, Options, release
+from tfmq.backends.caching import model_key
 from tfmq.backends.choices import Choice, Stored, machine, versions
 from tfmq.backends.fallback import beside_adapters, complain, first_that_runs, in_a_line
 from tfmq.backends.measuring import Race, race, ranked, timed
@@ -22,7 +23,6 @@ from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import adapted, entered_steps, plain_forward, steps_of, timestep_of
 from tfmq.numerics.trees import tensors_in
 from tfmq.reconstruction.resources import free_bytes
-from tfmq.storage.digest import tensor_digest
 
 # Backends that are measured, by kind of device, the quickest to prepare first. The first one, torch's own
 # floating point, is the baseline.
@@ -105,7 +105,7 @@ class AutoExecutor:
         self.options = options
         self.judged = judged
         self.prepared = Prepared()
-        self.digest: str | None = None
+        self.key: str | None = None
         self.ways: dict[Kind, tuple[Way, ...]] = {}
         # By device: what computes beside adapters, which is not measured.
         self.beside: dict[torch.device, tuple[Way, ...]] = {}
@@ -177,13 +177,13 @@ class AutoExecutor:
         offloaded.
         """
         try:
-            self.digest = self.digest or tensor_digest(module.state_dict())
+            self.key = self.key or model_key(module)
         except (ValueError, NotImplementedError):
             return None
         setting = {"threads": torch.get_num_threads(), "options": self.options, "candidates": list(ways)}
         return Stored(
             {
-                "model": self.digest,
+                "model": self.key,
                 "kind": kind,
                 "machine": machine(device),
                 **setting,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tfmq.allocator import give_back, page_out
 from tfmq.backends.backend import Coverage, EngineError, Options, by_input, register
-from tfmq.backends.caching import cache_directory
+from tfmq.backends.caching import cache_directory, model_key
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.openvino_blame import blamed
 from tfmq.backends.openvino_device import CPU, check_device, on_cpu, settings_for
@@ -24,10 +24,9 @@ from tfmq.export.fake_quantize import graph_kernels
 from tfmq.kernels.halves import saturates
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
-from tfmq.storage.digest import module_digest
 
 # Part of the cache key. Raise it when converted models change, so that no older one is read.
-CONVERSION = "6"
+CONVERSION = "7"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
 GROUPED = "it is a grouped transposed convolution, whose weight has no axis for its scales"
@@ -102,7 +101,7 @@ class _Builder:
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.options = options
-        self.digest = module_digest(module)
+        self.key = model_key(module)
         # Other devices than the CPU have integer units of their own.
         self.halved = on_cpu(options.device) and saturates()
         # Kinds of graphs and calls of which one batch has shown that the model's code fixes it.
@@ -209,7 +208,7 @@ class _Builder:
             [
                 f"{CONVERSION} in halves" if self.halved else CONVERSION,
                 graph.kind,
-                self.digest,
+                self.key,
                 call.signature.key,
                 batch,
                 ov.__version__,

@@ -25,6 +25,7 @@ from tfmq.integrations.config import (
     register_method,
 )
 from tfmq.integrations.diffusers.adapters import admit_adapters
+from tfmq.integrations.diffusers.at_load import AtLoad, bits_of
 from tfmq.integrations.loaded import loaded
 from tfmq.nn.structure import assemble
 from tfmq.quantizers.part import Part
@@ -40,8 +41,23 @@ class TFMQConfig(ManifestConfig, QuantizationConfigMixin):
 
     Passed to `from_pretrained`, it says what the model computes with; its manifest is the stored one in any
     case. For a component `quantization_config=TFMQConfig(backend="openvino")`, for a pipeline the same in a
-    `PipelineQuantizationConfig(quant_mapping={"unet": ...})`.
+    `PipelineQuantizationConfig(quant_mapping={"unet": ...})`. With `bits` a model that is not quantized is
+    quantized while it is loaded, see `tfmq.integrations.diffusers.at_load`.
+
+    Args:
+        backend: as in `tfmq.execute`.
+        bits: "w8a8", "w4a8", "w8a32" or "w4a32", for a model that is not quantized.
+        manifest: the fields of one that is.
+
+    Raises:
+        ValueError: no such bits.
     """
+
+    def __init__(self, *, backend: str = "auto", bits: str | None = None, **manifest: Any) -> None:
+        super().__init__(backend=backend, **manifest)
+        if bits is not None:
+            bits_of(bits)
+        self.bits = bits
 
 
 class TFMQQuantizer(DiffusersQuantizer):
@@ -52,13 +68,29 @@ class TFMQQuantizer(DiffusersQuantizer):
         ValueError: the architecture is not the one that was quantized.
     """
 
-    requires_calibration = True
+    # A config without bits does; see `validate_environment`.
+    requires_calibration = False
     use_keep_in_fp32_modules = False
     # The tensors of the files, on the meta device: names, dtypes and shapes without values.
     _sealed: Mapping[str, Tensor] = {}
+    _at_load: AtLoad | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Check that there is something to quantize by.
+
+        Raises:
+            ValueError: the model is not quantized, and the config does not say in how many bits it should be.
+        """
+        if not self.pre_quantized and self.quantization_config.bits is None:
+            raise ValueError(
+                "the model is not quantized by tfmq: quantize it while it loads, TFMQConfig(bits='w8a8'), or "
+                "with calibration, tfmq quantize"
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Verify the files against the manifest before anything is built or loaded from them."""
+        if not self.pre_quantized:
+            return loaded_keys
         tensors: dict[str, Tensor] = {}
         for path in checkpoint_files:
             tensors |= read_tensors(path)[0]
@@ -69,15 +101,24 @@ class TFMQQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        assemble(model, self.quantization_config.manifest["structure"])
+        if self.pre_quantized:
+            assemble(model, self.quantization_config.manifest["structure"])
+        else:
+            self._at_load = AtLoad(model, self.quantization_config.bits)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+        if self._at_load is not None:
+            self.quantization_config.manifest |= self._at_load.manifest(model)
+            self._at_load, self.pre_quantized = None, True
+            model.register_to_config(quantization_config=self.quantization_config.to_dict())
+            self._sealed = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
         check_complete(model.state_dict(), self._sealed)
         model.requires_grad_(False)
         remember_digest(model, self.quantization_config.manifest["digest"], self._sealed)
         admit_adapters()
         loaded(model, self.quantization_config.backend)
-        return model
+        quantized: nn.Module = model
+        return quantized
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -98,7 +139,9 @@ class TFMQQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Any],
         **kwargs: Any,
     ) -> bool:
-        """Whether a tensor keeps the dtype it is stored in."""
+        """Whether a tensor keeps the dtype it is stored in, or becomes codes."""
+        if self._at_load is not None:
+            return self._at_load.takes(param_name)
         owner, _, name = param_name.rpartition(".")
         module = model.get_submodule(owner)
         return isinstance(module, Part) and module.keeps(name)
@@ -113,7 +156,10 @@ class TFMQQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put a stored tensor into its buffer, uncast."""
+        """Put a stored tensor into its buffer, uncast, or the codes of a weight into a layer."""
+        if self._at_load is not None:
+            self._at_load.put(model, param_name, param_value, device=target_device)
+            return
         owner, _, name = param_name.rpartition(".")
         module = model.get_submodule(owner)
         assert isinstance(module, Part)

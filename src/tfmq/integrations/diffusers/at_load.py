@@ -1,0 +1,132 @@
+"""Quantization while diffusers loads a model: each weight becomes nearest codes as it is read, and nothing is
+calibrated.
+
+    UNet2DConditionModel.from_pretrained(FOLDER, quantization_config=TFMQConfig(bits="w8a8"))
+
+Without calibration there are no ranges of activations and no temporal tables. Linear layers find the grid of
+each token at run time; convolutions, which have no such grid, compute with quantized weights in floating
+point. `tfmq quantize` gives better images and faster convolutions, and takes a job instead of seconds.
+"""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
+from tfmq.nn.operation import operation_of
+from tfmq.nn.structure import describe
+from tfmq.nn.swap import attach_steps, replace_module
+from tfmq.numerics.grids import IntegerFormat
+from tfmq.numerics.operations import Linear
+from tfmq.quantizers.dynamic import DynamicQuantizer
+from tfmq.quantizers.steps import StepContext
+from tfmq.quantizers.weight import fit_grid
+from tfmq.storage.checkpoint import seal
+from tfmq.version import __version__
+
+
+class Bits(NamedTuple):
+    """Bits of weights and of the inputs of linear layers, None for full precision."""
+
+    weights: int
+    activations: int | None
+
+
+BITS: Mapping[str, Bits] = {
+    "w8a8": Bits(8, 8),
+    "w4a8": Bits(4, 8),
+    "w8a32": Bits(8, None),
+    "w4a32": Bits(4, None),
+}
+# The first and the last layer keep eight bits, as in every preset.
+ENDS = 8
+# Channels of a group of 4-bit weights. Their ranges are not searched for, which would take minutes where
+# loading takes seconds; small groups make up for it.
+GROUP = 32
+
+
+def bits_of(name: str) -> Bits:
+    """Return the bits that a name asks for.
+
+    Raises:
+        ValueError: there are none of that name.
+    """
+    if name not in BITS:
+        raise ValueError(f"bits={name!r} is not one of {', '.join(BITS)}")
+    return BITS[name]
+
+
+class AtLoad:
+    """Quantizes the layers of one model while it is loaded.
+
+    Args:
+        model: stock, on the meta device.
+        bits: one of `BITS`.
+
+    Raises:
+        ValueError: no such bits, or the model has no layer that can be quantized.
+    """
+
+    def __init__(self, model: nn.Module, bits: str) -> None:
+        self.asked, self.bits = bits, bits_of(bits)
+        names = [name for name, module in model.named_modules() if operation_of(module) is not None]
+        if not names:
+            raise ValueError(f"a {type(model).__name__} has no layer that tfmq quantizes; load it as it is")
+        ends = {names[0], names[-1]}
+        self.weights = {name: ENDS if name in ends else self.bits.weights for name in names}
+
+    def takes(self, parameter: str) -> bool:
+        """Whether a parameter is a weight that becomes codes."""
+        layer, _, kind = parameter.rpartition(".")
+        return kind == "weight" and layer in self.weights
+
+    @torch.no_grad()
+    def put(self, model: nn.Module, parameter: str, weight: Tensor, *, device: Any) -> None:
+        """Put a layer with the codes of `weight`, which a file has as `parameter`, in the place of the stock
+        one.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
+        name = parameter.rpartition(".")[0]
+        stock: Any = model.get_submodule(name)
+        operation = operation_of(stock)
+        assert operation is not None
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{parameter} holds NaN or infinity; the file is damaged")
+        bias: Tensor | None = stock.bias
+        if bias is not None and bias.is_meta:
+            bias = torch.zeros(bias.shape, dtype=weight.dtype, device=device)
+        layer = self._layer(name, SimpleNamespace(weight=weight.to(device), bias=bias), operation)
+        replace_module(model, name, layer)
+
+    def _layer(self, name: str, source: Any, operation: Any) -> PackedLayer:
+        bits, rows = self.weights[name], operation.rows(source.weight)
+        fmt = IntegerFormat(bits, symmetric=bits == ENDS)
+        grid = fit_grid(rows, fmt, group=GROUP if bits < ENDS else 0, method="min_max")
+        # A convolution sums over places, which have no grid in common.
+        dynamic = self.bits.activations is not None and isinstance(operation, Linear)
+        quantizer = DynamicQuantizer(IntegerFormat(self.bits.activations or ENDS, symmetric=True))
+        return pack(CalibratedLayer(source, operation, grid, quantizer if dynamic else None))
+
+    def manifest(self, model: Any) -> dict[str, Any]:
+        """Make every call set the one step there is, and return the sealed manifest of the loaded model."""
+        # diffusers imports this module while it imports its models.
+        from tfmq.integrations.diffusers.architecture import configuration
+
+        # No part depends on the timestep.
+        attach_steps(model, StepContext(torch.zeros(1)), timestep=None)
+        fields: dict[str, Any] = {
+            "quant_method": "tfmq",
+            "structure": describe(model),
+            "provenance": {
+                "at_load": {"bits": self.asked},
+                "tfmq": __version__,
+                "torch": torch.__version__,
+            },
+            "architecture": configuration(model),
+        }
+        return seal(model.state_dict(), fields, table=False)
