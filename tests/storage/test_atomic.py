@@ -3,6 +3,7 @@ import os
 import stat
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tfmq.storage import (
     MissingFileError,
     StorageFullError,
     TruncatedFileError,
+    atomic,
     atomic_write,
     read_json,
     read_tensors,
@@ -61,6 +63,27 @@ def test_file_and_then_directory_are_synced(old: Path, monkeypatch: pytest.Monke
     with atomic_write(old) as temporary:
         temporary.write_bytes(b"new")
     assert synced == [(False, b"old"), (True, b"new")]
+
+
+def test_on_windows_no_directory_is_opened(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the system, whose `os.open` refuses directories as that one does."""
+
+    class Windows:
+        name = "nt"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        @staticmethod
+        def open(path: Path, flags: int, mode: int = 0o777) -> int:
+            if Path(path).is_dir():
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return os.open(path, flags, mode)
+
+    monkeypatch.setattr(atomic, "os", Windows())
+    with atomic_write(old) as temporary:
+        temporary.write_bytes(b"new")
+    assert old.read_bytes() == b"new" and names(old.parent) == ["file"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, PermissionError])

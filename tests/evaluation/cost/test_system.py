@@ -1,6 +1,10 @@
 """What the operating system says."""
 
+import ctypes
+import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +37,24 @@ def test_without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.foreign_seconds() == 0
     assert system.peak_bytes() > 1_000_000 and system.resident_bytes() > 1_000_000
     assert system.describe_machine(3)["threads"] == 3
+
+
+def test_memory_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its function, which gets the structure that the system documents."""
+
+    def answer(process: ctypes.c_void_p, where: Any, size: int) -> int:
+        counters = where._obj
+        assert size == counters.cb == ctypes.sizeof(counters) == 8 + 8 * ctypes.sizeof(ctypes.c_size_t)
+        counters.PeakWorkingSetSize, counters.WorkingSetSize = 300, 200
+        return 1
+
+    kernel = SimpleNamespace(kernel32=SimpleNamespace(K32GetProcessMemoryInfo=answer))
+    monkeypatch.setattr(ctypes, "windll", kernel, raising=False)
+    monkeypatch.setattr(system, "os", SimpleNamespace(name="nt", cpu_count=lambda: 4))
+    monkeypatch.setattr(system, "STATUS", system.Path("/nowhere"))
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert system.peak_bytes() == 300 and system.resident_bytes() == 200
+    assert system.processors() == (0, 1, 2, 3) and system.memory_bytes() is None
 
 
 def test_a_machine_in_words_names_what_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:

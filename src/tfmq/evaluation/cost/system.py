@@ -2,6 +2,7 @@
 Complete on Linux alone.
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -32,8 +33,35 @@ def _status(field: str) -> int | None:
     return next((int(words[1]) * 1024 for words in lines if words[:1] == [f"{field}:"]), None)
 
 
+class _Counters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of Windows."""
+
+    _fields_ = (
+        ("cb", ctypes.c_uint32),
+        ("PageFaultCount", ctypes.c_uint32),
+        *(
+            (name, ctypes.c_size_t)
+            for name in (
+                *("PeakWorkingSetSize", "WorkingSetSize", "QuotaPeakPagedPoolUsage", "QuotaPagedPoolUsage"),
+                *("QuotaPeakNonPagedPoolUsage", "QuotaNonPagedPoolUsage", "PagefileUsage"),
+                "PeakPagefileUsage",
+            )
+        ),
+    )
+
+
+def _windows_counters() -> Any:
+    """Return the memory that Windows says this process has held and holds; zeros where it does not."""
+    counters, process = _Counters(), ctypes.c_void_p(-1)
+    counters.cb = ctypes.sizeof(counters)
+    ctypes.windll.kernel32.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)  # type: ignore[attr-defined]
+    return counters
+
+
 def resident_bytes() -> int:
     """Return the memory that this process holds now; where only the peak is known, that."""
+    if os.name == "nt":
+        return _windows_counters().WorkingSetSize
     return _status("VmRSS") or peak_bytes()
 
 
@@ -45,6 +73,8 @@ def peak_bytes() -> int:
     known = _status("VmHWM")
     if known is not None:
         return known
+    if os.name == "nt":
+        return _windows_counters().PeakWorkingSetSize
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
