@@ -17,6 +17,7 @@ import tfmq
 from tfmq.backends.backend import Coverage, Options
 from tfmq.backends.execution import computed_alone, execute
 from tfmq.backends.openvino import shared_core
+from tfmq.kernels.halves import saturates
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -207,14 +208,22 @@ def test_openvino_executes_every_convolution_in_integers(converted_cached: Conve
 
 
 def shifted(file: Path) -> int:
-    """Return how many operations of a model have a term subtracted from what they put out."""
-    model = shared_core().read_model(file)
-    products = [node for node in model.get_ops() if node.get_type_name() in ("Convolution", "MatMul")]
-    return sum(
-        target.get_node().get_type_name() == "Subtract"
-        for node in products
-        for target in node.output(0).get_target_inputs()
-    )
+    """Return how many operations of a model have a term subtracted from what they put out, or from what two
+    put out that are halves of one.
+    """
+    model, kinds = shared_core().read_model(file), ("Convolution", "MatMul")
+
+    def readers(node: Any) -> list[Any]:
+        return [target.get_node() for target in node.output(0).get_target_inputs()]
+
+    def sums(node: Any) -> bool:
+        sources = [value.get_node().get_type_name() for value in node.input_values()]
+        return node.get_type_name() == "Add" and all(kind in kinds for kind in sources)
+
+    products = [node for node in model.get_ops() if node.get_type_name() in kinds]
+    behind = {reader for node in products for reader in readers(node)}
+    behind |= {reader for node in behind if sums(node) for reader in readers(node)}
+    return sum(node.get_type_name() == "Subtract" for node in behind)
 
 
 def test_a_shared_zero_point_leaves_a_rescale_behind_each_operation(
@@ -244,6 +253,7 @@ def test_every_backend_computes_the_same_with_shared_zero_points(
             assert sqnr_db(expected, through) > (35 if name.startswith("simulated") else 40), name
 
 
+@pytest.mark.skipif(saturates(), reason="without VNNI products of activations stay in floating point")
 def test_attention_products_are_integer_products_where_zero_points_are_shared(
     converted_fast: Converted,
 ) -> None:

@@ -262,6 +262,7 @@ def test_a_component_that_cannot_be_quantized_is_named_and_left(
 
     sampler = opened(family("sd1").stock)
     given = latents(sampler)
+    weights = {name: tensor.clone() for name, tensor in sampler.pipeline.vae.state_dict().items()}
     with torch.no_grad():
         exact = sampler.pipeline.vae.decode(given).sample
     monkeypatch.setattr(networks, "layer_errors", unusual)
@@ -269,8 +270,10 @@ def test_a_component_that_cannot_be_quantized_is_named_and_left(
     section = done.report["components"]["vae"]
     assert section["networks"]["vae.decoder"] == {"left": "nobody has seen such a decoder"}
     assert "bytes" not in section and not networks_of(done.model.vae)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in done.model.vae.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(done.model.vae.decode(given).sample, exact)
+        # The kernels of some processors round otherwise for weights that can have no gradient.
+        assert sqnr_db(exact, done.model.vae.decode(given).sample) > 100
     assert is_quantized(done.model.unet)
 
 

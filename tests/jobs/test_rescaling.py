@@ -90,9 +90,10 @@ def test_every_backend_rescales(
         found = denoiser(inputs)
     finally:
         execute(denoiser.module, "simulated")
-    # `float` does not round inputs, which the wild factors make coarse. Without the factors there would be no
-    # likeness.
-    assert sqnr_db(expected, found) > (5 if backend == "float" else 30)
+    # `float` does not round inputs, which the wild factors make coarse. Where an engine takes the neighbour
+    # of one code of the timestep's features, 20 dB are left; without the factors there would be no likeness.
+    least = {"float": 5, "openvino": 15}
+    assert sqnr_db(expected, found) > least.get(backend, 30)
 
 
 @torch.no_grad()

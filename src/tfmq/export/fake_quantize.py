@@ -83,7 +83,7 @@ class FakeQuantizeKernel:
         self.weight = replace(weight, values=weight.values.new_empty(0))
         # Keep the layout of the module, which engines know. Where it has no axis for the scales they are
         # multiplied into the weight: a plug-in that moves them errs.
-        self.axis = weight.operation.stored_axis
+        operation, self.axis = weight.operation, weight.operation.stored_axis
         self.parts = [
             (self._stored(values, scale, halved), scale.float().contiguous())
             for values, scale in weight.parts()
@@ -93,6 +93,10 @@ class FakeQuantizeKernel:
         self.centres = [
             int(values.median()) if middle is None else middle * bool(values.any()) for values in columns
         ]
+        axes = len(operation.window(weight.values.shape[2:]).size)
+        if wanted(halved) and middle is None and axes == 3 and operation.groups > 1:
+            # OpenVINO (2026.4.1) adds up signed codes wrongly there, see docs/upstream.md.
+            self.centres = [0] * len(columns)
         self.shifts = [
             bool((values != centre).any()) for values, centre in zip(columns, self.centres, strict=True)
         ]

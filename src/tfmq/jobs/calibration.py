@@ -38,6 +38,9 @@ def record_batch(
         store.append(inputs)
         advance()
 
+    # A worker comes here without the stages before. For a weight that could have a gradient torch may take
+    # another kernel, which rounds otherwise.
+    job.denoiser.module.requires_grad_(False).eval()
     with recorded_calls(job.denoiser, sink), recorded_networks(job.networks, store):
         job.sampler.run(indices, steps=job.recipe.calibration.steps, seed=job.seed_of("calibration"))
 
