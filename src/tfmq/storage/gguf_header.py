@@ -125,10 +125,10 @@ class _Cursor:
             self.skip(count * struct.calcsize("<" + SCALARS[inner]))
             return kind, None
         # Whatever the count, each item steps over bytes of the header.
-        items = (self._item(inner) for _ in range(count))
-        if count > LONGEST_LIST:
-            return kind, _exhausted(items)
-        return kind, tuple(items)
+        first: list[Any] = []
+        for _ in range(count):
+            first = [*first, self._item(inner)][: LONGEST_LIST + 1]
+        return kind, tuple(first) if len(first) <= LONGEST_LIST else None
 
     def _item(self, kind: int) -> Any:
         if kind == TEXT:
@@ -136,11 +136,6 @@ class _Cursor:
         if kind not in SCALARS:
             raise self.foreign(f"has a value of type {kind} in its metadata, which is not read")
         return self.number(SCALARS[kind])
-
-
-def _exhausted(items: Iterator[Any]) -> None:
-    for _ in items:
-        pass
 
 
 def read_header(path: Path) -> Header:
