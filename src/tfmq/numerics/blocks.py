@@ -128,10 +128,19 @@ def _zeros(values: Tensor, fmt: BlockFormat) -> Tensor:
     return torch.where((low == 0) & (high == 0), 0, found) if fmt.shifted else found
 
 
+def _turned(values: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Return blocks `[R, n, 32]` and the sign of their scales: the middle of unshifted codes has one number
+    more below it than above, so that a block that reaches it above is stored negative.
+    """
+    sign = torch.where((values.amax(dim=-1) == fmt.middle) & (not fmt.shifted), -1, 1).to(values.dtype)
+    return values * sign[..., None], sign
+
+
 def format_of(values: Tensor) -> BlockFormat:
     """Return the smallest format that has all of `values`, int8 `[R, C]` with `C` a multiple of 32."""
     blocks = values.reshape(len(values), -1, BLOCK).to(torch.int16)
-    return next((fmt for fmt in (Q4_0, Q4_1) if int(_zeros(blocks, fmt).min()) >= 0), Q8_0)
+    found = (fmt for fmt in (Q4_0, Q4_1) if int(_zeros(_turned(blocks, fmt)[0], fmt).min()) >= 0)
+    return next(found, Q8_0)
 
 
 def to_blocks(values: Tensor, step: Tensor, fmt: BlockFormat) -> tuple[Tensor, float]:
@@ -151,7 +160,7 @@ def to_blocks(values: Tensor, step: Tensor, fmt: BlockFormat) -> tuple[Tensor, f
         UnheldError: half precision has no scale that is near enough: the rounding would move a weight by more
             than half a step.
     """
-    blocks = values.reshape(len(values), -1, BLOCK).to(torch.int16)
+    blocks, sign = _turned(values.reshape(len(values), -1, BLOCK).to(torch.int16), fmt)
     zero = _zeros(blocks, fmt)
     scale = _rounded(step.float(), _odd(zero) if fmt.shifted else torch.ones_like(zero))
     most = blocks.abs().amax(dim=-1)
@@ -160,6 +169,6 @@ def to_blocks(values: Tensor, step: Tensor, fmt: BlockFormat) -> tuple[Tensor, f
         raise UnheldError("its scales are beyond half precision")
     codes = (blocks + zero[..., None]).to(torch.uint8)
     packed = codes ^ 128 if fmt.bits == 8 else codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    numbers = (scale, scale * -zero) if fmt.shifted else (scale,)
+    numbers = (scale, scale * -zero) if fmt.shifted else (scale * sign,)
     halves = [number.half().contiguous()[..., None].view(torch.uint8) for number in numbers]
     return torch.cat([*halves, packed], dim=-1).flatten(1), float(off.max())

@@ -100,12 +100,14 @@ def _blocks(
 
 
 def _plain(name: str, tensor: Tensor) -> Stored:
-    """Return a tensor of floating point: matrices and convolutions in half precision where it has their
-    values, all else in float32, as other writers do.
+    """Return a tensor of floating point: matrices and convolutions in half precision where that has their
+    values with its full digits, all else in float32, as other writers do.
     """
     half = tensor.half()
-    fits = tensor.ndim > 1 and name.endswith(".weight") and bool(torch.isfinite(half).all())
-    return Stored("F16", half) if fits else Stored("F32", tensor.float())
+    near = (half.float() - tensor).abs().max() <= tensor.abs().max() * 2**-11
+    if tensor.ndim > 1 and name.endswith(".weight") and bool(near):
+        return Stored("F16", half)
+    return Stored("F32", tensor)
 
 
 def gguf_tensors(model: ModelMixin) -> Written:

@@ -28,29 +28,29 @@ class Lost:
     """What the format cannot hold.
 
     Attributes:
-        half: layers whose integers are written dequantized, in half precision, by reason.
+        dequantized: layers whose integers are written dequantized, in floating point, by reason.
         inputs: layers whose inputs are computed with otherwise.
         tables: layers whose table of temporal features is left out; they compute.
         products: owners of attention products that stay in floating point.
         corrections: how many corrections of the prediction are left out.
     """
 
-    half: dict[str, list[str]] = field(default_factory=dict)
+    dequantized: dict[str, list[str]] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     products: list[str] = field(default_factory=list)
     corrections: int = 0
 
     def joined(self, original: str, reasons: Mapping[str, str | None]) -> None:
-        """Note the layers of a matrix that is written in half precision, and why they are no integers."""
+        """Note the layers of a matrix that is written dequantized, and why they are no integers."""
         for name, reason in reasons.items():
             why = reason or f"joined with others in {original}, which differ"
-            self.half.setdefault(why, []).append(name)
+            self.dequantized.setdefault(why, []).append(name)
 
     def lines(self, inputs: str) -> Iterator[str]:
         """Yield what is left out, a line for each kind; `inputs` says what layers have for their grids."""
-        for reason, names in self.half.items():
-            yield f"{len(names)} layers in half precision ({reason}): {', '.join(names)}"
+        for reason, names in self.dequantized.items():
+            yield f"{len(names)} layers are dequantized ({reason}): {', '.join(names)}"
         kinds = {
             f"layers have {inputs} in the place of their own": self.inputs,
             "tables of temporal features are left out": self.tables,
