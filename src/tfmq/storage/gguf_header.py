@@ -2,8 +2,8 @@
 
 A file is the magic number, a version, two counts, the metadata (key, type, value), the tensors (name, sizes
 from the innermost on, type, offset), and the data, each tensor at a multiple of the alignment. The reader of
-the `gguf` package takes every count at its word, so that headers are read here, within limits; it is what
-tests compare with.
+the package `gguf` takes every count at its word, so that headers are read here, within limits. Tests compare
+with it.
 """
 
 import mmap
