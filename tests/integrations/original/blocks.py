@@ -22,7 +22,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "sdxl": published.sdxl,
     "sd1": published.stable_diffusion,
 }
-LINEAR = ("attn", "mlp", "ff.net", "linear1", "linear2", "adaLN")
+LINEAR = ("attn", "mlp", "ff.net", "linear1", "linear2", "adaLN", "proj_in")
 
 
 def originals(folder: Path, maker: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -63,6 +63,10 @@ def dequantized(path: Path) -> dict[str, Tensor]:
 
 def kinds(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+def architecture(path: Path) -> str:
+    return bytes(gguf.GGUFReader(path).fields["general.architecture"].parts[-1]).decode()
 
 
 def opened(path: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import published
 import pytest
 import torch
-from blocks import PREFIX, dequantized, floating, is_linear, kinds, opened, originals, write
+from blocks import PREFIX, architecture, dequantized, floating, is_linear, kinds, opened, originals, write
 from torch import Tensor
 
 import tfmq
@@ -106,6 +106,7 @@ def test_diffusers_loads_the_same_weights(maker: str, kind: str, tmp_path: Path)
     name = "unet" if "unet" in parts else "transformer"
     parts[name].save_config(str(tmp_path / "config"))
     export_gguf(ours, tmp_path)
+    assert architecture(tmp_path / FILE) == maker
     for path in (tmp_path / "f.gguf", tmp_path / FILE):
         theirs = type(parts[name]).from_single_file(
             prefixed(path) if name == "unet" else str(path),
@@ -223,12 +224,14 @@ def test_every_grid_goes_out_and_comes_back(tmp_path: Path) -> None:
     assert {kind for name, kind in stored.items() if name.endswith("bias")} == {"F32"}
 
 
-def test_what_is_no_weight_of_a_linear_layer_is_refused(tmp_path: Path) -> None:
+def test_blocks_of_a_convolution_are_refused_by_name(tmp_path: Path) -> None:
     _, tensors = originals(tmp_path, "sd1")
-    tensors["time_embed.0.weight"] = torch.zeros(128, 32)
-    changed = {name.replace("time_embed.0", "attn"): tensor for name, tensor in tensors.items()}
-    write(tmp_path / "f.gguf", changed, "Q8_0")
-    with pytest.raises(ValueError, match=r"f\.gguf: .*attn"):
+    name = "input_blocks.1.1.proj_in.weight"
+    assert tensors[name].ndim == 4
+    write(tmp_path / "f.gguf", {**tensors, name: tensors[name].flatten(1)}, "Q8_0")
+    with pytest.raises(
+        ValueError, match=r"f\.gguf: .*proj_in is quantized and a Conv2d; linear layers alone"
+    ):
         open_single_file(tmp_path / "f.gguf")
 
 

@@ -31,7 +31,6 @@ from tfmq.storage.comfy import Int8Layer, encoded
 
 FILE = "denoiser.safetensors"
 PREFIX = "model.diffusion_model."
-GRIDS = "grids of each token"
 
 
 def _held(layer: PackedLayer) -> Int8Layer:
@@ -128,4 +127,9 @@ def export_comfy(model: ModelMixin, directory: Path) -> dict[str, Any]:
         if t.dtype in (torch.float16, torch.bfloat16)
     }
     count = sum(tensor.dtype == torch.int8 for tensor in tensors.values())
-    return {"files": [FILE], "int8": count, "dtype": "".join(halves), "left_out": list(lost.lines(GRIDS))}
+    return {
+        "files": [FILE],
+        "int8": count,
+        "dtype": "".join(halves),
+        "left_out": list(lost.lines(floats="half precision", inputs="grids of each token")),
+    }

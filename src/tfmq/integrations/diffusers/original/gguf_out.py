@@ -34,7 +34,6 @@ from tfmq.storage.gguf_writer import Stored, write_gguf
 FILE = "denoiser.gguf"
 # What loaders call the layouts; of UNets, SDXL has embeddings of its own.
 ARCHITECTURES = {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3"}
-FULL = "inputs in full precision"
 
 
 @dataclass(frozen=True)
@@ -156,5 +155,5 @@ def export_gguf(model: ModelMixin, directory: Path) -> dict[str, Any]:
         "files": [FILE],
         "types": dict(types.most_common()),
         "rounding": written.rounding,
-        "left_out": list(written.lost.lines(FULL)),
+        "left_out": list(written.lost.lines(floats="floating point", inputs="inputs in full precision")),
     }

@@ -47,10 +47,15 @@ class Lost:
             why = reason or f"joined with others in {original}, which differ"
             self.dequantized.setdefault(why, []).append(name)
 
-    def lines(self, inputs: str) -> Iterator[str]:
-        """Yield what is left out, a line for each kind; `inputs` says what layers have for their grids."""
+    def lines(self, *, floats: str, inputs: str) -> Iterator[str]:
+        """Yield what is left out, a line for each kind.
+
+        Args:
+            floats: what dequantized layers are written in.
+            inputs: what layers have for grids of their own.
+        """
         for reason, names in self.dequantized.items():
-            yield f"{len(names)} layers are dequantized ({reason}): {', '.join(names)}"
+            yield f"{len(names)} layers in {floats} ({reason}): {', '.join(names)}"
         kinds = {
             f"layers have {inputs} in the place of their own": self.inputs,
             "tables of temporal features are left out": self.tables,
