@@ -83,6 +83,8 @@ OPTIONAL = {
     # Measured tiles are kept for one version of triton.
     "triton": ("kernels/gpu/*", "backends/tuned.py"),
     "peft": ("integrations/diffusers/lora.py",),
+    # Headers are read without it.
+    "gguf": ("storage/gguf_writer.py",),
     "onnx": ("export/*",),
     "onnxscript": ("export/*",),
     "onnxruntime": ("export/*", "evaluation/cost/variants/onnxruntime.py"),

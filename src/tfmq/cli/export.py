@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 # Seconds that converting one quantized layer to OpenVINO takes on one core of a server: the 79 of the
 # embedded model took 5.3.
 SECONDS_A_LAYER = 0.07
-COMFY = "comfy"
+COMFY, GGUF = "comfy", "gguf"
 
 
 def export(
     directory: Directory,
     output_dir: OutputDir,
     to: Annotated[
-        str, typer.Option("--to", metavar="TARGET", help="openvino, onnx, openvino-genai or comfy.")
+        str, typer.Option("--to", metavar="TARGET", help="openvino, onnx, openvino-genai, comfy or gguf.")
     ],
     halved: Annotated[
         bool | None,
@@ -36,8 +36,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write the denoiser of DIR as a model of another engine, which runs without tfmq, the temporal table
-    inside. `openvino-genai` takes the whole pipeline; `comfy` is the int8 file that ComfyUI opens, and lists
-    what that has no place for.
+    inside. `openvino-genai` takes the whole pipeline; `comfy` is the int8 file that ComfyUI opens, `gguf` one
+    of blocks of 8 or 4 bits; both list what that has no place for.
     """
     with verb():
         from tfmq.cli.models import open_model, quantized_directory
@@ -46,7 +46,7 @@ def export(
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
 
-        known = (*targets(), COMFY)
+        known = (*targets(), COMFY, GGUF)
         if to not in known:
             raise typer.BadParameter(
                 f"{to!r} is no target; choose one of {', '.join(known)}", param_hint="--to"
@@ -55,7 +55,7 @@ def export(
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=owned_files(output_dir, to)) as folder:
             sampler = open_model(str(source), module=own)
-            if to != COMFY:
+            if to not in (COMFY, GGUF):
                 foretell(SECONDS_A_LAYER * _layers(sampler, to), "the conversion")
             result = {"output_dir": str(output_dir), "to": to} | _write(sampler, folder, to, halved)
     if json:
@@ -81,11 +81,15 @@ def _write(sampler: "Sampler", folder: Path, to: str, halved: bool | None) -> di
 
     if to == PIPELINE:
         return _pipeline(sampler, folder, halved)
-    if to != COMFY:
-        return export(sampler.denoiser, sampler.example(), folder, to=to, halved=halved)
-    from tfmq.integrations.diffusers.original.comfy_out import export_comfy
+    if to == COMFY:
+        from tfmq.integrations.diffusers.original.comfy_out import export_comfy
 
-    return export_comfy(sampler.denoiser.module, folder)
+        return export_comfy(sampler.denoiser.module, folder)
+    if to == GGUF:
+        from tfmq.integrations.diffusers.original.gguf_out import export_gguf
+
+        return export_gguf(sampler.denoiser.module, folder)
+    return export(sampler.denoiser, sampler.example(), folder, to=to, halved=halved)
 
 
 def _pipeline(sampler: "Sampler", folder: Path, halved: bool | None) -> dict[str, Any]:
@@ -109,6 +113,10 @@ def _lines(result: dict[str, Any]) -> list[str]:
     if result["to"] == COMFY:
         written = f"{files}: {result['int8']} matrices of int8, the rest in {result['dtype']}"
         return [written, *(f"left out: {line}" for line in result["left_out"])]
+    if result["to"] == GGUF:
+        types = ", ".join(f"{count} of {kind}" for kind, count in result["types"].items())
+        rounding = f"scales are rounded by {result['rounding']:.2%} at most"
+        return [f"{files}: {types}; {rounding}", *(f"left out: {line}" for line in result["left_out"])]
     shapes = "; ".join(f"{port['name']} {port['dtype']} {port['shape']}" for port in result["inputs"])
     kept = (
         "in halves: right on any processor, slower than whole on one with VNNI"

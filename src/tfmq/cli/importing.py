@@ -14,8 +14,8 @@ def import_checkpoint(
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A whole model in one .safetensors file (SD 1.x, 2.x, SDXL, SD3, FLUX.1); with --config a "
-            ".ckpt, .pth or .safetensors of DDIM, latent diffusion or SD v1.",
+            help="A model in one .safetensors or .gguf file (SD 1.x, 2.x, SDXL, SD3, FLUX.1); with --config "
+            "a .ckpt, .pth or .safetensors of DDIM, latent diffusion or SD v1.",
         ),
     ],
     output_dir: OutputDir,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tfmq.errors import LONGEST, cut, shown
+from tfmq.numerics.packing import pack_unsigned
 from tfmq.numerics.rotation import is_group
 
 from .errors import ForeignFileError, TensorMismatchError
@@ -29,6 +30,8 @@ INT8 = "int8_tensorwise"
 FLOATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 # Bytes of a layer's description, and channels of a rotated group: far more than any file has.
 LONGEST_MARK, MOST_ROTATED, DEFAULT_GROUP = 4096, 2**16, 256
+# Each token has the grid of its own largest value.
+INPUT: Mapping[str, Any] = {"bits": 8, "symmetric": True, "dynamic": "token", "segments": []}
 Tensors = Mapping[str, Tensor]
 
 
@@ -47,6 +50,17 @@ class Int8Layer:
     scale: Tensor
     rotated: int = 0
     full_input: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """Return the entry of the layer in a structure (docs/format.md)."""
+        rotated = {"rotated": self.rotated} if self.rotated else {}
+        given = None if self.full_input else dict(INPUT)
+        return {"bits": 8, "symmetric": True, "segments": [], "input": given, **rotated}
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return its tensors in that format, by name; each has a row for each of the weight's."""
+        codes = (self.codes.to(torch.int16) + 128).to(torch.uint8)
+        return {"packed": pack_unsigned(codes, bits=8), "scale": self.scale}
 
 
 def encoded(layer: Int8Layer) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def test_learned_codes_are_opened_by_comfy_kitchen(learned: Path, tmp_path: Path
     tensors, _ = read_tensors(tmp_path / result["files"][0])
     layers = weights_of(tensors)
     packed = packed_layers(model)
-    halves = {name for names in comfy_tensors(model)[1].half.values() for name in names}
+    halves = {name for names in comfy_tensors(model)[1].dequantized.values() for name in names}
     assert {"pos_embed.proj"} <= halves and len(halves) < len(packed) / 2
     assert result["int8"] == len(layers) > 10 and any(layer.rotated for layer in packed.values())
     assert any("grids of each token" in line for line in result["left_out"])
@@ -163,7 +163,7 @@ def test_what_the_format_cannot_hold_is_listed(tmp_path: Path) -> None:
     for name, layer in packed.items():
         replace_module(net, name, layer)
     tensors, lost = comfy_tensors(net)
-    reasons = {reason: set(names) for reason, names in lost.half.items()}
+    reasons = {reason: set(names) for reason, names in lost.dequantized.items()}
     convolutions = {name for name in packed if "conv" in name or name.endswith(("proj_in", "proj_out"))}
     assert reasons["no linear layer"] == convolutions
     assert reasons["its input is rescaled"] == {name for name in packed if "to_q" in name}

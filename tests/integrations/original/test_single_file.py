@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
             open_single_file(write(place, changed, torch.float16), tokenizer=tokens)
     with pytest.raises(ValueError, match=r"there is no tokenizer in .*nowhere.*--tokenizer"):
         open_single_file(write(place, tensors, torch.float16), tokenizer=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"model\.ckpt is no \.safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.ckpt is no \.safetensors or \.gguf file"):
         open_single_file(place.rename(tmp_path / "model.ckpt"))
     with pytest.warns(UserWarning, match=r"1 tensors are not used, such as unheard"):
         open_single_file(

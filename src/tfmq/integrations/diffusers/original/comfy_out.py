@@ -2,25 +2,29 @@
 half precision, by the names of the published layout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from tfmq.integrations.diffusers.architecture import stock_architecture, stock_class
+from tfmq.integrations.diffusers.architecture import stock_architecture
+from tfmq.integrations.diffusers.original.lost import (
+    Lost,
+    held_layers,
+    layers_of,
+    layout_of,
+    lost_parts,
+    packed_by_name,
+    plain_layer,
+    stock_state,
+)
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
 from tfmq.integrations.diffusers.original.tables import TABLES
-from tfmq.nn.correction import Correction
 from tfmq.nn.layer import PackedLayer
-from tfmq.nn.packed import PackedWeight
-from tfmq.nn.products import ProductQuantizers
-from tfmq.nn.submodules import submodules
-from tfmq.nn.temporal import CachedFeature, stock_name
-from tfmq.numerics.operations import Linear
+from tfmq.numerics.blocks import UnheldError
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.storage.atomic import write_tensors
 from tfmq.storage.comfy import Int8Layer, encoded
@@ -29,52 +33,19 @@ FILE = "denoiser.safetensors"
 PREFIX = "model.diffusion_model."
 
 
-@dataclass
-class Lost:
-    """What the format cannot hold.
-
-    Attributes:
-        half: layers whose integers are written dequantized, in half precision, by reason.
-        inputs: layers whose grids of inputs become those of each token.
-        tables: layers whose table of temporal features is left out; they compute.
-        products: owners of attention products that stay in floating point.
-        corrections: how many corrections of the prediction are left out.
-    """
-
-    half: dict[str, list[str]] = field(default_factory=dict)
-    inputs: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
-    products: list[str] = field(default_factory=list)
-    corrections: int = 0
-
-    def joined(self, original: str, reasons: Mapping[str, str | None]) -> None:
-        """Note the layers of a matrix that is written in half precision, and why they are no integers."""
-        for name, reason in reasons.items():
-            why = reason or f"joined with others in {original}, which differ"
-            self.half.setdefault(why, []).append(name)
-
-
-def _reason(layer: PackedWeight) -> str | None:
-    """Return why a layer cannot be one of signed bytes; None where it can."""
-    if not isinstance(layer, PackedLayer) or not isinstance(layer.operation, Linear):
-        return "no linear layer"
-    if layer.factor is not None:
-        return "its input is rescaled"
-    if layer.branch is not None:
-        return "a branch is computed beside it"
-    if layer.scale.shape[1] > 1:
-        return "its rows have several scales"
-    return None if layer.integer_weight().narrow else "its integers need more than eight bits"
-
-
 def _held(layer: PackedLayer) -> Int8Layer:
-    codes = layer.integer_weight().values.to(torch.int8)
-    return Int8Layer(codes, layer.scale.float(), layer.rotated, layer.input_quantizer is None)
+    """Return a layer of signed bytes.
 
-
-def _layers(entry: Rows) -> list[str]:
-    """Return the layers whose weights are joined in a matrix of the layout."""
-    return [part.removesuffix(".weight") for part in entry.parts if part.endswith(".weight")]
+    Raises:
+        UnheldError: it cannot be one.
+    """
+    if layer.scale.shape[1] > 1:
+        raise UnheldError("its rows have several scales")
+    weight = layer.integer_weight()
+    if not weight.narrow:
+        raise UnheldError("its integers need more than eight bits")
+    full = layer.input_quantizer is None
+    return Int8Layer(weight.values.to(torch.int8), layer.scale.float(), layer.rotated, full)
 
 
 def _joined(held: Mapping[str, Int8Layer], table: Sequence[Rows]) -> dict[str, Int8Layer]:
@@ -83,7 +54,7 @@ def _joined(held: Mapping[str, Int8Layer], table: Sequence[Rows]) -> dict[str, I
     scales = to_original({f"{name}.weight": layer.scale for name, layer in held.items()}, table)
     found = {}
     for entry in table:
-        kinds = {(held[name].rotated, held[name].full_input) for name in _layers(entry) if name in held}
+        kinds = {(held[name].rotated, held[name].full_input) for name in layers_of(entry) if name in held}
         if entry.original in codes and len(kinds) == 1:
             found[entry.original] = Int8Layer(codes[entry.original], scales[entry.original], *kinds.pop())
     return found
@@ -98,16 +69,6 @@ def _as_theirs(layer: PackedLayer) -> bool:
         quantizer.format.bits,
         quantizer.format.symmetric,
     ) == (8, True)
-
-
-def _stock_state(model: nn.Module, packed: Mapping[str, PackedWeight], names: Any) -> dict[str, Tensor]:
-    """Return the tensors of the stock architecture, dequantized, in float32."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        layer, _, kind = name.rpartition(".")
-        state[f"{stock_name(model, layer)}.{kind}" if layer else name] = tensor
-    state |= {f"{name}.weight": layer.stock_weight for name, layer in packed.items()}
-    return {name: state[name].detach().float().cpu() for name in names}
 
 
 def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,52 +89,23 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
     Raises:
         ValueError: the denoiser is of no layout that has a table.
     """
-    kind = stock_class(model).__name__
-    if kind not in TABLES:
-        raise ValueError(f"{kind} has no layout that other loaders open; {', '.join(TABLES)} have")
-    table, lost = TABLES[kind](stock := stock_architecture(model)), _lost(model)
-    packed = {stock_name(model, name): layer for name, layer in submodules(model, PackedWeight).items()}
-    reasons = {name: _reason(layer) for name, layer in packed.items()}
-    held = {name: _held(packed[name]) for name, reason in reasons.items() if not reason}  # type: ignore[arg-type]
+    kind, stock = layout_of(model), stock_architecture(model)
+    table, lost, packed = TABLES[kind](stock), lost_parts(model), packed_by_name(model)
+    held, reasons = held_layers(packed, _held)
     matrices = _joined(held, table)
-    plain = to_original(_stock_state(model, packed, stock.state_dict()), table)
+    plain = to_original(stock_state(model, packed, stock.state_dict()), table)
     written: dict[str, Tensor] = {}
     for entry in table:
-        names = _layers(entry)
+        names = layers_of(entry)
         if entry.original not in matrices:
-            lost.joined(entry.original, {name: reasons[name] for name in names if name in packed})
+            lost.joined(entry.original, {name: reasons.get(name) for name in names if name in packed})
             continue
         del plain[entry.original]
         stem = PREFIX + entry.original.removesuffix(".weight")
         fields = encoded(matrices[entry.original])
         written |= {stem + suffix: tensor.cpu() for suffix, tensor in fields.items()}
-        lost.inputs += [name for name in names if not _as_theirs(packed[name])]  # type: ignore[arg-type]
+        lost.inputs += [name for name in names if not _as_theirs(plain_layer(packed[name]))]
     return written | _halved(plain), lost
-
-
-def _lost(model: nn.Module) -> Lost:
-    """Return what of the model is no layer."""
-    return Lost(
-        tables=list(submodules(model, CachedFeature)),
-        products=[name.rpartition(".")[0] for name in submodules(model, ProductQuantizers)],
-        corrections=len(submodules(model, Correction)),
-    )
-
-
-def lines(lost: Lost) -> Iterator[str]:
-    """Yield what is left out, a line for each kind."""
-    for reason, names in lost.half.items():
-        yield f"{len(names)} layers in half precision ({reason}): {', '.join(names)}"
-    kinds = {
-        "layers have grids of each token in the place of their own": lost.inputs,
-        "tables of temporal features are left out": lost.tables,
-        "modules have attention products in floating point": lost.products,
-    }
-    for kind, names in kinds.items():
-        if names:
-            yield f"{len(names)} {kind}: {', '.join(names)}"
-    if lost.corrections:
-        yield "the correction of the prediction is left out"
 
 
 def export_comfy(model: ModelMixin, directory: Path) -> dict[str, Any]:
@@ -195,4 +127,9 @@ def export_comfy(model: ModelMixin, directory: Path) -> dict[str, Any]:
         if t.dtype in (torch.float16, torch.bfloat16)
     }
     count = sum(tensor.dtype == torch.int8 for tensor in tensors.values())
-    return {"files": [FILE], "int8": count, "dtype": "".join(halves), "left_out": list(lines(lost))}
+    return {
+        "files": [FILE],
+        "int8": count,
+        "dtype": "".join(halves),
+        "left_out": list(lost.lines(floats="half precision", inputs="grids of each token")),
+    }

@@ -3,7 +3,7 @@ codes, scales and rotations.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import ModelMixin
@@ -17,17 +17,23 @@ from tfmq.integrations.diffusers.original.stock import lengths_of, placed, stock
 from tfmq.integrations.diffusers.quantizer import mark_quantized
 from tfmq.nn.structure import assemble
 from tfmq.nn.swap import STEPS
-from tfmq.numerics.packing import pack_unsigned
 from tfmq.storage.checkpoint import seal
-from tfmq.storage.comfy import Int8Layer
 from tfmq.version import __version__
 
-BITS, MIDDLE = 8, 128
-# Each token has the grid of its own largest value, as in the files.
-INPUT: Mapping[str, Any] = {"bits": BITS, "symmetric": True, "dynamic": "token", "segments": []}
+
+class IntegerLayer(Protocol):
+    """A linear layer of a foreign file that the format of tfmq has exactly."""
+
+    def described(self) -> dict[str, Any]:
+        """Return its entry in a structure, without names (docs/format.md)."""
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """Return its tensors in that format, such as `packed` and `scale`: each has a row for each of the
+        weight's, and is cut where the weight is.
+        """
 
 
-def _parts(table: list[Rows], layers: Mapping[str, Int8Layer]) -> dict[str, Int8Layer]:
+def _parts(table: list[Rows], layers: Mapping[str, IntegerLayer]) -> dict[str, IntegerLayer]:
     """Return what each layer of the diffusers model is part of."""
     return {
         part.removesuffix(".weight"): layers[name]
@@ -37,35 +43,45 @@ def _parts(table: list[Rows], layers: Mapping[str, Int8Layer]) -> dict[str, Int8
     }
 
 
-def _structure(parts: Mapping[str, Int8Layer], model: ModelMixin) -> dict[str, Any]:
+def _structure(parts: Mapping[str, IntegerLayer], model: ModelMixin) -> dict[str, Any]:
     """Return the structure of a denoiser with these layers.
 
     Raises:
         ValueError: one is no linear layer in diffusers' model.
     """
-    groups: dict[tuple[int, bool], list[str]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, layer in parts.items():
         if not isinstance(module := model.get_submodule(name), nn.Linear):
-            raise ValueError(f"{name} is int8 and a {type(module).__name__}; linear layers alone are read so")
-        groups.setdefault((layer.rotated, layer.full_input), []).append(name)
-    layers = [
-        {
-            "bits": BITS,
-            "symmetric": True,
-            "segments": [],
-            "input": None if full else dict(INPUT),
-            **({"rotated": rotated} if rotated else {}),
-            "names": names,
-        }
-        for (rotated, full), names in groups.items()
-    ]
+            kind = type(module).__name__
+            raise ValueError(f"{name} is quantized and a {kind}; linear layers alone are read so")
+        described = layer.described()
+        groups.setdefault(repr(described), {**described, "names": []})["names"].append(name)
     empty: dict[str, list[Any]] = {"products": [], "tables": [], "skipped": []}
     # No part depends on the timestep.
-    return {"steps": 1, "networks": [""], "layers": layers, **empty}
+    return {"steps": 1, "networks": [""], "layers": list(groups.values()), **empty}
+
+
+def _state(
+    layers: Mapping[str, IntegerLayer], table: list[Rows], lengths: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return the tensors of the layers by their names in diffusers' model."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, layer in layers.items():
+        for kind, tensor in layer.stored().items():
+            kinds.setdefault(kind, {})[f"{name}.weight"] = tensor
+    return {
+        f"{part.removesuffix('.weight')}.{kind}": tensor
+        for kind, tensors in kinds.items()
+        for part, tensor in from_original(tensors, table, lengths).items()
+    }
 
 
 def integer_denoiser(
-    family: Family, tensors: Mapping[str, Tensor], layers: Mapping[str, Int8Layer], *, name: str
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, IntegerLayer],
+    *,
+    source: Mapping[str, str],
 ) -> ModelMixin:
     """Return the quantized denoiser of a family, which saves with its manifest. Its other parameters are in
     float32.
@@ -74,33 +90,25 @@ def integer_denoiser(
         family: its layout.
         tensors: of the original, without their prefix; weights of `layers` are their codes.
         layers: by their original names.
-        name: of the file, for its provenance.
+        source: the format and the name of the file, for its provenance.
 
     Raises:
         ValueError: keys do not fit; lists them.
     """
     model = stock_denoiser(family, tensors)
     table, lengths = placed(family, model, tensors), lengths_of(model)
-    parts = _parts(table, layers)
-    scales = {f"{name}.weight": layer.scale for name, layer in layers.items()}
-    converted = from_original(tensors, table, lengths)
-    scaled = from_original(scales, table, lengths)
-    structure = _structure(parts, model)
-    state = {f"{STEPS}.timesteps": torch.zeros(1)}
-    for key, tensor in converted.items():
-        layer = key.removesuffix(".weight")
-        if layer in parts and key != layer:
-            codes = (tensor.to(torch.int16) + MIDDLE).to(torch.uint8)
-            state |= {f"{layer}.packed": pack_unsigned(codes, bits=BITS), f"{layer}.scale": scaled[key]}
-        else:
-            state[key] = tensor.float()
+    plain = {
+        name: tensor.float() for name, tensor in tensors.items() if name.removesuffix(".weight") not in layers
+    }
+    structure = _structure(_parts(table, layers), model)
+    state = {
+        f"{STEPS}.timesteps": torch.zeros(1),
+        **from_original(plain, table, lengths),
+        **_state(layers, table, lengths),
+    }
     assemble(model, structure)
     fit(model, state, assign=True).requires_grad_(False)
-    provenance = {
-        "imported": {"format": "comfy", "file": name},
-        "tfmq": __version__,
-        "torch": torch.__version__,
-    }
+    provenance = {"imported": dict(source), "tfmq": __version__, "torch": torch.__version__}
     fields = {"quant_method": "tfmq", "structure": structure, "provenance": provenance}
     fields["architecture"] = configuration(model)
     mark_quantized(model, seal(model.state_dict(), fields, table=False))

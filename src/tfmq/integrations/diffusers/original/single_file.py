@@ -28,17 +28,16 @@ from tfmq.integrations.diffusers.original.families import (
 from tfmq.integrations.diffusers.original.files import ILL_FITTING
 from tfmq.integrations.diffusers.original.fit import fit
 from tfmq.integrations.diffusers.original.integer import integer_denoiser
+from tfmq.integrations.diffusers.original.reading import reader_of
 from tfmq.integrations.diffusers.original.rows import from_original
 from tfmq.integrations.diffusers.original.stock import lengths_of, placed, stock_denoiser
 from tfmq.integrations.diffusers.saved import absent_components
 from tfmq.nn.submodules import submodules
 from tfmq.quantizers.part import Part
-from tfmq.storage.atomic import read_json, read_tensors
-from tfmq.storage.comfy import split_layers
+from tfmq.storage.atomic import read_json
 from tfmq.storage.directory import PIPELINE_FILE
 
 CLIP = "openai/clip-vit-large-patch14"
-SUFFIX = ".safetensors"
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 AUTOENCODERS = ("first_stage_model.", "vae.")
 # Parts of pipelines that no single file has and that no image needs.
@@ -63,19 +62,18 @@ class SingleFile:
     """The tensors of a file, sorted into the parts of a pipeline.
 
     Raises:
-        CheckpointError: it is no safetensors file, or a damaged one.
+        CheckpointError: it is no safetensors or GGUF file, or a damaged one.
         ValueError: it is of no layout that is read here.
     """
 
     def __init__(self, path: Path) -> None:
-        if path.suffix != SUFFIX:
-            raise ValueError(f"{path} is no {SUFFIX} file; other files may run code when they are read")
-        self.path = path
-        self.tensors, layers = split_layers(*read_tensors(path), source=path)
+        self.path, reader = path, reader_of(path)
+        self.source = {"format": reader.format, "file": path.name}
+        self.tensors, layers = reader.read(path)
         with _named(path):
             self.prefix = denoiser_prefix(self.tensors)
             if elsewhere := [name for name in layers if not name.startswith(self.prefix)]:
-                raise ValueError(f"{elsewhere[0]} is int8, which layers of the denoiser alone may be")
+                raise ValueError(f"{elsewhere[0]} is quantized, which layers of the denoiser alone may be")
             self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
             self.denoiser = self.below(self.prefix)
             self.family = family_of(encoders.shapes_of(self.denoiser), self.tensors)
@@ -259,12 +257,12 @@ def open_single_file(
     """Return the pipeline of a published single file: Stable Diffusion 1.x, 2.x, XL and 3, or FLUX.1.
 
     All parts have the precision of their tensors where it is one half precision, else float32. A denoiser
-    with layers of int8, as ComfyUI stores them, comes out quantized, with the codes, scales and rotations of
-    the file; float8 becomes floating point. Of the weights that are averaged beside the others nothing is
-    taken, as stock loaders do.
+    with layers of int8, as ComfyUI stores them, or with blocks of GGUF comes out quantized, with the codes,
+    scales and rotations of the file; float8 becomes floating point. Of the weights that are averaged beside
+    the others nothing is taken, as stock loaders do.
 
     Args:
-        path: a `.safetensors` file.
+        path: a `.safetensors` or `.gguf` file.
         base: directory of a pipeline of the same family, for the parts that the file does not hold.
         tokenizer: directory or hub id of CLIP's tokenizer, where `base` has none; by default that of the hub,
             which its cache holds once it was used.
@@ -279,7 +277,7 @@ def open_single_file(
         warnings.warn(f"{path}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=2)
     with _named(path):
         denoiser = (
-            integer_denoiser(file.family, file.denoiser, file.layers, name=path.name)
+            integer_denoiser(file.family, file.denoiser, file.layers, source=file.source)
             if file.layers
             else denoiser_of(file.family, file.denoiser)
         )

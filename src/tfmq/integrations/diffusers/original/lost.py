@@ -1,0 +1,139 @@
+"""What a file of another program cannot hold of a quantized denoiser, and how its layers stand in the stock
+architecture.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from tfmq.integrations.diffusers.architecture import stock_class
+from tfmq.integrations.diffusers.original.rows import Rows
+from tfmq.integrations.diffusers.original.tables import TABLES
+from tfmq.nn.correction import Correction
+from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed import PackedWeight
+from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.submodules import submodules
+from tfmq.nn.temporal import CachedFeature, stock_name
+from tfmq.numerics.blocks import UnheldError
+from tfmq.numerics.operations import Linear
+
+Held = TypeVar("Held")
+
+
+@dataclass
+class Lost:
+    """What the format cannot hold.
+
+    Attributes:
+        dequantized: layers whose integers are written dequantized, in floating point, by reason.
+        inputs: layers whose inputs are computed with otherwise.
+        tables: layers whose table of temporal features is left out; they compute.
+        products: owners of attention products that stay in floating point.
+        corrections: how many corrections of the prediction are left out.
+    """
+
+    dequantized: dict[str, list[str]] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    products: list[str] = field(default_factory=list)
+    corrections: int = 0
+
+    def joined(self, original: str, reasons: Mapping[str, str | None]) -> None:
+        """Note the layers of a matrix that is written dequantized, and why they are no integers."""
+        for name, reason in reasons.items():
+            why = reason or f"joined with others in {original}, which differ"
+            self.dequantized.setdefault(why, []).append(name)
+
+    def lines(self, *, floats: str, inputs: str) -> Iterator[str]:
+        """Yield what is left out, a line for each kind.
+
+        Args:
+            floats: what dequantized layers are written in.
+            inputs: what layers have for grids of their own.
+        """
+        for reason, names in self.dequantized.items():
+            yield f"{len(names)} layers in {floats} ({reason}): {', '.join(names)}"
+        kinds = {
+            f"layers have {inputs} in the place of their own": self.inputs,
+            "tables of temporal features are left out": self.tables,
+            "modules have attention products in floating point": self.products,
+        }
+        for kind, names in kinds.items():
+            if names:
+                yield f"{len(names)} {kind}: {', '.join(names)}"
+        if self.corrections:
+            yield "the correction of the prediction is left out"
+
+
+def lost_parts(model: nn.Module) -> Lost:
+    """Return what of the model is no layer."""
+    return Lost(
+        tables=list(submodules(model, CachedFeature)),
+        products=[name.rpartition(".")[0] for name in submodules(model, ProductQuantizers)],
+        corrections=len(submodules(model, Correction)),
+    )
+
+
+def plain_layer(layer: PackedWeight) -> PackedLayer:
+    """Return a layer that is a plain product with its integers.
+
+    Raises:
+        UnheldError: it is another one.
+    """
+    if not isinstance(layer, PackedLayer) or not isinstance(layer.operation, Linear):
+        raise UnheldError("no linear layer")
+    if layer.factor is not None:
+        raise UnheldError("its input is rescaled")
+    if layer.branch is not None:
+        raise UnheldError("a branch is computed beside it")
+    return layer
+
+
+def held_layers(
+    packed: Mapping[str, PackedWeight], held: Callable[[PackedLayer], Held]
+) -> tuple[dict[str, Held], dict[str, str]]:
+    """Return what `held` makes of the layers and, for those of which it cannot make any, why."""
+    found, reasons = {}, {}
+    for name, layer in packed.items():
+        try:
+            found[name] = held(plain_layer(layer))
+        except UnheldError as error:
+            reasons[name] = str(error)
+    return found, reasons
+
+
+def layout_of(model: nn.Module) -> str:
+    """Return the class of a denoiser that other loaders open a single file of.
+
+    Raises:
+        ValueError: there is no such file of it.
+    """
+    kind = stock_class(model).__name__
+    if kind not in TABLES:
+        raise ValueError(f"{kind} has no layout that other loaders open; {', '.join(TABLES)} have")
+    return kind
+
+
+def packed_by_name(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return the quantized layers by their names in the stock architecture."""
+    return {stock_name(model, name): layer for name, layer in submodules(model, PackedWeight).items()}
+
+
+def layers_of(entry: Rows) -> list[str]:
+    """Return the layers whose weights are joined in a matrix of the layout."""
+    return [part.removesuffix(".weight") for part in entry.parts if part.endswith(".weight")]
+
+
+def stock_state(
+    model: nn.Module, packed: Mapping[str, PackedWeight], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the tensors of the stock architecture, dequantized, in float32."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        state[f"{stock_name(model, layer)}.{kind}" if layer else name] = tensor
+    state |= {f"{name}.weight": layer.stock_weight for name, layer in packed.items()}
+    return {name: state[name].detach().float().cpu() for name in names}
