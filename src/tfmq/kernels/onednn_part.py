@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tfmq.kernels.halves import terms
-from tfmq.kernels.kernel import channels
 from tfmq.numerics.operations import Operation
 from tfmq.numerics.window import Window
 
@@ -33,7 +32,6 @@ class Part:
     """
 
     def __init__(self, operation: Operation, values: Tensor, scale: Tensor, size: Sequence[int]) -> None:
-        self.operation = operation
         self.groups, self.window = operation.groups, operation.window(values.shape[2:])
         self.scale = scale.float().contiguous()
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
@@ -59,15 +57,10 @@ class Part:
             ]
 
     def fused(self, codes: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
-        """Return `(sum (q - z) v) s s_w + bias` in float32."""
-        if len(self.packed) == 1:
-            return self._padded_run(codes, scale, zero_point, self.scale, bias)
-        # Scale the sum of the halves, which is exact, and not each half.
-        sums = self.centred_sums_of(codes, zero_point)
-        factor = channels(self.scale * scale, self.operation, sums.ndim)
-        if bias is None:
-            return sums.mul_(factor)
-        return torch.addcmul(channels(bias, self.operation, sums.ndim), sums, factor)
+        """Return `(sum (q - z) v) s s_w + bias` in float32. Of halves each is scaled: their sums would take
+        another pass over the output.
+        """
+        return self._padded_run(codes, scale, zero_point, self.scale, bias)
 
     def sums_of(self, codes: Tensor) -> Tensor:
         """Return `sum q v` over codes `q` that are laid out already, float32."""
@@ -128,6 +121,6 @@ class Part:
         total: Tensor | None = None
         for packed in self.packed:
             y = operator(codes, scale, zero_point, packed, weight_scale, self.zeros, bias, *geometry, *tail)
-            total, bias = y if total is None else total + y, None
+            total, bias = y if total is None else total.add_(y), None
         assert total is not None
         return total
