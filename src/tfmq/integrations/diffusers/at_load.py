@@ -8,7 +8,8 @@ each token at run time; convolutions, which have no such grid, compute with quan
 point. `tfmq quantize` gives better images and faster convolutions, and takes a job instead of seconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
-from tfmq.nn.operation import operation_of
+from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.structure import describe
 from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.numerics.grids import IntegerFormat
@@ -46,6 +47,9 @@ ENDS = 8
 # Channels of a group of 4-bit weights. Their ranges are not searched for, which would take minutes where
 # loading takes seconds; small groups make up for it.
 GROUP = 32
+# Largest share of a model's weights that keeps eight bits beside the ends, in the smallest layers. Those that
+# embed the timestep, which all others read, are among them.
+SMALL = 0.25
 
 
 def bits_of(name: str) -> Bits:
@@ -57,6 +61,14 @@ def bits_of(name: str) -> Bits:
     if name not in BITS:
         raise ValueError(f"bits={name!r} is not one of {', '.join(BITS)}")
     return BITS[name]
+
+
+def _smallest(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the smallest layers, which together have at most the share `SMALL` of the weights."""
+    sizes = {name: weight_of(model.get_submodule(name)).numel() for name in names}
+    order = sorted(names, key=lambda name: sizes[name])
+    held = accumulate(sizes[name] for name in order)
+    return [name for name, total in zip(order, held, strict=True) if total <= SMALL * sum(sizes.values())]
 
 
 class AtLoad:
@@ -75,8 +87,8 @@ class AtLoad:
         names = [name for name, module in model.named_modules() if operation_of(module) is not None]
         if not names:
             raise ValueError(f"a {type(model).__name__} has no layer that tfmq quantizes; load it as it is")
-        ends = {names[0], names[-1]}
-        self.weights = {name: ENDS if name in ends else self.bits.weights for name in names}
+        wide = {names[0], names[-1], *_smallest(model, names)}
+        self.weights = {name: ENDS if name in wide else self.bits.weights for name in names}
 
     def takes(self, parameter: str) -> bool:
         """Whether a parameter is a weight that becomes codes."""
