@@ -147,10 +147,10 @@ class FakeQuantizeKernel:
             self.maps[key] = self._ones_through(x, values, weight_scale)
         return self.maps[key]
 
-    def _ones_through(self, x: Tensor, terms: tuple[Tensor, ...], weight_scale: Tensor) -> Tensor:
+    def _ones_through(self, x: Tensor, parts: tuple[Tensor, ...], weight_scale: Tensor) -> Tensor:
         """Return `m`: for each output channel, or with zero padding for each place of one sample's output."""
         operation = self.weight.operation
-        values = terms[0] if len(terms) == 1 else terms[0].short() + terms[1]
+        values = parts[0] if len(parts) == 1 else parts[0].short() + parts[1]
         real = (
             operation.rows(values)
             if self.axis is None

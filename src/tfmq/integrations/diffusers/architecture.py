@@ -11,6 +11,10 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from tfmq.storage.checkpoint import seal
+from tfmq.storage.directory import METHOD
+from tfmq.version import __version__
+
 QUANTIZATION = "quantization_config"
 
 
@@ -57,6 +61,15 @@ def configuration(module: nn.Module) -> dict[str, Any]:
     return {
         name: value for name, value in stored.items() if name != QUANTIZATION and not name.startswith("_")
     }
+
+
+def uncalibrated_manifest(
+    model: nn.Module, structure: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the sealed manifest of a model that was quantized without a job; `provenance` says how."""
+    versions = {"tfmq": __version__, "torch": torch.__version__}
+    fields = {"quant_method": METHOD, "structure": structure, "provenance": {**provenance, **versions}}
+    return seal(model.state_dict(), fields | {"architecture": configuration(model)}, table=False)
 
 
 def manifest_of(module: nn.Module) -> Mapping[str, Any] | None:

@@ -25,8 +25,6 @@ from tfmq.numerics.operations import Linear
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
-from tfmq.storage.checkpoint import seal
-from tfmq.version import __version__
 
 
 class Bits(NamedTuple):
@@ -127,18 +125,8 @@ class AtLoad:
     def manifest(self, model: Any) -> dict[str, Any]:
         """Make every call set the one step there is, and return the sealed manifest of the loaded model."""
         # diffusers imports this module while it imports its models.
-        from tfmq.integrations.diffusers.architecture import configuration
+        from tfmq.integrations.diffusers.architecture import uncalibrated_manifest
 
         # No part depends on the timestep.
         attach_steps(model, StepContext(torch.zeros(1)), timestep=None)
-        fields: dict[str, Any] = {
-            "quant_method": "tfmq",
-            "structure": describe(model),
-            "provenance": {
-                "at_load": {"bits": self.asked},
-                "tfmq": __version__,
-                "torch": torch.__version__,
-            },
-            "architecture": configuration(model),
-        }
-        return seal(model.state_dict(), fields, table=False)
+        return uncalibrated_manifest(model, describe(model), {"at_load": {"bits": self.asked}})

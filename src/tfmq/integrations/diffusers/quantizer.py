@@ -111,10 +111,12 @@ class TFMQQuantizer(DiffusersQuantizer):
             self.quantization_config.manifest |= self._at_load.manifest(model)
             self._at_load, self.pre_quantized = None, True
             model.register_to_config(quantization_config=self.quantization_config.to_dict())
-            self._sealed = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-        check_complete(model.state_dict(), self._sealed)
+            self._sealed = model.state_dict()
+        else:
+            check_complete(model.state_dict(), self._sealed)
         model.requires_grad_(False)
         remember_digest(model, self.quantization_config.manifest["digest"], self._sealed)
+        self._sealed = {}
         admit_adapters()
         loaded(model, self.quantization_config.backend)
         quantized: nn.Module = model

@@ -10,19 +10,14 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from tfmq.integrations.diffusers.architecture import stock_architecture
 from tfmq.integrations.diffusers.original.lost import (
     Lost,
+    Published,
     held_layers,
     layers_of,
-    layout_of,
-    lost_parts,
-    packed_by_name,
     plain_layer,
-    stock_state,
 )
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
-from tfmq.integrations.diffusers.original.tables import TABLES
 from tfmq.nn.layer import PackedLayer
 from tfmq.numerics.blocks import UnheldError
 from tfmq.quantizers.dynamic import DynamicQuantizer
@@ -89,23 +84,22 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
     Raises:
         ValueError: the denoiser is of no layout that has a table.
     """
-    kind, stock = layout_of(model), stock_architecture(model)
-    table, lost, packed = TABLES[kind](stock), lost_parts(model), packed_by_name(model)
-    held, reasons = held_layers(packed, _held)
-    matrices = _joined(held, table)
-    plain = to_original(stock_state(model, packed, stock.state_dict()), table)
+    published = Published.of(model)
+    held, reasons = held_layers(published.packed, _held)
+    matrices = _joined(held, published.table)
     written: dict[str, Tensor] = {}
-    for entry in table:
-        names = layers_of(entry)
+    for entry in published.table:
         if entry.original not in matrices:
-            lost.joined(entry.original, {name: reasons.get(name) for name in names if name in packed})
+            published.leave_out(entry, reasons)
             continue
-        del plain[entry.original]
+        del published.plain[entry.original]
         stem = PREFIX + entry.original.removesuffix(".weight")
         fields = encoded(matrices[entry.original])
         written |= {stem + suffix: tensor.cpu() for suffix, tensor in fields.items()}
-        lost.inputs += [name for name in names if not _as_theirs(plain_layer(packed[name]))]
-    return written | _halved(plain), lost
+        published.lost.inputs += [
+            name for name in layers_of(entry) if not _as_theirs(plain_layer(published.packed[name]))
+        ]
+    return written | _halved(published.plain), published.lost
 
 
 def export_comfy(model: ModelMixin, directory: Path) -> dict[str, Any]:

@@ -13,20 +13,16 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from tfmq.errors import require
-from tfmq.integrations.diffusers.architecture import stock_architecture
 from tfmq.integrations.diffusers.original.families import ADDED
 from tfmq.integrations.diffusers.original.lost import (
     Lost,
+    Published,
     held_layers,
     layers_of,
     layout_of,
-    lost_parts,
-    packed_by_name,
     plain_layer,
-    stock_state,
 )
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
-from tfmq.integrations.diffusers.original.tables import TABLES
 from tfmq.nn.layer import PackedLayer
 from tfmq.numerics.blocks import BLOCK, UnheldError, format_of, to_blocks
 from tfmq.storage.gguf_writer import Stored, write_gguf
@@ -118,20 +114,21 @@ def gguf_tensors(model: ModelMixin) -> Written:
     Raises:
         ValueError: the denoiser is of no layout that has a table.
     """
-    kind, stock = layout_of(model), stock_architecture(model)
-    table, lost, packed = TABLES[kind](stock), lost_parts(model), packed_by_name(model)
-    held, reasons = held_layers(packed, _held)
-    blocks, rounding = _blocks(held, table, reasons)
-    plain = to_original(stock_state(model, packed, stock.state_dict()), table)
+    published = Published.of(model)
+    held, reasons = held_layers(published.packed, _held)
+    blocks, rounding = _blocks(held, published.table, reasons)
     written = dict(blocks)
-    for entry in table:
-        names = layers_of(entry)
+    for entry in published.table:
         if entry.original not in blocks:
-            lost.joined(entry.original, {name: reasons.get(name) for name in names if name in packed})
-            written[entry.original] = _plain(entry.original, plain[entry.original])
+            published.leave_out(entry, reasons)
+            written[entry.original] = _plain(entry.original, published.plain[entry.original])
             continue
-        lost.inputs += [name for name in names if plain_layer(packed[name]).input_quantizer is not None]
-    return Written(written, lost, rounding)
+        published.lost.inputs += [
+            name
+            for name in layers_of(entry)
+            if plain_layer(published.packed[name]).input_quantizer is not None
+        ]
+    return Written(written, published.lost, rounding)
 
 
 def export_gguf(model: ModelMixin, directory: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from tfmq.integrations.diffusers.architecture import configuration
+from tfmq.integrations.diffusers.architecture import uncalibrated_manifest
 from tfmq.integrations.diffusers.original.families import Family
 from tfmq.integrations.diffusers.original.fit import fit
 from tfmq.integrations.diffusers.original.rows import Rows, from_original
@@ -17,8 +17,6 @@ from tfmq.integrations.diffusers.original.stock import lengths_of, placed, stock
 from tfmq.integrations.diffusers.quantizer import mark_quantized
 from tfmq.nn.structure import assemble
 from tfmq.nn.swap import STEPS
-from tfmq.storage.checkpoint import seal
-from tfmq.version import __version__
 
 
 class IntegerLayer(Protocol):
@@ -108,8 +106,5 @@ def integer_denoiser(
     }
     assemble(model, structure)
     fit(model, state, assign=True).requires_grad_(False)
-    provenance = {"imported": dict(source), "tfmq": __version__, "torch": torch.__version__}
-    fields = {"quant_method": "tfmq", "structure": structure, "provenance": provenance}
-    fields["architecture"] = configuration(model)
-    mark_quantized(model, seal(model.state_dict(), fields, table=False))
+    mark_quantized(model, uncalibrated_manifest(model, structure, {"imported": dict(source)}))
     return model

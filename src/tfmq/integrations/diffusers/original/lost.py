@@ -2,14 +2,14 @@
 architecture.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from tfmq.integrations.diffusers.architecture import stock_class
-from tfmq.integrations.diffusers.original.rows import Rows
+from tfmq.integrations.diffusers.architecture import stock_architecture, stock_class
+from tfmq.integrations.diffusers.original.rows import Rows, to_original
 from tfmq.integrations.diffusers.original.tables import TABLES
 from tfmq.nn.correction import Correction
 from tfmq.nn.layer import PackedLayer
@@ -90,6 +90,40 @@ def plain_layer(layer: PackedWeight) -> PackedLayer:
     if layer.branch is not None:
         raise UnheldError("a branch is computed beside it")
     return layer
+
+
+@dataclass(frozen=True)
+class Published:
+    """A quantized denoiser in the published layout of its family.
+
+    Attributes:
+        table: where its tensors are in the layout.
+        packed: its quantized layers by their names in the stock architecture.
+        plain: all tensors by their names in the layout, dequantized, in float32.
+        lost: what is left out; so far what is no layer.
+    """
+
+    table: Sequence[Rows]
+    packed: Mapping[str, PackedWeight]
+    plain: dict[str, Tensor]
+    lost: Lost
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Published":
+        """Lay out a denoiser.
+
+        Raises:
+            ValueError: it is of no layout that other loaders open.
+        """
+        kind, stock = layout_of(model), stock_architecture(model)
+        table, packed = TABLES[kind](stock), packed_by_name(model)
+        plain = to_original(stock_state(model, packed, stock.state_dict()), table)
+        return cls(table, packed, plain, lost_parts(model))
+
+    def leave_out(self, entry: Rows, reasons: Mapping[str, str]) -> None:
+        """Note the layers of a matrix that is written dequantized."""
+        names = [name for name in layers_of(entry) if name in self.packed]
+        self.lost.joined(entry.original, {name: reasons.get(name) for name in names})
 
 
 def held_layers(
