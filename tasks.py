@@ -12,6 +12,7 @@ To use another torch than the one installed by default, which no version in `con
 The first makes a new .venv that sees the packages, torch included, of the Python that runs this script. The
 second uses that interpreter as it is; nothing is created or installed.
 
+`python3 tasks.py oldest` tests with the oldest libraries that the project supports, beside those of `.venv`.
 `python3 tasks.py docs` builds the documentation as a site in `site/`. `python3 tasks.py matrix` writes the
 tables of docs/capabilities.md anew.
 
@@ -28,6 +29,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +40,7 @@ VENV = ROOT / ".venv"
 RUNS = Path("runs", "demo")
 TORCH = "torch==2.13.0"
 CONSTRAINTS = ROOT / "constraints.txt"
+OLDEST = ROOT / "oldest.txt"
 HEADER = """# The versions that pip installs; written by `python3 tasks.py lock`. A constraint installs
 # nothing, so that no line needs its platform. torch is not among them, nor what it asks for by exact version.
 """
@@ -203,6 +206,9 @@ def prepare(extra: str, *, system_site_packages: bool, locked: bool = True) -> t
         )
         # Not resolved: a virtual environment is recognised by the path of the link to its interpreter.
         return Path(own).absolute(), environment
+    if environment.pop("PYTHONDONTWRITEBYTECODE", None):
+        # Each of many processes would compile a thousand modules anew. Here they are in nobody's way.
+        environment["PYTHONPYCACHEPREFIX"] = str(VENV / "bytecode")
     create_venv(VENV, system_site_packages=system_site_packages)
     install(VENV, extra, pyproject=ROOT / "pyproject.toml", constraints=CONSTRAINTS, locked=locked)
     return venv_python(VENV), environment
@@ -243,13 +249,40 @@ CHECKS = (
 )
 
 
+# Tests of what tfmq gives to the libraries of `OLDEST`, which warn of much that is newer than they.
+OLDEST_TESTS = "pytest -q -W default tests/integrations/test_at_load.py tests/integrations/test_pipelines.py"
+
+
+def oldest(python: Path, environment: dict[str, str]) -> None:
+    """Test with the oldest supported libraries, in a folder that Python searches before `.venv`."""
+    versions = OLDEST.read_text(encoding="utf-8")
+    folder = VENV / f"oldest-{hashlib.sha256(versions.encode()).hexdigest()[:16]}"
+    if not folder.is_dir():
+        say(f"installing {OLDEST.name} ...")
+        # A name of its own until it is whole.
+        began = folder.with_suffix(".part")
+        shutil.rmtree(began, ignore_errors=True)
+        target = ("--no-deps", "--target", str(began), "--requirement", str(OLDEST))
+        call(python, *PIP, "--quiet", *target, error=f"pip could not install {OLDEST.name}")
+        began.rename(folder)
+    searched = filter(None, [str(folder), environment.get("PYTHONPATH")])
+    run_all(
+        python, [OLDEST_TESTS.split()], environment=environment | {"PYTHONPATH": os.pathsep.join(searched)}
+    )
+
+
 def test(python: Path, environment: dict[str, str]) -> None:
-    """Check format, lint and types, build the site, then run the tests; pytest's summary is the last thing
-    printed.
+    """Check format, lint and types, build the site, test with the oldest libraries (not where an own
+    interpreter is used, for which nothing is installed), then run the tests; pytest's summary is the last
+    thing printed.
     """
     environment.pop("OMP_NUM_THREADS", None)
     environment |= QUIET_SITE
-    run_all(python, [command.split() for command in CHECKS], environment=environment)
+    *checks, tests = (command.split() for command in CHECKS)
+    run_all(python, checks, environment=environment)
+    if "TFMQ_PYTHON" not in environment:
+        oldest(python, environment)
+    run_all(python, [tests], environment=environment)
 
 
 def lock(python: Path, environment: dict[str, str]) -> None:
@@ -280,6 +313,7 @@ def matrix(python: Path, environment: dict[str, str]) -> None:
 TASKS = {
     "demo": (demo, "demo"),
     "test": (test, "dev"),
+    "oldest": (oldest, "dev"),
     "lock": (lock, "dev"),
     "docs": (docs, "docs"),
     "matrix": (matrix, "dev"),

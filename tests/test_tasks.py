@@ -1,6 +1,7 @@
 """`tasks.py` installs what is missing, once, and reports the first failing step."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -206,6 +207,41 @@ def test_the_constraints_hold_what_the_extras_ask_for_and_no_torch(tasks: Module
     assert len(asked) > 20 and {tasks.required(requirement)[0] for requirement in asked} - {"torch"} <= set(
         names
     )
+
+
+def test_the_oldest_versions_are_those_that_the_project_allows(tasks: ModuleType) -> None:
+    extras = tomllib.loads((tasks.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = dict(
+        line.split("==")
+        for line in tasks.OLDEST.read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    )
+    for requirement in extras["optional-dependencies"]["diffusers"]:
+        name, least = requirement.split(">=")
+        assert pins[name].split(".")[:2] == least.split(".")
+
+
+def test_the_oldest_versions_are_installed_once_and_found_first(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(
+        command: list[object], *, env: dict[str, str] | None = None, **_: object
+    ) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in command]
+        ran.append((words, env or {}))
+        if "--target" in words:
+            Path(words[words.index("--target") + 1]).mkdir()
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(tasks.subprocess, "run", run)
+    monkeypatch.setattr(tasks, "VENV", tmp_path)
+    for _ in range(2):
+        tasks.oldest(Path("python"), {"PYTHONPATH": "src"})
+    assert ["pytest" in words for words, _ in ran] == [False, True, True]
+    first, second = ran[1][1]["PYTHONPATH"].split(os.pathsep)
+    assert Path(first).is_dir() and Path(first).parent == tmp_path and second == "src"
 
 
 def test_a_failed_installation_leaves_no_stamp(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import __version__ as diffusers_version
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -102,6 +103,11 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
+            if not self._sealed:
+                raise RuntimeError(
+                    f"diffusers {diffusers_version} is too old to check a quantized model with; "
+                    "pip install 'tfmq[diffusers]'"
+                )
             assemble(model, self.quantization_config.manifest["structure"])
         else:
             self._at_load = AtLoad(model, self.quantization_config.bits)
