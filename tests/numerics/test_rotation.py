@@ -16,8 +16,8 @@ def matrix(size: int) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("size", [4, 16, 64, 256])
-def test_the_fast_transform_is_the_matrix(size: int) -> None:
+@pytest.mark.parametrize("size", [4, 16, 64, 256, 1024, 4096])
+def test_groups_are_multiplied_by_the_matrix(size: int) -> None:
     x, hadamard = torch.randn(3, 2, 3 * size, dtype=torch.float64), matrix(size)
     expected = (x.unflatten(-1, (3, size)) @ hadamard).flatten(-2)
     torch.testing.assert_close(rotate(x, size), expected)

