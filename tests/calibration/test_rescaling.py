@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.rescaling import MOST, Seen, Transform, best_transform, observe, observed, output_error
+from tfmq.calibration.forward import readers_of_one
+from tfmq.calibration.rescaling import (
+    MOST,
+    Reader,
+    Seen,
+    Transform,
+    best_transform,
+    observe,
+    observed,
+    output_error,
+    proposed,
+)
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer, pack
@@ -86,7 +97,7 @@ def test_an_outlier_channel_is_found(name: str, kind: str, equalizer: str) -> No
         (reading[OUTLIER, :6] if name == "groups" else reading[OUTLIER]).div_(SIZE)
     layer = layer_of(source, kind=kind)
     seen = read(layer, inputs_of(source, outlier=SIZE))
-    factor = best_transform(layer, seen, equalizers=(equalizer,), ranges="min_max").factor
+    factor = best_transform([Reader(layer, seen, "min_max")], equalizers=(equalizer,)).factor
     assert factor is not None
     others = torch.arange(CHANNELS) != OUTLIER
     assert float(factor[OUTLIER] / factor[others].max()) <= 1 / 4
@@ -102,7 +113,7 @@ def test_where_channels_are_alike_nothing_is_rescaled(name: str) -> None:
     seen = read(
         layer := layer_of(source, kind="per step"), [x.sign() for x in inputs_of(source, outlier=1.0)]
     )
-    assert best_transform(layer, seen, equalizers=("ranges", "peaks"), ranges="min_max").factor is None
+    assert best_transform([Reader(layer, seen, "min_max")], equalizers=("ranges", "peaks")).factor is None
 
 
 @pytest.mark.parametrize(("kind", "gain"), [("per step", 6), ("static", 6), ("dynamic", 1)])
@@ -115,7 +126,7 @@ def test_a_rotation_spreads_an_outlier_over_its_group(kind: str, gain: float) ->
     source = nn.Linear(CHANNELS, 24)
     layer = layer_of(source, kind=kind)
     seen = read(layer, inputs_of(source, outlier=SIZE), rotation=256)
-    found = best_transform(layer, seen, equalizers=(), ranges="min_max")
+    found = best_transform([Reader(layer, seen, "min_max")], equalizers=())
     assert found.factor is None and (found.group == CHANNELS or kind == "dynamic")
     before, after = (output_error(layer, seen, one, ranges="min_max") for one in (Transform(), found))
     assert after <= before / gain
@@ -127,7 +138,7 @@ def test_where_no_channel_stands_out_nothing_is_rotated() -> None:
     layer = layer_of(source, kind="dynamic")
     seen = read(layer, [x.sign() for x in inputs_of(source, outlier=1.0)], rotation=256)
     assert seen.group == CHANNELS
-    assert best_transform(layer, seen, equalizers=(), ranges="min_max") == Transform()
+    assert best_transform([Reader(layer, seen, "min_max")], equalizers=()) == Transform()
 
 
 @pytest.mark.parametrize("name", ["convolution", "groups", "transposed"])
@@ -159,7 +170,7 @@ def test_weights_alone_are_rescaled_for_themselves() -> None:
         source.weight[:, OUTLIER] *= SIZE
     layer = layer_of(source, kind="none", bits=4)
     seen = read(layer, inputs_of(source, outlier=1 / SIZE))
-    factor = best_transform(layer, seen, equalizers=("ranges",), ranges="min_max").factor
+    factor = best_transform([Reader(layer, seen, "min_max")], equalizers=("ranges",)).factor
     assert factor is not None and float(factor[OUTLIER] / factor.median()) >= 4
 
 
@@ -231,3 +242,41 @@ def test_a_model_whose_layers_are_rescaled_computes_the_same_in_full_precision(
         assert seen[name].plain.low.shape == (3, width)
     # The same terms, summed in another order where a library has another kernel for other strides.
     assert sqnr_db(expected, denoiser(inputs)) > 120
+
+
+class Joint(nn.Module):
+    """Reads one tensor by three layers, changes it in place, and reads it once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.late, self.twice = (nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.q(x) + self.k(x) + self.v(x)
+        x.mul_(2)
+        return self.twice(self.twice(self.late(x) + total))
+
+
+def test_layers_that_read_one_tensor_are_found() -> None:
+    net = Joint()
+    layers = {name: module for name, module in net.named_modules() if name}
+    found = readers_of_one(layers, lambda: net(torch.randn(2, 4)))
+    assert found == [["q", "k", "v"], ["late"], ["twice"]]
+
+
+def test_one_transform_serves_all_that_read_a_tensor() -> None:
+    """A layer whose weights are small where the input is large gains by a factor that another, whose weights
+    are as large there as elsewhere, loses little by; alone, the second would take none.
+    """
+    sources = [nn.Linear(CHANNELS, 24) for _ in range(2)]
+    with torch.no_grad():
+        sources[0].weight[:, OUTLIER].div_(SIZE)
+    layers = [layer_of(source, kind="per step") for source in sources]
+    inputs = inputs_of(sources[0], outlier=SIZE)
+    readers = [Reader(layer, read(layer, inputs), "min_max") for layer in layers]
+    found = best_transform(readers, equalizers=("ranges",))
+    assert found.factor is not None
+    shares = [reader.error(found) / reader.error(Transform()) for reader in readers]
+    assert sum(shares) / 2 < 0.99
+    for alone in proposed(readers, ("ranges",)):
+        assert sum(reader.error(alone) / reader.error(Transform()) for reader in readers) >= sum(shares)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.rescaling import Seen, Transform, best_transform, observed, output_error
+from tfmq.calibration.rescaling import Reader, Seen, Transform, best_transform, observed, output_error
 from tfmq.calibration.splitting import WORTH, Split, best_split, branch_of, halves, pays
 from tfmq.nn.branch import BranchType
 from tfmq.nn.layer import CalibratedLayer, pack
@@ -162,7 +162,7 @@ def test_a_rescaled_outlier_needs_the_branch(dtype: BranchType) -> None:
         layer = layer_of(source, DynamicQuantizer(IntegerFormat(4)))
         seen = read(layer, inputs)
         equalizers = ("ranges",) if name in ("rescaled", "both") else ()
-        alone = Split(best_transform(layer, seen, equalizers=equalizers, ranges="min_max"))
+        alone = Split(best_transform([Reader(layer, seen, "min_max")], equalizers=equalizers))
         found = split(layer, seen, equalizers=equalizers, dtype=dtype) if name in ("branch", "both") else None
         errors[name] = error(layer, found or alone, others, dtype)
     assert errors["rescaled"] < errors["neither"]

@@ -201,7 +201,8 @@ def test_rescaled_layers_take_adapters_as_they_come(
     from tfmq.calibration.rescaling import Transform
     from tfmq.recipes.recipe import Rescaling
 
-    def wild(layer: Any, seen: Any, **_: Any) -> Transform:
+    def wild(readers: Any, **_: Any) -> Transform:
+        layer, seen, _ = readers[0]
         width = layer.weight.shape[1] * layer.operation.groups
         return Transform(torch.exp2((torch.arange(width) % 3 - 1).float()), seen.group)
 

@@ -4,7 +4,7 @@ damaged.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 import tfmq
 from tfmq.backends.execution import execute
-from tfmq.calibration.rescaling import Seen, Transform
+from tfmq.calibration.rescaling import Reader, Transform
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.layer import PackedLayer
@@ -39,8 +39,9 @@ def recipe() -> Recipe:
     )
 
 
-def wild(layer: Any, seen: Seen, **_: Any) -> Transform:
+def wild(readers: Sequence[Reader], **_: Any) -> Transform:
     """Return factors that every layer would be wrong without, and a rotation of those that may have one."""
+    layer, seen, _ = readers[0]
     width = layer.weight.shape[1] * layer.operation.groups
     return Transform(torch.exp2((torch.arange(width) * 5 % 7 - 3).float()), seen.group)
 

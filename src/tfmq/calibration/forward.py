@@ -1,7 +1,9 @@
 """Another forward for one module, or somebody who watches some, for a while, and who reads from whom."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +38,28 @@ def watched(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def readers_of_one(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
+    """Return `layers` in lists: those that read the very same tensor one after the other, as q, k and v do,
+    while `run` calls what has them all, and the others alone.
+    """
+    calls: list[list[str]] = []
+    read: tuple[Tensor, int] | None = None
+
+    def see(name: str, x: Tensor, _: Tensor) -> None:
+        nonlocal read
+        if read is None or read[0] is not x or read[1] != x._version:
+            calls.append([])
+        calls[-1].append(name)
+        read = x, x._version
+
+    with watched(layers, see):
+        run()
+    counts = Counter(chain.from_iterable(calls))
+    once = [[name for name in names if counts[name] == 1] for names in calls]
+    return [names for names in once if names] + [[name] for name in layers if counts[name] != 1]
 
 
 class _Ended(Exception):

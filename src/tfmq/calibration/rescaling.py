@@ -2,9 +2,10 @@
 layer's output on what it has read decides.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,9 +195,24 @@ def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ra
     return float((entered @ found - rows @ full).double().square().sum())
 
 
-def proposed(layer: CalibratedLayer, seen: Seen, equalizers: Iterable[str]) -> Iterator[Transform]:
-    """Yield the transforms of a layer's input that are to be tried beside none."""
-    weights = columns(layer.weight.float().cpu(), layer.operation.groups)
+class Reader(NamedTuple):
+    """A layer, what it has read, and how ranges of its weight are found."""
+
+    layer: CalibratedLayer
+    seen: Seen
+    ranges: str
+
+    def error(self, transform: Transform) -> float:
+        """Return `output_error` with its inputs transformed."""
+        return output_error(self.layer, self.seen, transform, ranges=self.ranges)
+
+
+def proposed(readers: Sequence[Reader], equalizers: Iterable[str]) -> Iterator[Transform]:
+    """Yield the transforms of what layers read that are to be tried beside none."""
+    first, seen = readers[0].layer, readers[0].seen
+    weights = columns(
+        torch.cat([reader.layer.weight.float().cpu() for reader in readers]), first.operation.groups
+    )
     for name in equalizers:
         for factor in map(power_of_two, EQUALIZERS[name](seen.plain, weights)):
             if not bool((factor == 1).all()):
@@ -205,16 +221,17 @@ def proposed(layer: CalibratedLayer, seen: Seen, equalizers: Iterable[str]) -> I
         yield Transform(group=seen.group)
 
 
-def best_transform(
-    layer: CalibratedLayer, seen: Seen, *, equalizers: Iterable[str], ranges: str
-) -> Transform:
-    """Return what leaves the least error: a factor, or a rotation where the layer was looked at for one;
-    nothing where no transform takes away `WORTH` of the error.
+def best_transform(readers: Sequence[Reader], *, equalizers: Iterable[str]) -> Transform:
+    """Return what leaves the least error in layers that read the same tensor, the mean of their shares of the
+    error without it: a factor, or a rotation where they were looked at for one; nothing where no transform
+    takes away `WORTH` of the error.
+
+    One transform for all is computed once. It can also be stored where a format joins their weights.
     """
-    kept = Transform()
-    least = (1 - WORTH) * output_error(layer, seen, kept, ranges=ranges)
-    for transform in proposed(layer, seen, equalizers):
-        error = output_error(layer, seen, transform, ranges=ranges)
-        if error < least:
-            least, kept = error, transform
+    without = [max(reader.error(Transform()), torch.finfo(torch.float32).tiny) for reader in readers]
+    kept, least = Transform(), 1 - WORTH
+    for transform in proposed(readers, equalizers):
+        shares = [reader.error(transform) / error for reader, error in zip(readers, without, strict=True)]
+        if sum(shares) / len(shares) < least:
+            kept, least = transform, sum(shares) / len(shares)
     return kept

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tfmq.calibration.rescaling import Seen, Transform, entering, proposed
+from tfmq.calibration.rescaling import Reader, Seen, Transform, entering, proposed
 from tfmq.nn.branch import BranchType, SideBranch
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.low_rank import SPLITTERS, LowRank, second_moments
@@ -111,7 +111,7 @@ def best_split(
     if not pays(layer, rank):
         return None
     alone, least, kept = torch.inf, torch.inf, None
-    for transform in (Transform(), *proposed(layer, seen, equalizers)):
+    for transform in (Transform(), *proposed([Reader(layer, seen, ranges)], equalizers)):
         trial = _Trial(layer, seen, transform, ranges)
         alone = min(alone, trial.error(None))
         for factors in trial.factors(rank, splitters):

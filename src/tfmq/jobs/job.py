@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 from zlib import crc32
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tfmq.reconstruction.units import Unit
 from tfmq.storage.journal import Journal
 from tfmq.temporal.block import TemporalBlock
 
+T = TypeVar("T")
 # Is told about how many seconds will go by, and with what.
 Foretold = Callable[[float, str], None]
 
@@ -97,7 +98,7 @@ class Job:
         """Return the seconds that the job has taken, those of earlier runs included."""
         return self.journal.seconds_before + time.perf_counter() - self.began
 
-    def in_groups(self, names: Sequence[str], size: int) -> list[Sequence[str]]:
+    def in_groups(self, names: Sequence[T], size: int) -> list[Sequence[T]]:
         """Return `names` in groups that fit the memory, if each takes `size` bytes. The trajectory is run
         again for each group.
         """

@@ -3,17 +3,18 @@ or rotated, a branch beside the codes, the grid of the weight.
 """
 
 from collections.abc import Mapping
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
 
+from tfmq.calibration.forward import readers_of_one
 from tfmq.calibration.granularity import GridErrors, candidate, candidates, measure_grids
-from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Seen, best_transform, observe
+from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Reader, Seen, best_transform, observe
 from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
 from tfmq.jobs.job import Job, Work
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
-from tfmq.nn.scheme import LayerScheme
 from tfmq.nn.swap import precision
 from tfmq.numerics.low_rank import LowRank
 
@@ -47,11 +48,12 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
     module, store = job.denoiser.module, job.store
     temporal = {layer.name for layer in work.block.trace.temporal}
     layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
-    groups = job.in_groups(list(layers), LAYER_BYTES)
+    together = _together(job, work, layers)
+    groups = job.in_groups(together, LAYER_BYTES * max(map(len, together), default=1))
     found: dict[str, Tensor] = {}
     with job.progress("calibration: rescaling", len(groups) * len(store) + len(layers)) as advance:
         for group in groups:
-            chosen = {name: layers[name] for name in group}
+            chosen = {name: layers[name] for name in chain.from_iterable(group)}
             with precision(module, weights="full", inputs="full"):
                 seen = observe(
                     job.denoiser,
@@ -63,18 +65,38 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
                     advance=advance,
                     most=ROWS if _splits(work) else MOST,
                 )
-            found |= _best(job, work, chosen, seen)
-            advance(len(group))
+            for names in group:
+                found |= _best(job, work, {name: layers[name] for name in names if name in seen}, seen)
+            advance(len(chosen))
     return found
+
+
+def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> list[list[str]]:
+    """Return `layers` in lists that have one transform: those that read tokens of the same tensor, of the
+    same segments. A layer that may have a branch has a transform of its own, which is chosen with the branch.
+    """
+    shared = {
+        name: layer
+        for name, layer in layers.items()
+        if layer.operation.channel_axis == -1 and not work.plan.layers[name].rank
+    }
+    alone = [[name] for name in layers if name not in shared]
+    with precision(job.denoiser.module, weights="full", inputs="full"):
+        lists = readers_of_one(shared, lambda: job.denoiser(next(iter(job.store)).rows(0, 1)))
+    alike = (
+        list(names)
+        for together in lists
+        for _, names in groupby(together, lambda name: tuple(shared[name].grid.segments))
+    )
+    return [*alike, *alone]
 
 
 def _best(
     job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
 ) -> dict[str, Tensor]:
-    """Return the best factors, groups and branches of the layers that gain by one."""
+    """Return the best factors, groups and branches of layers that read the same tensor."""
     found: dict[str, Tensor] = {}
-    for name, what in seen.items():
-        kept = _chosen(job, work.plan.layers[name], layers[name], what)
+    for name, kept in _chosen(job, work, layers, seen).items():
         transform, factors = kept.transform, kept.factors
         if transform.factor is not None:
             found[f"{name}.factor"] = transform.factor
@@ -85,19 +107,28 @@ def _best(
     return found
 
 
-def _chosen(job: Job, scheme: LayerScheme, layer: CalibratedLayer, seen: Seen) -> Split:
-    """Return what becomes of a layer."""
-    config, branch, ranges = job.recipe.rescaling, job.recipe.branch, scheme.weight.ranges
-    split = best_split(
-        layer,
-        seen,
-        equalizers=config.equalizers,
-        splitters=branch.splitters,
-        rank=scheme.rank,
-        dtype=branch.dtype,
-        ranges=ranges,
-    )
-    return split or Split(best_transform(layer, seen, equalizers=config.equalizers, ranges=ranges))
+def _chosen(
+    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
+) -> dict[str, Split]:
+    """Return what becomes of layers that read the same tensor; only one alone may have a branch."""
+    config, branch, schemes = job.recipe.rescaling, job.recipe.branch, work.plan.layers
+    readers = {name: Reader(layer, seen[name], schemes[name].weight.ranges) for name, layer in layers.items()}
+    for name, (layer, what, ranges) in readers.items():
+        split = best_split(
+            layer,
+            what,
+            equalizers=config.equalizers,
+            splitters=branch.splitters,
+            rank=schemes[name].rank,
+            dtype=branch.dtype,
+            ranges=ranges,
+        )
+        if split:
+            return {name: split}
+    if not readers:
+        return {}
+    transform = best_transform([*readers.values()], equalizers=config.equalizers)
+    return dict.fromkeys(readers, Split(transform))
 
 
 def choose_grids(job: Job, work: Work) -> None:
