@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import __version__ as transformers_version
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -110,9 +111,19 @@ def _of_transformers(module: nn.Module) -> bool:
 
 
 def stored_state(model: Any) -> dict[str, Tensor]:
-    """Return the tensors of a text encoder as they are saved: of tied ones the source alone."""
+    """Return the tensors of a text encoder as they are saved: of tied ones the source alone.
+
+    Raises:
+        RuntimeError: this transformers does not say which are tied.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:
+        raise RuntimeError(
+            f"transformers {transformers_version} is too old to quantize a text encoder with; "
+            "pip install 'tfmq[diffusers]'"
+        )
     state: dict[str, Tensor] = model.state_dict()
-    for name, source in model.all_tied_weights_keys.items():
+    for name, source in tied.items():
         if name in state and source in state and state[name].data_ptr() == state[source].data_ptr():
             del state[name]
     return state
