@@ -11,6 +11,7 @@ would take a product of matrices for each group. The price is a step that is rou
 """
 
 from collections.abc import Sequence
+from functools import cache
 from math import gcd
 
 import torch
@@ -62,6 +63,7 @@ def largest(fmt: Grid, zero_point: Tensor) -> Tensor:
     return torch.minimum(LOWEST / low.clamp(max=-1), HIGHEST / high.clamp(min=1)).floor()
 
 
+@cache
 def has_room(fmt: Grid) -> bool:
     """Whether a grid leaves room for `FEWEST` multiples, whatever its zero-point: uniform ones of up to five
     bits, six if they are symmetric, and tables of small integers.

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import tfmq
+from tfmq.integrations.diffusers.original import families, sizes
 from tfmq.integrations.diffusers.original import single_file as opening
-from tfmq.integrations.diffusers.original import sizes
 from tfmq.integrations.diffusers.original.rows import from_original, to_original
 from tfmq.integrations.diffusers.original.single_file import open_single_file
 from tfmq.integrations.diffusers.original.tables import TABLES
@@ -330,6 +331,8 @@ def test_parts_of_several_precisions_become_float32(tmp_path: Path) -> None:
 def test_verbs_take_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tfmq.cli.commands import run
 
+    # Samples of a family's own size take minutes here.
+    monkeypatch.setattr(families, "SD1", replace(families.SD1, sample_size=8))
     _, tensors = published.stable_diffusion(tmp_path)
     path = write(tmp_path / "model.safetensors", tensors, torch.float16)
     arguments = ["import", str(path), "--tokenizer", str(tmp_path / "tokenizer")]
