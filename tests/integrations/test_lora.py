@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 import tfmq
+from tfmq.backends.execution import execute
 from tfmq.models.denoiser import Denoiser
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
@@ -211,9 +212,12 @@ def test_rescaled_layers_take_adapters_as_they_come(
     tfmq.quantize(made, replace(recipe(), rescaling=Rescaling(equalizers=("ranges",), rotation=4)))
     unet: Any = made.denoiser.module
     load(unet, weights)
+    # On grids the last bit of a sum becomes a code.
+    execute(unet, "float")
     beside = predicted(unet)
     unet.fuse_lora()
-    assert sqnr_db(beside, predicted(unet)) > 60
+    execute(unet, "float")
+    assert sqnr_db(beside, predicted(unet)) > 100
 
 
 def test_what_cannot_stand_beside_is_refused(build: Any, weights: dict[str, Tensor]) -> None:

@@ -59,6 +59,9 @@ class TextQuantizer(HfQuantizer):
         manifest = Manifest.from_json(self.quantization_config.to_dict(), source=source)
         verify_component(tensors, manifest, read_json(source), source=source)
         assemble(model, self.quantization_config.manifest["structure"])
+        for module in model.modules():
+            # All comes from the files. transformers 5.0 looks for weights to initialize in packed layers.
+            module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tensors = self._read()

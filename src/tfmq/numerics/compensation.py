@@ -99,27 +99,29 @@ def in_order(values: Tensor, order: Tensor) -> Tensor:
 def feedback(problem: Quadratic, grid: CodeGrid) -> Tensor:
     """Round column by column, each time moving what is not rounded yet to make up for the error (GPTQ,
     Frantar et al., 2023, algorithm 1).
+
+    The published form inverts the hessian and factors the inverse. With the upper triangular `R` of
+    `H = R R^T` the error is `|e R|^2` for `e = w - w_hat`, and entry j of `e R` holds the errors of columns
+    up to j alone: column j makes up for those before it where it is `w_j + (e R)_j / R_jj`. These are the
+    same codes, for a quarter of the arithmetic (GPTQ as Babai's nearest plane: Chen et al., 2025, arXiv
+    2507.18553).
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian.double()))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    values = problem.target.float().clone()
-    codes = torch.empty_like(values)
-    for start in range(0, values.shape[2], BLOCK):
-        stop = min(start + BLOCK, values.shape[2])
-        block, inner, local = (
-            _columns_first(values[:, :, start:stop]),
-            factor[:, start:stop, start:stop],
-            _Columns(grid, start, stop),
-        )
+    # The factor of the matrix in reversed order is lower triangular, so that this one is upper.
+    root = torch.linalg.cholesky(problem.hessian.double().flip(1, 2)).float().flip(1, 2)
+    target = problem.target.float()
+    codes, owed = torch.empty_like(target), torch.zeros_like(target)
+    for start in range(0, target.shape[2], BLOCK):
+        stop = min(start + BLOCK, target.shape[2])
+        inner, local = root[:, start:stop, start:stop], _Columns(grid, start, stop)
+        block, debts = (_columns_first(values[:, :, start:stop]) for values in (target, owed))
         rows, errors = inner.permute(1, 2, 0)[..., None].contiguous(), torch.empty_like(block)
         for j, column in enumerate(block):
-            code = local.nearest(j, column)
-            error = torch.sub(column, local.decode(j, code), out=errors[j]).div_(rows[j, j])
-            # Columns that are rounded already need no update.
-            block[j + 1 :] -= error * rows[j, j + 1 :]
+            code = local.nearest(j, column + debts[j] / rows[j, j])
+            error = torch.sub(column, local.decode(j, code), out=errors[j])
+            debts[j + 1 :] += error * rows[j, j + 1 :]
             local.codes[j] = code
         codes[:, :, start:stop] = local.codes.permute(1, 2, 0)
-        values[:, :, stop:] -= errors.permute(1, 2, 0).contiguous() @ factor[:, start:stop, stop:]
+        owed[:, :, stop:] += errors.permute(1, 2, 0).contiguous() @ root[:, start:stop, stop:]
     return codes
 
 

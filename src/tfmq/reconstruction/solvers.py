@@ -202,7 +202,7 @@ def _solve(layer: CalibratedLayer, moments: Moments, config: Rounding) -> None:
     target = (
         weight
         if moments.cross is None or not config.corrects
-        else weight + torch.linalg.solve(moments.hessians[0], moments.cross.mT).mT
+        else weight + torch.cholesky_solve(moments.cross.mT, torch.linalg.cholesky(moments.hessians[0])).mT
     )
     grid = layer.grid
     scale, zero_point = (
