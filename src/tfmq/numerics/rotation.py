@@ -69,8 +69,8 @@ def _matrix(size: int, like: Tensor) -> Tensor:
 def rotate(x: Tensor, size: int) -> Tensor:
     """Return `x` `[..., C]` with every group of `size` channels rotated; the same once more undoes it.
 
-    As a product with the matrix, which is five to a hundred times as fast on a CPU as sums and differences
-    along axes of four.
+    As a product with the matrix, which is faster on a CPU than sums and differences along axes of four
+    (docs/log.md).
     """
     if size in MATRICES:
         return (x.unflatten(-1, (-1, size)) @ _matrix(size, x)).flatten(-2)
