@@ -33,6 +33,12 @@ def test_an_unknown_target_is_a_usage_error(tfmq: Run, quantized: Path, tmp_path
     )
 
 
+@pytest.mark.parametrize("to", ["comfy", "gguf"])
+def test_files_of_codes_know_no_halves(tfmq: Run, quantized: Path, tmp_path: Path, to: str) -> None:
+    result = tfmq("export", quantized, "--to", to, "--halved", "--output-dir", tmp_path / "e")
+    assert result.status == 2 and "holds codes as they are" in result.err and not (tmp_path / "e").exists()
+
+
 def test_a_full_precision_model_is_refused(tfmq: Run, model: Path, tmp_path: Path) -> None:
     result = tfmq("export", model, "--to", "openvino", "--output-dir", tmp_path / "e")
     assert result.status == 1 and len(result.err.strip().splitlines()) == 1 and not (tmp_path / "e").exists()

@@ -51,6 +51,10 @@ def export(
             raise typer.BadParameter(
                 f"{to!r} is no target; choose one of {', '.join(known)}", param_hint="--to"
             )
+        if halved is not None and to in (COMFY, GGUF):
+            raise typer.BadParameter(
+                f"a file for {to} holds codes as they are", param_hint="--halved/--whole"
+            )
         own = check_module(module)
         source = quantized_directory(directory)
         with quiet(), completed_directory(output_dir, owned=owned_files(output_dir, to)) as folder:
