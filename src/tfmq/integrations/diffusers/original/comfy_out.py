@@ -88,18 +88,19 @@ def comfy_tensors(model: ModelMixin) -> tuple[dict[str, Tensor], Lost]:
     held, reasons = held_layers(published.packed, _held)
     matrices = _joined(held, published.table)
     written: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for entry in published.table:
         if entry.original not in matrices:
             published.leave_out(entry, reasons)
+            plain[entry.original] = published.plain(entry)
             continue
-        del published.plain[entry.original]
         stem = PREFIX + entry.original.removesuffix(".weight")
         fields = encoded(matrices[entry.original])
         written |= {stem + suffix: tensor.cpu() for suffix, tensor in fields.items()}
         published.lost.inputs += [
             name for name in layers_of(entry) if not _as_theirs(plain_layer(published.packed[name]))
         ]
-    return written | _halved(published.plain), published.lost
+    return written | _halved(plain), published.lost
 
 
 def export_comfy(model: ModelMixin, directory: Path) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def gguf_tensors(model: ModelMixin) -> Written:
     for entry in published.table:
         if entry.original not in blocks:
             published.leave_out(entry, reasons)
-            written[entry.original] = _plain(entry.original, published.plain[entry.original])
+            written[entry.original] = _plain(entry.original, published.plain(entry))
             continue
         published.lost.inputs += [
             name

@@ -2,7 +2,7 @@
 architecture.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -99,13 +99,13 @@ class Published:
     Attributes:
         table: where its tensors are in the layout.
         packed: its quantized layers by their names in the stock architecture.
-        plain: all tensors by their names in the layout, dequantized, in float32.
+        stored: what the model stores, by such names.
         lost: what is left out; so far what is no layer.
     """
 
     table: Sequence[Rows]
     packed: Mapping[str, PackedWeight]
-    plain: dict[str, Tensor]
+    stored: Mapping[str, Tensor]
     lost: Lost
 
     @classmethod
@@ -116,9 +116,19 @@ class Published:
             ValueError: it is of no layout that other loaders open.
         """
         kind, stock = layout_of(model), stock_architecture(model)
-        table, packed = TABLES[kind](stock), packed_by_name(model)
-        plain = to_original(stock_state(model, packed, stock.state_dict()), table)
-        return cls(table, packed, plain, lost_parts(model))
+        return cls(TABLES[kind](stock), packed_by_name(model), stored_tensors(model), lost_parts(model))
+
+    def plain(self, entry: Rows) -> Tensor:
+        """Return a tensor of the layout, dequantized, in float32: one at a time, since all of them take
+        several times the memory of the codes.
+        """
+        return to_original({name: self._part(name) for name in entry.parts}, [entry])[entry.original]
+
+    def _part(self, name: str) -> Tensor:
+        """Return a tensor of the stock architecture."""
+        layer = self.packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        tensor = self.stored[name] if layer is None else layer.stock_weight
+        return tensor.detach().float().cpu()
 
     def leave_out(self, entry: Rows, reasons: Mapping[str, str]) -> None:
         """Note the layers of a matrix that is written dequantized."""
@@ -161,13 +171,10 @@ def layers_of(entry: Rows) -> list[str]:
     return [part.removesuffix(".weight") for part in entry.parts if part.endswith(".weight")]
 
 
-def stock_state(
-    model: nn.Module, packed: Mapping[str, PackedWeight], names: Iterable[str]
-) -> dict[str, Tensor]:
-    """Return the tensors of the stock architecture, dequantized, in float32."""
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a model stores by the names of the stock architecture."""
     state = {}
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
         state[f"{stock_name(model, layer)}.{kind}" if layer else name] = tensor
-    state |= {f"{name}.weight": layer.stock_weight for name, layer in packed.items()}
-    return {name: state[name].detach().float().cpu() for name in names}
+    return state
