@@ -252,7 +252,8 @@ CHECKS = (
 # Tests of what tfmq gives to the libraries of `OLDEST`, which warn of much that is newer than they.
 OLDEST_TESTS = (
     "pytest -q -W default tests/integrations/test_at_load.py tests/integrations/test_pipelines.py "
-    "tests/families/test_components.py::test_a_loaded_pipeline_is_saved_again_to_the_same_seals[sd1]"
+    "tests/families/test_components.py::test_a_loaded_pipeline_is_saved_again_to_the_same_seals[sd1] "
+    "tests/families/test_components.py::test_codes_keep_their_type_where_transformers_holds_a_layer_in_float32"
 )
 
 

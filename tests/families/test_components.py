@@ -110,6 +110,18 @@ def test_text_encoders_are_loaded_and_computed_by_a_backend(
         assert sqnr_db(expected.hidden_states[-2], output.hidden_states[-2]) > 30
 
 
+def test_codes_keep_their_type_where_transformers_holds_a_layer_in_float32(
+    family: Callable[[str], Any],
+) -> None:
+    """As it does with `wo` of T5 in half precision."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        str(family("pixart").quantized), torch_dtype=torch.float16
+    )
+    layers = packed_layers(pipeline.text_encoder)
+    assert any(name.endswith(".wo") for name in layers)
+    assert all(layer.packed.dtype == torch.uint8 for layer in layers.values())
+
+
 @pytest.mark.parametrize("name", ["sd1", "pixart"])
 def test_a_loaded_pipeline_is_saved_again_to_the_same_seals(
     family: Callable[[str], Any], tmp_path: Path, name: str

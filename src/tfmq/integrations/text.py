@@ -51,7 +51,7 @@ class TextQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         self._files = list(checkpoint_files or ())
         tensors = self._read()
@@ -59,9 +59,9 @@ class TextQuantizer(HfQuantizer):
         manifest = Manifest.from_json(self.quantization_config.to_dict(), source=source)
         verify_component(tensors, manifest, read_json(source), source=source)
         assemble(model, self.quantization_config.manifest["structure"])
-        for module in model.modules():
-            # All comes from the files. transformers 5.0 looks for weights to initialize in packed layers.
-            module._is_hf_initialized = True
+        # What transformers holds in float32 would have its codes cast to it; 5.0 keeps a plan of that.
+        model._keep_in_fp32_modules = model._keep_in_fp32_modules_strict = None
+        model.dtype_plan = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         tensors = self._read()
