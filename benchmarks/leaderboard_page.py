@@ -231,6 +231,8 @@ def page(cells: Sequence[Row]) -> str:
                 [f"## {model}\n", _described(own[0]), _environment(own), *bars(model, rows, full), "\n"]
             )
         )
+        if not rows:
+            parts.append(f"{table([], full)}\n")
         for bits in sorted({cell["bits"] for cell in rows}, key=lambda name: (*BITS, name).index(name)):
             parts.append(
                 f"### {model}, "
