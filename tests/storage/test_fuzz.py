@@ -28,7 +28,8 @@ from tfmq.storage.gguf import read_gguf
 
 Build = Callable[[str], tuple[Denoiser, Inputs]]
 CORPUS = Path(__file__).parent / "corpus"
-EXAMPLES = int(os.environ.get("TFMQ_FUZZ", "150"))
+# Edits of a file; a thousand take a minute in all.
+EXAMPLES = int(os.environ.get("TFMQ_FUZZ", "1000"))
 # Characters of the longest message.
 LONGEST = 2000
 # What lengths, counts and offsets are when they lie.
