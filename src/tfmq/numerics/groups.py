@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tfmq.numerics.grids import Grid
-from tfmq.numerics.ranges import min_max, search
+from tfmq.numerics.ranges import POWER, min_max, power_, search
 
 # Fewest channels of a group: what it stores beside its codes takes more than a bit of each in a smaller one.
 SMALLEST = 8
@@ -111,4 +111,4 @@ def fit_groups(
 def _error(values: Tensor, fmt: Grid, step: Tensor, zero_point: Tensor) -> Tensor:
     """Return what `ranges.search` minimises, of each row of `values`."""
     found = fmt.snap_(values / step, zero_point).mul_(step)
-    return found.sub_(values).abs_().pow_(2.4).mean(dim=1)
+    return power_(found.sub_(values).abs_(), POWER).mean(dim=1)

@@ -10,6 +10,8 @@ from tfmq.numerics.grids import SMALLEST_SCALE, Grid, IntegerFormat
 
 # Number of values that are searched at once. These and what is computed of them stay in a processor's cache.
 CHUNK = 2**17
+# Of errors that a search adds up, as BRECQ and Q-Diffusion have it.
+POWER = 2.4
 
 
 def from_range(low: Tensor, high: Tensor, fmt: Grid) -> tuple[Tensor, Tensor]:
@@ -26,6 +28,11 @@ def min_max(values: Tensor, fmt: Grid) -> tuple[Tensor, Tensor]:
     return from_range(values.amin(dim=1), values.amax(dim=1), fmt)
 
 
+def power_(values: Tensor, exponent: float) -> Tensor:
+    """Raise values that are not negative to a power, in place, by a logarithm: faster than `pow_`."""
+    return values.log2_().mul_(exponent).exp2_()
+
+
 def search(
     values: Tensor,
     fmt: Grid,
@@ -33,7 +40,7 @@ def search(
     low: Tensor | None = None,
     high: Tensor | None = None,
     shrinks: int = 80,
-    power: float = 2.4,
+    power: float = POWER,
 ) -> tuple[Tensor, Tensor]:
     """Return the `(scale, zero_point)` `[rows]` that minimise `sum |x - x_hat|**power` over ranges shrunk
     towards zero.
@@ -71,9 +78,7 @@ def _search(
     for k, (inverse, scale, zero) in enumerate(zip(*columns, strict=True)):
         torch.mul(values, inverse, out=error_of)
         fmt.snap_(error_of, zero).mul_(scale)
-        # The power by a logarithm: a third of the time of `pow_`.
-        error_of.sub_(values).abs_().log2_().mul_(power).exp2_()
-        torch.mean(error_of, dim=1, out=errors[k])
+        torch.mean(power_(error_of.sub_(values).abs_(), power), dim=1, out=errors[k])
     # The first of the least; an error that is no number is none.
     best = errors.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(dim=0, keepdim=True)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
