@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tfmq.calibration.forward import readers_of_one
 from tfmq.calibration.granularity import GridErrors, candidate, candidates, measure_grids
-from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Reader, Seen, best_transform, observe
+from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Reader, best_transform, observe
 from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
 from tfmq.jobs.job import Job, Work
 from tfmq.nn.layer import CalibratedLayer
@@ -66,7 +66,13 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
                     most=ROWS if _splits(work) else MOST,
                 )
             for names in group:
-                found |= _best(job, work, {name: layers[name] for name in names if name in seen}, seen)
+                readers = {
+                    name: Reader(layers[name], seen[name], work.plan.layers[name].weight.ranges)
+                    for name in names
+                    if name in seen
+                }
+                if readers:
+                    found |= _best(job, work, readers)
             advance(len(chosen))
     return found
 
@@ -91,13 +97,12 @@ def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> li
     return [*alike, *alone]
 
 
-def _best(
-    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
-) -> dict[str, Tensor]:
+def _best(job: Job, work: Work, readers: Mapping[str, Reader]) -> dict[str, Tensor]:
     """Return the best factors, groups and branches of layers that read the same tensor."""
     found: dict[str, Tensor] = {}
-    for name, kept in _chosen(job, work, layers, seen).items():
-        transform, factors = kept.transform, kept.factors
+    kept = _chosen(job, work, readers)
+    transform, factors = kept.transform, kept.factors
+    for name in readers:
         if transform.factor is not None:
             found[f"{name}.factor"] = transform.factor
         if transform.group:
@@ -107,28 +112,20 @@ def _best(
     return found
 
 
-def _chosen(
-    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
-) -> dict[str, Split]:
-    """Return what becomes of layers that read the same tensor; only one alone may have a branch."""
-    config, branch, schemes = job.recipe.rescaling, job.recipe.branch, work.plan.layers
-    readers = {name: Reader(layer, seen[name], schemes[name].weight.ranges) for name, layer in layers.items()}
-    for name, (layer, what, ranges) in readers.items():
-        split = best_split(
-            layer,
-            what,
-            equalizers=config.equalizers,
-            splitters=branch.splitters,
-            rank=schemes[name].rank,
-            dtype=branch.dtype,
-            ranges=ranges,
-        )
-        if split:
-            return {name: split}
-    if not readers:
-        return {}
-    transform = best_transform([*readers.values()], equalizers=config.equalizers)
-    return dict.fromkeys(readers, Split(transform))
+def _chosen(job: Job, work: Work, readers: Mapping[str, Reader]) -> Split:
+    """Return what becomes of layers that read the same tensor; a layer that may have a branch is alone."""
+    config, branch = job.recipe.rescaling, job.recipe.branch
+    name, (layer, seen, ranges) = next(iter(readers.items()))
+    split = best_split(
+        layer,
+        seen,
+        equalizers=config.equalizers,
+        splitters=branch.splitters,
+        rank=work.plan.layers[name].rank,
+        dtype=branch.dtype,
+        ranges=ranges,
+    )
+    return split or Split(best_transform([*readers.values()], equalizers=config.equalizers))
 
 
 def choose_grids(job: Job, work: Work) -> None:
