@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tfmq.backends.execution import execute
-from tfmq.errors import require
 from tfmq.evaluation.cost.system import describe_machine, machine_in_words
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.swap import attach_steps
@@ -72,7 +71,9 @@ def packed(codes: Tensor, scale: Tensor, bias: Tensor) -> PackedLayer:
 
 def contestants(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return what computes the layer, by name."""
-    kitchen = require("comfy_kitchen.tensor", extra="bench")
+    # Here, so that --help does without it.
+    import comfy_kitchen.tensor as kitchen
+
     codes, params = kitchen.TensorWiseINT8Layout.quantize(
         weight, per_channel=True, convrot=True, convrot_groupsize=GROUP
     )
@@ -91,7 +92,9 @@ def contestants(weight: Tensor, bias: Tensor) -> dict[str, Callable[[Tensor], Te
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
