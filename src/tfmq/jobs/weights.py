@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tfmq.calibration.forward import readers_of_one
 from tfmq.calibration.granularity import GridErrors, candidate, candidates, measure_grids
-from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Reader, best_transform, observe
+from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Reader, Seen, best_transform, observe
 from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
 from tfmq.jobs.job import Job, Work
 from tfmq.nn.layer import CalibratedLayer
@@ -66,13 +66,7 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
                     most=ROWS if _splits(work) else MOST,
                 )
             for names in group:
-                readers = {
-                    name: Reader(layers[name], seen[name], work.plan.layers[name].weight.ranges)
-                    for name in names
-                    if name in seen
-                }
-                if readers:
-                    found |= _best(job, work, readers)
+                found |= _best(job, work, {name: layers[name] for name in names if name in seen}, seen)
             advance(len(chosen))
     return found
 
@@ -97,9 +91,17 @@ def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> li
     return [*alike, *alone]
 
 
-def _best(job: Job, work: Work, readers: Mapping[str, Reader]) -> dict[str, Tensor]:
+def _best(
+    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
+) -> dict[str, Tensor]:
     """Return the best factors, groups and branches of layers that read the same tensor."""
     found: dict[str, Tensor] = {}
+    readers = {
+        name: Reader(layer, seen[name], work.plan.layers[name].weight.ranges)
+        for name, layer in layers.items()
+    }
+    if not readers:
+        return found
     kept = _chosen(job, work, readers)
     transform, factors = kept.transform, kept.factors
     for name in readers:
