@@ -28,7 +28,7 @@ def import_checkpoint(
         typer.Option(
             "--base",
             metavar="DIR",
-            help="A pipeline of the same family, for parts that a single file does not hold.",
+            help="A pipeline of the same family, for what a single file does not hold.",
         ),
     ] = None,
     prediction: Annotated[

@@ -20,6 +20,7 @@ from tfmq.integrations.diffusers.original.rows import from_original, to_original
 from tfmq.integrations.diffusers.original.single_file import open_single_file
 from tfmq.integrations.diffusers.original.tables import TABLES
 from tfmq.storage.atomic import read_tensors, write_tensors
+from tfmq.storage.comfy import Int8Layer, encoded
 from tfmq.storage.errors import CheckpointError, ForeignFileError
 from tfmq.targets import open_sampler
 
@@ -259,6 +260,44 @@ def test_a_scheduler_comes_from_the_base_or_from_the_file(tmp_path: Path) -> Non
     assert config["prediction_type"] == "v_prediction" and config["rescale_betas_zero_snr"]
     plain = open_single_file(path, tokenizer=str(tmp_path / "tokenizer"), prediction="epsilon")
     assert plain.scheduler.config["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize("kind", ["floats", "blocks"])
+def test_what_shapes_do_not_say_comes_from_the_base(kind: str, tmp_path: Path) -> None:
+    """Fewer heads, and groups of other sizes, than published models of these widths have."""
+    parts, _ = published.stable_diffusion(tmp_path)
+    sizes = {"block_out_channels": (32, 64), "attention_head_dim": 2, "norm_num_groups": 16}
+    parts["unet"] = published.unet(cross_attention_dim=64, **sizes, **published.ENDS)
+    scheduler = published.diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    unneeded = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = published.diffusers.StableDiffusionPipeline(
+        **parts, **unneeded, tokenizer=published.tokenizer(tmp_path / "tokenizer"), scheduler=scheduler
+    )
+    pipeline.save_pretrained(tmp_path / "base")
+    tensors = published.below("model.diffusion_model.", published.denoiser_names(parts["unet"]))
+    if kind == "blocks":
+        layer = "model.diffusion_model.time_embed.2"
+        quantized = Int8Layer(torch.ones(128, 128, dtype=torch.int8), torch.full((128, 1), 0.01))
+        tensors |= {f"{layer}{suffix}": tensor for suffix, tensor in encoded(quantized).items()}
+        parts["unet"].time_embedding.linear_2.weight.data.fill_(0.01)
+    path = write(tmp_path / "model.safetensors", tensors, torch.float32)
+    found = open_single_file(path, base=tmp_path / "base").unet
+    if kind == "blocks":
+        tfmq.execute(found, "float")
+    assert found.config["sample_size"] == 8
+    with torch.no_grad():
+        expected = call("unet", parts["unet"], 9)
+        assert torch.allclose(call("unet", found, 9), expected, rtol=1e-5, atol=1e-5)
+        # The base of another size has no say.
+        wider = published.unet(
+            cross_attention_dim=64, **sizes | {"block_out_channels": (32, 96)}, **published.ENDS
+        )
+        wider.save_pretrained(tmp_path / "base" / "unet")
+        other = open_single_file(path, base=tmp_path / "base").unet
+        assert other.config["attention_head_dim"] == 8 and other.config["sample_size"] == 64
+    (tmp_path / "base" / "unet" / "config.json").write_text('{"block_out_channels": "wide"}')
+    with pytest.raises(ValueError, match="the unet of the base has an impossible configuration"):
+        open_single_file(path, base=tmp_path / "base")
 
 
 REFUSED = {

@@ -80,6 +80,7 @@ def integer_denoiser(
     layers: Mapping[str, IntegerLayer],
     *,
     source: Mapping[str, str],
+    like: Mapping[str, Any] | None = None,
 ) -> ModelMixin:
     """Return the quantized denoiser of a family, which saves with its manifest. Its other parameters are in
     float32.
@@ -89,11 +90,12 @@ def integer_denoiser(
         tensors: of the original, without their prefix; weights of `layers` are their codes.
         layers: by their original names.
         source: the format and the name of the file, for its provenance.
+        like: see `stock_denoiser`.
 
     Raises:
         ValueError: keys do not fit; lists them.
     """
-    model = stock_denoiser(family, tensors)
+    model = stock_denoiser(family, tensors, like)
     table, lengths = placed(family, model, tensors), lengths_of(model)
     plain = {
         name: tensor.float() for name, tensor in tensors.items() if name.removesuffix(".weight") not in layers

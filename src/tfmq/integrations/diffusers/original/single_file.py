@@ -122,13 +122,15 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: its tensors are not those of this layout: {error}") from error
 
 
-def denoiser_of(family: Family, tensors: Mapping[str, Tensor]) -> ModelMixin:
-    """Return the denoiser of a family with its original `tensors`.
+def denoiser_of(
+    family: Family, tensors: Mapping[str, Tensor], like: Mapping[str, Any] | None = None
+) -> ModelMixin:
+    """Return the denoiser of a family with its original `tensors`; `like` as in `stock_denoiser`.
 
     Raises:
         ValueError: keys do not fit; lists them.
     """
-    model = stock_denoiser(family, tensors)
+    model = stock_denoiser(family, tensors, like)
     converted = from_original(tensors, placed(family, model, tensors), lengths_of(model))
     fitted: ModelMixin = fit(model, encoders.in_common_dtype(converted), assign=True)
     return fitted
@@ -173,19 +175,25 @@ def _texts(file: SingleFile, given: Mapping[str, Any], tokenizer: str) -> dict[s
     return parts
 
 
-def _given(file: SingleFile, base: Path | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the parts of the pipeline in `base` that the file does not hold, in `dtype`.
+def _like(family: Family, base: Path) -> dict[str, Any]:
+    """Return the configuration of the denoiser of the pipeline in `base`.
 
     Raises:
         ValueError: it is no pipeline of this family.
-        CheckpointError: its index cannot be read.
+        CheckpointError: its index or that configuration cannot be read.
     """
-    if base is None:
-        return {}
-    family = file.family
     index = read_json(base / PIPELINE_FILE)
     if index.get(family.component) != ["diffusers", family.denoiser]:
         raise ValueError(f"{base} is no {family.title} pipeline: it has no {family.denoiser}")
+    config = read_json(base / family.component / "config.json")
+    return {name: value for name, value in config.items() if name != "quantization_config"}
+
+
+def _given(file: SingleFile, base: Path | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the parts of the pipeline in `base` that the file does not hold, in `dtype`."""
+    if base is None:
+        return {}
+    family = file.family
     held = [encoder.name for encoder in family.encoders if file.below(*encoder.prefixes)]
     held += ["vae"] if file.below(*AUTOENCODERS) else []
     without = {name: None for name in (family.component, *held)}
@@ -263,7 +271,8 @@ def open_single_file(
 
     Args:
         path: a `.safetensors` or `.gguf` file.
-        base: directory of a pipeline of the same family, for the parts that the file does not hold.
+        base: directory of a pipeline of the same family, for the parts that the file does not hold, and for
+            what the shapes of a denoiser's tensors do not say, such as the number of heads.
         tokenizer: directory or hub id of CLIP's tokenizer, where `base` has none; by default that of the hub,
             which its cache holds once it was used.
         prediction: what a UNet predicts, where the file does not show it.
@@ -275,10 +284,11 @@ def open_single_file(
     file = SingleFile(path)
     if unused := file.unused():
         warnings.warn(f"{path}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=2)
+    like = None if base is None else _like(file.family, base)
     with _named(path):
         denoiser = (
-            integer_denoiser(file.family, file.denoiser, file.layers, source=file.source)
+            integer_denoiser(file.family, file.denoiser, file.layers, source=file.source, like=like)
             if file.layers
-            else denoiser_of(file.family, file.denoiser)
+            else denoiser_of(file.family, file.denoiser, like)
         )
     return pipeline_of(file, denoiser, base=base, tokenizer=tokenizer, prediction=prediction)
