@@ -79,6 +79,8 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
 
 INTERRUPTED = """
 import signal
+# A process that began in the background may ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import typer
 from tfmq.cli.outcome import verb
 try:

@@ -21,6 +21,8 @@ def ray() -> Iterator[Any]:
     """Return Ray, started here with two CPUs; programs that find it started go on with it."""
     module = pytest.importorskip("ray", reason="ray is not installed; pip install 'tfmq[ray]' has it")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # By default workers give way to all others, here to the other half of the tests.
+    os.environ["RAY_worker_niceness"] = "0"
     size = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     module.init(address="local", log_to_driver=False, logging_level="error", **size)
     yield module
