@@ -28,7 +28,7 @@ from tfmq.evaluation.sampling import Images, as_colour
 from tfmq.evaluation.settings import JUDGES
 from tfmq.evaluation.temporal import temporal_disturbance
 from tfmq.evaluation.text import asked_of
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.progress import silent
@@ -74,7 +74,7 @@ class Scorer:
         self.extractor = extractor
         self.judge = JUDGES[model.judge]() if model.judge else None
         # Now rather than after an hour of calibration: its library may be missing.
-        self._extract = EXTRACTORS[extractor](Weights())
+        self._extract = EXTRACTORS[extractor](WeightFolder())
 
     def features(self, images: Images) -> Held:
         """Return the features of images."""

@@ -21,7 +21,7 @@ from tfmq.evaluation.result import FULL, QUANTIZED, REAL, Evaluation
 from tfmq.evaluation.sampling import draw
 from tfmq.evaluation.settings import Settings
 from tfmq.evaluation.stages import Shard
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 from tfmq.models.sampler import LoopSampler
 from tfmq.recipes import Published
 from tfmq.storage.errors import JobMismatchError
@@ -232,7 +232,9 @@ def test_a_metric_that_the_model_does_not_have_asks_for_no_weights(
     )
     with pytest.raises(ValueError, match="does not draw from text; leave clip out"):
         evaluate(
-            models[1], models[0], Request(settings=settings, job=tmp_path / "job", weights=Weights(tmp_path))
+            models[1],
+            models[0],
+            Request(settings=settings, job=tmp_path / "job", weights=WeightFolder(tmp_path)),
         )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tfmq.evaluation.settings import Settings, metric_names, prepare
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 from tfmq.storage.errors import MissingFileError
 
 
@@ -39,19 +39,20 @@ def test_what_is_refused(change: dict[str, object], cause: str) -> None:
 
 def test_tools_are_what_the_metrics_need(tmp_path: Path) -> None:
     local = Settings(num_images=1, steps=1, metrics=("fid", "psnr"), extractor="pooled-pixels")
-    tools = prepare(local, Weights(tmp_path))
+    tools = prepare(local, WeightFolder(tmp_path))
     assert tools.extractor is not None and tools.pairs.keys() == {"psnr"} and tools.clip is None
     assert tools.describe()["extractor"]["name"] == "pooled-pixels"
-    pairs = prepare(Settings(num_images=1, steps=1, metrics=("psnr",)), Weights(tmp_path))
+    pairs = prepare(Settings(num_images=1, steps=1, metrics=("psnr",)), WeightFolder(tmp_path))
     assert pairs.extractor is None
 
 
 def test_what_is_missing_is_known_first(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="inception"):
-        prepare(Settings(num_images=1, steps=1), Weights(tmp_path))
+        prepare(Settings(num_images=1, steps=1), WeightFolder(tmp_path))
     with pytest.raises(
         ValueError, match="is needs logits features, and the extractor pooled-pixels gives pool, spatial"
     ):
         prepare(
-            Settings(num_images=1, steps=1, metrics=("is",), extractor="pooled-pixels"), Weights(tmp_path)
+            Settings(num_images=1, steps=1, metrics=("is",), extractor="pooled-pixels"),
+            WeightFolder(tmp_path),
         )

@@ -7,7 +7,7 @@ import torch
 
 from tfmq.evaluation.perceptual import FILE as ALEXNET
 from tfmq.evaluation.perceptual import lpips
-from tfmq.evaluation.weights import WeightFile, Weights, check_state
+from tfmq.evaluation.weights import WeightFile, WeightFolder, check_state
 from tfmq.storage.digest import file_digest
 from tfmq.storage.errors import ForeignFileError, MissingFileError
 
@@ -18,15 +18,15 @@ def test_a_file_is_found_where_torch_keeps_it(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "hub" / "checkpoints" / "a.pth"
     path.write_bytes(b"weights")
     file = WeightFile(name="a.pth", digest=file_digest(path)[:8], origin="https://example.org/a.pth")
-    assert Weights().find(file, instead="") == path
+    assert WeightFolder().find(file, instead="") == path
     path.write_bytes(b"other weights")
     with pytest.raises(ForeignFileError, match="another sha256"):
-        Weights().find(file, instead="")
+        WeightFolder().find(file, instead="")
 
 
 def test_libraries_look_into_the_users_folder_for_a_while(tmp_path: Path) -> None:
     before = torch.hub.get_dir()
-    with pytest.raises(KeyError), Weights(tmp_path).as_cache():
+    with pytest.raises(KeyError), WeightFolder(tmp_path).as_cache():
         assert torch.hub.get_dir() == str(tmp_path)
         raise KeyError
     assert torch.hub.get_dir() == before
@@ -34,7 +34,7 @@ def test_libraries_look_into_the_users_folder_for_a_while(tmp_path: Path) -> Non
 
 def test_without_alexnet_lpips_says_which_file_goes_where(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError) as error:
-        lpips(Weights(tmp_path))
+        lpips(WeightFolder(tmp_path))
     assert str(tmp_path / "checkpoints" / ALEXNET.name) in str(error.value) and ALEXNET.origin in str(
         error.value
     )

@@ -10,7 +10,7 @@ from tfmq.nn.layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import release_parts
 
-Weights = Literal["unpacked", "packed"]
+WeightForm = Literal["unpacked", "packed"]
 
 
 class EngineError(RuntimeError):
@@ -30,7 +30,7 @@ class Options:
     "AUTO"; no other than "CPU" has been tested.
     """
 
-    weights: Weights = "unpacked"
+    weights: WeightForm = "unpacked"
     compile: bool = False
     threads: int | None = None
     device: str = "CPU"
@@ -66,7 +66,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {}
 
 
-def register(name: str) -> Callable[[type[Backend]], type[Backend]]:
+def register_backend(name: str) -> Callable[[type[Backend]], type[Backend]]:
     """Return a decorator that registers a backend under `name`.
 
     Raises:

@@ -4,13 +4,13 @@ as the full-precision model.
 
 from torch import nn
 
-from tfmq.backends.backend import Coverage, Options, register
+from tfmq.backends.backend import Coverage, Options, register_backend
 from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.submodules import submodules
 
 
-@register("float")
+@register_backend("float")
 class Float:
     """Dequantized layers: the fastest way for a small model, whose integer layers take longer to call than to
     compute.

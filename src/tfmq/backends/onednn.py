@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.allocator import give_back, page_out
-from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
+from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register_backend
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.inductor import rewrite
 from tfmq.export.capture import Call, Graph, capture
@@ -24,7 +24,7 @@ from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.submodules import submodules
 
 
-@register("torch")
+@register_backend("torch")
 class Torch:
     """u8 x s8 linear layers and convolutions by oneDNN, attention u8 x s8, other products on integers in
     float registers.

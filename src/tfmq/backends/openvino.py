@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.allocator import give_back, page_out
-from tfmq.backends.backend import Coverage, EngineError, Options, by_input, register
+from tfmq.backends.backend import Coverage, EngineError, Options, by_input, register_backend
 from tfmq.backends.caching import cache_directory, model_key
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.openvino_blame import blamed
@@ -45,7 +45,7 @@ def shared_core() -> Any:
     return ov.Core()
 
 
-@register("openvino")
+@register_backend("openvino")
 class OpenVINO:
     """INT8 linear layers and convolutions of OpenVINO's plug-in for a device. A converted model is kept on
     disk, compiled ones too; any batch is compiled for.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
+from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register_backend
 from tfmq.backends.fusion import fused
 from tfmq.backends.graph import Build, GraphExecutor, Run
 from tfmq.backends.tuned import StoredTiles
@@ -32,7 +32,7 @@ from tfmq.nn.submodules import submodules
 Program = Callable[..., tuple[Tensor, ...]]
 
 
-@register("operators")
+@register_backend("operators")
 class Operators:
     """Every operator by its definition in torch, on any device: slow, what the kernels of `cuda` are held to,
     and the same plumbing.
@@ -49,7 +49,7 @@ class Operators:
         return attach_operators(module, options, build(lambda program: program))
 
 
-@register("cuda")
+@register_backend("cuda")
 class Cuda:
     """Int8 tensor cores through Triton. With `weights="packed"` weights of up to four bits stay packed in
     memory and are unpacked in registers.

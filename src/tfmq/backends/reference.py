@@ -4,14 +4,14 @@ oracle of the others.
 
 from torch import nn
 
-from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register
+from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register_backend
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.submodules import submodules
 
 
-@register("reference")
+@register_backend("reference")
 class Reference:
     """Integers of every layer with a quantized input. Weight-only layers are floating point by definition."""
 
@@ -31,7 +31,7 @@ class Reference:
         return Coverage(integer=tuple(layers), floating=floating)
 
 
-@register("simulated")
+@register_backend("simulated")
 class Simulated:
     """Floating point on values that lie on the integer grids: the arithmetic of calibration, differentiable
     and on any device.

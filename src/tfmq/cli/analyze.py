@@ -17,7 +17,7 @@ from tfmq.cli.options import (
     Reference,
     Seed,
     Steps,
-    Weights,
+    WeightForm,
     beside,
     check_execution,
     check_module,
@@ -54,7 +54,7 @@ def analyze(
     device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
-    weights: Weights = "unpacked",
+    weights: WeightForm = "unpacked",
     parquet: Annotated[
         bool, typer.Option("--parquet", help="Write the values as analysis.parquet too, one a row.")
     ] = False,

@@ -17,7 +17,7 @@ from tfmq.cli.options import (
     Reference,
     Seed,
     Steps,
-    Weights,
+    WeightForm,
     check_execution,
     check_module,
     check_reference,
@@ -42,7 +42,7 @@ def compare(
     device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
-    weights: Weights = "unpacked",
+    weights: WeightForm = "unpacked",
     json: Json = False,
 ) -> None:
     """Send the same noise through a quantized model and its reference: pictures, paired metrics, temporal

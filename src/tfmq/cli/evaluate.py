@@ -21,7 +21,7 @@ from tfmq.cli.options import (
     Seed,
     Steps,
     Threads,
-    Weights,
+    WeightForm,
     Workers,
     beside,
     check_cluster,
@@ -134,7 +134,7 @@ def evaluate(
     device: EngineDevice = None,
     prompts: Prompts = None,
     backend: Backend = "auto",
-    weights: Weights = "unpacked",
+    weights: WeightForm = "unpacked",
     cluster: Cluster = None,
     workers: Workers = None,
     threads: Threads = 1,
@@ -157,7 +157,7 @@ def evaluate(
         )
         from tfmq.evaluation.job import Request
         from tfmq.evaluation.settings import Settings
-        from tfmq.evaluation.weights import Weights as Found
+        from tfmq.evaluation.weights import WeightFolder
         from tfmq.integrations.diffusers.quiet import quiet
 
         device, engine = check_devices(device, backend)
@@ -195,7 +195,7 @@ def evaluate(
                 settings=settings,
                 job=target.absolute().with_name(target.name + ".job"),
                 real=_absolute(real),
-                weights=Found(_absolute(weights_dir)),
+                weights=WeightFolder(_absolute(weights_dir)),
                 published=published_figures(described),
                 backend=name,
             )

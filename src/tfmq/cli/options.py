@@ -66,7 +66,7 @@ Backend = Annotated[
         ),
     ),
 ]
-Weights = Annotated[
+WeightForm = Annotated[
     str,
     typer.Option(
         "--weights", metavar="FORM", help="Integer weights in memory: unpacked is faster, packed is smaller."

@@ -19,7 +19,7 @@ from tfmq.evaluation.real import Real, open_real
 from tfmq.evaluation.result import Evaluation
 from tfmq.evaluation.settings import Settings, Tools, prepare
 from tfmq.evaluation.stages import Helpers, Shard, Stages, nobody
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress, silent
 from tfmq.recipes.published import Published
@@ -82,7 +82,7 @@ class Request:
     settings: Settings
     job: Path
     real: Path | None = None
-    weights: Weights = field(default_factory=Weights)
+    weights: WeightFolder = field(default_factory=WeightFolder)
     published: Sequence[Published] = ()
     backend: str | None = None
 

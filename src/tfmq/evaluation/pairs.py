@@ -6,7 +6,7 @@ from typing import Protocol
 from tfmq.evaluation.paired import Floats, psnr, ssim
 from tfmq.evaluation.perceptual import lpips
 from tfmq.evaluation.sampling import Images
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 
 
 class PairMetric(Protocol):
@@ -16,7 +16,7 @@ class PairMetric(Protocol):
 
 
 # For each metric, what builds it from the place of the weights. Add a metric here.
-PAIR_METRICS: dict[str, Callable[[Weights], PairMetric]] = {
+PAIR_METRICS: dict[str, Callable[[WeightFolder], PairMetric]] = {
     "psnr": lambda _: psnr,
     "ssim": lambda _: ssim,
     "lpips": lpips,

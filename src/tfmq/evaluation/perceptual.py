@@ -8,7 +8,7 @@ import torch
 from tfmq.errors import require
 from tfmq.evaluation.paired import Floats
 from tfmq.evaluation.sampling import Images
-from tfmq.evaluation.weights import WeightFile, Weights, check_state
+from tfmq.evaluation.weights import WeightFile, WeightFolder, check_state
 
 FILE = WeightFile(
     name="alexnet-owt-7be5be79.pth",
@@ -17,7 +17,7 @@ FILE = WeightFile(
 )
 
 
-def lpips(weights: Weights) -> Callable[[Images, Images], Floats]:
+def lpips(weights: WeightFolder) -> Callable[[Images, Images], Floats]:
     """Build the metric (Zhang et al., 2018; version 0.1, AlexNet); its linear heads come with torchmetrics.
 
     Raises:

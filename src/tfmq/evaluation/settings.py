@@ -14,7 +14,7 @@ from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.evaluation.pairs import PAIR_METRICS, PairMetric
 from tfmq.evaluation.text import CLIP, ClipScore, clip_score
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 
 CLIP_METRIC, TRAJECTORY = "clip", "trajectory"
 DEFAULT = ("fid", "kid", "psnr", "ssim", "trajectory")
@@ -108,7 +108,7 @@ class Tools:
         }
 
 
-def prepare(settings: Settings, weights: Weights) -> Tools:
+def prepare(settings: Settings, weights: WeightFolder) -> Tools:
     """Find every weight and build every tool, so that what is missing is known before hours of drawing.
 
     Raises:

@@ -26,7 +26,7 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFolder:
     """Where weight files lie: a folder of the user's, or torch's cache (`TORCH_HOME`)."""
 
     folder: Path | None = None

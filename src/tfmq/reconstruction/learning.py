@@ -66,14 +66,14 @@ class Learning:
             )
 
 
-def full_precision(layer: CalibratedLayer) -> Tensor:
+def full_weight(layer: CalibratedLayer) -> Tensor:
     """Return the full-precision weight: where AdaRound starts."""
     return layer.weight
 
 
 @contextmanager
 def adaptive_rounding(
-    layers: Mapping[str, CalibratedLayer], start: Start = full_precision
+    layers: Mapping[str, CalibratedLayer], start: Start = full_weight
 ) -> Iterator[list[AdaptiveRounding]]:
     """Give every layer trainable roundings while the context is open; on a clean exit their hard values
     become the layer's codes.
@@ -187,7 +187,7 @@ def learn_rounding(
     *,
     seed: int,
     advance: Advance,
-    start: Start = full_precision,
+    start: Start = full_weight,
     judge: Callable[[], float] | None = None,
 ) -> int:
     """Minimise `loss + penalty * sum(1 - |2 h(V) - 1|**beta)` over the roundings `V` of `layers`, and fix

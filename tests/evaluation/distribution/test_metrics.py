@@ -12,7 +12,7 @@ from tfmq.evaluation.distribution.frechet import Fid
 from tfmq.evaluation.distribution.inception_score import InceptionScore
 from tfmq.evaluation.distribution.kernel import Kid
 from tfmq.evaluation.distribution.manifold import PrecisionRecall
-from tfmq.evaluation.distribution.metric import register
+from tfmq.evaluation.distribution.metric import register_metric
 from tfmq.evaluation.distribution.metrics import SET_METRICS
 from tfmq.storage.errors import ForeignFileError
 
@@ -186,4 +186,4 @@ def test_precision_and_recall_of_known_sets(held: Make) -> None:
 
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="fid is registered already"):
-        register("fid")(Kid)
+        register_metric("fid")(Kid)

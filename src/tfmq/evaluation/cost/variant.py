@@ -100,7 +100,7 @@ VARIANTS: dict[str, Variant] = {}
 KINDS: dict[str, Kind] = {}
 
 
-def register(name: str, kind: Kind) -> Callable[[type[Variant]], type[Variant]]:
+def register_variant(name: str, kind: Kind) -> Callable[[type[Variant]], type[Variant]]:
     """Return a decorator that registers a variant under `name`.
 
     Raises:

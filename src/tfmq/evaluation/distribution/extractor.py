@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 
 # The extractor with which metrics have the plain names of the papers.
 STANDARD = "inception"
@@ -32,17 +32,19 @@ class Extractor(Protocol):
     def __call__(self, images: Images) -> Mapping[Kind, Tensor]: ...
 
 
-EXTRACTORS: dict[str, Callable[[Weights], Extractor]] = {}
+EXTRACTORS: dict[str, Callable[[WeightFolder], Extractor]] = {}
 
 
-def register(name: str) -> Callable[[Callable[[Weights], Extractor]], Callable[[Weights], Extractor]]:
+def register_extractor(
+    name: str,
+) -> Callable[[Callable[[WeightFolder], Extractor]], Callable[[WeightFolder], Extractor]]:
     """Return a decorator that registers what builds an extractor, from where weights lie, under `name`.
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def fill(build: Callable[[Weights], Extractor]) -> Callable[[Weights], Extractor]:
+    def fill(build: Callable[[WeightFolder], Extractor]) -> Callable[[WeightFolder], Extractor]:
         if name in EXTRACTORS:
             raise ValueError(f"an extractor called {name} is registered already")
         EXTRACTORS[name] = build

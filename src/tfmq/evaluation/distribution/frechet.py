@@ -7,7 +7,7 @@ import torch
 
 from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments
-from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register
+from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register_metric
 
 LIBRARY = "torchmetrics.image.fid"
 
@@ -76,7 +76,7 @@ class _Frechet:
         return {self.name: Score(frechet_distance(images, others, self.kind))}
 
 
-@register("fid")
+@register_metric("fid")
 class Fid(_Frechet):
     """Frechet distance of pooled features: FID where they are Inception's."""
 
@@ -84,7 +84,7 @@ class Fid(_Frechet):
     kind: Kind = "pool"
 
 
-@register("sfid")
+@register_metric("sfid")
 class SpatialFid(_Frechet):
     """Frechet distance of spatial features (Nash et al., 2021): no library has it, so it is the library's
     distance on those features.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.errors import require
-from tfmq.evaluation.distribution.extractor import register
+from tfmq.evaluation.distribution.extractor import register_extractor
 from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
-from tfmq.evaluation.weights import WeightFile, Weights, check_state
+from tfmq.evaluation.weights import WeightFile, WeightFolder, check_state
 from tfmq.storage.digest import file_digest
 
 FILE = WeightFile(
@@ -53,8 +53,8 @@ class Inception:
         return {"pool": pool, "spatial": places[0], "logits": logits}
 
 
-@register("inception")
-def inception(weights: Weights) -> Inception:
+@register_extractor("inception")
+def inception(weights: WeightFolder) -> Inception:
     """Build the network from its weight file.
 
     Raises:

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments
-from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register
+from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register_metric
 
 LIBRARY = "torchmetrics.image.inception"
 SPLITS = 10
 
 
-@register("is")
+@register_metric("is")
 class InceptionScore:
     """`exp E KL(p(y|x) || p(y))`, mean and deviation over ten splits (Salimans et al., 2016). One set
     alone.

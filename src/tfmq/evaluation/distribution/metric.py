@@ -46,7 +46,7 @@ class SetMetric(Protocol):
 SET_METRICS: dict[str, SetMetric] = {}
 
 
-def register(name: str) -> Callable[[type[SetMetric]], type[SetMetric]]:
+def register_metric(name: str) -> Callable[[type[SetMetric]], type[SetMetric]]:
     """Return a decorator that registers a metric under `name`.
 
     Raises:

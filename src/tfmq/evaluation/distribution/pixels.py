@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tfmq.evaluation.distribution.extractor import register
+from tfmq.evaluation.distribution.extractor import register_extractor
 from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
-from tfmq.evaluation.weights import Weights
+from tfmq.evaluation.weights import WeightFolder
 
 GRID = 8
 FINE = 16
@@ -35,7 +35,7 @@ class PooledPixels:
         return {"pool": pool, "spatial": spatial}
 
 
-@register("pooled-pixels")
-def pooled_pixels(weights: Weights) -> PooledPixels:
+@register_extractor("pooled-pixels")
+def pooled_pixels(weights: WeightFolder) -> PooledPixels:
     """Build the extractor; it has no weights to find."""
     return PooledPixels()

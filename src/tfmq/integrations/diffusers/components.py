@@ -9,11 +9,11 @@ LIBRARY = "tfmq"
 CLASSES = ("ClassEmbedder", "UNet2DHeadsModel")
 
 
-def register() -> None:
+def register_components() -> None:
     """Make diffusers know the classes, and how each is saved and loaded."""
     methods = {name: ["save_pretrained", "from_pretrained"] for name in CLASSES}
     LOADABLE_CLASSES[LIBRARY] = methods
     ALL_IMPORTABLE_CLASSES.update(methods)
 
 
-register()
+register_components()

@@ -1,8 +1,8 @@
 """diffusers' quantizer interface: a component whose config carries a tfmq manifest loads with
 `from_pretrained`.
 
-diffusers has no public registration; `register` fills its two tables in `diffusers.quantizers.auto`, and has
-it heed the backend of a config that a model is loaded with.
+diffusers has no public registration; `register_quantizer` fills its two tables in
+`diffusers.quantizers.auto`, and has it heed the backend of a config that a model is loaded with.
 """
 
 from collections.abc import Callable, Mapping
@@ -215,7 +215,7 @@ def _heeding(merge: Callable[..., Any]) -> Callable[..., Any]:
     return merged
 
 
-def register() -> None:
+def register_quantizer() -> None:
     """Make diffusers know the method.
 
     Raises:
@@ -242,4 +242,4 @@ def mark_quantized(model: Any, manifest: Mapping[str, Any]) -> None:
     admit_adapters()
 
 
-register()
+register_quantizer()

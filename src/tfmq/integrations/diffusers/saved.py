@@ -8,7 +8,7 @@ import diffusers
 # Imported so that directories which name its pipeline can be opened.
 from tfmq.integrations.diffusers import class_conditional  # noqa: F401
 from tfmq.integrations.diffusers.heads import UNet2DHeadsModel
-from tfmq.integrations.diffusers.quantizer import register
+from tfmq.integrations.diffusers.quantizer import register_quantizer
 from tfmq.storage.atomic import read_json
 
 OWN = {kind.__name__: kind for kind in (UNet2DHeadsModel,)}
@@ -24,7 +24,7 @@ def absent_components(directory: Path) -> dict[str, None]:
 
 def load_pipeline(directory: Path) -> diffusers.DiffusionPipeline:
     """Load a pipeline directory."""
-    register()
+    register_quantizer()
     return diffusers.DiffusionPipeline.from_pretrained(str(directory), **absent_components(directory))
 
 
@@ -45,5 +45,5 @@ def load_component(directory: Path, class_name: str) -> Any:
             f"{directory} holds a {class_name}, which this diffusers does not "
             "have; load it with tfmq.load(directory, module=...)"
         )
-    register()
+    register_quantizer()
     return kind.from_pretrained(str(directory))

@@ -7,7 +7,7 @@ import torch
 
 from tfmq.errors import require
 from tfmq.evaluation.cost.flat import Flat, tensors_of
-from tfmq.evaluation.cost.variant import Prepared, Setting, register
+from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 FULL, READY, QUANTIZED = "full.onnx", "ready.onnx", "model.onnx"
@@ -18,7 +18,7 @@ def _feed(call: Inputs) -> dict[str, Any]:
     return {f"input_{number}": tensor.contiguous().numpy() for number, tensor in enumerate(tensors_of(call))}
 
 
-@register("onnxruntime-int8", "peer")
+@register_variant("onnxruntime-int8", "peer")
 class OnnxRuntime:
     """The original, exported, and quantized with a scale for each output channel of a weight, on the calls of
     the benchmark.

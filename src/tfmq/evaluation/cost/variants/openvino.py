@@ -8,7 +8,7 @@ import torch
 from tfmq.backends.openvino import shared_core
 from tfmq.errors import require
 from tfmq.evaluation.cost.flat import Flat, tensors_of
-from tfmq.evaluation.cost.variant import Prepared, Setting, register
+from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 FILE = "model.xml"
@@ -51,7 +51,7 @@ def _compiled(setting: Setting) -> Prepared:
     return Prepared(step, path.stat().st_size + path.with_suffix(".bin").stat().st_size)
 
 
-@register("openvino-fp32", "peer")
+@register_variant("openvino-fp32", "peer")
 class FullPrecision:
     """The original, converted."""
 
@@ -70,7 +70,7 @@ class FullPrecision:
         return _compiled(setting)
 
 
-@register("openvino-nncf", "peer")
+@register_variant("openvino-nncf", "peer")
 class Nncf:
     """The original, quantized by NNCF after training: weights and activations INT8, on the calls of the
     benchmark.

@@ -3,11 +3,11 @@
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.variant import Prepared, Setting, register
+from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
 from tfmq.nn.size import state_bytes
 
 
-@register("quanto-int8", "peer")
+@register_variant("quanto-int8", "peer")
 class Quanto:
     """The original, quantized and calibrated on the calls of the benchmark when it is loaded."""
 

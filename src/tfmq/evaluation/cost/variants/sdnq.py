@@ -3,11 +3,11 @@
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.variant import Prepared, Setting, register
+from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
 from tfmq.nn.size import state_bytes
 
 
-@register("sdnq-int8", "peer")
+@register_variant("sdnq-int8", "peer")
 class Sdnq:
     """The original, quantized when it is loaded; it compiles its own kernels."""
 

@@ -7,11 +7,11 @@ import torch
 
 from tfmq.errors import require
 from tfmq.evaluation.cost.flat import Flat, tensors_of
-from tfmq.evaluation.cost.variant import Prepared, Setting, register
+from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 
-@register("torchao-pt2e", "peer")
+@register_variant("torchao-pt2e", "peer")
 class Pt2e:
     """The original, exported, calibrated on the calls of the benchmark, converted and compiled: all of it
     when it is loaded.
