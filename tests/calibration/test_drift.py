@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.drift import Extremes, LayerDrift, complaint, drift, extremes
+from tfmq.calibration.drift import GridExtremes, LayerDrift, complaint, drift, extremes
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operation_of
@@ -66,8 +66,8 @@ def test_extremes_are_those_of_the_inputs_at_the_nearest_step(
             assert float(seen["exit"].high[step, segment]) == max(0.0, float(part.max()))
 
 
-def ends(low: list[float], high: list[float]) -> dict[str, Extremes]:
-    return {"layer": Extremes(torch.tensor(low)[:, None], torch.tensor(high)[:, None])}
+def ends(low: list[float], high: list[float]) -> dict[str, GridExtremes]:
+    return {"layer": GridExtremes(torch.tensor(low)[:, None], torch.tensor(high)[:, None])}
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_the_drift_is_what_lies_beyond_range_and_base_in_widths(
 
 def test_the_furthest_comes_first_and_a_static_range_has_no_timestep() -> None:
     steps, layer = quantizer(per_step=False)
-    base = {name: Extremes(torch.zeros(1, 1), torch.zeros(1, 1)) for name in ("near", "far")}
+    base = {name: GridExtremes(torch.zeros(1, 1), torch.zeros(1, 1)) for name in ("near", "far")}
     changed = {
-        "near": Extremes(torch.zeros(1, 1), torch.full((1, 1), 2.0)),
-        "far": Extremes(torch.full((1, 1), -9.0), torch.zeros(1, 1)),
+        "near": GridExtremes(torch.zeros(1, 1), torch.full((1, 1), 2.0)),
+        "far": GridExtremes(torch.full((1, 1), -9.0), torch.zeros(1, 1)),
     }
     found = drift({"near": layer, "far": layer}, steps, base, changed)
     assert [entry.name for entry in found] == ["far", "near"] and found[0].timestep is None

@@ -36,14 +36,14 @@ class LayerDrift:
 
 
 @dataclass(frozen=True)
-class Extremes:
+class GridExtremes:
     """The least and the greatest value that a quantizer's input took, `[S, G]`; zero where there was none."""
 
     low: Tensor
     high: Tensor
 
 
-def _update(seen: Extremes, quantizer: ActivationQuantizer, x: Tensor, bins: Tensor) -> None:
+def _update(seen: GridExtremes, quantizer: ActivationQuantizer, x: Tensor, bins: Tensor) -> None:
     index = (
         bins.repeat_interleave(x.shape[0] // len(bins))
         if quantizer.per_step
@@ -67,13 +67,13 @@ def static_inputs(layers: Mapping[str, PackedLayer]) -> dict[str, ActivationQuan
 @contextmanager
 def extremes(
     denoiser: Denoiser, layers: Mapping[str, PackedLayer], steps: StepContext
-) -> Iterator[dict[str, Extremes]]:
+) -> Iterator[dict[str, GridExtremes]]:
     """Note what the `layers`, which have static grids, would read in a full-precision `denoiser`, at the
     nearest of the calibrated `steps`.
     """
     quantizers = static_inputs(layers)
     seen = {
-        name: Extremes(torch.zeros(q.scale.shape), torch.zeros(q.scale.shape))
+        name: GridExtremes(torch.zeros(q.scale.shape), torch.zeros(q.scale.shape))
         for name, q in quantizers.items()
     }
     running: list[Tensor] = []
@@ -100,8 +100,8 @@ def extremes(
 def drift(
     quantizers: Mapping[str, ActivationQuantizer],
     steps: StepContext,
-    base: Mapping[str, Extremes],
-    changed: Mapping[str, Extremes],
+    base: Mapping[str, GridExtremes],
+    changed: Mapping[str, GridExtremes],
 ) -> tuple[LayerDrift, ...]:
     """Return the layers whose input in the `changed` model goes beyond the calibrated range, the furthest
     first.

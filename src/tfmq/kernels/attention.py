@@ -33,7 +33,7 @@ BLOCK = 2**19
 SMALLEST = 2**14
 
 
-class Grid(NamedTuple):
+class OperandGrid(NamedTuple):
     """The input grid of one sample."""
 
     scale: float
@@ -52,10 +52,10 @@ class Grid(NamedTuple):
 class Grids(NamedTuple):
     """The grids of one sample's operands."""
 
-    query: Grid
-    key: Grid
-    probabilities: Grid
-    value: Grid
+    query: OperandGrid
+    key: OperandGrid
+    probabilities: OperandGrid
+    value: OperandGrid
 
 
 def integer_attention(call: Attention, rows: Sequence[Rows]) -> Tensor | None:
@@ -95,7 +95,7 @@ def _grids(rows: Sequence[Rows]) -> Iterator[Grids]:
     samples = max(len(grid.scale) for grid in rows)
     columns = [
         [
-            Grid(scale, zero_point, grid.levels)
+            OperandGrid(scale, zero_point, grid.levels)
             for scale, zero_point in zip(
                 grid.scale[:, 0].tolist(), grid.zero_point[:, 0].tolist(), strict=True
             )
