@@ -148,7 +148,7 @@ class SkippedLayer(Part):
         """Return zeros where nothing reads the layer, else its output."""
         x = input
         if self.enabled and self._steps[0].all_exact:
-            # Of `x` only what a graph knows without computing it.
+            # Read only what a graph knows of `x` without computing it: dtype, device and shape.
             return torch.zeros(1, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], self.width)
         return self.block(x)
 

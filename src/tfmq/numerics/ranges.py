@@ -10,7 +10,7 @@ from tfmq.numerics.grids import SMALLEST_SCALE, Grid, IntegerFormat
 
 # Number of values that are searched at once. These and what is computed of them stay in a processor's cache.
 CHUNK = 2**17
-# Of errors that a search adds up, as BRECQ and Q-Diffusion have it.
+# A search adds up errors to this power, as BRECQ and Q-Diffusion do.
 POWER = 2.4
 
 

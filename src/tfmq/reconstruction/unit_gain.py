@@ -21,7 +21,7 @@ class Output:
         assert moments.cross is not None
         self.shape = moments.cross.shape
         weight = layer.weight.double().flatten(1).reshape(self.shape)
-        # Of an output y = w x + r, row by row: y x^T, and y^2.
+        # The means of y x^T and y^2, row by row, where y = w x + r is the output in full precision.
         self.inputs = weight @ moments.hessians[0] + moments.cross
         self.square = ((self.inputs + moments.cross) * weight).sum(dim=2) + moments.squares
 

@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-# Of the standard normal distribution, two-sided, 95 %.
+# The standard normal distribution has 95 % of its mass within this distance of zero.
 QUANTILE = 1.959964
 # A verdict as a number, where nothing was asked.
 UNASKED = -1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tfmq.models.sampler import Sampler
 
-# Of the impulse that a scheduler is probed with: so small that no clipping sees it.
+# Size of the impulse that a scheduler is probed with: so small that no clipping sees it.
 IMPULSE = 1e-3
 
 
