@@ -22,7 +22,7 @@ def ray() -> Iterator[Any]:
     module = pytest.importorskip("ray", reason="ray is not installed; pip install 'tfmq[ray]' has it")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # By default workers give way to all others, here to the other half of the tests.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     size = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     module.init(address="local", log_to_driver=False, logging_level="error", **size)
     yield module
