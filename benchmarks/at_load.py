@@ -60,7 +60,8 @@ def load(directory: Path, bits: str) -> None:
     before, began = resident_bytes(), time.perf_counter()
     stock = bits.startswith("float")
     dtype = getattr(torch, bits) if stock else torch.float16
-    config = {} if stock else {"quantization_config": tfmq.TFMQConfig(bits=bits, backend="simulated")}
+    # What computes is chosen at the first call: until then there are the codes alone.
+    config = {} if stock else {"quantization_config": tfmq.TFMQConfig(bits=bits)}
     model = UNet2DConditionModel.from_pretrained(directory, torch_dtype=dtype, **config)
     seconds = time.perf_counter() - began
     assert model.config is not None

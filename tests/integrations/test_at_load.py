@@ -1,6 +1,8 @@
 """Quantization while diffusers loads a model."""
 
+import gc
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,24 @@ def test_a_model_in_shards_is_quantized_saved_and_loaded_again(
     assert torch.equal(output(again, denoiser, inputs), found)
     size = sum(path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors"))
     assert size < 0.6 * sum(path.stat().st_size for path in (tmp_path / "stock").glob("*.safetensors"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say which files are mapped")
+def test_nothing_keeps_a_shard_in_memory(stored: Callable[..., Any], tmp_path: Path) -> None:
+    """A bias that stays as it was read would keep the whole file mapped."""
+    kind, denoiser, _ = stored("conditional", max_shard_size="20KB")
+
+    def mapped() -> bool:
+        return str(tmp_path / "stock") in Path("/proc/self/maps").read_text()
+
+    stock = kind.from_pretrained(tmp_path / "stock")
+    assert mapped(), "or there is nothing to let go of"
+    del stock
+    model = kind.from_pretrained(tmp_path / "stock", quantization_config=config())
+    gc.collect()
+    assert not mapped()
+    kept = {name: tensor for name, tensor in denoiser.module.state_dict().items() if name.endswith("bias")}
+    assert kept and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
 def test_no_layer_is_left_in_floating_point(stored: Callable[..., Any], tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def _smallest(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name, total in zip(order, held, strict=True) if total <= SMALL * sum(sizes.values())]
 
 
+@torch.no_grad()
+def leave_files(model: nn.Module) -> None:
+    """Copy what is left in floating point, such as biases: as it was read it is a part of a shard's mapped
+    file, and would keep all of that in memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
 class AtLoad:
     """Quantizes the layers of one model while it is loaded.
 

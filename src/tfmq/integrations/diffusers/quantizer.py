@@ -17,6 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from tfmq.allocator import page_out
 from tfmq.integrations.config import (
     ManifestConfig,
     check_complete,
@@ -26,7 +27,7 @@ from tfmq.integrations.config import (
     register_method,
 )
 from tfmq.integrations.diffusers.adapters import admit_adapters
-from tfmq.integrations.diffusers.at_load import AtLoad, bits_of
+from tfmq.integrations.diffusers.at_load import AtLoad, bits_of, leave_files
 from tfmq.integrations.loaded import loaded
 from tfmq.nn.structure import assemble
 from tfmq.quantizers.part import Part
@@ -114,6 +115,7 @@ class TFMQQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         if self._at_load is not None:
+            leave_files(model)
             self.quantization_config.manifest |= self._at_load.manifest(model)
             self._at_load, self.pre_quantized = None, True
             model.register_to_config(quantization_config=self.quantization_config.to_dict())
@@ -167,6 +169,8 @@ class TFMQQuantizer(DiffusersQuantizer):
         """Put a stored tensor into its buffer, uncast, or the codes of a weight into a layer."""
         if self._at_load is not None:
             self._at_load.put(model, param_name, param_value, device=target_device)
+            # The file is mapped until all of a shard is read; what has become codes need not stay in memory.
+            page_out(state_dict[param_name])
             return
         owner, _, name = param_name.rpartition(".")
         module = model.get_submodule(owner)
