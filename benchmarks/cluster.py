@@ -41,12 +41,14 @@ from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.jobs.job import Job
 from tfmq.jobs.units import reconstruct_alone, unit_file
 from tfmq.jobs.workflow import BEFORE_UNITS, run
+from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import precision
 from tfmq.nn.temporal import without_tables
 from tfmq.progress import Advance, silent
+from tfmq.reconstruction.resources import UNLIMITED
 from tfmq.storage.atomic import write_json
 from tfmq.storage.journal import Journal
-from tfmq.targets import open_sampler, open_target
+from tfmq.targets import fingerprint_of, open_sampler, open_target
 
 STEPS = 50
 
@@ -146,7 +148,12 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (sampler, _, fingerprint), opening = timed(lambda: open_target(options.model, recipe, seed=0))
+
+        def begin() -> tuple[Sampler, dict[str, Any]]:
+            sampler, networks = open_target(options.model, recipe)
+            return sampler, fingerprint_of(sampler, recipe, 0, UNLIMITED, networks)
+
+        (sampler, fingerprint), opening = timed(begin)
         weights = sum(
             parameter.numel() * parameter.element_size() for parameter in sampler.denoiser.module.parameters()
         )
@@ -155,7 +162,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
         work, before = timed(lambda: run(job, BEFORE_UNITS))
         stages = size(folder, "*.safetensors") - size(store.directory)
         calls = sum(call.sample.numel() * call.sample.element_size() for call in job.batches)
-        again, _, _ = open_target(options.model, recipe, seed=0)
+        again, _ = open_target(options.model, recipe)
         other = Job(
             sampler=again, recipe=recipe, store=store, journal=Journal(folder, fingerprint, resume=True)
         )

@@ -41,7 +41,7 @@ from tfmq.storage.fields import Fields
 from tfmq.storage.journal import Journal
 from tfmq.storage.listing import FILES
 from tfmq.storage.prompts import PROMPTS_FILE, prompts_content
-from tfmq.targets import open_target, owner_of
+from tfmq.targets import fingerprint_of, open_target, owner_of
 from tfmq.version import __version__
 
 
@@ -216,16 +216,10 @@ def quantize(
             "a budget of time is kept by one process alone: leave out the "
             "cluster (--cluster) or the budget (--time-budget)"
         )
-    sampler, networks, fingerprint = open_target(
-        target,
-        recipe,
-        seed=seed,
-        device=device,
-        prompts=prompts,
-        component=component,
-        components=components,
-        resources=resources,
+    sampler, networks = open_target(
+        target, recipe, device=device, prompts=prompts, component=component, components=components
     )
+    fingerprint = fingerprint_of(sampler, recipe, seed, resources, networks)
     module, owner = sampler.denoiser.module, owner_of(sampler)
     destination = Path(os.path.abspath(output_dir)) if output_dir is not None else None
     if destination is not None and _finished(destination, fingerprint, resume=resume):

@@ -20,7 +20,7 @@ from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import is_quantized
 from tfmq.recipes.recipe import Recipe, call_options
 from tfmq.recipes.yaml import to_dict
-from tfmq.reconstruction.resources import UNLIMITED, Resources
+from tfmq.reconstruction.resources import Resources
 from tfmq.storage.digest import tensor_digest
 from tfmq.storage.manifest import Provenance
 from tfmq.storage.prompts import Brought, brought
@@ -171,7 +171,7 @@ def _digests(networks: Networks) -> dict[str, Any]:
     return {"networks": digests} if digests else {}
 
 
-def _fingerprint(
+def fingerprint_of(
     sampler: Sampler, recipe: Recipe, seed: int, resources: Resources, networks: Networks
 ) -> dict[str, Any]:
     """Return everything that the result depends on; with a budget of time it also depends on the shares that
@@ -199,15 +199,13 @@ def open_target(
     target: Any,
     recipe: Recipe,
     *,
-    seed: int,
     device: str | torch.device | None = None,
     prompts: tuple[str, ...] = (),
     component: str | None = None,
     components: Components | None = None,
-    resources: Resources = UNLIMITED,
-) -> tuple[Sampler, Networks, dict[str, Any]]:
-    """Return the sampler of a model that is to be quantized, on its device, what else of its pipeline is, see
-    `chosen_networks`, and everything that the result depends on.
+) -> tuple[Sampler, Networks]:
+    """Return the sampler of a model that is to be quantized, on its device, and what else of its pipeline is,
+    see `chosen_networks`.
 
     Raises:
         ValueError: it is quantized already, or cannot be.
@@ -233,7 +231,7 @@ def open_target(
         _check_weights(network.module)
     if device is not None:
         owner_of(sampler).to(device)
-    return sampler, networks, _fingerprint(sampler, recipe, seed, resources, networks)
+    return sampler, networks
 
 
 def owner_of(sampler: Sampler) -> Any:

@@ -229,7 +229,6 @@ def test_a_model_whose_layers_are_rescaled_computes_the_same_in_full_precision(
         layers,
         STEPS,
         [Inputs(batch.sample, torch.tensor([1.0, 9.0]))] * 3,
-        calls=3,
         rotation=0,
         advance=lambda _=1: None,
     )

@@ -9,7 +9,7 @@ from tfmq.models.denoiser import Inputs
 from tfmq.nn.plan import calibrated_layers, prepare
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
-from tfmq.recipes.recipe import Activations, Recipe, Weights
+from tfmq.recipes.recipe import Activations, Recipe, Temporal, Weights
 from tfmq.reconstruction import tiar
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding, SolverName
@@ -59,7 +59,12 @@ def test_feature_errors_fall_below_nearest_and_other_layers_are_left_alone(
     )
     assert before > 0
     reconstruct_temporal(
-        block, temporal, steps, Rounding(solver=solver), QUICK, seed=0, advance=lambda amount=1: None
+        block,
+        temporal,
+        steps,
+        Temporal(rounding=Rounding(solver=solver), learning=QUICK),
+        seed=0,
+        advance=lambda amount=1: None,
     )
     assert squared_error(block, target) < (0.9 if solver == "adaround" else 0.3) * before
     changed = {name for name, layer in layers.items() if not torch.equal(layer.codes, nearest[name])}
@@ -83,7 +88,12 @@ def test_each_timestep_of_a_batch_is_learned_on_its_own_grid(build: Callable[...
         lambda *_: seen.append(steps.index.clone()) if torch.is_grad_enabled() else None
     )
     reconstruct_temporal(
-        block, temporal, steps, Rounding(), Learning(iterations=4), seed=0, advance=lambda amount=1: None
+        block,
+        temporal,
+        steps,
+        Temporal(rounding=Rounding(), learning=Learning(iterations=4)),
+        seed=0,
+        advance=lambda amount=1: None,
     )
     assert len(seen) == 4 and all(len(index) == 8 and len(index.unique()) == 8 for index in seen), (
         "a random subset of the 12 timesteps"
@@ -151,8 +161,7 @@ def test_features_are_learned_on_the_classes_of_the_calibration(
         block,
         temporal,
         steps,
-        Rounding(solver=solver),
-        QUICK,
+        Temporal(rounding=Rounding(solver=solver), learning=QUICK),
         batches=batches,
         seed=0,
         advance=lambda amount=1: None,
@@ -187,5 +196,12 @@ def test_a_schedule_of_one_step_is_learned_too(build: Callable[..., Any]) -> Non
             )
 
     before = error()
-    reconstruct_temporal(block, temporal, steps, Rounding(), QUICK, seed=0, advance=lambda amount=1: None)
+    reconstruct_temporal(
+        block,
+        temporal,
+        steps,
+        Temporal(rounding=Rounding(), learning=QUICK),
+        seed=0,
+        advance=lambda amount=1: None,
+    )
     assert error() <= before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tfmq.calibration.forward import watched
+from tfmq.calibration.store import CalibrationStore
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.numerics.affine import fake_quantize
@@ -105,17 +106,16 @@ def observe(
     denoiser: Denoiser,
     layers: Mapping[str, CalibratedLayer],
     steps: StepContext,
-    batches: Iterable[Inputs],
+    batches: CalibrationStore | Sequence[Inputs],
     *,
-    calls: int,
     rotation: int,
     advance: Advance,
     most: int = MOST,
 ) -> dict[str, Seen]:
-    """Run the full-precision `denoiser` over `batches`, `calls` of them, and return what `layers` read, at
-    most `most` rows of it; a layer that none reaches is left out.
+    """Run the full-precision `denoiser` over `batches`, and return what `layers` read, at most `most` rows of
+    it; a layer that none reaches is left out.
     """
-    with observed(layers, steps, calls, rotation=rotation, most=most) as seen:
+    with observed(layers, steps, len(batches), rotation=rotation, most=most) as seen:
         for inputs in batches:
             denoiser(inputs)
             advance()

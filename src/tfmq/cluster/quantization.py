@@ -18,7 +18,7 @@ from tfmq.progress import silent
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.resources import UNLIMITED, Resources
 from tfmq.storage.journal import Journal
-from tfmq.targets import open_target
+from tfmq.targets import fingerprint_of, open_target
 
 # A batch of the trajectory to record, with its number, or the number of a unit to reconstruct.
 Task = tuple[Literal["record"], int, range] | tuple[Literal["reconstruct"], int, None]
@@ -80,15 +80,16 @@ class _Worker:
 def _make(order: Order) -> Callable[[Task], None]:
     """Open the job in a worker; refuse where the worker would compute something else."""
     folder = job_of(order.output_dir.absolute())
-    sampler, networks, fingerprint = open_target(
+    sampler, networks = open_target(
         order.target,
         order.recipe,
-        seed=order.seed,
         device=order.device,
         prompts=order.prompts,
         component=order.component,
         components=order.components,
     )
+    # A crew works without a budget of time, the one limit that a result depends on.
+    fingerprint = fingerprint_of(sampler, order.recipe, order.seed, UNLIMITED, networks)
     order.resources.prepare()
     journal = Journal(folder, fingerprint, resume=True)
     return _Worker(

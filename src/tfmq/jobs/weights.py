@@ -60,7 +60,6 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
                     chosen,
                     work.steps,
                     store,
-                    calls=len(store),
                     rotation=job.recipe.rescaling.rotation,
                     advance=advance,
                     most=ROWS if _splits(work) else MOST,

@@ -3,6 +3,7 @@ all timesteps together.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ from tfmq.temporal.block import TemporalBlock
 
 # Maximum number of (timestep, condition) pairs that a block with conditions is learned on.
 MOST_PAIRS = 1024
+
+
+class Config(Protocol):
+    """How the roundings of the block are found."""
+
+    @property
+    def rounding(self) -> Rounding:
+        """The solver."""
+
+    @property
+    def learning(self) -> Learning:
+        """The hyper-parameters of learned rounding."""
 
 
 @torch.no_grad()
@@ -58,8 +71,7 @@ def reconstruct_temporal(
     block: TemporalBlock,
     layers: dict[str, CalibratedLayer],
     steps: StepContext,
-    rounding: Rounding,
-    learning: Learning,
+    config: Config,
     *,
     batches: Iterable[Inputs] = (),
     seed: int,
@@ -72,6 +84,7 @@ def reconstruct_temporal(
     the calibration calls, hold. A solver in closed form does it layer by layer. Where the error ends above
     that of the nearest codes, these stay.
     """
+    rounding, learning = config.rounding, config.learning
     timesteps, conditions = condition_pairs(block, steps.timesteps.cpu(), batches)
     names = block.features
     size = min(learning.batch_size, block.trace.batch, len(timesteps))

@@ -122,11 +122,9 @@ def _measured(
                 {name: worker.turn for name, worker in workers.items()}, rounds=plan.rounds, advance=advance
             )
     beside = around(max(1, batch // plan.rows_per_image))
-    for name, timing in timings.items():
+    for name in timings:
         accuracy = _accuracy(outputs[BASE], outputs[name]) if plan.exact and name != BASE else None
-        yield _row(
-            plan, name, batch, timing, base=timings[BASE], beside=beside, sqnr=accuracy, spent=spent[name]
-        )
+        yield _row(plan, name, batch, timings, beside=beside, sqnr=accuracy, spent=spent[name])
 
 
 def _tried(
@@ -182,13 +180,13 @@ def _row(
     plan: Plan,
     name: str,
     batch: int,
-    timing: Timing,
+    timings: Mapping[str, Timing],
     *,
-    base: Timing,
     beside: float,
     sqnr: float | None,
     spent: Mapping[str, Any],
 ) -> Row:
+    timing, base = timings[name], timings[BASE]
     images = max(1, batch // plan.rows_per_image)
     calls_an_image = images * plan.rows_per_image / batch
     return Row(

@@ -138,18 +138,15 @@ def unconditional_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any])
         if resampling
         else ("conv", ("DownBlock2D", "UpBlock2D"))
     )
-    model = _unet(
-        params,
-        # The middle block attends too.
-        {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]},
-        **shared,
-        down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
-        up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
-        downsample_type=kind,
-        upsample_type=kind,
-        # Set it: by default the middle block has no norm where blocks scale and shift.
-        attn_norm_num_groups=GROUPS,
-    )
+    kinds = {
+        "down_block_types": tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
+        "downsample_type": kind,
+        "upsample_type": kind,
+    }
+    # The middle block attends too. By default it has no norm where blocks scale and shift.
+    attending = {width for width, attend in zip(widths, attends, strict=True) if attend} | {widths[-1]}
+    model = _unet(params, attending, **shared, **kinds, attn_norm_num_groups=GROUPS)
     layers = shared["layers_per_block"]
     rest, upsamplers = take_upsamplers(weights, layers) if resampling else (dict(weights), {})
     named = rename_downsamplers(convert_ldm_unet_checkpoint(rest, model.config), layers) | upsamplers
