@@ -7,14 +7,13 @@ Each model is written as ComfyUI's file and as one of GGUF, and these are read a
 `base`. Images from the same noise: PSNR to `base` in full precision, mean and standard error, and median, of
 the model as it is and of each file, and the difference to the model image by image. Bytes are those of the
 denoiser's weights. Milliseconds are those of a call of the denoiser for one image in OpenVINO, on one thread,
-medians of calls in turns.
+medians of turns while the machine does nothing else.
 """
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from short import with_error
 
 import tfmq
 from tfmq.backends.backend import Options
-from tfmq.evaluation.cost.system import describe_machine, machine_in_words
+from tfmq.evaluation.cost.system import describe_machine, foreign_seconds, machine_in_words
+from tfmq.evaluation.cost.timing import interleaved, timed
 from tfmq.evaluation.paired import psnr
 from tfmq.integrations.diffusers.original.comfy_out import export_comfy
 from tfmq.integrations.diffusers.original.gguf_out import export_gguf
@@ -33,6 +33,8 @@ from tfmq.integrations.diffusers.original.single_file import open_single_file
 from tfmq.targets import named_directory
 
 PROMPTS = Path(__file__).parent / "prompts" / "scenes.txt"
+# Seconds of a turn, in which a call is repeated.
+TURN = 0.2
 FILES: dict[str, Callable[[Any, Path], dict[str, Any]]] = {"comfy": export_comfy, "gguf": export_gguf}
 
 
@@ -64,22 +66,20 @@ def from_file(kind: str, model: Any, base: Path) -> tuple[Any, int]:
 
 
 @torch.no_grad()
-def milliseconds(unets: list[Any], rounds: int) -> list[float]:
+def milliseconds(unets: Mapping[str, Any], rounds: int) -> dict[str, float]:
     """Return how long a call of each of these takes."""
-    config, generator = unets[0].config, torch.Generator().manual_seed(0)
+    config, generator = unets["tfmq"].config, torch.Generator().manual_seed(0)
     size = config["sample_size"]
     sample = torch.randn(1, config["in_channels"], size, size, generator=generator)
     text = torch.randn(1, 77, config["cross_attention_dim"], generator=generator)
-    times: list[list[float]] = [[] for _ in unets]
-    for unet in unets:
+    turns = {}
+    for name, unet in unets.items():
         tfmq.execute(unet, "openvino", options=Options(threads=1))
-    for number in range(rounds + 2):
-        for unet, found in zip(unets, times, strict=True):
-            began = time.perf_counter()
-            unet(sample, torch.tensor(500), text)
-            if number >= 2:
-                found.append(1e3 * (time.perf_counter() - began))
-    return [statistics.median(found) for found in times]
+        call = partial(unet, sample, torch.tensor(500), text)
+        call()
+        turns[name] = partial(timed, call, seconds=TURN, busy=foreign_seconds)
+    found = interleaved(turns, rounds=rounds, advance=lambda amount=1: None)
+    return {name: 1e3 * timing.seconds for name, timing in found.items()}
 
 
 def main() -> None:
@@ -110,11 +110,11 @@ def main() -> None:
         for unet, _ in rows.values():
             pipeline.unet = unet
             found.append(psnr(exact, images(pipeline, base, options)))
-        times = milliseconds([unet for unet, _ in rows.values()], options.rounds)
-        for (kind, (_, size)), values, spent in zip(rows.items(), found, times, strict=True):
+        times = milliseconds({kind: unet for kind, (unet, _) in rows.items()}, options.rounds)
+        for (kind, (_, size)), values in zip(rows.items(), found, strict=True):
             to_model = "" if kind == "tfmq" else with_error(values - found[0], sign=True)
             print(
-                f"| {directory.name} | {kind} | {size} | {spent:.1f} | {with_error(values)} "
+                f"| {directory.name} | {kind} | {size} | {times[kind]:.1f} | {with_error(values)} "
                 f"| {np.median(values):.2f} | {to_model} |",
                 flush=True,
             )

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def called(bits: Any, sampler: Any, backend: str) -> float | None:
 
 def line(name: str, before: list[float], after: list[float]) -> str:
     """Return a row of the table."""
-    ratios = sorted(one / other for one, other in zip(after, before, strict=True))
+    ratios = [one / other for one, other in zip(after, before, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return (
         f"| {name} | {statistics.median(before):.2f} | {statistics.median(after):.2f} "
@@ -140,14 +140,6 @@ def compare(before: Side, after: Side, question: str, rounds: int) -> tuple[list
             if answer is not None:
                 answers.append(answer)
     return found
-
-
-def table(questions: list[str], ask: Callable[[str], tuple[list[float], list[float]]]) -> None:
-    """Print a row for each question that both versions answer."""
-    for question in questions:
-        before, after = ask(question)
-        if before and len(before) == len(after):
-            print(line(question, before, after), flush=True)
 
 
 def main() -> None:
@@ -172,9 +164,10 @@ def main() -> None:
     with sides(options.before.resolve(), options.after.resolve()) as (before, after):
         print(machine_in_words(describe_machine(1)))
         print("| | before | after | ratio |\n|---|---|---|---|", flush=True)
-        for preset in options.presets:
-            table([preset], lambda question: compare(before, after, question, options.rounds))
-        table([*BACKENDS], lambda question: compare(before, after, question, options.rounds))
+        for question in (*options.presets, *BACKENDS):
+            earlier, later = compare(before, after, question, options.rounds)
+            if earlier and len(earlier) == len(later):
+                print(line(question, earlier, later), flush=True)
 
 
 if __name__ == "__main__":
