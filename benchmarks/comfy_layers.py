@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tfmq.backends.execution import execute
 from tfmq.evaluation.cost.system import describe_machine, machine_in_words
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.swap import attach_steps
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import IntegerFormat

@@ -29,7 +29,7 @@ from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.numerics.grids import GRIDS, IntegerFormat, Table, table
 from tfmq.numerics.groups import has_room
 from tfmq.numerics.low_rank import SPLITTERS, second_moments, truncated
-from tfmq.quantizers.part import Part
+from tfmq.quantizers.part import Execution, Part
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid
 from tfmq.recipes import Recipe
 from tfmq.recipes.recipe import Calibration, Correction, Rescaling, Rule
@@ -271,10 +271,10 @@ def test_a_part_keeps_its_tensors_through_dtypes_and_what_backends_set(whole: Lo
         own = {name for name in part._buffers if name in part.state_dict(keep_vars=True)}
         assert all(part.keeps(name) for name in own), type(part).__name__
         assert part.finished() is part
-        set_before = part.prepared()
-        part.release()
-        part.prepare(set_before)
-        assert part.prepared().keys() == type(part).PREPARED.keys()
+        before, state = part.execution, part.state_dict().keys()
+        part.execute(Execution())
+        assert part.execution is not None and part.state_dict().keys() == state
+        part.execute(before)
         undo = part.choose(weights="full", inputs="full")
         undo()
 

@@ -31,10 +31,13 @@ from tfmq.evaluation.cost.source import dequantized
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.embedding import PackedEmbedding
+from tfmq.nn.embedding import KeptRows, PackedEmbedding
+from tfmq.nn.packed_layer import StockExecution
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.submodules import submodules
 from tfmq.nn.swap import plain_forward
 from tfmq.numerics.errors import sqnr_db
+from tfmq.quantizers.part import Held
 from tfmq.recipes import Recipe
 from tfmq.storage.digest import tensor_digest
 
@@ -371,9 +374,7 @@ def test_what_does_not_fit_into_memory_is_not_tried(
     execute(module, "auto")
     with caplog.at_level(logging.INFO, "tfmq"):
         assert torch.equal(run(module, call()), expected)
-    assert computed_by(module) == "simulated" and all(
-        layer.unpacked is None for layer in packed_layers(module).values()
-    )
+    assert computed_by(module) == "simulated" and not submodules(module, Held)
     assert "float was not tried: it takes 0.0 GB, and 0.0 GB are free" in lines(caplog)[-1]
 
 
@@ -416,20 +417,14 @@ def test_float_is_the_model_of_the_dequantized_weights(sampler: Make, rounded: M
         assert sqnr_db(full, output) > sqnr_db(full, simulated)
         # What a stock layer does, and nothing that small models would feel.
         direct = options == Options()
-        assert all(
-            (layer.decoded is not None) == direct and layer.unpacked is None
-            for layer in packed_layers(module).values()
-        )
-        assert all(
-            (table.decoded is not None) == direct
-            for table in module.modules()
-            if isinstance(table, PackedEmbedding)
-        )
+        for layer in packed_layers(module).values():
+            assert isinstance(layer.execution, StockExecution)
+            assert (layer.execution.weight is not None) == direct
+        tables = submodules(module, PackedEmbedding).values()
+        assert all(isinstance(table.execution, KeptRows) == direct for table in tables)
     execute(module, "simulated")
     assert torch.equal(run(module, inputs), simulated)
-    assert not any(
-        table.decoded is not None for table in module.modules() if isinstance(table, PackedEmbedding)
-    )
+    assert all(table.execution is None for table in tables)
 
 
 class Counted(TorchDispatchMode):

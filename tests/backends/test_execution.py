@@ -14,15 +14,17 @@ from tfmq.backends.backend import Options
 from tfmq.backends.execution import backend_names, computed_by, execute
 from tfmq.kernels.kernel import Rows
 from tfmq.kernels.onednn import available
-from tfmq.kernels.reference import ReferenceKernel
+from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import Plan, activation_sites, pack_all, packed_layers, prepare
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.products import ProductKernels, ProductQuantizers
 from tfmq.nn.scheme import ActivationScheme, LayerScheme, WeightScheme
+from tfmq.nn.submodules import submodules
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import IntegerFormat
+from tfmq.quantizers.part import Held
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.digest import tensor_digest
@@ -183,7 +185,7 @@ def test_packed_weights_change_no_value(quantized: Quantized, backend: str) -> N
     expected = run(module, inputs)
     execute(module, backend, options=Options(weights="packed"))
     assert torch.equal(run(module, inputs), expected)
-    assert all(layer.unpacked is None for layer in packed_layers(module).values())
+    assert not submodules(module, Held)
 
 
 @pytest.mark.parametrize("backend", EVERY)
@@ -201,7 +203,7 @@ def test_the_state_does_not_change_and_the_simulation_comes_back(quantized: Quan
     assert coverage.integer == () and set(coverage.floating.values()) == {"simulated"}
     assert torch.equal(run(module, inputs), expected)
     assert all(layer.kernel is None for layer in packed_layers(module).values())
-    assert all(child.kernel is None for child in module.modules() if isinstance(child, ProductQuantizers))
+    assert all(child.execution is None for child in submodules(module, ProductQuantizers).values())
 
 
 @pytest.mark.parametrize("backend", EVERY)
@@ -327,16 +329,14 @@ def test_products_go_through_the_kernel(quantized: Quantized) -> None:
     execute(module, "reference")
     seen: list[Rows] = []
     owners = [child for child in module.modules() if isinstance(child, ProductQuantizers)]
-    kernels = {id(owner): owner.kernel for owner in owners}
 
-    def watched(owner: ProductQuantizers) -> Callable[..., Tensor]:
-        def kernel(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
-            seen.append(left_rows)
-            return kernels[id(owner)](left, left_rows, right, right_rows)  # type: ignore[misc]
-
-        return kernel
+    def watched(left: Tensor, left_rows: Rows, right: Tensor, right_rows: Rows) -> Tensor:
+        seen.append(left_rows)
+        return reference_product(left, left_rows, right, right_rows)
 
     for owner in owners:
-        owner.kernel = watched(owner)
+        assert isinstance(owner.execution, ProductKernels)
+        assert owner.execution.kernel is reference_product
+        owner.execution.kernel = watched
     run(module, inputs)
     assert len(seen) == sum(len(owner.left) for owner in owners) > 0

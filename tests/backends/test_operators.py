@@ -17,7 +17,7 @@ from tfmq.backends.operators import Program, attach_operators, build
 from tfmq.kernels.device import OperatorKernel, WeightOnlyKernel
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.recipes.recipe import Activations, Calibration
 from tfmq.storage.digest import tensor_digest

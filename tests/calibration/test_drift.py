@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tfmq.calibration.drift import GridExtremes, LayerDrift, complaint, drift, extremes
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operation_of
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext

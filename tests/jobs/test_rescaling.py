@@ -17,7 +17,7 @@ from tfmq.backends.execution import execute
 from tfmq.calibration.rescaling import Reader, Transform
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes import Recipe

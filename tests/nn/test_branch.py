@@ -10,8 +10,9 @@ from tfmq.calibration.splitting import branch_of
 from tfmq.export.fake_quantize import FakeQuantizeKernel
 from tfmq.kernels.reference import ReferenceKernel
 from tfmq.nn.branch import BRANCH_TYPES, BranchType
-from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
+from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.packed_layer import KernelExecution, PackedLayer
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.low_rank import LowRank, truncated
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -83,7 +84,7 @@ def test_kernels_compute_the_branch_with_the_weight(name: str, dtype: BranchType
     packed = pack(layer)
     expected = packed(x)
     for kernel in kernels(packed):
-        packed.kernel = kernel
+        packed.execute(KernelExecution(kernel))
         torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
     rows = len(packed.integer_weight().values)
     assert rows == 12 + 2 * layer.operation.groups * (dtype == "int8") or name == "volume"

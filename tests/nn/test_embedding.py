@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tfmq.nn import embedding
-from tfmq.nn.embedding import CalibratedEmbedding, PackedEmbedding
+from tfmq.nn.embedding import CalibratedEmbedding, KeptCodes, KeptRows, PackedEmbedding
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.weight import fit_grid
 
@@ -47,8 +47,9 @@ def test_a_row_is_off_by_half_a_step_of_its_own_grid_at_most(
     packed = layer.finished()
     assert torch.equal(packed(index), layer(index))
     assert torch.equal(nn.functional.embedding(index, packed.weight), packed(index))
-    packed.unpacked = packed.codes
-    assert torch.equal(packed(index), layer(index))
+    for execution in (KeptCodes(packed.codes), KeptRows(packed.weight)):
+        packed.execute(execution)
+        assert torch.equal(packed(index), layer(index))
 
 
 def test_a_look_up_unpacks_the_rows_that_it_reads_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:

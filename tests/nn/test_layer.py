@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
+from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.weight import AdaptiveRounding, fit_grid

@@ -3,7 +3,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tfmq.nn.layer import CalibratedLayer, PackedLayer
+from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import (
     Plan,
     activation_sites,

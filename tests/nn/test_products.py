@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfmq.kernels.kernel import Rows
-from tfmq.nn.products import ProductMode, ProductQuantizers, attach_products, sites
+from tfmq.nn.products import ProductKernels, ProductMode, ProductQuantizers, attach_products, sites
 from tfmq.numerics.attention import Attention
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -251,7 +251,7 @@ def test_a_kernel_of_attention_gets_the_call_with_the_grids_of_all_four_operands
         return torch.full_like(call.value, 7.0)
 
     attach_products(module, q)
-    q.kernel, q.attention_kernel = lambda left, _, right, __: left @ right, kernel
+    q.execute(ProductKernels(lambda left, _, right, __: left @ right, attention=kernel))
     assert bool((module(x) == 7).all())
     ((call, rows),) = seen
     assert torch.equal(call.query, x) and torch.equal(call.key, x * 2) and torch.equal(call.value, x * 3)
@@ -278,11 +278,12 @@ def test_without_a_kernel_of_attention_the_products_are_computed_one_by_one(
     def declines(call: Attention, rows: tuple[Rows, ...]) -> None:
         calls.append("attention")
 
-    q.kernel, q.attention_kernel = product, declines
+    if "sites" in reason:
+        q.execute(ProductKernels(sites={0: product, 1: product}))
+    else:
+        q.execute(ProductKernels(product, attention=declines))
     if "graph" in reason:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    if "sites" in reason:
-        q.site_kernels = {0: product, 1: product}
     torch.testing.assert_close(module(x), Attends()(x))
     assert calls == {
         "it declines": ["attention", "product", "product"],

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import KeptWeight, PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import release_parts
 
@@ -101,5 +101,5 @@ def keep_unpacked(module: nn.Module, options: Options) -> None:
     time.
     """
     for layer in packed_layers(module).values():
-        if layer.kernel is None and options.weights == "unpacked":
-            layer.unpacked = layer.weight
+        if layer.execution is None and options.weights == "unpacked":
+            layer.execute(KeptWeight(layer.weight))

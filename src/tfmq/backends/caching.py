@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tfmq.nn.structure import describe
+from tfmq.quantizers.part import Execution
 from tfmq.storage.digest import module_digest
 
 CACHE = "TFMQ_CACHE"
@@ -29,8 +30,16 @@ def model_key(module: nn.Module) -> str:
     Raises:
         ValueError: a tensor has no values here, as while a model is offloaded.
     """
-    parts = [module_digest(module), json.dumps(describe(module), sort_keys=True), repr(module)]
+    parts = [module_digest(module), json.dumps(describe(module), sort_keys=True), *_printed(module, "")]
     return sha256("\n".join([*parts, repr(_configuration(module))]).encode()).hexdigest()
+
+
+def _printed(module: nn.Module, name: str) -> Iterator[str]:
+    """Yield what each module below `module` prints of itself, but for what a backend has put there."""
+    yield f"{name}: {type(module).__qualname__}({module.extra_repr()})"
+    for key, child in module.named_children():
+        if not isinstance(child, Execution):
+            yield from _printed(child, f"{name}.{key}")
 
 
 def _configuration(module: nn.Module) -> list[tuple[str, Any]]:

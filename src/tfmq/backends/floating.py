@@ -5,8 +5,10 @@ as the full-precision model.
 from torch import nn
 
 from tfmq.backends.backend import Coverage, Options, register_backend
+from tfmq.nn.embedding import KeptRows
+from tfmq.nn.packed_layer import StockExecution
 from tfmq.nn.plan import packed_embeddings, packed_layers
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.products import ProductQuantizers, StockProducts
 from tfmq.nn.submodules import submodules
 
 
@@ -30,14 +32,11 @@ class Float:
         dtype = next(
             (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None
         )
-        layers = packed_layers(module)
+        layers, keep = packed_layers(module), options.weights == "unpacked"
         for layer in layers.values():
-            layer.input_precision = "full"
-            if options.weights == "unpacked":
-                layer.decoded = layer.stock_weight.to(dtype).contiguous()
+            layer.execute(StockExecution(layer.stock_weight.to(dtype).contiguous() if keep else None))
         for products in submodules(module, ProductQuantizers).values():
-            products.idle = True
-        if options.weights == "unpacked":
-            for embedding in packed_embeddings(module).values():
-                embedding.decoded = embedding.weight.to(embedding.dtype)
+            products.execute(StockProducts())
+        for embedding in packed_embeddings(module).values() if keep else ():
+            embedding.execute(KeptRows(embedding.weight.to(embedding.dtype)))
         return Coverage(integer=(), floating=dict.fromkeys(layers, "float"))

@@ -16,11 +16,11 @@ from tfmq.backends.inductor import rewrite
 from tfmq.export.capture import Call, Graph, capture
 from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.attention import integer_attention
-from tfmq.kernels.kernel import IntegerWeight
+from tfmq.kernels.kernel import IntegerWeight, LayerKernel
 from tfmq.kernels.onednn import OnednnKernel, UnpackingKernel, available, multiplies, supports
 from tfmq.kernels.onednn_products import product
-from tfmq.nn.layer import PackedLayer
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.packed_layer import KernelExecution, PackedLayer
+from tfmq.nn.products import ProductKernels, ProductQuantizers
 from tfmq.nn.submodules import submodules
 
 
@@ -48,13 +48,14 @@ class Torch:
                 floating[name] = _reason(weight)
                 continue
             zero_points = layer.input_quantizer.zero_points()
-            if options.weights == "unpacked":
-                layer.kernel = OnednnKernel(weight, zero_points, again=partial(_unpacked, layer))
-            else:
-                layer.kernel = UnpackingKernel(layer.integer_weight, zero_points)
+            kernel: LayerKernel = (
+                OnednnKernel(weight, zero_points, again=partial(_unpacked, layer))
+                if options.weights == "unpacked"
+                else UnpackingKernel(layer.integer_weight, zero_points)
+            )
+            layer.execute(KernelExecution(kernel))
         for products in submodules(module, ProductQuantizers).values():
-            products.kernel = product
-            products.attention_kernel = integer_attention if multiplies() else None
+            products.execute(ProductKernels(product, attention=integer_attention if multiplies() else None))
         keep_unpacked(module, options)
         if options.compile:
             module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]

@@ -22,7 +22,7 @@ from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
 from tfmq.kernels.halves import saturates
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 
 # Part of the cache key. Raise it when converted models change, so that no older one is read.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 
 # Seconds that the search for the layer to blame may take; all it improves is the message.
 SECONDS = 20.0

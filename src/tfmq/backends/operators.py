@@ -24,9 +24,9 @@ from tfmq.kernels.device import (
     shape_refusal,
 )
 from tfmq.kernels.kernel import IntegerWeight
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import KernelExecution, PackedLayer
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.products import ProductKernels, ProductQuantizers
 from tfmq.nn.submodules import submodules
 
 Program = Callable[..., tuple[Tensor, ...]]
@@ -99,14 +99,10 @@ def attach_operators(module: nn.Module, options: Options, compiled: Build) -> Co
             floating[name] = reason
             continue
         nibbles = options.weights == "packed" and fits_nibbles(weight)
-        layer.kernel = (
-            OperatorKernel(weight, nibbles=nibbles)
-            if name in quantized
-            else WeightOnlyKernel(weight, nibbles=nibbles)
-        )
-        layer.shelve()
+        kind = OperatorKernel if name in quantized else WeightOnlyKernel
+        layer.execute(KernelExecution(kind(weight, nibbles=nibbles), shelves=True))
     for products in submodules(module, ProductQuantizers).values():
-        products.kernel = operator_product
+        products.execute(ProductKernels(operator_product))
     keep_unpacked(module, options)
     if options.compile:
         module.tfmq_executor = GraphExecutor(module, compiled)  # type: ignore[assignment]

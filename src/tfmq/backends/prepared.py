@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 from tfmq.backends.backend import BACKENDS, Coverage, Options, release
 from tfmq.nn.swap import Executor, parts_of, plain_forward
 from tfmq.numerics.trees import tensors_in
-from tfmq.quantizers.part import Part
+from tfmq.quantizers.part import Execution, Part
 
 # Calls of one kind take the same time: the shapes, dtypes and devices of their tensors, and their other
 # arguments by type.
@@ -43,14 +43,14 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a backend has put into a denoiser: its executor, and what it set in each part."""
+    """What a backend has put into a denoiser: its executor, and the execution of each part."""
 
     executor: Executor | None
-    attributes: tuple[tuple[Part, Mapping[str, Any]], ...]
+    executions: tuple[tuple[Part, Execution | None], ...]
 
 
 def _parts(module: nn.Module, executor: Executor | None) -> _Parts:
-    return _Parts(executor, tuple((child, child.prepared()) for child in parts_of(module)))
+    return _Parts(executor, tuple((child, child.execution) for child in parts_of(module)))
 
 
 class Prepared:
@@ -85,8 +85,8 @@ class Prepared:
         try:
             if way in self._aside:
                 parts = self._aside.pop(way)
-                for child, values in parts.attributes:
-                    child.prepare(values)
+                for child, execution in parts.executions:
+                    child.execute(execution)
                 self._executor = parts.executor
             else:
                 coverage = BACKENDS[way.backend].attach(module, way.options)

@@ -6,8 +6,9 @@ from torch import nn
 
 from tfmq.backends.backend import Coverage, Options, by_input, keep_unpacked, register_backend
 from tfmq.kernels.reference import ReferenceKernel, reference_product
+from tfmq.nn.packed_layer import KernelExecution
 from tfmq.nn.plan import packed_layers
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.products import ProductKernels, ProductQuantizers
 from tfmq.nn.submodules import submodules
 
 
@@ -24,9 +25,10 @@ class Reference:
         layers, floating = by_input(module)
         for layer in layers.values():
             assert layer.input_quantizer is not None
-            layer.kernel = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)
+            kernel = ReferenceKernel(layer.integer_weight(), layer.input_quantizer.format.levels)
+            layer.execute(KernelExecution(kernel))
         for products in submodules(module, ProductQuantizers).values():
-            products.kernel = reference_product
+            products.execute(ProductKernels(reference_product))
         keep_unpacked(module, options)
         return Coverage(integer=tuple(layers), floating=floating)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser
-from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operand
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.numerics.segments import split
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext

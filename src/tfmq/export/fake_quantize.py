@@ -32,9 +32,12 @@ from torch import Tensor, nn
 
 from tfmq.kernels.halves import terms, wanted
 from tfmq.kernels.kernel import IntegerWeight, Rows, channels, column, combined
+from tfmq.nn.embedding import KeptCodes
+from tfmq.nn.packed_layer import KernelExecution
 from tfmq.nn.plan import packed_embeddings, packed_layers
-from tfmq.nn.products import ProductKernel, ProductQuantizers
+from tfmq.nn.products import ProductKernel, ProductKernels, ProductQuantizers
 from tfmq.nn.submodules import submodules
+from tfmq.nn.swap import parts_of
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.input import InputQuantizer
 
@@ -219,24 +222,18 @@ def graph_kernels(module: nn.Module, *, halved: bool | None = None) -> Iterator[
     """Let the layers, embeddings and attention products of a packed denoiser compute in terms of engines for
     a while: for processors that cut sums off if `halved`, by default for this one.
     """
-    layers = list(packed_layers(module).values())
-    products = list(submodules(module, ProductQuantizers).values())
-    before = [(layer.kernel, layer.input_precision) for layer in layers], [child.idle for child in products]
-    for layer in layers:
+    before = [(part, part.execution) for part in parts_of(module)]
+    for layer in packed_layers(module).values():
         weight = layer.integer_weight()
-        quantizer = layer.input_quantizer
-        layer.kernel = _kernel(weight, quantizer, halved=halved) if weight.narrow else None
-        layer.input_precision = "quantized"
-    for child in products:
-        child.site_kernels, child.idle = product_kernels(child, halved=halved), False
+        kernel = _kernel(weight, layer.input_quantizer, halved=halved) if weight.narrow else None
+        layer.execute(None if kernel is None else KernelExecution(kernel))
+    for products in submodules(module, ProductQuantizers).values():
+        kernels = product_kernels(products, halved=halved)
+        products.execute(ProductKernels(sites=kernels) if kernels else None)
     for embedding in packed_embeddings(module).values():
-        embedding.unpacked = embedding.codes
+        embedding.execute(KeptCodes(embedding.codes))
     try:
         yield
     finally:
-        for layer, (kernel, precision) in zip(layers, before[0], strict=True):
-            layer.kernel, layer.input_precision = kernel, precision
-        for child, idle in zip(products, before[1], strict=True):
-            child.site_kernels, child.idle = {}, idle
-        for embedding in packed_embeddings(module).values():
-            embedding.unpacked = None
+        for part, execution in before:
+            part.execute(execution)

@@ -1,7 +1,7 @@
 """Quantized embeddings: look-ups of rows, of which a call dequantizes those that it reads."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tfmq.nn.packed import PackedWeight
 from tfmq.numerics.grids import Grid
 from tfmq.numerics.packing import unpack_unsigned
-from tfmq.quantizers.part import Part, Precision
+from tfmq.quantizers.part import Execution, Held, Part, Precision
 from tfmq.quantizers.weight import WeightGrid
 
 
@@ -60,21 +60,13 @@ class CalibratedEmbedding(Part):
 class PackedEmbedding(PackedWeight):
     """An embedding at rest: packed codes `[rows, width]`, with a scale and a zero-point for each row. Its
     output has the model's `dtype`.
-
-    `unpacked` are codes that a graph reads, uint8 `[rows, width]`: engines have no operators to unpack with.
-    `decoded` is the weight in the model's dtype, where a backend keeps it; it moves along and is no part of
-    the state.
     """
 
-    PREPARED: ClassVar[Mapping[str, Any]] = {"decoded": None}
-
-    decoded: Tensor | None
+    execution: "EmbeddingExecution | None"
 
     def __init__(self, fmt: Grid, shape: tuple[int, ...], *, dtype: torch.dtype) -> None:
         super().__init__(fmt, shape)
         self.dtype = dtype
-        self.unpacked: Tensor | None = None
-        self.register_buffer("decoded", None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
         super()._apply(fn, recurse)
@@ -93,10 +85,13 @@ class PackedEmbedding(PackedWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of whole numbers, decoded."""
-        if self.decoded is not None and self.unpacked is None:
-            return F.embedding(input, self.decoded)
+        if self.execution is None:
+            return self.decoded(input, self._rows(input.flatten()))
+        return self.execution.compute(self, input)
+
+    def decoded(self, input: Tensor, codes: Tensor) -> Tensor:
+        """Return the rows of whole numbers from their `codes` `[n, width]`."""
         index = input.flatten()
-        codes = self._rows(index) if self.unpacked is None else self.unpacked[index]
         scale = self.scale[index]
         zero_point = (
             torch.full_like(scale, self.format.middle)
@@ -115,3 +110,37 @@ class PackedEmbedding(PackedWeight):
     def extra_repr(self) -> str:
         """Return shape and bits for the printed model."""
         return f"shape={self.shape}, bits={self.format.bits}"
+
+
+class EmbeddingExecution(Execution):
+    """How a packed embedding computes."""
+
+    @abstractmethod
+    def compute(self, embedding: PackedEmbedding, input: Tensor) -> Tensor:
+        """Return the rows of whole numbers."""
+
+
+class KeptRows(EmbeddingExecution):
+    """An embedding whose dequantized `weight` is kept, in the model's dtype."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = Held(weight)
+
+    def compute(self, embedding: PackedEmbedding, input: Tensor) -> Tensor:
+        """Return rows of the weight."""
+        return F.embedding(input, self.weight())
+
+
+class KeptCodes(EmbeddingExecution):
+    """An embedding whose unpacked `codes` are kept, uint8 `[rows, width]`: engines have no operators that
+    unpack.
+    """
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__()
+        self.codes = Held(codes)
+
+    def compute(self, embedding: PackedEmbedding, input: Tensor) -> Tensor:
+        """Return the rows of the codes, decoded."""
+        return embedding.decoded(input, self.codes()[input.flatten()])

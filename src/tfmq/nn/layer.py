@@ -1,18 +1,16 @@
-"""Quantized linear, convolution and transposed convolution layers: one that is being fitted, one that is
-done.
+"""A quantized linear, convolution or transposed convolution layer that is being fitted, and how it is
+packed.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tfmq.kernels.kernel import IntegerWeight, LayerKernel
 from tfmq.nn.branch import SideBranch
-from tfmq.nn.packed import PackedWeight
-from tfmq.nn.transform import opposed, restored, transformed
-from tfmq.numerics.grids import Grid
+from tfmq.nn.packed_layer import PackedLayer
+from tfmq.nn.transform import opposed, transformed
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
@@ -146,131 +144,6 @@ class CalibratedLayer(Part):
         else:
             output = self.operation(x, self.quantized_weight().to(x.dtype), self.quantized_bias())
         return output if beside is None else output + beside
-
-
-class PackedLayer(PackedWeight):
-    """A layer at rest: packed codes `[C_out, ...]`, their grid, bias, and the quantizer of its input.
-
-    The bias has the dtype `bias`, the model's own. Without a `kernel` the forward is simulated: float
-    arithmetic on values that lie on the grids, with the weight unpacked at each call unless `unpacked` keeps
-    it. Neither of the two is part of the state; both move with the layer, a kernel if it is a module. While
-    it is `shelved`, the packed codes stay where they are. With `input_precision` "full" the simulation leaves
-    the input as it comes, and computes with `decoded`, the weight as its stock module has it, where a backend
-    keeps that. A layer that is `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those
-    of the weight divided by it; one with a group of `rotated` channels then rotates both. A `branch` is
-    computed beside its codes, which are those of what that leaves of the weight.
-    """
-
-    PREPARED: ClassVar[Mapping[str, Any]] = {
-        "kernel": None,
-        "unpacked": None,
-        "decoded": None,
-        "input_precision": "quantized",
-        "shelved": False,
-    }
-
-    unpacked: Tensor | None
-    decoded: Tensor | None
-    factor: Tensor | None
-
-    def __init__(
-        self,
-        operation: Operation,
-        fmt: Grid,
-        shape: tuple[int, ...],
-        *,
-        bias: torch.dtype | None,
-        segments: tuple[int, ...] = (),
-        input_quantizer: InputQuantizer | None = None,
-        rescaled: bool = False,
-        rotated: int = 0,
-        group: int = 0,
-        branch: SideBranch | None = None,
-    ) -> None:
-        super().__init__(fmt, shape, segments=segments, group=group)
-        self.rotated, self.branch = rotated, branch
-        self.operation = operation
-        self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
-        self.bias = (
-            nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
-        )
-        self.input_quantizer = input_quantizer
-        self.kernel: LayerKernel | None = None
-        self.register_buffer("unpacked", None, persistent=False)
-        self.register_buffer("decoded", None, persistent=False)
-        self.input_precision: Precision = "quantized"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "kernel":
-            # A kernel may be a module or not, and torch refuses the one in the place of the other.
-            self._modules.pop(name, None)
-            self.__dict__.pop(name, None)
-        super().__setattr__(name, value)
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """Return a stock weight as rows, divided by the factors of rescaled channels, and rotated, without
-        the branch.
-        """
-        rows = self.operation.rows(weight)
-        rows = opposed(rows, self.factor, self.rotated, self.operation.groups)
-        return rows if self.branch is None else rows - self.branch.product()
-
-    def transformed(self, x: Tensor) -> Tensor:
-        """Return an input as it is quantized."""
-        return transformed(x, self.factor, self.rotated, self.operation)
-
-    @property
-    def stock_weight(self) -> Tensor:
-        """The dequantized weight in the layout of the stock module, for inputs as they come."""
-        weight = self.weight if self.branch is None else self.weight + self.branch.product()
-        weight = restored(weight, self.factor, self.rotated, self.operation.groups)
-        return self.operation.stored(weight)
-
-    @property
-    def in_features(self) -> int:
-        """Inputs of a row of the weight, as a stock linear layer has them: pipelines read it off a denoiser's
-        layers (SDXL's `add_embedding`).
-        """
-        return self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight, as a stock linear layer has them."""
-        return self.shape[0]
-
-    def integer_weight(self) -> IntegerWeight:
-        """Return what integer kernels compute with."""
-        values = self.grid.integers(self.codes.to(torch.int16))
-        bias = None if self.bias is None else self.bias.detach().float()
-        weight = IntegerWeight(self.operation, values, self.scale, bias, self.segments)
-        return self.branch.joined(weight) if self.branch is not None and self.branch.shared else weight
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output by the kernel of its backend, else in floating point on the grids."""
-        if self.kernel is None and self.input_precision == "full" and (decoded := self.decoded) is not None:
-            # As a stock layer does it: a small one takes no longer than a few calls from Python.
-            return self.operation.multiply(input, decoded, self.bias)
-        if self.factor is not None or self.rotated:
-            input = self.transformed(input)
-        if self.kernel is None:
-            return self._simulated(input)
-        rows = None if self.input_quantizer is None else self.input_quantizer.rows(input)
-        output = self.kernel(input, rows)
-        if self.branch is None:
-            return output
-        return self.branch.parted(output) if self.branch.shared else output + self.branch(input)
-
-    def _simulated(self, input: Tensor) -> Tensor:
-        """Return the output in floating point, for an input as the weight multiplies it."""
-        quantize = None if self.input_precision == "full" else self.input_quantizer
-        x = input if quantize is None else quantize(input)
-        weight = self.weight if self.unpacked is None else self.unpacked
-        output = self.operation(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return output if self.branch is None else output + self.branch(x if self.branch.shared else input)
-
-    def extra_repr(self) -> str:
-        """Return shape, bits and whether there is a bias for the printed model."""
-        return f"shape={self.shape}, bits={self.format.bits}, bias={self.bias is not None}"
 
 
 @torch.no_grad()

@@ -1,15 +1,14 @@
 """A weight at rest: packed codes with their grid."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.numerics.grids import Grid
 from tfmq.numerics.packing import pack_unsigned, packed_shape, unpack_unsigned
 from tfmq.numerics.segments import scales
-from tfmq.quantizers.part import Part
+from tfmq.quantizers.part import Execution, Part
 from tfmq.quantizers.weight import WeightGrid, fit_grid
 
 
@@ -18,8 +17,8 @@ class PackedWeight(Part):
 
     `packed` is uint8 `[rows, ceil(bits * n / 8)]` for `n` codes a row; `scale` float32 and `zero_point` uint8
     are `[rows, G]` for `G` `segments` of axis 1 (no zero-point for symmetric formats). With a `group` of
-    channels, zero-point and `multiplier`, uint8, have a column for each group. While it is `shelved`, the
-    packed codes stay where they are.
+    channels, zero-point and `multiplier`, uint8, have a column for each group. While its execution `shelves`
+    them, the packed codes stay in host memory, wherever the module goes.
     """
 
     packed: Tensor
@@ -34,7 +33,6 @@ class PackedWeight(Part):
         self.format = fmt
         self.shape = tuple(shape)
         self.segments = tuple(segments)
-        self.shelved = False
         self.group = group
         grids = (self.shape[0], scales(self.segments))
         columns = (self.shape[0], self.shape[1] // group) if group else grids
@@ -80,26 +78,17 @@ class PackedWeight(Part):
         if self.multiplier is not None and grid.multiplier is not None:
             self.multiplier.copy_(grid.multiplier)
 
-    def prepare(self, values: Mapping[str, Any]) -> None:
-        """Set what a backend had set, moved to the device of the weight, and put the weight on the shelf or
-        back as it was then.
-        """
-        for name in values.keys() - {"shelved"}:
-            value = values[name]
-            setattr(
-                self, name, value.to(self.scale.device) if isinstance(value, nn.Module | Tensor) else value
-            )
-        (self.shelve if values.get("shelved") else self.unshelve)()
+    @property
+    def shelved(self) -> bool:
+        """Whether the packed codes stay in host memory."""
+        return self.execution is not None and self.execution.shelves
 
-    def shelve(self) -> None:
-        """Keep the packed codes in host memory from now on, wherever the layer goes: for a kernel that has
-        the weight in a layout of its own.
+    def execute(self, execution: Execution | None) -> None:
+        """Compute by an execution, on the device of the weight, where the module may have moved since the
+        execution was made.
         """
-        self.packed, self.shelved = self.packed.cpu(), True
-
-    def unshelve(self) -> None:
-        """Undo `shelve`."""
-        self.packed, self.shelved = self.packed.to(self.scale.device), False
+        super().execute(execution if execution is None else execution.to(self.scale.device))
+        self.packed = self.packed.to("cpu" if self.shelved else self.scale.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         packed = self.packed

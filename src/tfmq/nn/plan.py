@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from tfmq.nn.embedding import CalibratedEmbedding, PackedEmbedding
-from tfmq.nn.layer import CalibratedLayer, PackedLayer
+from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.scheme import ActivationScheme, LayerScheme, OperandScheme
 from tfmq.nn.submodules import Kind, submodules

@@ -6,9 +6,11 @@ function mode sees the calls.
 """
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from tfmq.kernels.kernel import Rows
 from tfmq.nn.contraction import Contraction, contraction, operands_of
 from tfmq.numerics.attention import Attention, Multiply
 from tfmq.quantizers.activation import ActivationQuantizer
-from tfmq.quantizers.part import Part, Precision
+from tfmq.quantizers.part import Execution, Part, Precision
 
 ATTENTION = F.scaled_dot_product_attention
 # Where the two operands of a product stand in the argument list of each function, and what they are called
@@ -156,25 +158,16 @@ class ProductMode(TorchFunctionMode):
 
 class ProductQuantizers(Part):
     """The quantizers of one owner's products; `left[i]` and `right[i]` belong to site `i`, None where a site
-    stays in full precision.
-
-    With a `kernel` the products are computed in integers, those of a site among `site_kernels` by its own,
-    and the two of a fused attention by `attention_kernel`, which takes the place of `kernel` alone; none is
-    part of the state. While they are `idle`, the owner computes its products as if it had no quantizers, a
-    fused attention fused.
+    stays in full precision. Without an execution the owner computes in floating point on the grids.
     """
 
-    PREPARED: ClassVar[Mapping[str, Any]] = {"kernel": None, "attention_kernel": None, "idle": False}
+    execution: "ProductExecution | None"
 
     def __init__(self, left: Sequence[nn.Module | None], right: Sequence[nn.Module | None]) -> None:
         super().__init__()
         self.left = nn.ModuleList([quantizer or nn.Identity() for quantizer in left])
         self.right = nn.ModuleList([quantizer or nn.Identity() for quantizer in right])
         self.enabled = True
-        self.idle = False
-        self.kernel: ProductKernel | None = None
-        self.attention_kernel: AttentionKernel | None = None
-        self.site_kernels: Mapping[int, ProductKernel] = {}
 
     def choose(self, *, weights: Precision | None, inputs: Precision | None) -> Callable[[], None]:
         """Quantize the operands, or leave them as they come."""
@@ -197,29 +190,7 @@ class ProductQuantizers(Part):
             nn.ModuleList(nn.Identity() for _ in side) for side in (self.left, self.right)
         )
 
-    def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
-        """Return the product of site `site` by the kernel, or on quantized operands where one of them stays
-        in full precision.
-        """
-        kernel = self.site_kernels.get(site, self.kernel)
-        rows = None if kernel is None else self._rows([site], [left, right])
-        if kernel is not None and rows is not None:
-            return kernel(left, rows[0], right, rows[1])
-        left, right = self(site, left, right)
-        return left @ right
-
-    def attend(self, first: int, call: Attention) -> Tensor:
-        """Return an attention whose products are the sites `first` and the next."""
-        # A kernel reads the values of grids, which a graph must not branch on.
-        if self.attention_kernel is not None and not self.site_kernels and not torch.compiler.is_compiling():
-            # Probabilities are as many as queries.
-            rows = self._rows([first, first + 1], [call.query, call.key, call.query, call.value])
-            found = None if rows is None else self.attention_kernel(call, rows)
-            if found is not None:
-                return found
-        return call.by(self.multiply, first)
-
-    def _rows(self, sites: Sequence[int], operands: Sequence[Tensor]) -> tuple[Rows, ...] | None:
+    def rows(self, sites: Sequence[int], operands: Sequence[Tensor]) -> tuple[Rows, ...] | None:
         """Return the rows of the grids of the `operands` of `sites`, left and right in turn; None unless all
         of them are quantized.
         """
@@ -238,6 +209,64 @@ class ProductQuantizers(Part):
         return self.left[site](left), self.right[site](right)
 
 
+class ProductExecution(Execution):
+    """How the owner of products computes them."""
+
+    @abstractmethod
+    def around(self, products: ProductQuantizers) -> AbstractContextManager[Any]:
+        """Return the context in which the owner's forward runs."""
+
+
+class StockProducts(ProductExecution):
+    """Products as if there were no quantizers, a fused attention fused."""
+
+    def around(self, products: ProductQuantizers) -> AbstractContextManager[Any]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+
+class ProductKernels(ProductExecution):
+    """Products by the integer `kernel` of a backend, or of each site by its own among `sites`; sites without
+    one are computed on the grids. With `attention` it computes the two of a fused attention at once.
+    """
+
+    def __init__(
+        self,
+        kernel: ProductKernel | None = None,
+        *,
+        attention: AttentionKernel | None = None,
+        sites: Mapping[int, ProductKernel] | None = None,
+    ) -> None:
+        super().__init__()
+        self.kernel, self.attention, self.sites = kernel, attention, dict(sites or {})
+
+    def around(self, products: ProductQuantizers) -> AbstractContextManager[Any]:
+        """Return the mode that lets the kernels multiply."""
+        return ProductMode(products, partial(self.multiply, products), partial(self.attend, products))
+
+    def multiply(self, products: ProductQuantizers, site: int, left: Tensor, right: Tensor) -> Tensor:
+        """Return the product of site `site` by the kernel, or on quantized operands where one of them stays
+        in full precision.
+        """
+        kernel = self.sites.get(site, self.kernel)
+        rows = None if kernel is None else products.rows([site], [left, right])
+        if kernel is not None and rows is not None:
+            return kernel(left, rows[0], right, rows[1])
+        left, right = products(site, left, right)
+        return left @ right
+
+    def attend(self, products: ProductQuantizers, first: int, call: Attention) -> Tensor:
+        """Return an attention whose products are the sites `first` and the next."""
+        # A kernel reads the values of grids, which a graph must not branch on.
+        if self.attention is not None and not torch.compiler.is_compiling():
+            # Probabilities are as many as queries.
+            rows = products.rows([first, first + 1], [call.query, call.key, call.query, call.value])
+            found = None if rows is None else self.attention(call, rows)
+            if found is not None:
+                return found
+        return call.by(partial(self.multiply, products), first)
+
+
 class _Owner:
     """Mixed into the class of a module whose products are quantized."""
 
@@ -246,10 +275,8 @@ class _Owner:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with its products quantized."""
         products = self.tfmq_products
-        if products.idle:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        executed = products.kernel is not None or products.site_kernels
-        with ProductMode(products, *((products.multiply, products.attend) if executed else ())):
+        execution = products.execution
+        with ProductMode(products) if execution is None else execution.around(products):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

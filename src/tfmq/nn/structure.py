@@ -13,9 +13,9 @@ from tfmq.nn.branch import SideBranch
 from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.embedding import PackedEmbedding
 from tfmq.nn.entry import check_layer
-from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.packed import PackedWeight
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.products import ProductQuantizers, attach_products
 from tfmq.nn.submodules import submodules
 from tfmq.nn.swap import TIMESTEP, attach_steps, context_of, networks_of, replace_module, steps_of

@@ -164,7 +164,7 @@ def release_parts(module: nn.Module) -> None:
     """Let a denoiser compute in simulated arithmetic again."""
     module.tfmq_executor = None  # type: ignore[assignment]
     for child in parts_of(module):
-        child.release()
+        child.execute(None)
 
 
 def adapted(module: nn.Module) -> bool:

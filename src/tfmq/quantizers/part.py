@@ -1,11 +1,38 @@
 """What quantization puts into a model: the rest of the package asks these modules, and does not list them."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 
 Precision = Literal["full", "quantized"]
+
+
+class Held(nn.Module):
+    """A tensor that an execution computes with: called for it, since what offloads a model brings the tensors
+    of a module when that is called.
+    """
+
+    tensor: Tensor
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("tensor", tensor, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Return the tensor."""
+        return self.tensor
+
+
+class Execution(nn.Module):
+    """How a part computes by the means of a backend. It moves with the part and is no part of the state.
+
+    Attributes:
+        shelves: the packed codes of the part stay in host memory meanwhile: it has the weight in a layout of
+            its own.
+    """
+
+    shelves = False
 
 
 class Part(nn.Module):
@@ -15,11 +42,14 @@ class Part(nn.Module):
     loaded in: codes are integers, and grids need all of float32.
 
     Attributes:
-        PREPARED: what a backend may set, by attribute, with the values that they have without one. It is no
-            part of the state.
+        execution: how it computes; None by its own means, in floating point on the grids.
     """
 
-    PREPARED: ClassVar[Mapping[str, Any]] = {}
+    execution: Execution | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.execution = None
 
     def keeps(self, name: str) -> bool:
         """Whether the tensor `name` of this module keeps the dtype it is stored in."""
@@ -52,15 +82,8 @@ class Part(nn.Module):
     def take_rows(self, index: Tensor) -> None:
         """Keep the rows `index` `[S]` of what has one for each timestep, in this order."""
 
-    def prepared(self) -> dict[str, Any]:
-        """Return what a backend has set."""
-        return {name: getattr(self, name) for name in self.PREPARED}
-
-    def prepare(self, values: Mapping[str, Any]) -> None:
-        """Set what `prepared` returned; the model may have moved in the meantime."""
-        for name, value in values.items():
-            setattr(self, name, value)
-
-    def release(self) -> None:
-        """Undo what a backend has set."""
-        self.prepare(self.PREPARED)
+    def execute(self, execution: Execution | None) -> None:
+        """Compute by an execution from now on, by the part's own means if it is None."""
+        # Not registered as a module any more where there is none: the printed model would show it.
+        del self.execution
+        self.execution = execution

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import tfmq
 from tfmq.integrations.diffusers.original.single_file import open_single_file
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import KernelExecution, PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.rotation import rotate
@@ -145,7 +145,7 @@ def built(codes: Tensor, scale: Tensor, rotated: int, bias: Tensor) -> PackedLay
     layer.scale.copy_(scale.reshape(-1, 1).expand(len(codes), 1))
     assert layer.bias is not None
     layer.bias.data.copy_(bias)
-    layer.kernel = ReferenceKernel(layer.integer_weight(), grid.levels)
+    layer.execute(KernelExecution(ReferenceKernel(layer.integer_weight(), grid.levels)))
     return layer
 
 

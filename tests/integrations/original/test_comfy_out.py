@@ -24,8 +24,8 @@ import tfmq
 from tfmq.cli.commands import run
 from tfmq.integrations.diffusers.original.comfy_out import comfy_tensors, export_comfy
 from tfmq.integrations.diffusers.original.single_file import open_single_file
-from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operation_of
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import replace_module
 from tfmq.numerics.grids import IntegerFormat

@@ -15,8 +15,8 @@ from tfmq.cli.commands import run
 from tfmq.integrations.diffusers.original.gguf_out import FILE, export_gguf, gguf_tensors
 from tfmq.integrations.diffusers.original.single_file import open_single_file
 from tfmq.nn.branch import SideBranch
-from tfmq.nn.layer import PackedLayer
 from tfmq.nn.operation import operation_of
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import replace_module
 from tfmq.numerics.grids import Grid, IntegerFormat, table

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tfmq.nn.layer import CalibratedLayer, PackedLayer, pack
+from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.structure import describe
 from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.numerics.grids import IntegerFormat

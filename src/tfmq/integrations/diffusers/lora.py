@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from tfmq.nn.branch import SideBranch
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.temporal import CachedFeature, SkippedLayer
 from tfmq.nn.transform import opposed
 from tfmq.numerics.operations import Convolution, Linear

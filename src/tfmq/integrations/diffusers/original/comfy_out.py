@@ -18,7 +18,7 @@ from tfmq.integrations.diffusers.original.lost import (
     plain_layer,
 )
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.numerics.blocks import UnheldError
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.storage.atomic import write_tensors

@@ -23,7 +23,7 @@ from tfmq.integrations.diffusers.original.lost import (
     plain_layer,
 )
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
-from tfmq.nn.layer import PackedLayer
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.numerics.blocks import BLOCK, UnheldError, format_of, to_blocks
 from tfmq.storage.gguf_writer import Stored, write_gguf
 

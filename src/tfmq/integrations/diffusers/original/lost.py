@@ -12,8 +12,8 @@ from tfmq.integrations.diffusers.architecture import stock_architecture, stock_c
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
 from tfmq.integrations.diffusers.original.tables import TABLES
 from tfmq.nn.correction import Correction
-from tfmq.nn.layer import PackedLayer
 from tfmq.nn.packed import PackedWeight
+from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.submodules import submodules
 from tfmq.nn.temporal import CachedFeature, stock_name
