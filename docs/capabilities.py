@@ -31,7 +31,8 @@ from tfmq.nn.plan import (
     packed_layers,
     prepare,
 )
-from tfmq.nn.products import _SITES, ProductQuantizers
+from tfmq.nn.product_mode import SITES
+from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.scheme import ActivationScheme, LayerScheme, WeightScheme
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import GRIDS, MAX_BITS, MIN_BITS, Grid, IntegerFormat, Table
@@ -316,7 +317,7 @@ def layer_rows(entries: Sequence[Grids]) -> dict[tuple[str, str], tuple[str, ...
 def product_rows() -> dict[str, tuple[str, ...]]:
     """Return a row of cells for every function that computes an attention product."""
     rows = {}
-    for function, count in _SITES.items():
+    for function, count in SITES.items():
         entry = ActivationScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max", shared=True)
         module = quantized(Product(function), Plan({}, {"": (count, entry)}))
         cells = []

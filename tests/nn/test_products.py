@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfmq.kernels.kernel import Rows
-from tfmq.nn.products import ProductKernels, ProductMode, ProductQuantizers, attach_products, sites
+from tfmq.nn.product_mode import ProductMode, sites
+from tfmq.nn.products import ProductKernels, ProductQuantizers, attach_products
 from tfmq.numerics.attention import Attention
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace, sliced
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
-from tfmq.nn.products import sites
+from tfmq.nn.product_mode import sites
 from tfmq.numerics.operations import Operation
 from tfmq.numerics.trees import map_tensors, tensors_in
 
