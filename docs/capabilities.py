@@ -32,7 +32,7 @@ from tfmq.nn.plan import (
     prepare,
 )
 from tfmq.nn.product_mode import SITES
-from tfmq.nn.products import ProductQuantizers
+from tfmq.nn.products import ProductKernels, ProductQuantizers, StockProducts
 from tfmq.nn.scheme import ActivationScheme, LayerScheme, WeightScheme
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import GRIDS, MAX_BITS, MIN_BITS, Grid, IntegerFormat, Table
@@ -333,9 +333,9 @@ def product_rows() -> dict[str, tuple[str, ...]]:
 def product_cell(module: nn.Module) -> str:
     """Return what computes the products of a module."""
     (owner,) = (child for child in module.modules() if isinstance(child, ProductQuantizers))
-    if owner.kernel is not None:
+    if isinstance(owner.execution, ProductKernels):
         return "integers"
-    if owner.idle:
+    if isinstance(owner.execution, StockProducts):
         return "float"
     return "simulated" if module.tfmq_executor is None else "in the graph"
 
@@ -350,7 +350,7 @@ def embedding_row() -> tuple[str, ...]:
             Lookup(), Plan({}, {}, {"table": WeightScheme(grid=IntegerFormat(MAX_BITS), ranges="min_max")})
         )
         attached(backend, module)
-        cells.append("rows dequantized" if module.table.decoded is None else "kept dequantized")
+        cells.append("rows dequantized" if module.table.execution is None else "kept dequantized")
     return tuple(cells)
 
 
