@@ -40,7 +40,50 @@ def test_readers_are_those_that_no_unit_stands_between() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in denoiser.module.modules())
 
 
-def test_a_denoiser_that_cannot_be_differentiated_tells_nothing() -> None:
+class Ranked(nn.Module):
+    """A unit with the order of its output beside it, which a later unit reads, and rows picked by another."""
+
+    class Order(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, y.argsort(dim=-1)
+
+    class Picked(nn.Linear):
+        def forward(self, x: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x).gather(-1, order)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = self.Order(4, 4), nn.Linear(4, 4), self.Picked(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        first, order = self.a(x)
+        second = self.b(first)
+        third = self.c(second, order)
+        whole = torch.zeros_like(x)
+        whole[:, :2] = x.gather(-1, second.argsort(dim=-1))[:, :2]
+        return self.d(whole) + third
+
+
+RANKED = ["a", "b", "c", "d"]
+
+
+def test_integers_are_followed_too_and_what_is_written_into_a_part(tmp_path: Path) -> None:
+    denoiser = Denoiser(Ranked().requires_grad_(False), sample="x", timestep="t")
+    data = [Inputs(torch.randn(2, 4), torch.arange(2)) for _ in range(2)]
+    readers = find_readers(denoiser, RANKED, data[0])
+    assert readers == {"a": {"b", "c"}, "b": {"c", "d"}, "c": set(), "d": set()}
+    upstream = Upstream(tmp_path / "outputs", readers=readers)
+    for name in RANKED:
+        module = denoiser.module.get_submodule(name)
+        found = capture(denoiser, module, data, around=upstream.around("full"))
+        expected = capture(denoiser, module, data)
+        for one, other in zip(found.args, expected.args, strict=True):
+            assert torch.equal(whole(one), whole(other))
+        upstream.add(name, module)
+
+
+def test_a_denoiser_that_leaves_torch_tells_nothing() -> None:
     class Refusing(Chain):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             hidden = self.a(x)

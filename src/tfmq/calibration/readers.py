@@ -2,65 +2,70 @@
 be kept instead of computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.numerics.trees import map_tensors, tensors_in
 
 
-def _floating(tree: Any) -> Iterator[Tensor]:
-    return (tensor for tensor in tensors_in(tree) if tensor.is_floating_point())
+class _Origins(TorchDispatchMode):
+    """Follows the outputs of units through every operation to the inputs of others, cut at every unit.
 
-
-class _Origins:
-    """Follows outputs of units to the inputs of others along the graph that autograd records, which is cut at
-    every unit.
+    Whatever is computed from an output holds it, integers too, which no gradient follows. Views are one with
+    what they are views of, so that what is written into a part is read with the whole.
     """
 
     def __init__(self) -> None:
-        # Keep the variables: the number of a freed one could be given to another.
-        self.made: dict[int, tuple[str, Tensor]] = {}
+        super().__init__()
+        # Keep the memory: the number of what is freed could be given to another.
+        self._held: dict[int, tuple[Any, set[str]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        read = self.of((args, kwargs))
+        if read:
+            self._hold((output, (args, kwargs) if func._schema.is_mutable else None), read)
+        return output
+
+    def _hold(self, tree: Any, names: set[str]) -> None:
+        for tensor in tensors_in(tree):
+            storage = tensor.untyped_storage()
+            _, held = self._held.setdefault(storage._cdata, (storage, set()))
+            held |= names
 
     def cut(self, name: str, output: Any) -> Any:
-        """Return the output as the beginning of new graphs."""
+        """Return the output as the beginning of what is followed."""
 
         def begin(leaf: Tensor) -> Tensor:
-            if not leaf.is_floating_point():
-                return leaf
-            variable = leaf.detach().requires_grad_()
-            self.made[id(variable)] = name, variable
-            # Return a copy, which the caller may write to.
-            return variable.clone()
+            copy = leaf.detach().clone()
+            # What leaves torch, where nothing is followed, fails on a tensor that asks for its gradient.
+            copy = copy.requires_grad_().clone() if leaf.is_floating_point() else copy
+            self._held.pop(copy.untyped_storage()._cdata, None)
+            self._hold(copy, {name})
+            return copy
 
         return map_tensors(begin, output)
 
     def of(self, tree: Any) -> set[str]:
         """Return the units whose outputs the tensors of `tree` are made from."""
-        found, seen, waiting = set(), set(), [tensor.grad_fn for tensor in _floating(tree)]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in self.made:
-                found.add(self.made[id(variable)][0])
-            waiting += [following for following, _ in node.next_functions]
-        return found
+        nothing: tuple[Any, set[str]] = None, set()
+        return set().union(
+            *(self._held.get(tensor.untyped_storage()._cdata, nothing)[1] for tensor in tensors_in(tree))
+        )
 
 
 def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> dict[str, set[str]]:
     """Return for each of `units`, in the order of their calls, the units that read its output other than
     through a unit between.
 
-    One call of the denoiser in full precision, for the first sample of `example`. A unit that reads something
-    in a way that no gradient follows is not seen to read it. A denoiser that cannot be differentiated at all
-    gives an empty result.
+    One call of the denoiser in full precision, for the first sample of `example`. A denoiser whose
+    computation leaves torch gives an empty result.
     """
     origins = _Origins()
     readers: dict[str, set[str]] = {name: set() for name in units}
@@ -75,7 +80,7 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
     def after(name: str) -> Any:
         return lambda _, __, output: origins.cut(name, output)
 
-    with ExitStack() as stack, torch.enable_grad():
+    with ExitStack() as stack, torch.enable_grad(), origins:
         for name in units:
             module = denoiser.module.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
@@ -83,7 +88,7 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
         try:
             denoiser(example.rows(0, 1))
         except RuntimeError:
-            # Autograd refuses something in this model, so nothing is known of its readers.
+            # Something in this model cannot be followed, so nothing is known of its readers.
             return {}
     return readers
 
