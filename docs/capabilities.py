@@ -23,7 +23,7 @@ from tfmq.backends.execution import backend_names  # noqa: F401  importing it fi
 from tfmq.backends.operators import Cuda
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.trace import trace
-from tfmq.nn.operation import _OPERATIONS, operation_of
+from tfmq.nn.operation import OPERATIONS, operation_of
 from tfmq.nn.plan import (
     Plan,
     activation_sites,
@@ -105,7 +105,7 @@ def kinds() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Yield every kind of layer that the register of operations knows, in words, with what builds it; grouped
     ones too, where there are any.
     """
-    for kind in _OPERATIONS:
+    for kind in OPERATIONS:
         for groups in (1, 2):
             build = functools.partial(
                 kind,

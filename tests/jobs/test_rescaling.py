@@ -70,6 +70,11 @@ def saved(made: tuple[dict[str, LoopSampler], Path]) -> Path:
     return made[1]
 
 
+def entry(structure: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the description of a layer."""
+    return next(layer for layer in structure["layers"] if name in layer["names"])
+
+
 def rescaled(module: torch.nn.Module) -> dict[str, PackedLayer]:
     return {name: layer for name, layer in packed_layers(module).items() if layer.factor is not None}
 
@@ -197,8 +202,21 @@ def test_a_killed_job_has_the_same_factors(
         (lambda s, t: s["layers"][0].update(rotated=True), ForeignFileError, "rotated"),
         (lambda s, t: s["layers"][0].update(rotated=32), ForeignFileError, "rotated is 32; .*power of four"),
         (lambda s, t: s["layers"][0].update(rotated=4**9), ForeignFileError, "rotated"),
+        (lambda s, t: entry(s, "embed").update(rotated=16), ValueError, "rotates 16 inputs together"),
+        (lambda s, t: entry(s, "exit").update(rotated=4), ValueError, "rotated input, which linear layers"),
     ],
-    ids=["zero", "infinite", "missing", "short", "type", "turned", "no power", "too large"],
+    ids=[
+        "zero",
+        "infinite",
+        "missing",
+        "short",
+        "type",
+        "turned",
+        "no power",
+        "too large",
+        "no part",
+        "image",
+    ],
 )
 def test_a_damaged_factor_is_refused_by_name(
     sampler: Make,

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.nn.operation import _operation, is_embedding, operation_of, weight_of
+from tfmq.nn.operation import is_embedding, operation_of, register_operation, weight_of
 from tfmq.numerics.operations import Convolution, Linear, TransposedConvolution
 
 
@@ -73,8 +73,11 @@ def test_the_operation_applied_to_the_modules_tensors_is_the_module(
     assert operation is not None
     assert torch.equal(operation(x, weight_of(module), module.bias), module(x))
     assert x.shape[operation.channel_axis] == shape[-1 if isinstance(module, nn.Linear) else 1]
+    made = operation.module(weight_of(module).shape, bias=True, dtype=torch.float16)
+    assert type(made) is type(module) and operation_of(made) == operation and str(made) == str(module)
+    assert made.weight.dtype == torch.float16 and made.weight.shape == module.weight.shape
 
 
 def test_a_second_registration_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear is registered already"):
-        _operation(nn.Linear)(lambda module: None)
+        register_operation(nn.Linear)(lambda module: None)

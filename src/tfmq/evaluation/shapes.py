@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from statistics import median
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.onednn import OnednnKernel, available, supports
 from tfmq.nn.operation import operand, operation_of, weight_of
-from tfmq.numerics.operations import Linear, Operation
+from tfmq.numerics.operations import Operation
 from tfmq.progress import Advance
 
 # Seconds for which each shape is timed, float32 and int8 in turns. The medians count.
@@ -87,14 +86,8 @@ def _milliseconds(*calls: Callable[[], object]) -> list[float]:
 
 
 def work_of(site: Site) -> int:
-    """Return the multiplications of a call: every weight at every place of the output, or of the input that
-    is spread out.
-    """
-    if isinstance(site.operation, Linear):
-        return prod(site.weight) * prod(site.input[:-1])
-    sizes = site.input[2:]
-    window = site.operation.window(site.weight[2:])
-    return prod(site.weight) * site.input[0] * prod(sizes if window.spaced else window.places(sizes))
+    """Return the multiplications of a call."""
+    return site.operation.work(site.weight, site.input)
 
 
 def timed(sites: Mapping[Site, int], *, most: float, advance: Advance) -> dict[Site, ShapeTiming]:

@@ -7,35 +7,41 @@ from torch import Tensor, nn
 
 from tfmq.numerics.operations import Convolution, Linear, Operation, TransposedConvolution
 
-_OPERATIONS: dict[type[nn.Module], Callable[[nn.Module], Operation | None]] = {}
+OPERATIONS: dict[type[nn.Module], Callable[[nn.Module], Operation | None]] = {}
 
 
-def _operation(
+def register_operation(
     *kinds: type[nn.Module],
 ) -> Callable[[Callable[..., Operation | None]], Callable[..., Operation | None]]:
+    """Return a decorator that registers what builds the operation of modules of these types.
+
+    Raises:
+        ValueError: a type has one already.
+    """
+
     def fill(build: Callable[..., Operation | None]) -> Callable[..., Operation | None]:
         for kind in kinds:
-            if kind in _OPERATIONS:
+            if kind in OPERATIONS:
                 raise ValueError(f"an operation for {kind.__name__} is registered already")
-            _OPERATIONS[kind] = build
+            OPERATIONS[kind] = build
         return build
 
     return fill
 
 
-@_operation(nn.Linear)
+@register_operation(nn.Linear)
 def _linear(_: nn.Linear) -> Operation:
     return Linear()
 
 
-@_operation(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@register_operation(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _convolution(module: nn.Conv2d) -> Operation | None:
     if module.padding_mode != "zeros":
         return None
     return Convolution(module.stride, module.padding, module.dilation, module.groups)
 
 
-@_operation(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@register_operation(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _transposed_convolution(module: nn.ConvTranspose2d) -> Operation | None:
     assert not isinstance(module.padding, str)
     return TransposedConvolution(
@@ -77,6 +83,6 @@ def operation_of(module: nn.Module) -> Operation | None:
     cannot be quantized.
     """
     for kind in type(module).__mro__:
-        if kind in _OPERATIONS:
-            return _OPERATIONS[kind](module) if type(module).forward is kind.forward else None
+        if kind in OPERATIONS:
+            return OPERATIONS[kind](module) if type(module).forward is kind.forward else None
     return None

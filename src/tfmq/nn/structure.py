@@ -21,7 +21,7 @@ from tfmq.nn.submodules import submodules
 from tfmq.nn.swap import TIMESTEP, attach_steps, context_of, networks_of, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable, SkippedLayer, stock_name
 from tfmq.numerics.grids import Grid, IntegerFormat, Table
-from tfmq.numerics.operations import Operation, TransposedConvolution
+from tfmq.numerics.operations import TransposedConvolution
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.input import InputQuantizer
@@ -31,8 +31,8 @@ from tfmq.quantizers.steps import StepContext
 Structure = Mapping[str, Any]
 InputKind = Literal["full", "static", "per_step", "dynamic"]
 # What `kind` of a layer may say; linear layers and convolutions have none.
-EMBEDDING, TRANSPOSED = "embedding", "transposed_convolution"
-KINDS = (None, EMBEDDING, TRANSPOSED)
+EMBEDDING = "embedding"
+KINDS = (None, EMBEDDING, TransposedConvolution.described)
 
 
 def _describe_quantizer(quantizer: nn.Module | None) -> dict[str, Any] | None:
@@ -71,7 +71,7 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     beside = {**rescaled, **rotated, **branch, **grouped}
     layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **beside}
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
-    kind = _operation_kind(child.operation)
+    kind = child.operation.described
     return {**layer, "kind": kind} if kind else layer
 
 
@@ -208,11 +208,7 @@ def kind_of(module: nn.Module) -> str | None:
     operation = operation_of(module)
     if operation is None:
         raise TypeError(f"a {type(module).__name__} has no quantized form")
-    return _operation_kind(operation)
-
-
-def _operation_kind(operation: Operation) -> str | None:
-    return TRANSPOSED if isinstance(operation, TransposedConvolution) else None
+    return operation.described
 
 
 def _grid_of(spec: Mapping[str, Any]) -> Grid:

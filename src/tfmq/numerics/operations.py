@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from tfmq.numerics.window import Window
 
@@ -23,12 +24,16 @@ class Operation(ABC):
 
     Attributes:
         kind: its name in words.
+        described: its name in a manifest; None where the shape of the weight says it.
         channel_axis: axis of the channels, in inputs and outputs.
+        by_token: whether it multiplies each token by itself, so that a token may have a grid of its own.
         groups: number of groups of channels; the outputs of a group read the inputs of that group alone.
     """
 
     kind: ClassVar[str]
+    described: ClassVar[str | None] = None
     channel_axis: ClassVar[int]
+    by_token: ClassVar[bool] = False
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,6 +79,19 @@ class Operation(ABC):
         """Return an input or output in the memory format that integer libraries have for it."""
         return x
 
+    @abstractmethod
+    def work(self, weight: Sequence[int], input: Sequence[int]) -> int:
+        """Return the multiplications of a call by the shapes of weight and input: every weight at every place
+        of the output, or of the input that is spread out.
+        """
+
+    @abstractmethod
+    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
+        """Return the stock module for rows of the shape `weight`, with values of whatever is in memory.
+
+        `options` are bias, device and dtype, as the module takes them.
+        """
+
 
 @dataclass(frozen=True)
 class Linear(Operation):
@@ -81,6 +99,7 @@ class Linear(Operation):
 
     kind: ClassVar[str] = "linear"
     channel_axis: ClassVar[int] = -1
+    by_token: ClassVar[bool] = True
     groups: ClassVar[int] = 1  # type: ignore[misc]
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,6 +121,14 @@ class Linear(Operation):
     def inputs_at(self, x: Tensor, kernel: Sequence[int], places: Tensor) -> Tensor:
         """Return the tokens `places` that the layer reads, as those of one group."""
         return self.outputs_at(x, places)[None]
+
+    def work(self, weight: Sequence[int], input: Sequence[int]) -> int:
+        """Return the multiplications of all tokens."""
+        return prod(weight) * prod(input[:-1])
+
+    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
+        """Return a linear layer."""
+        return skip_init(nn.Linear, weight[1], weight[0], **options)
 
 
 class Sliding(Operation):
@@ -134,6 +161,11 @@ class Sliding(Operation):
         """Return an image with its channels last in memory."""
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
+    def work(self, weight: Sequence[int], input: Sequence[int]) -> int:
+        """Return the multiplications of all places."""
+        sizes, window = input[2:], self.window(weight[2:])
+        return prod(weight) * input[0] * prod(sizes if window.spaced else window.places(sizes))
+
 
 @dataclass(frozen=True)
 class Convolution(Sliding):
@@ -161,6 +193,20 @@ class Convolution(Sliding):
             spacing=once,
         )
 
+    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
+        """Return a convolution over as many axes as the kernel has."""
+        return skip_init(
+            (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(weight) - 3],
+            weight[1] * self.groups,
+            weight[0],
+            weight[2:],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            **options,
+        )
+
     def _border(self, kernel: Sequence[int]) -> tuple[tuple[int, int], ...]:
         spans = [step * (taps - 1) for taps, step in zip(kernel, self.dilation, strict=True)]
         if isinstance(self.padding, str):
@@ -184,12 +230,28 @@ class TransposedConvolution(Sliding):
     dilation: tuple[int, ...]
     groups: int
     kind: ClassVar[str] = "transposed convolution"
+    described: ClassVar[str | None] = "transposed_convolution"
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the transposed convolution of `x` over one to three spatial axes."""
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
         return function(
             x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+
+    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
+        """Return a transposed convolution over as many axes as the kernel has."""
+        return skip_init(
+            (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(weight) - 3],
+            weight[1] * self.groups,
+            weight[0],
+            weight[2:],
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            **options,
         )
 
     def rows(self, weight: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.structure import describe
 from tfmq.nn.swap import attach_steps, replace_module
 from tfmq.numerics.grids import IntegerFormat
-from tfmq.numerics.operations import Linear
 from tfmq.quantizers.dynamic import DynamicQuantizer
 from tfmq.quantizers.steps import StepContext
 from tfmq.quantizers.weight import fit_grid
@@ -129,7 +128,7 @@ class AtLoad:
         fmt = IntegerFormat(bits, symmetric=bits == ENDS)
         grid = fit_grid(rows, fmt, group=GROUP if bits < ENDS else 0, method="min_max")
         # A convolution sums over places, which have no grid in common.
-        dynamic = self.bits.activations is not None and isinstance(operation, Linear)
+        dynamic = self.bits.activations is not None and operation.by_token
         quantizer = DynamicQuantizer(IntegerFormat(self.bits.activations or ENDS, symmetric=True))
         return pack(CalibratedLayer(source, operation, grid, quantizer if dynamic else None))
 

@@ -14,15 +14,14 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as stock
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
-from torch.nn.utils import skip_init
 
 from tfmq.nn.branch import SideBranch
 from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.temporal import CachedFeature, SkippedLayer
 from tfmq.nn.transform import opposed
-from tfmq.numerics.operations import Convolution, Linear
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Kinds of operations that peft has no adapter for.
+UNADAPTED = ("transposed convolution",)
 
 
 def stock_of(layer: nn.Module) -> nn.Module:
@@ -33,17 +32,11 @@ def stock_of(layer: nn.Module) -> nn.Module:
     """
     if not isinstance(layer, PackedLayer):
         return layer
-    operation, rows = layer.operation, layer.shape[0]
+    if layer.operation.kind in UNADAPTED:
+        raise ValueError(f"peft has no LoRA for a {layer.operation.kind}; leave it out of the adapter")
     bias = layer.bias is not None
     dtype = layer.scale.dtype if layer.bias is None else layer.bias.dtype
-    options: dict[str, Any] = {"bias": bias, "device": layer.scale.device, "dtype": dtype}
-    if isinstance(operation, Linear):
-        return skip_init(nn.Linear, layer.in_features, rows, **options)
-    if isinstance(operation, Convolution):
-        kind, channels = CONVOLUTIONS[len(layer.shape) - 3], layer.in_features * operation.groups
-        options |= {name: getattr(operation, name) for name in ("stride", "padding", "dilation", "groups")}
-        return skip_init(kind, channels, rows, layer.shape[2:], **options)
-    raise ValueError(f"peft has no LoRA for a {operation.kind}; leave it out of the adapter")
+    return layer.operation.module(layer.shape, bias=bias, device=layer.scale.device, dtype=dtype)
 
 
 class Beside(stock.LoraLayer):

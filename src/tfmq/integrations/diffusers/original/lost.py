@@ -18,7 +18,6 @@ from tfmq.nn.products import ProductQuantizers
 from tfmq.nn.submodules import submodules
 from tfmq.nn.temporal import CachedFeature, stock_name
 from tfmq.numerics.blocks import UnheldError
-from tfmq.numerics.operations import Linear
 
 Held = TypeVar("Held")
 
@@ -83,7 +82,7 @@ def plain_layer(layer: PackedWeight) -> PackedLayer:
     Raises:
         UnheldError: it is another one.
     """
-    if not isinstance(layer, PackedLayer) or not isinstance(layer.operation, Linear):
+    if not isinstance(layer, PackedLayer) or not layer.operation.by_token:
         raise UnheldError("no linear layer")
     if layer.factor is not None:
         raise UnheldError("its input is rescaled")
