@@ -58,7 +58,7 @@ def layer_of(
 
 
 def read(layer: CalibratedLayer, inputs: list[Tensor], *, rotation: int = 0) -> Seen:
-    with observed({"layer": layer}, STEPS, len(inputs), rotation=rotation) as seen:
+    with observed({"layer": layer}, STEPS, len(inputs), rotations={"layer": rotation}) as seen:
         for number, x in enumerate(inputs):
             with STEPS.at_bins(torch.tensor([number % 3])):
                 layer(x)
@@ -229,7 +229,7 @@ def test_a_model_whose_layers_are_rescaled_computes_the_same_in_full_precision(
         layers,
         STEPS,
         [Inputs(batch.sample, torch.tensor([1.0, 9.0]))] * 3,
-        rotation=0,
+        rotations={},
         advance=lambda _=1: None,
     )
     assert seen.keys() == layers.keys() and all(

@@ -15,13 +15,14 @@ import torch
 import tfmq
 from tfmq.backends.execution import execute
 from tfmq.calibration.rescaling import Reader, Transform
+from tfmq.jobs.judging import plain
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes import Recipe
-from tfmq.recipes.recipe import Calibration, Rescaling
+from tfmq.recipes.recipe import Calibration, Rescaling, Rule
 from tfmq.storage import read_tensors, seal, write_tensors
 from tfmq.storage.errors import CheckpointError, ForeignFileError
 
@@ -189,6 +190,35 @@ def test_a_killed_job_has_the_same_factors(
         patch.setattr("tfmq.jobs.weights.observe", lambda *_, **__: pytest.fail("observed again"))
         resumed = tfmq.quantize(sampler("plain_rgb"), recipe, output_dir=tmp_path / "q", resume=True).report
     assert resumed["sha256"] == whole["sha256"]
+
+
+@torch.no_grad()
+def test_a_rule_says_which_layers_are_rescaled(
+    sampler: Make, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: dict[str, int] = {}
+
+    def noted(readers: Sequence[Reader], *, equalizers: tuple[str, ...]) -> Transform:
+        offered[" ".join(equalizers)] = readers[0].seen.group
+        return wild(readers)
+
+    monkeypatch.setattr("tfmq.jobs.weights.best_transform", noted)
+    drawn, name = sampler("dit"), "transformer_blocks.0.attn1"
+    ruled = replace(
+        recipe,
+        rescaling=Rescaling(),
+        rules=(
+            Rule(match=f"{name}.to_out.0", rescaling={"equalizers": ("peaks",)}),
+            Rule(match=f"{name}.to_q", rescaling={"equalizers": ("ranges",), "rotation": 4}),
+            *recipe.rules,
+        ),
+    )
+    tfmq.quantize(drawn, ruled)
+    layers = packed_layers(drawn.denoiser.module)
+    assert rescaled(drawn.denoiser.module).keys() == {f"{name}.to_out.0", f"{name}.to_q"}
+    assert {n: layer.rotated for n, layer in layers.items() if layer.rotated} == {f"{name}.to_q": 4}
+    assert offered == {"peaks": 0, "ranges": 4}
+    assert plain(ruled).rules == recipe.rules
 
 
 @pytest.mark.parametrize(

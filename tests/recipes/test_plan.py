@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -163,6 +164,14 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_it(plain: Trace, mat
     with pytest.raises(ValueError, match="matches no layer") as caught:
         make_plan(Recipe(name="mine", rules=(rule(match, 8, 8),)), plain)
     assert repr(match) in str(caught.value) and "mine" in str(caught.value)
+
+
+def test_a_rule_that_gives_inputs_of_full_precision_layers_bits_warns(plain: Trace) -> None:
+    with pytest.warns(UserWarning, match=r"'entry' of recipe mine leaves its layers in full precision"):
+        make_plan(Recipe(name="mine", rules=(rule("entry", None, 8),)), plain)
+    with warnings.catch_warnings(action="error"):
+        # The products of the model itself, whose name is empty, have these bits.
+        make_plan(Recipe(name="mine", rules=(rule("", None, 8), rule("entry", None, None))), plain)
 
 
 def test_a_rule_behind_others_that_match_all_its_layers_warns(plain: Trace) -> None:

@@ -100,6 +100,7 @@ def test_the_file_has_the_fields_in_their_order_and_nothing_else() -> None:
         "match": "role:first",
         "weights": {"bits": 8},
         "activations": {"bits": 8},
+        "rescaling": {},
     }
 
 
@@ -173,6 +174,8 @@ def test_what_is_wrong_is_named(values: dict[str, Any], message: str) -> None:
         ("", "must be a mapping"),
         ("weights: {bits: 4}", "name"),
         ("name: r\nrules: [{match: '*'}]", r"the rule '\*' changes nothing"),
+        ("name: r\nrules: [{match: '*', rescaling: {rotation: 6}}]", "rotation must be 0 or a power of four"),
+        ("name: r\nrules: [{match: '*', rescaling: {turned: 4}}]", "turned"),
         ("name: r\nweights: {bits: 4}\nweights: {}", r"the key weights stands there twice\n.*line 3"),
         ("name: r\nlearning: {warmup: 0.1, warmup: 0.2}", "the key warmup stands there twice"),
         ("name: r\n4: x\nb: y", "unknown key"),

@@ -5,6 +5,7 @@ layer's output on what it has read decides.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class Seen:
     def nothing(cls, layer: CalibratedLayer, steps: int, rotation: int) -> "Seen":
         """Return what a layer has read before it ran; of at most `rotation` channels a group is rotated."""
         channels = layer.weight.shape[1] * layer.operation.groups
-        linear = layer.operation.channel_axis == -1
+        linear = layer.operation.by_token
         group = largest_group(layer.grid.segments or [channels], rotation) if linear else 0
         plain, turned = (
             Extremes(torch.zeros(steps, channels), torch.zeros(steps, channels)) for _ in range(2)
@@ -86,12 +87,14 @@ def observed(
     steps: StepContext,
     calls: int,
     *,
-    rotation: int = 0,
+    rotations: Mapping[str, int] = MappingProxyType({}),
     most: int = MOST,
 ) -> Iterator[dict[str, Seen]]:
-    """Note what `layers` read in the next `calls` calls of the denoiser; at most `most` rows are kept."""
+    """Note what `layers` read in the next `calls` calls of the denoiser, also with at most so many channels
+    together rotated as `rotations` say; at most `most` rows are kept.
+    """
     count = len(steps.timesteps)
-    seen = {name: Seen.nothing(layer, count, rotation) for name, layer in layers.items()}
+    seen = {name: Seen.nothing(layer, count, rotations.get(name, 0)) for name, layer in layers.items()}
 
     def note(name: str, x: Tensor, output: Tensor) -> None:
         rows = min(most, max(FEWEST, KEPT // layers[name].weight[0].numel()))
@@ -108,14 +111,14 @@ def observe(
     steps: StepContext,
     batches: CalibrationStore | Sequence[Inputs],
     *,
-    rotation: int,
+    rotations: Mapping[str, int],
     advance: Advance,
     most: int = MOST,
 ) -> dict[str, Seen]:
     """Run the full-precision `denoiser` over `batches`, and return what `layers` read, at most `most` rows of
     it; a layer that none reaches is left out.
     """
-    with observed(layers, steps, len(batches), rotation=rotation, most=most) as seen:
+    with observed(layers, steps, len(batches), rotations=rotations, most=most) as seen:
         for inputs in batches:
             denoiser(inputs)
             advance()

@@ -54,15 +54,17 @@ class Known(Journal):
 
 
 def plain(recipe: Recipe) -> Recipe:
-    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs on
-    grids over their exact extremes, no branches.
+    """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs as
+    they come on grids over their exact extremes, no branches.
     """
     activations = replace(recipe.activations, ranges="min_max")
+    rules = (replace(rule, rescaling={}) for rule in recipe.rules if rule.weights or rule.activations)
     return replace(
         recipe,
         activations=activations,
         rounding=Rounding(solver="nearest"),
         rescaling=Rescaling(),
+        rules=tuple(rules),
         branch=Branch(splitters=()),
         correction=Correction(),
     )

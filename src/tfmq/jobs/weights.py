@@ -4,6 +4,7 @@ or rotated, a branch beside the codes, the grid of the weight.
 
 from collections.abc import Mapping
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def transform_layers(job: Job, work: Work) -> None:
     """Choose how inputs outside of the temporal block are rescaled or rotated, and which layers have a branch
     beside their codes, where the recipe has it.
     """
-    if not job.recipe.rescaling.transforms and not _splits(work):
+    if not any(scheme.transforms or scheme.rank for scheme in work.plan.layers.values()):
         return
     found = job.journal.stage("rescaling", lambda: _transforms(job, work))
     for name, layer in calibrated_layers(job.denoiser.module).items():
@@ -45,9 +46,12 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
     """Return the factors of layers that are rescaled, the groups of those that are rotated, and both factors
     of branches.
     """
-    module, store = job.denoiser.module, job.store
-    temporal = {layer.name for layer in work.block.trace.temporal}
-    layers = {name: layer for name, layer in calibrated_layers(module).items() if name not in temporal}
+    module, store, schemes = job.denoiser.module, job.store, work.plan.layers
+    layers = {
+        name: layer
+        for name, layer in calibrated_layers(module).items()
+        if schemes[name].transforms or schemes[name].rank
+    }
     together = _together(job, work, layers)
     groups = job.in_groups(together, LAYER_BYTES * max(map(len, together), default=1))
     found: dict[str, Tensor] = {}
@@ -60,7 +64,7 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
                     chosen,
                     work.steps,
                     store,
-                    rotation=job.recipe.rescaling.rotation,
+                    rotations={name: schemes[name].rotation for name in chosen},
                     advance=advance,
                     most=ROWS if _splits(work) else MOST,
                 )
@@ -72,22 +76,22 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
 
 def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> list[list[str]]:
     """Return `layers` in lists that have one transform: those that read tokens of the same tensor, of the
-    same segments. A layer that may have a branch has a transform of its own, which is chosen with the branch.
+    same segments, with the same to choose from. A layer that may have a branch has a transform of its own,
+    which is chosen with the branch.
     """
+    schemes = work.plan.layers
+
+    def alike(name: str) -> tuple[Any, ...]:
+        return tuple(layers[name].grid.segments), schemes[name].equalizers, schemes[name].rotation
+
     shared = {
-        name: layer
-        for name, layer in layers.items()
-        if layer.operation.channel_axis == -1 and not work.plan.layers[name].rank
+        name: layer for name, layer in layers.items() if layer.operation.by_token and not schemes[name].rank
     }
     alone = [[name] for name in layers if name not in shared]
     with precision(job.denoiser.module, weights="full", inputs="full"):
         lists = readers_of_one(shared, lambda: job.denoiser(next(iter(job.store)).rows(0, 1)))
-    alike = (
-        list(names)
-        for together in lists
-        for _, names in groupby(together, lambda name: tuple(shared[name].grid.segments))
-    )
-    return [*alike, *alone]
+    parted = (list(names) for together in lists for _, names in groupby(together, alike))
+    return [*parted, *alone]
 
 
 def _best(
@@ -115,18 +119,18 @@ def _best(
 
 def _chosen(job: Job, work: Work, readers: Mapping[str, Reader]) -> Split:
     """Return what becomes of layers that read the same tensor; a layer that may have a branch is alone."""
-    config, branch = job.recipe.rescaling, job.recipe.branch
-    name, (layer, seen, ranges) = next(iter(readers.items()))
+    branch, (name, (layer, seen, ranges)) = job.recipe.branch, next(iter(readers.items()))
+    scheme = work.plan.layers[name]
     split = best_split(
         layer,
         seen,
-        equalizers=config.equalizers,
+        equalizers=scheme.equalizers,
         splitters=branch.splitters,
-        rank=work.plan.layers[name].rank,
+        rank=scheme.rank,
         dtype=branch.dtype,
         ranges=ranges,
     )
-    return split or Split(best_transform([*readers.values()], equalizers=config.equalizers))
+    return split or Split(best_transform([*readers.values()], equalizers=scheme.equalizers))
 
 
 def choose_grids(job: Job, work: Work) -> None:

@@ -134,7 +134,7 @@ def _quantized(job: Job) -> Outcome:
     known = {"temporal": learned(maintained(job, work))}
     if work.grids:
         known["grids"] = {name: errors.tensor() for name, errors in work.grids.items()}
-    if work.exact and not job.recipe.rescaling.transforms:
+    if work.exact and not any(layer.transforms for layer in work.plan.layers.values()):
         known["activations"] = dict(work.exact)
     found = _packed(job, work)
     found = replace(found, correction=correct(job, full, last_layer(work.block.trace)))

@@ -233,7 +233,7 @@ def _record_layer(
             sources,
             temporal,
             read.widths,
-            tokenwise=operation.channel_axis == -1,
+            tokenwise=operation.by_token,
             direct=read.direct,
             channels=weight_of(layer).shape[1] * operation.groups,
         )

@@ -52,9 +52,7 @@ class SideBranch(Part):
             self.register_buffer("up_scale", torch.ones(shape[0], 1))
         once = (1,) * (len(shape) - 2)
         self.mixing: Operation = (
-            Linear()
-            if operation.channel_axis == -1
-            else Convolution(once, (0,) * len(once), once, operation.groups)
+            Linear() if operation.by_token else Convolution(once, (0,) * len(once), once, operation.groups)
         )
 
     @property

@@ -89,10 +89,21 @@ class ActivationScheme(OperandScheme):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScheme:
-    """How a layer is quantized: its weight, its input unless that stays in full precision, and the rank of
-    the branch beside it, 0 for none.
+    """How a layer is quantized: its weight, and its input unless that stays in full precision.
+
+    Attributes:
+        rank: the rank of the branch beside it; 0 is none.
+        equalizers: names of those that propose a factor for each channel of the input.
+        rotation: most channels of a group that may be rotated; 0 rotates nothing.
     """
 
     weight: WeightScheme
     input: ActivationScheme | None
     rank: int = 0
+    equalizers: tuple[str, ...] = ()
+    rotation: int = 0
+
+    @property
+    def transforms(self) -> bool:
+        """Whether there is a choice of what becomes of the input before its grid."""
+        return bool(self.equalizers or self.rotation)

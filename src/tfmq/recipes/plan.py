@@ -1,6 +1,7 @@
 """Turn a recipe and a trace into a plan: the only place where rules meet layers."""
 
 import warnings
+from collections.abc import Mapping, Set
 
 from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import Plan
@@ -52,7 +53,7 @@ def _activation(
 
 
 def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerScheme | None:
-    weights, activations = recipe.scheme(layer.name, roles)
+    weights, activations, rescaling = recipe.scheme(layer.name, roles)
     weight = weights.format()
     if weight is None:
         return None
@@ -78,6 +79,8 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
             tokenwise=layer.tokenwise,
         ),
         rank=0 if layer.temporal or not recipe.branch.splitters else weights.rank,
+        equalizers=() if layer.temporal else rescaling.equalizers,
+        rotation=0 if layer.temporal else rescaling.rotation,
     )
 
 
@@ -95,20 +98,20 @@ def last_layer(trace: Trace) -> str:
     return _seeing(trace)[-1]
 
 
-def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
+def _check_rules(recipe: Recipe, roles: Mapping[str, frozenset[str]], owners: Set[str]) -> None:
+    """Refuse a rule that matches nothing, and warn of one that changes nothing; `owners` are modules with
+    products.
+    """
     # The fields that the rules so far have decided on, by layer.
     said: dict[str, set[tuple[str, str]]] = {name: set() for name in roles}
     for rule in recipe.rules:
-        fields = {("weights", key) for key in rule.weights} | {
-            ("activations", key) for key in rule.activations
-        }
         matched = {name for name, played in roles.items() if rule.matches(name, played)}
         if not matched:
             raise ValueError(
                 f"the rule {rule.match!r} of recipe {recipe.name} matches "
                 "no layer; `tfmq inspect` lists their names"
             )
-        if all(fields <= said[name] for name in matched):
+        if all(rule.changes <= said[name] for name in matched):
             warnings.warn(
                 (
                     f"the rule {rule.match!r} of recipe {recipe.name} has no "
@@ -116,8 +119,17 @@ def _check_rules(recipe: Recipe, roles: dict[str, frozenset[str]]) -> None:
                 ),
                 stacklevel=3,
             )
+        spares = rule.weights.get("bits", 0) is None and rule.activations.get("bits") is not None
+        if spares and not matched & owners:
+            warnings.warn(
+                (
+                    f"the rule {rule.match!r} of recipe {recipe.name} leaves its layers in full precision; "
+                    "its activations.bits has no effect on their inputs"
+                ),
+                stacklevel=3,
+            )
         for name in matched:
-            said[name] |= fields
+            said[name] |= rule.changes
 
 
 def make_plan(recipe: Recipe, trace: Trace) -> Plan:
@@ -128,7 +140,11 @@ def make_plan(recipe: Recipe, trace: Trace) -> Plan:
     """
     seeing = _seeing(trace)
     roles = {layer.name: _roles(layer, seeing[0], seeing[-1]) for layer in trace.layers}
-    _check_rules(recipe, roles | dict.fromkeys((*trace.products, *trace.embeddings), frozenset()))
+    _check_rules(
+        recipe,
+        roles | dict.fromkeys((*trace.products, *trace.embeddings), frozenset()),
+        frozenset(trace.products),
+    )
     plans = {layer.name: _layer(recipe, layer, roles[layer.name]) for layer in trace.layers}
     layers = {name: plan for name, plan in plans.items() if plan}
     if not layers:

@@ -49,7 +49,7 @@ __all__ = [
 PerStep = Literal["none", "temporal", "measured", "all"]
 ZeroPoints = Literal["per_step", "shared"]
 Split = bool | Literal["direct"]
-Part = TypeVar("Part", "Weights", "Activations")
+Part = TypeVar("Part", "Weights", "Activations", "Rescaling")
 ROLES = ("role:first", "role:last", "role:temporal")
 
 
@@ -196,9 +196,9 @@ class Rule:
 
     Attributes:
         match: the pattern or role.
-        weights, activations: fields of `Weights` and `Activations`, with the values that these layers have in
-            the place of the recipe's own. `{"bits": None}` is full precision. Where rules match the same
-            layer, the first that has a field decides on it.
+        weights, activations, rescaling: fields of `Weights`, `Activations` and `Rescaling`, with the values
+            that these layers have in the place of the recipe's own. `{"bits": None}` is full precision. Where
+            rules match the same layer, the first that has a field decides on it.
     """
 
     match: str
@@ -206,16 +206,26 @@ class Rule:
     activations: Mapping[str, Any] = field(
         default_factory=dict, hash=False, metadata={"changes": Activations}
     )
+    rescaling: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"changes": Rescaling})
 
     def __post_init__(self) -> None:
         if self.match.startswith("role:") and self.match not in ROLES:
             raise ValueError(f"unknown role {shown(self.match)}; it must be one of {', '.join(ROLES)}")
-        if not self.weights and not self.activations:
-            raise ValueError(f"the rule {shown(self.match)} changes nothing; give it weights or activations")
+        if not self.changes:
+            raise ValueError(
+                f"the rule {shown(self.match)} changes nothing; give it weights, activations or rescaling"
+            )
         weights = _changed(Weights(), self.weights, "weights")
         if "bits" in self.weights:
             weights.check_room()
         _changed(Activations(), self.activations, "activations")
+        _changed(Rescaling(), self.rescaling, "rescaling")
+
+    @property
+    def changes(self) -> frozenset[tuple[str, str]]:
+        """The parts and fields of a recipe that the rule decides on."""
+        parts = {"weights": self.weights, "activations": self.activations, "rescaling": self.rescaling}
+        return frozenset((part, key) for part, values in parts.items() for key in values)
 
     def matches(self, name: str, roles: frozenset[str]) -> bool:
         """Whether the rule covers the layer `name`, which plays `roles`."""
@@ -264,17 +274,20 @@ class Recipe:
                 f"weights.grid {listed.name} has {listed.bits} bits, and weights.bits is {self.weights.bits}"
             )
 
-    def scheme(self, name: str, roles: frozenset[str] = frozenset()) -> tuple[Weights, Activations]:
-        """Return the weights and activations of the layer `name`, which plays `roles`: the recipe's own, as
-        the rules change them.
+    def scheme(
+        self, name: str, roles: frozenset[str] = frozenset()
+    ) -> tuple[Weights, Activations, Rescaling]:
+        """Return the weights, activations and rescaling of the layer `name`, which plays `roles`: those of
+        the recipe, as the rules change them.
         """
-        weights, activations = self.weights, self.activations
+        weights, activations, rescaling = self.weights, self.activations, self.rescaling
         # The first rule has the last word.
         for rule in reversed(self.rules):
             if rule.matches(name, roles):
                 weights = replace(weights, **rule.weights)
                 activations = replace(activations, **rule.activations)
-        return weights, activations
+                rescaling = replace(rescaling, **rule.rescaling)
+        return weights, activations, rescaling
 
     def of_network(self, name: str) -> "Recipe | None":
         """Return the recipe of a further network, by its name or that of its component; None where there is
@@ -292,7 +305,7 @@ class Recipe:
         """Return the grid of the rows of the embedding `name`, None for full precision. Their bits are those
         that a rule gives its weights, else the recipe's `embeddings`.
         """
-        weights, _ = self.scheme(name)
+        weights, *_ = self.scheme(name)
         ruled = any("bits" in rule.weights for rule in self.rules if rule.matches(name, frozenset()))
         if ruled or self.weights.bits is None:
             return weights.uniform(weights.bits)

@@ -119,11 +119,6 @@ class Rescaling:
         if self.rotation and not is_group(self.rotation):
             raise ValueError(f"rescaling.rotation must be 0 or a power of four, got {self.rotation}")
 
-    @property
-    def transforms(self) -> bool:
-        """Whether there is anything to choose from."""
-        return bool(self.equalizers or self.rotation)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
