@@ -132,6 +132,9 @@ SHIPPED = (
     *(f"{page}.md" for page in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
 )
 
+# The one file that hangs hooks on modules; every other one watches calls through it.
+WATCH = "nn/watch.py"
+
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -290,6 +293,16 @@ def unsafe_violations(path: str, text: str) -> list[str]:
     return found
 
 
+def hook_violations(path: str, text: str) -> list[str]:
+    """Hooks that a file hangs on modules by itself, which nothing is sure to take off again."""
+    lines = () if path == WATCH else enumerate(text.splitlines(), start=1)
+    return [
+        f"{path}:{number}: registers a hook; use `watched` of {WATCH}"
+        for number, line in lines
+        if "register_forward" in line
+    ]
+
+
 def unannotated(function: ast.FunctionDef | ast.AsyncFunctionDef, *, method: bool) -> list[str]:
     """Return which parameters of a function, and `return`, have no annotation; the receiver of a method needs
     none.
@@ -345,7 +358,8 @@ def machine_path_violations(path: str, content: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "check", [direction_violations, dependency_violations, unsafe_violations, public_violations]
+    "check",
+    [direction_violations, dependency_violations, unsafe_violations, hook_violations, public_violations],
 )
 def test_sources(check: Callable[[str, str], list[str]]) -> None:
     assert FILES, f"no source under {SOURCE}"
@@ -487,6 +501,15 @@ def test_unsafe_finds(text: str) -> None:
 
 def test_unsafe_permits() -> None:
     assert unsafe_violations("a.py", "model.eval()\ntorch.load(path, weights_only=True)\nnp.load(path)") == []
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_finds(hook: str) -> None:
+    text = f"import torch\nhandle = module.{hook}(see, with_kwargs=True)"
+    assert hook_violations("models/trace.py", text) == [
+        f"models/trace.py:2: registers a hook; use `watched` of {WATCH}"
+    ]
+    assert hook_violations(WATCH, text) == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from tfmq.calibration.spool import Column, Spool
 from tfmq.models.denoiser import Denoiser, Inputs, output_tensors
+from tfmq.nn.watch import ModuleCall, watched
 
 # Takes the number of a batch and returns the context in which its call runs.
 Around = Callable[[int], AbstractContextManager[None]]
@@ -141,20 +142,15 @@ def run_to(
     """
     running: list[tuple[int, Inputs]] = []
 
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        see(*running[-1], args, kwargs, output)
+    def reach(call: ModuleCall) -> None:
+        see(*running[-1], call.args, call.kwargs, call.output)
         raise _Reached
 
-    handle = (unit.register_forward_hook if through else unit.register_forward_pre_hook)(
-        hook, with_kwargs=True
-    )
-    try:
+    with watched(unit, after=reach) if through else watched(unit, before=reach):
         for number, batch in enumerate(batches):
             running[:] = [(number, batch)]
             with around(number), suppress(_Reached):
                 denoiser(batch)
-    finally:
-        handle.remove()
 
 
 def capture(

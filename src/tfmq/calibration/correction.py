@@ -5,7 +5,7 @@ A step is fitted with all steps before it corrected already, so that what an ear
 mended again. Every other image decides which estimator is used, or that none is.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tfmq.models.denoiser import Denoiser, first_tensor
 from tfmq.nn.correction import Correction, with_prediction
 from tfmq.nn.swap import steps_of
+from tfmq.nn.watch import ModuleCall, watched
 from tfmq.numerics.estimators import ESTIMATORS, Affine, identity
 
 NONE = "none"
@@ -44,13 +45,8 @@ def explained(before: float, after: float) -> float:
 def recorded_predictions(module: nn.Module) -> Iterator[list[Tensor]]:
     """Note the prediction of every call, in order."""
     found: list[Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _, __, output: found.append(first_tensor(output).detach().clone())
-    )
-    try:
+    with watched(module, after=lambda call: found.append(first_tensor(call.output).detach().clone())):
         yield found
-    finally:
-        handle.remove()
 
 
 class Fitting:
@@ -83,23 +79,19 @@ class Fitting:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Fit and correct the calls of the denoiser."""
-        handle = self.denoiser.module.register_forward_hook(self._called, with_kwargs=True)
-        try:
+        with watched(self.denoiser.module, after=self._called):
             yield
-        finally:
-            handle.remove()
 
-    def _called(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> Any:
-        steps, exact = steps_of(module), next(self.expected)
-        bins, _ = steps.lookup(self.denoiser.bind(args, kwargs).timestep)
-        computed = first_tensor(output)
+    def _called(self, call: ModuleCall) -> Any:
+        """Return the corrected output of a call, whose new steps are fitted first."""
+        steps, exact = steps_of(call.module), next(self.expected)
+        bins, _ = steps.lookup(self.denoiser.bind(call.args, call.kwargs).timestep)
+        computed = first_tensor(call.output)
         for step in sorted(set(bins.tolist()) - self.fits.keys()):
             rows = (bins == step).nonzero().flatten().to(computed.device)
             self._fit(step, rows, self._values(computed[rows]), self._values(exact[rows]))
         with steps.at_bins(bins):
-            return with_prediction(output, self.correction)
+            return with_prediction(call.output, self.correction)
 
     def _values(self, prediction: Tensor) -> Tensor:
         """Return the corrected channels of a prediction `[B, ...]`, float64 `[B, N, C]`."""

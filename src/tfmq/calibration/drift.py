@@ -2,17 +2,18 @@
 on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.operation import operand
 from tfmq.nn.packed_layer import PackedLayer
+from tfmq.nn.submodules import named
+from tfmq.nn.watch import ModuleCall, all_watched, watched
 from tfmq.numerics.segments import split
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.steps import StepContext
@@ -78,22 +79,15 @@ def extremes(
     }
     running: list[Tensor] = []
 
-    def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-        running[:] = [steps.lookup(denoiser.bind(args, kwargs).timestep)[0].cpu()]
+    def begin(call: ModuleCall) -> None:
+        running[:] = [steps.lookup(denoiser.bind(call.args, call.kwargs).timestep)[0].cpu()]
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: _update(
-            seen[name], quantizers[name], layers[name].transformed(operand(args, kwargs)), running[0]
-        )
+    def note(call: ModuleCall) -> None:
+        x = layers[call.name].transformed(operand(call.args, call.kwargs))
+        _update(seen[call.name], quantizers[call.name], x, running[0])
 
-    with ExitStack() as stack:
-        stack.callback(denoiser.module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        for name in quantizers:
-            stack.callback(
-                denoiser.module.get_submodule(name)
-                .register_forward_pre_hook(note(name), with_kwargs=True)
-                .remove
-            )
+    modules = named(denoiser.module, quantizers)
+    with watched(denoiser.module, before=begin), all_watched(modules, before=note):
         yield seen
 
 

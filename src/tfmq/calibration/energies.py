@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tfmq.calibration.forward import watched
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.swap import precision
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.progress import Advance
 
 # Returns the tensors that count of a layer's input, such as its output and an error of that.
@@ -31,11 +31,11 @@ def layer_energies(
     energies = {name: torch.zeros(count, dtype=torch.float64) for name in layers}
     parts = {name: parts_of(layer) for name, layer in layers.items()}
 
-    def see(name: str, x: Tensor, _: Tensor) -> None:
-        for index, part in enumerate(parts[name](x)):
-            energies[name][index] += part.float().square().sum(dtype=torch.float64).cpu()
+    def see(call: ModuleCall) -> None:
+        for index, part in enumerate(parts[call.name](call.args[0])):
+            energies[call.name][index] += part.float().square().sum(dtype=torch.float64).cpu()
 
-    with precision(denoiser.module, weights="full", inputs="full"), watched(layers, see):
+    with precision(denoiser.module, weights="full", inputs="full"), all_watched(layers, after=see):
         for inputs in batches:
             denoiser(inputs)
             advance()

@@ -1,4 +1,4 @@
-"""Another forward for one module, or somebody who watches some, for a while, and who reads from whom."""
+"""Another forward for one module, or an end where some run, for a while, and who reads from whom."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tfmq.nn.watch import ModuleCall, all_watched, watched
 
 
 @contextmanager
@@ -25,21 +27,6 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
-@contextmanager
-def watched(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, input, output)` whenever one of `layers` runs."""
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda _, args, output: see(name, args[0], output)
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def readers_of_one(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
     """Return `layers` in lists: those that read the very same tensor one after the other, as q, k and v do,
@@ -48,14 +35,15 @@ def readers_of_one(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> l
     calls: list[list[str]] = []
     read: tuple[Tensor, int] | None = None
 
-    def see(name: str, x: Tensor, _: Tensor) -> None:
+    def see(call: ModuleCall) -> None:
         nonlocal read
+        x = call.args[0]
         if read is None or read[0] is not x or read[1] != x._version:
             calls.append([])
-        calls[-1].append(name)
+        calls[-1].append(call.name)
         read = x, x._version
 
-    with watched(layers, see):
+    with all_watched(layers, after=see):
         run()
     counts = Counter(chain.from_iterable(calls))
     once = [[name for name in names if counts[name] == 1] for names in calls]
@@ -67,16 +55,16 @@ class _Ended(Exception):
 
 
 @contextmanager
-def ended(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor], bool]) -> Iterator[None]:
-    """Call `see(name, input, output)` whenever one of `layers` runs; where it returns true, what runs in the
-    context ends there.
+def ended(layers: Mapping[str, nn.Module], see: Callable[[ModuleCall], bool]) -> Iterator[None]:
+    """Call `see` whenever one of `layers` has run; where it returns true, what runs in the context ends
+    there.
     """
 
-    def end(name: str, x: Tensor, output: Tensor) -> None:
-        if see(name, x, output):
+    def end(call: ModuleCall) -> None:
+        if see(call):
             raise _Ended
 
-    with suppress(_Ended), watched(layers, end):
+    with suppress(_Ended), all_watched(layers, after=end):
         yield
 
 
@@ -90,16 +78,13 @@ def dependents(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[
     def poisoned(name: str) -> set[str]:
         found: set[str] = set()
 
-        def see(reader: str, x: Tensor, _: Tensor) -> None:
-            if bool(x.isnan().any()):
-                found.add(reader)
+        def see(call: ModuleCall) -> None:
+            if bool(call.args[0].isnan().any()):
+                found.add(call.name)
 
-        handle = layers[name].register_forward_hook(lambda _, __, output: torch.full_like(output, torch.nan))
-        try:
-            with watched(layers, see):
-                run()
-        finally:
-            handle.remove()
+        poison = watched(layers[name], after=lambda call: torch.full_like(call.output, torch.nan))
+        with poison, all_watched(layers, after=see):
+            run()
         return found
 
     return {name: poisoned(name) for name in layers}

@@ -2,15 +2,17 @@
 be kept instead of computed.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.submodules import named
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.trees import map_tensors, tensors_in
 
 
@@ -70,21 +72,15 @@ def find_readers(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> d
     origins = _Origins()
     readers: dict[str, set[str]] = {name: set() for name in units}
 
-    def before(name: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            for source in origins.of((args, kwargs)):
-                readers[source].add(name)
+    def before(call: ModuleCall) -> None:
+        for source in origins.of((call.args, call.kwargs)):
+            readers[source].add(call.name)
 
-        return hook
+    def after(call: ModuleCall) -> Any:
+        return origins.cut(call.name, call.output)
 
-    def after(name: str) -> Any:
-        return lambda _, __, output: origins.cut(name, output)
-
-    with ExitStack() as stack, torch.enable_grad(), origins:
-        for name in units:
-            module = denoiser.module.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(after(name)).remove)
+    modules = named(denoiser.module, units)
+    with all_watched(modules, before=before, after=after), torch.enable_grad(), origins:
         try:
             denoiser(example.rows(0, 1))
         except RuntimeError:
@@ -98,10 +94,7 @@ def called_once(denoiser: Denoiser, units: Sequence[str], example: Inputs) -> se
     """Return those of `units` that one call of the denoiser calls once; one call for the first sample of
     `example`.
     """
-    counts = dict.fromkeys(units, 0)
-    with ExitStack() as stack:
-        for name in units:
-            count = lambda *_, name=name: counts.update({name: counts[name] + 1})  # noqa: E731 - bound to its unit
-            stack.callback(denoiser.module.get_submodule(name).register_forward_pre_hook(count).remove)
+    counts = Counter[str]()
+    with all_watched(named(denoiser.module, units), before=lambda call: counts.update([call.name])):
         denoiser(example.rows(0, 1))
     return {name for name, count in counts.items() if count == 1}

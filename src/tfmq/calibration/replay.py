@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tfmq.calibration.capture import Around, Keep, alone
 from tfmq.calibration.forward import replaced_forward
+from tfmq.nn.watch import all_watched
 from tfmq.numerics.trees import map_tensors
 from tfmq.storage.atomic import full_disk_named, read_tensors
 
@@ -44,15 +45,16 @@ class _Outputs:
         others return.
         """
         seen: dict[str, list[Any]] = {}
+        kept = [name for name in units if batch in self._kept.get(name, {})]
+        running = {name: unit for name, unit in units.items() if name not in {*kept, *self._run}}
         with ExitStack() as stack:
-            for name, unit in units.items():
-                if batch in self._kept.get(name, {}):
-                    stack.enter_context(_returning(unit, partial(self._read, name, batch)))
-                elif name not in self._run:
-                    handle = unit.register_forward_hook(
-                        lambda _, __, output, name=name: seen.setdefault(name, []).append(_copied(output))
-                    )
-                    stack.callback(handle.remove)
+            for name in kept:
+                stack.enter_context(_returning(units[name], partial(self._read, name, batch)))
+            stack.enter_context(
+                all_watched(
+                    running, after=lambda call: seen.setdefault(call.name, []).append(_copied(call.output))
+                )
+            )
             yield
         for name, outputs in seen.items():
             self._keep(name, batch, outputs)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tfmq.calibration.forward import watched
 from tfmq.calibration.store import CalibrationStore
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.affine import fake_quantize
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, by_row, columns, power_of_two
 from tfmq.numerics.ranges import from_range
@@ -96,11 +96,12 @@ def observed(
     count = len(steps.timesteps)
     seen = {name: Seen.nothing(layer, count, rotations.get(name, 0)) for name, layer in layers.items()}
 
-    def note(name: str, x: Tensor, output: Tensor) -> None:
-        rows = min(most, max(FEWEST, KEPT // layers[name].weight[0].numel()))
-        seen[name].update(layers[name], x, output, steps.index, most=max(1, rows // calls))
+    def note(call: ModuleCall) -> None:
+        layer = layers[call.name]
+        rows = min(most, max(FEWEST, KEPT // layer.weight[0].numel()))
+        seen[call.name].update(layer, call.args[0], call.output, steps.index, most=max(1, rows // calls))
 
-    with watched(layers, note):
+    with all_watched(layers, after=note):
         yield seen
 
 

@@ -5,13 +5,13 @@ of its steps.
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.calibration.store import CalibrationStore
 from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
+from tfmq.nn.watch import ModuleCall, all_watched, watched
 
 HELD_OUT = "held_out"
 # One sample of so many is held out.
@@ -39,17 +39,13 @@ def first_broken(denoiser: Denoiser, inputs: Inputs) -> str:
     """
     broken: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                broken.append(name)
+    def see(call: ModuleCall) -> None:
+        if isinstance(call.output, Tensor) and not torch.isfinite(call.output).all():
+            broken.append(call.name)
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, child in denoiser.module.named_modules():
-            if next(child.children(), None) is None:
-                stack.callback(child.register_forward_hook(watch(name)).remove)
+    modules = denoiser.module.named_modules()
+    innermost = {name: child for name, child in modules if next(child.children(), None) is None}
+    with all_watched(innermost, after=see):
         denoiser(inputs)
     return next(filter(None, broken), type(denoiser.module).__name__)
 
@@ -63,35 +59,25 @@ def recorded_calls(denoiser: Denoiser, sink: Callable[[Inputs], None]) -> Iterat
             made it.
     """
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = denoiser.bind(args, kwargs).map(lambda tensor: tensor.detach().clone())
+    def before(call: ModuleCall) -> None:
+        inputs = denoiser.bind(call.args, call.kwargs).map(lambda tensor: tensor.detach().clone())
         check_finite(inputs)
         sink(inputs)
 
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        bad = ~torch.isfinite(first_tensor(output)).flatten(1).all(dim=1)
+    def after(call: ModuleCall) -> None:
+        bad = ~torch.isfinite(first_tensor(call.output)).flatten(1).all(dim=1)
         if bad.any():
-            remove()
-            inputs = denoiser.bind(args, kwargs)
+            # The call that looks for the layer is none of the trajectory.
+            stop()
+            inputs = denoiser.bind(call.args, call.kwargs)
             timestep = float(inputs.timestep[int(bad.int().argmax()) * len(inputs) // len(bad)])
             raise CalibrationError(
                 f"{first_broken(denoiser, inputs)} gives NaN or infinite values "
                 f"at timestep {timestep:g}, in full precision"
             )
 
-    handles = (
-        denoiser.module.register_forward_pre_hook(before, with_kwargs=True),
-        denoiser.module.register_forward_hook(after, with_kwargs=True),
-    )
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    try:
+    with watched(denoiser.module, before=before, after=after) as stop:
         yield
-    finally:
-        remove()
 
 
 @contextmanager
@@ -105,8 +91,8 @@ def recorded_networks(networks: Mapping[str, Denoiser], store: CalibrationStore)
     """
     with ExitStack() as stack:
         for name, network in networks.items():
-            hook = _keep_samples(network, store.of(name))
-            stack.callback(network.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            keep = _keep_samples(network, store.of(name))
+            stack.enter_context(watched(network.module, before=keep))
         yield
 
 
@@ -118,13 +104,13 @@ def held_out(store: CalibrationStore) -> CalibrationStore:
     return kept if len(kept) else store
 
 
-def _keep_samples(network: Denoiser, store: CalibrationStore) -> Callable[..., None]:
-    """Return a hook that keeps the samples of the calls of a network."""
+def _keep_samples(network: Denoiser, store: CalibrationStore) -> Callable[[ModuleCall], None]:
+    """Return what keeps the samples of the calls of a network."""
     count = itertools.count()
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(call: ModuleCall) -> None:
         with suppress(TypeError, KeyError):
-            inputs = network.bind(args, kwargs).map(lambda tensor: tensor.detach().clone())
+            inputs = network.bind(call.args, call.kwargs).map(lambda tensor: tensor.detach().clone())
             for sample in inputs.chunks(1):
                 check_finite(sample)
                 (store.of(HELD_OUT) if next(count) % EVERY == 1 else store).append(sample)

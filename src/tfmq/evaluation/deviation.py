@@ -7,11 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.evaluation.sampling import Images, to_bytes
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import Sampler
+from tfmq.nn.watch import ModuleCall, watched
 from tfmq.numerics.errors import relative_error
 
 
@@ -44,14 +45,12 @@ def _noted_calls(denoiser: Denoiser) -> Iterator[list[Inputs]]:
     """Collect the inputs of every denoiser call while the context is open."""
     calls: list[Inputs] = []
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(denoiser.bind(args, kwargs).map(lambda tensor: tensor.detach().cpu().clone()))
+    def note(call: ModuleCall) -> None:
+        inputs = denoiser.bind(call.args, call.kwargs)
+        calls.append(inputs.map(lambda tensor: tensor.detach().cpu().clone()))
 
-    handle = denoiser.module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with watched(denoiser.module, before=note):
         yield calls
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

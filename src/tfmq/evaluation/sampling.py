@@ -2,9 +2,10 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.models.sampler import Sampler
+from tfmq.nn.watch import watched
 from tfmq.progress import Progress, silent
 
 Images = NDArray[np.uint8]
@@ -83,15 +84,8 @@ def draw(
         SamplingError: see `to_bytes`.
     """
     ranges = batches(num_images, batch_size)
-    with progress(description, len(ranges) * steps) as advance:
-
-        def count(_: nn.Module, __: object) -> None:
-            advance()
-
-        handle = sampler.denoiser.module.register_forward_pre_hook(count)
-        try:
-            return np.concatenate(
-                [draw_batch(sampler, indices, steps=steps, seed=seed) for indices in ranges]
-            )
-        finally:
-            handle.remove()
+    with (
+        progress(description, len(ranges) * steps) as advance,
+        watched(sampler.denoiser.module, before=lambda _: advance()),
+    ):
+        return np.concatenate([draw_batch(sampler, indices, steps=steps, seed=seed) for indices in ranges])

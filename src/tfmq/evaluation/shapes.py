@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.onednn import OnednnKernel, available, supports
 from tfmq.nn.operation import operand, operation_of, weight_of
+from tfmq.nn.submodules import named
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.operations import Operation
 from tfmq.progress import Advance
 
@@ -51,24 +52,20 @@ def sites_of(module: nn.Module, names: set[str]) -> Iterator[Counter[Site]]:
     """Count what the layers `names` are called with while the context is open."""
     found: Counter[Site] = Counter()
 
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        operation = operation_of(layer)
+    def note(call: ModuleCall) -> None:
+        layer, operation = call.module, operation_of(call.module)
         if operation is not None:
             found[
                 Site(
                     operation,
                     tuple(weight_of(layer).shape),
-                    tuple(operand(args, kwargs).shape),
+                    tuple(operand(call.args, call.kwargs).shape),
                     layer.bias is not None,
                 )
             ] += 1
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True) for name in names]
-    try:
+    with all_watched(named(module, names), before=note):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _milliseconds(*calls: Callable[[], object]) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.jobs.job import Job
+from tfmq.nn.watch import watched
 from tfmq.progress import Advance
 from tfmq.recipes.recipe import Branch, Correction, Recipe, Rescaling
 from tfmq.reconstruction.solvers import Rounding
@@ -112,13 +113,10 @@ def exchanged(module: nn.Module, other: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def draw(job: Job, count: int, advance: Advance, stage: str = "judging") -> Tensor:
     """Return images of the job's model as it is now, from noise that no stage has seen."""
-    handle = job.denoiser.module.register_forward_pre_hook(lambda *_: advance())
-    try:
+    with watched(job.denoiser.module, before=lambda _: advance()):
         return job.sampler.run(
             range(count), steps=job.recipe.calibration.steps, seed=job.seed_of(stage)
         ).double()
-    finally:
-        handle.remove()
 
 
 def psnr_db(images: Tensor, expected: Tensor) -> Tensor:

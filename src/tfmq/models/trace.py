@@ -6,7 +6,7 @@ needed, no class names. A layer that depends on the timestep, and neither on the
 with positions (a prompt's tokens), is temporal, even where its weights are still zero.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +27,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace, sliced
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.product_mode import sites
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.operations import Operation
 from tfmq.numerics.trees import map_tensors, tensors_in
 
@@ -180,30 +181,22 @@ class _Products(TorchFunctionMode):
 @contextmanager
 def _module_hooks(module: nn.Module, record: _Record) -> Iterator[None]:
     """Keep the stack of running modules, and record weighted layers as single calls."""
+    modules = dict(module.named_modules())
+    weighted = {name for name, child in modules.items() if _is_weighted(child)}
 
-    def enter(name: str, weighted: bool) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any) -> None:
-            record.owners.append(name)
-            record.inside += weighted
+    def enter(call: ModuleCall) -> None:
+        record.owners.append(call.name)
+        record.inside += call.name in weighted
 
-        return hook
+    def leave(call: ModuleCall) -> None:
+        record.owners.pop()
+        if call.name not in weighted:
+            return
+        record.inside -= 1
+        if not record.inside:
+            _record_layer(record, call)
 
-    def leave(name: str, weighted: bool) -> Callable[..., None]:
-        def hook(child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            record.owners.pop()
-            if not weighted:
-                return
-            record.inside -= 1
-            if not record.inside:
-                _record_layer(record, name, child, args, kwargs, output)
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, child in module.named_modules():
-            weighted = _is_weighted(child)
-            stack.callback(child.register_forward_pre_hook(enter(name, weighted)).remove)
-            stack.callback(child.register_forward_hook(leave(name, weighted), with_kwargs=True).remove)
+    with all_watched(modules, before=enter, after=leave):
         yield
 
 
@@ -211,9 +204,8 @@ def _is_weighted(module: nn.Module) -> bool:
     return operation_of(module) is not None or isinstance(module, nn.Embedding)
 
 
-def _record_layer(
-    record: _Record, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
-) -> None:
+def _record_layer(record: _Record, call: ModuleCall) -> None:
+    name, layer, args, kwargs, output = call
     inputs = tensors_in((args, kwargs))
     combined = record.combine(inputs)
     operation = operation_of(layer)

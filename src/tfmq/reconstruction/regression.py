@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq.calibration.forward import dependents, ended, watched
+from tfmq.calibration.forward import dependents, ended
 from tfmq.calibration.spool import Column, Spool
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.watch import ModuleCall, all_watched
 
 Run = Callable[[Tensor], Any]
 # Moments that are gathered in one pass take at most so many times the bytes of the largest layer's.
@@ -96,7 +97,8 @@ class Regression:
     def record_targets(self, run: Run) -> None:
         """Keep the outputs that `run`, the unit in full precision, has at the drawn positions."""
 
-        def see(name: str, _: Tensor, output: Tensor) -> None:
+        def see(call: ModuleCall) -> None:
+            name, output = call.name, call.output
             operation = self.layers[name].operation
             places = (
                 torch.randperm(operation.places(output), generator=self.generator)[: self.most].sort().values
@@ -105,7 +107,7 @@ class Regression:
             self.places[name].append(places)
             self.targets.setdefault(name, self.spool.column(target)).add(target)
 
-        with watched(self.layers, see):
+        with all_watched(self.layers, after=see):
             for part in self.parts:
                 run(part)
 
@@ -147,8 +149,8 @@ class Regression:
         }
         whole, self.passes = self.passes == 0, self.passes + 1
 
-        def see(name: str, x: Tensor, _: Tensor) -> bool:
-            gathering[name].see(x)
+        def see(call: ModuleCall) -> bool:
+            gathering[call.name].see(call.args[0])
             return not whole and all(one.complete for one in gathering.values())
 
         for part in self.parts:

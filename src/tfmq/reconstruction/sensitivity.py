@@ -4,15 +4,16 @@ by these two.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.submodules import named
 from tfmq.nn.swap import precision
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.reconstruction.budget import Cost
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import SOLVERS, Rounding
@@ -57,16 +58,13 @@ def _timed(modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def before(name: str) -> Any:
-        return lambda *_: began.__setitem__(name, now())
+    def before(call: ModuleCall) -> None:
+        began[call.name] = now()
 
-    def after(name: str) -> Any:
-        return lambda *_: seconds.__setitem__(name, seconds[name] + now() - began[name])
+    def after(call: ModuleCall) -> None:
+        seconds[call.name] += now() - began[call.name]
 
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(before(name)).remove)
-            stack.callback(module.register_forward_hook(after(name)).remove)
+    with all_watched(modules, before=before, after=after):
         yield seconds
 
 
@@ -103,7 +101,7 @@ def predicted_costs(
     solver, rate = SOLVERS[rounding.solver], products_a_second()
     with full_precision(denoiser.module):
         denoiser(call)
-        with _timed({unit.name: denoiser.module.get_submodule(unit.name) for unit in units}) as seconds:
+        with _timed(named(denoiser.module, [unit.name for unit in units])) as seconds:
             denoiser(call)
     costs = {}
     for unit in units:

@@ -1,13 +1,15 @@
 """Check by behaviour what the trace says by structure."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.program import LayerTrace
+from tfmq.nn.submodules import named
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.temporal.block import TemporalBlock
 
 TOLERANCE = 1e-4
@@ -24,15 +26,10 @@ def layer_outputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Ten
     """
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            outputs[name] = output.detach()
+    def keep(call: ModuleCall) -> None:
+        outputs[call.name] = call.output.detach()
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(module.get_submodule(name).register_forward_hook(keep(name)).remove)
+    with all_watched(named(module, names), after=keep):
         yield outputs
 
 

@@ -3,7 +3,6 @@ calibrated timestep.
 """
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import parts_of, replace_module, steps_of
 from tfmq.nn.temporal import CachedFeature, FeatureTable, cached_features
+from tfmq.nn.watch import ModuleCall, watched
 from tfmq.quantizers.steps import StepContext
 from tfmq.temporal.block import TemporalBlock
 
@@ -21,17 +21,13 @@ def visited(sampler: Sampler, steps: int) -> Tensor:
     """
     seen: list[Tensor] = []
 
-    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(sampler.denoiser.bind(args, kwargs).timestep.float().cpu())
+    def note(call: ModuleCall) -> None:
+        seen.append(sampler.denoiser.bind(call.args, call.kwargs).timestep.float().cpu())
 
-    handle = sampler.denoiser.module.register_forward_pre_hook(note, with_kwargs=True)
-    with warnings.catch_warnings():
+    with watched(sampler.denoiser.module, before=note), warnings.catch_warnings():
         # Silence the warning for uncalibrated timesteps: they are what this is about.
         warnings.filterwarnings("ignore", message=".*was not calibrated")
-        try:
-            sampler.run(range(1), steps=steps, seed=0)
-        finally:
-            handle.remove()
+        sampler.run(range(1), steps=steps, seed=0)
     return torch.cat(seen).unique()
 
 

@@ -3,17 +3,17 @@ takes.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.nn.submodules import named
 from tfmq.nn.swap import steps_of
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.errors import relative_error
 from tfmq.quantizers.steps import StepContext
 
@@ -49,26 +49,18 @@ def layer_errors(
     steps: StepContext = steps_of(quantized.module)
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
 
-    def compare(name: str) -> Callable[..., None]:
-        twin = quantized.module.get_submodule(name)
+    twins = named(quantized.module, names)
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-            _, full = _timed(lambda: type(layer).forward(layer, *args, **kwargs))
-            other, low = _timed(lambda: twin(*args, **kwargs))
-            seen[name].append((float(relative_error(output.flatten(1), other.flatten(1)).mean()), full, low))
+    def compare(call: ModuleCall) -> None:
+        name, layer, args, kwargs, output = call
+        _, full = _timed(lambda: type(layer).forward(layer, *args, **kwargs))
+        other, low = _timed(lambda: twins[name](*args, **kwargs))
+        seen[name].append((float(relative_error(output.flatten(1), other.flatten(1)).mean()), full, low))
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(
-                denoiser.module.get_submodule(name)
-                .register_forward_hook(compare(name), with_kwargs=True)
-                .remove
-            )
-        for call in calls:
-            with steps.at(call.timestep):
-                denoiser(call)
+    with all_watched(named(denoiser.module, names), after=compare):
+        for inputs in calls:
+            with steps.at(inputs.timestep):
+                denoiser(inputs)
     found = []
     for name, rows in seen.items():
         if rows:

@@ -2,14 +2,16 @@
 to cover.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tfmq.nn.operation import operand
+from tfmq.nn.submodules import named
+from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.temporal.block import TemporalBlock
 
 
@@ -37,17 +39,10 @@ def _inputs(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-            found[name] = operand(args, kwargs)
+    def keep(call: ModuleCall) -> None:
+        found[call.name] = operand(call.args, call.kwargs)
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(
-                module.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True).remove
-            )
+    with all_watched(named(module, names), before=keep):
         yield found
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from tfmq.calibration.trajectory import recorded_calls
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
+from tfmq.nn.watch import ModuleCall, watched
 from tfmq.progress import Progress, silent
 
 
@@ -82,20 +83,16 @@ def rehearsed(sampler: Sampler, *, images: int, steps: int) -> Rehearsal:
     module, spent, calls = sampler.denoiser.module, list[float](), list[Inputs]()
     counted = 0
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(call: ModuleCall) -> None:
         nonlocal counted
         counted += 1
         if not calls:
-            calls.append(sampler.denoiser.bind(args, kwargs))
+            calls.append(sampler.denoiser.bind(call.args, call.kwargs))
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with _answered_at_once(module, spent):
-            began = time.perf_counter()
-            drawn = sampler.run(range(images), steps=steps, seed=0)
-            took = time.perf_counter() - began
-    finally:
-        handle.remove()
+    with watched(module, before=note), _answered_at_once(module, spent):
+        began = time.perf_counter()
+        drawn = sampler.run(range(images), steps=steps, seed=0)
+        took = time.perf_counter() - began
     return Rehearsal(calls[0], counted, max(0.0, took - sum(spent)), drawn[0].numel())
 
 

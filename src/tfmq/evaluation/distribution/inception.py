@@ -11,6 +11,7 @@ from tfmq.evaluation.distribution.extractor import register_extractor
 from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
 from tfmq.evaluation.weights import WeightFile, WeightFolder, check_state
+from tfmq.nn.watch import ModuleCall, watched
 from tfmq.storage.digest import file_digest
 
 FILE = WeightFile(
@@ -42,14 +43,11 @@ class Inception:
     def __call__(self, images: Images) -> Mapping[Kind, Tensor]:
         places: list[Tensor] = []
 
-        def keep(_: nn.Module, __: object, output: Tensor) -> None:
-            places.append(output[:, :CHANNELS].flatten(1))
+        def keep(call: ModuleCall) -> None:
+            places.append(call.output[:, :CHANNELS].flatten(1))
 
-        handle = self.network.get_submodule(BRANCH).register_forward_hook(keep)
-        try:
+        with watched(self.network.get_submodule(BRANCH), after=keep):
             pool, logits = self.network(torch.from_numpy(images).permute(0, 3, 1, 2))
-        finally:
-            handle.remove()
         return {"pool": pool, "spatial": places[0], "logits": logits}
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from tfmq.integrations.diffusers.opening import component_modules
 from tfmq.integrations.diffusers.spacing import spaced
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator
 from tfmq.nn.swap import is_quantized
+from tfmq.nn.watch import ModuleCall, watched
 
 # Where a pipeline has more than one module that takes a timestep (ControlNets), these are the denoiser.
 COMPONENTS = ("unet", "transformer", "prior")
@@ -272,13 +273,13 @@ class PipelineSampler:
         """
         calls: list[Inputs] = []
 
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append(self.denoiser.bind(args, kwargs))
+        def reach(call: ModuleCall) -> None:
+            calls.append(self.denoiser.bind(call.args, call.kwargs))
             raise _Reached
 
-        handle = self.denoiser.module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            self.run(range(1), steps=2, seed=0)
+            with watched(self.denoiser.module, before=reach):
+                self.run(range(1), steps=2, seed=0)
         except _Reached:
             return calls[0].rows(0, 1)
         except (AttributeError, TypeError, ValueError) as error:
@@ -291,6 +292,4 @@ class PipelineSampler:
             raise ValueError(
                 f"{lack}; give it one: tfmq.PipelineSampler(pipeline, options={{'image': ...}})"
             ) from error
-        finally:
-            handle.remove()
         raise ValueError(f"{type(self.pipeline).__name__} drew an image without calling its {self.component}")
