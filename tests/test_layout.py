@@ -46,6 +46,7 @@ LAYERS = (
     "kernels",
     "numerics",
     "progress",
+    "stopwatch",
     "allocator",
     "errors",
     "lazy",

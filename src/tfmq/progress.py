@@ -1,17 +1,8 @@
-"""Progress of long work, reported to whoever asked for it, and what a call takes, from which the time of the
-work follows.
-"""
+"""Progress of long work, reported to whoever asked for it."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
-
-# Least seconds of a timing: less says little on a machine that is busy with other things.
-LOOKED = 0.25
-# Seconds. A first call that took longer is not repeated: it overestimates later calls a little, and that is
-# good enough.
-PATIENCE = 3.0
+from typing import Protocol
 
 
 class Advance(Protocol):
@@ -34,17 +25,3 @@ def silent(description: str, total: int) -> Iterator[Advance]:
         return
 
     yield advance
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    """Return what a call takes on average, after a first one that prepares kernels and memory."""
-    began = time.perf_counter()
-    call()
-    first = time.perf_counter() - began
-    if first > PATIENCE:
-        return first
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < LOOKED:
-        call()
-        calls += 1
-    return (time.perf_counter() - began) / calls

@@ -94,7 +94,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(measuring, "clock", lambda: now[0])
+    monkeypatch.setattr("tfmq.stopwatch.clock", lambda: now[0])
     return now
 
 

@@ -15,7 +15,7 @@ from tfmq.backends.backend import BACKENDS, Options, release
 from tfmq.backends.caching import model_key
 from tfmq.backends.choices import Choice, Stored, machine, versions
 from tfmq.backends.fallback import beside_adapters, complain, first_that_runs, in_a_line
-from tfmq.backends.measuring import Race, race, ranked, timed
+from tfmq.backends.measuring import Race, race, ranked
 from tfmq.backends.prepared import Kind, Prepared, Way, differentiates, kind_of
 from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -23,6 +23,7 @@ from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import adapted, entered_steps, plain_forward, steps_of, timestep_of
 from tfmq.numerics.trees import tensors_in
 from tfmq.reconstruction.resources import free_bytes
+from tfmq.stopwatch import call_seconds
 
 # Backends that are measured, by kind of device, the quickest to prepare first. The first one, torch's own
 # floating point, is the baseline.
@@ -240,7 +241,7 @@ class AutoExecutor:
         try:
             with steps.first() if timestep is None else steps.at(timestep.flatten()[:1]):
                 self.prepared.run(module, baseline, row)
-                seconds = timed(lambda: self.prepared.run(module, baseline, row))
+                seconds = call_seconds(lambda: self.prepared.run(module, baseline, row))
         except (RuntimeError, ValueError):
             # Some argument has no row for each sample, so the batch cannot be cut.
             return arguments

@@ -1,9 +1,10 @@
 """Find the fastest of several ways to compute by timing some calls of each."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+
+from tfmq.stopwatch import call_seconds
 
 # Seconds that all timed calls together may take. What engines need to prepare comes on top.
 SECONDS = 4.0
@@ -14,8 +15,6 @@ ROUNDS, CALLS = 5, 3
 # Backends whose times differ by less than this share count as equally fast.
 MARGIN = 0.05
 
-clock = time.perf_counter
-
 
 @dataclass
 class Race:
@@ -23,13 +22,6 @@ class Race:
 
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, RuntimeError] = field(default_factory=dict)
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
-    began = clock()
-    run()
-    return clock() - began
 
 
 def race(
@@ -71,17 +63,17 @@ def race(
         for name, times in samples.items():
             run = enter(name)
             # The backend before has filled the caches with its own weights, so this call does not count.
-            spent += timed(run)
-            new = [timed(run) for _ in range(CALLS)]
+            spent += call_seconds(run)
+            new = [call_seconds(run) for _ in range(CALLS)]
             times += new
             spent += sum(new)
     return Race({**result.seconds, **{name: median(times) for name, times in samples.items()}}, result.failed)
 
 
 def _some(run: Callable[[], object], seconds: float) -> list[float]:
-    times = [timed(run)]
+    times = [call_seconds(run)]
     while len(times) < CALLS and sum(times) < seconds:
-        times.append(timed(run))
+        times.append(call_seconds(run))
     return times
 
 

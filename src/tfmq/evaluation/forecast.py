@@ -26,9 +26,10 @@ from tfmq.models.sampler import Sampler
 from tfmq.models.trace import trace
 from tfmq.nn.operation import weight_of
 from tfmq.nn.swap import is_quantized
-from tfmq.progress import Progress, seconds_of, silent
+from tfmq.progress import Progress, silent
 from tfmq.recipes.presets import scheme
 from tfmq.recipes.recipe import Recipe
+from tfmq.stopwatch import call_seconds, seconds_of
 
 # A quick forecast spends so many seconds on shapes and on steps, and packs no copy of a model with more
 # weights than this.
@@ -62,16 +63,6 @@ class Forecast:
     extrapolated: tuple[str, ...] = ()
 
 
-def _turn(call: Callable[[], object], steps: int) -> list[float]:
-    """Return the seconds of each of the `steps` calls of a turn but the first."""
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]
-
-
 def _steps(*calls: Callable[[], object], most: float) -> list[float]:
     """Return the median time of a step of each model in ms; runs of them take turns, in rounds that begin
     within `most` seconds.
@@ -82,7 +73,8 @@ def _steps(*calls: Callable[[], object], most: float) -> list[float]:
         if number and time.perf_counter() > end:
             break
         for call, found in zip(calls, seconds, strict=True):
-            found += _turn(call, RUN if time.perf_counter() < end else 2)
+            turn = RUN if time.perf_counter() < end else 2
+            found += [call_seconds(call) for _ in range(turn)][1:]
     return [median(found) * 1e3 for found in seconds]
 
 

@@ -9,7 +9,7 @@ import torch
 from tfmq.evaluation.cost.system import memory_bytes
 from tfmq.evaluation.cost.trajectory import rehearsed
 from tfmq.models.sampler import Sampler
-from tfmq.progress import seconds_of
+from tfmq.stopwatch import seconds_of
 
 DAY = 86400.0
 MEMORY = Path("/proc/meminfo")

@@ -17,6 +17,7 @@ from tfmq.nn.submodules import named
 from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.operations import Operation
 from tfmq.progress import Advance
+from tfmq.stopwatch import call_seconds
 
 # Seconds for which each shape is timed, float32 and int8 in turns. The medians count.
 SECONDS = 0.08
@@ -76,9 +77,7 @@ def _milliseconds(*calls: Callable[[], object]) -> list[float]:
     end = time.perf_counter() + SECONDS * len(calls)
     while time.perf_counter() < end or len(slices[0]) < 3:
         for call, seconds in zip(calls, slices, strict=True):
-            began = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(call_seconds(call))
     return [median(seconds) * 1e3 for seconds in slices]
 
 

@@ -10,7 +10,6 @@ from tfmq.jobs.job import Job, Work
 from tfmq.models.denoiser import Inputs
 from tfmq.nn.operation import weight_of
 from tfmq.numerics.ranges import search
-from tfmq.progress import seconds_of
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.budget import Cost
 from tfmq.reconstruction.sensitivity import (
@@ -24,6 +23,7 @@ from tfmq.reconstruction.sensitivity import (
 from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.reconstruction.tiar import MOST_PAIRS
 from tfmq.reconstruction.units import Unit
+from tfmq.stopwatch import seconds_of
 
 # A call whose quantizers look at their inputs, in calls.
 OBSERVED = 2.0

@@ -2,7 +2,6 @@
 by these two.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +18,7 @@ from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import SOLVERS, Rounding
 from tfmq.reconstruction.unit import full_precision
 from tfmq.reconstruction.units import Unit
+from tfmq.stopwatch import clock, timed
 
 # Number of samples of a measured call.
 ROWS = 8
@@ -49,14 +49,14 @@ def _error(denoiser: Denoiser, unit: Unit, call: Inputs, expected: Tensor) -> fl
 
 
 @contextmanager
-def _timed(modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
+def _parts_timed(modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
     """Add up the seconds of calls of `modules`."""
     seconds, began = dict.fromkeys(modules, 0.0), dict.fromkeys(modules, 0.0)
 
     def now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock()
 
     def before(call: ModuleCall) -> None:
         began[call.name] = now()
@@ -71,9 +71,8 @@ def _timed(modules: dict[str, nn.Module]) -> Iterator[dict[str, float]]:
 def products_a_second() -> float:
     """Return how many multiplications and additions of float64 matrices this machine does in a second."""
     matrix = torch.ones(384, 384, dtype=torch.float64)
-    began = time.perf_counter()
-    _ = matrix @ matrix
-    return 2 * 384**3 / max(time.perf_counter() - began, 1e-6)
+    _, seconds = timed(lambda: matrix @ matrix)
+    return 2 * 384**3 / max(seconds, 1e-6)
 
 
 def closed_form_products(weight: Tensor, samples: int, rounding: Rounding) -> float:
@@ -101,7 +100,7 @@ def predicted_costs(
     solver, rate = SOLVERS[rounding.solver], products_a_second()
     with full_precision(denoiser.module):
         denoiser(call)
-        with _timed(named(denoiser.module, [unit.name for unit in units])) as seconds:
+        with _parts_timed(named(denoiser.module, [unit.name for unit in units])) as seconds:
             denoiser(call)
     costs = {}
     for unit in units:

@@ -1,7 +1,6 @@
 """A resumable job: a directory with a fingerprint and one file for each finished stage."""
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tfmq.errors import shown
+from tfmq.stopwatch import timed
 
 from .atomic import read_json, read_tensors, remove_orphans, write_json, write_tensors
 from .errors import JobMismatchError, MissingFileError
@@ -95,9 +95,8 @@ class Journal:
             return compute()
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
-            began = time.perf_counter()
-            tensors = compute()
-            write_tensors(path, tensors, metadata={SECONDS: repr(time.perf_counter() - began)})
+            tensors, seconds = timed(compute)
+            write_tensors(path, tensors, metadata={SECONDS: repr(seconds)})
             return read_tensors(path)[0]
         tensors, metadata = read_tensors(path)
         self.seconds_before += float(metadata.get(SECONDS, 0.0))

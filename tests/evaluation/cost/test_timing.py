@@ -25,9 +25,9 @@ class Clock:
         return run
 
     def measure(self, seconds: float, *, at_least: float) -> Slice:
-        return timed(
-            self.step(seconds), seconds=at_least, busy=lambda: self.now * self.foreign, clock=lambda: self.now
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tfmq.stopwatch.clock", lambda: self.now)
+            return timed(self.step(seconds), seconds=at_least, busy=lambda: self.now * self.foreign)
 
 
 def recorded(played: list[str], name: str, slices: Sequence[Slice]) -> Callable[[], Slice]:

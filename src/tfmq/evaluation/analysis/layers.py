@@ -2,13 +2,11 @@
 takes.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
 import torch
-from torch import Tensor
 
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.submodules import named
@@ -16,6 +14,7 @@ from tfmq.nn.swap import steps_of
 from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.errors import relative_error
 from tfmq.quantizers.steps import StepContext
+from tfmq.stopwatch import timed
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,6 @@ class LayerError:
     error: float
     full_ms: float
     quantized_ms: float
-
-
-def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    began = time.perf_counter()
-    result = call()
-    return result, 1e3 * (time.perf_counter() - began)
 
 
 @torch.no_grad()
@@ -53,9 +46,10 @@ def layer_errors(
 
     def compare(call: ModuleCall) -> None:
         name, layer, args, kwargs, output = call
-        _, full = _timed(lambda: type(layer).forward(layer, *args, **kwargs))
-        other, low = _timed(lambda: twins[name](*args, **kwargs))
-        seen[name].append((float(relative_error(output.flatten(1), other.flatten(1)).mean()), full, low))
+        _, full = timed(lambda: type(layer).forward(layer, *args, **kwargs))
+        other, low = timed(lambda: twins[name](*args, **kwargs))
+        error = float(relative_error(output.flatten(1), other.flatten(1)).mean())
+        seen[name].append((error, 1e3 * full, 1e3 * low))
 
     with all_watched(named(denoiser.module, names), after=compare):
         for inputs in calls:

@@ -16,7 +16,8 @@ from tfmq.evaluation.cost.variant import BASE, VARIANTS, absent
 from tfmq.models.module_file import ModuleFile
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import is_quantized
-from tfmq.progress import Progress, seconds_of, silent
+from tfmq.progress import Progress, silent
+from tfmq.stopwatch import seconds_of
 
 # Number of calls that accuracy is measured on. Libraries with a calibration of their own calibrate on them
 # too.

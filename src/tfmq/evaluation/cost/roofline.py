@@ -2,7 +2,6 @@
 float32 and in int8.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tfmq.kernels.onednn import available
 from tfmq.models.denoiser import Denoiser, Inputs
+from tfmq.stopwatch import call_seconds
 
 SIDE = 1536
 REPEATS = 12
@@ -37,12 +37,7 @@ def operations(denoiser: Denoiser, call: Inputs) -> int:
 
 
 def _rate(product: Callable[[], object], side: int) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds)
+    return 2 * side**3 / min(call_seconds(product) for _ in range(REPEATS))
 
 
 @torch.no_grad()

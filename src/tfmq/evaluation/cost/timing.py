@@ -1,11 +1,11 @@
 """Time several ways to do the same, on a machine that others use too."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 from tfmq.progress import Advance
+from tfmq.stopwatch import repeated
 
 # Share of one processor that foreign work may take from a slice before its round counts as contaminated.
 TOLERANCE = 0.1
@@ -37,26 +37,16 @@ class Timing:
     clean: bool
 
 
-def timed(
-    step: Callable[[], object],
-    *,
-    seconds: float,
-    busy: Callable[[], float],
-    clock: Callable[[], float] = time.perf_counter,
-) -> Slice:
+def timed(step: Callable[[], object], *, seconds: float, busy: Callable[[], float]) -> Slice:
     """Repeat `step` for at least `seconds`.
 
     Args:
         step: what is timed.
         seconds: how long at least; the counters behind `busy` have a resolution of some 10 ms.
         busy: processor seconds of other processes so far.
-        clock: seconds so far.
     """
-    foreign, began, count, elapsed = busy(), clock(), 0, 0.0
-    while not count or elapsed < seconds:
-        step()
-        count += 1
-        elapsed = clock() - began
+    foreign = busy()
+    count, elapsed = repeated(step, seconds=seconds)
     return Slice(elapsed / count, max(0.0, busy() - foreign) / elapsed if elapsed else 0.0)
 
 

@@ -2,7 +2,6 @@
 them.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import Sampler
 from tfmq.nn.watch import ModuleCall, watched
 from tfmq.progress import Progress, silent
+from tfmq.stopwatch import timed
 
 
 def spread_calls(
@@ -49,9 +49,9 @@ def _answered_at_once(module: nn.Module, spent: list[float]) -> Iterator[None]:
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         if not kept:
-            began = time.perf_counter()
-            kept.append(forward(*args, **kwargs))
-            spent.append(time.perf_counter() - began)
+            output, seconds = timed(lambda: forward(*args, **kwargs))
+            kept.append(output)
+            spent.append(seconds)
         return kept[0]
 
     module.forward = answer
@@ -90,9 +90,7 @@ def rehearsed(sampler: Sampler, *, images: int, steps: int) -> Rehearsal:
             calls.append(sampler.denoiser.bind(call.args, call.kwargs))
 
     with watched(module, before=note), _answered_at_once(module, spent):
-        began = time.perf_counter()
-        drawn = sampler.run(range(images), steps=steps, seed=0)
-        took = time.perf_counter() - began
+        drawn, took = timed(lambda: sampler.run(range(images), steps=steps, seed=0))
     return Rehearsal(calls[0], counted, max(0.0, took - sum(spent)), drawn[0].numel())
 
 

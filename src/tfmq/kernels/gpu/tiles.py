@@ -63,6 +63,8 @@ def _fitting(tiles: Sequence[Tile], rows: int, columns: int) -> list[Tile]:
 
 def _seconds(launch: Callable[[Tile], None], tile: Tile) -> float:
     try:
+        # Not by `tfmq.stopwatch`: events on the device time a launch that the host does not wait for, and the
+        # cache is emptied between two of them.
         return float(triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median"))
     except OutOfResources:
         return float("inf")
