@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tfmq.kernels.kernel import Rows
 from tfmq.nn.product_mode import ProductMode
+from tfmq.nn.subclass import mix_in
 from tfmq.numerics.attention import Attention
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.part import Execution, Part, Precision
@@ -145,22 +146,9 @@ class _Owner:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-_OWNERS: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def attach_products(module: nn.Module, quantizers: ProductQuantizers) -> None:
     """Quantize the products of `module` in place. Its class becomes a subclass of itself, so that
     `isinstance` and methods stay.
     """
-    kind = type(module)
-    if kind not in _OWNERS:
-
-        @wraps(kind.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _Owner.forward(self, *args, **kwargs)
-
-        _OWNERS[kind] = type(
-            kind.__name__, (_Owner, kind), {"__module__": kind.__module__, "forward": forward}
-        )
-    module.__class__ = _OWNERS[kind]
+    mix_in(module, _Owner)
     module.tfmq_products = quantizers

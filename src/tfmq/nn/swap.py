@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tfmq.errors import shown
 from tfmq.nn.correction import corrected
 from tfmq.nn.poison import poisoned
+from tfmq.nn.subclass import mix_in
 from tfmq.nn.submodules import submodules
 from tfmq.quantizers.part import Part, Precision
 from tfmq.quantizers.steps import StepContext
@@ -62,9 +62,6 @@ class _Stepped:
         return super().to(*args, **kwargs)  # type: ignore[misc]
 
 
-_STEPPED: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str | None) -> None:
     """Make every call of `module` set `steps` from its argument named `timestep`, or to the first bin where
     it has none; its class becomes a subclass of itself.
@@ -72,22 +69,10 @@ def attach_steps(module: nn.Module, steps: StepContext, *, timestep: str | None)
     Raises:
         ValueError: its `forward` has no such argument.
     """
-    kind = type(module)
-    if timestep is not None and timestep not in inspect.signature(module.forward).parameters:
-        raise ValueError(f"{kind.__name__} has no argument {shown(timestep)} for the timestep")
-    if kind not in _STEPPED:
-        signature = inspect.signature(module.forward)
-
-        @wraps(kind.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _Stepped.forward(self, *args, **kwargs)
-
-        # Pipelines look up the arguments of a denoiser by the signature of its `forward`, which `wraps`
-        # keeps.
-        members = {"__module__": kind.__module__, "tfmq_signature": signature, "forward": forward}
-        subclass = type(kind.__name__, (_Stepped, kind), members)
-        _STEPPED[kind] = subclass
-    module.__class__ = _STEPPED[kind]
+    signature = inspect.signature(module.forward)
+    if timestep is not None and timestep not in signature.parameters:
+        raise ValueError(f"{type(module).__name__} has no argument {shown(timestep)} for the timestep")
+    mix_in(module, _Stepped, {"tfmq_signature": signature})
     setattr(module, TIMESTEP, timestep)
     setattr(module, STEPS, steps)
 
