@@ -39,7 +39,7 @@ from tfmq.cluster.crew import Cluster, connected
 from tfmq.cluster.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.jobs.job import Job
-from tfmq.jobs.units import reconstruct_alone, unit_file
+from tfmq.jobs.units import unit_alone, unit_file
 from tfmq.jobs.workflow import BEFORE_UNITS, run
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import precision
@@ -169,8 +169,7 @@ def units(options: argparse.Namespace) -> dict[str, Any]:
         _, reading = timed(lambda: run(other, BEFORE_UNITS))
         rows = []
         for number, unit in enumerate(work.units):
-            compute = partial(reconstruct_alone, job, work, number, advance=lambda amount=1: None)
-            _, seconds = timed(partial(journal.stage, unit_file(number), compute))
+            _, seconds = timed(partial(unit_alone(number, advance=lambda amount=1: None), job, work))
             written = (folder / f"{unit_file(number)}.safetensors").stat().st_size
             rows.append({"unit": unit.name, "cpu_seconds": seconds, "bytes_written": written})
         with (

@@ -135,6 +135,13 @@ SHIPPED = (
 
 # The one file that hangs hooks on modules; every other one watches calls through it.
 WATCH = "nn/watch.py"
+# Who reads a job's journal, and who asks to keep what a stage finds: each of the calls stands there once.
+JOURNAL_USERS = {
+    "jobs/job.py": {"stage", "journal"},
+    "jobs/stage.py": {"kept"},
+    # An evaluation is a job of its own, whose stages are batches of images.
+    "evaluation/stages.py": {"stage", "journal"},
+}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -352,6 +359,21 @@ def public_violations(path: str, text: str) -> list[str]:
     return found
 
 
+def journal_uses(text: str) -> list[tuple[int, str]]:
+    """Return line and name of every use of a job's journal: calls that keep, and reads of the attribute."""
+    nodes = [*ast.walk(ast.parse(text))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    reads = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "journal"]
+    kept = [(node.lineno, node.func.attr) for node in calls if node.func.attr in ("stage", "kept")]
+    return [*kept, *((node.lineno, "journal") for node in reads)]
+
+
+def journal_violations(path: str, text: str) -> list[str]:
+    """Uses of a job's journal outside of the files that keep what stages find."""
+    mine = JOURNAL_USERS.get(path, set())
+    return [f"{path}:{line}: uses {name} of a job" for line, name in journal_uses(text) if name not in mine]
+
+
 def machine_path_violations(path: str, content: bytes) -> list[str]:
     """Absolute paths that exist on one machine only."""
     match = MACHINE_PATH.search(content)
@@ -360,7 +382,14 @@ def machine_path_violations(path: str, content: bytes) -> list[str]:
 
 @pytest.mark.parametrize(
     "check",
-    [direction_violations, dependency_violations, unsafe_violations, hook_violations, public_violations],
+    [
+        direction_violations,
+        dependency_violations,
+        unsafe_violations,
+        hook_violations,
+        public_violations,
+        journal_violations,
+    ],
 )
 def test_sources(check: Callable[[str, str], list[str]]) -> None:
     assert FILES, f"no source under {SOURCE}"
@@ -542,6 +571,35 @@ def test_public_permits() -> None:
         )
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("jobs/units.py", "job.journal.stage('unit', compute)"),
+        ("jobs/units.py", "job.journal.done('unit')"),
+        ("jobs/units.py", "keeper = self.job.journal"),
+        ("jobs/units.py", "journal.stage('unit', compute)"),
+        ("jobs/units.py", "job.kept('unit', compute)"),
+        ("cluster/quantization.py", "job.kept('unit', compute)"),
+        ("jobs/stage.py", "job.journal.stage('unit', compute)"),
+    ],
+)
+def test_journal_finds(path: str, text: str) -> None:
+    assert journal_violations(path, text)
+
+
+@pytest.mark.parametrize("path", JOURNAL_USERS)
+def test_what_a_stage_finds_is_kept_by_one_call(path: str) -> None:
+    used = [name for _, name in journal_uses((SOURCE / path).read_text(encoding="utf-8"))]
+    assert set(used) == JOURNAL_USERS[path]
+    assert all(used.count(name) == 1 for name in JOURNAL_USERS[path] - {"journal"})
+
+
+def test_journal_permits() -> None:
+    assert journal_violations("jobs/units.py", "job.has('unit')\nverdict.kept\nstage(job, work)") == []
+    assert journal_violations("jobs/stage.py", "job.kept('unit', compute)") == []
+    assert journal_violations("api.py", "journal = Journal(folder)\nJob(journal=journal)") == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tfmq.cluster.crew import Crew, Team
 from tfmq.components import Components
 from tfmq.jobs.calibration import record_batch
 from tfmq.jobs.job import Job, Work
-from tfmq.jobs.units import reconstruct_alone, unit_file
+from tfmq.jobs.units import unit_alone
 from tfmq.jobs.workflow import BEFORE_UNITS, run
 from tfmq.models.module_file import ModuleFile
 from tfmq.progress import silent
@@ -66,10 +66,7 @@ class _Worker:
             record_batch(self.job, self.job.store.part(number), indices)
         else:
             with silent(kind, 0) as advance:
-                self.job.journal.stage(
-                    unit_file(number),
-                    lambda: reconstruct_alone(self.job, self._work, number, advance=advance),
-                )
+                unit_alone(number, advance=advance)(self.job, self._work)
 
     @cached_property
     def _work(self) -> Work:

@@ -5,7 +5,6 @@ inputs.
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from tfmq.calibration.choice import InputErrors, keep_better, measure_inputs
 from tfmq.calibration.ranges import FEWEST_VALUES, SITE_BYTES, SiteStatistics, collect, fit_site
@@ -15,7 +14,9 @@ from tfmq.calibration.variety import warn_of_single_values
 from tfmq.jobs.forecast import calibration_seconds, check_room, check_time
 from tfmq.jobs.job import Job, Work
 from tfmq.jobs.judging import judged
+from tfmq.jobs.stage import Kept, Tensors, Where, nothing
 from tfmq.models.denoiser import Inputs
+from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import activation_sites, calibrated_embeddings, calibrated_layers
 from tfmq.nn.scheme import RangeMethod
 from tfmq.nn.swap import precision
@@ -45,21 +46,17 @@ def record_batch(
         job.sampler.run(indices, steps=job.recipe.calibration.steps, seed=job.seed_of("calibration"))
 
 
-def record_calls(job: Job, work: Work) -> None:
-    """Run the sampler in full precision and store every denoiser call; warn of classes and the like that are
-    one and the same in all of them.
+def _recorded(job: Job, work: Work) -> Tensors:
+    """Run the sampler in full precision and store every denoiser call; return how many there are. Warn of
+    classes and the like that are one and the same in all of them.
     """
-
-    def compute() -> dict[str, Tensor]:
-        check_time(job, work)
-        check_room(job)
-        if job.foretold is not None:
-            job.foretold(calibration_seconds(job, work), "calibration")
-        job.store.clear()
-        _record(job, work)
-        return {"calls": torch.tensor(len(job.store))}
-
-    job.journal.stage("calibration", compute)
+    check_time(job, work)
+    check_room(job)
+    if job.foretold is not None:
+        job.foretold(calibration_seconds(job, work), "calibration")
+    job.store.clear()
+    _record(job, work)
+    return {"calls": torch.tensor(len(job.store))}
 
 
 def _record(job: Job, work: Work) -> None:
@@ -79,10 +76,9 @@ def _record(job: Job, work: Work) -> None:
     warn_of_single_values(job.denoiser, job.sampler.example(), work.block.trace, store, batches)
 
 
-def fit_activations(job: Job, work: Work) -> None:
+def _take_ranges(job: Job, work: Work, ranges: Tensors) -> None:
     """Give every activation quantizer its ranges."""
     sites = activation_sites(job.denoiser.module)
-    ranges = job.journal.stage("activations", lambda: fitted_ranges(job, work))
     for name, quantizer in sites.items():
         quantizer.fit(ranges[f"{name}.scale"], ranges[f"{name}.zero_point"])
     together = {name: int(ranges[f"{name}.together"]) for name in sites}
@@ -90,7 +86,7 @@ def fit_activations(job: Job, work: Work) -> None:
     work.exact = {name.replace(EXACT, "."): tensor for name, tensor in ranges.items() if EXACT in name}
 
 
-def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
+def _fitted_ranges(job: Job, work: Work) -> Tensors:
     """Fit every activation quantizer on the full-precision trajectory; return the fitted tensors and, where
     the plainest candidate will be judged, as `EXACT` ones those of grids over the exact extremes.
     """
@@ -99,7 +95,7 @@ def fitted_ranges(job: Job, work: Work) -> dict[str, Tensor]:
     if not sites:
         return {}
     groups = job.in_groups(list(sites), SITE_BYTES)
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     amount = len(groups) * len(store) + len(sites)
     with (
         job.progress("calibration: activation ranges", amount) as advance,
@@ -121,11 +117,11 @@ def _fit_sites(
     sites: Mapping[str, ActivationQuantizer],
     statistics: Mapping[str, SiteStatistics],
     advance: Advance,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """Fit the quantizers and return their tensors, and how many timesteps at most each had to take together;
     one that no call has reached stays as it is.
     """
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     # What the plan says comes last, and stays.
     exact: dict[str, RangeMethod] = {EXACT: "min_max"} if judged(job) else {}
     layers, products = work.plan.layers, work.plan.products
@@ -152,30 +148,28 @@ def _fit_sites(
     return found
 
 
-def choose_inputs(job: Job, work: Work) -> None:
-    """Measure static and dynamic input grids where the plan says so, and let each layer keep the better
-    ones.
-    """
-    layers = {
-        name: layer
-        for name, layer in calibrated_layers(job.denoiser.module).items()
-        if work.plan.measures(name)
+def _undecided(job: Job, work: Work) -> dict[str, CalibratedLayer]:
+    """Return the layers whose input grids are static or dynamic by a measurement."""
+    layers = calibrated_layers(job.denoiser.module)
+    return {name: layer for name, layer in layers.items() if work.plan.measures(name)}
+
+
+def _input_errors(job: Job, work: Work) -> Tensors:
+    """Return the errors of static and dynamic input grids, float64 `[2]` for each layer."""
+    with job.progress(
+        "calibration: static or dynamic inputs", len(job.store) // job.recipe.calibration.interval
+    ) as advance:
+        found = measure_inputs(job.denoiser, _undecided(job, work), job.batches, advance=advance)
+    return {
+        name: torch.tensor([errors.static, errors.dynamic], dtype=torch.float64)
+        for name, errors in found.items()
     }
-    if not layers:
-        return
 
-    def compute() -> dict[str, Tensor]:
-        with job.progress(
-            "calibration: static or dynamic inputs", len(job.store) // job.recipe.calibration.interval
-        ) as advance:
-            found = measure_inputs(job.denoiser, layers, job.batches, advance=advance)
-        return {
-            name: torch.tensor([errors.static, errors.dynamic], dtype=torch.float64)
-            for name, errors in found.items()
-        }
 
-    tensors = job.journal.stage("inputs", compute)
-    work.inputs = {name: InputErrors(*tensors[name].tolist()) for name in layers}
+def _choose_inputs(job: Job, work: Work, errors: Tensors) -> None:
+    """Let each layer keep the better of static and dynamic grids."""
+    layers = _undecided(job, work)
+    work.inputs = {name: InputErrors(*errors[name].tolist()) for name in layers}
     keep_better(layers, work.inputs)
 
 
@@ -183,3 +177,8 @@ def settle_embeddings(job: Job, work: Work) -> None:
     """Let embeddings compute with their codes before anything learns, so that what learns makes up for it."""
     for embedding in calibrated_embeddings(job.denoiser.module).values():
         settle(embedding)
+
+
+CALLS = Kept("calibration", _recorded, nothing)
+RANGES = Kept("activations", _fitted_ranges, _take_ranges)
+INPUTS = Where(_undecided, Kept("inputs", _input_errors, _choose_inputs))

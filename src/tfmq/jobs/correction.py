@@ -2,31 +2,39 @@
 from the same noise.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from tfmq.calibration.correction import NONE, Fitting, StepFit, recorded_predictions
-from tfmq.jobs.job import Job
+from tfmq.jobs.job import Job, Work
 from tfmq.jobs.judging import draw, exchanged
+from tfmq.jobs.stage import Kept, Tensors
 from tfmq.nn.correction import Correction, attach_correction
 from tfmq.nn.operation import operation_of
 from tfmq.nn.swap import steps_of
+from tfmq.recipes.plan import last_layer
 
 
-def correct(job: Job, full: nn.Module, last: str) -> tuple[StepFit, ...]:
+def correct(job: Job, work: Work, full: nn.Module) -> tuple[StepFit, ...]:
     """Fit the recipe's correction of the job's packed model and attach it.
 
     Args:
         job: its model has packed layers.
+        work: what its stages have left.
         full: the model in full precision.
-        last: name of the last layer that the sample goes through.
 
     Returns:
         What was found for each step; nothing where the recipe asks for no correction.
     """
     if not job.recipe.correction.estimators:
         return ()
-    found = job.journal.stage("correction", lambda: _fitted(job, full, last))
+    return Kept("correction", partial(_fitted, full), _attach)(job, work)
+
+
+def _attach(job: Job, work: Work, found: Tensors) -> tuple[StepFit, ...]:
+    """Attach the correction that was found; return what was kept of each step."""
     module = job.denoiser.module
     correction = Correction(steps_of(module), channels=found["gain"].shape[1], axis=int(found["axis"]))
     correction.load_state_dict({name: found[name] for name in ("gain", "bias")})
@@ -44,13 +52,14 @@ def channel_axis(prediction: Tensor, last: nn.Module) -> int:
     return 1 if prediction.ndim != 3 or operation is None else operation.channel_axis
 
 
-def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
+def _fitted(full: nn.Module, job: Job, work: Work) -> Tensors:
+    """Fit the correction of the job's model to what the `full` precision model predicts."""
     module, recipe = job.denoiser.module, job.recipe
     count, steps = max(2, recipe.calibration.batch_size), recipe.calibration.steps
     with job.progress("correction: images of two models", 2 * count * steps) as advance:
         with exchanged(module, full), recorded_predictions(module) as expected:
             draw(job, count, advance, "correction")
-        axis = channel_axis(expected[0], full.get_submodule(last))
+        axis = channel_axis(expected[0], full.get_submodule(last_layer(work.block.trace)))
         # Where a model predicts a variance too, its channels are behind those of the sample.
         channels = min(expected[0].shape[axis], job.sampler.example().sample.shape[axis])
         correction = Correction(steps_of(module), channels=channels, axis=axis).to(expected[0].device)
@@ -67,7 +76,7 @@ def _fitted(job: Job, full: nn.Module, last: str) -> dict[str, Tensor]:
     }
 
 
-def _numbers(fitting: Fitting, steps: int) -> dict[str, Tensor]:
+def _numbers(fitting: Fitting, steps: int) -> Tensors:
     """Return what was kept and the errors, step by step; nothing is kept for a step that was not visited."""
     names, unvisited = (NONE, *fitting.estimators), StepFit(NONE, 0.0, 0.0)
     fits = [fitting.fits.get(step, unvisited) for step in range(steps)]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 from zlib import crc32
 
@@ -60,7 +60,7 @@ class Job:
         recipe: how it is quantized.
         store: keeps the recorded calls.
         journal: keeps what finished stages found; with the journal of an interrupted run the result is the
-            same to the byte.
+            same to the byte. The methods below are the only ones that use it.
         seed: of calibration noise and of every learning stage.
         resources: limits of memory and time.
         helpers: do what they can ahead of this process: the trajectory, and units that do not wait for each
@@ -93,6 +93,28 @@ class Job:
     def batches(self) -> StoredBatches:
         """Return the recorded calls that layers and units learn from."""
         return StoredBatches(self.store, self.recipe.calibration.interval)
+
+    def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what the journal keeps by this name, or compute it and keep it; for `Kept` alone."""
+        return self.journal.stage(name, compute)
+
+    def has(self, name: str) -> bool:
+        """Whether the journal keeps a result of this name."""
+        return self.journal.done(name)
+
+    def within(self, name: str, *, sampler: Sampler, recipe: Recipe, store: CalibrationStore) -> "Job":
+        """Return the job of a network beside the denoiser, whose results are kept in a folder of its own;
+        nobody helps with it.
+        """
+        return replace(
+            self,
+            sampler=sampler,
+            recipe=recipe,
+            store=store,
+            journal=self.journal.of(name),
+            helpers=None,
+            networks={},
+        )
 
     def elapsed(self) -> float:
         """Return the seconds that the job has taken, those of earlier runs included."""
@@ -141,7 +163,3 @@ class Work:
     spared: Spared | None = None
     units: tuple[Unit, ...] = ()
     reports: tuple[UnitReport, ...] = ()
-
-
-# One step of a job. It does its part, or reads it back from the journal.
-Stage = Callable[[Job, Work], None]

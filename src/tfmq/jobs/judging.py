@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tfmq.jobs.job import Job
+from tfmq.jobs.job import Job, Work
+from tfmq.jobs.stage import Kept, Tensors
 from tfmq.nn.watch import watched
 from tfmq.progress import Advance
 from tfmq.recipes.recipe import Branch, Correction, Recipe, Rescaling
@@ -45,11 +47,11 @@ class Verdict:
 class Known(Journal):
     """Keeps nothing, and knows what some stages have found."""
 
-    def __init__(self, found: Mapping[str, dict[str, Tensor]]) -> None:
+    def __init__(self, found: Mapping[str, Tensors]) -> None:
         super().__init__(None, {}, resume=False)
         self.found = found
 
-    def stage(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def stage(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         """Return what the stage has found, or compute it."""
         return self.found[name] if name in self.found else compute()
 
@@ -125,23 +127,25 @@ def psnr_db(images: Tensor, expected: Tensor) -> Tensor:
     return torch.where(errors.isfinite(), -10 * errors.clamp(min=NO_ERROR).log10(), -torch.inf)
 
 
-def compare(job: Job, full: nn.Module, other: nn.Module, count: int) -> Verdict:
-    """Draw with the job's model, with its plain candidate `other` and with the `full` precision model, or
-    read back what was found before.
+def judging(full: nn.Module, other: nn.Module, count: int) -> Kept[Verdict]:
+    """Return the stage that draws `count` images with the job's model, with its plain candidate `other` and
+    with the `full` precision model, and gives a verdict.
     """
+    return Kept("judging", partial(_compared, full, other, count), _verdict)
+
+
+def _compared(full: nn.Module, other: nn.Module, count: int, job: Job, work: Work) -> Tensors:
+    """Return the PSNR of the images of both candidates."""
     module = job.denoiser.module
+    with job.progress("judging: images of three models", 3 * count * job.recipe.calibration.steps) as advance:
+        found = draw(job, count, advance)
+        with exchanged(module, other):
+            plainly = draw(job, count, advance)
+        with exchanged(module, full):
+            expected = draw(job, count, advance)
+    return {RECIPE: psnr_db(found, expected), PLAIN: psnr_db(plainly, expected)}
 
-    def compute() -> dict[str, Tensor]:
-        with job.progress(
-            "judging: images of three models", 3 * count * job.recipe.calibration.steps
-        ) as advance:
-            found = draw(job, count, advance)
-            with exchanged(module, other):
-                plainly = draw(job, count, advance)
-            with exchanged(module, full):
-                expected = draw(job, count, advance)
-        return {RECIPE: psnr_db(found, expected), PLAIN: psnr_db(plainly, expected)}
 
-    found = job.journal.stage("judging", compute)
+def _verdict(job: Job, work: Work, found: Tensors) -> Verdict:
     better = PLAIN if float(found[PLAIN].mean()) > float(found[RECIPE].mean()) else RECIPE
     return Verdict({name: tuple(found[name].tolist()) for name in (RECIPE, PLAIN)}, better)

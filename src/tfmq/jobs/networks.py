@@ -4,6 +4,7 @@ denoiser reaches: which of their layers stay in floating point.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -14,6 +15,7 @@ from tfmq.calibration.spared import Spared, full_outputs, layer_errors, output_e
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import held_out
 from tfmq.jobs.job import Job, Work
+from tfmq.jobs.stage import Kept, Tensors
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import activation_sites, calibrated_layers
 from tfmq.nn.products import ProductQuantizers
@@ -59,10 +61,13 @@ def spare_layers(job: Job, work: Work) -> None:
     """Leave layers in full precision, or their inputs, until the errors on held-out calls are within the
     recipe's bounds.
     """
-    if not job.recipe.tolerance.measures:
-        return
-    names = _candidates(job)
-    found = job.journal.stage("spared", lambda: _measured(job, work))
+    if job.recipe.tolerance.measures:
+        # Measuring leaves out some of the candidates, so they are named before.
+        Kept("spared", _measured, partial(_spare, _candidates(job)))(job, work)
+
+
+def _spare(names: Sequence[str], job: Job, work: Work, found: Tensors) -> None:
+    """Leave what was found among the candidates of these `names`."""
     errors = dict(zip(names, found["errors"].tolist(), strict=True))
     spared = tuple(name for name, one in zip(names, found["spared"].tolist(), strict=True) if one)
     before, after = found["output"].tolist()
@@ -73,7 +78,8 @@ def spare_layers(job: Job, work: Work) -> None:
     work.stock = {}
 
 
-def _measured(job: Job, work: Work) -> dict[str, Tensor]:
+def _measured(job: Job, work: Work) -> Tensors:
+    """Return the errors of the candidates, which of them are spared, and the errors of the output."""
     tolerance, batches = job.recipe.tolerance, held_out(job.store)
     layers, full = calibrated_layers(job.denoiser.module), full_outputs(job.denoiser, batches)
 

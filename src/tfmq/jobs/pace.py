@@ -6,19 +6,20 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from tfmq.jobs.forecast import unit_costs
-from tfmq.jobs.job import Job
+from tfmq.jobs.job import Job, Work
+from tfmq.jobs.stage import Kept, Tensors
 from tfmq.progress import Advance
 from tfmq.reconstruction.budget import Budget, Cost, Grant
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.sensitivity import ROWS, output_sensitivity
 from tfmq.reconstruction.solvers import SOLVERS
 from tfmq.reconstruction.unit import UnitReport
-from tfmq.reconstruction.units import Unit
 
 # Learning rate times iterations must be about this for a rounding to flip.
 REACH = 4.0
@@ -67,37 +68,40 @@ class Paced:
     same.
     """
 
-    def __init__(self, budget: Budget, units: Sequence[Unit], job: Job) -> None:
-        self.budget, self.units, self.config, self.journal = budget, units, job.recipe.learning, job.journal
+    def __init__(self, budget: Budget, job: Job, work: Work) -> None:
+        self.budget, self.job, self.work = budget, job, work
         self.closed_form = SOLVERS[job.recipe.rounding.solver].runs_full
         self.grants: dict[int, Grant] = {}
 
     def learning(self, number: int) -> Learning | None:
         """Return what the budget grants a unit, from the journal where it was granted before."""
+        stage = Kept(f"grant_{number:04d}", partial(self._decided, number), _grant)
+        grant = self.grants[number] = stage(self.job, self.work)
+        return within(self.job.recipe.learning, grant.iterations) if grant.solved else None
 
-        def decide() -> dict[str, torch.Tensor]:
-            grant = self.budget.grant([unit.name for unit in self.units[number:]])
-            return {"solved": torch.tensor(grant.solved), "iterations": torch.tensor(grant.iterations)}
-
-        decided = self.journal.stage(f"grant_{number:04d}", decide)
-        grant = self.grants[number] = Grant(bool(decided["solved"]), int(decided["iterations"]))
-        return within(self.config, grant.iterations) if grant.solved else None
+    def _decided(self, number: int, job: Job, work: Work) -> Tensors:
+        grant = self.budget.grant([unit.name for unit in work.units[number:]])
+        return {"solved": torch.tensor(grant.solved), "iterations": torch.tensor(grant.iterations)}
 
     def took(self, number: int, report: UnitReport, moments: Sequence[float]) -> None:
         """Tell the budget; `moments` are when the solver advanced: once for each layer in closed form, once
         for each step.
         """
-        first = len(self.units[number].layers) if self.closed_form else 0
+        first = len(self.work.units[number].layers) if self.closed_form else 0
         steps = moments[first : first + report.iterations]
         learned = (steps[-1] - steps[0]) * len(steps) / (len(steps) - 1) if len(steps) > 1 else 0.0
         iterations = report.iterations if learned else 0
         self.budget.took(
-            self.units[number].name,
+            self.work.units[number].name,
             self.grants[number],
             base=report.seconds - learned,
             steps=learned,
             iterations=iterations,
         )
+
+
+def _grant(job: Job, work: Work, found: Tensors) -> Grant:
+    return Grant(bool(found["solved"]), int(found["iterations"]))
 
 
 class Noted:
@@ -114,7 +118,7 @@ class Noted:
         self.advance(amount)
 
 
-def paced(job: Job, units: Sequence[Unit]) -> Pace:
+def paced(job: Job, work: Work) -> Pace:
     """Return how much each unit gets: all that the recipe says or, where the job has a budget of time, a
     share of it by what is measured first.
     """
@@ -127,21 +131,28 @@ def paced(job: Job, units: Sequence[Unit]) -> Pace:
             "s of calibration: units keep their nearest codes"
         )
         warnings.warn(text + "; raise it, or calibrate on fewer samples or steps", stacklevel=2)
-    measured = job.journal.stage("sensitivity", lambda: _measured(job, units, seconds))
-    sensitivity = {
-        unit.name: float(value) for unit, value in zip(units, measured["sensitivity"], strict=True)
-    }
-    costs = {unit.name: Cost(*row) for unit, row in zip(units, measured["costs"].tolist(), strict=True)}
+    sensitivity, costs = Kept("sensitivity", partial(_measured, seconds), _by_unit)(job, work)
     solver = SOLVERS[recipe.rounding.solver]
     most = recipe.learning.iterations if solver.work(recipe.learning, 0) else 0
     least = 0 if solver.runs_full else min(LEAST, most)
-    return Paced(Budget(seconds, job.elapsed, sensitivity, costs, least=least, most=most), units, job)
+    return Paced(Budget(seconds, job.elapsed, sensitivity, costs, least=least, most=most), job, work)
 
 
-def _measured(job: Job, units: Sequence[Unit], seconds: float) -> dict[str, torch.Tensor]:
+def _by_unit(job: Job, work: Work, measured: Tensors) -> tuple[dict[str, float], dict[str, Cost]]:
+    """Return the sensitivity and the cost of each unit by its name."""
+    names = [unit.name for unit in work.units]
+    costs = (Cost(*row) for row in measured["costs"].tolist())
+    return (
+        dict(zip(names, measured["sensitivity"].tolist(), strict=True)),
+        dict(zip(names, costs, strict=True)),
+    )
+
+
+def _measured(seconds: float, job: Job, work: Work) -> Tensors:
     """Return the sensitivity and the costs of units; zeros where the budget is gone, since measuring would
     only add to it.
     """
+    units = work.units
     if job.elapsed() > seconds:
         return {
             "sensitivity": torch.zeros(len(units), dtype=torch.float64),

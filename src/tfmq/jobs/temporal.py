@@ -1,8 +1,7 @@
 """The stage of the temporal block: learn its roundings (TIAR), and put tables in its place."""
 
-from torch import Tensor
-
 from tfmq.jobs.job import Job, Work
+from tfmq.jobs.stage import Kept, Tensors, Where
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
 from tfmq.reconstruction.solvers import work_amount
@@ -21,22 +20,25 @@ def maintained(job: Job, work: Work) -> dict[str, CalibratedLayer]:
     return {name: layer for name, layer in calibrated_layers(job.denoiser.module).items() if name in names}
 
 
-def maintain_temporal(job: Job, work: Work) -> None:
-    """Learn the roundings of the temporal block, and install the tables that the recipe asks for."""
-    config, layers = job.recipe.temporal, maintained(job, work)
-    if not layers:
-        return
-    for layer in layers.values():
+def settle_temporal(job: Job, work: Work) -> None:
+    """Let the temporal block compute with its nearest codes, where its stage begins."""
+    for layer in maintained(job, work).values():
         settle(layer)
-    restore(layers, job.journal.stage("temporal", lambda: _learned(job, work, layers)))
+
+
+def _install(job: Job, work: Work, found: Tensors) -> None:
+    """Take the roundings that were learned, and install the tables that the recipe asks for."""
+    config = job.recipe.temporal
+    restore(maintained(job, work), found)
     if config.maintenance != "block":
         scope = config.scope if config.maintenance == "selected" else None
         features = {name: work.full[name] for name in work.block.cacheable}
         install_tables(work.block, features, work.steps, table_format=config.table, scope=scope)
 
 
-def _learned(job: Job, work: Work, layers: dict[str, CalibratedLayer]) -> dict[str, Tensor]:
-    config = job.recipe.temporal
+def _learned(job: Job, work: Work) -> Tensors:
+    """Learn the roundings of the temporal block; return them."""
+    config, layers = job.recipe.temporal, maintained(job, work)
     amount = work_amount(config.rounding, config.learning, len(layers))
     with job.progress("temporal block: TIAR", amount) as advance:
         reconstruct_temporal(
@@ -49,3 +51,6 @@ def _learned(job: Job, work: Work, layers: dict[str, CalibratedLayer]) -> dict[s
             advance=advance,
         )
     return learned(layers)
+
+
+TEMPORAL = Where(maintained, Kept("temporal", _learned, _install))

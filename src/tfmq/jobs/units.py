@@ -13,6 +13,7 @@ from tfmq.calibration.spool import Spool
 from tfmq.jobs.forecast import units_seconds
 from tfmq.jobs.job import Job, Work
 from tfmq.jobs.pace import Noted, Pace, paced
+from tfmq.jobs.stage import Kept, Tensors, nothing
 from tfmq.jobs.temporal import maintained
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
@@ -43,8 +44,12 @@ def unit_file(number: int) -> str:
     return f"unit_{number:04d}"
 
 
-def reconstruct_alone(job: Job, work: Work, number: int, *, advance: Advance) -> dict[str, Tensor]:
-    """Reconstruct one unit that waits for no other, by its number; return what the journal keeps of it."""
+def unit_alone(number: int, *, advance: Advance) -> Kept[None]:
+    """Return the stage of one unit that waits for no other, as helpers do it: its model stays as it is."""
+    return Kept(unit_file(number), partial(_computed_alone, number, advance), nothing)
+
+
+def _computed_alone(number: int, advance: Advance, job: Job, work: Work) -> Tensors:
     unit = work.units[number]
     report = _reconstructed(job, work, unit, Upstream(None), job.recipe.learning, advance)
     layers = calibrated_layers(job.denoiser.module)
@@ -65,7 +70,7 @@ def reconstruct_units(job: Job, work: Work) -> None:
         return
     layers = calibrated_layers(module)
     _check_memory(job, units, layers)
-    upstream, pace, reports = _upstream(job, units), paced(job, units), []
+    upstream, pace, reports = _upstream(job, units), paced(job, work), []
     _foretell(job, units)
     amounts = [work_amount(job.recipe.rounding, job.recipe.learning, len(unit.layers)) for unit in units]
     # Each unit counts one more, for its calls.
@@ -75,13 +80,9 @@ def reconstruct_units(job: Job, work: Work) -> None:
             helped.add(number)
             advance(amounts[number])
         for number, unit in enumerate(units):
-            own = {name: layers[name] for name in unit.layers}
-            skipped = job.journal.done(unit_file(number)) and number not in helped
-            compute = partial(_computed, job, work, number, upstream, pace, Noted(advance))
-            tensors = job.journal.stage(unit_file(number), compute)
-            reports.append(_report(unit.name, tensors.pop("report")))
-            restore(own, tensors)
-            settle(module.get_submodule(unit.name))
+            skipped = job.has(unit_file(number)) and number not in helped
+            compute = partial(_computed, number, upstream, pace, Noted(advance))
+            reports.append(Kept(unit_file(number), compute, partial(_take_codes, unit))(job, work))
             upstream.add(unit.name, module.get_submodule(unit.name))
             advance(1 + (amounts[number] if skipped else 0))
     work.reports = tuple(reports)
@@ -107,7 +108,7 @@ def _upstream(job: Job, units: Sequence[Unit]) -> Upstream:
 
 def _left(job: Job, units: Sequence[Unit]) -> list[int]:
     """Return the numbers of the units that are not in the journal."""
-    return [number for number in range(len(units)) if not job.journal.done(unit_file(number))]
+    return [number for number in range(len(units)) if not job.has(unit_file(number))]
 
 
 def _foretell(job: Job, units: Sequence[Unit]) -> None:
@@ -125,9 +126,7 @@ def _helped(job: Job, units: Sequence[Unit]) -> Iterator[int]:
         yield from job.helpers.reconstruct(_left(job, units))
 
 
-def _computed(
-    job: Job, work: Work, number: int, upstream: Upstream, pace: Pace, noted: Noted
-) -> dict[str, Tensor]:
+def _computed(number: int, upstream: Upstream, pace: Pace, noted: Noted, job: Job, work: Work) -> Tensors:
     """Reconstruct a unit by what its pace leaves it, and count the rest of its work as done."""
     unit, layers = work.units[number], calibrated_layers(job.denoiser.module)
     granted, report = pace.learning(number), unseen(unit.name)
@@ -136,6 +135,15 @@ def _computed(
         pace.took(number, report, noted.moments)
     noted.advance(work_amount(job.recipe.rounding, job.recipe.learning, len(unit.layers)) - noted.amount)
     return _result(report, {name: layers[name] for name in unit.layers})
+
+
+def _take_codes(unit: Unit, job: Job, work: Work, found: Tensors) -> UnitReport:
+    """Let a unit compute with the codes that were found; return its report."""
+    layers = calibrated_layers(job.denoiser.module)
+    report = _report(unit.name, found.pop("report"))
+    restore({name: layers[name] for name in unit.layers}, found)
+    settle(job.denoiser.module.get_submodule(unit.name))
+    return report
 
 
 def _reconstructed(
@@ -148,7 +156,7 @@ def _reconstructed(
     )
 
 
-def _result(report: UnitReport, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+def _result(report: UnitReport, layers: Mapping[str, CalibratedLayer]) -> Tensors:
     """Return what the journal keeps of a unit: what was learned, and its figures as `report`; NaN is no
     error.
     """

@@ -7,26 +7,26 @@ from itertools import chain, groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tfmq.calibration.forward import readers_of_one
 from tfmq.calibration.granularity import GridErrors, candidate, candidates, measure_grids
 from tfmq.calibration.rescaling import LAYER_BYTES, MOST, Reader, Seen, best_transform, observe
 from tfmq.calibration.splitting import ROWS, Split, best_split, branch_of
 from tfmq.jobs.job import Job, Work
+from tfmq.jobs.stage import Kept, Tensors, Where
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
 from tfmq.nn.swap import precision
 from tfmq.numerics.low_rank import LowRank
 
 
-def transform_layers(job: Job, work: Work) -> None:
-    """Choose how inputs outside of the temporal block are rescaled or rotated, and which layers have a branch
-    beside their codes, where the recipe has it.
-    """
-    if not any(scheme.transforms or scheme.rank for scheme in work.plan.layers.values()):
-        return
-    found = job.journal.stage("rescaling", lambda: _transforms(job, work))
+def _transforms_any(job: Job, work: Work) -> bool:
+    """Whether any input may be rescaled or rotated, or any layer split."""
+    return any(scheme.transforms or scheme.rank for scheme in work.plan.layers.values())
+
+
+def _transform(job: Job, work: Work, found: Tensors) -> None:
+    """Rescale or rotate the inputs of layers, and put branches beside their codes, as was found."""
     for name, layer in calibrated_layers(job.denoiser.module).items():
         factor, group = found.get(f"{name}.factor"), int(found.get(f"{name}.rotated", 0))
         ranges = work.plan.layers[name].weight.ranges
@@ -42,7 +42,7 @@ def _splits(work: Work) -> bool:
     return any(layer.rank for layer in work.plan.layers.values())
 
 
-def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
+def _transforms(job: Job, work: Work) -> Tensors:
     """Return the factors of layers that are rescaled, the groups of those that are rotated, and both factors
     of branches.
     """
@@ -54,7 +54,7 @@ def _transforms(job: Job, work: Work) -> dict[str, Tensor]:
     }
     together = _together(job, work, layers)
     groups = job.in_groups(together, LAYER_BYTES * max(map(len, together), default=1))
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     with job.progress("calibration: rescaling", len(groups) * len(store) + len(layers)) as advance:
         for group in groups:
             chosen = {name: layers[name] for name in chain.from_iterable(group)}
@@ -94,11 +94,9 @@ def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> li
     return [*parted, *alone]
 
 
-def _best(
-    job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]
-) -> dict[str, Tensor]:
+def _best(job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]) -> Tensors:
     """Return the best factors, groups and branches of layers that read the same tensor."""
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     readers = {
         name: Reader(layer, seen[name], work.plan.layers[name].weight.ranges)
         for name, layer in layers.items()
@@ -133,28 +131,27 @@ def _chosen(job: Job, work: Work, readers: Mapping[str, Reader]) -> Split:
     return split or Split(best_transform([*readers.values()], equalizers=scheme.equalizers))
 
 
-def choose_grids(job: Job, work: Work) -> None:
-    """Choose the grids and groups of weights where the recipe has more than one."""
-    layers = {
-        name: layer
-        for name, layer in calibrated_layers(job.denoiser.module).items()
-        if work.plan.layers[name].weight.choices
-    }
-    if not layers:
-        return
-    found = job.journal.stage("grids", lambda: _grid_errors(job, work, layers))
-    for name, layer in layers.items():
+def _undecided(job: Job, work: Work) -> dict[str, CalibratedLayer]:
+    """Return the layers for whose weights the recipe has more than one grid or group."""
+    layers = calibrated_layers(job.denoiser.module)
+    return {name: layer for name, layer in layers.items() if work.plan.layers[name].weight.choices}
+
+
+def _choose_grids(job: Job, work: Work, found: Tensors) -> None:
+    """Give each weight the best of its grids and groups."""
+    for name, layer in _undecided(job, work).items():
         scheme, work.grids[name] = work.plan.layers[name].weight, GridErrors.of(found[name])
         if kept := work.grids[name].kept:
             layer.regrid(candidate(layer, *scheme.choices[kept], ranges=scheme.ranges))
 
 
-def _grid_errors(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> dict[str, Tensor]:
+def _grid_errors(job: Job, work: Work) -> Tensors:
     """Return errors and bits of the candidates of each layer, `[2, n]`."""
+    layers = _undecided(job, work)
     schemes = {name: work.plan.layers[name].weight for name in layers}
     most = max(len(schemes[name].choices) * layer.weight.numel() for name, layer in layers.items())
     groups = job.in_groups(list(layers), 4 * most)
-    found: dict[str, Tensor] = {}
+    found: Tensors = {}
     with job.progress(
         "calibration: grids of weights", len(groups) * (len(job.store) // job.recipe.calibration.interval)
     ) as advance:
@@ -167,3 +164,7 @@ def _grid_errors(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) ->
             measured = measure_grids(job.denoiser, chosen, grids, job.batches, advance=advance)
             found |= {name: errors.tensor() for name, errors in measured.items()}
     return found
+
+
+RESCALING = Where(_transforms_any, Kept("rescaling", _transforms, _transform))
+GRIDS = Where(_undecided, Kept("grids", _grid_errors, _choose_grids))

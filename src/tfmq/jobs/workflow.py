@@ -9,25 +9,21 @@ from tfmq.calibration.correction import StepFit
 from tfmq.calibration.granularity import Choices, GridErrors
 from tfmq.calibration.ranges import FEWEST_VALUES
 from tfmq.calibration.spared import Spared
-from tfmq.jobs.calibration import (
-    choose_inputs,
-    fit_activations,
-    record_calls,
-    settle_embeddings,
-)
+from tfmq.jobs.calibration import CALLS, INPUTS, RANGES, settle_embeddings
 from tfmq.jobs.correction import correct
-from tfmq.jobs.job import Job, Stage, Work
-from tfmq.jobs.judging import RECIPE, Known, Verdict, compare, exchange, exchanged, judged, plain, shared_copy
+from tfmq.jobs.job import Job, Work
+from tfmq.jobs.judging import RECIPE, Known, Verdict, exchange, exchanged, judged, judging, plain, shared_copy
 from tfmq.jobs.networks import Recorded, keep_stock, spare_layers
-from tfmq.jobs.temporal import maintain_temporal, maintained
+from tfmq.jobs.stage import Stage
+from tfmq.jobs.temporal import TEMPORAL, maintained, settle_temporal
 from tfmq.jobs.units import list_units, reconstruct_units
-from tfmq.jobs.weights import choose_grids, transform_layers
+from tfmq.jobs.weights import GRIDS, RESCALING
 from tfmq.models.denoiser import Denoiser
 from tfmq.nn.floating import Floating, floating
 from tfmq.nn.plan import pack_all, prepare, untied
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.networks import network_recipe
-from tfmq.recipes.plan import last_layer, make_plan
+from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.tiar import full_features
 from tfmq.reconstruction.unit import UnitReport, learned
@@ -73,23 +69,24 @@ def swap_layers(job: Job, work: Work) -> None:
     work.full = full_features(work.block, work.steps.timesteps, work.block.features)
 
 
-# All that gives the model its quantized form and its grids. Every recorded call is on disk after the first.
+# All that gives the model its quantized form and its grids, once every call is recorded.
 LAYING_OUT: tuple[Stage, ...] = (
     keep_stock,
     swap_layers,
-    transform_layers,
-    choose_grids,
-    fit_activations,
-    choose_inputs,
+    RESCALING,
+    GRIDS,
+    RANGES,
+    INPUTS,
     settle_embeddings,
-    maintain_temporal,
+    settle_temporal,
+    TEMPORAL,
     spare_layers,
 )
 # What a helper does as well, or reads back, before it takes its units.
-BEFORE_UNITS: tuple[Stage, ...] = (record_calls, *LAYING_OUT, list_units)
+BEFORE_UNITS: tuple[Stage, ...] = (CALLS, *LAYING_OUT, list_units)
 STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
 # A network that the trajectory of a denoiser reaches has its calls from there.
-RECORDED: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage is not record_calls)
+RECORDED: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage is not CALLS)
 
 
 def run(job: Job, stages: tuple[Stage, ...] = STAGES, block: TemporalBlock | None = None) -> Work:
@@ -137,7 +134,7 @@ def _quantized(job: Job) -> Outcome:
     if work.exact and not any(layer.transforms for layer in work.plan.layers.values()):
         known["activations"] = dict(work.exact)
     found = _packed(job, work)
-    found = replace(found, correction=correct(job, full, last_layer(work.block.trace)))
+    found = replace(found, correction=correct(job, work, full))
     if not count:
         return found
     with exchanged(module, other):
@@ -145,7 +142,7 @@ def _quantized(job: Job) -> Outcome:
         # rescaled; the rest is found again in less time than it takes to keep.
         simple = replace(job, recipe=plain(job.recipe), journal=Known(known))
         simplest = _packed(simple, run(simple, LAYING_OUT, work.block))
-    verdict = compare(job, full, other, count)
+    verdict = judging(full, other, count)(job, work)
     if verdict.kept == RECIPE:
         return replace(found, verdict=verdict)
     exchange(module, other)
@@ -187,15 +184,8 @@ def _quantized_network(job: Job, name: str, network: Denoiser) -> Outcome | str:
         return "the pipeline made no call of it that can be recorded"
     sampler = Recorded(network, store)
     tokens = not sampler.example().sample.is_floating_point()
-    own = replace(
-        job,
-        sampler=sampler,
-        recipe=network_recipe(job.recipe, name, tokens=tokens),
-        store=store,
-        journal=job.journal.of(name),
-        helpers=None,
-        networks={},
-    )
+    recipe = network_recipe(job.recipe, name, tokens=tokens)
+    own = job.within(name, sampler=sampler, recipe=recipe, store=store)
     before = shared_copy(network.module)
     try:
         return _packed(own, run(own, RECORDED))
