@@ -143,6 +143,32 @@ JOURNAL_USERS = {
     "evaluation/stages.py": {"stage", "journal"},
 }
 
+# Above this many arguments a call is not read any more, and what belongs together becomes a value.
+MOST_ARGUMENTS = 7
+# Files, relative to src/tfmq, and the functions in them that take more or call something that does.
+MANY_ARGUMENTS = {
+    # The public verbs: their keywords are the interface.
+    "api.py": {"quantize"},
+    "evaluation/job.py": {"evaluate"},
+    # Its buffers; what is not given is registered as absent.
+    "nn/packed_layer.py": {"PackedLayer.__init__"},
+    "nn/layer.py": {"PackedLayer"},
+    "nn/structure.py": {"PackedLayer"},
+    # Triton compiles their lists, and a launch passes each pointer, size and stride by itself.
+    "kernels/gpu/*": {"*"},
+    # A torch operator has tensors and numbers in its schema, and no values that hold them.
+    "kernels/operators/*": {"*"},
+    "kernels/device.py": {"convolution_codes"},
+    # Signatures of torch and diffusers.
+    "numerics/attention.py": {"Attention.of"},
+    "numerics/operations.py": {"function"},
+    "kernels/halves.py": {"torch.ops.onednn.qlinear_pointwise"},
+    "kernels/onednn_part.py": {"operator"},
+    "evaluation/cost/roofline.py": {"torch.ops.onednn.qlinear_pointwise"},
+    "export/onnx.py": {"torch.onnx.export"},
+    "integrations/diffusers/original/ldm.py": {"StableDiffusionPipeline"},
+}
+
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -374,6 +400,60 @@ def journal_violations(path: str, text: str) -> list[str]:
     return [f"{path}:{line}: uses {name} of a job" for line, name in journal_uses(text) if name not in mine]
 
 
+def is_dataclass(node: ast.AST) -> bool:
+    """Return whether this is the definition of a dataclass."""
+    return isinstance(node, ast.ClassDef) and any(
+        ast.unparse(decorator).startswith("dataclass") for decorator in node.decorator_list
+    )
+
+
+@cache
+def dataclass_names() -> frozenset[str]:
+    """Return the names of all dataclasses of the package."""
+    return frozenset(
+        node.name
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and is_dataclass(node)
+    )
+
+
+def with_many_arguments(node: ast.AST, owner: ast.ClassDef | None = None) -> Iterator[tuple[int, str]]:
+    """Yield line and name of every function below `node` that has too many parameters, and of everything but
+    dataclasses that is called with too many arguments. A method does not count its receiver.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = child.args
+            static = any(ast.unparse(decorator) == "staticmethod" for decorator in child.decorator_list)
+            receiver = isinstance(node, ast.ClassDef) and not static
+            rest = sum(part is not None for part in (given.vararg, given.kwarg))
+            named = len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+            if named + rest - receiver > MOST_ARGUMENTS:
+                yield (
+                    child.lineno,
+                    f"{node.name}.{child.name}" if isinstance(node, ast.ClassDef) else child.name,
+                )
+        if isinstance(child, ast.Call) and len(child.args) + len(child.keywords) > MOST_ARGUMENTS:
+            called = called_name(child)
+            own = called == "cls" and owner is not None and is_dataclass(owner)
+            if not own and called not in dataclass_names():
+                yield child.lineno, ast.unparse(child.func)
+        yield from with_many_arguments(child, child if isinstance(child, ast.ClassDef) else owner)
+
+
+def argument_violations(path: str, text: str) -> list[str]:
+    """Functions below the command line that take, or pass on, more arguments than a reader keeps in mind."""
+    if path.startswith("cli/"):
+        return []
+    exempted = {name for file, names in MANY_ARGUMENTS.items() if fnmatchcase(path, file) for name in names}
+    return [
+        f"{path}:{line}: {name} has more than {MOST_ARGUMENTS} arguments"
+        for line, name in with_many_arguments(ast.parse(text))
+        if not {name, "*"} & exempted
+    ]
+
+
 def machine_path_violations(path: str, content: bytes) -> list[str]:
     """Absolute paths that exist on one machine only."""
     match = MACHINE_PATH.search(content)
@@ -389,6 +469,7 @@ def machine_path_violations(path: str, content: bytes) -> list[str]:
         hook_violations,
         public_violations,
         journal_violations,
+        argument_violations,
     ],
 )
 def test_sources(check: Callable[[str, str], list[str]]) -> None:
@@ -600,6 +681,46 @@ def test_journal_permits() -> None:
     assert journal_violations("jobs/units.py", "job.has('unit')\nverdict.kept\nstage(job, work)") == []
     assert journal_violations("jobs/stage.py", "job.kept('unit', compute)") == []
     assert journal_violations("api.py", "journal = Journal(folder)\nJob(journal=journal)") == []
+
+
+EIGHT = "a, b, c, d, e, f, g, h"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (f"def f({EIGHT}): ...", "f"),
+        (f"def f(*, {EIGHT}): ...", "f"),
+        ("def f(a, b, c, d, e, f, *g, **h): ...", "f"),
+        (f"class C:\n    def m(self, {EIGHT}): ...", "C.m"),
+        (f"class C:\n    @staticmethod\n    def m({EIGHT}): ...", "C.m"),
+        (f"def f():\n    x.g({EIGHT})", "x.g"),
+        (f"class C:\n    @classmethod\n    def m(cls):\n        cls({EIGHT})", "cls"),
+    ],
+)
+def test_arguments_finds(text: str, name: str) -> None:
+    assert argument_violations("nn/a.py", text) == [
+        f"nn/a.py:{text.count(chr(10)) + 1}: {name} has more than 7 arguments"
+    ]
+
+
+def test_arguments_permits() -> None:
+    seven, cls = EIGHT.removesuffix(", h"), f"class C:\n    def m(cls):\n        cls({EIGHT})"
+    assert argument_violations("nn/a.py", f"class C:\n    def m(self, {seven}): f({seven})") == []
+    assert argument_violations("nn/a.py", f"Recipe({EIGHT})\n@dataclass(frozen=True)\n{cls}") == []
+    assert argument_violations("cli/a.py", f"def f({EIGHT}): ...") == []
+    assert argument_violations("kernels/gpu/a.py", f"def f({EIGHT}): ...") == []
+
+
+def test_every_exemption_from_the_number_of_arguments_is_used() -> None:
+    found: dict[str, set[str]] = {file: set() for file in MANY_ARGUMENTS}
+    for file in FILES:
+        path = file.relative_to(SOURCE).as_posix()
+        names = {name for _, name in with_many_arguments(ast.parse(file.read_text(encoding="utf-8")))}
+        for pattern in filter(lambda pattern: fnmatchcase(path, pattern), MANY_ARGUMENTS):
+            found[pattern] |= names
+    unused = {file: names - found[file] for file, names in MANY_ARGUMENTS.items()}
+    assert not {file: names for file, names in unused.items() if names - {"*"} or not found[file]}
 
 
 @pytest.mark.parametrize(
