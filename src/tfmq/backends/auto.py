@@ -108,7 +108,7 @@ class AutoExecutor:
         self.prepared = Prepared()
         self.key: str | None = None
         self.ways: dict[Kind, tuple[Way, ...]] = {}
-        # By device: what computes beside adapters, which is not measured.
+        # What computes beside adapters, by device. It is not measured.
         self.beside: dict[torch.device, tuple[Way, ...]] = {}
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:

@@ -22,7 +22,7 @@ from tfmq.numerics.packing import packed_shape
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import WeightGrid, fit_grid
 
-# What a grid may be, with the most channels of a group.
+# The grids that a weight may get, each with the most channels of a group.
 Choices = Sequence[tuple[Grid, int]]
 
 

@@ -95,8 +95,7 @@ class SiteStatistics:
             torch.stack([extreme[list(steps)].amin(dim=0) for steps in near])
             for extreme in (self.low, -self.high)
         )
-        # No more values than are kept of a site; where there are few, all, so that none of the rare ones is
-        # lost.
+        # Keep at most KEPT values. Where there are fewer, keep all, so that none of the rare ones is lost.
         count = sum(len(part) for parts in self.values.values() for part in parts)
         stride = -(-count * max(map(len, near)) // KEPT)
         values = {

@@ -67,7 +67,7 @@ class Seen:
         samples = torch.arange(min(len(x), most)) * len(x) // min(len(x), most)
         available = layer.operation.places(output)
         each = min(available, most // len(samples))
-        # Other places at each call, so that all of them have their turn.
+        # Take other places at each call, so that all of them have their turn.
         places = (torch.arange(each) * available // each + 7 * len(self.rows)) % available
         self.rows.append(layer.operation.inputs_at(x[samples], layer.weight.shape[2:], places).float().cpu())
         self.steps.append(steps[samples].repeat_interleave(each))
@@ -144,7 +144,7 @@ def _entered(layer: CalibratedLayer, extremes: Extremes, rows: Tensor, steps: Te
     if quantizer is None:
         return rows
     if not isinstance(quantizer, ActivationQuantizer):
-        # A grid for each token, which is a row.
+        # This quantizer has a grid for each token, and a token is a row.
         return quantizer(rows)
     low, high = extremes.low, extremes.high
     if not quantizer.per_step:

@@ -14,7 +14,7 @@ from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
 from tfmq.nn.watch import ModuleCall, all_watched, watched
 
 HELD_OUT = "held_out"
-# One sample of so many is held out.
+# Number of samples of which one is held out.
 EVERY = 4
 
 

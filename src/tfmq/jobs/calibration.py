@@ -24,7 +24,7 @@ from tfmq.progress import Advance
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.reconstruction.unit import settle
 
-# Between the name of a quantizer and that of a tensor of its grid over the exact extremes.
+# Joins the name of a quantizer and that of a tensor of its grid over the exact extremes.
 EXACT = ".exact."
 
 

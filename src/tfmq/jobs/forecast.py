@@ -25,7 +25,7 @@ from tfmq.reconstruction.tiar import MOST_PAIRS
 from tfmq.reconstruction.units import Unit
 from tfmq.stopwatch import seconds_of
 
-# A call whose quantizers look at their inputs, in calls.
+# Cost of a call with observers on, relative to a plain call.
 OBSERVED = 2.0
 # Passes of the temporal block beside one for each layer: twice in full precision, twice to see the error.
 BLOCK_RUNS = 4

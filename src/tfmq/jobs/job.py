@@ -61,7 +61,7 @@ class Job:
         store: keeps the recorded calls.
         journal: keeps what finished stages found; with the journal of an interrupted run the result is the
             same to the byte. The methods below are the only ones that use it.
-        seed: of calibration noise and of every learning stage.
+        seed: seed of the calibration noise and of every learning stage.
         resources: limits of memory and time.
         helpers: do what they can ahead of this process: the trajectory, and units that do not wait for each
             other.
@@ -141,14 +141,14 @@ class Work:
         plan: what is quantized, and how.
         steps: the calibrated timesteps; there from the stage on that records the calls.
         full: temporal features in full precision at these timesteps.
-        pooled: of quantizers that saw few values at a timestep, how many timesteps share a range.
+        pooled: how many timesteps share a range, for quantizers that saw few values at a timestep.
         exact: what the stage of the ranges would keep if all were exact extremes.
         inputs: errors of layers whose input grids were measured.
         grids: errors of the candidates for the grids of weights, where there were several.
         stock: the layers as they were before they were quantized, where some may stay so.
         spared: what was found of layers and of the output, where the recipe bounds an error.
         units: what is reconstructed, in execution order.
-        reports: of the units that are done.
+        reports: the reports of the units that are done.
     """
 
     block: TemporalBlock

@@ -72,7 +72,7 @@ def _spare(names: Sequence[str], job: Job, work: Work, found: Tensors) -> None:
     spared = tuple(name for name, one in zip(names, found["spared"].tolist(), strict=True) if one)
     before, after = found["output"].tolist()
     work.spared = Spared(errors, spared, before, after, job.recipe.tolerance.instead)
-    # Those that have just been measured are out already.
+    # Where the measurement ran just now, it has taken some out already.
     left = _candidates(job)
     _leave(job, work, [name for name in spared if name in left])
     work.stock = {}

@@ -160,7 +160,7 @@ def _measured(seconds: float, job: Job, work: Work) -> Tensors:
         }
     denoiser, store = job.denoiser, job.store
     device = next(denoiser.module.parameters()).device
-    # From the noisier and from the cleaner half of the schedule.
+    # One call is from the noisier half of the schedule, the other from the cleaner half.
     calls = [
         store.read(len(store) * part // 4).rows(0, ROWS).map(lambda tensor: tensor.to(device))
         for part in (1, 3)

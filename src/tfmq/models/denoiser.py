@@ -90,7 +90,7 @@ class Denoiser:
     Args:
         module: any `nn.Module` whose `forward` takes a noisy sample and a timestep.
         sample: name of the sample argument; by default the first one that is called like one.
-        timestep: name of the timestep argument, likewise.
+        timestep: name of the timestep argument; by default the first one that is called like one.
 
     Raises:
         TypeError: `forward` has no argument that could be the sample or the timestep; pass their names.

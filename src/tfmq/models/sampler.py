@@ -52,9 +52,9 @@ class Guidance:
     Args:
         unconditional: conditions of the rows without, by argument name; tensors have one row, which is
             repeated. What is not among them is as in the rows towards.
-        scale: 1 is none.
-        calls: 1, one call with the rows without and then those towards, or 2, one after the other. What is
-            calibrated is what is called.
+        scale: the scale of the formula; 1 means no guidance.
+        calls: 1 makes one call with the rows without and then those towards, 2 makes one call for each. What
+            is calibrated is what is called.
     """
 
     unconditional: Mapping[str, Any]

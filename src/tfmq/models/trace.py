@@ -37,7 +37,7 @@ COPIES = frozenset(
     {ATEN.clone, ATEN._to_copy, ATEN.upsample_nearest1d, ATEN.upsample_nearest2d, ATEN.upsample_nearest3d}
 )
 NO_SEGMENTS = Segments((), 0, direct=False)
-# Inputs with finitely many values. A computation on these alone can be tabulated.
+# Inputs with finitely many values. A computation that reads no other input can be tabulated.
 FINITE = frozenset({TIMESTEP, "class_labels"})
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.steps import StepContext
 
-# Attribute of the denoiser.
+# Attribute of the denoiser that holds its correction.
 CORRECTION = "tfmq_correction"
 
 

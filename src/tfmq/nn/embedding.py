@@ -102,7 +102,7 @@ class PackedEmbedding(PackedWeight):
         return rows.reshape(*input.shape, self.shape[1]).to(self.dtype)
 
     def _rows(self, index: Tensor) -> Tensor:
-        # Not `len`, which a graph would take for a constant.
+        # Do not use `len`, which a graph would take for a constant.
         return unpack_unsigned(
             self.packed[index], bits=self.format.bits, shape=(index.shape[0], self.shape[1])
         )

@@ -12,7 +12,7 @@ from tfmq.nn.temporal import stock_name
 from tfmq.quantizers.part import Part
 
 RULE = "rule of the recipe"
-# Not called, or with more arguments than its input.
+# Said of a layer that is not called, or is called with more arguments than its input.
 UNSEEN = "no plain call of it"
 NORM = "norm"
 NO_OPERATION = "no integer operation for this kind"

@@ -68,7 +68,7 @@ class CalibratedLayer(Part):
         self._replace(self.weight - branch.product().to(self.weight.dtype), ranges)
 
     def _replace(self, weight: Tensor, ranges: str) -> None:
-        # Another tensor: a copy of the model may hold the one that there was.
+        # Make another tensor: a copy of the model may hold the old one.
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.regrid(self.grid.refitted(self.weight, method=ranges))
 

@@ -83,7 +83,7 @@ def prepare(module: nn.Module, plan: Plan, steps: StepContext, *, timestep: str 
         quantizers = ProductQuantizers(left, right)
         quantizers.enabled = False
         attach_products(module.get_submodule(owner), quantizers)
-    # Last, so that it is outermost where the denoiser computes attention products itself.
+    # Attach the steps last, so that they are outermost where the denoiser computes attention products itself.
     attach_steps(module, steps, timestep=timestep)
 
 

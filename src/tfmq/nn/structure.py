@@ -81,7 +81,7 @@ class Section:
 
     Attributes:
         kind: class of the parts.
-        name: of the entry of a part, by the denoiser and the part's own name in it.
+        name: returns the name of a part's entry, from the denoiser and the part's own name in it.
         spec: what the entry says; a section without one lists names alone.
         place: puts a part into a stock architecture, by its name, its entry and the step context. The tensors
             are not filled in.

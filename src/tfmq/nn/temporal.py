@@ -65,7 +65,7 @@ def _for_rows(values: Tensor, x: Tensor) -> Tensor:
     """Repeat `values` `[B, ...]` for an input with several rows a sample, such as the frames of a video; a
     single row serves any number.
     """
-    # Not `len`, which a graph would take for a constant.
+    # Do not use `len`, which a graph would take for a constant.
     batch, rows = values.shape[0], x.shape[0]
     return values.repeat_interleave(rows // batch, dim=0) if batch > 1 and rows != batch else values
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-# Real zero is none of them.
+# The values of the two codes. No code stands for real zero.
 BINARY = (-1, 1)
 
 

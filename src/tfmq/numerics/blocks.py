@@ -31,7 +31,7 @@ class BlockFormat:
 
     Attributes:
         name: what GGUF calls it.
-        bits: of a code.
+        bits: bits of a code.
         shifted: whether a block stores the value of its code zero, `m`; else real zero is the middle code.
     """
 
@@ -149,8 +149,8 @@ def to_blocks(values: Tensor, step: Tensor, fmt: BlockFormat) -> tuple[Tensor, f
     Scales become half precision, those of Q4_1 with so few bits that `m` is exact beside them.
 
     Args:
-        values: int8 `[R, C]`, that `fmt` has all of.
-        step: of each block, `[R, C / 32]`, positive.
+        values: int8 `[R, C]`; `fmt` can hold each of them.
+        step: the step of each block, `[R, C / 32]`, positive.
         fmt: how to store them.
 
     Returns:

@@ -24,7 +24,7 @@ class Grid(ABC):
     grid of weights whose integers are signed bytes.
 
     Attributes:
-        bits: of a stored code.
+        bits: bits of a stored code.
         symmetric: whether real zero has the same code, `middle`, whatever the scale. Else a zero-point, which
             is the code of real zero, is fitted with it.
     """
@@ -140,10 +140,10 @@ class Table(Grid):
 
     Args:
         name: what recipes and files call it.
-        values: signed bytes in ascending order, zero among them; or one on either side of it.
+        values: signed bytes in ascending order, either with zero among them, or two, one on each side of it.
 
     Raises:
-        ValueError: other values.
+        ValueError: `values` are no such bytes.
     """
 
     name: str

@@ -43,7 +43,7 @@ def truncated(weight: Tensor, moments: Tensor | None, rank: int) -> LowRank:
     Args:
         weight: `[G, R, n]`.
         moments: positive definite `M` `[G, n, n]`; None is the identity (a plain SVD).
-        rank: at most the smaller of R and n.
+        rank: number of columns of each factor, at most the smaller of R and n.
     """
     weight = weight.double()
     rows, columns = weight.shape[1:]

@@ -64,7 +64,7 @@ def search(
 def _search(
     values: Tensor, low: Tensor, high: Tensor, fmt: Grid, *, shrinks: int, power: float
 ) -> tuple[Tensor, Tensor]:
-    # All candidates at once: for a small tensor each operation takes longer than its arithmetic.
+    # Make all candidates at once: for a small tensor each operation takes longer than its arithmetic.
     factors = [1.0 - k / (1.25 * shrinks) for k in range(shrinks)]
     scales, zeros = from_range(
         torch.stack([low * factor for factor in factors]),
@@ -79,7 +79,7 @@ def _search(
         torch.mul(values, inverse, out=error_of)
         fmt.snap_(error_of, zero).mul_(scale)
         torch.mean(power_(error_of.sub_(values).abs_(), power), dim=1, out=errors[k])
-    # The first of the least; an error that is no number is none.
+    # Take the first of the least errors. An error that is no number never wins.
     best = errors.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(dim=0, keepdim=True)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 

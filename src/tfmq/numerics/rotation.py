@@ -48,8 +48,8 @@ def _regular(size: int) -> Tensor:
     return found
 
 
-# Products with larger matrices are put together from these. Made here, since a graph that is captured would
-# keep what is made then.
+# Products with larger matrices are put together from these. They are made here, since a graph keeps what is
+# made while it is captured.
 MATRICES = {size: _regular(size) for size in (4, 16, 64, 256)}
 LARGEST = max(MATRICES)
 

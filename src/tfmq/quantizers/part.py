@@ -84,6 +84,6 @@ class Part(nn.Module):
 
     def execute(self, execution: Execution | None) -> None:
         """Compute by an execution from now on, by the part's own means if it is None."""
-        # Not registered as a module any more where there is none: the printed model would show it.
+        # An execution of None must not stay registered as a module: the printed model would show it.
         del self.execution
         self.execution = execution

@@ -15,8 +15,8 @@ class Published:
         metric: its name in `tfmq evaluate`, such as `fid`.
         value: what was published.
         tolerance: the largest difference, in the metric's own units, that is no sign of another protocol.
-        num_images: it holds for so many images; with others it is not compared.
-        steps: and for so many denoising steps.
+        num_images: number of images that the figure holds for; with others it is not compared.
+        steps: number of denoising steps that it holds for.
         source: where it was published.
     """
 

@@ -62,18 +62,18 @@ class Weights:
     """Weight grids, per output channel. `bits` None keeps full precision.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         grid: what codes of this many bits stand for: evenly spaced values (`uniform`), or those of a table of
             `tfmq.numerics.grids` (`e2m1`). Layers of other bits are uniform.
-        symmetric: of uniform grids; None is symmetric at 8 bits, where `code - zero_point` must fit a signed
-            byte, and asymmetric below, where it always does.
+        symmetric: whether uniform grids are symmetric; None means yes at 8 bits, where `code - zero_point`
+            must fit a signed byte, and no below, where it always does.
         ranges: how scales are found.
         embeddings: the bits of the rows of embeddings, which have a uniform grid each; a row is read as it
             is, so that nothing evens out its error.
         group: most input channels of a row with a step of their own (`numerics.groups`); 0 is one a row.
         grids, groups: what to choose from beside `grid` and `group`, by the error of a layer's output in
             calibration, against the bits of a weight with all that it stores.
-        rank: of a branch beside the codes (see `Branch`); 0 is none.
+        rank: rank of the branch beside the codes (see `Branch`); 0 means no branch.
     """
 
     bits: int | None = 4

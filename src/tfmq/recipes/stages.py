@@ -67,8 +67,8 @@ class Calibration:
     Attributes:
         eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is
             opened again; None leaves them to the pipeline. `eta` is that of DDIM.
-        spacing: of the timesteps: None is the scheduler's own, `quadratic` DDIM's at the squares of even
-            steps.
+        spacing: how the timesteps are spaced: None leaves that to the scheduler, `quadratic` is DDIM's
+            spacing at the squares of even steps.
         judged: images for each of the samples, rounded down, by which the whole model is judged in the end.
             They are drawn from noise of their own by the model that the recipe makes, by the plainest one of
             the same bits, and in full precision. 0 judges nothing.
@@ -131,8 +131,8 @@ class Branch:
 
     Attributes:
         splitters: propose factors: `weighted`, `plain`, `alternating`; with none no layer has a branch.
-        dtype: of both factors. In floating point they read the input before its quantizer; `int8` ones read
-            its codes, as the weight does, for inputs of 8 bits.
+        dtype: dtype of both factors. In floating point they read the input before its quantizer; `int8` ones
+            read its codes, as the weight does, for inputs of 8 bits.
     """
 
     splitters: tuple[str, ...] = ("weighted", "plain")
@@ -152,7 +152,7 @@ class Tolerance:
     Attributes:
         layer: the most energy of the error of a layer's output over that of the output; None measures no
             layer.
-        output: the same of the network's output.
+        output: the same bound on the error of the network's output; None sets none.
         instead: what becomes of a layer that is too far off: it stays in floating point (`float`), or its
             input does (`weights`).
     """

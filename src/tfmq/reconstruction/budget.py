@@ -57,7 +57,7 @@ class Budget:
         sensitivity: how much each unit disturbs the output, on any scale.
         costs: what each unit is predicted to take.
         least: fewest steps of learning that a unit which is solved gets.
-        most: most of them.
+        most: most steps of learning that a unit gets.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ from tfmq.numerics.rounding import annealed_beta, rectified_sigmoid, rounding_pe
 from tfmq.progress import Advance
 from tfmq.quantizers.weight import AdaptiveRounding
 
-# With samples held out: number of checks over all iterations, and number of checks in a row without gain
-# after which learning ends.
+# Number of checks on held-out samples over all iterations, and number of checks in a row without gain after
+# which learning ends.
 CHECKS, PATIENCE = 40, 4
 # Returns the values, in the shape of a layer's weight, that its roundings start from.
 Start = Callable[[CalibratedLayer], Tensor]

@@ -93,10 +93,10 @@ class UnitProblem:
     """A unit to round.
 
     Attributes:
-        layers: in execution order; they have their nearest codes.
+        layers: its layers in execution order; they have their nearest codes.
         samples: what they learn from.
         learning: hyper-parameters of learned rounding.
-        advance: to be called `work_amount` times.
+        advance: counts the work that is done; a solver calls it `work_amount` times.
         spool: keeps what a solver gathers of the samples; by default in memory.
     """
 

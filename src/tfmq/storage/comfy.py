@@ -40,9 +40,9 @@ class Int8Layer:
     """A linear layer of signed bytes.
 
     Attributes:
-        codes: the weight's integers, int8 `[C_out, C_in]`, of groups of rotated channels if it is `rotated`.
-        scale: of each row, float32 `[C_out, 1]`, positive and finite.
-        rotated: the channels of a group, 0 for none.
+        codes: the weight's integers, int8 `[C_out, C_in]`; if `rotated`, of groups of rotated channels.
+        scale: the scale of each row, float32 `[C_out, 1]`, positive and finite.
+        rotated: number of channels of a rotated group; 0 means that none are rotated.
         full_input: whether the file asks for a product in floating point, its input left as it comes.
     """
 

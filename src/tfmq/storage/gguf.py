@@ -30,7 +30,7 @@ class BlockLayer:
     """A linear layer with a scale for each 32 inputs of a row, that computes with its input as it comes.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         codes: uint8 `[C_out, C_in]`.
         scale: float32 `[C_out, C_in / 32]`, positive and finite.
         zero_point: uint8 of the same shape; None where all are the middle code.

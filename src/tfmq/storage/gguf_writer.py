@@ -28,8 +28,8 @@ def write_gguf(path: Path, tensors: Mapping[str, Stored], *, architecture: str) 
     """Write tensors to `path` atomically, in the order of their names.
 
     Args:
-        path: of the file.
-        tensors: by name.
+        path: where the file goes.
+        tensors: the tensors by their names.
         architecture: what loaders call the model.
 
     Raises:

@@ -105,11 +105,11 @@ class Studio:
     """What the page does.
 
     Args:
-        models: quantized ones, to choose from.
+        models: the quantized models to choose from.
         reference: the original, as it is chosen at first; None is that of the first quantized model.
         backend: what the quantized model computes with.
         device: device that both models run on.
-        options: of the quantized model's backend.
+        options: options of the quantized model's backend.
     """
 
     def __init__(

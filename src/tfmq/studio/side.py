@@ -104,7 +104,7 @@ def draw_here(
     held.sampler.labels = (wish.label,)
     module = held.sampler.denoiser.module
     if is_quantized(module):
-        # The same set: what is not in it is warned about anew.
+        # Set the same timesteps again, so that those outside of them are warned about anew.
         steps_of(module).replace(steps_of(module).timesteps)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tfmq.storage.atomic import read_json
 
-# The metric: each of its values is named `adherence.ATTRIBUTE`.
+# Name of the metric; each of its values is named `adherence.ATTRIBUTE`.
 ADHERENCE = "adherence"
-# Beside a model, `{"judge": NAME}`.
+# Name of the file beside a model that names its judge: `{"judge": NAME}`.
 JUDGE_FILE = "judge.json"
 
 

@@ -17,8 +17,8 @@ from tfmq.storage.atomic import read_tensors
 
 WEIGHTS = Path(__file__).parents[2] / "assets" / "judges" / "scenes.safetensors"
 ATTRIBUTES = ("identity", "ink", "ground", "place", "stroke", "slant")
-# Between the two kinds; training/judge.py prints how often scenes whose truth is known fall on the right
-# side.
+# Least slant of a figure that counts as slanted, and least stroke width of a bold one. training/judge.py
+# prints how often scenes whose truth is known fall on the right side.
 SLANTED, BOLD = 0.172, 0.161
 
 Verdicts = dict[str, list[bool | None]]

@@ -40,13 +40,13 @@ class Accumulation:
     """Errors of the predictions of a quantized model on full-precision states, by step from noise to image.
 
     Attributes:
-        timesteps: of the steps.
-        influence: by how much an error of this step's prediction moves the final state.
-        error: of the prediction, relative to it, the mean over images.
+        timesteps: the timestep of each step.
+        influence: how much an error of this step's prediction moves the final state.
+        error: the prediction's error relative to the prediction, as the mean over images.
         bias: share of its squared error that is a constant of each channel, the same in all images and
             places.
         gain: share that is a multiple of the prediction, the same in all images.
-        correlation: of the error with that of the step before; None at the first step.
+        correlation: correlation of the error with the error of the step before; None at the first step.
         predicted: relative error of the final state from the steps up to this one, by their influence, with
             signs.
         random: the same if errors of steps had nothing in common.

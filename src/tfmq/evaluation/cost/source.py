@@ -28,8 +28,8 @@ class Source:
         folder: holds the original and the calls; `write` makes it.
         module: gives a sampler of the original, for modules that diffusers cannot build from a configuration;
             only its architecture matters.
-        sample: name of that argument of the denoiser, where it is not called as usual.
-        timestep: likewise.
+        sample: name of the denoiser's sample argument, where it is not called as usual.
+        timestep: name of its timestep argument, where it is not called as usual.
     """
 
     quantized: Path | None

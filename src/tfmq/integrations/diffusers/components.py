@@ -5,7 +5,7 @@ diffusers opens those of libraries it knows.
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 LIBRARY = "tfmq"
-# By name, since diffusers' models may not have been imported yet; `tfmq` has them as attributes.
+# Names of classes, since diffusers' models may not have been imported yet; `tfmq` has them as attributes.
 CLASSES = ("ClassEmbedder", "UNet2DHeadsModel")
 
 

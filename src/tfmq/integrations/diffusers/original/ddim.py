@@ -76,7 +76,8 @@ def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "down_block_types": tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         "up_block_types": tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         "dropout": model.get("dropout", 0.0),
-        # One head; sines before cosines; a stride-2 convolution padded on the far sides alone.
+        # The original has one head, sines before cosines, and a stride-2 convolution padded on the far sides
+        # alone.
         "attention_head_dim": None,
         "flip_sin_to_cos": False,
         "freq_shift": 1,

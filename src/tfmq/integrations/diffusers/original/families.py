@@ -71,7 +71,7 @@ class Family:
         published: a pipeline of this family, for messages.
         denoiser: class of the denoiser in diffusers, whose name in the pipeline is `component`.
         configuration: what shapes of the denoiser, without their prefix, say of it.
-        sample_size: of the denoiser's samples, which no tensor has.
+        sample_size: side of the denoiser's samples, which no tensor tells.
         pipelines: class of the pipeline by the number of input channels.
         latents: factors of the autoencoder's latents.
         encoders: the text encoders.

@@ -17,7 +17,7 @@ def fit(
 
     Args:
         model: a diffusers or transformers model.
-        tensors: by the model's names.
+        tensors: the tensors by the model's names.
         original: the tensors that `tensors` were converted from; each must have gone somewhere.
         assign: let the model have the tensors themselves, of whatever dtype, in the place of its own, which
             may be on the meta device.

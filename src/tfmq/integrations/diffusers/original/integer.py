@@ -87,8 +87,8 @@ def integer_denoiser(
 
     Args:
         family: its layout.
-        tensors: of the original, without their prefix; weights of `layers` are their codes.
-        layers: by their original names.
+        tensors: tensors of the original by their names without the prefix; weights of `layers` are codes.
+        layers: the quantized layers by their original names.
         source: the format and the name of the file, for its provenance.
         like: see `stock_denoiser`.
 

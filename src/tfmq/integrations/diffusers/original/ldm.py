@@ -106,8 +106,8 @@ def _self_attention(
     heads are `interleaved`.
 
     Args:
-        tensors: by the names that diffusers' converter gave them.
-        head_width: gives that of a head in an attention of some width.
+        tensors: the tensors by the names that diffusers' converter gave them.
+        head_width: returns the width of a head, from the width of the attention.
         interleaved: whether rows are ordered by head, then by q, k, v, or the other way around.
     """
     cut: dict[str, Tensor] = {}

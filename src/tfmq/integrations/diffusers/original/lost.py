@@ -28,7 +28,7 @@ class Lost:
 
     Attributes:
         dequantized: layers whose integers are written dequantized, in floating point, by reason.
-        inputs: layers whose inputs are computed with otherwise.
+        inputs: layers that other loaders give another input grid than the model has.
         tables: layers whose table of temporal features is left out; they compute.
         products: owners of attention products that stay in floating point.
         corrections: how many corrections of the prediction are left out.

@@ -32,7 +32,7 @@ def from_original(
     """Return the tensors by the names of the diffusers model; those that `tensors` lacks are left out.
 
     Args:
-        tensors: by their original names, of any dtype.
+        tensors: the tensors by their original names, of any dtype.
         table: one entry for each original tensor.
         lengths: the rows of each tensor of the diffusers model.
 

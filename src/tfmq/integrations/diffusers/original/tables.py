@@ -178,7 +178,7 @@ def flux_table(model: ModelMixin) -> list[Rows]:
     return table
 
 
-# By the name of the diffusers class.
+# The function that returns the table of a model, by the name of its diffusers class.
 TABLES: Mapping[str, Callable[[ModelMixin], list[Rows]]] = {
     "UNet2DConditionModel": unet_table,
     "SD3Transformer2DModel": sd3_table,
