@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Bytes. Blocks of at least this size go back to the system as soon as they are freed.
 RETURNED = 2**20
+# Numbers of two parameters of `mallopt`, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Linux 5.4 and later know this advice. Unlike its relatives it never loses what was written.
 MADV_PAGEOUT = 21

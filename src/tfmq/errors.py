@@ -7,6 +7,7 @@ import reprlib
 from types import ModuleType
 from typing import Any
 
+# Most characters of a value that a message shows.
 LONGEST = 200
 # Bits. Larger integers are not printed: nobody reads them, and Python refuses more than 4300 digits.
 WIDEST = 256

@@ -10,6 +10,7 @@ from torch import nn
 from tfmq.backends.prepared import Kind, Prepared, Way, kind_of
 from tfmq.nn.swap import adapted, plain_forward
 
+# Most characters of an error that a message repeats.
 LONGEST = 300
 
 

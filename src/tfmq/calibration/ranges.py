@@ -31,9 +31,10 @@ SHRINKS = 40
 # One grid for all timesteps is accepted if its error is at most this times the error of a grid for each
 # timestep: 1 dB. Where the errors of layers add up, the error of the output grows by no more.
 TOLERATED = 10**0.1
-# Values that the range of a timestep has to rest on. A timestep that saw fewer takes in its neighbours, but
-# none that is further away than this share of the trajectory: there values are of another size.
+# Number of values that the range of a timestep has to rest on. A timestep that saw fewer takes in its
+# neighbours.
 FEWEST_VALUES = 2048
+# Share of the trajectory. Neighbours further away are not taken in: their values are of another size.
 NEAR = 1 / 8
 # Bytes that the kept values of one site and their search take, about.
 SITE_BYTES = 4 * KEPT * 2

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Variants that are measured unless others are named, by kind of device. Those after the bar compile for
 # minutes and need --thorough.
 BACKENDS = {"cpu": "simulated,torch,openvino|,torch-compile", "cuda": "simulated,cuda|,cuda-compile"}
+# Number of rounds unless another is asked for: without --thorough, and with it.
 QUICK_ROUNDS, ROUNDS = 3, 10
 
 

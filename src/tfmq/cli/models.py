@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tfmq.recipes.published import Published
     from tfmq.storage.manifest import Provenance
 
+# Denoising steps that a model is sampled with where neither the user nor its manifest says how many.
 STEPS = 50
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import typer
 
+# Exit codes of the process. A shell gives 130 to what Ctrl-C ended.
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+# Most characters of an error message that are printed.
 LONGEST = 600
 NOTHING = "nothing was written"
 # torchvision says this where its compiled part does not load. It is also the cause of what libraries that

@@ -11,6 +11,7 @@ from tfmq.evaluation.cost.trajectory import rehearsed
 from tfmq.models.sampler import Sampler
 from tfmq.stopwatch import seconds_of
 
+# Seconds of a day.
 DAY = 86400.0
 MEMORY = Path("/proc/meminfo")
 

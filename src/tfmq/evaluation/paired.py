@@ -11,6 +11,7 @@ from tfmq.evaluation.sampling import Images
 # Identical images have no finite PSNR. A single value off by one among 2**20 gives 108 dB: beyond 100 dB
 # nothing is left to see.
 PSNR_CAP = 100.0
+# Side in pixels of SSIM's window, as far as the image is not smaller.
 WINDOW = 7
 
 Floats = NDArray[np.float64]

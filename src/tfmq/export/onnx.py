@@ -12,6 +12,7 @@ from onnxscript import opset18
 
 from tfmq.export.quiet import quiet_tools
 
+# Version of ONNX's operators that models are exported in.
 OPSET = 18
 # Its operators are typed by element, which symbolic values do not have.
 op: Any = opset18

@@ -22,6 +22,7 @@ from tfmq.numerics.window import Window
 
 # Largest number of segments that the operators take. No concatenation of a model here has more.
 MAX_SEGMENTS = 4
+# Number of values that four bits tell apart.
 NIBBLE = 16
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Number of weights in a block.
 BLOCK = 32
 # Half precision has 11 bits of a number, and no step below this one.
 DIGITS, FINEST = 11, 2.0**-24

@@ -13,7 +13,9 @@ from torch import Tensor
 from tfmq.numerics.balanced import balanced
 from tfmq.numerics.binary import BINARY
 
+# Fewest and most bits of a code of a uniform grid.
 MIN_BITS, MAX_BITS = 2, 8
+# Least scale of a fitted grid, so that no division by zero happens where all values are zero.
 SMALLEST_SCALE = 1e-8
 
 

@@ -24,6 +24,7 @@ from tfmq.numerics.ranges import POWER, min_max, power_, search
 SMALLEST = 8
 # Multiples that a grid has to leave room for.
 FEWEST = 4
+# Least and largest value of a signed byte.
 LOWEST, HIGHEST = -128, 127
 
 

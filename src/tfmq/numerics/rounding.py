@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+# Ends of the stretched sigmoid, in codes. Outside of [0, 1] they let a fraction become exactly 0 or 1.
 GAMMA, ZETA = -0.1, 1.1
 
 

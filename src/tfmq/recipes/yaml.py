@@ -13,6 +13,7 @@ from tfmq.recipes.recipe import Recipe, Rule
 MOST_BYTES = 2**16
 MOST_DEPTH = 16
 MOST_VALUES = 4096
+# Most characters of the reason that an error repeats.
 LONGEST = 600
 
 

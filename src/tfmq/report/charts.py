@@ -10,6 +10,7 @@ from tfmq.storage.errors import ForeignFileError
 
 # Colours that can be read on light and on dark ground.
 BLUE, RED, GREY = "#4a86c5", "#d9534f", "#8a8f98"
+# Least relative error that is drawn, about the resolution of float32. A logarithmic axis has no zero.
 FLOOR = 1e-7
 # Most characters of a bar's label.
 LABEL = 32

@@ -9,8 +9,11 @@ from tfmq.evaluation.comparison import Comparison
 from tfmq.evaluation.sampling import Images, as_colour
 from tfmq.report.pictures import TILE, enlarged, montage
 
+# Most pairs of images in the figure, one a column.
 COLUMNS = 8
+# Factors by which differences may be multiplied to be seen.
 GAINS = (1, 2, 5, 10, 20, 50)
+# Pixels to an inch of the figure.
 DPI = 100
 # Pixels around the images: LEFT for the labels of rows, TOP for the title and the line of figures below it,
 # BORDER elsewhere.

@@ -17,6 +17,7 @@ from tfmq.report.wall import build_wall
 from tfmq.storage.atomic import atomic_write
 
 PAGE = Path(__file__).parent / "page"
+# Bytes that the page may take. Images are made smaller until it fits.
 LIMIT = 5_000_000
 UNIT = re.compile(r"(?<=\d) (?=(dB|[kMG]?B)\b)")
 

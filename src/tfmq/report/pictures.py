@@ -9,9 +9,11 @@ from tfmq.errors import require
 from tfmq.evaluation.sampling import Images
 
 SAMPLE_FILES = ("[0-9][0-9][0-9][0-9][0-9]*.png", "grid.png", "samples.npz")
+# Value of a white pixel.
 WHITE = 255
 # Tiny images are enlarged until one is about this many pixels wide; large ones are left as they are.
 TILE = 160
+# The same width for the images of grid.png.
 GRID_TILE = 128
 
 

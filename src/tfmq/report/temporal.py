@@ -15,6 +15,7 @@ from tfmq.temporal.disturbance import Disturbance
 
 # Draw relative errors below float32's resolution at that resolution.
 FLOOR = 1e-7
+# Most features whose names are written beside the rows.
 NAMED = 28
 
 

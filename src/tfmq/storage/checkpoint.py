@@ -41,6 +41,7 @@ __all__ = [
     "verify_architecture",
 ]
 
+# Newest version of the format of a quantized model.
 FORMAT_VERSION = 3
 # Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have one
 # of these, and with these sections.
@@ -51,6 +52,7 @@ READABLE = (1, OLDER, FORMAT_VERSION)
 MANIFEST_FILE = "tfmq.json"
 TENSORS_FILE = "tfmq_model.safetensors"
 _FORMAT = "tfmq"
+# Number of names that a message lists. It counts the rest.
 _LISTED = 8
 
 

@@ -12,7 +12,9 @@ from .errors import ForeignFileError
 
 __all__ = ["LONGEST_NAME", "Fields"]
 
+# Most characters of a name, and most names in a list.
 LONGEST_NAME = 512
+# Largest magnitude of a number. It shuts out infinity, and integers that no float can hold.
 LARGEST = 1e300
 
 Value = TypeVar("Value")

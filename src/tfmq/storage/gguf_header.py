@@ -21,13 +21,16 @@ from .errors import ForeignFileError, MissingFileError, TruncatedFileError
 __all__ = ["Entry", "Header", "read_header"]
 
 MAGIC = b"GGUF"
+# Versions of GGUF that are read.
 VERSIONS = (2, 3)
 ALIGNMENT, ORIGINAL_SHAPE = "general.alignment", "comfy.gguf.orig_shape."
 # Far more than any file has: bytes of the header, tensors or fields, bytes of a name, axes, bytes between.
 HEADER_LIMIT, MOST, LONGEST_NAME, MOST_AXES, MOST_ALIGNED = 10**8, 2**16, 1024, 8, 2**16
+# Most bytes of a text and most items of a list that are kept of the metadata. A longer one reads as None.
 LONGEST_TEXT, LONGEST_LIST = 4096, 16
 # Types of metadata as struct spells them; a text and an array are none.
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+# Numbers of the types text, array and uint32.
 TEXT, ARRAY, UNSIGNED = 8, 9, 4
 # Elements and bytes of a block of the types that are read, and the names of the others.
 READ: dict[int, tuple[str, int, int]] = {

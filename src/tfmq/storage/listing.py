@@ -22,6 +22,7 @@ __all__ = ["LISTING_FILE", "verify_listed", "write_listing"]
 
 LISTING_FILE = "tfmq_files.json"
 COMPONENTS, FILES = "components", "files"
+# Most characters of a listed path, and most bytes of a name in it.
 LONGEST_PATH, LONGEST_PART = 1024, 255
 
 

@@ -15,6 +15,7 @@ from .parts import Structure
 __all__ = ["Manifest", "Provenance"]
 
 SHA256 = re.compile("[0-9a-f]{64}")
+# Most steps or images that a manifest may name. No real model comes near it.
 MOST = 10**9
 # Most characters of what people write, such as a name or a source.
 LONGEST_TEXT = 2**16

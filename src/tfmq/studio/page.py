@@ -22,6 +22,7 @@ from tfmq.targets import known_names, named_directory
 LOOPBACK = "127.0.0.1"
 # Width in pixels that tiny images are enlarged to.
 WIDTH = 512
+# Denoising steps that the page offers for a model whose own number is not known.
 STEPS = 50
 # The model that the page opens with, and what it draws at first.
 TEXT, PROMPT = "text", "a bold red seven on a blue ground"

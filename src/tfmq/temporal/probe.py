@@ -12,6 +12,7 @@ from tfmq.nn.submodules import named
 from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.temporal.block import TemporalBlock
 
+# Largest relative difference at which an output counts as unmoved.
 TOLERANCE = 1e-4
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+# Output channels of the three convolutions.
 WIDTHS = (12, 24, 48)
 
 

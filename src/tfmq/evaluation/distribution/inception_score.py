@@ -7,6 +7,7 @@ from tfmq.evaluation.distribution.features import Features, Kind, Moments
 from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, register_metric
 
 LIBRARY = "torchmetrics.image.inception"
+# Number of parts of the images, as in Salimans et al. (2016). The score is the mean over them.
 SPLITS = 10
 
 

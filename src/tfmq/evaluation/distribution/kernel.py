@@ -7,6 +7,7 @@ from tfmq.evaluation.distribution.features import Features, Kind, Moments
 from tfmq.evaluation.distribution.metric import Given, Score, drawn_by, features_of, register_metric
 
 LIBRARY = "torchmetrics.image.kid"
+# Number of images in a random subset, and number of subsets that the distance is the mean over.
 SUBSET, SUBSETS = 1000, 100
 
 

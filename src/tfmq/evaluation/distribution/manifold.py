@@ -7,6 +7,7 @@ from tfmq.evaluation.distribution.features import Features, Kind, Moments, gathe
 from tfmq.evaluation.distribution.metric import Score, features_of, register_metric
 
 LIBRARY = "torch_fidelity.metric_prc"
+# Number of the neighbour whose distance is the radius around an image's features.
 NEIGHBOURS = 3
 
 

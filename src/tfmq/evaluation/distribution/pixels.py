@@ -11,6 +11,7 @@ from tfmq.evaluation.distribution.features import Kind
 from tfmq.evaluation.sampling import Images
 from tfmq.evaluation.weights import WeightFolder
 
+# Squares a side that an image is averaged to, for pooled and for spatial features.
 GRID = 8
 FINE = 16
 

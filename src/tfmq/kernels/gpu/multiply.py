@@ -18,6 +18,7 @@ from tfmq.kernels.gpu.tiles import Tile, chosen
 from tfmq.kernels.operators.grids import widths
 from tfmq.kernels.operators.multiply import output_size
 
+# Largest number of segments of an input that the program takes.
 MAX_SEGMENTS = 4
 # What a linear layer, which has one tap and no places, gives for the sizes `OW` to `DW`, and for the window.
 POINT = (1,) * 8

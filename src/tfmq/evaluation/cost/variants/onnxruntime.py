@@ -11,6 +11,7 @@ from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 FULL, READY, QUANTIZED = "full.onnx", "ready.onnx", "model.onnx"
+# Version of ONNX's operators that the model is exported in.
 OPSET = 17
 
 

@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tfmq.integrations.diffusers.original.fit import fit
 
+# Channels of a head in every published text encoder of CLIP.
 HEAD = 64
 # Old releases of transformers keep the numbers of the positions in this buffer.
 POSITIONS = "embeddings.position_ids"

@@ -33,6 +33,7 @@ from tfmq.integrations.diffusers.original.layout import (
 )
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+# Number of groups of the normalisation in the middle block's attention.
 GROUPS = 32
 UNCONDITIONAL = "__is_unconditional__"
 

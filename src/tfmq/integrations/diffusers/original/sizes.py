@@ -11,6 +11,7 @@ from typing import Any
 from torch import Size
 
 Shapes = Mapping[str, Size]
+# Most numbered parts, such as blocks, that may stand below one name. No model has more.
 MOST_PARTS = 256
 # Channels of a head: in UNets that project by linear layers and in SD3, and in FLUX with its rotary axes.
 HEAD, FLUX_HEAD, FLUX_AXES = 64, 128, (16, 56, 56)
