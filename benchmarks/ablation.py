@@ -19,7 +19,6 @@ features of a 32x32 image). It is no FID and compares with nothing but itself.
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -280,12 +279,11 @@ def write_results(directory: Path, options: argparse.Namespace) -> None:
         json.dumps({"environment": described, "summary": summary, "cells": rows}, indent=1) + "\n"
     )
     (directory / "ablation.md").write_text(table(summary))
-    draw_curves(rows, directory / "ablation.png")
     print(table(summary))
 
 
 def write_docs(directory: Path) -> None:
-    """Put the table and the picture of a directory of results into the documentation."""
+    """Put the table of a directory of results, and a picture of its cells, into the documentation."""
     start, end = "<!-- table: benchmarks/results/ablation/ablation.md -->\n", "<!-- end of table -->"
     page = DOCS / "ablation.md"
     text = page.read_text(encoding="utf-8")
@@ -294,7 +292,8 @@ def write_docs(directory: Path) -> None:
         text[:before] + (directory / "ablation.md").read_text(encoding="utf-8") + text[after:],
         encoding="utf-8",
     )
-    shutil.copyfile(directory / "ablation.png", DOCS / "figures" / "ablation.png")
+    measured = json.loads((directory / "ablation.json").read_text(encoding="utf-8"))
+    draw_curves(measured["cells"], DOCS / "figures" / "ablation.png")
 
 
 def real_images(path: Path, num_images: int) -> np.ndarray:
@@ -327,7 +326,7 @@ def main() -> None:
     parser.add_argument(
         "--write-docs",
         action="store_true",
-        help="put the table of what is measured into docs/ablation.md, and measure nothing",
+        help="put the table and the picture of what is measured into docs/, and measure nothing",
     )
     options = parser.parse_args()
     if options.write_docs:
