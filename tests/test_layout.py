@@ -48,6 +48,7 @@ LAYERS = (
     "progress",
     "stopwatch",
     "allocator",
+    "registers",
     "errors",
     "lazy",
     "version",

@@ -1,0 +1,17 @@
+"""The one way to add to a register: a dict of what recipes call by name."""
+
+from collections.abc import MutableMapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def register(register: MutableMapping[str, Value], name: str, value: Value) -> None:
+    """Put `value` into a register under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in register:
+        raise ValueError(f"{name} is registered already; choose a name beside {', '.join(register)}")
+    register[name] = value
