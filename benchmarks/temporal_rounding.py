@@ -21,7 +21,7 @@ from tfmq.evaluation.paired import paired_fidelity
 from tfmq.evaluation.sampling import draw
 from tfmq.integrations.diffusers.quiet import quiet
 from tfmq.recipes.stages import Maintenance
-from tfmq.reconstruction.solvers import Rounding, SolverName
+from tfmq.reconstruction.solvers import Rounding
 
 IMAGES, STEPS, SEED = 24, 20, 1234
 GUIDANCE = {"text": 3.0, "dit": 3.0}
@@ -36,7 +36,7 @@ def drawn(sampler: Any) -> np.ndarray:
     return draw(sampler, IMAGES, steps=STEPS, seed=SEED)
 
 
-def row(model: str, solver: SolverName, maintenance: Maintenance, full: np.ndarray) -> str:
+def row(model: str, solver: str, maintenance: Maintenance, full: np.ndarray) -> str:
     """Quantize and measure; return a row of the table."""
     recipe = tfmq.scheme(SCHEMES.get(model, "w4a8"))
     calibration = replace(

@@ -33,13 +33,13 @@ from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import GRIDS, Grid, IntegerFormat, Table
 from tfmq.numerics.groups import group_size
 from tfmq.quantizers.weight import fit_grid
-from tfmq.reconstruction.solvers import SOLVERS, SolverName
+from tfmq.reconstruction.solvers import SOLVERS
 
 STEPS, SEED = 20, 1234
 GUIDANCE = {"text": 3.0, "dit": 2.0}
 
 
-def row(model: str, scheme: str, full: np.ndarray, *, samples: int, solver: SolverName | None) -> str:
+def row(model: str, scheme: str, full: np.ndarray, *, samples: int, solver: str | None) -> str:
     """Quantize and measure; return a row of the table."""
     recipe = tfmq.scheme(scheme)
     calibration = replace(recipe.calibration, samples=samples, steps=STEPS, interval=4, judged=0.0)

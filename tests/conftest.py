@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
+from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 
@@ -443,6 +444,23 @@ def build() -> Build:
 def sampler() -> Callable[..., LoopSampler]:
     """Return `tiny_sampler`."""
     return tiny_sampler
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """Return the name of a backend that a test is parametrized with, `indirect`; skip the test where the
+    machine or the installation lacks what the backend needs.
+    """
+    from tfmq.backends.backend import BACKENDS
+
+    name: str = request.param
+    try:
+        lacking = BACKENDS[name].missing() if name in BACKENDS else ""
+    except MissingExtraError as error:
+        lacking = str(error)
+    if lacking:
+        pytest.skip(lacking)
+    return name
 
 
 @pytest.fixture(autouse=True)

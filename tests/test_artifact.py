@@ -16,6 +16,8 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
 import tfmq
+from tfmq.backends.auto import CONVERTING
+from tfmq.backends.execution import backend_names
 from tfmq.errors import MissingExtraError
 from tfmq.kernels.onednn import available
 from tfmq.models.sampler import LoopSampler
@@ -26,10 +28,8 @@ from tfmq.quantizers.part import Held
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.errors import ChecksumError
 
-INTEGER = [
-    "reference",
-    pytest.param("torch", marks=pytest.mark.skipif(not available(), reason="no integer operators of oneDNN")),
-]
+# Those that give layers a kernel: two compute in floating point, and some convert the model as a whole.
+KERNELS = [name for name in backend_names() if name not in ("auto", "simulated", "float", *CONVERTING)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_simulation_is_bitwise_the_model_in_memory(original: tuple[DDIMPipel
     assert torch.equal(output(component), output(pipeline.unet))
 
 
-@pytest.mark.parametrize("backend", INTEGER)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_saving_after_execution_writes_the_same_files(
     original: tuple[DDIMPipeline, Path], tmp_path: Path, backend: str
 ) -> None:
@@ -95,7 +95,7 @@ def test_saving_after_execution_writes_the_same_files(
     assert torch.equal(output(tfmq.load(tmp_path / "after", backend=backend).unet), output(loaded.unet))
 
 
-@pytest.mark.parametrize("backend", INTEGER)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_a_bare_checkpoint(sampler: Callable[..., LoopSampler], tmp_path: Path, backend: str) -> None:
     drawn = sampler("plain")
     tfmq.quantize(

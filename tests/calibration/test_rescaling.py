@@ -26,6 +26,7 @@ from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.plan import calibrated_layers, prepare
+from tfmq.numerics.equivalence import EQUALIZERS
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -81,7 +82,7 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("equalizer", ["ranges", "peaks"])
+@pytest.mark.parametrize("equalizer", EQUALIZERS)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, kind) for name in SOURCES for kind in ("per step", "static")] + [("linear", "dynamic")],

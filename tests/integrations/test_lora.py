@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 import tfmq
-from tfmq.backends.execution import execute
+from tfmq.backends.execution import backend_names, execute
 from tfmq.models.denoiser import Denoiser
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
@@ -138,12 +138,11 @@ def test_strength_zero_and_off_are_the_model_before_to_the_bit(
     assert not any(isinstance(child, LoraLayer) for child in quantized.modules())
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "operators", "openvino", "auto"])
+# All are compared with `simulated`.
+@pytest.mark.parametrize("backend", [name for name in backend_names() if name != "simulated"], indirect=True)
 def test_backends_compute_adapters_and_come_back(
-    quantized: UNet2DConditionModel, weights: dict[str, Tensor], backend: str
+    backend: str, quantized: UNet2DConditionModel, weights: dict[str, Tensor]
 ) -> None:
-    if backend == "openvino":
-        pytest.importorskip("openvino")
     load(quantized, weights)
     expected = predicted(quantized)
     quantized.unload_lora()
@@ -158,7 +157,8 @@ def test_backends_compute_adapters_and_come_back(
     # Graphs are those without the adapter: another way computes, and says so once.
     assert len(said) == (backend == "openvino") or backend == "auto"
     assert all("graphs do not hold: torch computes it layer by layer" in text for text in said)
-    assert sqnr_db(expected, found) > 35
+    # `float` does not round the inputs of layers.
+    assert sqnr_db(expected, found) > (15 if backend == "float" else 35)
     quantized.unload_lora()
     assert torch.equal(predicted(quantized), before)
 

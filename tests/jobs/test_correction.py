@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tfmq
+from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph, KeyedGraph, capture
@@ -87,12 +88,10 @@ def test_a_correction_is_found_and_reported(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["float", "reference", "operators", "torch", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_every_backend_corrects(
     made: tuple[LoopSampler, dict[str, Any]], backend: str, inputs_of: Given
 ) -> None:
-    if backend == "openvino":
-        pytest.importorskip("openvino")
     drawn, inputs = made[0], inputs_of(made[0])
     module = drawn.denoiser.module
     correction = planted(module, gain=1.5)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tfmq
+from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
 from tfmq.calibration.rescaling import Reader, Transform
 from tfmq.jobs.judging import plain
@@ -81,13 +82,11 @@ def rescaled(module: torch.nn.Module) -> dict[str, PackedLayer]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["float", "reference", "operators", "torch", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_backend_rescales(
     quantized: dict[str, LoopSampler], name: str, backend: str, inputs_of: Given
 ) -> None:
-    if backend == "openvino":
-        pytest.importorskip("openvino")
     denoiser, inputs = quantized[name].denoiser, inputs_of(quantized[name])
     layers = packed_layers(denoiser.module).values()
     assert rescaled(denoiser.module) and (name != "dit" or any(layer.rotated for layer in layers))

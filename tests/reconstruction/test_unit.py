@@ -18,7 +18,7 @@ from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Activations, Recipe, Weights
 from tfmq.reconstruction.learning import Learning
-from tfmq.reconstruction.solvers import Rounding, SolverName
+from tfmq.reconstruction.solvers import SOLVERS, Rounding
 from tfmq.reconstruction.unit import (
     Feed,
     UnitReport,
@@ -62,7 +62,7 @@ def reconstruct(
     steps: StepContext,
     *,
     exclude: tuple[str, ...] = (),
-    solver: SolverName = "adaround",
+    solver: str = "adaround",
 ) -> UnitReport:
     units = {
         unit.name: unit
@@ -88,9 +88,10 @@ def whole(calls: UnitCalls) -> UnitCalls:
     [("plain", "stages.0"), ("unet", "down_blocks.1.resnets.0"), ("unet", "mid_block.attentions.0")],
 )
 @pytest.mark.parametrize("activation_bits", [None, 8])
-@pytest.mark.parametrize("solver", ["adaround", "gptq", "gptq_adaround"])
+# `nearest` is what the others are compared with.
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "nearest"])
 def test_the_outputs_error_falls_and_is_reported(
-    build: Callable[..., Any], model: str, unit: str, activation_bits: int | None, solver: SolverName
+    build: Callable[..., Any], model: str, unit: str, activation_bits: int | None, solver: str
 ) -> None:
     denoiser, example = build(model)
     steps, data = prepared(denoiser, example, activation_bits=activation_bits), batches(example)
@@ -271,9 +272,10 @@ def test_full_precision_inputs_are_kept_for_those_alone_that_run_on_them(build: 
     assert (full.args, full.kwargs) == ((), {}) and len(calls.args) == 2 and full.outputs is calls.outputs
 
 
-@pytest.mark.parametrize("solver", ["nearest", "gptq"])
+# Solvers that learn read the calls in the same way, and take seconds more.
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if not SOLVERS[name].work(QUICK, 0)])
 def test_kept_outputs_change_no_code_and_no_error(
-    build: Callable[..., Any], tmp_path: Path, solver: SolverName
+    build: Callable[..., Any], tmp_path: Path, solver: str
 ) -> None:
     """The error before is that of the nearest codes, and that after the same whether it is measured in the
     network or apart.
@@ -302,7 +304,7 @@ def test_kept_outputs_change_no_code_and_no_error(
             other.error_before, rel=1e-5
         ) and one.error_after == pytest.approx(other.error_after, rel=1e-5)
         assert one.error_after <= one.error_before and (
-            solver == "gptq" or one.error_after == pytest.approx(one.error_before, rel=1e-5)
+            solver != "nearest" or one.error_after == pytest.approx(one.error_before, rel=1e-5)
         )
 
 

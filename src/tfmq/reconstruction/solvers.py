@@ -22,7 +22,6 @@ LEAN = 0.1
 # Least damping. It keeps the equations solvable where all inputs of a layer are zero.
 SMALLEST_DAMPING = 1e-12
 
-SolverName = Literal["nearest", "adaround", "gptq", "gptq_adaround"]
 UnitInputs = Literal["quantized", "full"]
 
 
@@ -32,7 +31,7 @@ class Rounding:
     what follows here, or by both in turn.
 
     Attributes:
-        solver: one of the four; the paper's is `adaround`.
+        solver: name in `SOLVERS`; the paper's is `adaround`.
         inputs: what a unit reads while its codes are found: outputs of the network `quantized` so far (the
             paper), so that units come one after the other, or of the `full`-precision network, so that no
             unit waits for another.
@@ -46,7 +45,7 @@ class Rounding:
         widest: columns of a layer that are solved together; wider layers are solved in parts.
     """
 
-    solver: SolverName = "adaround"
+    solver: str = "adaround"
     inputs: UnitInputs = "quantized"
     damping: float = 0.1
     positions: int = 64
