@@ -174,7 +174,7 @@ def bars(model: str, cells: Sequence[Row], full: Row | None) -> list[str]:
         if lost is not None:
             verdict = "met" if lost <= BARS[model] else "missed"
             found.append(
-                f"* `{method}` at W4A8 loses at most {lost:.1f} points: "
+                f"* `{method}` at W4A8 loses at most {lost:.1f} points of digits, colours and place: "
                 f"the bar of {BARS[model]:.0f} is {verdict}."
             )
         shares = {name: (pooled([full], name), pooled(groups["w8a8"], name)) for name in BARRED}

@@ -463,10 +463,13 @@ def test_the_page_sorts_rows_and_says_what_misses_a_bar(board: ModuleType) -> No
         "| 2 (± 1.00) | 1.00 | 0.125 | 33.00 ± 3.92 | 30.00 |" in lines[1] and "1.50 openvino *" in lines[1]
     )
     assert "88.6 (85.5 to 91.1) | +1.4 |" in lines[1] and "90.0 (87.1 to 92.3)" in lines[0]
-    assert "`tfmq` at W4A8 loses at most 1.4 points: the bar of 1 is missed." in high
+    assert (
+        "`tfmq` at W4A8 loses at most 1.4 points of digits, colours and place: the bar of 1 is missed."
+        in high
+    )
     assert "`tfmq` at W8A8 is below the interval of full precision in identity." in high
     near = [full, cell("tfmq", [40.0, 42.0], 448), cell("tfmq", [40.0, 42.0], 440, bits="w8a8")]
-    assert "points: the bar of 1 is met." in board.page(near) and "is within the interval" in board.page(near)
+    assert "place: the bar of 1 is met." in board.page(near) and "is within the interval" in board.page(near)
     assert leaderboard_page.mean_interval([1.0])[1] == float("inf")
     assert "No cell" in board.page([])
 
