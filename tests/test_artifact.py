@@ -16,6 +16,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor, nn
 
 import tfmq
+from tfmq.artifact import save
 from tfmq.backends.auto import CONVERTING
 from tfmq.backends.execution import backend_names
 from tfmq.errors import MissingExtraError
@@ -68,6 +69,46 @@ def test_loading_takes_the_fastest_backend(original: tuple[DDIMPipeline, Path]) 
     assert kernels(unet) == {"NoneType"}, "which it is shows at the first call"
     assert sqnr_db(output(pipeline.unet), output(unet)) > 25
     assert kernels(unet) == ({"OnednnKernel"} if available() else {"NoneType"})
+
+
+def test_a_directory_takes_the_place_of_an_empty_one_where_the_system_renames_to_no_taken_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    rename = Path.replace
+
+    def strict(source: Path, target: Path) -> Path:
+        if target.exists():
+            raise PermissionError(f"{target} is there")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "replace", strict)
+    module = nn.Linear(2, 2)
+    (tmp_path / "empty").mkdir()
+    save(module, tmp_path / "empty", manifest={}, extra={})
+    assert (tmp_path / "empty" / "tfmq_model.safetensors").is_file()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(PermissionError, match="full is there"):
+        save(module, tmp_path / "full", manifest={}, extra={})
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_where_a_model_came_from_is_forgotten_whatever_the_encoding_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Owner:
+        def save_pretrained(self, directory: str) -> None:
+            Path(directory).mkdir()
+            vocabulary = {"_name_or_path": "somewhere", "Łódź": 1}
+            text = json.dumps(vocabulary, ensure_ascii=False)
+            Path(directory, "config.json").write_text(text, encoding="utf-8")
+
+    monkeypatch.setattr("locale.getencoding", lambda: "ascii")
+    monkeypatch.setattr("io.text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")
+    save(Owner(), tmp_path / "saved", manifest={}, extra={})
+    text = (tmp_path / "saved" / "config.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"Łódź": 1}
 
 
 def test_the_simulation_is_bitwise_the_model_in_memory(original: tuple[DDIMPipeline, Path]) -> None:

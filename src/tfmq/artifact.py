@@ -124,9 +124,21 @@ def _forget_origin(directory: Path) -> None:
     bytes of the result.
     """
     for path in sorted(directory.rglob("*.json")):
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _take_place(partial: Path, directory: Path) -> None:
+    """Give a finished directory its name, which an empty one may have."""
+    try:
+        partial.replace(directory)
+    except OSError:
+        # Windows renames nothing to a name that is taken. One that holds something stays, with the error.
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise
+        directory.rmdir()
+        partial.replace(directory)
 
 
 def save(
@@ -163,7 +175,7 @@ def save(
             )
             if REPORT_FILE in extra:
                 write_json(partial / REPORT_FILE, {**extra[REPORT_FILE], **listed})
-            partial.replace(directory)
+            _take_place(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

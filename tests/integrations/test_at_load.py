@@ -19,6 +19,7 @@ from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.plan import packed_layers
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.operations import Linear
+from tfmq.targets import SHELVES
 
 Build = Callable[[str], tuple[Denoiser, Inputs]]
 # dB that random models of these sizes have at least.
@@ -122,6 +123,29 @@ def test_a_pipeline_takes_it_for_a_component_and_backends_agree(build: Build, tm
         pipeline = DiffusionPipeline.from_pretrained(tmp_path, quantization_config=mapping)
         outputs.append(output(pipeline.unet, denoiser, inputs))
     assert sqnr_db(*outputs) > 40
+
+
+def test_a_single_file_is_quantized_while_it_is_opened(stored: Callable[..., Any], tmp_path: Path) -> None:
+    kind, denoiser, inputs = stored("conditional")
+    (path,) = (tmp_path / "stock").glob("*.safetensors")
+    single = tmp_path / "single.safetensors"
+    save_file(load_file(path), single, metadata={"format": "pt"})
+    found = kind.from_single_file(str(single), config=str(tmp_path / "stock"), quantization_config=config())
+    whole = kind.from_pretrained(tmp_path / "stock", quantization_config=config())
+    assert packed_layers(found).keys() == packed_layers(whole).keys() != set()
+    assert torch.equal(output(found, denoiser, inputs), output(whole, denoiser, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
+def test_a_pipeline_of_half_precision_draws_when_it_is_loaded_again(tmp_path: Path) -> None:
+    """Diffusers opens its own models in float32, transformers opens an encoder in the precision it has."""
+    mapping = PipelineQuantizationConfig(quant_mapping={"unet": config()})
+    options = {"quantization_config": mapping, "torch_dtype": torch.float16}
+    DiffusionPipeline.from_pretrained(SHELVES[0] / "text", **options).save_pretrained(tmp_path / "half")
+    pipeline = tfmq.load(tmp_path / "half", backend="simulated")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red seven", num_inference_steps=1, output_type="pt").images
+    assert image.isfinite().all() and pipeline.text_encoder.dtype == torch.float32
 
 
 def test_what_cannot_be_quantized_is_refused(stored: Callable[..., Any], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_first_rule_that_matches_wins() -> None:
     recipe = Recipe(name="r", weights=Weights(bits=4), activations=Activations(bits=5), rules=rules)
 
     def bits(name: str, roles: frozenset[str]) -> tuple[int | None, int | None]:
-        weights, activations = recipe.scheme(name, roles)
+        weights, activations, _ = recipe.scheme(name, roles)
         return weights.bits, activations.bits
 
     assert bits("down.0.conv", frozenset({"role:first"})) == (8, 8)

@@ -99,7 +99,15 @@ LIES: dict[str, tuple[Callable[[Tensors], object], type[Exception], str]] = {
     "scale NaN": (
         replaced("a.weight_scale", spoiled(float("nan"))),
         WRONG,
-        "a.weight_scale has a scale that",
+        "a.weight_scale has a scale that is not positive and finite: nan in row 3",
+    ),
+    "a field twice": (
+        replaced(
+            "a.comfy_quant",
+            mark(b'{"format": "int8_tensorwise", "convrot_groupsize": 64, "convrot_groupsize": 256}'),
+        ),
+        FOREIGN,
+        "'convrot_groupsize' twice",
     ),
     "scale infinite": (replaced("a.weight_scale", spoiled(float("inf"))), WRONG, "not positive and finite"),
     "scale zero": (replaced("a.weight_scale", spoiled(0.0)), WRONG, "not positive and finite"),
@@ -192,7 +200,12 @@ CONTENTS: dict[str, tuple[bytes, type[Exception], str]] = {
     "short": (b"\0" * 5, TruncatedFileError, "5 bytes"),
     "pickle in a zip": (pickled(), ForeignFileError, "not a safetensors file"),
     "pickle": (b"\x80\x02cos\nsystem\n(S'true'\ntR." + bytes(64), ForeignFileError, "not a safetensors file"),
-    "a header of gigabytes": (struct.pack("<Q", 2**33) + b"{", ForeignFileError, "no header length"),
+    "a header of gigabytes": (struct.pack("<Q", 2**33) + b"{", ForeignFileError, "length .8589934592"),
+    "a header of lists": (
+        framed(b'{"a":[' + b"[]," * 2**23 + b"[]]}"),
+        ForeignFileError,
+        "at most 16777216 bytes are read",
+    ),
     "a header beyond the file": (struct.pack("<Q", 2**20) + b"{", TruncatedFileError, "declares 1048584"),
     "a key twice": (framed(f"{{{ENTRY},{ENTRY}}}".encode(), bytes(4)), ForeignFileError, "it has 'x' twice"),
     "a field twice": (

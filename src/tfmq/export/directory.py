@@ -101,7 +101,7 @@ def export(
         outputs = output_names(graph, call)
         files = write(graph, call, outputs, directory)
     written = description(denoiser.module, files=files, inputs=ports(call), outputs=outputs, halved=halved)
-    (directory / DESCRIPTION).write_text(json.dumps(written, indent=1) + "\n")
+    (directory / DESCRIPTION).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return written
 
 

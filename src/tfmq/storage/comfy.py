@@ -17,6 +17,7 @@ from tfmq.errors import LONGEST, cut, shown
 from tfmq.numerics.packing import pack_unsigned
 from tfmq.numerics.rotation import is_group
 
+from .container import once
 from .errors import ForeignFileError, TensorMismatchError
 
 __all__ = ["Int8Layer", "encoded", "split_layers"]
@@ -30,6 +31,8 @@ INT8 = "int8_tensorwise"
 FLOATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 # Bytes of a layer's description, and channels of a rotated group: far more than any file has.
 LONGEST_MARK, MOST_ROTATED, DEFAULT_GROUP = 4096, 2**16, 256
+# Characters of the description of all layers in a header: a thousand layers take a hundredth of that.
+MOST_TEXT = 2**23
 # Each token has the grid of its own largest value.
 INPUT: Mapping[str, Any] = {"bits": 8, "symmetric": True, "dynamic": "token", "segments": []}
 Tensors = Mapping[str, Tensor]
@@ -143,7 +146,9 @@ class _File:
 
     def _json(self, name: str, text: str) -> Any:
         try:
-            return json.loads(text)
+            if len(text) > MOST_TEXT:
+                raise ValueError(f"{len(text)} characters, more than {MOST_TEXT}")
+            return json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise self.foreign(name, f"is not JSON ({cut(str(error), LONGEST)})") from error
 
@@ -190,8 +195,12 @@ class _File:
                 name, f"is {scale.dtype} {list(scale.shape)}, not a scale or one for each of {rows} rows"
             )
         wide = scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
-        if not bool((torch.isfinite(wide) & (wide > 0)).all()):
-            raise self.wrong(name, "has a scale that is not positive and finite")
+        bad = ~(torch.isfinite(wide) & (wide > 0)).flatten()
+        if bool(bad.any()):
+            row = int(bad.int().argmax())
+            raise self.wrong(
+                name, f"has a scale that is not positive and finite: {float(wide[row])} in row {row}"
+            )
         return wide
 
     def int8(self, layer: str, described: Mapping[str, Any]) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tfmq.integrations.diffusers.original.file_parts import SingleFile
 from tfmq.integrations.diffusers.original.integer import integer_denoiser
-from tfmq.integrations.diffusers.original.single_file import SingleFile, denoiser_of
+from tfmq.integrations.diffusers.original.single_file import denoiser_of
 from tfmq.storage.atomic import write_tensors
 
 gguf = pytest.importorskip("gguf")

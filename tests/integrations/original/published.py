@@ -314,7 +314,7 @@ def flux_base(folder: Path, parts: Mapping[str, Any]) -> Path:
         **parts,
         tokenizer=tokenizer(folder / "tokenizer"),
         tokenizer_2=t5_tokenizer(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.5),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=2.5, use_dynamic_shifting=True),
     )
     pipeline.save_pretrained(str(folder / "base"))
     return folder / "base"

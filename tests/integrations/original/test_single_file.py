@@ -249,6 +249,10 @@ def test_a_scheduler_comes_from_the_base_or_from_the_file(tmp_path: Path) -> Non
         open_single_file(path)
     base = published.flux_base(tmp_path, parts)
     assert open_single_file(path, base=base).scheduler.config["shift"] == 2.5
+    distilled = {name: tensor for name, tensor in tensors.items() if "guidance_in." not in name}
+    few = write(tmp_path / "few.safetensors", distilled, torch.bfloat16)
+    config = open_single_file(few, base=base).scheduler.config
+    assert config["shift"] == 1.0 and not config["use_dynamic_shifting"], "the base is of the other model"
     _, stable = published.stable_diffusion(tmp_path)
     path = write(tmp_path / "sd.safetensors", stable, torch.float16)
     with pytest.raises(ValueError, match=r"base is no Stable Diffusion 1.x pipeline"):
@@ -262,6 +266,78 @@ def test_a_scheduler_comes_from_the_base_or_from_the_file(tmp_path: Path) -> Non
     assert plain.scheduler.config["prediction_type"] == "epsilon"
 
 
+UNNEEDED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def stable_base(folder: Path, parts: dict[str, Any], kind: str, **scheduler: Any) -> Path:
+    """Write a pipeline of Stable Diffusion, and return its directory."""
+    tokens = published.tokenizer(folder / "tokenizer")
+    xl = kind == "StableDiffusionXLPipeline"
+    parts = parts | {"tokenizer": tokens} | ({"tokenizer_2": tokens} if xl else UNNEEDED)
+    made = getattr(published.diffusers, kind)(
+        **parts,
+        scheduler=published.diffusers.EulerDiscreteScheduler(beta_end=0.013, steps_offset=1, **scheduler),
+    )
+    made.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def test_what_the_file_or_the_caller_says_is_predicted_counts_before_the_base(tmp_path: Path) -> None:
+    parts, marked = published.sdxl(tmp_path)
+    base = stable_base(tmp_path, parts, "StableDiffusionXLPipeline")
+    path = write(tmp_path / "plain.safetensors", marked, torch.float16)
+    assert open_single_file(path, base=base).scheduler.config["beta_end"] == 0.013
+    marked |= {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    path = write(tmp_path / "xl.safetensors", marked, torch.float16)
+    config = open_single_file(path, base=base).scheduler.config
+    assert config["prediction_type"] == "v_prediction" and config["rescale_betas_zero_snr"]
+    config = open_single_file(path, base=base, prediction="epsilon").scheduler.config
+    assert config["prediction_type"] == "epsilon"
+
+
+def test_a_base_of_another_family_is_refused(tmp_path: Path) -> None:
+    """Three families have a denoiser of the same class."""
+    (tmp_path / "xl").mkdir()
+    others, xl = published.sdxl(tmp_path / "xl")
+    parts, tensors = published.stable_diffusion(tmp_path)
+    path = write(tmp_path / "sd.safetensors", tensors, torch.float16)
+    base = stable_base(tmp_path / "xl", others, "StableDiffusionXLPipeline")
+    with pytest.raises(ValueError, match=r"no Stable Diffusion 1.x pipeline: it has a text_encoder_2"):
+        open_single_file(path, base=base)
+    wide = parts | {"unet": published.unet(cross_attention_dim=128, **published.ENDS)}
+    base = stable_base(tmp_path, wide, "StableDiffusionPipeline")
+    with pytest.raises(ValueError, match=r"its denoiser reads texts of width 128, the file's of width 64"):
+        open_single_file(path, base=base)
+    path = write(tmp_path / "xl.safetensors", xl, torch.float16)
+    with pytest.raises(ValueError, match=r"no SDXL pipeline: it has no text_encoder_2"):
+        open_single_file(path, base=base)
+
+
+def test_a_base_that_predicts_something_else_than_the_file_seems_to_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, tensors = published.stable_diffusion(tmp_path, second=True)
+    base = stable_base(tmp_path, parts, "StableDiffusionPipeline", prediction_type="v_prediction")
+    monkeypatch.setattr(families, "DEEP", "input_blocks.1.0.in_layers.2.bias")
+    tensors = tensors | {f"model.diffusion_model.{families.DEEP}": torch.zeros(64)}
+    path = write(tmp_path / "sd2.safetensors", tensors, torch.float16)
+    with pytest.warns(UserWarning, match="looks like one that predicts epsilon, .* for v_prediction"):
+        pipeline = open_single_file(path, base=base)
+    assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
+    pipeline = open_single_file(path, base=base, prediction="epsilon")
+    assert pipeline.scheduler.config["prediction_type"] == "epsilon"
+
+
+def test_a_directory_is_no_name_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tensors = published.stable_diffusion(tmp_path)
+    path = write(tmp_path / "sd.safetensors", tensors, torch.float16)
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokenizer", "./tokenizer", "../" + tmp_path.name + "/tokenizer"):
+        assert len(open_single_file(path, tokenizer=name).tokenizer) > 10
+    with pytest.raises(ValueError, match=r"there is no tokenizer in \./none"):
+        open_single_file(path, tokenizer="./none")
+
+
 @pytest.mark.parametrize("kind", ["floats", "blocks"])
 def test_what_shapes_do_not_say_comes_from_the_base(kind: str, tmp_path: Path) -> None:
     """Fewer heads, and groups of other sizes, than published models of these widths have."""
@@ -269,9 +345,8 @@ def test_what_shapes_do_not_say_comes_from_the_base(kind: str, tmp_path: Path) -
     sizes = {"block_out_channels": (32, 64), "attention_head_dim": 2, "norm_num_groups": 16}
     parts["unet"] = published.unet(cross_attention_dim=64, **sizes, **published.ENDS)
     scheduler = published.diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    unneeded = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = published.diffusers.StableDiffusionPipeline(
-        **parts, **unneeded, tokenizer=published.tokenizer(tmp_path / "tokenizer"), scheduler=scheduler
+        **parts, **UNNEEDED, tokenizer=published.tokenizer(tmp_path / "tokenizer"), scheduler=scheduler
     )
     pipeline.save_pretrained(tmp_path / "base")
     tensors = published.below("model.diffusion_model.", published.denoiser_names(parts["unet"]))
@@ -437,6 +512,15 @@ def test_files_that_lie_are_refused_by_name(make: Callable[..., Any], tmp_path: 
 
 
 def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path: Path) -> None:
+    block = "input_blocks.{}.1.transformer_blocks."
+    names = {f"input_blocks.{index}.0.out_layers.3.weight": (8, 8, 3, 3) for index in range(200)}
+    names |= {block.format(1) + f"{depth}.a": (1,) for depth in range(200)}
+    with pytest.raises(ValueError, match="39999 blocks, and the checkpoint has 400 tensors"):
+        sizes.unet({name: torch.Size(shape) for name, shape in names.items()})
+    names = {f"encoder.down.{level}.block.0.conv1.weight": (8, 8, 3, 3) for level in range(100)}
+    names |= {f"encoder.down.0.block.{index}.a": (1,) for index in range(100)}
+    with pytest.raises(ValueError, match="10000 blocks"):
+        sizes.autoencoder({name: torch.Size(shape) for name, shape in names.items()})
     shapes = {"x_embedder.proj.weight": (10**9, 1, 1, 1), "context_embedder.weight": (64, 64)}
     with pytest.raises(ValueError, match="pos_embed is 1 channels wide"):
         sizes.sd3(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from tfmq.integrations.diffusers.opening import component_modules
+from tfmq.integrations.diffusers.precision import component_modules
 from tfmq.models.denoiser import Timeless
 from tfmq.nn.swap import networks_of
 

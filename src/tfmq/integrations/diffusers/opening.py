@@ -2,16 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
+from tfmq.integrations.diffusers.precision import component_modules, in_float32
 from tfmq.integrations.diffusers.saved import absent_components
-
-
-def component_modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """Return the components of a pipeline that have weights."""
-    return {name: child for name, child in pipeline.components.items() if isinstance(child, nn.Module)}
 
 
 def _check_source(source: str | Path, path: Path) -> None:
@@ -66,13 +60,3 @@ def open_file(path: Path) -> DiffusionPipeline:
     from tfmq.integrations.diffusers.original.single_file import open_single_file
 
     return in_float32(open_single_file(path))
-
-
-def in_float32(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Return a pipeline with all components in float32."""
-    for component in component_modules(pipeline).values():
-        # Cast only where it is needed: a quantized component has float32 parameters, and tables in a dtype of
-        # their own.
-        if any(parameter.dtype != torch.float32 for parameter in component.parameters()):
-            component.float()
-    return pipeline

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tfmq.integrations.diffusers.opening import component_modules
+from tfmq.integrations.diffusers.precision import component_modules
 from tfmq.integrations.diffusers.spacing import spaced
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import image_generator

@@ -77,6 +77,12 @@ class TFMQQuantizer(DiffusersQuantizer):
     _sealed: Mapping[str, Tensor] = {}
     _at_load: AtLoad | None = None
 
+    def __init__(self, quantization_config: TFMQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # A single file is opened without a word on whether it is quantized.
+        if quantization_config.bits is not None and "structure" not in quantization_config.manifest:
+            self.pre_quantized = False
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Check that there is something to quantize by.
 

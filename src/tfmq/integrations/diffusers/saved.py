@@ -8,6 +8,7 @@ import diffusers
 # Imported so that directories which name its pipeline can be opened.
 from tfmq.integrations.diffusers import class_conditional  # noqa: F401
 from tfmq.integrations.diffusers.heads import UNet2DHeadsModel
+from tfmq.integrations.diffusers.precision import in_one_precision
 from tfmq.integrations.diffusers.quantizer import register_quantizer
 from tfmq.storage.atomic import read_json
 
@@ -25,7 +26,10 @@ def absent_components(directory: Path) -> dict[str, None]:
 def load_pipeline(directory: Path) -> diffusers.DiffusionPipeline:
     """Load a pipeline directory."""
     register_quantizer()
-    return diffusers.DiffusionPipeline.from_pretrained(str(directory), **absent_components(directory))
+    # diffusers opens models in float32, transformers in the precision of their files.
+    return in_one_precision(
+        diffusers.DiffusionPipeline.from_pretrained(str(directory), **absent_components(directory))
+    )
 
 
 def component_class(name: str) -> Any:

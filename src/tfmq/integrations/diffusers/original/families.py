@@ -76,6 +76,7 @@ class Family:
         latents: factors of the autoencoder's latents.
         encoders: the text encoders.
         scheduler: class and fields of the scheduler, by the names of all tensors and what is predicted.
+        shown: the fields of these that names of tensors tell of; a scheduler that has others gives way.
         optional: encoders that the pipeline may go without.
     """
 
@@ -90,6 +91,7 @@ class Family:
     encoders: tuple[Encoder, ...]
     scheduler: Callable[[Tensors, Prediction], tuple[str, dict[str, Any]]]
     optional: tuple[str, ...] = ()
+    shown: Callable[[Tensors], dict[str, Any]] = lambda names: {}
 
 
 def _pndm(names: Tensors, prediction: Prediction) -> tuple[str, dict[str, Any]]:
@@ -120,15 +122,25 @@ def _euler(names: Tensors, prediction: Prediction) -> tuple[str, dict[str, Any]]
     }
 
 
+def _euler_marks(names: Tensors) -> dict[str, Any]:
+    predicted = {"prediction_type": "v_prediction"} if "v_pred" in names else {}
+    return predicted | ({"rescale_betas_zero_snr": True} if "ztsnr" in names else {})
+
+
 def _flow(names: Tensors, prediction: Prediction) -> tuple[str, dict[str, Any]]:
     return "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}
 
 
+def _flux_mark(names: Tensors) -> dict[str, Any]:
+    # The model that is distilled for few steps has no embedding of a guidance scale.
+    return {"use_dynamic_shifting": any("guidance_in." in name for name in names)}
+
+
 def _flux_flow(names: Tensors, prediction: Prediction) -> tuple[str, dict[str, Any]]:
-    guided = any("guidance_in." in name for name in names)
+    mark = _flux_mark(names)
     return "FlowMatchEulerDiscreteScheduler", {
-        "shift": 3.0 if guided else 1.0,
-        "use_dynamic_shifting": guided,
+        "shift": 3.0 if mark["use_dynamic_shifting"] else 1.0,
+        **mark,
         "base_shift": 0.5,
         "max_shift": 1.15,
         "base_image_seq_len": 256,
@@ -181,6 +193,7 @@ SDXL = Family(
         ),
     ),
     scheduler=_euler,
+    shown=_euler_marks,
 )
 STABLE_3 = Family(
     title="Stable Diffusion 3",
@@ -213,6 +226,7 @@ FLUX_1 = Family(
         Encoder("text_encoder_2", _modern("t5xxl"), "t5"),
     ),
     scheduler=_flux_flow,
+    shown=_flux_mark,
 )
 
 

@@ -2,124 +2,37 @@
 precision; nothing is downloaded.
 """
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
-from tfmq.integrations.diffusers.opening import component_modules, in_float32
 from tfmq.integrations.diffusers.original import encoders
+from tfmq.integrations.diffusers.original.base import check_texts, given_parts, like, scheduler_of
 from tfmq.integrations.diffusers.original.families import (
     Encoder,
     Family,
     Prediction,
-    denoiser_prefix,
-    family_of,
-    prediction_of,
 )
-from tfmq.integrations.diffusers.original.files import ILL_FITTING
+from tfmq.integrations.diffusers.original.file_parts import AUTOENCODERS, SingleFile, named_file
 from tfmq.integrations.diffusers.original.fit import fit
 from tfmq.integrations.diffusers.original.integer import integer_denoiser
-from tfmq.integrations.diffusers.original.reading import reader_of
 from tfmq.integrations.diffusers.original.rows import from_original
 from tfmq.integrations.diffusers.original.stock import lengths_of, placed, stock_denoiser
-from tfmq.integrations.diffusers.saved import absent_components
-from tfmq.nn.submodules import submodules
-from tfmq.quantizers.part import Part
-from tfmq.storage.atomic import read_json
-from tfmq.storage.directory import PIPELINE_FILE
+from tfmq.integrations.diffusers.precision import in_one_precision
 
 CLIP = "openai/clip-vit-large-patch14"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 VOCABULARIES = ("tokenizer.json", "vocab.json")
-AUTOENCODERS = ("first_stage_model.", "vae.")
 # Parts of pipelines that no single file has and that no image needs.
 UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-# What trainings keep beside a model: noise schedules, averages, losses, marks of what is predicted.
-KEPT_BESIDE = (
-    "alphas_cumprod",
-    "betas",
-    "cond_stage_model.logit_scale",
-    "denoiser.sigmas",
-    "log_one_minus_alphas_cumprod",
-    "logvar",
-    "model_ema.",
-    "posterior_",
-    "sqrt_",
-    "v_pred",
-    "ztsnr",
-)
-
-
-class SingleFile:
-    """The tensors of a file, sorted into the parts of a pipeline.
-
-    Raises:
-        CheckpointError: it is no safetensors or GGUF file, or a damaged one.
-        ValueError: it is of no layout that is read here.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, reader = path, reader_of(path)
-        self.source = {"format": reader.format, "file": path.name}
-        self.tensors, layers = reader.read(path)
-        with _named(path):
-            self.prefix = denoiser_prefix(self.tensors)
-            if elsewhere := [name for name in layers if not name.startswith(self.prefix)]:
-                raise ValueError(f"{elsewhere[0]} is quantized, which layers of the denoiser alone may be")
-            self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
-            self.denoiser = self.below(self.prefix)
-            self.family = family_of(encoders.shapes_of(self.denoiser), self.tensors)
-
-    def below(self, *prefixes: str) -> dict[str, Tensor]:
-        """Return the tensors below the first of `prefixes` that has any, without it."""
-        for prefix in prefixes:
-            found = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in self.tensors.items()
-                if name.startswith(prefix)
-            }
-            if found:
-                return found
-        return {}
-
-    def unused(self) -> list[str]:
-        """Return the names of tensors that no part of a pipeline has."""
-        used = (
-            self.prefix,
-            *AUTOENCODERS,
-            *KEPT_BESIDE,
-            *(prefix for encoder in self.family.encoders for prefix in _owned(encoder)),
-        )
-        return [] if not self.prefix else [name for name in self.tensors if not name.startswith(used)]
-
-
-def _owned(encoder: Encoder) -> tuple[str, ...]:
-    """Return the beginnings of an encoder's names, and of what stands beside them."""
-    return tuple(prefix.rpartition(".transformer.")[0] or prefix for prefix in encoder.prefixes)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file where something is wrong with what it holds."""
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(f"{path}: the checkpoint lacks {error.args[0]}") from error
-    except ValueError as error:
-        # Errors of a kind of their own name the file already.
-        if type(error) is not ValueError:
-            raise
-        raise ValueError(f"{path}: {error}") from error
-    except ILL_FITTING as error:
-        raise ValueError(f"{path}: its tensors are not those of this layout: {error}") from error
 
 
 def denoiser_of(
@@ -142,8 +55,11 @@ def _tokenizer(encoder: Encoder, source: str) -> CLIPTokenizer:
     Raises:
         ValueError: there is none.
     """
-    found = (try_to_load_from_cache(source, name) for name in VOCABULARIES) if source.count("/") == 1 else ()
-    cached = next((Path(path).parent for path in found if isinstance(path, str)), None)
+    cached = None
+    # An id of the hub is two names with a slash between, which a path may be too.
+    if HUB_ID.fullmatch(source) and not Path(source).is_dir():
+        found = (try_to_load_from_cache(source, name) for name in VOCABULARIES)
+        cached = next((Path(path).parent for path in found if isinstance(path, str)), None)
     directory = cached or Path(source)
     # Without a vocabulary transformers builds a tokenizer that knows nothing.
     if not any((directory / name).is_file() for name in VOCABULARIES):
@@ -175,36 +91,6 @@ def _texts(file: SingleFile, given: Mapping[str, Any], tokenizer: str) -> dict[s
     return parts
 
 
-def _like(family: Family, base: Path) -> dict[str, Any]:
-    """Return the configuration of the denoiser of the pipeline in `base`.
-
-    Raises:
-        ValueError: it is no pipeline of this family.
-        CheckpointError: its index or that configuration cannot be read.
-    """
-    index = read_json(base / PIPELINE_FILE)
-    if index.get(family.component) != ["diffusers", family.denoiser]:
-        raise ValueError(f"{base} is no {family.title} pipeline: it has no {family.denoiser}")
-    config = read_json(base / family.component / "config.json")
-    return {name: value for name, value in config.items() if name != "quantization_config"}
-
-
-def _given(file: SingleFile, base: Path | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the parts of the pipeline in `base` that the file does not hold, in `dtype`."""
-    if base is None:
-        return {}
-    family = file.family
-    held = [encoder.name for encoder in family.encoders if file.below(*encoder.prefixes)]
-    held += ["vae"] if file.below(*AUTOENCODERS) else []
-    without = {name: None for name in (family.component, *held)}
-    pipeline = DiffusionPipeline.from_pretrained(str(base), **(absent_components(base) | without))
-    found = {name: part for name, part in pipeline.components.items() if part is not None}
-    for part in found.values():
-        if isinstance(part, nn.Module) and not any(submodules(part, Part)):
-            part.to(dtype)
-    return found
-
-
 def pipeline_of(
     file: SingleFile,
     denoiser: ModelMixin,
@@ -219,19 +105,15 @@ def pipeline_of(
         known = ", ".join(map(str, family.pipelines))
         raise ValueError(f"{file.path}: {channels} input channels; {family.title} is read with {known}")
     kind = getattr(diffusers, family.pipelines[channels])
-    given = _given(file, base, denoiser.dtype)
-    with _named(file.path):
+    given = given_parts(file, base, denoiser.dtype)
+    with named_file(file.path):
         texts = _texts(file, given, tokenizer or CLIP)
         tensors = file.below(*AUTOENCODERS)
         vae = {"vae": encoders.autoencoder(tensors, **family.latents)} if tensors else {}
-        predicted = prediction or prediction_of(family, file.denoiser, file.tensors)
-        name, fields = family.scheduler(file.tensors, predicted)
-        scheduler = {"scheduler": getattr(diffusers, name)(**fields)}
-        parts = {**scheduler, **given, **vae, **texts, family.component: denoiser}
+        scheduler = {"scheduler": scheduler_of(file, given.get("scheduler"), prediction)}
+        parts = {**given, **scheduler, **vae, **texts, family.component: denoiser}
         pipeline: DiffusionPipeline = kind(**_complete(kind, family, parts))
-    # A pipeline hands tensors from part to part, which do not compute with those of another precision.
-    mixed = {part.dtype for part in component_modules(pipeline).values()} != {denoiser.dtype}
-    return in_float32(pipeline) if mixed else pipeline
+    return in_one_precision(pipeline)
 
 
 def _complete(kind: Any, family: Family, parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,11 +166,13 @@ def open_single_file(
     file = SingleFile(path)
     if unused := file.unused():
         warnings.warn(f"{path}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=2)
-    like = None if base is None else _like(file.family, base)
-    with _named(path):
+    config = None if base is None else like(file.family, base)
+    with named_file(path):
         denoiser = (
-            integer_denoiser(file.family, file.denoiser, file.layers, source=file.source, like=like)
+            integer_denoiser(file.family, file.denoiser, file.layers, source=file.source, like=config)
             if file.layers
-            else denoiser_of(file.family, file.denoiser, like)
+            else denoiser_of(file.family, file.denoiser, config)
         )
+    if base is not None and config is not None:
+        check_texts(file, denoiser, config, base)
     return pipeline_of(file, denoiser, base=base, tokenizer=tokenizer, prediction=prediction)

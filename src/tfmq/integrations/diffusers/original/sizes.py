@@ -57,6 +57,16 @@ def heads_of(width: int, head: int) -> int:
     return width // head
 
 
+def _check_room(shapes: Shapes, parts: int) -> None:
+    """Refuse a model of more parts than the file has tensors, before it is built.
+
+    Raises:
+        ValueError: says both numbers.
+    """
+    if parts > len(shapes):
+        raise ValueError(f"it would have {parts} blocks, and the checkpoint has {len(shapes)} tensors")
+
+
 def _levels(shapes: Shapes) -> list[list[tuple[int, int]]]:
     """Return the width and the number of transformer blocks of every layer on the way down, level by
     level.
@@ -90,6 +100,7 @@ def unet(shapes: Shapes) -> dict[str, Any]:
     levels = _levels(shapes)
     widths = tuple(level[-1][0] for level in levels)
     depths = [level[0][1] for level in levels]
+    _check_room(shapes, sum(len(levels[0]) * (1 + depth) for depth in depths))
     listed = _listed(depths, count(shapes, "middle_block.1.transformer_blocks."))
     linear = len(shapes.get("middle_block.1.proj_in.weight", ())) == 2
     context = shape_of(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
@@ -183,6 +194,7 @@ def autoencoder(shapes: Shapes) -> dict[str, Any]:
     widths = tuple(
         shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)
     )
+    _check_room(shapes, levels * count(shapes, "encoder.down.0.block."))
     return {
         "in_channels": shape_of(shapes, "encoder.conv_in.weight", 4)[1],
         "out_channels": shape_of(shapes, "decoder.conv_out.weight", 4)[0],
