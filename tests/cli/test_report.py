@@ -62,6 +62,15 @@ def test_a_whole_model_is_pushed_with_its_card(
     assert tfmq(*command).status == 1 and not pushed
 
 
+def test_a_model_without_a_job_is_told_what_a_report_is_of(
+    tfmq: Run, quantized: Path, tmp_path: Path
+) -> None:
+    imported = shutil.copytree(quantized, tmp_path / "q")
+    (imported / "tfmq_report.json").unlink()
+    result = tfmq("report", imported, "--output-dir", tmp_path / "r")
+    assert result.status == 1 and "models that were imported" in result.err and result.err.count("\n") == 1
+
+
 def test_what_is_refused(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> None:
     for arguments, cause in (
         ((model,), "holds no model quantized"),

@@ -24,7 +24,7 @@ from tfmq.report.summary import (
 )
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import MANIFEST_FILE
-from tfmq.storage.errors import ForeignFileError
+from tfmq.storage.errors import ForeignFileError, MissingFileError
 
 MODEL_REPORT = "tfmq_report.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -227,6 +227,11 @@ def gather(
     if base_model is not None and not HUB_ID.fullmatch(base_model):
         raise ValueError(f"{base_model!r} is no hub id; give owner/name")
     manifest = stored_manifest(directory).values
+    if not (directory / MODEL_REPORT).exists():
+        raise MissingFileError(
+            f"{directory} has no {MODEL_REPORT}: `tfmq quantize` leaves it, and models that were imported or "
+            "quantized at load have none; tfmq compare and tfmq evaluate take them"
+        )
     report = read_json(directory / MODEL_REPORT)
     evaluated = _read(evaluation, read_evaluation)
     analysed = _read(analysis, read_analysis)
