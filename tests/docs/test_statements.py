@@ -29,7 +29,7 @@ def test_the_changelog_knows_the_version() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     text = page("SECURITY.md")
     assert f"{atomic.JSON_BYTES // 2**20} MiB and {atomic.JSON_DEPTH} levels" in text
-    assert f"at most {container._HEADER_LIMIT // 10**6} MB" in text
+    assert f"a safetensors header has at most {container._HEADER_LIMIT // 2**20} MiB" in text
     assert f"{yaml.MOST_BYTES // 2**10} KiB, {yaml.MOST_DEPTH} levels and {yaml.MOST_VALUES} values" in text
     assert f"answers on {NAMES[0]} alone" in text
 

@@ -125,7 +125,8 @@ def _read_header(path: Path, *, size: int) -> tuple[int, dict[str, Any]]:
         if length > _HEADER_LIMIT or stream.peek(1)[:1] not in (b"{", b""):
             raise ForeignFileError(
                 f"{path} is not a safetensors file: its first {_LENGTH.size} "
-                f"bytes are no header length ({length}, and at most {_HEADER_LIMIT} bytes are read)"
+                f"bytes are no header length ({length}; at most {_HEADER_LIMIT} bytes are read); "
+                "pass a safetensors file"
             )
         if _LENGTH.size + length > size:
             raise TruncatedFileError(
