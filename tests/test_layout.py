@@ -161,7 +161,7 @@ MANY_ARGUMENTS = {
     "kernels/device.py": {"convolution_codes"},
     # Signatures of torch and diffusers.
     "numerics/attention.py": {"Attention.of"},
-    "numerics/operations.py": {"function", "skip_init"},
+    "numerics/operations.py": {"function"},
     "kernels/halves.py": {"torch.ops.onednn.qlinear_pointwise"},
     "kernels/onednn_part.py": {"operator"},
     "evaluation/cost/roofline.py": {"torch.ops.onednn.qlinear_pointwise"},

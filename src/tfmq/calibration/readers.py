@@ -45,9 +45,8 @@ class _Origins(TorchDispatchMode):
         """Return the output as the beginning of what is followed."""
 
         def begin(leaf: Tensor) -> Tensor:
-            copy = leaf.detach().clone()
             # What leaves torch, where nothing is followed, fails on a tensor that asks for its gradient.
-            copy = copy.requires_grad_().clone() if leaf.is_floating_point() else copy
+            copy = leaf.detach().requires_grad_(leaf.is_floating_point()).clone()
             self._held.pop(copy.untyped_storage()._cdata, None)
             self._hold(copy, {name})
             return copy

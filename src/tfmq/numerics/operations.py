@@ -132,9 +132,15 @@ class Linear(Operation):
 
 
 class Sliding(Operation):
-    """A window that slides over one to three spatial axes; channels are axis 1 of `x`."""
+    """A window that slides over one to three spatial axes; channels are axis 1 of `x`.
+
+    Attributes:
+        stock: classes of the stock modules, over one, two and three axes. They take the fields of the
+            operation by name.
+    """
 
     channel_axis: ClassVar[int] = 1
+    stock: ClassVar[tuple[type[nn.Module], ...]]
 
     def places(self, output: Tensor) -> int:
         """Return the number of pixels of a sample."""
@@ -166,6 +172,11 @@ class Sliding(Operation):
         sizes, window = input[2:], self.window(weight[2:])
         return prod(weight) * input[0] * prod(sizes if window.spaced else window.places(sizes))
 
+    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
+        """Return the stock module over as many axes as the kernel has, with the fields of the operation."""
+        kind, channels = self.stock[len(weight) - 3], weight[1] * self.groups
+        return skip_init(kind, channels, weight[0], weight[2:], **vars(self), **options)
+
 
 @dataclass(frozen=True)
 class Convolution(Sliding):
@@ -176,6 +187,7 @@ class Convolution(Sliding):
     dilation: tuple[int, ...]
     groups: int
     kind: ClassVar[str] = "convolution"
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the convolution of `x` over one to three spatial axes."""
@@ -191,20 +203,6 @@ class Convolution(Sliding):
             dilation=self.dilation,
             border=self._border(kernel),
             spacing=once,
-        )
-
-    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
-        """Return a convolution over as many axes as the kernel has."""
-        return skip_init(
-            (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(weight) - 3],
-            weight[1] * self.groups,
-            weight[0],
-            weight[2:],
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            **options,
         )
 
     def _border(self, kernel: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -230,6 +228,11 @@ class TransposedConvolution(Sliding):
     dilation: tuple[int, ...]
     groups: int
     kind: ClassVar[str] = "transposed convolution"
+    stock: ClassVar[tuple[type[nn.Module], ...]] = (
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+    )
     described: ClassVar[str | None] = "transposed_convolution"
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -237,21 +240,6 @@ class TransposedConvolution(Sliding):
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
         return function(
             x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )
-
-    def module(self, weight: Sequence[int], **options: Any) -> nn.Module:
-        """Return a transposed convolution over as many axes as the kernel has."""
-        return skip_init(
-            (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(weight) - 3],
-            weight[1] * self.groups,
-            weight[0],
-            weight[2:],
-            stride=self.stride,
-            padding=self.padding,
-            output_padding=self.output_padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            **options,
         )
 
     def rows(self, weight: Tensor) -> Tensor:
