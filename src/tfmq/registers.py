@@ -6,12 +6,12 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
-def register(register: MutableMapping[str, Value], name: str, value: Value) -> None:
+def register(known: MutableMapping[str, Value], name: str, value: Value) -> None:
     """Put `value` into a register under `name`.
 
     Raises:
         ValueError: the name is taken.
     """
-    if name in register:
-        raise ValueError(f"{name} is registered already; choose a name beside {', '.join(register)}")
-    register[name] = value
+    if name in known:
+        raise ValueError(f"{name} is registered already; choose a name beside {', '.join(known)}")
+    known[name] = value
