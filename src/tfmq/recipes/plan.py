@@ -7,7 +7,7 @@ from tfmq.models.program import LayerTrace, Trace
 from tfmq.nn.plan import Plan
 from tfmq.nn.scheme import ActivationScheme, Key, LayerScheme, OperandScheme, WeightScheme
 from tfmq.numerics.groups import group_widths
-from tfmq.recipes.recipe import Activations, Recipe
+from tfmq.recipes.recipe import Activations, Recipe, Rule
 
 
 def _roles(layer: LayerTrace, first: str, last: str) -> frozenset[str]:
@@ -98,6 +98,11 @@ def last_layer(trace: Trace) -> str:
     return _seeing(trace)[-1]
 
 
+def _spares_what_it_quantizes(rule: Rule) -> bool:
+    """Whether a rule gives bits to the inputs of layers that it leaves in full precision."""
+    return rule.weights.get("bits", 0) is None and rule.activations.get("bits") is not None
+
+
 def _check_rules(recipe: Recipe, roles: Mapping[str, frozenset[str]], owners: Set[str]) -> None:
     """Refuse a rule that matches nothing, and warn of one that changes nothing; `owners` are modules with
     products.
@@ -119,8 +124,7 @@ def _check_rules(recipe: Recipe, roles: Mapping[str, frozenset[str]], owners: Se
                 ),
                 stacklevel=3,
             )
-        spares = rule.weights.get("bits", 0) is None and rule.activations.get("bits") is not None
-        if spares and not matched & owners:
+        if _spares_what_it_quantizes(rule) and not matched & owners:
             warnings.warn(
                 (
                     f"the rule {rule.match!r} of recipe {recipe.name} leaves its layers in full precision; "
