@@ -57,10 +57,7 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
     weight = weights.format()
     if weight is None:
         return None
-    segments = activations.segments(layer.segments, direct=layer.direct)
-    if activations.group and layer.tokenwise and not layer.temporal and activations.bits:
-        widths = group_widths(segments or (layer.channels,), activations.group)
-        segments = widths if len(widths) > 1 else ()
+    segments = _segments(activations, layer)
     return LayerScheme(
         weight=WeightScheme(
             grid=weight,
@@ -82,6 +79,15 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
         equalizers=() if layer.temporal else rescaling.equalizers,
         rotation=0 if layer.temporal else rescaling.rotation,
     )
+
+
+def _segments(activations: Activations, layer: LayerTrace) -> tuple[int, ...]:
+    """Return the widths of the segments of a layer's input that have scales of their own."""
+    segments = activations.segments(layer.segments, direct=layer.direct)
+    if not (activations.group and activations.bits and layer.tokenwise) or layer.temporal:
+        return segments
+    widths = group_widths(segments or (layer.channels,), activations.group)
+    return widths if len(widths) > 1 else ()
 
 
 def _product(activations: Activations) -> ActivationScheme | None:
