@@ -2,6 +2,7 @@ import json
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,13 +55,22 @@ MALFORMED: dict[str, tuple[bytes, type[CheckpointError]]] = {
     "offsets reversed": (entry(data_offsets=[3, 0]), ForeignFileError),
     "offsets not numbers": (entry(data_offsets=["0", "3"]), ForeignFileError),
     "offsets missing": (entry(data_offsets=None), ForeignFileError),
-    "offsets beyond the file": (entry(data_offsets=[0, 10**30]), TruncatedFileError),
+    "offsets beyond the file": (entry(data_offsets=[0, 2**60], shape=[2**60]), TruncatedFileError),
     "metadata not strings": (with_header(b'{"__metadata__":{"a":1}}', data=b""), ForeignFileError),
     "pickle": (pickle.dumps({"weight": list(range(100))}), ForeignFileError),
     "zip": (b"PK\x03\x04" + bytes(200), ForeignFileError),
     "large file pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ForeignFileError),
     "JSON": (b'{\n "format": "tfmq"\n}\n', ForeignFileError),
 }
+
+
+@pytest.mark.parametrize("shape", [[4], [-3], [True], "3", None, [2**70]])
+def test_a_tensor_of_another_size_is_named(tmp_path: Path, shape: Any) -> None:
+    content = entry(shape=shape)
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ForeignFileError, match="entry for tensor 'a' whose 3 bytes are not those of U8"):
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("name", MALFORMED)

@@ -231,7 +231,7 @@ CONTENTS: dict[str, tuple[bytes, type[Exception], str]] = {
     "a product beyond 64 bits": (
         framed(b'{"x":{"dtype":"I8","shape":[4294967296,4294967296,4],"data_offsets":[0,4]}}', bytes(4)),
         ForeignFileError,
-        "not a valid safetensors file",
+        "'x' whose 4 bytes are not those of",
     ),
     "negative offsets": (
         framed(b'{"x":{"dtype":"I8","shape":[4],"data_offsets":[-4,0]}}'),
@@ -241,7 +241,7 @@ CONTENTS: dict[str, tuple[bytes, type[Exception], str]] = {
     "another shape": (
         framed(b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,4]}}', bytes(4)),
         ForeignFileError,
-        "not a valid safetensors file",
+        "'x' whose 4 bytes are not those of",
     ),
     "an unknown dtype": (
         framed(b'{"x":{"dtype":"Q4","shape":[4],"data_offsets":[0,4]}}', bytes(4)),

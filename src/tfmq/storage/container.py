@@ -10,6 +10,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ _DTYPES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+# Bytes of a value of each dtype.
+_SIZES = {name: dtype.itemsize for dtype, name in _DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 # Bytes of a header. The format's own bound is 100 MB, and parsed that takes 25 times as much: no header of
 # models has more than some of these, since a tensor takes a hundred bytes.
@@ -161,6 +164,18 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _check_size(path: Path, name: str, entry: dict[str, Any], size: int) -> None:
+    """Check that `size` bytes are those of the dtype and the shape of an entry."""
+    match entry.get("shape"):
+        case [*widths] if all(type(width) is int and width >= 0 for width in widths):
+            if size == prod(widths) * _SIZES[entry["dtype"]]:
+                return
+    raise ForeignFileError(
+        f"{path} has an entry for tensor {shown(name)} whose {size} bytes are not those of "
+        f"{entry['dtype']} {shown(entry.get('shape'))}; copy or save it again"
+    )
+
+
 def _data_length(path: Path, header: dict[str, Any]) -> int:
     """Return the bytes of data that `header` declares."""
     length = 0
@@ -168,7 +183,8 @@ def _data_length(path: Path, header: dict[str, Any]) -> int:
         if name == _METADATA:
             continue
         match entry:
-            case {"dtype": str(dtype), "data_offsets": [int(_), int(end)]} if dtype in _DTYPES.values():
+            case {"dtype": str(dtype), "data_offsets": [int(start), int(end)]} if dtype in _SIZES:
+                _check_size(path, name, entry, end - start)
                 length = max(length, end)
             case _:
                 raise ForeignFileError(
