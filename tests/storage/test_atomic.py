@@ -3,6 +3,7 @@ import os
 import stat
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,31 @@ def test_file_and_then_directory_are_synced(old: Path, monkeypatch: pytest.Monke
     with atomic_write(old) as temporary:
         temporary.write_bytes(b"new")
     assert synced == [(False, b"old"), (True, b"new")]
+
+
+def test_on_macos_the_drive_is_flushed_too(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the system's module; else `fsync` is all there is."""
+    flushed: list[tuple[bool, int]] = []
+
+    def control(descriptor: int, command: int) -> None:
+        flushed.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), command))
+        if failing:
+            raise OSError(failing, os.strerror(failing))
+
+    monkeypatch.setattr(atomic, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
+    failing = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", None)
+        write_json(old, {})
+    assert flushed == [(False, 51), (True, 51)]
+    failing = errno.ENOTSUP
+    write_json(old, {"a": 1})
+    assert read_json(old) == {"a": 1}
+    failing = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        write_json(old, {})
+    monkeypatch.setattr(atomic, "fcntl", None)
+    write_json(old, {})
 
 
 def test_on_windows_no_directory_is_opened(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
