@@ -162,6 +162,14 @@ def test_what_cannot_be_quantized_is_refused(stored: Callable[..., Any], tmp_pat
         kind.from_pretrained(tmp_path / "stock", quantization_config=config())
 
 
+def test_bits_of_a_quantized_model_are_its_own(stored: Callable[..., Any], tmp_path: Path) -> None:
+    kind, _, _ = stored("unet")
+    kind.from_pretrained(tmp_path / "stock", quantization_config=config()).save_pretrained(tmp_path / "low")
+    with pytest.warns(UserWarning, match="bits='w4a8' has no effect: the model is quantized already"):
+        found = kind.from_pretrained(tmp_path / "low", quantization_config=config("w4a8"))
+    assert found.config["quantization_config"].manifest["provenance"]["at_load"] == {"bits": "w8a8"}
+
+
 def test_the_same_tensors_read_otherwise_have_another_key(stored: Callable[..., Any], tmp_path: Path) -> None:
     """Inputs on the grid of each token leave no tensor behind; a cache must tell them apart all the same."""
     kind, _, _ = stored("unet")

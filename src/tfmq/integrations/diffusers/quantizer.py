@@ -5,6 +5,7 @@ diffusers has no public registration; `register_quantizer` fills its two tables 
 `diffusers.quantizers.auto`, and has it heed the backend of a config that a model is loaded with.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -219,6 +220,10 @@ def _heeding(merge: Callable[..., Any]) -> Callable[..., Any]:
         config = merge(stored, None if ours else given)
         if ours:
             config.backend = given.backend
+            if given.bits is not None:
+                warnings.warn(
+                    f"bits={given.bits!r} has no effect: the model is quantized already", stacklevel=2
+                )
         return config
 
     setattr(merged, METHOD, True)
