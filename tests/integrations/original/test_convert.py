@@ -5,6 +5,7 @@ files and read back.
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -554,6 +555,19 @@ def test_nothing_that_a_file_names_is_called(tmp_path: Path, function: Callable[
     ):
         import_checkpoint(checkpoint, config)
     assert not sign.exists()
+
+
+def test_compressed_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    """A file of a megabyte could hold a gigabyte of zeros."""
+    checkpoint, config = write(tmp_path, {"w": torch.zeros(1)}, DDIM)
+    with zipfile.ZipFile(checkpoint) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(checkpoint, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    assert torch.load(checkpoint, weights_only=True)["w"].tolist() == [0]
+    with pytest.raises(ValueError, match=r"model\.ckpt is compressed \('.*'\), which torch does not do"):
+        import_checkpoint(checkpoint, config)
 
 
 def test_what_does_not_fit_is_listed(original: SimpleNamespace, randomized: Fill, tmp_path: Path) -> None:

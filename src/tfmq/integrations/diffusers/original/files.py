@@ -1,6 +1,7 @@
 """Read an original checkpoint and its configuration without running anything that they contain."""
 
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 # but in the pickle module.
 from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]
 
-from tfmq.errors import require
+from tfmq.errors import require, shown
 from tfmq.storage.atomic import read_tensors
 
 # Errors that a value of the wrong kind leads to: text for a number, a number for a list, a negative width.
@@ -60,6 +61,25 @@ def _foreign_names(path: Path) -> list[str]:
         return []
 
 
+def _check_stored(path: Path) -> None:
+    """Check that a torch file is no larger in memory than on disk: torch compresses nothing, and a compressed
+    file of a megabyte can hold gigabytes.
+
+    Raises:
+        ValueError: a part of it is compressed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        # A file of an older torch, or a damaged one: `torch.load` will say more.
+        return
+    if packed := [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]:
+        raise ValueError(
+            f"{path} is compressed ({shown(packed[0])}), which torch does not do; save it as .safetensors"
+        )
+
+
 def read_checkpoint(path: Path) -> Any:
     """Return what a checkpoint holds: the tensors of a `.safetensors` file, or the tensors, lists and
     mappings of a torch file.
@@ -74,6 +94,7 @@ def read_checkpoint(path: Path) -> Any:
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
+    _check_stored(path)
     try:
         with torch.serialization.safe_globals([(LeftOut, name) for name in _foreign_names(path)]):
             return torch.load(path, map_location="cpu", weights_only=True)
