@@ -266,6 +266,22 @@ def test_a_scheduler_comes_from_the_base_or_from_the_file(tmp_path: Path) -> Non
     assert plain.scheduler.config["prediction_type"] == "epsilon"
 
 
+def test_an_older_spelling_of_the_encoder_is_read(tmp_path: Path) -> None:
+    """Before there was a projection beside it, the text model had no name of its own."""
+    _, tensors = published.stable_diffusion(tmp_path)
+    older = {name.replace("transformer.text_model.", "transformer."): t for name, t in tensors.items()}
+    assert older.keys() != tensors.keys()
+    tokens = str(tmp_path / "tokenizer")
+    states = [
+        open_single_file(
+            write(tmp_path / f"{name}.safetensors", held, torch.float16), tokenizer=tokens
+        ).text_encoder.state_dict()
+        for name, held in (("new", tensors), ("old", older))
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 UNNEEDED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -377,6 +393,9 @@ def test_what_shapes_do_not_say_comes_from_the_base(kind: str, tmp_path: Path) -
 
 REFUSED = {
     "lora_unet_down.weight": "a LoRA",
+    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA",
+    "unet.down_blocks.0.attentions.0.proj_in.lora.down.weight": "a LoRA",
+    "down_blocks.0.attentions.0.proj_in.hada_w1_a": "a LoRA",
     "control_model.input_blocks.0.0.weight": "a ControlNet",
     "edm_mean": "EDM",
     "model.diffusion_model.distilled_guidance_layer.in_proj.weight": "Chroma",

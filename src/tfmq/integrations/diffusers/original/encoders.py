@@ -85,6 +85,8 @@ def clip(tensors: Tensors, tokenizer: Any, *, projected: bool, activation: str) 
         ValueError: keys do not fit.
     """
     kept = _without_extras(tensors)
+    if "embeddings.token_embedding.weight" in kept:  # Older files have no `text_model` in their names.
+        kept = {f"text_model.{name}": tensor for name, tensor in kept.items()}
     config = sizes.clip(shapes_of(kept)) | {"hidden_act": activation}
     if tokenizer is not None:
         # The encoder looks for the end of a text by its number.

@@ -22,7 +22,6 @@ UNET, SD3, FLUX = (
 ADDED, DEEP = "label_emb.0.0.weight", "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # Files that are recognised to be refused by name, each by the beginning of one of its keys.
 OTHERS = {
-    "lora_": "a LoRA",
     "control_model.": "a ControlNet",
     "edm_": "a model of EDM's noise schedule, such as Playground 2.5",
     "model.diffusion_model.label_emb.weight": "the x4 upscaler",
@@ -33,6 +32,8 @@ OTHERS = {
     "down_blocks.": "one component in diffusers' own layout: pass the directory of its pipeline",
     "transformer_blocks.": "one component in diffusers' own layout: pass the directory of its pipeline",
 }
+# What names of tensors contain in the files of adapters, whatever they begin with: LoRA, LoHa, LoKr.
+ADAPTERS = ("lora_", "lora.", "hada_w", "lokr_w")
 NOISE: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -236,12 +237,14 @@ def denoiser_prefix(tensors: Tensors) -> str:
     Raises:
         ValueError: the file is of no layout that is read here; names it where it is known.
     """
+    places = [prefix for prefix in PREFIXES if any(f"{prefix}{key}" in tensors for key in (UNET, SD3, FLUX))]
+    if not places and any(part in name for name in tensors for part in ADAPTERS):
+        raise ValueError("it is a LoRA: pass the model, and load the LoRA into its pipeline")
     for start, title in OTHERS.items():
         if any(name.startswith(start) for name in tensors):
             raise ValueError(f"it is {title}")
-    for prefix in PREFIXES:
-        if any(f"{prefix}{key}" in tensors for key in (UNET, SD3, FLUX)):
-            return prefix
+    if places:
+        return places[0]
     known = ", ".join(family.title for family in (SD1, SD2, SDXL, STABLE_3, FLUX_1))
     raise ValueError(f"its keys are those of no layout that is known here: {known}")
 
