@@ -48,9 +48,9 @@ def short(recipe: Recipe, *, steps: int, samples: int) -> Recipe:
     """Return a recipe that takes seconds and still goes through every stage."""
     calibration = replace(recipe.calibration, steps=steps, samples=samples, interval=1, batch_size=samples)
     temporal = replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=3))
-    return replace(
-        recipe, calibration=calibration, temporal=temporal, learning=replace(recipe.learning, iterations=3)
-    )
+    tuning = replace(recipe.tuning, iterations=min(2, recipe.tuning.iterations))
+    learning = replace(recipe.learning, iterations=3)
+    return replace(recipe, calibration=calibration, temporal=temporal, learning=learning, tuning=tuning)
 
 
 def digest(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import tfmq
 from tfmq.recipes.paper import released
-from tfmq.recipes.presets import brecq, fast, fp4, group, rotate, rtn, smooth, svd, transformer
+from tfmq.recipes.presets import brecq, fast, fp4, group, rotate, rtn, smooth, svd, transformer, tuned
 from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 
 
@@ -78,6 +78,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "rescaled": lambda recipe: rescaled(recipe, "ranges"),
     "peaks": lambda recipe: rescaled(recipe, "peaks"),
     "rotated": rotated,
+    "tuned": tuned,
     "smooth": smooth,
     "rotate": rotate,
     "bias": lambda recipe: corrected(recipe, "bias"),
@@ -99,7 +100,9 @@ OF_INPUTS = ("w8a8", "w4a8", "w6a6", "w4a4")
 DOORS = ("w8a8", "w4a8", "w4a4")
 TRIED = {
     **dict.fromkeys(("fast", "transformer"), OF_INPUTS),
-    **dict.fromkeys(("rescaled", "peaks", "rotated", "smooth", "rotate", "bias", "gain", "affine"), DOORS),
+    **dict.fromkeys(
+        ("rescaled", "peaks", "rotated", "tuned", "smooth", "rotate", "bias", "gain", "affine"), DOORS
+    ),
     **dict.fromkeys(("e1m2", "e2m1", "group", "fp4", "svd"), ("w4a8", "w4a4")),
     "released": ("w4a8",),
 }

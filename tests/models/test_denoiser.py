@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.models.denoiser import Denoiser, Inputs, Timeless, first_tensor, output_tensors
+from tfmq.models.denoiser import Denoiser, Inputs, Timeless, first_tensor, joined, output_tensors
 
 
 class Model(nn.Module):
@@ -180,3 +180,33 @@ def test_a_network_needs_an_argument() -> None:
 
     with pytest.raises(TypeError, match="has no argument"):
         Timeless(Nothing())
+
+
+def test_calls_with_equal_conditions_are_joined() -> None:
+    """Rows of their own go together; what all rows share has to be the same."""
+    shared = torch.arange(6.0).reshape(3, 2)
+
+    def part(timestep: int, *, rows: int = 2, table: Tensor = shared, flag: bool = True) -> Inputs:
+        prompt = torch.randn(rows, 4, 5)
+        conditions = {"prompt": prompt, "more": {"table": table, "flag": flag}}
+        return Inputs(torch.randn(rows, 1, 8, 8), torch.full((rows,), timestep), conditions)
+
+    parts = [part(1), part(2, rows=1), part(3, table=shared + 1), part(4, flag=False), part(5)]
+    found = joined(parts)
+    assert [one.timestep.tolist() for one in found] == [[1, 1, 2, 5, 5], [3, 3], [4, 4]]
+    expected = torch.cat([parts[number].conditions["prompt"] for number in (0, 1, 4)])
+    assert torch.equal(found[0].conditions["prompt"], expected)
+    assert torch.equal(found[0].conditions["more"]["table"], shared) and found[1] is parts[2]
+    assert [len(joined([part(1), Inputs(one, torch.ones(2), {})])) for one in torch.randn(1, 2, 1, 8, 8)] == [
+        2
+    ]
+
+
+def test_frames_of_a_video_stay_with_their_sample() -> None:
+    parts = [
+        Inputs(torch.randn(1, 2, 3, 4, 4), torch.tensor([k]), {"prompt": torch.randn(3, 5, 6)})
+        for k in (0, 1)
+    ]
+    (found,) = joined(parts)
+    assert found.sample.shape[0] == 2
+    assert torch.equal(found.rows(1, 2).conditions["prompt"], parts[1].conditions["prompt"])

@@ -5,7 +5,7 @@ import pytest
 from tfmq.recipes.presets import PRESETS, brecq, rtn, scheme, tfmq_w4a8
 from tfmq.recipes.recipe import Recipe, Rescaling
 
-VARIANTS = ("fast", "transformer", "quick", "smooth", "rotate")
+VARIANTS = ("fast", "transformer", "quick", "tuned", "smooth", "rotate")
 
 
 def ends(recipe: Recipe) -> list[tuple[str, int | None, int | None]]:

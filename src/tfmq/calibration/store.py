@@ -145,12 +145,22 @@ class CalibrationStore:
         """Yield the calls of every `interval`-th distinct timestep from noise to image, and of the last (all
         guidance halves), in order.
         """
+        # Where the timesteps are known, calls that are left out need not be read.
+        kept = self.every_index(interval)
+        paths = self._paths()
+        for index in kept:
+            yield _read(paths[index])
+
+    def every_index(self, interval: int) -> list[int]:
+        """Return the numbers of the calls that `every` yields."""
         timesteps = self.timesteps().flip(0).tolist()
         kept = {*timesteps[::interval], timesteps[-1]}
-        # The timesteps are known, so calls that are left out need not be read.
-        for path, timestep in zip(self._paths(), self._timesteps, strict=True):
-            if float(timestep[0]) in kept:
-                yield _read(path)
+        return [index for index, timestep in enumerate(self._timesteps) if float(timestep[0]) in kept]
+
+    def rows_of(self, index: int) -> int:
+        """Return the number of samples of one call."""
+        self.timesteps()
+        return len(self._timesteps[index])
 
 
 @dataclass(frozen=True)

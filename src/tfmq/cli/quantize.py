@@ -278,6 +278,7 @@ def _quantized(
         "floating": report.get("floating"),
         "pooled": report.get("pooled"),
         "judged": report.get("judged"),
+        "tuning": report.get("tuning"),
         "correction": report.get("correction"),
         "components": report.get("components", {}),
         **{key: report[key] for key in keys},

@@ -19,6 +19,7 @@ from tfmq.report.summary import (
     floating_in_words,
     judged_in_words,
     megabytes,
+    tuning_in_words,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ def floating_table(found: Mapping[str, Any], listed: int = LISTED) -> Table:
     return shortened(table, rows, listed)
 
 
+def _refined(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what was done to the whole model after its units, in words, and what judged it."""
+    words = {
+        "tuning": ("tuned", tuning_in_words),
+        "correction": ("correction explains", correction_in_words),
+        "judged": ("judged by its images", judged_in_words),
+    }
+    return [(title, say(result[key])) for key, (title, say) in words.items() if result.get(key)]
+
+
 def show_quantized(result: Mapping[str, Any]) -> None:
     """Print the report of `tfmq quantize`: one row a unit, then the totals."""
     console = Console()
@@ -91,12 +102,7 @@ def show_quantized(result: Mapping[str, Any]) -> None:
         ("scheme", result["scheme"]),
         ("size", size_in_words(size["fp32"], size["quantized"])),
         *([("stays in float", floating_in_words(found))] if found else []),
-        *(
-            [("correction explains", correction_in_words(result["correction"]))]
-            if result.get("correction")
-            else []
-        ),
-        *([("judged by its images", judged_in_words(result["judged"]))] if result["judged"] else []),
+        *_refined(result),
         ("temporal features", disturbance_in_words(result["temporal"])),
         *((name, component_in_words(part)) for name, part in (result.get("components") or {}).items()),
         ("time", f"{result['seconds']:.0f} s"),

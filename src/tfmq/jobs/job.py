@@ -19,6 +19,7 @@ from tfmq.progress import Progress, silent
 from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.resources import UNLIMITED, Resources
+from tfmq.reconstruction.tuning import TuningReport
 from tfmq.reconstruction.unit import UnitReport
 from tfmq.reconstruction.units import Unit
 from tfmq.storage.journal import Journal
@@ -149,6 +150,7 @@ class Work:
         spared: what was found of layers and of the output, where the recipe bounds an error.
         units: what is reconstructed, in execution order.
         reports: the reports of the units that are done.
+        tuning: what tuning scales and biases did, where it was done.
     """
 
     block: TemporalBlock
@@ -163,3 +165,4 @@ class Work:
     spared: Spared | None = None
     units: tuple[Unit, ...] = ()
     reports: tuple[UnitReport, ...] = ()
+    tuning: TuningReport | None = None

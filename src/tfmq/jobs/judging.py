@@ -22,6 +22,7 @@ from tfmq.nn.watch import watched
 from tfmq.progress import Advance
 from tfmq.recipes.recipe import Branch, Correction, Recipe, Rescaling
 from tfmq.reconstruction.solvers import Rounding
+from tfmq.reconstruction.tuning import Tuning
 from tfmq.storage.journal import Journal
 
 RECIPE, PLAIN = "recipe", "plain"
@@ -58,19 +59,18 @@ class Known(Journal):
 
 def plain(recipe: Recipe) -> Recipe:
     """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs as
-    they come on grids over their exact extremes, no branches.
+    they come on grids over their exact extremes, and nothing that is found after the codes.
     """
     activations = replace(recipe.activations, ranges="min_max")
     rules = (replace(rule, rescaling={}) for rule in recipe.rules if rule.weights or rule.activations)
-    return replace(
+    alone = replace(
         recipe,
-        activations=activations,
-        rounding=Rounding(solver="nearest"),
         rescaling=Rescaling(),
-        rules=tuple(rules),
         branch=Branch(splitters=()),
+        tuning=Tuning(),
         correction=Correction(),
     )
+    return replace(alone, activations=activations, rounding=Rounding(solver="nearest"), rules=tuple(rules))
 
 
 def judged(job: Job) -> int:

@@ -68,6 +68,7 @@ def denoiser_report(
         **({"grids": measured_grids(outcome)} if outcome.grids else {}),
         "pooled": dict(outcome.pooled),
         "floating": summary(outcome.floating, quantized_bytes),
+        "tuning": None if outcome.tuning is None else asdict(outcome.tuning),
         "correction": _correction(outcome),
         "judged": None if outcome.verdict is None else outcome.verdict.values(),
         "sha256": manifest["digest"],

@@ -16,6 +16,7 @@ from tfmq.jobs.judging import RECIPE, Known, Verdict, exchange, exchanged, judge
 from tfmq.jobs.networks import Recorded, keep_stock, spare_layers
 from tfmq.jobs.stage import Stage
 from tfmq.jobs.temporal import TEMPORAL, maintained, settle_temporal
+from tfmq.jobs.tuning import TUNING
 from tfmq.jobs.units import list_units, reconstruct_units
 from tfmq.jobs.weights import GRIDS, RESCALING
 from tfmq.models.denoiser import Denoiser
@@ -26,6 +27,7 @@ from tfmq.recipes.networks import network_recipe
 from tfmq.recipes.plan import make_plan
 from tfmq.recipes.recipe import Recipe
 from tfmq.reconstruction.tiar import full_features
+from tfmq.reconstruction.tuning import TuningReport
 from tfmq.reconstruction.unit import UnitReport, learned
 from tfmq.storage.errors import CheckpointError
 from tfmq.temporal.block import TemporalBlock
@@ -43,8 +45,8 @@ class Outcome:
     By which recipe, one report a unit, the disturbance of temporal features at the calibrated timesteps,
     measured inputs, what stays in floating point, what candidates for the whole model drew, for each step
     what correction was found, of quantizers that saw few values at a timestep how many timesteps share a
-    range, which layers the recipe's tolerance has spared, the number of quantized layers, and measured grids
-    of weights.
+    range, which layers the recipe's tolerance has spared, the number of quantized layers, measured grids of
+    weights, and what tuning did.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Outcome:
     spared: Spared | None = None
     layers: int = 0
     grids: Mapping[str, tuple[Choices, GridErrors]] = field(default_factory=dict)
+    tuning: TuningReport | None = None
 
 
 def swap_layers(job: Job, work: Work) -> None:
@@ -84,7 +87,7 @@ LAYING_OUT: tuple[Stage, ...] = (
 )
 # What a helper does as well, or reads back, before it takes its units.
 BEFORE_UNITS: tuple[Stage, ...] = (CALLS, *LAYING_OUT, list_units)
-STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units)
+STAGES: tuple[Stage, ...] = (*BEFORE_UNITS, reconstruct_units, TUNING)
 # A network that the trajectory of a denoiser reaches has its calls from there.
 RECORDED: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage is not CALLS)
 
@@ -165,6 +168,7 @@ def _packed(job: Job, work: Work) -> Outcome:
         pooled=work.pooled,
         spared=work.spared,
         layers=len(work.plan.layers),
+        tuning=work.tuning,
         grids={name: (work.plan.layers[name].weight.choices, errors) for name, errors in work.grids.items()},
     )
 

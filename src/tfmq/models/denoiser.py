@@ -1,12 +1,13 @@
 """The one view of a model that the algorithms have: `f(sample, timestep, **conditions)`."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tfmq.numerics.trees import map_tensors, tensors_in
 
@@ -67,6 +68,49 @@ class Inputs:
         """Yield the samples in batches of at most `size`."""
         for start in range(0, len(self), size):
             yield self.rows(start, min(start + size, len(self)))
+
+
+def joined(parts: Sequence[Inputs]) -> list[Inputs]:
+    """Return all samples of `parts` in few calls: those whose conditions are equal, but for what each sample
+    has of its own, are one.
+    """
+    groups: list[list[Inputs]] = []
+    for part in parts:
+        group = next((group for group in groups if _alike(group[0], part)), None)
+        if group is None:
+            groups.append([part])
+        else:
+            group.append(part)
+    return [group[0] if len(group) == 1 else _one(group) for group in groups]
+
+
+def _alike(one: Inputs, other: Inputs) -> bool:
+    """Whether the samples of two calls could be those of one."""
+    leaves, specs = zip(
+        *(tree_flatten((part.sample, dict(part.conditions))) for part in (one, other)), strict=True
+    )
+    if specs[0] != specs[1]:
+        return False
+    return all(_fit(mine, yours, one, other) for mine, yours in zip(*leaves, strict=True))
+
+
+def _fit(value: Any, beside: Any, one: Inputs, other: Inputs) -> bool:
+    if not (isinstance(value, Tensor) and isinstance(beside, Tensor)):
+        return type(value) is type(beside) and bool(value == beside)
+    if one.rows_each(value) and other.rows_each(beside):
+        return value.shape[1:] == beside.shape[1:] and value.dtype == beside.dtype
+    return torch.equal(value, beside)
+
+
+def _one(group: Sequence[Inputs]) -> Inputs:
+    """Return calls that are alike as one."""
+    flat = [tree_flatten((part.sample, part.timestep, dict(part.conditions))) for part in group]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    whole = [
+        torch.cat(column) if isinstance(column[0], Tensor) and group[0].rows_each(column[0]) else column[0]
+        for column in columns
+    ]
+    return Inputs(*tree_unflatten(whole, flat[0][1]))
 
 
 def output_tensors(output: Any) -> tuple[Tensor, ...]:

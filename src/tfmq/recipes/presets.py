@@ -8,6 +8,7 @@ from tfmq.recipes.paper import PAPER, PROTOCOLS
 from tfmq.recipes.recipe import Activations, Branch, Recipe, Rescaling, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
+from tfmq.reconstruction.tuning import Tuning
 
 # The closed form takes a fraction of AdaRound's time and leaves less error.
 FAST = Rounding(solver="gptq")
@@ -72,6 +73,7 @@ def brecq(recipe: Recipe) -> Recipe:
         rounding=replace(recipe.rounding, solver="adaround"),
         activations=replace(recipe.activations, per_step="none"),
         temporal=Temporal(maintenance="none"),
+        tuning=Tuning(),
         calibration=replace(recipe.calibration, judged=0.0),
     )
 
@@ -105,8 +107,16 @@ def quick(recipe: Recipe) -> Recipe:
         name=recipe.name.replace("tfmq", "quick"),
         weights=replace(weights, ranges="min_max") if weights.bits == 8 else weights,
         rounding=Rounding(solver="nearest"),
+        tuning=Tuning(),
         calibration=replace(recipe.calibration, samples=2, batch_size=1, judged=0.0),
     )
+
+
+def tuned(recipe: Recipe) -> Recipe:
+    """The recipe with scales and biases fitted to the whole prediction once all codes are found
+    (EfficientQAT).
+    """
+    return replace(recipe, name=recipe.name.replace("tfmq", "tuned"), tuning=Tuning(iterations=60))
 
 
 def smooth(recipe: Recipe) -> Recipe:
@@ -179,7 +189,13 @@ PRESETS |= {
     f"{method}_{name}": _composed(f, b) for method, f in _METHODS.items() for name, b in _SCHEMES.items()
 }
 PRESETS |= {f"fast_{name}": _composed(fast, _SCHEMES[name]) for name in ("w4a8", "w8a8")}
-_VARIANTS = {"transformer": transformer, "quick": quick, "smooth": smooth, "rotate": rotate}
+_VARIANTS = {
+    "transformer": transformer,
+    "quick": quick,
+    "tuned": tuned,
+    "smooth": smooth,
+    "rotate": rotate,
+}
 PRESETS |= {
     f"{variant}_{name}": _composed(change, _SCHEMES[name])
     for variant, change in _VARIANTS.items()

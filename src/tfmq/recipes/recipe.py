@@ -23,6 +23,7 @@ from tfmq.recipes.stages import (
 )
 from tfmq.reconstruction.learning import Learning
 from tfmq.reconstruction.solvers import Rounding
+from tfmq.reconstruction.tuning import Tuning
 
 __all__ = [
     "Activations",
@@ -39,6 +40,7 @@ __all__ = [
     "Split",
     "Temporal",
     "Tolerance",
+    "Tuning",
     "Weights",
     "ZeroPoints",
     "call_options",
@@ -120,6 +122,7 @@ class Recipe:
     rescaling: Rescaling = field(default_factory=Rescaling)
     branch: Branch = field(default_factory=Branch)
     correction: Correction = field(default_factory=Correction)
+    tuning: Tuning = field(default_factory=Tuning)
     tolerance: Tolerance = field(default_factory=Tolerance)
     rules: tuple[Rule, ...] = ()
     published: tuple[Published, ...] = ()

@@ -21,6 +21,7 @@ from tfmq.report.summary import (
     judged_in_words,
     megabytes,
     pooled_in_words,
+    tuning_in_words,
 )
 from tfmq.storage.atomic import read_json
 from tfmq.storage.checkpoint import MANIFEST_FILE
@@ -133,6 +134,7 @@ def _facts(
             f"{megabytes(full)} in float32, {megabytes(quantized)} on disk ({quantized / full:.3f}x)",
         ),
         *_floating(report.get("floating")),
+        *([("tuned", tuning_in_words(report["tuning"]))] if report.get("tuning") else []),
         *(
             [("correction explains", correction_in_words(report["correction"]))]
             if report.get("correction")

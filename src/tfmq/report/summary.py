@@ -81,6 +81,25 @@ def correction_in_words(found: Mapping[str, Any]) -> str:
     ).replace("%", " %")
 
 
+def tuning_in_words(found: Mapping[str, Any]) -> str:
+    """Return what tuning scales and biases did to the error of the prediction.
+
+    >>> tuning_in_words({"iterations": 80, "before": 0.0031, "after": 0.0026})
+    'squared error of held-out predictions 0.0031 → 0.0026 of their square in 80 iterations'
+    >>> tuning_in_words({"iterations": 80, "before": 0.0031, "after": None})
+    'no gain on held-out predictions in 80 iterations; scales and biases stay as they were'
+    """
+    if found["after"] is None or found["after"] >= found["before"]:
+        return (
+            f"no gain on held-out predictions in {found['iterations']} iterations; "
+            "scales and biases stay as they were"
+        )
+    return (
+        f"squared error of held-out predictions {found['before']:.3g} → {found['after']:.3g} "
+        f"of their square in {found['iterations']} iterations"
+    )
+
+
 def pooled_in_words(together: Mapping[str, int]) -> str:
     """Return how many quantizers saw few values at a timestep, and what their ranges are.
 
