@@ -21,7 +21,7 @@ from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
 from tfmq.numerics.low_rank import SPLITTERS
 from tfmq.recipes import Recipe
-from tfmq.recipes.recipe import Branch, Calibration, Correction, Rescaling
+from tfmq.recipes.recipe import Branch, Calibration, Correction, Rescaling, Tuning
 
 DRAWS = 2
 MODELS = ("plain_rgb", "dit")
@@ -59,6 +59,7 @@ def recipe_of(draw: random.Random) -> Recipe:
         rescaling=Rescaling(equalizers=some(draw, [*EQUALIZERS]), rotation=draw.choice((0, 4, 16))),
         branch=Branch(splitters=some(draw, [*SPLITTERS]), dtype=draw.choice(("float16", "int8"))),
         correction=Correction(estimators=some(draw, [*ESTIMATORS])),
+        tuning=Tuning(iterations=draw.choice((0, 3)), batch_size=2),
     )
 
 
