@@ -57,15 +57,17 @@ def import_checkpoint(
     if prediction not in (None, "epsilon", "v_prediction"):
         raise typer.BadParameter("choose epsilon or v_prediction", param_hint="--prediction")
     with verb():
-        from tfmq.artifact import save
-        from tfmq.integrations.diffusers.architecture import manifest_of
-        from tfmq.integrations.diffusers.original.convert import CLIP
-        from tfmq.integrations.diffusers.original.convert import import_checkpoint as convert
-        from tfmq.integrations.diffusers.original.single_file import open_single_file
         from tfmq.integrations.diffusers.quiet import quiet
         from tfmq.report.directory import completed_directory
 
         with quiet(), completed_directory(output_dir, owned=()) as folder:
+            # Importing them is what transformers has something to say on.
+            from tfmq.artifact import save
+            from tfmq.integrations.diffusers.architecture import manifest_of
+            from tfmq.integrations.diffusers.original.convert import CLIP
+            from tfmq.integrations.diffusers.original.convert import import_checkpoint as convert
+            from tfmq.integrations.diffusers.original.single_file import open_single_file
+
             pipeline = (
                 open_single_file(checkpoint, base=base, tokenizer=tokenizer, prediction=prediction)  # type: ignore[arg-type]
                 if config is None

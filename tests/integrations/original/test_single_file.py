@@ -437,7 +437,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         open_single_file(write(place, tensors, torch.float16), tokenizer=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"model\.ckpt is no \.safetensors or \.gguf file"):
         open_single_file(place.rename(tmp_path / "model.ckpt"))
-    with pytest.warns(UserWarning, match=r"1 tensors are not used, such as unheard"):
+    with pytest.warns(UserWarning, match=r"1 of its tensors not used, such as unheard"):
         open_single_file(
             write(place, {**tensors, "unheard.of": torch.zeros(1)}, torch.float16), tokenizer=tokens
         )

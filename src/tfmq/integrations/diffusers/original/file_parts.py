@@ -20,6 +20,7 @@ KEPT_BESIDE = (
     "denoiser.sigmas",
     "log_one_minus_alphas_cumprod",
     "logvar",
+    "lvlb_weights",
     "model_ema.",
     "posterior_",
     "sqrt_",

@@ -165,7 +165,7 @@ def open_single_file(
     """
     file = SingleFile(path)
     if unused := file.unused():
-        warnings.warn(f"{path}: {len(unused)} tensors are not used, such as {unused[0]}", stacklevel=2)
+        warnings.warn(f"{path}: {len(unused)} of its tensors not used, such as {unused[0]}", stacklevel=2)
     config = None if base is None else like(file.family, base)
     with named_file(path):
         denoiser = (
