@@ -8,6 +8,7 @@ from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.weight import fit_grid
 from tfmq.reconstruction.tuning import (
     Loss,
+    NoRoomError,
     Place,
     Tunable,
     Tuning,
@@ -127,6 +128,8 @@ def test_what_a_gradient_keeps_is_counted_once() -> None:
 
     # The product keeps x, and sine and cosine the same y.
     assert saved_bytes(run) == 4 * (x.numel() + 32 * 4)
+    with pytest.raises(NoRoomError, match="keeps more than the 0 MiB"):
+        saved_bytes(run, most=4 * x.numel())
 
 
 def test_sizes_are_root_mean_squares_and_zero_where_nothing_ran() -> None:

@@ -10,6 +10,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from tfmq.errors import LONGEST, cut
 from tfmq.jobs.correction import channel_axis
 from tfmq.jobs.job import Job, Work
 from tfmq.jobs.stage import Kept, Tensors, Where
@@ -31,7 +32,7 @@ from tfmq.reconstruction.tuning import (
 )
 from tfmq.reconstruction.unit import full_precision
 
-# Bytes that a gradient may keep for the samples that are computed together.
+# Bytes that a gradient keeps at most for the samples that are computed together, unless one takes more.
 TOGETHER = 2**30
 # Of so many samples one is held out, and at most so many in all.
 EVERY, MOST_HELD_OUT = 8, 128
@@ -203,13 +204,17 @@ def _planned(job: Job, work: Work) -> Tensors:
             with torch.enable_grad(), tunable.moved(scales, shifts):
                 loss().backward()
 
-    began = time.perf_counter()
-    each = saved_bytes(gradient)
-    seconds = (time.perf_counter() - began) * config.batch_size
-    together = max(1, min(config.batch_size, TOGETHER // max(1, each)))
-    iterations = _affordable(job, needed=each * together, seconds=seconds)
-    if iterations and job.foretold is not None:
-        job.foretold(seconds * iterations, "tuning")
+    iterations, together, began = 0, 1, time.perf_counter()
+    try:
+        each = saved_bytes(gradient, most=_room(job))
+    except RuntimeError as error:  # So fails an operation without a gradient, and a device without memory.
+        warnings.warn(f"scales and biases are not tuned: {cut(str(error), LONGEST)}", stacklevel=2)
+    else:
+        seconds = (time.perf_counter() - began) * config.batch_size
+        together = max(1, min(config.batch_size, _together(job) // max(1, each)))
+        iterations = _affordable(job, seconds)
+        if iterations and job.foretold is not None:
+            job.foretold(seconds * iterations, "tuning")
     return {"iterations": torch.tensor(iterations), "together": torch.tensor(together)}
 
 
@@ -217,22 +222,24 @@ def _plan(job: Job, work: Work, found: Tensors) -> tuple[int, int]:
     return int(found["iterations"]), int(found["together"])
 
 
-def _affordable(job: Job, *, needed: int, seconds: float) -> int:
-    """Return for how many iterations of so many `seconds` there is time, none where memory lacks the bytes
-    that are `needed`; says so.
+def _room(job: Job) -> int | None:
+    """Return the bytes that a gradient may keep; None where nobody knows."""
+    limit = job.resources.max_memory
+    return free_bytes() if limit is None else int((1 - CAPTURED) * limit)
+
+
+def _together(job: Job) -> int:
+    """Return the bytes that the gradient of samples together may keep. What is free just now has no say:
+    sums of other parts differ in the last bits.
     """
-    limits, config, free = job.resources, job.recipe.tuning, free_bytes()
-    most = int((1 - CAPTURED) * limits.max_memory) if limits.max_memory is not None else free
-    if most is not None and needed > most:
-        warnings.warn(
-            f"scales and biases are not tuned: a gradient takes {needed / 2**20:.0f} MiB where "
-            f"{most / 2**20:.0f} MiB may be used",
-            stacklevel=2,
-        )
-        return 0
-    if limits.time_budget is None:
-        return config.iterations
-    return max(0, min(config.iterations, int((limits.time_budget - job.elapsed()) / seconds)))
+    limit = job.resources.max_memory
+    return TOGETHER if limit is None else min(TOGETHER, int((1 - CAPTURED) * limit))
+
+
+def _affordable(job: Job, seconds: float) -> int:
+    """Return for how many iterations of so many `seconds` there is time."""
+    budget, most = job.resources.time_budget, job.recipe.tuning.iterations
+    return most if budget is None else max(0, min(most, int((budget - job.elapsed()) / seconds)))
 
 
 TUNING = Where(lambda job, work: job.recipe.tuning.iterations, tune)

@@ -38,7 +38,8 @@ class Resources:
 
     Attributes:
         max_memory: bytes that calibration may hold beyond what the process held before, the model included.
-            The result depends on it only where scales are not tuned because a gradient finds no room.
+            The result does not depend on it, unless scales are tuned: gradients are then taken of as many
+            samples together as find room.
         time_budget: seconds of the whole job, which units share; the result is that of the shares that were
             decided.
     """

@@ -162,13 +162,23 @@ def output_sizes(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> 
     return {name: float(torch.stack(seen).mean().sqrt()) if seen else 0.0 for name, seen in squares.items()}
 
 
-def saved_bytes(run: Callable[[], object]) -> int:
-    """Return the bytes of the tensors that `run` keeps for a gradient, each counted once."""
+class NoRoomError(RuntimeError):
+    """A gradient keeps more than there is room for."""
+
+
+def saved_bytes(run: Callable[[], object], *, most: int | None = None) -> int:
+    """Return the bytes of the tensors that `run` keeps for a gradient, each counted once.
+
+    Raises:
+        NoRoomError: they are more than `most`, as soon as they are.
+    """
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
+        if most is not None and sum(seen.values()) > most:
+            raise NoRoomError(f"a gradient keeps more than the {most / 2**20:.0f} MiB that may be used")
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
