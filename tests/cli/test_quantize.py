@@ -31,6 +31,7 @@ KEYS = {
     "judged",
     "pooled",
     "correction",
+    "tuning",
     "components",
 }
 
