@@ -1,6 +1,5 @@
 """The stage that tunes scales and biases, once all units have their codes."""
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tfmq.reconstruction.tuning import (
     saved_bytes,
 )
 from tfmq.reconstruction.unit import full_precision
+from tfmq.stopwatch import timed
 
 # Bytes that a gradient keeps at most for the samples that are computed together, unless one takes more.
 TOGETHER = 2**30
@@ -192,26 +192,27 @@ def _errors(job: Job, work: Work, found: Tensors) -> tuple[float, float]:
 
 
 def _planned(job: Job, work: Work) -> Tensors:
-    """Return the iterations and how many samples are computed together, by the gradient of a single one."""
+    """Return the iterations, and how many samples are computed together by what one keeps for a gradient."""
     config = job.recipe.tuning
     predictions = _Predictions(job, work)
     tunable = _tunable(job, work, predictions)
     place, row = tunable.start(), predictions.rows[len(predictions.rows) // 2]
     scales, shifts = (values.requires_grad_() for values in (place.scales, place.shifts))
 
-    def gradient() -> None:
-        for loss in predictions.losses([row], 1):
+    def gradient(count: int) -> None:
+        for loss in predictions.losses([row] * count, count):
             with torch.enable_grad(), tunable.moved(scales, shifts):
                 loss().backward()
 
-    iterations, together, began = 0, 1, time.perf_counter()
+    iterations, together = 0, 1
     try:
-        each = saved_bytes(gradient, most=_room(job))
+        each = saved_bytes(partial(gradient, 1), most=_room(job))
+        together = max(1, min(config.batch_size, _together(job) // max(1, each)))
+        _, seconds = timed(partial(gradient, together))
     except RuntimeError as error:  # So fails an operation without a gradient, and a device without memory.
         warnings.warn(f"scales and biases are not tuned: {cut(str(error), LONGEST)}", stacklevel=2)
     else:
-        seconds = (time.perf_counter() - began) * config.batch_size
-        together = max(1, min(config.batch_size, _together(job) // max(1, each)))
+        seconds *= config.batch_size / together
         iterations = _affordable(job, seconds)
         if iterations and job.foretold is not None:
             job.foretold(seconds * iterations, "tuning")
