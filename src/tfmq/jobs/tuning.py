@@ -128,11 +128,11 @@ def tune(job: Job, work: Work) -> None:
     """Tune scales and biases for as many iterations as the recipe says and memory and time allow; leave them
     as they were where held-out samples do not gain.
     """
-    iterations, together = Kept("tuning_plan", _planned, _plan)(job, work)
-    if not iterations:
-        return
     predictions = _Predictions(job, work)
     tunable = _tunable(job, work, predictions)
+    iterations, together = Kept("tuning_plan", partial(_planned, predictions, tunable), _plan)(job, work)
+    if not iterations:
+        return
     learned, held_out = predictions.split()
     place = tunable.start()
     with job.progress("tuning: scales and biases", iterations) as advance:
@@ -191,11 +191,9 @@ def _errors(job: Job, work: Work, found: Tensors) -> tuple[float, float]:
     return float(found["before"]), float(found["after"])
 
 
-def _planned(job: Job, work: Work) -> Tensors:
+def _planned(predictions: _Predictions, tunable: Tunable, job: Job, work: Work) -> Tensors:
     """Return the iterations, and how many samples are computed together by what one keeps for a gradient."""
     config = job.recipe.tuning
-    predictions = _Predictions(job, work)
-    tunable = _tunable(job, work, predictions)
     place, row = tunable.start(), predictions.rows[len(predictions.rows) // 2]
     scales, shifts = (values.requires_grad_() for values in (place.scales, place.shifts))
 

@@ -182,8 +182,7 @@ def saved_bytes(run: Callable[[], object], *, most: int | None = None) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        kept = run()
-        del kept
+        run()
     return sum(seen.values())
 
 
