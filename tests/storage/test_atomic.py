@@ -75,7 +75,7 @@ def test_on_macos_the_drive_is_flushed_too(old: Path, monkeypatch: pytest.Monkey
         if failing:
             raise OSError(failing, os.strerror(failing))
 
-    monkeypatch.setattr(atomic, "fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
+    monkeypatch.setattr("tfmq.storage.flush.fcntl", SimpleNamespace(F_FULLFSYNC=51, fcntl=control))
     failing = 0
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", None)
@@ -87,7 +87,7 @@ def test_on_macos_the_drive_is_flushed_too(old: Path, monkeypatch: pytest.Monkey
     failing = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
         write_json(old, {})
-    monkeypatch.setattr(atomic, "fcntl", None)
+    monkeypatch.setattr("tfmq.storage.flush.fcntl", None)
     write_json(old, {})
 
 

@@ -20,12 +20,8 @@ from tfmq.errors import LONGEST, cut
 
 from .container import check_container, encode_header, file_order
 from .errors import ForeignFileError, MissingFileError, StorageFullError, TruncatedFileError
+from .flush import flush
 from .raw import raw_bytes
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such module.
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "atomic_write",
@@ -280,22 +276,9 @@ def _create(path: Path) -> None:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
     try:
-        _flush(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _flush(descriptor: int) -> None:
-    """Write what the system holds of a file to its medium."""
-    # On macOS `fsync` ends while the drive still holds the data, and a file system of others may lack this.
-    if full := getattr(fcntl, "F_FULLFSYNC", None):
-        try:
-            fcntl.fcntl(descriptor, full)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY):
-                raise
-    os.fsync(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -304,7 +287,7 @@ def _sync_directory(directory: Path) -> None:
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        _flush(descriptor)
+        flush(descriptor)
     except OSError as error:
         # Some network file systems cannot sync a directory; the rename itself has succeeded.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
