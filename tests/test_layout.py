@@ -163,7 +163,7 @@ MANY_ARGUMENTS = {
     "numerics/attention.py": {"Attention.of"},
     "numerics/operations.py": {"function"},
     "kernels/halves.py": {"torch.ops.onednn.qlinear_pointwise"},
-    "kernels/onednn_part.py": {"operator"},
+    "kernels/onednn_segment.py": {"operator"},
     "evaluation/cost/roofline.py": {"torch.ops.onednn.qlinear_pointwise"},
     "export/onnx.py": {"torch.onnx.export"},
     "integrations/diffusers/original/ldm.py": {"StableDiffusionPipeline"},

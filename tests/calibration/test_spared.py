@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tfmq.calibration.ranges import collect, fit_site
-from tfmq.calibration.spared import full_outputs, layer_errors, output_error, spare
+from tfmq.calibration.spared import full_outputs, layer_errors, network_error, spare
 from tfmq.models.denoiser import Inputs, Timeless
 from tfmq.models.trace import trace
 from tfmq.nn.plan import activation_sites, calibrated_layers, prepare
@@ -55,7 +55,7 @@ def test_the_layer_that_reads_an_outlier_has_the_largest_error() -> None:
     assert errors["exit"] > 100 * max(errors["entry"], errors["middle"])
     assert (
         0.1 * errors["exit"]
-        < output_error(network, calls, full_outputs(network, calls))
+        < network_error(network, calls, full_outputs(network, calls))
         < 10 * errors["exit"]
     )
 

@@ -11,7 +11,7 @@ import tfmq
 from tfmq.api import job_of
 from tfmq.calibration.spool import Spool
 from tfmq.cluster.crew import Cluster, connected
-from tfmq.cluster.quantization import Helpers, Order, _make
+from tfmq.cluster.quantization import Order, WorkerHelpers, _make
 from tfmq.jobs.units import unit_file
 from tfmq.recipes.recipe import Calibration, Recipe
 from tfmq.reconstruction import resources
@@ -40,9 +40,9 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 class Counting:
-    """Helpers that count what they were asked for."""
+    """WorkerHelpers that count what they were asked for."""
 
-    def __init__(self, inner: Helpers) -> None:
+    def __init__(self, inner: WorkerHelpers) -> None:
         self.inner = inner
         self.asked: dict[str, int] = {"record": 0, "reconstruct": 0}
 
@@ -63,7 +63,9 @@ def test_two_workers_make_the_same_bytes_as_none(
     tfmq.quantize(str(model), recipe, output_dir=tmp_path / "alone", seed=3)
     with connected(Cluster(workers=2)) as crew:
         helpers = Counting(
-            Helpers(crew, Order(target=str(model), recipe=recipe, output_dir=tmp_path / "together", seed=3))
+            WorkerHelpers(
+                crew, Order(target=str(model), recipe=recipe, output_dir=tmp_path / "together", seed=3)
+            )
         )
         found = tfmq.quantize(str(model), recipe, output_dir=tmp_path / "together", seed=3, helpers=helpers)
     assert content(tmp_path / "together") == content(tmp_path / "alone")
@@ -77,7 +79,7 @@ def test_two_workers_make_the_same_bytes_as_none(
 def test_a_worker_with_another_model_refuses(ray: Any, model: Path, tmp_path: Path) -> None:
     recipe = quick("full")
     with connected(Cluster()) as crew:
-        helpers = Helpers(crew, Order(target="default", recipe=recipe, output_dir=tmp_path / "m"))
+        helpers = WorkerHelpers(crew, Order(target="default", recipe=recipe, output_dir=tmp_path / "m"))
         with pytest.raises(JobMismatchError, match="model was"):
             tfmq.quantize(str(model), recipe, output_dir=tmp_path / "m", helpers=helpers)
     assert not content(tmp_path / "m")

@@ -92,7 +92,7 @@ def test_a_weight_in_halves_gives_the_same_sums(layer_cases: Cases, data: st.Dat
     weight, x, rows = data.draw(layer_cases(offset=torch.zeros, narrow=True))
     exact = ReferenceKernel(weight, rows.levels)(x, rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tfmq.kernels.onednn_part.terms", halves)
+        patch.setattr("tfmq.kernels.onednn_segment.terms", halves)
         y = OnednnKernel(weight)(x, rows)
     assert y.shape == exact.shape and bool(((y - exact).abs() <= 1e-5 * exact.abs().max() + 1e-6).all())
 

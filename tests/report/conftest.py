@@ -17,7 +17,7 @@ from tfmq.evaluation.analysis.accumulation import Accumulation
 from tfmq.evaluation.analysis.analyze import Analysis
 from tfmq.evaluation.analysis.layers import LayerError
 from tfmq.evaluation.analysis.ranges import Bounds, Ranges
-from tfmq.evaluation.analysis.sensitivity import Part, Sensitivity
+from tfmq.evaluation.analysis.sensitivity import LayerGroup, Sensitivity
 from tfmq.evaluation.comparison import Comparison
 from tfmq.evaluation.deviation import Trajectory
 from tfmq.evaluation.paired import paired_fidelity
@@ -68,7 +68,7 @@ def analysis(comparison: Callable[..., Any]) -> Callable[..., Analysis]:
         disturbed = comparison(**shape).temporal
         steps = len(disturbed.timesteps)
         line = torch.linspace(-1, 1, steps)
-        parts = Part("mid", ("mid.a", "mid.b")), Part("out", ("out",))
+        parts = LayerGroup("mid", ("mid.a", "mid.b")), LayerGroup("out", ("out",))
         found = Sensitivity(
             parts, torch.tensor([5.0, 1.0]), torch.tensor([[0.1, 0.3], [0.2, 0.1]]), torch.tensor([0.4, 0.4])
         )

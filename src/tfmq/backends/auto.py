@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tfmq.backends.backend import BACKENDS, Options, release
 from tfmq.backends.caching import model_key
-from tfmq.backends.choices import Choice, Stored, machine, versions
+from tfmq.backends.choices import Choice, ChoiceFile, machine, versions
 from tfmq.backends.fallback import beside_adapters, complain, first_that_runs, in_a_line
 from tfmq.backends.measuring import Race, race, ranked
 from tfmq.backends.prepared import Kind, Prepared, Way, differentiates, kind_of
@@ -173,7 +173,7 @@ class AutoExecutor:
 
     def _stored(
         self, module: nn.Module, kind: Kind, ways: Mapping[str, Way], device: torch.device
-    ) -> Stored | None:
+    ) -> ChoiceFile | None:
         """Return where the choice is kept; nowhere for a model whose values are elsewhere, as while it is
         offloaded.
         """
@@ -182,7 +182,7 @@ class AutoExecutor:
         except (ValueError, NotImplementedError):
             return None
         setting = {"threads": torch.get_num_threads(), "options": self.options, "candidates": list(ways)}
-        return Stored(
+        return ChoiceFile(
             {
                 "model": self.key,
                 "kind": kind,

@@ -50,7 +50,7 @@ class Choice:
     failed: Mapping[str, str]
 
 
-class Stored:
+class ChoiceFile:
     """The file of one choice, named by the digest of all that it depends on, which is in it too, to read."""
 
     def __init__(self, depends: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def full_outputs(denoiser: Denoiser, batches: Iterable[Inputs]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def output_error(
+def network_error(
     denoiser: Denoiser, batches: Iterable[Inputs], full: Sequence[Tensor], part: Part | None = None
 ) -> float:
     """Return the error that quantization makes in the output of the network over `batches`, or that one

@@ -254,7 +254,7 @@ def _quantized(
     from tfmq.cli.models import located
     from tfmq.cli.progress import foretell, shown_progress
     from tfmq.cluster.crew import connected
-    from tfmq.cluster.quantization import Helpers, Order
+    from tfmq.cluster.quantization import Order, WorkerHelpers
     from tfmq.integrations.diffusers.quiet import quiet
 
     with quiet(), shown_progress() as progress, ExitStack() as stack:
@@ -262,7 +262,7 @@ def _quantized(
         # A worker opens what it is given by itself.
         target = located(model) if isinstance(model, str) else model
         order = Order(target=target, recipe=recipe, output_dir=output_dir, resources=resources, **options)
-        helpers = None if crew is None else Helpers(crew, order)
+        helpers = None if crew is None else WorkerHelpers(crew, order)
         given: dict[str, Any] = {
             "helpers": helpers,
             "resources": resources,

@@ -5,7 +5,7 @@ from functools import partial
 
 from tfmq.cluster.crew import Crew
 from tfmq.evaluation.job import Request, open_job
-from tfmq.evaluation.stages import Helpers
+from tfmq.evaluation.stages import BatchHelpers
 from tfmq.models.sampler import Sampler
 
 # Returns the quantized model and the full-precision one, if there is one.
@@ -20,7 +20,7 @@ def _make(open_models: OpenModels, request: Request) -> Callable[[tuple[str, ran
     return lambda task: evaluator.batch(*task)
 
 
-def helpers(crew: Crew, open_models: OpenModels, request: Request) -> Helpers:
+def helpers(crew: Crew, open_models: OpenModels, request: Request) -> BatchHelpers:
     """Return what computes batches on the workers; see `tfmq.evaluation.job.evaluate`.
 
     Args:

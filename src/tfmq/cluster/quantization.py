@@ -102,7 +102,7 @@ def _make(order: Order) -> Callable[[Task], None]:
     )
 
 
-class Helpers:
+class WorkerHelpers:
     """Workers of a crew that help `tfmq.quantize` with an order; see `tfmq.jobs.job.Helpers`.
 
     Raises (where parts are asked for):

@@ -21,7 +21,7 @@ from tfmq.evaluation.real import Real, RealImages, RealStatistics
 from tfmq.evaluation.result import FULL, PAIRS, QUANTIZED, REAL, Evaluation, Row, summary
 from tfmq.evaluation.sampling import Images, as_colour, draw_batch
 from tfmq.evaluation.settings import CLIP_METRIC, TRAJECTORY, Settings, Tools
-from tfmq.evaluation.stages import Stages, Stored
+from tfmq.evaluation.stages import Stages, StoredResults
 from tfmq.evaluation.text import asked_of, prompts_of
 from tfmq.models.sampler import Sampler
 from tfmq.nn.swap import is_quantized
@@ -150,7 +150,7 @@ class Evaluator:
             found[REAL] = lambda indices: self._described(real.read(indices))
         return found
 
-    def _stage(self, name: str, count: int) -> Stored:
+    def _stage(self, name: str, count: int) -> StoredResults:
         """Do what is left of a stage."""
         return self.stages.run(name, count, self._computations()[name])
 
@@ -160,7 +160,7 @@ class Evaluator:
         full = None if self.reference is None else self._stage(FULL, self.settings.num_images)
         rows: list[Row] = []
         baseline: list[dict[str, Any]] = []
-        ready = all(stored.complete for stored in (real, full) if isinstance(stored, Stored))
+        ready = all(stored.complete for stored in (real, full) if isinstance(stored, StoredResults))
         if full is not None and ready:
             rows += self._scores(FULL, full, {REAL: real})
             baseline = check_baseline(self.published, {row.metric: row.value for row in rows}, self.settings)
@@ -170,7 +170,7 @@ class Evaluator:
             rows += self._scores(QUANTIZED, low, {REAL: real, FULL: full})
         return _Sets(tuple(rows), tuple(baseline), complete)
 
-    def _real(self) -> Stored | Moments | None:
+    def _real(self) -> StoredResults | Moments | None:
         """Return the features of the real images; None where there are none or nothing compares."""
         real, extractor = self.real, self.tools.extractor
         if extractor is None or real is None:
@@ -206,7 +206,9 @@ class Evaluator:
             found |= {f"{ADHERENCE}.{name}": values for name, values in verdicts.items()}
         return found
 
-    def _scores(self, model: str, images: Stored, others: Mapping[str, Stored | Moments | None]) -> list[Row]:
+    def _scores(
+        self, model: str, images: StoredResults, others: Mapping[str, StoredResults | Moments | None]
+    ) -> list[Row]:
         """Return the values of one model's images."""
         rows = []
         given = {name: other for name, other in others.items() if other is not None}
@@ -223,7 +225,7 @@ class Evaluator:
             rows.append(Row(CLIP_METRIC, model, None, float((means * counts).sum() / counts.sum()), None))
         return [*rows, *self._adherence(model, images)]
 
-    def _adherence(self, model: str, images: Stored) -> list[Row]:
+    def _adherence(self, model: str, images: StoredResults) -> list[Row]:
         """Return the share of one model's images that hold each attribute that was asked for."""
         rows = []
         for name in () if self.tools.judge is None else self.tools.judge.attributes:

@@ -18,7 +18,7 @@ from tfmq.evaluation.outlay import drawing, existing
 from tfmq.evaluation.real import Real, open_real
 from tfmq.evaluation.result import Evaluation
 from tfmq.evaluation.settings import Settings, Tools, prepare
-from tfmq.evaluation.stages import Helpers, Shard, Stages, nobody
+from tfmq.evaluation.stages import BatchHelpers, Shard, Stages, nobody
 from tfmq.evaluation.weights import WeightFolder
 from tfmq.models.sampler import Sampler
 from tfmq.progress import Progress, silent
@@ -134,7 +134,7 @@ def open_job(
     shard: Shard | None = None,
     resume: bool = True,
     progress: Progress = silent,
-    helpers: Helpers = nobody,
+    helpers: BatchHelpers = nobody,
 ) -> tuple[Evaluator, dict[str, Any]]:
     """Return what does the job, and the protocol; see `evaluate`."""
     images = None if request.real is None else open_real(request.real)
@@ -169,7 +169,7 @@ def evaluate(
     shard: Shard | None = None,
     resume: bool = False,
     progress: Progress = silent,
-    helpers: Helpers = nobody,
+    helpers: BatchHelpers = nobody,
     foretold: Callable[[float], None] | None = None,
 ) -> tuple[Evaluation, dict[str, Any]] | None:
     """Evaluate a quantized model; return what was found and the protocol that it can be repeated by.

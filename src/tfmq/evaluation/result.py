@@ -9,7 +9,7 @@ import numpy as np
 from tfmq.evaluation.deviation import Trajectory, summarized
 from tfmq.evaluation.sampling import Images
 from tfmq.evaluation.settings import TRAJECTORY, Settings
-from tfmq.evaluation.stages import Stored
+from tfmq.evaluation.stages import StoredResults
 
 # Models and other sets of images, as results name them.
 FULL, QUANTIZED, REAL, PAIRS = "full precision", "quantized", "real", "pairs"
@@ -62,7 +62,7 @@ class Evaluation:
     baseline: tuple[Mapping[str, Any], ...]
 
 
-def summary(stored: Stored, settings: Settings) -> Paired:
+def summary(stored: StoredResults, settings: Settings) -> Paired:
     """Return the summary of the pairs."""
     metrics = {}
     for name in settings.of_pairs:

@@ -32,7 +32,7 @@ class Shard:
         return number % self.count == self.index
 
 
-class Helpers(Protocol):
+class BatchHelpers(Protocol):
     """Computes batches of a stage elsewhere: those that it gives back are in the journal by then, and none
     has to be.
     """
@@ -46,7 +46,7 @@ def nobody(name: str, todo: Sequence[range]) -> Iterator[range]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredResults:
     """Results of `count` images in the journal's files `names`, in the order of the images; see
     `Features`.
     """
@@ -94,9 +94,9 @@ class Stages:
     batch_size: int
     shard: Shard
     progress: Progress
-    helpers: Helpers = nobody
+    helpers: BatchHelpers = nobody
 
-    def run(self, name: str, count: int, compute: Callable[[range], dict[str, Tensor]]) -> Stored:
+    def run(self, name: str, count: int, compute: Callable[[range], dict[str, Tensor]]) -> StoredResults:
         """Compute the results of the images 0 to `count - 1` with `compute`, one batch at a time, and return
         where they are.
         """
@@ -115,7 +115,7 @@ class Stages:
                 if indices not in helped:
                     self.batch(name, indices, compute)
                     advance(len(indices))
-        return Stored(self.journal, tuple(_file(name, indices) for indices in ranges), count)
+        return StoredResults(self.journal, tuple(_file(name, indices) for indices in ranges), count)
 
     def batch(self, name: str, indices: range, compute: Callable[[range], dict[str, Tensor]]) -> None:
         """Compute the results of the images `indices`, unless they are there."""

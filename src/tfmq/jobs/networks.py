@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tfmq.calibration.spared import Spared, full_outputs, layer_errors, output_error, spare
+from tfmq.calibration.spared import Spared, full_outputs, layer_errors, network_error, spare
 from tfmq.calibration.store import CalibrationStore
 from tfmq.calibration.trajectory import held_out
 from tfmq.jobs.job import Job, Work
@@ -85,11 +85,11 @@ def _measured(job: Job, work: Work) -> Tensors:
 
     def measure(names: Sequence[str]) -> float:
         _leave(job, work, names)
-        return output_error(job.denoiser, batches, full)
+        return network_error(job.denoiser, batches, full)
 
     # Products have no weights: what they do is seen in the output of the network alone.
     errors = layer_errors(job.denoiser, layers, batches) | {
-        name: output_error(job.denoiser, batches, full, part) for name, part in _products(job).items()
+        name: network_error(job.denoiser, batches, full, part) for name, part in _products(job).items()
     }
     layer, output = (inf if bound is None else bound for bound in (tolerance.layer, tolerance.output))
     found = spare(errors, layer=layer, output=output, measure=measure)

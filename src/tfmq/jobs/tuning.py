@@ -41,7 +41,7 @@ ROUND = 20
 
 
 @dataclass(frozen=True)
-class Row:
+class SampleOfCall:
     """One sample of a recorded call, by their numbers."""
 
     call: int
@@ -63,9 +63,11 @@ class _Predictions:
             # Where a model predicts a variance too, samplers make little use of it.
             self.channels = min(self.channels, example.sample.shape[self.axis])
         calls = job.store.every_index(job.recipe.calibration.interval)
-        self.rows = [Row(call, number) for call in calls for number in range(job.store.rows_of(call))]
+        self.rows = [
+            SampleOfCall(call, number) for call in calls for number in range(job.store.rows_of(call))
+        ]
 
-    def split(self) -> tuple[list[Row], list[Row]]:
+    def split(self) -> tuple[list[SampleOfCall], list[SampleOfCall]]:
         """Return the samples to learn from and those held out, which are of all timesteps; the same where
         there are too few to part.
         """
@@ -74,7 +76,7 @@ class _Predictions:
         kept = {*held}
         return [row for row in self.rows if row not in kept], held or self.rows
 
-    def inputs(self, rows: Sequence[Row]) -> list[Inputs]:
+    def inputs(self, rows: Sequence[SampleOfCall]) -> list[Inputs]:
         """Read samples, in as few calls as they allow."""
         calls = {row.call: self.job.store.read(row.call) for row in rows}
         return joined([calls[row.call].rows(row.number, row.number + 1) for row in rows])
@@ -89,7 +91,7 @@ class _Predictions:
         with full_precision(self.job.denoiser.module):
             return self.predicted(inputs)
 
-    def losses(self, rows: Sequence[Row], together: int) -> list[Loss]:
+    def losses(self, rows: Sequence[SampleOfCall], together: int) -> list[Loss]:
         """Return the parts of the mean squared error of some samples, each of at most so many `together`."""
         parts = [rows[start : start + together] for start in range(0, len(rows), together)]
         return [partial(self._loss, inputs, 1 / len(rows)) for part in parts for inputs in self.inputs(part)]
@@ -99,7 +101,7 @@ class _Predictions:
         return weight * len(inputs) * (self.predicted(inputs) - expected).float().square().mean()
 
     @torch.no_grad()
-    def relative_error(self, rows: Sequence[Row], together: int) -> float:
+    def relative_error(self, rows: Sequence[SampleOfCall], together: int) -> float:
         """Return the squared error of some samples over the square of what is expected."""
         error, energy = 0.0, 0.0
         for start in range(0, len(rows), together):
@@ -152,7 +154,7 @@ def tune(job: Job, work: Work) -> None:
         tunable.move(place)
 
 
-def _draws(job: Job, name: str, rows: Sequence[Row], steps: int) -> list[list[Row]]:
+def _draws(job: Job, name: str, rows: Sequence[SampleOfCall], steps: int) -> list[list[SampleOfCall]]:
     """Return the samples of each of so many steps."""
     generator = torch.Generator().manual_seed(job.seed_of(name))
     size = job.recipe.tuning.batch_size

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tfmq.kernels.halves import saturates
 from tfmq.kernels.kernel import ACCUMULATOR, IntegerWeight, Rows, channels, column, combined
-from tfmq.kernels.onednn_part import Part
+from tfmq.kernels.onednn_segment import PackedSegment
 from tfmq.numerics.affine import quantize
 from tfmq.numerics.segments import scales
 
@@ -132,9 +132,9 @@ class OnednnKernel:
         self.bias = None if weight.bias is None else weight.bias.float().contiguous()
         self.again = again or (lambda: weight)
         # Keep the forms for the last two input sizes: a smaller batch may come and go.
-        self.packed: OrderedDict[tuple[int, ...], list[Part]] = OrderedDict()
+        self.packed: OrderedDict[tuple[int, ...], list[PackedSegment]] = OrderedDict()
 
-    def parts(self, x: Tensor) -> list[Part]:
+    def parts(self, x: Tensor) -> list[PackedSegment]:
         """Return the segments of the weight as the library wants them for an input like `x`."""
         size = (x.shape[0], *x.shape[2:]) if self.layout.operation.channel_axis == 1 else ()
         if torch.compiler.is_compiling() and self.packed:
@@ -143,7 +143,7 @@ class OnednnKernel:
         if size not in self.packed:
             weight = self.again()
             self.packed[size] = [
-                Part(weight.operation, values, scale, size) for values, scale in weight.parts()
+                PackedSegment(weight.operation, values, scale, size) for values, scale in weight.parts()
             ]
             if len(self.packed) > 2:
                 self.packed.popitem(last=False)
@@ -188,7 +188,9 @@ class OnednnKernel:
             partials.append(sums * scale * channels(part.scale, operation, x.ndim))
         return combined(partials, self.bias, operation)
 
-    def _shifted_sums(self, part: Part, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    def _shifted_sums(
+        self, part: PackedSegment, x: Tensor, scale: Tensor, zero_point: Tensor, levels: int
+    ) -> Tensor:
         """Return `sum (q - z) v` where each row has a zero-point of its own, float32."""
         wide_zero = column(zero_point, x.ndim)
         codes = quantize(x, scale, wide_zero, levels) - wide_zero

@@ -62,7 +62,7 @@ def _name(path: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
-def joined(first: Inputs, second: Inputs) -> Inputs:
+def in_one_call(first: Inputs, second: Inputs) -> Inputs:
     """Return one call that has the rows of `first` and then those of `second`.
 
     Raises:

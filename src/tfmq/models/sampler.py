@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from tfmq.models.conditions import check_rows, described, in_turn, joined
+from tfmq.models.conditions import check_rows, described, in_one_call, in_turn
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.storage.digest import tensor_digest
 
@@ -149,7 +149,7 @@ class LoopSampler:
         without = {**call.conditions, **others}
         if self.guidance.calls == 2:
             return [Inputs(call.sample, call.timestep, without), call]
-        return [joined(Inputs(call.sample, call.timestep, without), call)]
+        return [in_one_call(Inputs(call.sample, call.timestep, without), call)]
 
     def example(self) -> Inputs:
         """Return one call's inputs: the image 0 with its conditions."""

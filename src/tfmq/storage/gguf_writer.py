@@ -11,11 +11,11 @@ from tfmq.errors import require
 
 from .atomic import atomic_write
 
-__all__ = ["Stored", "write_gguf"]
+__all__ = ["GgufTensor", "write_gguf"]
 
 
 @dataclass(frozen=True)
-class Stored:
+class GgufTensor:
     """A tensor as GGUF has it: the name of its type, and float32 or float16 of its shape, or the bytes of the
     blocks of its rows, uint8 `[R, n]`.
     """
@@ -24,7 +24,7 @@ class Stored:
     data: Tensor
 
 
-def write_gguf(path: Path, tensors: Mapping[str, Stored], *, architecture: str) -> None:
+def write_gguf(path: Path, tensors: Mapping[str, GgufTensor], *, architecture: str) -> None:
     """Write tensors to `path` atomically, in the order of their names.
 
     Args:

@@ -13,7 +13,7 @@ import tfmq
 from tfmq.evaluation.analysis.analyze import QUICK, Analysis, Extent, analyze, expected_seconds
 from tfmq.evaluation.analysis.layers import layer_errors
 from tfmq.evaluation.analysis.ranges import temporal_ranges
-from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, borrowed, sensitivity
+from tfmq.evaluation.analysis.sensitivity import TEMPORAL, LayerGroup, borrowed, sensitivity
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
@@ -112,7 +112,7 @@ def test_all_parts_together_are_the_quantized_model(
     assert parts[0].name == TEMPORAL and sum(len(part.layers) for part in parts) == len(
         packed_layers(quantized.denoiser.module)
     )
-    every = Part("every", tuple(name for part in parts for name in part.layers))
+    every = LayerGroup("every", tuple(name for part in parts for name in part.layers))
     untouched = [reference.denoiser(call) for call in calls]
     found = sensitivity(reference.denoiser, quantized.denoiser, [every, *parts], calls)
     torch.testing.assert_close(found.error[0], found.whole, rtol=1e-4, atol=1e-6)
@@ -129,7 +129,9 @@ def test_all_parts_together_are_the_quantized_model(
 def test_a_part_that_is_not_quantized_costs_nothing(sampler: Make, twins: Any) -> None:
     _, quantized = twins()
     reference = sampler()
-    found = sensitivity(reference.denoiser, quantized.denoiser, [Part("nothing", ())], calls_of(reference))
+    found = sensitivity(
+        reference.denoiser, quantized.denoiser, [LayerGroup("nothing", ())], calls_of(reference)
+    )
     assert not found.error.any() and found.timesteps.tolist() == [750, 250]
 
 

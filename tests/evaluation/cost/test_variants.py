@@ -13,7 +13,7 @@ from torch import nn
 import tfmq
 import tfmq.evaluation.cost.variants
 from tfmq.evaluation.cost import variant
-from tfmq.evaluation.cost.flat import Flat, tensors_of
+from tfmq.evaluation.cost.flat import Flat, flat_tensors
 from tfmq.evaluation.cost.source import Source, dequantized, fitted
 from tfmq.evaluation.cost.variant import VARIANTS, Setting, absent, names_of
 from tfmq.models.denoiser import Denoiser, Inputs
@@ -161,7 +161,7 @@ def test_a_flat_denoiser_is_the_denoiser(build: Callable[..., tuple[Denoiser, In
     denoiser, inputs = build(name)
     flat = Flat(denoiser, inputs)
     with torch.no_grad():
-        torch.testing.assert_close(flat(*tensors_of(inputs)), denoiser(inputs))
+        torch.testing.assert_close(flat(*flat_tensors(inputs)), denoiser(inputs))
 
 
 def test_bytes_of_a_state(build: Callable[..., tuple[Denoiser, Inputs]]) -> None:

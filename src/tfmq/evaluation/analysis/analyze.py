@@ -9,7 +9,7 @@ from tfmq.calibration.trajectory import recorded_calls
 from tfmq.evaluation.analysis.accumulation import Accumulation, accumulated, scheduler_of, walked
 from tfmq.evaluation.analysis.layers import LayerError, layer_errors
 from tfmq.evaluation.analysis.ranges import Ranges, temporal_ranges
-from tfmq.evaluation.analysis.sensitivity import TEMPORAL, Part, Sensitivity, sensitivity
+from tfmq.evaluation.analysis.sensitivity import TEMPORAL, LayerGroup, Sensitivity, sensitivity
 from tfmq.evaluation.deviation import Trajectory, deviation, follow, latent_error, summarized
 from tfmq.evaluation.outlay import drawing
 from tfmq.evaluation.temporal import temporal_disturbance
@@ -61,14 +61,14 @@ class Analysis:
     accumulation: Accumulation | None
 
 
-def _parts(module: nn.Module, block: TemporalBlock, quantized: nn.Module) -> tuple[Part, ...]:
+def _parts(module: nn.Module, block: TemporalBlock, quantized: nn.Module) -> tuple[LayerGroup, ...]:
     """Return the temporal layers and the units, each with those of its layers that are quantized."""
     packed = {stock_name(quantized, name) for name in packed_layers(quantized)}
     temporal = [layer.name for layer in block.trace.temporal]
     names = [layer.name for layer in block.trace.layers]
-    parts = [Part(TEMPORAL, tuple(name for name in temporal if name in packed))]
+    parts = [LayerGroup(TEMPORAL, tuple(name for name in temporal if name in packed))]
     units = find_units(module, names, exclude=temporal)
-    parts += [Part(unit.name, tuple(name for name in unit.layers if name in packed)) for unit in units]
+    parts += [LayerGroup(unit.name, tuple(name for name in unit.layers if name in packed)) for unit in units]
     return tuple(part for part in parts if part.layers)
 
 

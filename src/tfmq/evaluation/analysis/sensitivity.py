@@ -17,7 +17,7 @@ TEMPORAL = "temporal layers"
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerGroup:
     """Layers that are quantized together, under the name of their unit."""
 
     name: str
@@ -30,7 +30,7 @@ class Sensitivity:
     `[calls]` with everything.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[LayerGroup, ...]
     timesteps: Tensor
     error: Tensor
     whole: Tensor
@@ -58,7 +58,7 @@ def _error(reference: Tensor, output: Tensor) -> Tensor:
 def sensitivity(
     denoiser: Denoiser,
     quantized: Denoiser,
-    parts: Sequence[Part],
+    parts: Sequence[LayerGroup],
     calls: Sequence[Inputs],
     *,
     progress: Progress = silent,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tfmq.evaluation.cost.variants  # noqa: F401 - fills the registry
 from tfmq.evaluation.cost.process import Worker, WorkerError
-from tfmq.evaluation.cost.row import Row
+from tfmq.evaluation.cost.row import CostRow
 from tfmq.evaluation.cost.source import Source
 from tfmq.evaluation.cost.timing import Timing, interleaved
 from tfmq.evaluation.cost.variant import BASE, KINDS, VARIANTS, Setting, absent
@@ -68,7 +68,7 @@ class Plan:
 
 def measure(
     plan: Plan, *, around: Around, folder: Path, note: Note, progress: Progress = silent
-) -> Iterator[Row]:
+) -> Iterator[CostRow]:
     """Yield a row for every batch size and variant.
 
     Each variant loads in a process of its own, alone; then all of one batch size take turns. A variant whose
@@ -104,7 +104,7 @@ def measure(
 
 def _measured(
     plan: Plan, settings: Mapping[str, Setting], batch: int, *, around: Around, note: Note, progress: Progress
-) -> Iterator[Row]:
+) -> Iterator[CostRow]:
     with ExitStack() as stack:
         started: dict[str, tuple[Worker, dict[str, Any]] | None] = {}
         with progress(f"loading, batch {batch}", len(settings)) as advance:
@@ -185,11 +185,11 @@ def _row(
     beside: float,
     sqnr: float | None,
     spent: Mapping[str, Any],
-) -> Row:
+) -> CostRow:
     timing, base = timings[name], timings[BASE]
     images = max(1, batch // plan.rows_per_image)
     calls_an_image = images * plan.rows_per_image / batch
-    return Row(
+    return CostRow(
         backend=name,
         model=plan.model,
         scheme=plan.scheme if KINDS[name] == "backend" else None,

@@ -9,7 +9,7 @@ from tfmq.models.denoiser import Denoiser, Inputs, first_tensor
 from tfmq.numerics.trees import tensors_in
 
 
-def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
+def flat_tensors(inputs: Inputs) -> tuple[Tensor, ...]:
     """Return the tensors of a call in a fixed order: sample, timestep, conditions. The timestep is float32,
     which every converter takes.
     """
@@ -17,7 +17,7 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 class Flat(nn.Module):
-    """`denoiser` on the tensors of `tensors_of`; values of `example` that are no tensors are constants."""
+    """`denoiser` on the tensors of `flat_tensors`; values of `example` that are no tensors are constants."""
 
     def __init__(self, denoiser: Denoiser, example: Inputs) -> None:
         super().__init__()

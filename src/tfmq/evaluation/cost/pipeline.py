@@ -9,7 +9,7 @@ import torch
 from tfmq.artifact import stored_manifest
 from tfmq.evaluation.cost.bench import Note, Plan, measure
 from tfmq.evaluation.cost.process import TURN
-from tfmq.evaluation.cost.row import Row
+from tfmq.evaluation.cost.row import CostRow
 from tfmq.evaluation.cost.source import Source, dequantized
 from tfmq.evaluation.cost.trajectory import seconds_around, spread_calls
 from tfmq.evaluation.cost.variant import BASE, VARIANTS, absent
@@ -67,7 +67,7 @@ def expected_seconds(request: Request, *, opened: float) -> float:
     )
 
 
-def bench(request: Request, *, folder: Path, note: Note, progress: Progress = silent) -> Iterator[Row]:
+def bench(request: Request, *, folder: Path, note: Note, progress: Progress = silent) -> Iterator[CostRow]:
     """Yield a row for every batch size and variant; see `measure`.
 
     Without the original, full precision is measured on the architecture with dequantized weights, which takes

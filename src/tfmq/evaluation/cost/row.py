@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class CostRow:
     """What one variant costs at one batch size.
 
     Args:

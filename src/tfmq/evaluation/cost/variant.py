@@ -48,7 +48,7 @@ def placed(module: nn.Module, setting: Setting) -> Step:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedStep:
     """A step that can be called, and the bytes that the model behind it takes on disk."""
 
     step: Step
@@ -79,7 +79,7 @@ class Variant(Protocol):
     def build(self, setting: Setting) -> None:
         """Write what `prepare` reads, in a process of its own."""
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Load the model for calls of exactly `setting.batch` rows."""
 
 

@@ -20,12 +20,12 @@ import tfmq.evaluation.cost.variants  # noqa: F401 - fills the registry
 from tfmq.evaluation.cost.source import Source
 from tfmq.evaluation.cost.system import foreign_seconds, peak_bytes, resident_bytes
 from tfmq.evaluation.cost.timing import timed
-from tfmq.evaluation.cost.variant import VARIANTS, Prepared, Setting, import_needs
+from tfmq.evaluation.cost.variant import VARIANTS, PreparedStep, Setting, import_needs
 from tfmq.models.denoiser import Inputs
 from tfmq.storage.atomic import write_tensors
 
 
-def _loaded(name: str, setting: Setting) -> tuple[Prepared, list[Inputs], dict[str, Any]]:
+def _loaded(name: str, setting: Setting) -> tuple[PreparedStep, list[Inputs], dict[str, Any]]:
     """Return the variant, the calls, and what loading it and its first step took."""
     import_needs(name)
     if not VARIANTS[name].builds:
@@ -50,19 +50,19 @@ def _loaded(name: str, setting: Setting) -> tuple[Prepared, list[Inputs], dict[s
     )
 
 
-def _timed(prepared: Prepared, calls: list[Inputs], order: Mapping[str, Any]) -> dict[str, Any]:
+def _timed(prepared: PreparedStep, calls: list[Inputs], order: Mapping[str, Any]) -> dict[str, Any]:
     call = calls[len(calls) // 2]
     return asdict(timed(lambda: prepared.step(call), seconds=order["seconds"], busy=foreign_seconds))
 
 
-def _written(prepared: Prepared, calls: list[Inputs], order: Mapping[str, Any]) -> dict[str, Any]:
+def _written(prepared: PreparedStep, calls: list[Inputs], order: Mapping[str, Any]) -> dict[str, Any]:
     write_tensors(
         Path(order["path"]), {str(number): prepared.step(call) for number, call in enumerate(calls)}
     )
     return {}
 
 
-ORDERS: dict[str, Callable[[Prepared, list[Inputs], Mapping[str, Any]], dict[str, Any]]] = {
+ORDERS: dict[str, Callable[[PreparedStep, list[Inputs], Mapping[str, Any]], dict[str, Any]]] = {
     "time": _timed,
     "outputs": _written,
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tfmq.evaluation.cost.variant import BASE, Prepared, Ready, Setting, add, placed
+from tfmq.evaluation.cost.variant import BASE, PreparedStep, Ready, Setting, add, placed
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class FullPrecision(Ready):
 
     channels_last: bool = False
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Load the original."""
         module = setting.source.original()
         if self.channels_last:
@@ -23,7 +23,7 @@ class FullPrecision(Ready):
 
             inductor.freezing = True
             module.compile(dynamic=False)
-        return Prepared(placed(module, setting), setting.source.original_bytes())
+        return PreparedStep(placed(module, setting), setting.source.original_bytes())
 
 
 add(BASE, "peer", FullPrecision())

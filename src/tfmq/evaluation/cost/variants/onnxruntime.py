@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.flat import Flat, tensors_of
-from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
+from tfmq.evaluation.cost.flat import Flat, flat_tensors
+from tfmq.evaluation.cost.variant import PreparedStep, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 FULL, READY, QUANTIZED = "full.onnx", "ready.onnx", "model.onnx"
@@ -16,7 +16,9 @@ OPSET = 17
 
 
 def _feed(call: Inputs) -> dict[str, Any]:
-    return {f"input_{number}": tensor.contiguous().numpy() for number, tensor in enumerate(tensors_of(call))}
+    return {
+        f"input_{number}": tensor.contiguous().numpy() for number, tensor in enumerate(flat_tensors(call))
+    }
 
 
 @register_variant("onnxruntime-int8", "peer")
@@ -40,7 +42,7 @@ class OnnxRuntime:
             warnings.simplefilter("ignore")
             flat = Flat(setting.source.view(setting.source.original()), calls[0])
             torch.onnx.export(
-                flat, tensors_of(calls[0]), str(full), dynamo=False, opset_version=OPSET, input_names=names
+                flat, flat_tensors(calls[0]), str(full), dynamo=False, opset_version=OPSET, input_names=names
             )
         shapes.quant_pre_process(str(full), str(ready))
 
@@ -64,7 +66,7 @@ class OnnxRuntime:
         full.unlink()
         ready.unlink()
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Open the file."""
         runtime = require("onnxruntime", extra="bench")
         path = setting.folder / QUANTIZED
@@ -78,4 +80,4 @@ class OnnxRuntime:
                 session.run(None, {name: value for name, value in _feed(call).items() if name in known})[0]
             )
 
-        return Prepared(step, path.stat().st_size)
+        return PreparedStep(step, path.stat().st_size)

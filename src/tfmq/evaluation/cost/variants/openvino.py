@@ -7,22 +7,22 @@ import torch
 
 from tfmq.backends.openvino import shared_core
 from tfmq.errors import require
-from tfmq.evaluation.cost.flat import Flat, tensors_of
-from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
+from tfmq.evaluation.cost.flat import Flat, flat_tensors
+from tfmq.evaluation.cost.variant import PreparedStep, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 FILE = "model.xml"
 
 
 def _arrays(call: Inputs) -> list[Any]:
-    return [tensor.contiguous().numpy() for tensor in tensors_of(call)]
+    return [tensor.contiguous().numpy() for tensor in flat_tensors(call)]
 
 
 def _converted(setting: Setting) -> Any:
     """Return the original as an OpenVINO model of static shapes."""
     openvino = require("openvino", extra="bench")
     call = setting.calls()[0]
-    example = tensors_of(call)
+    example = flat_tensors(call)
     with warnings.catch_warnings():
         # The converter traces with what torch has deprecated.
         warnings.simplefilter("ignore")
@@ -33,7 +33,7 @@ def _converted(setting: Setting) -> Any:
     return model
 
 
-def _compiled(setting: Setting) -> Prepared:
+def _compiled(setting: Setting) -> PreparedStep:
     require("openvino", extra="bench")
     path = setting.folder / FILE
     # Float stays float32: processors with native bfloat16 would otherwise compute in that.
@@ -48,7 +48,7 @@ def _compiled(setting: Setting) -> Prepared:
         request.infer(_arrays(call), share_inputs=True)
         return torch.from_numpy(request.get_output_tensor(0).data.copy())
 
-    return Prepared(step, path.stat().st_size + path.with_suffix(".bin").stat().st_size)
+    return PreparedStep(step, path.stat().st_size + path.with_suffix(".bin").stat().st_size)
 
 
 @register_variant("openvino-fp32", "peer")
@@ -65,7 +65,7 @@ class FullPrecision:
             _converted(setting), setting.folder / FILE, compress_to_fp16=False
         )
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Compile the file."""
         return _compiled(setting)
 
@@ -87,6 +87,6 @@ class Nncf:
         model = nncf.quantize(_converted(setting), nncf.Dataset(calls, _arrays), subset_size=len(calls))
         openvino.save_model(model, setting.folder / FILE, compress_to_fp16=False)
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Compile the file."""
         return _compiled(setting)

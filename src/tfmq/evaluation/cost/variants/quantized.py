@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tfmq.artifact import stored_bytes
 from tfmq.backends.backend import Options
-from tfmq.evaluation.cost.variant import Prepared, Ready, Setting, add, placed
+from tfmq.evaluation.cost.variant import PreparedStep, Ready, Setting, add, placed
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,13 @@ class Executed(Ready):
 
     backend: str
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Load the checkpoint, ready to run."""
         module = setting.source.executed(
             self.backend, Options(compile=self.compiled, threads=setting.threads)
         )
         assert setting.source.quantized is not None
-        return Prepared(placed(module, setting), stored_bytes(setting.source.quantized))
+        return PreparedStep(placed(module, setting), stored_bytes(setting.source.quantized))
 
 
 add("simulated", "backend", Executed("simulated"))

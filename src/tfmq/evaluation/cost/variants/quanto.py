@@ -3,7 +3,7 @@
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
+from tfmq.evaluation.cost.variant import PreparedStep, Setting, register_variant
 from tfmq.nn.size import state_bytes
 
 
@@ -19,7 +19,7 @@ class Quanto:
         """Write nothing: quantizing takes as long as reading a file."""
 
     @torch.no_grad()
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Quantize the original."""
         quanto = require("optimum.quanto", extra="bench")
         module = setting.source.original()
@@ -29,4 +29,4 @@ class Quanto:
             for call in setting.calls():
                 denoiser(call)
         quanto.freeze(module)
-        return Prepared(denoiser, state_bytes(module))
+        return PreparedStep(denoiser, state_bytes(module))

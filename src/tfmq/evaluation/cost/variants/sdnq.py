@@ -3,7 +3,7 @@
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
+from tfmq.evaluation.cost.variant import PreparedStep, Setting, register_variant
 from tfmq.nn.size import state_bytes
 
 
@@ -18,7 +18,7 @@ class Sdnq:
     def build(self, setting: Setting) -> None:
         """Write nothing: quantizing takes as long as reading a file."""
 
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Quantize the original."""
         sdnq = require("sdnq", extra="bench")
         products = {"use_quantized_matmul": True, "use_quantized_matmul_conv": True}
@@ -29,4 +29,4 @@ class Sdnq:
             torch_dtype=torch.float32,
             **products,
         )
-        return Prepared(setting.source.view(module), state_bytes(module))
+        return PreparedStep(setting.source.view(module), state_bytes(module))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tfmq.errors import require
-from tfmq.evaluation.cost.flat import Flat, tensors_of
-from tfmq.evaluation.cost.variant import Prepared, Setting, register_variant
+from tfmq.evaluation.cost.flat import Flat, flat_tensors
+from tfmq.evaluation.cost.variant import PreparedStep, Setting, register_variant
 from tfmq.models.denoiser import Inputs
 
 
@@ -25,7 +25,7 @@ class Pt2e:
         """Write nothing: there is no file format but pickled graphs."""
 
     @torch.no_grad()
-    def prepare(self, setting: Setting) -> Prepared:
+    def prepare(self, setting: Setting) -> PreparedStep:
         """Quantize the original."""
         import torch._inductor.config as inductor
 
@@ -33,21 +33,21 @@ class Pt2e:
         x86 = require("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", extra="bench")
         calls = setting.calls()
         flat = Flat(setting.source.view(setting.source.original()), calls[0])
-        exported = torch.export.export(flat, tensors_of(calls[0]), strict=True).module()
+        exported = torch.export.export(flat, flat_tensors(calls[0]), strict=True).module()
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = pt2e.prepare_pt2e(exported, quantizer)
         for call in calls:
-            prepared(*tensors_of(call))
+            prepared(*flat_tensors(call))
         converted = pt2e.convert_pt2e(prepared)
         inductor.freezing = True
         compiled = torch.compile(converted, dynamic=False)
 
         def step(call: Inputs) -> torch.Tensor:
-            output: torch.Tensor = compiled(*tensors_of(call))
+            output: torch.Tensor = compiled(*flat_tensors(call))
             return output
 
-        return Prepared(step, _constant_bytes(converted))
+        return PreparedStep(step, _constant_bytes(converted))
 
 
 def _constant_bytes(graph: Any) -> int:

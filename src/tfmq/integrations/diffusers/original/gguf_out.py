@@ -25,7 +25,7 @@ from tfmq.integrations.diffusers.original.lost import (
 from tfmq.integrations.diffusers.original.rows import Rows, to_original
 from tfmq.nn.packed_layer import PackedLayer
 from tfmq.numerics.blocks import BLOCK, UnheldError, format_of, to_blocks
-from tfmq.storage.gguf_writer import Stored, write_gguf
+from tfmq.storage.gguf_writer import GgufTensor, write_gguf
 
 FILE = "denoiser.gguf"
 # What loaders call the layouts; of UNets, SDXL has embeddings of its own.
@@ -46,7 +46,7 @@ class Integers:
 class Written:
     """The tensors of a file, what they leave out, and the largest share by which a scale was rounded."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, GgufTensor]
     lost: Lost
     rounding: float
 
@@ -73,7 +73,7 @@ def _held(layer: PackedLayer) -> Integers:
 
 def _blocks(
     held: Mapping[str, Integers], table: Sequence[Rows], reasons: dict[str, str]
-) -> tuple[dict[str, Stored], float]:
+) -> tuple[dict[str, GgufTensor], float]:
     """Return the matrices of the layout whose layers are all held, each in the smallest format that has its
     integers, and the largest share by which a scale was rounded. Adds to `reasons`, by layer.
     """
@@ -90,19 +90,19 @@ def _blocks(
         except UnheldError as error:
             reasons |= dict.fromkeys(layers_of(entry), str(error))
             continue
-        found[entry.original], rounding = Stored(fmt.name, data), max(rounding, share)
+        found[entry.original], rounding = GgufTensor(fmt.name, data), max(rounding, share)
     return found, rounding
 
 
-def _plain(name: str, tensor: Tensor) -> Stored:
+def _plain(name: str, tensor: Tensor) -> GgufTensor:
     """Return a tensor of floating point: matrices and convolutions in half precision where that has their
     values with its full digits, all else in float32, as other writers do.
     """
     half = tensor.half()
     near = (half.float() - tensor).abs().max() <= tensor.abs().max() * 2**-11
     if tensor.ndim > 1 and name.endswith(".weight") and bool(near):
-        return Stored("F16", half)
-    return Stored("F32", tensor)
+        return GgufTensor("F16", half)
+    return GgufTensor("F32", tensor)
 
 
 def gguf_tensors(model: ModelMixin) -> Written:

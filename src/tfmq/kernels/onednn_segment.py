@@ -26,7 +26,7 @@ def pads(window: Window) -> bool:
     )
 
 
-class Part:
+class PackedSegment:
     """One input segment of a layer: its weight, packed for inputs of `size` `(B, ...)`, and the sums of its
     integers for each output channel.
     """
