@@ -195,15 +195,17 @@ def bars(model: str, cells: Sequence[Row], full: Row | None) -> list[str]:
 
 
 def _environment(cells: Sequence[Row]) -> str:
-    """Return what measured a model's cells, in a line for each machine and set of versions."""
-    lines = dict.fromkeys(
-        (
-            f"{cell['machine']}; "
-            f"{', '.join(f'{name} {version}' for name, version in sorted(cell['versions'].items()))}"
-        )
-        for cell in cells
-    )
-    return "\n".join(f"* measured on {line}" for line in lines)
+    """Return what measured a model's cells, in a line for each machine and set of versions, with the commits
+    of the package where cells say them.
+    """
+    commits: dict[str, list[str]] = {}
+    for cell in cells:
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(cell["versions"].items()))
+        commits.setdefault(f"{cell['machine']}; {versions}", []).append(cell.get("commit") or "")
+    said = {
+        line: ", ".join(f"`{name}`" for name in sorted({*names} - {""})) for line, names in commits.items()
+    }
+    return "\n".join(f"* measured on {line}{names and f'; at {names}'}" for line, names in said.items())
 
 
 def _described(cell: Row) -> str:

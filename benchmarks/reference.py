@@ -3,6 +3,8 @@ what measured them.
 """
 
 import platform
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +114,24 @@ def machine() -> str:
     return f"{processor or platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def commit() -> str | None:
+    """Return which commit of this checkout runs, `-dirty` where files differ; None where none is known."""
+    if shutil.which("git") is None:
+        return None
+    told = subprocess.run(
+        ("git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"),
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return told.stdout.strip() or None
+
+
 def environment(command: str) -> dict[str, Any]:
     """Return what figures were measured with."""
     return {
         "machine": machine(),
+        "commit": commit(),
         "versions": {**describe_machine(torch.get_num_threads())["versions"], "tfmq": tfmq.__version__},
         "command": command,
     }

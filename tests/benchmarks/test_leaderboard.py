@@ -416,6 +416,7 @@ def cell(method: str, psnr: list[float], held: int, *, seed: int = 0, bits: str 
             "seed": seed,
             "machine": "M",
             "versions": {"torch": "2"},
+            "commit": {"rtn": None, "tfmq": "abc1234"}.get(method),
         },
         "settings": {
             "num_images": 2,
@@ -472,6 +473,8 @@ def test_the_page_sorts_rows_and_says_what_misses_a_bar(board: ModuleType) -> No
     assert "place: the bar of 1 is met." in board.page(near) and "is within the interval" in board.page(near)
     assert leaderboard_page.mean_interval([1.0])[1] == float("inf")
     assert "No cell" in board.page([])
+    assert "* measured on M; torch 2; at `abc1234`\n" in high
+    assert "* measured on M; torch 2\n" in board.page([full])
 
 
 def test_the_committed_page_is_that_of_the_committed_cells(board: ModuleType) -> None:
