@@ -1,18 +1,102 @@
-"""How many compiled graphs a denoiser keeps."""
+"""How many compiled graphs a denoiser keeps, and which calls share one."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tfmq
 from tfmq.backends.graph import KEPT, GraphExecutor, Run
 from tfmq.export.capture import Call, Graph
-from tfmq.models.denoiser import Inputs
+from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
+from tfmq.nn.swap import attach_steps
+from tfmq.quantizers.steps import StepContext
 from tfmq.recipes.recipe import Calibration
+
+
+class Choosing(nn.Module):
+    """Returns a tuple, or with `return_dict` a dictionary, which may hold a second tensor."""
+
+    def __init__(self, *more: str) -> None:
+        super().__init__()
+        self.more = more
+        self.calls: list[int] = []
+        attach_steps(self, StepContext(torch.tensor([10.0, 500.0])), timestep="timestep")
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, scale: float | None = None, return_dict: bool = True
+    ) -> Any:
+        self.calls.append(len(sample))
+        scaled = sample * (2.0 if scale is None else scale)
+        return {"sample": scaled, **dict.fromkeys(self.more, -sample)} if return_dict else (scaled,)
+
+
+def counted(module: nn.Module) -> list[str]:
+    """Let `module` run as graphs without an engine; return the list of what is built from now on."""
+    built: list[str] = []
+
+    def build(graph: Graph, call: Call) -> Run:
+        built.append(call.signature.key)
+        return lambda bins, inputs: graph(bins, *inputs)
+
+    module.tfmq_executor = GraphExecutor(module, build)  # type: ignore[assignment]
+    return built
+
+
+@torch.no_grad()
+def test_calls_share_a_graph_whatever_wraps_their_output_or_says_a_default() -> None:
+    module, sample = Choosing(), torch.randn(3, 2)
+    built = counted(module)
+    wrapped = module(sample, torch.tensor([10]))
+    (first,) = module(sample, 10, scale=None, return_dict=False)
+    assert wrapped.keys() == {"sample"} and torch.equal(wrapped["sample"], first)
+    assert torch.equal(first, 2 * sample) and len(built) == 1
+    (other,) = module(sample, 10, scale=3.0, return_dict=False)
+    assert torch.equal(other, 3 * sample) and len(built) == 2
+    # One row of each kind of call says what wraps its output; another executor of the model knows it.
+    assert module.calls.count(1) == 3
+    counted(module)
+    module(sample, torch.tensor([10]))
+    assert module.calls.count(1) == 3
+
+
+@torch.no_grad()
+def test_a_model_that_wraps_more_tensors_has_a_graph_for_each_wrap() -> None:
+    module, sample = Choosing("negative"), torch.randn(3, 2)
+    built = counted(module)
+    for _ in range(2):
+        (first,) = module(sample, 10, return_dict=False)
+        wrapped = module(sample, 10)
+        assert torch.equal(wrapped["sample"], first) and torch.equal(wrapped["negative"], -sample)
+    assert len(set(built)) == 2
+
+
+@torch.no_grad()
+def test_a_pipeline_and_its_denoiser_alone_share_a_graph(sampler: Callable[..., LoopSampler]) -> None:
+    made = sampler("sdxl")
+    tfmq.quantize(
+        made, replace(tfmq.scheme("rtn_w8a8"), calibration=Calibration(samples=2, steps=2, interval=1))
+    )
+    module, example = made.denoiser.module, made.example().resized(2)
+    inputs = replace(example, timestep=module.tfmq_steps.timesteps[:1].expand(2).long())
+    expected, built = made.denoiser(inputs), counted(made.denoiser.module)
+    (found,) = module(
+        inputs.sample,
+        inputs.timestep[0],
+        **inputs.conditions,
+        timestep_cond=None,
+        cross_attention_kwargs=None,
+        return_dict=False,
+    )
+    assert torch.equal(found, expected) and torch.equal(Denoiser(module)(inputs), expected)
+    assert (
+        type(module(inputs.sample, inputs.timestep, **inputs.conditions)).__name__ == "UNet2DConditionOutput"
+    )
+    assert len(built) == 1
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from inspect import Parameter
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,11 @@ KEPT = 4
 KEPT_ROWS = 128
 # Characters of an engine's message that are passed on: some engines print the whole graph.
 MESSAGE = 600
+# Name of the argument by which models of diffusers choose how they wrap the tensors that they return.
+WRAPPED = "return_dict"
+# How each model wraps what it returns, by the key of a call's signature and the value of `WRAPPED` in it.
+# Executors of one model share it, since finding out takes a call in simulated arithmetic.
+_STRUCTURES: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], TreeSpec]] = WeakKeyDictionary()
 
 
 class GraphExecutor:
@@ -37,6 +44,9 @@ class GraphExecutor:
     The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up
     here, at any other a graph of their own computes them, which holds the layers behind the tables and is
     built when the first such timestep comes. What it computed is kept, since the next picture asks again.
+
+    Calls that differ only in arguments at their defaults, or in how the output is wrapped, share a graph: a
+    pipeline says more of them than whoever calls its denoiser alone.
 
     A call raises `EngineError` where the engine, called `engine` in the message, cannot compile a graph or
     run it for the first time. What the model itself refuses, such as inputs that do not fit, is raised as it
@@ -57,9 +67,11 @@ class GraphExecutor:
                 torch.stack([child.use_table.bool() for child in cached]).all(dim=0) if cached else None
             )
         self.everywhere = all(child.everywhere for child in cached)
-        self.denoisers: OrderedDict[Key, tuple[Run, TreeSpec]] = OrderedDict()
+        self.denoisers: OrderedDict[Key, Run] = OrderedDict()
         self.features: OrderedDict[Key, Run] = OrderedDict()
         self.rows: OrderedDict[tuple[str, float], Tensor] = OrderedDict()
+        # Whether a graph's tensors are those of every call: a model may return more of them in another wrap.
+        self.shared = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphExecutor":
         # A graph holds the weights it was built with, which do not change; the copy of a model runs the same
@@ -68,14 +80,21 @@ class GraphExecutor:
 
     def __call__(self, module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         steps: StepContext = steps_of(module)
-        call = Call.of(module, arguments)
-        run, structure = _used(
-            self.denoisers, (call.signature.key, call.batch), lambda: self._denoiser(module, steps, call)
+        told = _told(module, arguments)
+        wrapped = told.get(WRAPPED)
+        call = Call.of(module, {**told, WRAPPED: False} if self.shared and WRAPPED in told else told)
+        structure = _structure(module, steps, (call.signature.key, wrapped), told)
+        run = _used(
+            self.denoisers,
+            (call.signature.key, call.batch),
+            lambda: self._compiled(Graph(module, call.signature), call),
         )
         features = () if self.table is None else (self._features(module, steps, call),)
-        return tree_unflatten(
-            list(run(steps.index.expand(call.batch), (*features, *call.tensors))), structure
-        )
+        output = run(steps.index.expand(call.batch), (*features, *call.tensors))
+        if self.shared and len(output) != structure.num_leaves:
+            self.shared = False
+            return self(module, arguments)
+        return tree_unflatten(list(output), structure)
 
     def _features(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
         """Return the temporal features of a call, float32 `[B, D]`."""
@@ -101,11 +120,6 @@ class GraphExecutor:
         (features,) = run(bins, (exact, *call.tensors))
         return features
 
-    def _denoiser(self, module: nn.Module, steps: StepContext, call: Call) -> tuple[Run, TreeSpec]:
-        graph = Graph(module, call.signature)
-        _, structure = tree_flatten(graph.output(steps.index.expand(call.batch), call.tensors))
-        return self._compiled(graph, call), structure
-
     def _compiled(self, graph: Graph, call: Call) -> Run:
         try:
             run = self.build(graph, call)
@@ -123,6 +137,39 @@ class GraphExecutor:
                 f"{self.engine} cannot compile the {graph.kind} for a batch of {call.batch}: {text[:MESSAGE]}"
             ) from error
         return run
+
+
+def _told(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call that are not at their defaults, and whether its output is wrapped where
+    the model lets its caller choose.
+    """
+    parameters: Mapping[str, Parameter] = module.tfmq_signature.parameters  # type: ignore[union-attr, assignment]
+    told = {
+        name: value
+        for name, value in arguments.items()
+        if name not in parameters or parameters[name].default is not value
+    }
+    if WRAPPED in parameters:
+        told[WRAPPED] = arguments.get(WRAPPED, parameters[WRAPPED].default)
+    return told
+
+
+def _structure(
+    module: nn.Module, steps: StepContext, key: tuple[str, Any], arguments: Mapping[str, Any]
+) -> TreeSpec:
+    """Return how the model wraps the tensors that it returns for calls with such a key. The first row of one
+    tells, unless the model's code fixes the batch.
+    """
+    known = _STRUCTURES.setdefault(module, {})
+    if key not in known:
+        call = Call.of(module, arguments)
+        graph, bins = Graph(module, call.signature), steps.index.expand(call.batch)
+        try:
+            output = graph.output(bins[:1], call.resized(1))
+        except (RuntimeError, ValueError, IndexError):
+            output = graph.output(bins, call.tensors)
+        _, known[key] = tree_flatten(output)
+    return known[key]
 
 
 def _used(kept: "OrderedDict[Name, Kept]", key: Name, make: Callable[[], Kept], most: int = KEPT) -> Kept:
