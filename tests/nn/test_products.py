@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfmq.kernels.kernel import Rows
+from tfmq.nn import products as nn_products
 from tfmq.nn.product_mode import ProductMode, sites
 from tfmq.nn.products import ProductKernels, ProductQuantizers, attach_products
 from tfmq.numerics.attention import Attention
@@ -185,6 +186,43 @@ def quantizers(count: int) -> ProductQuantizers:
     return ProductQuantizers(
         [fitted(0.1 + 0.01 * i) for i in range(count)], [fitted(0.2 + 0.01 * i) for i in range(count)]
     )
+
+
+@pytest.mark.parametrize("most", [1, 3 * 8 * 7, 2**20])
+@pytest.mark.parametrize(
+    "mask", [None, BOOL_MASK, DEAD_ROW, torch.linspace(-4, 4, 7), torch.linspace(-4, 4, 35).reshape(5, 7)]
+)
+def test_many_scores_are_computed_a_block_of_queries_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, most: int, mask: Tensor | None
+) -> None:
+    products, call = quantizers(3), Attention.of(*heads(), attn_mask=mask)
+    assert call.scores == 2 * 4 * 5 * 7
+    whole = products.attend(1, call)
+    monkeypatch.setattr(nn_products, "WHOLE", 0)
+    monkeypatch.setattr(nn_products, "BLOCK", most)
+    blocks = list(call.blocks(most))
+    assert all(block.scores <= max(most, 8 * 7) for block in blocks)
+    assert [block.query.shape[-2] for block in blocks] == {1: [1] * 5, 3 * 8 * 7: [3, 2]}.get(most, [5])
+    with torch.no_grad():
+        torch.testing.assert_close(products.attend(1, call), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+def test_who_watches_the_probabilities_or_wants_a_gradient_gets_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    products, call, seen = quantizers(2), Attention.of(*heads()), list[torch.Size]()
+    monkeypatch.setattr(nn_products, "WHOLE", 0)
+    monkeypatch.setattr(nn_products, "BLOCK", 1)
+    monkeypatch.setattr(Attention, "blocks", lambda *_: pytest.fail("cut into blocks"))
+    products.attend(0, call)
+    with torch.no_grad():
+        watch = products.left[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+        products.attend(0, call)
+        watch.remove()
+        attend = lambda query: products.attend(0, Attention.of(query, query, query))  # noqa: E731
+        traced = torch.jit.trace(attend, call.query, check_trace=False)
+    assert seen == [torch.Size([2, 4, 5, 7])] and traced(call.query).shape == call.query.shape
 
 
 def test_spared_products_take_their_operands_as_they_come() -> None:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import Rows
 from tfmq.nn.product_mode import ProductMode
 from tfmq.nn.subclass import mix_in
-from tfmq.numerics.attention import Attention
+from tfmq.numerics.attention import Attention, probabilities
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.part import Execution, Part, Precision
 
@@ -20,6 +21,10 @@ ProductKernel = Callable[[Tensor, Rows, Tensor, Rows], Tensor]
 # Both products of an attention at once, on the grids of query, key, probabilities and value; None where that
 # is no gain.
 AttentionKernel = Callable[[Attention, Sequence[Rows]], Tensor | None]
+# On a CPU, attention with more scores than this, 32 MiB of float32, is computed a block of queries at a time.
+WHOLE = 2**23
+# Number of scores of a block: 4 MiB of float32, which stay in a processor's caches.
+BLOCK = 2**20
 
 
 class ProductQuantizers(Part):
@@ -70,9 +75,45 @@ class ProductQuantizers(Part):
 
     def forward(self, site: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return the operands of a site on their grids."""
-        if not self.enabled or site >= len(self.left):
-            return left, right
-        return self.left[site](left), self.right[site](right)
+        return self._on_grid(self.left, site, left), self._on_grid(self.right, site, right)
+
+    def _on_grid(self, side: nn.ModuleList, site: int, x: Tensor) -> Tensor:
+        return side[site](x) if self.enabled and site < len(side) else x
+
+    def attend(self, first: int, call: Attention) -> Tensor:
+        """Return an attention on the grids of the sites `first` and the next. Where its scores are many they
+        are never in memory all at once.
+        """
+        # In this order: a graph for any batch must not be asked how many scores it has.
+        on_cpu = call.query.device.type == "cpu"
+        if not on_cpu or not self._by_blocks(first + 1) or call.scores <= WHOLE:
+            return call.by(self._multiply, first)
+        query, key = self(first, call.query, call.key.transpose(-2, -1))
+        value = self._on_grid(self.right, first + 1, call.value)
+        whole = replace(call, query=query, key=key.transpose(-2, -1), value=value)
+        return torch.cat([self._attended(first + 1, block) for block in whole.blocks(BLOCK)], dim=-2)
+
+    def _multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
+        left, right = self(site, left, right)
+        return left @ right
+
+    def _by_blocks(self, site: int) -> bool:
+        """Whether the left operand of a site may come a block of rows at a time: a graph would have a copy of
+        the nodes for each, a gradient keeps every block, and who watches an operand wants all of it.
+        """
+        tracing = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+        if tracing or torch.is_grad_enabled():
+            return False
+        if site >= len(self.left):
+            return True
+        grid = self.left[site]
+        watched = grid._forward_hooks or grid._forward_pre_hooks
+        return isinstance(grid, ActivationQuantizer | nn.Identity) and not watched
+
+    def _attended(self, site: int, block: Attention) -> Tensor:
+        """Return the attention of a block whose queries, keys and values are on their grids already."""
+        scores = (block.query @ block.key.transpose(-2, -1)).mul_(block.scale)
+        return self._on_grid(self.left, site, probabilities(scores, block.mask)) @ block.value
 
 
 class ProductExecution(Execution):
@@ -142,7 +183,8 @@ class _Owner:
         """Run the module's own forward with its products quantized."""
         products = self.tfmq_products
         execution = products.execution
-        with ProductMode(products) if execution is None else execution.around(products):
+        mode = ProductMode(products, attend=products.attend)
+        with mode if execution is None else execution.around(products):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

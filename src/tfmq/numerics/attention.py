@@ -1,8 +1,8 @@
 """Scaled dot-product attention as two products and what stands between them."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,24 @@ class Attention:
         """Compute it with two calls of `multiply(site, left, right)`, the sites `first` and the next."""
         scores = multiply(first, self.query, self.key.transpose(-2, -1)) * self.scale
         return multiply(first + 1, probabilities(scores, self.mask), self.value)
+
+    @property
+    def scores(self) -> int:
+        """How many scores there are, one for each pair of a query and a key."""
+        leading = torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2])
+        return math.prod(leading) * self.query.shape[-2] * self.key.shape[-2]
+
+    def blocks(self, most: int) -> Iterator["Attention"]:
+        """Yield calls for some of the queries each, in their order, with at most so many scores, or with one
+        query.
+        """
+        queries = self.query.shape[-2]
+        step = max(1, most * queries // max(1, self.scores))
+        for start in range(0, queries, step):
+            rows = slice(start, start + step)
+            masked = self.mask is not None and self.mask.ndim > 1 and self.mask.shape[-2] > 1
+            mask = self.mask[..., rows, :] if masked and self.mask is not None else self.mask
+            yield replace(self, query=self.query[..., rows, :], mask=mask)
 
 
 def probabilities(scores: Tensor, mask: Tensor | None, *, out: Tensor | None = None) -> Tensor:
