@@ -84,9 +84,7 @@ class ProductQuantizers(Part):
         """Return an attention on the grids of the sites `first` and the next. Where its scores are many they
         are never in memory all at once.
         """
-        # In this order: a graph for any batch must not be asked how many scores it has.
-        on_cpu = call.query.device.type == "cpu"
-        if not on_cpu or not self._by_blocks(first + 1) or call.scores <= WHOLE:
+        if not self._by_blocks(first + 1, call):
             return call.by(self._multiply, first)
         query, key = self(first, call.query, call.key.transpose(-2, -1))
         value = self._on_grid(self.right, first + 1, call.value)
@@ -97,12 +95,14 @@ class ProductQuantizers(Part):
         left, right = self(site, left, right)
         return left @ right
 
-    def _by_blocks(self, site: int) -> bool:
-        """Whether the left operand of a site may come a block of rows at a time: a graph would have a copy of
-        the nodes for each, a gradient keeps every block, and who watches an operand wants all of it.
+    def _by_blocks(self, site: int, call: Attention) -> bool:
+        """Whether the probabilities, the left operand of a site, come a block of queries at a time: a graph
+        would have a copy of the nodes for each, a gradient keeps every block, and who watches an operand
+        wants all of it.
         """
         tracing = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-        if tracing or torch.is_grad_enabled():
+        # A graph for any batch must not be asked how many scores it has.
+        if tracing or torch.is_grad_enabled() or call.query.device.type != "cpu" or call.scores <= WHOLE:
             return False
         if site >= len(self.left):
             return True
