@@ -203,8 +203,11 @@ def test_many_scores_are_computed_a_block_of_queries_at_a_time(
     blocks = list(call.blocks(most))
     assert all(block.scores <= max(most, 8 * 7) for block in blocks)
     assert [block.query.shape[-2] for block in blocks] == {1: [1] * 5, 3 * 8 * 7: [3, 2]}.get(most, [5])
+    parts, by = list[int](), Attention.by
+    monkeypatch.setattr(Attention, "by", lambda part, *_: parts.append(part.scores) or by(part, *_))
     with torch.no_grad():
         torch.testing.assert_close(products.attend(1, call), whole, rtol=1e-6, atol=1e-6)
+    assert parts == [block.scores for block in blocks]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")

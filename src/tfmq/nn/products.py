@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tfmq.kernels.kernel import Rows
 from tfmq.nn.product_mode import ProductMode
 from tfmq.nn.subclass import mix_in
-from tfmq.numerics.attention import Attention, probabilities
+from tfmq.numerics.attention import Attention
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.part import Execution, Part, Precision
 
@@ -85,13 +85,19 @@ class ProductQuantizers(Part):
         are never in memory all at once.
         """
         if not self._by_blocks(first + 1, call):
-            return call.by(self._multiply, first)
+            return call.by(self.multiply, first)
         query, key = self(first, call.query, call.key.transpose(-2, -1))
         value = self._on_grid(self.right, first + 1, call.value)
         whole = replace(call, query=query, key=key.transpose(-2, -1), value=value)
-        return torch.cat([self._attended(first + 1, block) for block in whole.blocks(BLOCK)], dim=-2)
 
-    def _multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
+        def multiply(site: int, left: Tensor, right: Tensor) -> Tensor:
+            # All but the probabilities is on its grid already.
+            return (left if site == first else self._on_grid(self.left, site, left)) @ right
+
+        return torch.cat([block.by(multiply, first) for block in whole.blocks(BLOCK)], dim=-2)
+
+    def multiply(self, site: int, left: Tensor, right: Tensor) -> Tensor:
+        """Return the product of a site on its grids."""
         left, right = self(site, left, right)
         return left @ right
 
@@ -109,11 +115,6 @@ class ProductQuantizers(Part):
         grid = self.left[site]
         watched = grid._forward_hooks or grid._forward_pre_hooks
         return isinstance(grid, ActivationQuantizer | nn.Identity) and not watched
-
-    def _attended(self, site: int, block: Attention) -> Tensor:
-        """Return the attention of a block whose queries, keys and values are on their grids already."""
-        scores = (block.query @ block.key.transpose(-2, -1)).mul_(block.scale)
-        return self._on_grid(self.left, site, probabilities(scores, block.mask)) @ block.value
 
 
 class ProductExecution(Execution):
@@ -159,8 +160,7 @@ class ProductKernels(ProductExecution):
         rows = None if kernel is None else products.rows([site], [left, right])
         if kernel is not None and rows is not None:
             return kernel(left, rows[0], right, rows[1])
-        left, right = products(site, left, right)
-        return left @ right
+        return products.multiply(site, left, right)
 
     def attend(self, products: ProductQuantizers, first: int, call: Attention) -> Tensor:
         """Return an attention whose products are the sites `first` and the next."""
@@ -183,8 +183,7 @@ class _Owner:
         """Run the module's own forward with its products quantized."""
         products = self.tfmq_products
         execution = products.execution
-        mode = ProductMode(products, attend=products.attend)
-        with mode if execution is None else execution.around(products):
+        with execution.around(products) if execution else ProductMode(products, attend=products.attend):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -72,9 +72,9 @@ class Attention:
         queries = self.query.shape[-2]
         step = max(1, most * queries // max(1, self.scores))
         for start in range(0, queries, step):
-            rows = slice(start, start + step)
-            masked = self.mask is not None and self.mask.ndim > 1 and self.mask.shape[-2] > 1
-            mask = self.mask[..., rows, :] if masked and self.mask is not None else self.mask
+            rows, mask = slice(start, start + step), self.mask
+            if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+                mask = mask[..., rows, :]
             yield replace(self, query=self.query[..., rows, :], mask=mask)
 
 
