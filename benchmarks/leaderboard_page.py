@@ -198,14 +198,16 @@ def _environment(cells: Sequence[Row]) -> str:
     """Return what measured a model's cells, in a line for each machine and set of versions, with the commits
     of the package where cells say them.
     """
-    commits: dict[str, list[str]] = {}
+    commits: dict[str, set[str]] = {}
     for cell in cells:
         versions = ", ".join(f"{name} {version}" for name, version in sorted(cell["versions"].items()))
-        commits.setdefault(f"{cell['machine']}; {versions}", []).append(cell.get("commit") or "")
-    said = {
-        line: ", ".join(f"`{name}`" for name in sorted({*names} - {""})) for line, names in commits.items()
-    }
-    return "\n".join(f"* measured on {line}{names and f'; at {names}'}" for line, names in said.items())
+        known = commits.setdefault(f"{cell['machine']}; {versions}", set())
+        if cell.get("commit"):
+            known.add(f"`{cell['commit']}`")
+    return "\n".join(
+        "; at ".join([f"* measured on {line}", *([", ".join(sorted(names))] if names else [])])
+        for line, names in commits.items()
+    )
 
 
 def _described(cell: Row) -> str:
