@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tfmq.export.fake_quantize import FakeQuantizeKernel, product_kernels
+from tfmq.export.quiet import quiet_tools
 from tfmq.kernels.kernel import IntegerWeight, Rows
 from tfmq.kernels.reference import ReferenceKernel, reference_product
 from tfmq.nn.operation import operation_of, weight_of
@@ -68,6 +69,39 @@ def test_it_computes_the_formula_of_the_layer(
     difference = (exact - through).abs()
     assert difference.max() <= step * 1.001 + 1e-3
     assert (difference > 1e-3).float().mean() < 0.2
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_graph_computes_nothing_of_the_tables() -> None:
+    """They are constants in it, in the shape in which they are read."""
+    operation = operation_of(nn.Conv2d(6, 4, 3))
+    assert operation is not None
+    values = torch.randint(-7, 8, (4, 6, 3, 3)).short()
+    weight = IntegerWeight(operation, values, torch.rand(4, 1), torch.rand(4))
+    steps = StepContext(torch.arange(5.0))
+    quantizer = ActivationQuantizer(IntegerFormat(8), steps=steps)
+    quantizer.fit(torch.rand(5, 1) * 0.02 + 0.01, torch.randint(100, 140, (5, 1)).float())
+    x, bins = torch.randn(2, 6, 7, 8), torch.tensor([1, 3])
+
+    def kinds(kernel: FakeQuantizeKernel) -> list[str]:
+        def called(x: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+            with steps.at_bins(bins):
+                return kernel(x, quantizer.rows(x))
+
+        expected = called(x, bins)
+        with quiet_tools():
+            traced = torch.jit.trace(called, (x, bins), check_trace=False)
+        torch._C._jit_pass_dce(traced.graph)
+        assert torch.equal(traced(x, bins), expected)
+        return [node.kind() for node in traced.inlined_graph.nodes()]
+
+    fixed, any_scales = (
+        kinds(FakeQuantizeKernel(weight, quantizer.zero_points(), scales=scales))
+        for scales in (quantizer.scale, None)
+    )
+    made = {"aten::reciprocal", "aten::select", "aten::unsqueeze"}
+    assert made <= {*any_scales} and not made & {*fixed}
+    assert not {"aten::to", "aten::size"} & {*fixed} and fixed.count("aten::index") == 3
 
 
 @given(st.integers(0, 2**31), st.sampled_from([(), (2, 4)]), st.integers(4, 8), st.booleans())

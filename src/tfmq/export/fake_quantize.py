@@ -38,6 +38,7 @@ from tfmq.nn.plan import packed_embeddings, packed_layers
 from tfmq.nn.products import ProductKernel, ProductKernels, ProductQuantizers
 from tfmq.nn.submodules import submodules
 from tfmq.nn.swap import parts_of
+from tfmq.numerics.affine import in_dtype
 from tfmq.quantizers.activation import ActivationQuantizer
 from tfmq.quantizers.input import InputQuantizer
 
@@ -70,7 +71,9 @@ class FakeQuantizeKernel:
 
     With a `middle` the fixed zero-point is that code, or 0 where no other occurs: engines have transposed
     convolutions of signed and of unsigned codes, and none with a zero-point between. The maps `m` are kept by
-    the size of the input, so that a call before the capture makes constants of them.
+    the size of the input, and so are the tables of a calibrated quantizer, whose own `scales` `[S, G]` are
+    given: a call before the capture makes constants of them. What a graph computed of constants, whoever
+    converts it would have to find and to fold, in each of hundreds of layers.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class FakeQuantizeKernel:
         *,
         middle: int | None = None,
         halved: bool | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         # Keep the integers in the parts alone, one byte each: a model is in memory several times while it is
         # converted.
@@ -92,6 +96,8 @@ class FakeQuantizeKernel:
             for values, scale in weight.parts()
         ]
         self.maps: dict[tuple[int, ...], Tensor] = {}
+        self.scales = scales
+        self.tables: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         columns = [] if zero_points is None else zero_points.int().unbind(1)
         self.centres = [
             int(values.median()) if middle is None else middle * bool(values.any()) for values in columns
@@ -118,22 +124,37 @@ class FakeQuantizeKernel:
                 self._multiply(segment, *part)
                 for segment, part in zip(self.weight.split(x), self.parts, strict=True)
             ]
-            return combined(partials, self.weight.bias, operation).to(x.dtype)
+            return in_dtype(combined(partials, self.weight.bias, operation), x.dtype)
         for index, (segment, (values, weight_scale)) in enumerate(
             zip(self.weight.split(x), self.parts, strict=True)
         ):
-            centre, scales = self.centres[index], rows.scales[..., index]
-            scale, inverse = (
-                column(rows.looked_up(table), x.ndim) for table in (scales, scales.reciprocal())
-            )
-            if not self.shifts[index]:
+            centre = self.centres[index]
+            scale, inverse, *shifts = map(rows.looked_up, self._tables(index, rows, x.ndim))
+            if not shifts:
                 u = codes(segment * inverse, centre, rows.levels)
                 partials.append(self._multiply(u, values, weight_scale) * scale)
                 continue
-            shift = column(rows.looked_up(rows.zero_points[..., index].float() - centre), x.ndim)
+            (shift,) = shifts
             y = self._multiply(codes(segment * inverse + shift, centre, rows.levels), values, weight_scale)
             partials.append((y - shift * self._map(index, segment, values, weight_scale)) * scale)
-        return combined(partials, self.weight.bias, operation).to(x.dtype)
+        return in_dtype(combined(partials, self.weight.bias, operation), x.dtype)
+
+    def _tables(self, index: int, rows: Rows, ndim: int) -> tuple[Tensor, ...]:
+        """Return `s`, `1 / s` and, if there is one, `d` of a segment, to be looked up for an input of `ndim`
+        axes.
+        """
+        if rows.scales is not self.scales:
+            return self._made(index, rows, ndim)
+        if (index, ndim) not in self.tables:
+            self.tables[index, ndim] = self._made(index, rows, ndim)
+        return self.tables[index, ndim]
+
+    def _made(self, index: int, rows: Rows, ndim: int) -> tuple[Tensor, ...]:
+        scales = rows.scales[..., index]
+        tables = [scales, scales.reciprocal()]
+        if self.shifts[index]:
+            tables.append(rows.zero_points[..., index].float() - self.centres[index])
+        return tuple(column(table, ndim) for table in tables)
 
     def _multiply(self, x: Tensor, values: tuple[Tensor, ...], scale: Tensor) -> Tensor:
         outputs = [
@@ -181,7 +202,7 @@ class FakeQuantizeProduct:
             )
             operands.append(codes(x * inverse, zero, rows.levels))
             scales.append(scale)
-        return ((operands[0] @ operands[1]) * (scales[0] * scales[1])).to(left.dtype)
+        return in_dtype((operands[0] @ operands[1]) * (scales[0] * scales[1]), left.dtype)
 
 
 def product_kernels(products: ProductQuantizers, *, halved: bool | None = None) -> dict[int, ProductKernel]:
@@ -214,7 +235,8 @@ def _kernel(
         return FakeQuantizeKernel(weight, None, halved=False)
     transposed = weight.operation.window(weight.values.shape[2:]).mirrored
     middle = quantizer.format.middle if transposed else None
-    return FakeQuantizeKernel(weight, quantizer.zero_points(), middle=middle, halved=halved)
+    scales = quantizer.scale if isinstance(quantizer, ActivationQuantizer) else None
+    return FakeQuantizeKernel(weight, quantizer.zero_points(), middle=middle, halved=halved, scales=scales)
 
 
 @contextmanager

@@ -114,9 +114,9 @@ def channels(values: Tensor, operation: Operation, ndim: int) -> Tensor:
     """
     if values.ndim == ndim:
         return values
-    batch = values.shape[0] if values.ndim == 2 else 1
-    shape = [batch] + [1] * (ndim - 1)
-    shape[operation.channel_axis % ndim] = values.shape[-1]
+    shape = [values.shape[0] if values.ndim == 2 else 1] + [1] * (ndim - 1)
+    # Not its number: traced, that would be four nodes.
+    shape[operation.channel_axis % ndim] = -1
     return values.reshape(shape)
 
 

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x` in a dtype; where it has that already, a graph has no node for it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: int) -> Tensor:
     """Return the codes of `x` as a float tensor of integers in `[0, levels - 1]`."""
     return (x * scale.reciprocal()).round_().add_(zero_point).clamp_(0, levels - 1)

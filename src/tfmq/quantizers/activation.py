@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
+from tfmq.numerics.affine import in_dtype
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.segments import scales, spread
 from tfmq.quantizers.input import InputQuantizer
@@ -88,10 +89,10 @@ class ActivationQuantizer(InputQuantizer):
 
     def broadcast(self, values: Tensor, x: Tensor) -> Tensor:
         """Return a field with a value for each sample and channel."""
-        values = spread(values, self.segments, axis=1)
-        shape = [1] * x.ndim
-        shape[0], shape[self.axis % x.ndim] = values.shape[0], values.shape[1]
-        return values.reshape(shape).to(x.dtype)
+        values, shape = spread(values, self.segments, axis=1), [1] * x.ndim
+        # Numbers, and no shape of a tensor: traced, that would be several nodes.
+        shape[0], shape[self.axis % x.ndim] = -1, sum(self.segments) or 1
+        return in_dtype(values.reshape(shape), x.dtype)
 
     def extra_repr(self) -> str:
         """Return bits, timesteps and segments for the printed model."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tfmq.kernels.kernel import Rows
-from tfmq.numerics.affine import fake_quantize
+from tfmq.numerics.affine import fake_quantize, in_dtype
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.quantizers.part import Part
 
@@ -58,7 +58,6 @@ class InputQuantizer(Part, ABC):
         self.check_width(x)
         rows = self.rows(x)
         # In half precision the reciprocal of a small scale overflows, so the grid is applied in float32.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return fake_quantize(
-            wide, self.broadcast(rows.scale, wide), self.broadcast(rows.zero_point, wide), rows.levels
-        ).to(x.dtype)
+        wide = in_dtype(x, torch.promote_types(x.dtype, torch.float32))
+        scale, zero_point = (self.broadcast(values, wide) for values in (rows.scale, rows.zero_point))
+        return in_dtype(fake_quantize(wide, scale, zero_point, rows.levels), x.dtype)
