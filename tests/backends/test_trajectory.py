@@ -15,7 +15,7 @@ from tfmq.recipes.recipe import Calibration
 from tfmq.reconstruction.solvers import Rounding
 from tfmq.targets import open_sampler
 
-STEPS, IMAGES = 50, 1
+STEPS, IMAGES = 20, 1
 
 
 def drawn(sampler: Sampler, backend: str) -> np.ndarray:
@@ -38,7 +38,7 @@ def quantize(sampler: Sampler) -> None:
     tfmq.quantize(sampler, replace(recipe, calibration=calibration, temporal=temporal))
 
 
-def test_fifty_steps_of_the_embedded_model_end_in_the_same_images(
+def test_a_trajectory_of_the_embedded_model_ends_in_the_same_image(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TFMQ_CACHE", str(tmp_path_factory.mktemp("cache")))
