@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("openvino")
 
 from tfmq.backends.openvino import shared_core
-from tfmq.export.openvino import _converted
+from tfmq.export.openvino import from_torch
 from tfmq.export.quiet import quiet_tools
 
 
@@ -21,7 +21,7 @@ def test_a_graph_is_converted_and_nobody_is_told(captured: bool, monkeypatch: py
     module, x = nn.Sequential(nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 4)).eval(), torch.randn(3, 6)
     with torch.no_grad(), quiet_tools():
         source = torch.export.export(module, (x,)) if captured else torch.jit.trace(module, x)
-        model = _converted(source)
+        model = from_torch(source)
         hints = {"INFERENCE_PRECISION_HINT": "f32"}
         (found,) = shared_core().compile_model(model, "CPU", hints)([x.numpy()]).values()
         torch.testing.assert_close(torch.from_numpy(found), module(x))

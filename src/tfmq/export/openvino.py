@@ -54,18 +54,18 @@ def _of_any_batch(graph: Graph, call: Call) -> ov.Model | None:
     traced = trace(graph, call)
     if traced is not None:
         model = _named(
-            _converted(traced),
+            from_torch(traced),
             dict(zip((value.debugName() for value in traced.graph.inputs()), graph.names, strict=True)),
         )
         shapes = sizes(graph, call, -1)
         model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         return model
     program = capture(graph, call, dynamic=True)
-    return _named(_converted(program), _captured(graph)) if any_batch(program, graph) else None
+    return _named(from_torch(program), _captured(graph)) if any_batch(program, graph) else None
 
 
 def _of_one_batch(graph: Graph, call: Call) -> ov.Model:
-    model = _named(_converted(capture(graph, call, dynamic=False)), _captured(graph))
+    model = _named(from_torch(capture(graph, call, dynamic=False)), _captured(graph))
     # The inputs of the converted model have open shapes: set the sizes that capture took for constants.
     shapes = sizes(graph, call, call.batch)
     model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
@@ -84,8 +84,8 @@ def _named(model: ov.Model, names: Mapping[str, str]) -> ov.Model:
     return model
 
 
-def _converted(source: Any) -> ov.Model:
-    """Return the model of a traced graph or a captured program.
+def from_torch(source: Any) -> ov.Model:
+    """Return the model of a traced graph, or of a captured program.
 
     This is what `openvino.convert_model` does, without what it does besides: it adds preprocessing, of which
     there is none, in a quarter of the time of all, and it reports each conversion to its developers, from a

@@ -20,15 +20,16 @@ def _arrays(call: Inputs) -> list[Any]:
 
 def _converted(setting: Setting) -> Any:
     """Return the original as an OpenVINO model of static shapes."""
-    openvino = require("openvino", extra="bench")
+    require("openvino", extra="bench")
+    from tfmq.export.openvino import from_torch
+
     call = setting.calls()[0]
     example = flat_tensors(call)
     with warnings.catch_warnings():
         # The converter traces with what torch has deprecated.
         warnings.simplefilter("ignore")
-        model = openvino.convert_model(
-            Flat(setting.source.view(setting.source.original()), call), example_input=example
-        )
+        original = Flat(setting.source.view(setting.source.original()), call)
+        model = from_torch(torch.jit.trace(original, example, check_trace=False))
     model.reshape({number: list(tensor.shape) for number, tensor in enumerate(example)})
     return model
 
