@@ -20,6 +20,8 @@ Row = Mapping[str, Any]
 BARS = {"text": 1.0, "dit": 1.0, "text-turbo": 2.0}
 BARRED = ("identity", "ink", "ground", "place")
 PRESETS = ("tfmq", "fast", "transformer")
+# The row that the others of its table are compared with, image by image.
+YARDSTICK = "tfmq"
 
 TEMPLATE, PLACE = Path(__file__).with_name("leaderboard.template.md"), "<!-- tables -->\n"
 
@@ -75,15 +77,33 @@ def _step(cells: Sequence[Row]) -> str:
     )
 
 
-def _quality(cells: Sequence[Row]) -> list[str]:
+def _of_images(cells: Sequence[Row], name: str) -> Any:
+    """Return the mean over seeds of a value of each image."""
+    return np.array([cell[name] for cell in cells]).mean(axis=0)
+
+
+def _against(cells: Sequence[Row], yardstick: Sequence[Row]) -> str:
+    """Return by how much the images of a line are nearer to full precision's than those of `yardstick`, pair
+    by pair; nothing for that line itself, or where it has no such images.
+    """
+    if not yardstick or cells[0]["method"] == yardstick[0]["method"]:
+        return ""
+    mean, half = mean_interval((_of_images(cells, "psnr_db") - _of_images(yardstick, "psnr_db")).tolist())
+    return f"{mean:+.2f} ± {half:.2f}"
+
+
+def _quality(cells: Sequence[Row], yardstick: Sequence[Row]) -> list[str]:
     """Return the cells of a line that compare images with full precision's."""
-    images = np.array([cell["psnr_db"] for cell in cells])
-    mean, half = mean_interval(images.mean(axis=0).tolist())
-    similar, around = mean_interval(np.array([cell["ssim"] for cell in cells]).mean(axis=0).tolist())
-    return [f"{mean:.2f} ± {half:.2f}", f"{images.min():.2f}", f"{similar:.4f} ± {around:.4f}"]
+    mean, half = mean_interval(_of_images(cells, "psnr_db").tolist())
+    similar, around = mean_interval(_of_images(cells, "ssim").tolist())
+    worst = min(min(cell["psnr_db"]) for cell in cells)
+    fidelity = [f"{mean:.2f} ± {half:.2f}", _against(cells, yardstick), f"{worst:.2f}"]
+    return [*fidelity, f"{similar:.4f} ± {around:.4f}"]
 
 
-def _line(cells: Sequence[Row], full: Row | None, attributes: Sequence[str]) -> list[str]:
+def _line(
+    cells: Sequence[Row], full: Row | None, attributes: Sequence[str], yardstick: Sequence[Row]
+) -> list[str]:
     first = cells[0]
     spread = f" (± {np.std([np.mean(cell['psnr_db']) for cell in cells]):.2f})" if len(cells) > 1 else ""
     size, whole = first["bytes"]["disk"], first["bytes"]["fp32"]
@@ -94,7 +114,7 @@ def _line(cells: Sequence[Row], full: Row | None, attributes: Sequence[str]) -> 
     }
     return [
         *(first["method"], f"{len(cells)}{spread}", f"{size / 1e6:.2f}", f"{size / whole:.3f}"),
-        *_quality(cells),
+        *_quality(cells, yardstick),
         *(_share(pooled(cells, name)) for name in attributes),
         *([f"{lost:+.1f}" if lost is not None else ""] if attributes else []),
         f"{np.mean([cell['frechet']['value'] for cell in cells]):.3f}",
@@ -112,9 +132,7 @@ def _full_line(full: Row, attributes: Sequence[str]) -> list[str]:
         "",
         f"{full['bytes']['disk'] / 1e6:.2f}",
         "1",
-        "",
-        "",
-        "",
+        *[""] * 4,
         *shares,
         *([""] if attributes else []),
         *[""] * 4,
@@ -141,6 +159,7 @@ def table(cells: Sequence[Row], full: Row | None) -> str:
         "MB",
         "of fp32",
         "PSNR dB",
+        f"to {YARDSTICK}",
         "worst",
         "SSIM",
         *attributes,
@@ -148,7 +167,8 @@ def table(cells: Sequence[Row], full: Row | None) -> str:
     ]
     head += [distances or "Frechet distance", "temporal error", "mismatches", "CPU s", "ms/step"]
     lines = [head, ["---"] * len(head), *([_full_line(full, attributes)] if full else [])]
-    lines += [_line(group, full, attributes) for group in working]
+    yardstick = next((group for group in working if group[0]["method"] == YARDSTICK), [])
+    lines += [_line(group, full, attributes, yardstick) for group in working]
     for group in broken:
         reason = next(cell["failed"] for cell in group if "failed" in cell)
         lines.append(

@@ -461,8 +461,11 @@ def test_the_page_sorts_rows_and_says_what_misses_a_bar(board: ModuleType) -> No
     ] and "| tfmq | 1 |" in high
     # Means over seeds are 31 and 35: 33, deviation 2 sqrt 2, over sqrt 2.
     assert (
-        "| 2 (± 1.00) | 1.00 | 0.125 | 33.00 ± 3.92 | 30.00 |" in lines[1] and "1.50 openvino *" in lines[1]
+        "| 2 (± 1.00) | 1.00 | 0.125 | 33.00 ± 3.92 |  | 30.00 |" in lines[1]
+        and "1.50 openvino *" in lines[1]
     )
+    # Images of `rtn` are 11 and 13 dB below those means.
+    assert "| 21.00 ± 1.96 | -12.00 ± 1.96 | 20.00 |" in lines[2]
     assert "88.6 (85.5 to 91.1) | +1.4 |" in lines[1] and "90.0 (87.1 to 92.3)" in lines[0]
     assert (
         "`tfmq` at W4A8 loses at most 1.4 points of digits, colours and place: the bar of 1 is missed."
