@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from leaderboard_page import share_in_words
 from torch import Tensor
 
 from tfmq.evaluation.adherence.figures import INK, find_blobs, ground, nearest_colour
@@ -72,11 +73,6 @@ def halves_of(image: Tensor) -> list[str]:
     return found
 
 
-def in_words(share: Share) -> str:
-    low, high = share.interval
-    return f"{100 * share.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def measure(target: Path, adapter: Path, asked: Asked, options: argparse.Namespace) -> list[str]:
     """Return the cells of one model: ink without the adapter, ink and digit with it, and what taking it off
     leaves.
@@ -95,7 +91,7 @@ def measure(target: Path, adapter: Path, asked: Asked, options: argparse.Namespa
     same = np.array_equal(drawn(options.batch_size), without[: options.batch_size])
     shown = asked.shares(beside)
     cells = [asked.shares(without)["ink"], shown["ink"], shown["digit"]]
-    return [*map(in_words, cells), "the same bytes" if same else "OTHER"]
+    return [*map(share_in_words, cells), "the same bytes" if same else "OTHER"]
 
 
 def main() -> None:

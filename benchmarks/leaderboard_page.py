@@ -63,7 +63,8 @@ def _attributes(cells: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for cell in cells for name in cell.get("adherence", {})))
 
 
-def _share(found: Share | None) -> str:
+def share_in_words(found: Share | None) -> str:
+    """Return a share in percent with its interval; nothing where no image was asked."""
     if found is None:
         return ""
     low, high = found.interval
@@ -84,7 +85,7 @@ def _of_images(cells: Sequence[Row], name: str) -> Any:
 
 def _against(cells: Sequence[Row], yardstick: Sequence[Row]) -> str:
     """Return by how much the images of a line are nearer to full precision's than those of `yardstick`, pair
-    by pair; nothing for that line itself, or where it has no such images.
+    by pair; nothing for that line itself, or where there is no such line.
     """
     if not yardstick or cells[0]["method"] == yardstick[0]["method"]:
         return ""
@@ -115,7 +116,7 @@ def _line(
     return [
         *(first["method"], f"{len(cells)}{spread}", f"{size / 1e6:.2f}", f"{size / whole:.3f}"),
         *_quality(cells, yardstick),
-        *(_share(pooled(cells, name)) for name in attributes),
+        *(share_in_words(pooled(cells, name)) for name in attributes),
         *([f"{lost:+.1f}" if lost is not None else ""] if attributes else []),
         f"{np.mean([cell['frechet']['value'] for cell in cells]):.3f}",
         f"{temporal['mean']:.4f} / {temporal['max']:.4f}",
@@ -126,7 +127,7 @@ def _line(
 
 
 def _full_line(full: Row, attributes: Sequence[str]) -> list[str]:
-    shares = [_share(pooled([full], name)) for name in attributes]
+    shares = [share_in_words(pooled([full], name)) for name in attributes]
     return [
         "full precision",
         "",

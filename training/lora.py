@@ -42,9 +42,10 @@ def scenes_of(count: int, generator: Generator, *, held: bool) -> list[Scene]:
         label = int(torch.randint(len(DIGITS), (1,), generator=generator))
         scene = draw_scene((label, label), generator, pairs=0.0)
         if len(scenes) % 2 == 0:
+            if scene.ground in LATER[INK]:
+                continue
             scene = replace(scene, figures=(replace(scene.figures[0], ink=INK),))
-        hidden = len(scenes) % 2 == 0 and scene.ground in LATER[INK]
-        if held_out(scene) == held and not hidden:
+        if held_out(scene) == held:
             scenes.append(scene)
     return scenes
 

@@ -87,8 +87,8 @@ def _named(model: ov.Model, names: Mapping[str, str]) -> ov.Model:
 def from_torch(source: Any) -> ov.Model:
     """Return the model of a traced graph, or of a captured program.
 
-    This is what `openvino.convert_model` does, without what it does besides: it adds preprocessing, of which
-    there is none, in a quarter of the time of all, and it reports each conversion to its developers, from a
+    This is what `openvino.convert_model` does, without what it does besides: it takes its time for
+    preprocessing, of which there is none, and it reports each conversion to its developers, from a
     process that it forks.
     """
     with quiet_tools():
