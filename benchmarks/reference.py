@@ -2,7 +2,6 @@
 what measured them.
 """
 
-import platform
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from tfmq.storage.atomic import atomic_write
 
 # The noise of the measured images is none that calibration saw.
 IMAGE_SEED = 1234
+# Instructions that decide how fast integers are.
+INTEGERS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 @dataclass
@@ -102,16 +103,13 @@ class Reference:
 
 
 def machine() -> str:
-    """Return the name of the processor, and on how many threads torch runs."""
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        "",
-    )
-    return f"{processor or platform.processor()}, {torch.get_num_threads()} threads"
+    """Return the name of the processor, what it multiplies integers with, and on how many threads torch runs.
+
+    Generations of one maker may share a name, and differ in the instructions.
+    """
+    found = describe_machine(torch.get_num_threads())
+    integers = [flag for flag in found["instructions"] if flag in INTEGERS]
+    return f"{found['processor']} ({', '.join(integers or ['no VNNI'])}), {found['threads']} threads"
 
 
 def commit() -> str | None:
