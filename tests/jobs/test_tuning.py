@@ -10,6 +10,7 @@ import torch
 
 import tfmq
 import tfmq.jobs.tuning
+from tfmq.jobs.job import Job
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
 from tfmq.recipes import Recipe
@@ -97,9 +98,7 @@ def constant(self: Any, inputs: Any) -> torch.Tensor:
     return found
 
 
-def test_without_memory_gradient_or_time_nothing_is_tuned(
-    sampler: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_memory_or_gradient_nothing_is_tuned(sampler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = quantized(sampler, recipe(0))
     lacking = {
         "a gradient keeps more than the 0 MiB": ("free_bytes", lambda: 1),
@@ -110,8 +109,19 @@ def test_without_memory_gradient_or_time_nothing_is_tuned(
             patched.setattr(f"tfmq.jobs.tuning.{name}", stand_in)
             drawn, report = quantized(sampler, recipe())
         assert report is None and digest(drawn) == digest(plain)
-    _, report = quantized(sampler, recipe(10**6), resources=Resources(time_budget=15.0))
-    assert report is None or report["iterations"] < 10**5
+
+
+@pytest.mark.parametrize(("gone", "iterations"), [(0.35, 6), (0.95, None)])
+def test_there_are_as_many_iterations_as_time_is_left_for(
+    sampler: Make, monkeypatch: pytest.MonkeyPatch, gone: float, iterations: int | None
+) -> None:
+    """Of a budget of a million seconds, of which a share is gone and a gradient takes a tenth."""
+    monkeypatch.setattr("tfmq.jobs.tuning.timed", lambda gradient: (gradient(), 1e5))
+    monkeypatch.setattr(Job, "elapsed", lambda _: 1e6 * gone)
+    drawn, report = quantized(sampler, recipe(10**6), resources=Resources(time_budget=1e6))
+    assert (report and report["iterations"]) == iterations
+    if iterations is None:
+        assert digest(drawn) == digest(quantized(sampler, recipe(0))[0])
 
 
 @pytest.mark.parametrize("worse", [3.0, float("nan")])
