@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -203,35 +203,45 @@ def test_weights_that_are_not_finite(
     assert not (tmp_path / "q").exists()
 
 
-def _until(path: Path, child: "subprocess.Popen[str]") -> None:
-    """Wait until `path` exists while `child` works on it."""
-    began = time.monotonic()
-    while not path.exists():
-        assert child.poll() is None, child.communicate()[1]
-        assert time.monotonic() - began < 600, f"{path} never came"
-        time.sleep(0.01)
-
-
-# A terminal's Ctrl-C, which a shell that starts jobs in the background lets them ignore; a unit that takes so
-# long that the signal meets it; and no diffusers, which takes seconds to import only to be hushed.
+# Forks a process for each line of arguments, so that torch is imported once; itself it computes nothing,
+# which forking needs. There are a terminal's Ctrl-C, which a shell that starts jobs in the background lets
+# them ignore; a unit that takes so long that the signal meets it; and no diffusers, which takes seconds to
+# import only to be hushed.
 SLOW = """
-import signal, sys, time
+import os, signal, sys, time
 from contextlib import nullcontext
 from types import SimpleNamespace
+import torch._dynamo
+import tfmq.artifact, tfmq.cluster.quantization, tfmq.jobs.workflow
 from tfmq.cli.app import main
 from tfmq.storage.journal import Journal
 
 sys.modules["tfmq.integrations.diffusers.quiet"] = SimpleNamespace(quiet=nullcontext)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-slow, stage = sys.argv.pop(1), Journal.stage
-Journal.stage = lambda own, name, compute: stage(
-    own, name, (lambda: time.sleep(600)) if name == slow else compute
-)
-main()
+for line in sys.stdin:
+    slow, folder, *sys.argv[1:] = line.rstrip().split("|")
+    child, stage = os.fork(), Journal.stage
+    if child == 0:
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(folder, name), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        Journal.stage = lambda own, name, compute: stage(
+            own, name, (lambda: time.sleep(600)) if name == slow else compute
+        )
+        sys.exit(main())
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+class Ended(NamedTuple):
+    """How a process ended that got a signal."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, and signals of POSIX")
 def test_interrupted_killed_and_continued(
     tfmq: Run,
     own: Path,
@@ -244,27 +254,31 @@ def test_interrupted_killed_and_continued(
     arguments = ["quantize", "--module", f"{own / 'own.py'}:build", "--recipe", str(recipe)]
     arguments += ["--output-dir", str(tmp_path / "parts")]
     job = tmp_path / "parts.job"
+    (tmp_path / "said").mkdir()
 
-    def start(slow: str, *more: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", SLOW, slow, *arguments, *more]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def signalled(number: signal.Signals, slow: str, after: str, *more: str) -> Ended:
+        """Signal a process once a file is there, while it works on the unit `slow`."""
+        parent.stdin.write("|".join([slow, str(tmp_path / "said"), *arguments, *more]) + "\n")
+        parent.stdin.flush()
+        child, began = int(parent.stdout.readline()), time.monotonic()
+        while not (job / after).exists():
+            os.kill(child, 0)
+            assert time.monotonic() - began < 600, f"{after} never came"
+            time.sleep(0.01)
+        os.kill(child, number)
+        status = int(parent.stdout.readline())
+        return Ended(status, *((tmp_path / "said" / name).read_text() for name in ("out", "err")))
 
-    with start("unit_0001") as child:
-        _until(job / "unit_0000.safetensors", child)
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate()
-    assert child.returncode == 130 and out == ""
-    assert (
-        err.splitlines()[-1].startswith("error: interrupted")
-        and "--resume" in err.splitlines()[-1]
-        and "Traceback" not in err
-    )
-    with start("unit_0002", "--resume") as child:
-        _until(job / "unit_0001.safetensors", child)
-        child.kill()
-        child.communicate()
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SLOW], env=environment, **pipes) as process:
+        parent: Any = process
+        ended = signalled(signal.SIGINT, "unit_0001", "unit_0000.safetensors")
+        assert ended.status == 130 and ended.out == ""
+        last = ended.err.splitlines()[-1]
+        assert last.startswith("error: interrupted") and "--resume" in last and "Traceback" not in ended.err
+        ended = signalled(signal.SIGKILL, "unit_0002", "unit_0001.safetensors", "--resume")
+        assert ended.status == -signal.SIGKILL
+        parent.stdin.close()
     assert not list((tmp_path / "parts").iterdir()) and job.exists()
     done = {path.name: path.stat().st_mtime_ns for path in job.glob("*.safetensors")}
     assert {"unit_0000.safetensors", "unit_0001.safetensors"} < done.keys()
