@@ -2,6 +2,7 @@
 test.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,9 +195,15 @@ def test_refusals(tfmq: Run, model: Path, quantized: Path, tmp_path: Path) -> No
 
 
 def test_a_process_of_its_own(
-    tfmq: Run, model: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+    tfmq: Run, model: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One, because it imports diffusers, which takes seconds; test_module.py has several."""
+    # diffusers imports these where they are, for seconds; the tiny model needs none of them.
+    lacking = 'import sys\nsys.modules |= dict.fromkeys(["peft", "scipy", "transformers"])\n'
+    (tmp_path / "sitecustomize.py").write_text(lacking)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    # A turn as short as can be.
+    monkeypatch.setattr("tfmq.evaluation.cost.process.TURN", 0.0)
 
     def worker(name: str, setting: Setting, *, build: bool = False) -> Worker | InProcess:
         return (Worker if name == "torch" else InProcess)(name, setting, build=build)
