@@ -17,14 +17,19 @@ OpenModel = Callable[[], Sampler]
 
 
 @pytest.fixture(scope="session")
-def ray() -> Iterator[Any]:
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Return Ray, started here with two CPUs; programs that find it started go on with it."""
     module = pytest.importorskip("ray", reason="ray is not installed; pip install 'tfmq[ray]' has it")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # By default workers give way to all others, here to the other half of the tests.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     size = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    module.init(address="local", log_to_driver=False, logging_level="error", **size)
+    # diffusers imports it in every worker, for a second; the tiny model does not need it.
+    lacking = 'import sys\nsys.modules["peft"] = None\n'
+    (folder := tmp_path_factory.mktemp("lacking")).joinpath("sitecustomize.py").write_text(lacking)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        module.init(address="local", log_to_driver=False, logging_level="error", **size)
     yield module
     module.shutdown()
 

@@ -69,6 +69,6 @@ def test_a_worker_that_is_killed_changes_nothing(ray: Any, open_model: Callable[
         yield advance
 
     with connected(Cluster()) as crew:
-        images = draw_together(crew, open_model, 12, steps=40, seed=5, batch_size=2, progress=progress)
+        images = draw_together(crew, open_model, 8, steps=40, seed=5, batch_size=2, progress=progress)
     assert len(killed) == 1
-    assert_array_equal(images, draw(open_model(), 12, steps=40, seed=5, batch_size=2))
+    assert_array_equal(images, draw(open_model(), 8, steps=40, seed=5, batch_size=2))
