@@ -17,17 +17,17 @@ import pytest
 KILLS = 16
 
 # Forks a process for each job, so that a kill costs no second import of torch. Itself it computes nothing,
-# which forking needs.
+# which forking needs. Jobs do without diffusers, which takes seconds to import.
 NURSERY = """
 import os, signal, sys, traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 import tfmq
 # Half of a job's time would go into importing these, once for each.
-import tfmq.artifact, tfmq.backends.auto, tfmq.integrations.diffusers.quantizer, tfmq.jobs.workflow
+import torch._dynamo, tfmq.artifact, tfmq.backends.auto, tfmq.jobs.report, tfmq.jobs.workflow, tfmq.targets
 from tfmq.recipes.recipe import Calibration
 from tfmq.storage.journal import Journal
 
@@ -43,6 +43,13 @@ class Denoiser(nn.Module):
         hidden = self.entry(x) + self.embed(torch.sin(t[:, None].float() / 100))[:, :, None, None]
         return self.exit(hidden + self.block(hidden))
 
+class Straight:
+    def set_timesteps(self, count):
+        self.timesteps = torch.linspace(999, 0, count).long()
+
+    def step(self, output, timestep, sample, return_dict=True):
+        return SimpleNamespace(prev_sample=sample - output / len(self.timesteps))
+
 def job(directory):
     torch.manual_seed(0)
     denoiser = tfmq.Denoiser(Denoiser().eval(), sample="x", timestep="t")
@@ -52,7 +59,7 @@ def job(directory):
         calibration=Calibration(samples=4, steps=3, interval=1, batch_size=4),
         temporal=replace(recipe.temporal, learning=replace(recipe.temporal.learning, iterations=4)),
     )
-    sampler = tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(2, 8, 8))
+    sampler = tfmq.LoopSampler(denoiser, Straight(), shape=(2, 8, 8))
     tfmq.quantize(sampler, recipe, output_dir=directory, resume=True)
 
 def die():
@@ -103,6 +110,7 @@ for line in sys.stdin:
     print(child, flush=True)
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
+os._exit(0)
 """
 
 
@@ -143,7 +151,6 @@ class Nursery:
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    pytest.importorskip("diffusers")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", NURSERY],
