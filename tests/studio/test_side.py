@@ -22,10 +22,14 @@ SOURCE = str(Path(tfmq.__file__).parent.parent)
 
 
 @pytest.fixture
-def side(monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
+def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
     """Return a side whose processes are forked from one that has imported diffusers, which takes seconds;
     those of other tests import by themselves.
     """
+    # diffusers imports these where they are, for seconds; the tiny model needs none of them.
+    lacking = 'import sys\nsys.modules |= dict.fromkeys(["peft", "scipy", "transformers"])\n'
+    (tmp_path / "sitecustomize.py").write_text(lacking)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     context = get_context("forkserver")
     needs = ("diffusers.pipelines.ddim.pipeline_ddim", "diffusers.models.unets.unet_2d", "tfmq.studio.side")
     context.set_forkserver_preload([*needs, "tfmq.integrations.diffusers.pipelines"])
