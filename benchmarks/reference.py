@@ -41,6 +41,7 @@ class Reference:
         trajectories: images of the trajectory, drawn as one batch.
         batch_size: images drawn at once.
         device: where the model runs.
+        seed: of the images' noise.
     """
 
     make: Callable[[], Sampler]
@@ -50,6 +51,7 @@ class Reference:
     trajectories: int = 16
     batch_size: int = 64
     device: str = "cpu"
+    seed: int = IMAGE_SEED
 
     def fresh(self) -> Sampler:
         """Return a sampler of a new copy of the full-precision model."""
@@ -83,7 +85,7 @@ class Reference:
             sampler,
             self.num_images,
             steps=self.steps,
-            seed=IMAGE_SEED,
+            seed=self.seed,
             batch_size=self.batch_size,
             progress=progress,
         )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
+from tfmq import stopwatch
 from tfmq.errors import MissingExtraError
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -40,6 +41,8 @@ os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 # The models are so small that a second thread only waits, here and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Every job foretells its time from calls that it repeats for so long. Here nobody waits for what it foretells.
+stopwatch.LOOKED = 0.02
 hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("tfmq")
 # Written back, so that the workers of pytest-xdist take the seed that was drawn here.
