@@ -72,10 +72,14 @@ def share_in_words(found: Share | None) -> str:
 
 
 def _step(cells: Sequence[Row]) -> str:
-    step = next((cell["step"] for cell in cells if cell.get("step")), None)
-    return (
-        "" if step is None else f"{step['ms_per_step']:.2f} {step['backend']}{'' if step['clean'] else ' *'}"
-    )
+    """Return what a step takes, by what, the letter of the machine where there are several, and whether it
+    was busy with something else.
+    """
+    cell = next((cell for cell in cells if cell.get("step")), None)
+    if cell is None:
+        return ""
+    step, where = cell["step"], f" ({letter})" if (letter := cell.get("letter")) else ""
+    return f"{step['ms_per_step']:.2f} {step['backend']}{where}{'' if step['clean'] else ' *'}"
 
 
 def _of_images(cells: Sequence[Row], name: str) -> Any:
@@ -215,18 +219,34 @@ def bars(model: str, cells: Sequence[Row], full: Row | None) -> list[str]:
     return found
 
 
+def _measured_on(cell: Row) -> str:
+    """Return what measured a cell: the machine and its versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(cell["versions"].items()))
+    return f"{cell['machine']}; {versions}"
+
+
+def lettered(cells: Sequence[Row]) -> list[Row]:
+    """Return the cells, each with the letter of what measured it; with none where all were measured by the
+    same.
+    """
+    places = list(dict.fromkeys(map(_measured_on, cells)))
+    if len(places) < 2:
+        return list(cells)
+    return [{**cell, "letter": chr(ord("a") + places.index(_measured_on(cell)))} for cell in cells]
+
+
 def _environment(cells: Sequence[Row]) -> str:
     """Return what measured a model's cells, in a line for each machine and set of versions, with the commits
     of the package where cells say them.
     """
     commits: dict[str, set[str]] = {}
     for cell in cells:
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(cell["versions"].items()))
-        known = commits.setdefault(f"{cell['machine']}; {versions}", set())
+        letter = f"({cell['letter']}) " if "letter" in cell else ""
+        known = commits.setdefault(f"{letter}measured on {_measured_on(cell)}", set())
         if cell.get("commit"):
             known.add(f"`{cell['commit']}`")
     return "\n".join(
-        "; at ".join([f"* measured on {line}", *([", ".join(sorted(names))] if names else [])])
+        "; at ".join([f"* {line}", *([", ".join(sorted(names))] if names else [])])
         for line, names in commits.items()
     )
 
@@ -248,7 +268,7 @@ def page(cells: Sequence[Row]) -> str:
     if not cells:
         parts.append("No cell is measured yet.\n\n")
     for model in dict.fromkeys(cell["model"] for cell in cells):
-        own = [cell for cell in cells if cell["model"] == model]
+        own = lettered([cell for cell in cells if cell["model"] == model])
         full = next((cell for cell in own if cell["method"] == FULL), None)
         rows = [cell for cell in own if cell["method"] != FULL]
         parts.append(

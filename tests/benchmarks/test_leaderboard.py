@@ -479,6 +479,12 @@ def test_the_page_sorts_rows_and_says_what_misses_a_bar(board: ModuleType) -> No
     assert "No cell" in board.page([])
     assert "* measured on M; torch 2; at `abc1234`\n" in high
     assert "* measured on M; torch 2\n" in board.page([full])
+    elsewhere = board.page([full, *rows[:3], {**rows[3], "machine": "N"}])
+    assert (
+        "* (a) measured on M; torch 2; at `abc1234`\n* (b) measured on N; torch 2; at `abc1234`\n"
+        in elsewhere
+    )
+    assert "| 1.50 openvino (a) * |" in elsewhere and "| 1.50 openvino (b) * |" in elsewhere
 
 
 def test_the_committed_page_is_that_of_the_committed_cells(board: ModuleType) -> None:
