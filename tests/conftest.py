@@ -41,7 +41,7 @@ os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 # The models are so small that a second thread only waits, here and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Every job foretells its time from calls that it repeats for so long. Here nobody waits for what it foretells.
+# Every job foretells its time from calls that it repeats for so long. Here nobody waits for that.
 stopwatch.LOOKED = 0.02
 hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("tfmq")

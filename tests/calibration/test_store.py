@@ -1,4 +1,5 @@
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tfmq.calibration.store import CalibrationStore
+from tfmq.calibration.store import CalibrationStore, StoredBatches
 from tfmq.models.denoiser import Inputs
 from tfmq.storage.atomic import read_tensors
 
@@ -111,23 +112,48 @@ def test_what_is_stored_does_not_follow_the_tensors(tmp_path: Path) -> None:
     assert torch.equal(store.read(0).sample, before)
 
 
-def test_every_keeps_both_guidance_halves_of_every_nth_distinct_timestep(tmp_path: Path) -> None:
+def test_batches_keep_both_guidance_halves_of_every_nth_distinct_timestep(tmp_path: Path) -> None:
     store = CalibrationStore(tmp_path)
     for number, timestep in enumerate([90, 90, 70, 70, 50, 50, 30, 30, 10, 10]):
         store.append(call(timestep, number=number))
-    assert [inputs.conditions["number"] for inputs in store.every(1)] == list(range(10))
-    assert [int(inputs.timestep[0]) for inputs in store.every(2)] == [90, 90, 50, 50, 10, 10]
-    assert [inputs.conditions["number"] for inputs in store.every(99)] == [0, 1, 8, 9], (
+    assert [inputs.conditions["number"] for inputs in StoredBatches(store, 1)] == list(range(10))
+    assert [int(inputs.timestep[0]) for inputs in StoredBatches(store, 2)] == [90, 90, 50, 50, 10, 10]
+    assert [inputs.conditions["number"] for inputs in StoredBatches(store, 99)] == [0, 1, 8, 9], (
         "both ends, whatever the interval"
     )
 
 
+def of_images(number: int, images: range, timestep: int) -> Inputs:
+    """Return a call that says of each row its image, and of the call its number."""
+    numbers = torch.tensor([[float(image)] for image in images])
+    return Inputs(numbers, torch.full((len(images),), timestep), {"text": numbers + 100, "number": number})
+
+
+@pytest.mark.parametrize(("batch", "guided"), [(6, False), (4, False), (1, False), (3, True)])
+def test_samples_take_turns_from_step_to_step(tmp_path: Path, batch: int, guided: bool) -> None:
+    store, steps = CalibrationStore(tmp_path), [90, 80, 70, 60, 50, 40]
+    for start in range(0, 12, batch):
+        for step in steps:
+            for half in range(2 if guided else 1):
+                store.append(of_images(half, range(start, start + batch), step))
+    seen: dict[int, list[tuple[int, int]]] = {step: [] for step in steps}
+    for inputs in StoredBatches(store, 1, turns=3):
+        rows = inputs.sample.flatten().tolist()
+        assert equal(inputs.conditions["text"], inputs.sample + 100) and len(inputs.timestep) == len(rows)
+        seen[int(inputs.timestep[0])] += [(int(row), inputs.conditions["number"]) for row in rows]
+    every = 2 * 12 if guided else 12
+    assert {len(rows) for rows in seen.values()} == {every // 3}, "as many at each step"
+    counts = Counter(row for rows in seen.values() for row in rows)
+    assert len(counts) == every and set(counts.values()) == {2}, "each sample as often, in either half"
+    assert sum(map(len, StoredBatches(store, 5))) == 2 * every
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
-def test_every_finds_timesteps_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_timesteps_of_any_dtype_are_found(tmp_path: Path, dtype: torch.dtype) -> None:
     store = CalibrationStore(tmp_path)
     for timestep in (999.9, 333.3, 0.1):
         store.append(call(torch.tensor(timestep, dtype=torch.float64).to(dtype)))
-    assert len(list(store.every(1))) == 3
+    assert len(list(StoredBatches(store, 1))) == 3
 
 
 def test_parts_are_taken_over_in_their_order(tmp_path: Path) -> None:
@@ -165,7 +191,7 @@ def test_parts_bring_the_calls_of_other_networks(tmp_path: Path) -> None:
     assert not list(store.directory.iterdir())
 
 
-def test_what_every_leaves_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_left_out_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CalibrationStore(tmp_path)
     for number in range(6):
         store.append(call(float(60 - 10 * number)))
@@ -174,5 +200,5 @@ def test_what_every_leaves_out_is_not_read(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         "tfmq.calibration.store.read_tensors", lambda path: (seen.append(path.name), read_tensors(path))[1]
     )
-    assert len(list(store.every(3))) == 3
+    assert len(list(StoredBatches(store, 3))) == 3
     assert seen == [f"call_{number:05d}.safetensors" for number in (0, 3, 5)]

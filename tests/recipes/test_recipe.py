@@ -27,6 +27,7 @@ from tfmq.recipes.recipe import Activations, Calibration, Recipe, Rule, Temporal
         (Calibration, {"samples": 0}, r"calibration\.samples must be at least 1, got 0"),
         (Calibration, {"steps": -3}, r"calibration\.steps must be at least 1, got -3"),
         (Calibration, {"interval": 0}, r"calibration\.interval .* got 0"),
+        (Calibration, {"learned": 0}, r"calibration\.learned .* got 0"),
         (Calibration, {"batch_size": 0}, r"calibration\.batch_size .* got 0"),
         (
             Rule,
@@ -102,3 +103,13 @@ def test_recipes_are_frozen_values_with_keyword_fields(part: Any) -> None:
     with pytest.raises(TypeError):
         type(part)(getattr(part, name))
     assert part == dataclasses.replace(part) and hash(part) == hash(dataclasses.replace(part))
+
+
+@pytest.mark.parametrize(
+    ("given", "turns"),
+    [({}, 2), ({"steps": 20}, 1), ({"samples": 256}, 13), ({"interval": 1}, 4), ({"learned": None}, 1)],
+)
+def test_samples_take_turns_where_weights_would_learn_from_more_than_enough(
+    given: dict[str, Any], turns: int
+) -> None:
+    assert Calibration(**given).turns == turns

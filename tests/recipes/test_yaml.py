@@ -59,6 +59,7 @@ recipes = st.builds(
     calibration=st.builds(
         Calibration,
         **{name: st.integers(1, 999) for name in ("samples", "steps", "interval", "batch_size")},
+        learned=st.none() | st.integers(1, 999),
         **{name: st.none() | st.floats(0.0, 20.0) for name in ("eta", "guidance_scale")},
     ),
     rules=st.lists(

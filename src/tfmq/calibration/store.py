@@ -141,21 +141,18 @@ class CalibrationStore:
             self._timesteps.append(read_tensors(path)[0]["timestep"].float())
         return torch.cat(self._timesteps).unique()
 
-    def every(self, interval: int) -> Iterator[Inputs]:
-        """Yield the calls of every `interval`-th distinct timestep from noise to image, and of the last (all
-        guidance halves), in order.
-        """
-        # Where the timesteps are known, calls that are left out need not be read.
-        kept = self.every_index(interval)
-        paths = self._paths()
-        for index in kept:
-            yield _read(paths[index])
-
     def every_index(self, interval: int) -> list[int]:
-        """Return the numbers of the calls that `every` yields."""
+        """Return the numbers of the calls of every `interval`-th distinct timestep from noise to image, and
+        of the last (all guidance halves), in order.
+        """
         timesteps = self.timesteps().flip(0).tolist()
         kept = {*timesteps[::interval], timesteps[-1]}
-        return [index for index, timestep in enumerate(self._timesteps) if float(timestep[0]) in kept]
+        return [index for index in range(len(self._timesteps)) if self.timestep_of(index) in kept]
+
+    def timestep_of(self, index: int) -> float:
+        """Return the timestep of one call."""
+        self.timesteps()
+        return float(self._timesteps[index][0])
 
     def rows_of(self, index: int) -> int:
         """Return the number of samples of one call."""
@@ -167,10 +164,30 @@ class CalibrationStore:
 class StoredBatches:
     """The calls of every `interval`-th timestep of a store, read from disk again whenever they are iterated
     over.
+
+    The samples take `turns`: each is there at every `turns`-th of these timesteps, and at each timestep are
+    as many.
     """
 
     store: CalibrationStore
     interval: int
+    turns: int = 1
 
     def __iter__(self) -> Iterator[Inputs]:
-        return self.store.every(self.interval)
+        for index, places in self._chosen():
+            inputs = self.store.read(index)
+            if len(places) == len(inputs):
+                yield inputs
+            elif len(places):
+                yield inputs.picked(places)
+
+    def _chosen(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of each call, and the places of the samples whose turn it is."""
+        store, ranks, seen = self.store, dict[float, int](), dict[float, int]()
+        for index in store.every_index(self.interval):
+            timestep, rows = store.timestep_of(index), store.rows_of(index)
+            rank = ranks.setdefault(timestep, len(ranks))
+            first = seen.get(timestep, 0)
+            seen[timestep] = first + rows
+            places = range(-(first + rank) % self.turns, rows, self.turns)
+            yield index, torch.tensor(places, dtype=torch.int64)

@@ -93,7 +93,8 @@ class Job:
     @property
     def batches(self) -> StoredBatches:
         """Return the recorded calls that layers and units learn from."""
-        return StoredBatches(self.store, self.recipe.calibration.interval)
+        calibration = self.recipe.calibration
+        return StoredBatches(self.store, calibration.interval, calibration.turns)
 
     def kept(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return what the journal keeps by this name, or compute it and keep it; for `Kept` alone."""

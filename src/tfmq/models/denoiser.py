@@ -55,6 +55,17 @@ class Inputs:
 
         return self.map(cut)
 
+    def picked(self, places: Tensor) -> "Inputs":
+        """Return the samples at some `places` `[n]`; conditions without a batch axis are kept whole."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            each = self.rows_each(tensor)
+            if not each:
+                return tensor
+            return tensor.unflatten(0, (-1, each))[places.to(tensor.device)].flatten(0, 1)
+
+        return self.map(pick)
+
     def resized(self, size: int) -> "Inputs":
         """Return `size` copies of the first sample."""
         first = self.rows(0, 1)

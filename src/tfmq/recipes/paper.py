@@ -74,6 +74,7 @@ def _calibration(
         samples=samples,
         steps=steps,
         interval=interval,
+        learned=None,
         batch_size=32,
         eta=eta,
         guidance_scale=guidance,

@@ -65,6 +65,8 @@ class Calibration:
     every `interval`-th step.
 
     Attributes:
+        learned: samples that weights learn from at most, those of all these steps together. Where there are
+            more, samples take turns from step to step. None learns from all.
         eta, guidance_scale: passed to the pipeline's call, in calibration and when the quantized model is
             opened again; None leaves them to the pipeline. `eta` is that of DDIM.
         spacing: how the timesteps are spaced: None leaves that to the scheduler, `quadratic` is DDIM's
@@ -77,6 +79,7 @@ class Calibration:
     samples: int = 32
     steps: int = 50
     interval: int = 2
+    learned: int | None = 512
     batch_size: int = 16
     eta: float | None = None
     guidance_scale: float | None = None
@@ -86,14 +89,20 @@ class Calibration:
     def __post_init__(self) -> None:
         if not 0 <= self.judged < inf:
             raise ValueError(f"calibration.judged must be finite and not negative, got {self.judged}")
-        for name in ("samples", "steps", "interval", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"calibration.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("samples", "steps", "interval", "learned", "batch_size"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"calibration.{name} must be at least 1, got {given}")
         for name, value in (("eta", self.eta), ("guidance_scale", self.guidance_scale)):
             if value is not None and not 0 <= value < inf:
                 raise ValueError(f"calibration.{name} must be finite and not negative, got {value}")
         if self.spacing is not None:
             choice("calibration.spacing", self.spacing, ("quadratic",))
+
+    @property
+    def turns(self) -> int:
+        """Of how many steps that weights learn from each sample is at one."""
+        count = self.samples * -(-self.steps // self.interval)
+        return 1 if self.learned is None else -(-count // self.learned)
 
 
 @dataclass(frozen=True, kw_only=True)
