@@ -39,6 +39,15 @@ def unit_gain(recipe: Recipe) -> Recipe:
     )
 
 
+def every_sample(recipe: Recipe) -> Recipe:
+    """The preset, whose units learn from all samples, however many there are."""
+    return replace(
+        recipe,
+        name=recipe.name.replace("tfmq", "every_sample"),
+        calibration=replace(recipe.calibration, learned=None),
+    )
+
+
 def rotated(recipe: Recipe) -> Recipe:
     """The preset with groups of inputs rotated where that leaves less error."""
     return replace(recipe, name=recipe.name.replace("tfmq", "rotated"), rescaling=Rescaling(rotation=256))
@@ -75,6 +84,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "gptq": gptq,
     "tfmq": lambda recipe: recipe,
     "unit-gain": unit_gain,
+    "every-sample": every_sample,
     "rescaled": lambda recipe: rescaled(recipe, "ranges"),
     "peaks": lambda recipe: rescaled(recipe, "peaks"),
     "rotated": rotated,
@@ -104,10 +114,11 @@ TRIED = {
         ("rescaled", "peaks", "rotated", "tuned", "smooth", "rotate", "bias", "gain", "affine"), DOORS
     ),
     **dict.fromkeys(("e1m2", "e2m1", "group", "fp4", "svd"), ("w4a8", "w4a4")),
-    "released": ("w4a8",),
+    **dict.fromkeys(("released", "every-sample"), ("w4a8",)),
 }
-# The exceptions of the released code name layers of its UNet.
-RELEASED_FOR = ("default",)
+# The exceptions of the released code name layers of its UNet; and of the models here only that one has more
+# samples than units learn from.
+OF_DEFAULT = ("released", "every-sample")
 # Rows with three seeds; the others have one.
 HEADLINE = {"w4a8": ("rtn", "brecq", "tfmq", "transformer"), "w8a8": ("tfmq",)}
 SEEDS = (0, 1, 2)
@@ -143,7 +154,7 @@ def cells(
             (width, method)
             for width in BITS
             for method in METHODS
-            if width in TRIED.get(method, BITS) and (method != "released" or model in RELEASED_FOR)
+            if width in TRIED.get(method, BITS) and (method not in OF_DEFAULT or model == "default")
         ]
         ordered = [(row, 0) for row in dict.fromkeys([*headline, *every])] + [
             (row, seed) for seed in SEEDS[1:] for row in headline
