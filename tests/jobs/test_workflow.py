@@ -309,8 +309,9 @@ def stopping(description: str, total: int, *, stage: str, after: int) -> Iterato
 STAGES = {
     "before anything": ("calibration: sampling", -1),
     "while sampling": ("calibration: sampling", 4),
-    "before ranges": ("calibration: activation ranges", -1),
-    "while fitting ranges": ("calibration: activation ranges", 10),
+    "before ranges": ("calibration: values of activations", -1),
+    "while seeing activations": ("calibration: values of activations", 4),
+    "while fitting ranges": ("calibration: activation ranges", 2),
     "before TIAR": ("temporal block: TIAR", -1),
     "in TIAR": ("temporal block: TIAR", 1),
     "before units": ("units: reconstruction", -1),

@@ -96,18 +96,17 @@ def _fitted_ranges(job: Job, work: Work) -> Tensors:
         return {}
     groups = job.in_groups(list(sites), SITE_BYTES)
     found: Tensors = {}
-    amount = len(groups) * len(store) + len(sites)
-    with (
-        job.progress("calibration: activation ranges", amount) as advance,
-        precision(module, weights="full", inputs="quantized"),
-    ):
+    # Each has a bar of its own: a call of a large model takes a thousand times as long as a search.
+    with precision(module, weights="full", inputs="quantized"):
         for group in groups:
             seen = {name: sites[name] for name in group}
             others = [quantizer for name, quantizer in sites.items() if name not in seen]
-            statistics = collect(
-                job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others
-            )
-            found |= _fit_sites(job, work, seen, statistics, advance)
+            with job.progress("calibration: values of activations", len(store)) as advance:
+                statistics = collect(
+                    job.denoiser, seen, work.steps, store, calls=len(store), advance=advance, passing=others
+                )
+            with job.progress("calibration: activation ranges", len(seen)) as advance:
+                found |= _fit_sites(job, work, seen, statistics, advance)
     return found
 
 
