@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tfmq
-from tfmq.backends.graph import KEPT, GraphExecutor, Run
+from tfmq.backends.graph import KEPT, LONG, GraphExecutor, Run
 from tfmq.export.capture import Call, Graph
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
@@ -158,3 +158,47 @@ def test_features_of_a_timestep_outside_of_the_tables_are_computed_once(
     timestep = torch.cat([known[:1] + 30, known[:1], known[:1] + 90])
     torch.testing.assert_close(denoiser(Inputs(sample, timestep))[1], found[0][1], rtol=0, atol=1e-5)
     assert ran.count("features") == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sizes"), [(0.9 * LONG, [2, 6, 3]), (LONG, [2, 2, 2, 2, 3]), (2 * LONG, [2, 2, 2, 2, 3])]
+)
+@pytest.mark.filterwarnings("ignore:.*was not calibrated")
+@torch.no_grad()
+def test_a_graph_that_takes_long_computes_larger_batches_part_by_part(
+    sampler: Callable[..., LoopSampler],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    sizes: list[int],
+) -> None:
+    """Batches of two, six and three: three is no multiple of two."""
+    made, now, ran = sampler("conditional"), [0.0], []
+    recipe = replace(tfmq.scheme("quick_w8a8"), calibration=Calibration(samples=2, steps=2, interval=1))
+    tfmq.quantize(made, recipe)
+    denoiser, example = made.denoiser, made.example()
+    known = denoiser.module.tfmq_steps.timesteps.long()
+
+    def build(graph: Graph, call: Call) -> Run:
+        def run(bins: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            now[0] += seconds
+            if graph.kind == "denoiser":
+                ran.append(len(bins))
+            return graph(bins, *inputs)
+
+        return run
+
+    monkeypatch.setattr("tfmq.stopwatch.clock", lambda: now[0])
+    batch = example.resized(6)
+    sample, generator = batch.sample, torch.Generator().manual_seed(0)
+    # Some timesteps of their own, one of them in no table.
+    timestep = torch.cat([known[[0, 1, 0, 1, 1]], known[:1] + 7])
+    inputs = replace(batch, sample=torch.randn(sample.shape, generator=generator), timestep=timestep)
+    expected = denoiser(inputs)
+    denoiser.module.tfmq_executor = GraphExecutor(denoiser.module, build)
+    found = [denoiser(part) for part in (inputs.rows(0, 2), inputs, inputs.rows(0, 3))]
+    # Each graph runs once more when it is built.
+    for size in set(sizes):
+        ran.remove(size)
+    assert ran == sizes
+    for rows, one in zip((2, 6, 3), found, strict=True):
+        torch.testing.assert_close(one, expected[:rows], rtol=0, atol=1e-5)

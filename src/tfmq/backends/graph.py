@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from inspect import Parameter
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from tfmq.export.capture import Call, FeatureGraph, Graph
 from tfmq.nn.swap import steps_of
 from tfmq.nn.temporal import cached_features, tabulated
 from tfmq.quantizers.steps import StepContext
+from tfmq.stopwatch import timed
 
 Run = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 Build = Callable[[Graph, Call], Run]
@@ -25,6 +27,9 @@ Kept = TypeVar("Kept")
 # Number of kinds of call whose graphs stay compiled. Each graph holds its own copy of every weight, so the
 # least recently used one goes. Four are enough for two batch sizes of two prompt lengths.
 KEPT = 4
+# Seconds of a call from which on a graph computes larger batches too, part by part. A batch at once would be
+# hardly faster there, and its graph would hold each weight once more and take minutes to compile.
+LONG = 0.5
 # Number of timesteps outside of the tables whose features are kept, one float32 row each: more than pictures
 # in few steps need.
 KEPT_ROWS = 128
@@ -40,6 +45,8 @@ _STRUCTURES: WeakKeyDictionary[nn.Module, dict[tuple[str, Any], TreeSpec]] = Wea
 class GraphExecutor:
     """Builds a graph when a call of a new kind comes, and keeps it while it is among the `KEPT` last ones
     used.
+
+    Where a call takes long, a graph computes larger batches too, part by part.
 
     The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up
     here, at any other a graph of their own computes them, which holds the layers behind the tables and is
@@ -70,6 +77,8 @@ class GraphExecutor:
         self.denoisers: OrderedDict[Key, Run] = OrderedDict()
         self.features: OrderedDict[Key, Run] = OrderedDict()
         self.rows: OrderedDict[tuple[str, float], Tensor] = OrderedDict()
+        # The shortest call of each graph.
+        self.seconds: dict[Key, float] = {}
         # Whether a graph's tensors are those of every call: a model may return more of them in another wrap.
         self.shared = True
 
@@ -84,17 +93,40 @@ class GraphExecutor:
         wrapped = told.get(WRAPPED)
         call = Call.of(module, {**told, WRAPPED: False} if self.shared and WRAPPED in told else told)
         structure = _structure(module, steps, (call.signature.key, wrapped), told)
-        run = _used(
-            self.denoisers,
-            (call.signature.key, call.batch),
-            lambda: self._compiled(Graph(module, call.signature), call),
-        )
-        features = () if self.table is None else (self._features(module, steps, call),)
-        output = run(steps.index.expand(call.batch), (*features, *call.tensors))
+        output = self._output(module, steps, call)
         if self.shared and len(output) != structure.num_leaves:
             self.shared = False
             return self(module, arguments)
         return tree_unflatten(list(output), structure)
+
+    def _output(self, module: nn.Module, steps: StepContext, call: Call) -> list[Tensor]:
+        """Return what the denoiser puts out."""
+        size = self._size(call)
+        known = steps.index.expand(call.batch).split(size)
+        features = (
+            [()] * len(known)
+            if self.table is None
+            else [(rows,) for rows in self._features(module, steps, call).split(size)]
+        )
+        found = []
+        for part, bins, rows in zip(call.parts(size), known, features, strict=True):
+            key = part.signature.key, size
+            make = partial(self._compiled, Graph(module, part.signature), part)
+            run = _used(self.denoisers, key, make)
+            output, seconds = timed(partial(run, bins, (*rows, *part.tensors)))
+            self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
+            found.append(output)
+        return list(found[0]) if len(found) == 1 else [torch.cat(each) for each in zip(*found, strict=True)]
+
+    def _size(self, call: Call) -> int:
+        """Return how many samples of a call are computed together: all of them, or as many as a graph has
+        that is there and takes long for them.
+        """
+        name, batch = call.signature.key, call.batch
+        if (name, batch) in self.denoisers:
+            return batch
+        sizes = [size for key, size in self.denoisers if key == name and batch % size == 0]
+        return max((size for size in sizes if self.seconds.get((name, size), 0.0) >= LONG), default=batch)
 
     def _features(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
         """Return the temporal features of a call, float32 `[B, D]`."""

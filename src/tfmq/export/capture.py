@@ -3,9 +3,9 @@ values.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,13 @@ class Call:
             tree[name] = timestep.expand(len(sample))
         tensors = tuple(tensors_in(tree))
         return cls(Signature.of(tree, tensors, batch=len(sample), timestep=name), tensors, len(sample))
+
+    def parts(self, size: int) -> Iterator["Call"]:
+        """Yield calls of `size` samples each, a number that divides the batch."""
+        pairs = [*zip(self.tensors, self.signature.batched, strict=True)]
+        for start in range(0, self.batch, size):
+            some = tuple(tensor[start : start + size] if batched else tensor for tensor, batched in pairs)
+            yield replace(self, tensors=some, batch=size)
 
     def resized(self, batch: int) -> tuple[Tensor, ...]:
         """Return the tensors with the first sample repeated `batch` times."""
