@@ -42,7 +42,7 @@ os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Every job foretells its time from calls that it repeats for so long. Here nobody waits for that.
-stopwatch.LOOKED = 0.02
+stopwatch.LOOKED = 2**-6
 hypothesis.settings.register_profile("tfmq", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("tfmq")
 # Written back, so that the workers of pytest-xdist take the seed that was drawn here.
