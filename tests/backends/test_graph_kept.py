@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import tfmq
 from tfmq.backends.graph import KEPT, LONG, GraphExecutor, Run
@@ -25,12 +26,15 @@ class Choosing(nn.Module):
         super().__init__()
         self.more = more
         self.calls: list[int] = []
+        self.computed: list[int] = []
         attach_steps(self, StepContext(torch.tensor([10.0, 500.0])), timestep="timestep")
 
     def forward(
         self, sample: Tensor, timestep: Tensor, scale: float | None = None, return_dict: bool = True
     ) -> Any:
         self.calls.append(len(sample))
+        if not isinstance(sample, FakeTensor):
+            self.computed.append(len(sample))
         scaled = sample * (2.0 if scale is None else scale)
         return {"sample": scaled, **dict.fromkeys(self.more, -sample)} if return_dict else (scaled,)
 
@@ -57,11 +61,27 @@ def test_calls_share_a_graph_whatever_wraps_their_output_or_says_a_default() -> 
     assert torch.equal(first, 2 * sample) and len(built) == 1
     (other,) = module(sample, 10, scale=3.0, return_dict=False)
     assert torch.equal(other, 3 * sample) and len(built) == 2
-    # One row of each kind of call says what wraps its output; another executor of the model knows it.
-    assert module.calls.count(1) == 3
+    # One row of each kind of call says what wraps its output, without its values; another executor of the
+    # model knows it.
+    assert module.calls.count(1) == 3 and 1 not in module.computed
     counted(module)
     module(sample, torch.tensor([10]))
     assert module.calls.count(1) == 3
+
+
+class Looking(Choosing):
+    """Looks at a value, which fake tensors have none of."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> Any:
+        return super().forward(sample * float(sample.abs().max() > 0), timestep, return_dict=return_dict)
+
+
+@torch.no_grad()
+def test_a_model_that_looks_at_values_is_run_for_its_wrap() -> None:
+    module, sample = Looking(), torch.randn(3, 2)
+    counted(module)
+    assert torch.equal(module(sample, 10)["sample"], 2 * sample)
+    assert module.computed == [1, 3, 3]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from inspect import Parameter
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tfmq.backends.backend import EngineError
@@ -189,19 +191,26 @@ def _told(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _structure(
     module: nn.Module, steps: StepContext, key: tuple[str, Any], arguments: Mapping[str, Any]
 ) -> TreeSpec:
-    """Return how the model wraps the tensors that it returns for calls with such a key. The first row of one
-    tells, unless the model's code fixes the batch.
-    """
+    """Return how the model wraps the tensors that it returns for calls with such a key."""
     known = _STRUCTURES.setdefault(module, {})
     if key not in known:
         call = Call.of(module, arguments)
-        graph, bins = Graph(module, call.signature), steps.index.expand(call.batch)
-        try:
-            output = graph.output(bins[:1], call.resized(1))
-        except (RuntimeError, ValueError, IndexError):
-            output = graph.output(bins, call.tensors)
-        _, known[key] = tree_flatten(output)
+        _, known[key] = tree_flatten(_returned(Graph(module, call.signature), steps, call))
     return known[key]
+
+
+def _returned(graph: Graph, steps: StepContext, call: Call) -> Any:
+    """Return what the model returns of a call, of which the wrap alone matters: of its first row, on fake
+    tensors, which take no arithmetic; on real ones where its code looks at values, and of the whole call
+    where it fixes the batch.
+    """
+    bins = steps.index.expand(call.batch)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with suppress(RuntimeError, ValueError, IndexError, TypeError), mode:
+        return graph.output(bins[:1], [mode.from_tensor(tensor) for tensor in call.resized(1)])
+    with suppress(RuntimeError, ValueError, IndexError):
+        return graph.output(bins[:1], call.resized(1))
+    return graph.output(bins, call.tensors)
 
 
 def _used(kept: "OrderedDict[Name, Kept]", key: Name, make: Callable[[], Kept], most: int = KEPT) -> Kept:
