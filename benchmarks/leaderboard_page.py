@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 # full precision.
 BARS = {"text": 1.0, "dit": 1.0, "text-turbo": 2.0}
 BARRED = ("identity", "ink", "ground", "place")
-PRESETS = ("tfmq", "fast", "transformer")
+PRESETS = ("tfmq", "fast", "transformer", "group", "svd")
 # The row that the others of its table are compared with, image by image.
 YARDSTICK = "tfmq"
 
