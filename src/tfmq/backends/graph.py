@@ -113,12 +113,14 @@ class GraphExecutor:
         found = []
         for part, bins, rows in zip(call.parts(size), known, features, strict=True):
             key = part.signature.key, size
-            make = partial(self._compiled, Graph(module, part.signature), part)
-            run = _used(self.denoisers, key, make)
+            run = _used(self.denoisers, key, partial(self._denoiser, module, part))
             output, seconds = timed(partial(run, bins, (*rows, *part.tensors)))
             self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
             found.append(output)
         return list(found[0]) if len(found) == 1 else [torch.cat(each) for each in zip(*found, strict=True)]
+
+    def _denoiser(self, module: nn.Module, call: Call) -> Run:
+        return self._compiled(Graph(module, call.signature), call)
 
     def _size(self, call: Call) -> int:
         """Return how many samples of a call are computed together: all of them, or as many as a graph has

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,23 @@ class CalibrationStore:
         kept = {*timesteps[::interval], timesteps[-1]}
         return [index for index in range(len(self._timesteps)) if self.timestep_of(index) in kept]
 
+    def calls(self, numbers: Iterable[int]) -> Iterator[Inputs]:
+        """Yield the calls of these numbers; the others are not read."""
+        paths = self._paths()
+        yield from (_read(paths[number]) for number in numbers)
+
     def timestep_of(self, index: int) -> float:
         """Return the timestep of one call."""
-        self.timesteps()
-        return float(self._timesteps[index][0])
+        return float(self._steps_of(index)[0])
 
     def rows_of(self, index: int) -> int:
         """Return the number of samples of one call."""
-        self.timesteps()
-        return len(self._timesteps[index])
+        return len(self._steps_of(index))
+
+    def _steps_of(self, index: int) -> Tensor:
+        if index >= len(self._timesteps):
+            self.timesteps()
+        return self._timesteps[index]
 
 
 @dataclass(frozen=True)
@@ -174,12 +182,9 @@ class StoredBatches:
     turns: int = 1
 
     def __iter__(self) -> Iterator[Inputs]:
-        for index, places in self._chosen():
-            inputs = self.store.read(index)
-            if len(places) == len(inputs):
-                yield inputs
-            elif len(places):
-                yield inputs.picked(places)
+        chosen = {index: places for index, places in self._chosen() if len(places)}
+        for inputs, places in zip(self.store.calls(chosen), chosen.values(), strict=True):
+            yield inputs if len(places) == len(inputs) else inputs.picked(places)
 
     def _chosen(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the number of each call, and the places of the samples whose turn it is."""
