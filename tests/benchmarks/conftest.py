@@ -17,6 +17,34 @@ from tfmq.reconstruction.learning import Learning
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = ("nearest", "gptq", "adaround-2", "adaround-4")
+FUNCTION = """
+import torch, tfmq
+from diffusers import DDIMScheduler
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(1, 8)
+        self.entry, self.exit = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        shift = self.embed(torch.sin(t[:, None].float() / 100))[:, :, None, None]
+        return self.exit(nn.functional.silu(self.entry(x) + shift))
+
+def tiny():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = tfmq.Denoiser(Tiny().eval(), sample="x", timestep="t")
+    return tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(3, 8, 8))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    """Return somebody's `FILE.py:FUNCTION` that returns a sampler."""
+    (tmp_path / "mine.py").write_text(FUNCTION)
+    return f"{tmp_path / 'mine.py'}:tiny"
 
 
 @pytest.fixture

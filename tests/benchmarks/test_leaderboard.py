@@ -140,37 +140,13 @@ def painter(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "painter"
 
 
-FUNCTION = """
-import torch, tfmq
-from diffusers import DDIMScheduler
-from torch import nn
-
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(1, 8)
-        self.entry, self.exit = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
-
-    def forward(self, x, t):
-        shift = self.embed(torch.sin(t[:, None].float() / 100))[:, :, None, None]
-        return self.exit(nn.functional.silu(self.entry(x) + shift))
-
-def tiny():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = tfmq.Denoiser(Tiny().eval(), sample="x", timestep="t")
-    return tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(3, 8, 8))
-"""
-
-
 @pytest.fixture
-def start(board: ModuleType, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def start(board: ModuleType, tmp_path: Path, mine: str) -> Callable[..., dict[str, Any]]:
     """Return a function that runs the benchmark, on somebody's function that returns a sampler, and returns
     the cells by name.
     """
-    (tmp_path / "mine.py").write_text(FUNCTION)
 
-    def run(*more: str, out: str = "out", model: str = f"{tmp_path / 'mine.py'}:tiny") -> dict[str, Any]:
+    def run(*more: str, out: str = "out", model: str = mine) -> dict[str, Any]:
         budget = [
             "--num-images",
             "4",

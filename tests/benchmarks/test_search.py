@@ -16,27 +16,6 @@ SCRIPT_NAMES = {
     *("search", "contestants", "leaderboard_page", "methods", "names", "reference", "scoring", "loading"),
 }
 IMAGES = 8
-FUNCTION = """
-import torch, tfmq
-from diffusers import DDIMScheduler
-from torch import nn
-
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(1, 8)
-        self.entry, self.exit = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
-
-    def forward(self, x, t):
-        shift = self.embed(torch.sin(t[:, None].float() / 100))[:, :, None, None]
-        return self.exit(nn.functional.silu(self.entry(x) + shift))
-
-def tiny():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = tfmq.Denoiser(Tiny().eval(), sample="x", timestep="t")
-    return tfmq.LoopSampler(denoiser, DDIMScheduler(), shape=(3, 8, 8))
-"""
 
 
 @pytest.fixture
@@ -94,13 +73,12 @@ def test_no_trial_starts_when_the_time_is_up(search: ModuleType) -> None:
 
 
 def test_a_trial_is_made_once_and_by_its_settings(
-    search: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    search: ModuleType, tmp_path: Path, mine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import contestants
 
-    (tmp_path / "mine.py").write_text(FUNCTION)
     running = contestants.Running(steps=2, samples=2)
-    model = contestants.Contestant(name="mine", running=running, function=f"{tmp_path / 'mine.py'}:tiny")
+    model = contestants.Contestant(name="mine", running=running, function=mine)
 
     def trials(num_images: int = 3) -> Any:
         return search.Trials(

@@ -117,10 +117,9 @@ class Compared(NamedTuple):
 @pytest.fixture(autouse=True)
 def no_word_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every work count as short: how long it takes is the machine's, and what tests read on stderr must
-    not be. What foretells it looks no longer than it must.
+    not be.
     """
     monkeypatch.setattr("tfmq.cli.progress.SHORT", float("inf"))
-    monkeypatch.setattr("tfmq.stopwatch.LOOKED", 0.0)
 
 
 @pytest.fixture
@@ -229,8 +228,7 @@ def printed() -> Callable[..., Any]:
     def run_it(*arguments: object) -> Any:
         from tfmq.cli.commands import run
 
-        with redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tfmq.stopwatch.LOOKED", 0.0)
+        with redirect_stdout(io.StringIO()) as out:
             assert run([*map(str, arguments), "--json"]) == 0
         return json.loads(out.getvalue())
 
