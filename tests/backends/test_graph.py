@@ -385,7 +385,7 @@ def test_a_timestep_that_no_table_knows_runs_compiled(
     for through, expected, plain in zip(computed, exact, simulated, strict=True):
         assert sqnr_db(expected, through) > 40
         assert sqnr_db(plain, through) > 35
-    assert not calls, "layer by layer"
+    assert not calls, "layer by layer, or features twice"
 
 
 @pytest.mark.filterwarnings("ignore:.*was not calibrated")

@@ -148,38 +148,6 @@ def test_the_graph_used_longest_ago_goes(sampler: Callable[..., LoopSampler]) ->
     assert built[-1] == 2
 
 
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:.*was not calibrated")
-def test_features_of_a_timestep_outside_of_the_tables_are_computed_once(
-    sampler: Callable[..., LoopSampler],
-) -> None:
-    made, ran = sampler("plain"), []
-    recipe = replace(tfmq.scheme("quick_w8a8"), calibration=Calibration(samples=2, steps=2, interval=1))
-    tfmq.quantize(made, recipe)
-    denoiser = made.denoiser
-    known = denoiser.module.tfmq_steps.timesteps.long()
-
-    def build(graph: Graph, call: Call) -> Run:
-        def run(bins: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            ran.append(graph.kind)
-            return graph(bins, *inputs)
-
-        return run
-
-    sample = torch.randn(3, 2, 8, 8)
-    timesteps = [known[:1], known[:1] + 30, known[:1] + 60, known[:1] + 30, known[:1] + 60]
-    expected = [denoiser(Inputs(sample, timestep)) for timestep in timesteps]
-    denoiser.module.tfmq_executor = GraphExecutor(denoiser.module, build)
-    found = [denoiser(Inputs(sample, timestep)) for timestep in timesteps]
-    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
-    # One run of each graph more than there are calls, at which an engine compiles.
-    assert (ran.count("features"), ran.count("denoiser")) == (3, 6)
-    # Samples at timesteps of their own are computed together.
-    timestep = torch.cat([known[:1] + 30, known[:1], known[:1] + 90])
-    torch.testing.assert_close(denoiser(Inputs(sample, timestep))[1], found[0][1], rtol=0, atol=1e-5)
-    assert ran.count("features") == 4
-
-
 @pytest.mark.parametrize(
     ("seconds", "sizes"), [(0.9 * LONG, [2, 6, 3]), (LONG, [2, 2, 2, 2, 3]), (2 * LONG, [2, 2, 2, 2, 3])]
 )
@@ -201,8 +169,7 @@ def test_a_graph_that_takes_long_computes_larger_batches_part_by_part(
     def build(graph: Graph, call: Call) -> Run:
         def run(bins: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             now[0] += seconds
-            if graph.kind == "denoiser":
-                ran.append(len(bins))
+            ran.append(len(bins))
             return graph(bins, *inputs)
 
         return run

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from inspect import Parameter
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tfmq.backends.backend import EngineError
-from tfmq.export.capture import Call, FeatureGraph, Graph
+from tfmq.backends.features import TemporalFeatures
+from tfmq.backends.kept import used
+from tfmq.export.capture import Call, Graph
 from tfmq.nn.swap import steps_of
-from tfmq.nn.temporal import cached_features, tabulated
+from tfmq.nn.temporal import cached_features
 from tfmq.quantizers.steps import StepContext
 from tfmq.stopwatch import timed
 
 Run = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 Build = Callable[[Graph, Call], Run]
 Key = tuple[str, int]
-Name = TypeVar("Name")
-Kept = TypeVar("Kept")
 
 # Number of kinds of call whose graphs stay compiled. Each graph holds its own copy of every weight, so the
 # least recently used one goes. Four are enough for two batch sizes of two prompt lengths.
@@ -32,9 +32,6 @@ KEPT = 4
 # Seconds of a call from which on a graph computes larger batches too, part by part. A batch at once would be
 # hardly faster there, and its graph would hold each weight once more and take minutes to compile.
 LONG = 0.5
-# Number of timesteps outside of the tables whose features are kept, one float32 row each: more than pictures
-# in few steps need.
-KEPT_ROWS = 128
 # Characters of an engine's message that are passed on: some engines print the whole graph.
 MESSAGE = 600
 # Name of the argument by which models of diffusers choose how they wrap the tensors that they return.
@@ -50,9 +47,7 @@ class GraphExecutor:
 
     Where a call takes long, a graph computes larger batches too, part by part.
 
-    The graph takes the temporal features as an input. At timesteps that the tables know they are one look-up
-    here, at any other a graph of their own computes them, which holds the layers behind the tables and is
-    built when the first such timestep comes. What it computed is kept, since the next picture asks again.
+    The graph takes the temporal features as an input (`TemporalFeatures`).
 
     Calls that differ only in arguments at their defaults, or in how the output is wrapped, share a graph: a
     pipeline says more of them than whoever calls its denoiser alone.
@@ -65,20 +60,8 @@ class GraphExecutor:
     def __init__(self, module: nn.Module, build: Build, *, engine: str = "torch's compiler") -> None:
         self.build = build
         self.engine = engine
-        cached = cached_features(module).values()
-        timesteps = steps_of(module).timesteps
-        with torch.no_grad():
-            self.table = (
-                tabulated(module, torch.arange(len(timesteps), device=timesteps.device)) if cached else None
-            )
-            # True at the timesteps where every feature comes from its table.
-            self.chosen = (
-                torch.stack([child.use_table.bool() for child in cached]).all(dim=0) if cached else None
-            )
-        self.everywhere = all(child.everywhere for child in cached)
+        self.features = TemporalFeatures(module) if cached_features(module) else None
         self.denoisers: OrderedDict[Key, Run] = OrderedDict()
-        self.features: OrderedDict[Key, Run] = OrderedDict()
-        self.rows: OrderedDict[tuple[str, float], Tensor] = OrderedDict()
         # The shortest call of each graph.
         self.seconds: dict[Key, float] = {}
         # Whether a graph's tensors are those of every call: a model may return more of them in another wrap.
@@ -107,13 +90,13 @@ class GraphExecutor:
         known = steps.index.expand(call.batch).split(size)
         features = (
             [()] * len(known)
-            if self.table is None
-            else [(rows,) for rows in self._features(module, steps, call).split(size)]
+            if self.features is None
+            else [(rows,) for rows in self.features.of(module, call).split(size)]
         )
         found = []
         for part, bins, rows in zip(call.parts(size), known, features, strict=True):
             key = part.signature.key, size
-            run = _used(self.denoisers, key, partial(self._denoiser, module, part))
+            run = used(self.denoisers, key, partial(self._denoiser, module, part), most=KEPT)
             output, seconds = timed(partial(run, bins, (*rows, *part.tensors)))
             self.seconds[key] = min(seconds, self.seconds.get(key, seconds))
             found.append(output)
@@ -132,30 +115,6 @@ class GraphExecutor:
         sizes = [size for key, size in self.denoisers if key == name and batch % size == 0]
         return max((size for size in sizes if self.seconds.get((name, size), 0.0) >= LONG), default=batch)
 
-    def _features(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
-        """Return the temporal features of a call, float32 `[B, D]`."""
-        assert self.table is not None and self.chosen is not None
-        index = steps.index
-        if steps.all_exact and (self.everywhere or bool(self.chosen.to(index.device)[index].all())):
-            self.table = self.table.to(index.device)
-            return self.table[index].expand(call.batch, -1)
-        if len(index) == 1 and call.signature.timestep is not None:
-            key = call.signature.key, float(call.tensors[call.signature.timestep][0])
-            row = _used(self.rows, key, lambda: self._computed(module, steps, call)[:1], KEPT_ROWS)
-            return row.expand(call.batch, -1)
-        return self._computed(module, steps, call)
-
-    def _computed(self, module: nn.Module, steps: StepContext, call: Call) -> Tensor:
-        """Return the temporal features of a call as the layers behind the tables have them."""
-        run = _used(
-            self.features,
-            (call.signature.key, call.batch),
-            lambda: self._compiled(FeatureGraph(module, call.signature), call),
-        )
-        bins, exact = steps.index.expand(call.batch), steps.exact.expand(call.batch)
-        (features,) = run(bins, (exact, *call.tensors))
-        return features
-
     def _compiled(self, graph: Graph, call: Call) -> Run:
         try:
             run = self.build(graph, call)
@@ -170,7 +129,7 @@ class GraphExecutor:
             # A TypeError is a dtype that the engine, or numpy on the way to it, does not have.
             text = " ".join(str(error).split())
             raise EngineError(
-                f"{self.engine} cannot compile the {graph.kind} for a batch of {call.batch}: {text[:MESSAGE]}"
+                f"{self.engine} cannot compile the denoiser for a batch of {call.batch}: {text[:MESSAGE]}"
             ) from error
         return run
 
@@ -213,15 +172,3 @@ def _returned(graph: Graph, steps: StepContext, call: Call) -> Any:
     with suppress(RuntimeError, ValueError, IndexError):
         return graph.output(bins[:1], call.resized(1))
     return graph.output(bins, call.tensors)
-
-
-def _used(kept: "OrderedDict[Name, Kept]", key: Name, make: Callable[[], Kept], most: int = KEPT) -> Kept:
-    """Return what is kept under a key, made if it is not there; what was used longest ago goes when there are
-    more than `most`.
-    """
-    if key not in kept:
-        kept[key] = make()
-        if len(kept) > most:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    return kept[key]

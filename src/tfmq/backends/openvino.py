@@ -105,7 +105,7 @@ class _Builder:
         # Other devices than the CPU have integer units of their own.
         self.halved = on_cpu(options.device) and saturates()
         # Kinds of graphs and calls of which one batch has shown that the model's code fixes it.
-        self.fixed: set[tuple[str, str]] = set()
+        self.fixed: set[str] = set()
         _let_go(module)
 
     def __call__(self, graph: Graph, call: Call) -> Run:
@@ -163,7 +163,7 @@ class _Builder:
             )
             last = str(error).split("\n\n")[0].strip().splitlines()[-1]
             on = "" if device == CPU else f" on {device}"
-            text = f"OpenVINO cannot compile the {graph.kind} for a batch of {call.batch}{on}: {last}"
+            text = f"OpenVINO cannot compile the denoiser for a batch of {call.batch}{on}: {last}"
             raise EngineError(f"{text}; at {where}" if where else text) from error
 
     def _converted(self, graph: Graph, call: Call) -> Path:
@@ -177,10 +177,9 @@ class _Builder:
                 return path
         from openvino import frontend
 
-        kind = graph.kind, call.signature.key
         with graph_kernels(graph.module, halved=self.halved):
             try:
-                model = convert(graph, call, fixed=kind in self.fixed)
+                model = convert(graph, call, fixed=call.signature.key in self.fixed)
             except (
                 frontend.GeneralFailure,
                 frontend.NotImplementedFailure,
@@ -188,11 +187,11 @@ class _Builder:
                 frontend.OpValidationFailure,
             ) as error:
                 raise EngineError(
-                    f"OpenVINO cannot convert the {graph.kind}: {' '.join(str(error).split())}"
+                    f"OpenVINO cannot convert the denoiser: {' '.join(str(error).split())}"
                 ) from error
         fixed = all(port.partial_shape.is_static for port in model.inputs)
         if fixed:
-            self.fixed.add(kind)
+            self.fixed.add(call.signature.key)
         path = self._path(graph, call, str(call.batch) if fixed else "any")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.xml")
@@ -207,7 +206,6 @@ class _Builder:
         text = "\n".join(
             [
                 f"{CONVERSION} in halves" if self.halved else CONVERSION,
-                graph.kind,
                 self.key,
                 call.signature.key,
                 batch,

@@ -26,7 +26,7 @@ def temporal_disturbance(reference: Sampler, quantized: nn.Module) -> Disturbanc
         raise ValueError("the model to compare is not quantized by tfmq; pass what tfmq quantize wrote")
     block, steps = TemporalBlock(reference.denoiser, reference.example()), steps_of(quantized)
     known = {name for name, _ in quantized.named_modules()}
-    missing = sorted({call.module for call in block.trace.calls if call.module} - known)
+    missing = sorted({call.module for call in block.trace.program.calls if call.module} - known)
     if missing:
         raise ValueError(
             f"the reference has {missing[0]}, which the quantized model lacks; "

@@ -19,7 +19,6 @@ from tfmq.nn.swap import TIMESTEP, plain_forward, steps_of
 from tfmq.nn.temporal import cached_features, given_features, tabulated
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.trees import tensors_in
-from tfmq.temporal.probe import layer_outputs
 
 # dB of SQNR. Two runs of the same arithmetic agree far better than this; another branch would agree far
 # worse.
@@ -69,11 +68,9 @@ class Graph(nn.Module):
     """A denoiser as a function `(bins [B], features [B, D], *tensors) -> tensors`.
 
     The bins look up the grids of activations. The temporal features that have tables are an input, whether
-    they come from the tables or, at timesteps that these do not know, from a `FeatureGraph`: neither the
-    tables nor the layers behind them are in this graph. A model without tables has no such input.
+    they come from the tables or, at timesteps that these do not know, from the layers behind them: neither
+    are in this graph. A model without tables has no such input.
     """
-
-    kind = "denoiser"
 
     def __init__(self, module: nn.Module, signature: Signature) -> None:
         super().__init__()
@@ -119,55 +116,6 @@ class Graph(nn.Module):
         with given_features(self.module, rest.pop(0)) if self.tables else nullcontext():
             return tuple(tree_flatten(self.output(bins, rest))[0])
 
-    def _between(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the tensors with the timesteps halfway between those of `bins` and their neighbours, which
-        were not calibrated if there is room.
-        """
-        timesteps, position = steps_of(self.module).timesteps, self.signature.timestep
-        if position is None:
-            return tuple(tensors)
-        near = torch.where(bins + 1 < len(timesteps), bins + 1, (bins - 1).clamp(min=0))
-        halfway = ((timesteps[bins] + timesteps[near]) / 2).to(tensors[position].dtype)
-        return (*tensors[:position], halfway, *tensors[position + 1 :])
-
-
-class FeatureGraph(Graph):
-    """The temporal features of a denoiser as a function `(bins [B], exact [B], *tensors) -> features [B, D]`.
-
-    Each comes from its table at timesteps that are `exact` and chose it, and from the layer behind it at any
-    other. Of the tensors only the timesteps `[B]` matter, since a table has one row a timestep.
-    """
-
-    kind = "features"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the names of the inputs: bins, whether these are exact, and the tensors of a call."""
-        return ("bins", "exact", *self.signature.names)
-
-    def arguments(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the inputs of timesteps that lie between those of the tables, so that every layer runs."""
-        return (bins, torch.zeros_like(bins, dtype=torch.bool), *self._between(bins, tensors))
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return the features side by side, `[B, D]`, in float32."""
-        bins, exact, *tensors = inputs
-        children = cached_features(self.module)
-        with (
-            steps_of(self.module).at_bins(bins, exact),
-            layer_outputs(self.module, list(children)) as outputs,
-        ):
-            self.called(tensors)
-        batch = bins.shape[0]
-        # A layer that this kind of call leaves out is not read either.
-        parts = [
-            outputs[name] if name in outputs else bins.new_zeros(batch, child.width)
-            for name, child in children.items()
-        ]
-        # The frames of a video stand at one timestep: one row serves them.
-        rows = [part if part.shape[0] == batch else part.unflatten(0, (batch, -1))[:, 0] for part in parts]
-        return (torch.cat([row.float() for row in rows], dim=1),)
-
 
 class KeyedGraph(Graph):
     """A denoiser as a function `tensors -> tensors` that finds the bins from the timesteps itself: nearest
@@ -175,8 +123,6 @@ class KeyedGraph(Graph):
 
     It computes the layers behind the tables too, and takes from the tables what they know.
     """
-
-    kind = "keyed"
 
     def __init__(self, module: nn.Module, signature: Signature) -> None:
         super().__init__(module, signature)
@@ -204,6 +150,17 @@ class KeyedGraph(Graph):
         exact = (steps.timesteps[bins] - timestep).abs() <= self.tolerance
         with steps.at_bins(bins, exact):
             return tuple(tree_flatten(self.called(inputs))[0])
+
+    def _between(self, bins: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the tensors with the timesteps halfway between those of `bins` and their neighbours, which
+        were not calibrated if there is room.
+        """
+        timesteps, position = steps_of(self.module).timesteps, self.signature.timestep
+        if position is None:
+            return tuple(tensors)
+        near = torch.where(bins + 1 < len(timesteps), bins + 1, (bins - 1).clamp(min=0))
+        halfway = ((timesteps[bins] + timesteps[near]) / 2).to(tensors[position].dtype)
+        return (*tensors[:position], halfway, *tensors[position + 1 :])
 
 
 @torch.no_grad()

@@ -2,11 +2,14 @@
 program.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tfmq.numerics.trees import tensors_in
 
 TIMESTEP = "timestep"
 
@@ -66,20 +69,43 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Program:
+    """Recorded calls that read no sample, and `outputs`: where those of some submodules leave them."""
+
+    calls: tuple[Call, ...]
+    outputs: Mapping[str, Ref]
+
+    def run(self, module: nn.Module, given: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the outputs of the submodules `names`, computed from the inputs `given` by name with the
+        submodules that `module` has now; differentiable.
+        """
+        outputs: list[list[Tensor]] = []
+
+        def resolve(value: Any) -> Any:
+            if not isinstance(value, Ref):
+                return value
+            return given[value.name] if value.call < 0 else outputs[value.call][value.leaf]
+
+        for call in self.calls:
+            function = call.function or module.get_submodule(call.module)
+            result = function(*tree_map(resolve, call.args), **tree_map(resolve, call.kwargs))
+            outputs.append(tensors_in(result))
+        return {name: resolve(self.outputs[name]) for name in names}
+
+
+@dataclass(frozen=True)
 class Trace:
     """What one traced call says about a denoiser.
 
     `layers` in execution order; `features` the temporal layers whose output meets something other than the
-    timestep; `products` the number of attention product sites by owner; `calls` the recorded timestep-only
-    program with `outputs` into it, for a batch of `batch`; `embeddings` the names of look-ups whose tables
-    have a quantized form.
+    timestep; `products` the number of attention product sites by owner; `program` what the temporal layers
+    put out, for a batch of `batch`; `embeddings` the names of look-ups whose tables have a quantized form.
     """
 
     layers: tuple[LayerTrace, ...]
     features: tuple[str, ...]
     products: Mapping[str, int]
-    calls: tuple[Call, ...]
-    outputs: Mapping[str, Ref]
+    program: Program
     batch: int
     embeddings: tuple[str, ...] = ()
 
@@ -98,6 +124,14 @@ class Trace:
         return tuple(layer for layer in self.layers if layer.temporal)
 
 
+def per_sample(output: Tensor, batch: int) -> Tensor:
+    """Return one row of a temporal layer's output for each of `batch` samples: a video model calls it with a
+    row for each frame, and the frames of a sample stand at one timestep.
+    """
+    frames, rest = divmod(len(output), batch)
+    return output if rest or output.ndim != 2 else output[::frames]
+
+
 def _needed(calls: Sequence[Call | None], wanted: Mapping[str, Ref]) -> dict[int, Call]:
     """Return the calls, by number, that make what is `wanted`."""
     needed: dict[int, Call] = {}
@@ -114,9 +148,7 @@ def _needed(calls: Sequence[Call | None], wanted: Mapping[str, Ref]) -> dict[int
     return needed
 
 
-def sliced(
-    calls: Sequence[Call | None], wanted: Mapping[str, Ref]
-) -> tuple[tuple[Call, ...], dict[str, Ref]]:
+def sliced(calls: Sequence[Call | None], wanted: Mapping[str, Ref]) -> Program:
     """Return the calls that `wanted` needs, renumbered, and where they leave it.
 
     Raises:
@@ -132,4 +164,4 @@ def sliced(
     program = tuple(
         Call(c.function, c.module, tree_map(renumber, c.args), tree_map(renumber, c.kwargs)) for c in kept
     )
-    return program, {name: renumber(ref) for name, ref in wanted.items()}
+    return Program(program, {name: renumber(ref) for name, ref in wanted.items()})

@@ -6,9 +6,10 @@ needed, no class names. A layer that depends on the timestep, and neither on the
 with positions (a prompt's tokens), is temporal, even where its weights are still zero.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +22,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.models.program import TIMESTEP, Call, LayerTrace, Ref, Segments, Trace, sliced
+from tfmq.models.program import TIMESTEP, Call, LayerTrace, Program, Ref, Segments, Trace
+from tfmq.models.record import Label, Record
 from tfmq.nn.operation import is_embedding, operation_of, weight_of
 from tfmq.nn.product_mode import sites
 from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.operations import Operation
-from tfmq.numerics.trees import map_tensors, tensors_in
+from tfmq.numerics.trees import tensors_in
+from tfmq.quantizers.part import Part
 
 # Operators whose output holds only values of the input: copies, casts, nearest upsampling.
 ATEN = torch.ops.aten
@@ -37,75 +39,9 @@ COPIES = frozenset(
     {ATEN.clone, ATEN._to_copy, ATEN.upsample_nearest1d, ATEN.upsample_nearest2d, ATEN.upsample_nearest3d}
 )
 NO_SEGMENTS = Segments((), 0, direct=False)
-# Inputs with finitely many values. A computation that reads no other input can be tabulated.
-FINITE = frozenset({TIMESTEP, "class_labels"})
 
 
-@dataclass(frozen=True)
-class _Label:
-    sources: frozenset[str] = frozenset()
-    producers: frozenset[str] = frozenset()
-    segments: Segments | None = None
-
-
-_NOTHING = _Label()
-
-
-@dataclass
-class _Record:
-    spatial: frozenset[str]
-    labels: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    refs: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    calls: list[Call | None] = field(default_factory=list)
-    layers: dict[str, LayerTrace] = field(default_factory=dict)
-    outputs: dict[str, Ref] = field(default_factory=dict)
-    embeddings: dict[str, None] = field(default_factory=dict)
-    unusual: set[str] = field(default_factory=set)
-    features: dict[str, None] = field(default_factory=dict)
-    products: dict[str, int] = field(default_factory=dict)
-    owners: list[str] = field(default_factory=list)
-    inside: int = 0
-
-    def label(self, tensor: Tensor) -> _Label:
-        """Return what is known of a tensor."""
-        return self.labels.get(tensor, _NOTHING)
-
-    def record(self, call: Call, args: Any, kwargs: Any, output: Any, label: _Label) -> None:
-        """Note a call and give its outputs a label and a place in the program."""
-        program_call = None
-        if not label.sources & self.spatial:
-            program_call = Call(
-                call.function,
-                call.module,
-                map_tensors(self.reference, args),
-                map_tensors(self.reference, kwargs),
-            )
-        self.calls.append(program_call)
-        for leaf, tensor in enumerate(tensors_in(output)):
-            self.labels[tensor] = label
-            self.refs[tensor] = Ref(len(self.calls) - 1, leaf)
-
-    def reference(self, tensor: Tensor) -> Any:
-        """Return the place in the program where a tensor is made; itself where it is a constant."""
-        return self.refs.get(tensor, tensor)
-
-    def combine(self, inputs: list[Tensor]) -> _Label:
-        """Return the label of what is computed from `inputs`; note the temporal layers whose output meets
-        other data here.
-        """
-        labels = [self.label(tensor) for tensor in inputs]
-        sources = frozenset().union(*(label.sources for label in labels))
-        producers = frozenset().union(*(label.producers for label in labels))
-        for label in labels:
-            leaves_finite = label.sources <= FINITE and not sources <= FINITE
-            meets_positions = not label.sources & self.spatial and sources & self.spatial
-            if leaves_finite or meets_positions:
-                self.features.update(dict.fromkeys(sorted(label.producers)))
-                producers -= label.producers
-        return _Label(sources, producers)
-
-
-def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], output: Any) -> Segments | None:
+def _segments(record: Record, func: Any, args: Any, inputs: list[Tensor], output: Any) -> Segments | None:
     """Return the channel concatenation that `output` carries: a new one, or that of an input of the same
     width.
     """
@@ -122,7 +58,7 @@ def _segments(record: _Record, func: Any, args: Any, inputs: list[Tensor], outpu
     return None
 
 
-def _joined(record: _Record, parts: Sequence[Tensor], axis: int) -> Segments | None:
+def _joined(record: Record, parts: Sequence[Tensor], axis: int) -> Segments | None:
     """Return the concatenation of `parts`; None along the batch, or where a part has no positions."""
     spatial = all(record.label(part).sources & record.spatial for part in parts)
     if not axis or not spatial or len(parts) < 2:
@@ -141,7 +77,7 @@ class _Operations(TorchDispatchMode):
     the same shapes, and works it out again wherever a real one is among them.
     """
 
-    def __init__(self, record: _Record, mode: FakeTensorMode | None) -> None:
+    def __init__(self, record: Record, mode: FakeTensorMode | None) -> None:
         super().__init__()
         self.state = record
         self.mode = mode
@@ -152,7 +88,7 @@ class _Operations(TorchDispatchMode):
         if not self.state.inside:
             inputs = tensors_in((args, kwargs))
             combined = self.state.combine(inputs)
-            label = _Label(
+            label = Label(
                 combined.sources, combined.producers, _segments(self.state, func, args, inputs, output)
             )
             self.state.record(Call(func, "", args, kwargs), args, kwargs, output, label)
@@ -167,7 +103,7 @@ class _Operations(TorchDispatchMode):
 class _Products(TorchFunctionMode):
     """Counts attention products by the module whose forward calls them."""
 
-    def __init__(self, record: _Record) -> None:
+    def __init__(self, record: Record) -> None:
         super().__init__()
         self.state = record
 
@@ -179,8 +115,8 @@ class _Products(TorchFunctionMode):
 
 
 @contextmanager
-def _module_hooks(module: nn.Module, record: _Record) -> Iterator[None]:
-    """Keep the stack of running modules, and record weighted layers as single calls."""
+def _module_hooks(module: nn.Module, record: Record) -> Iterator[None]:
+    """Keep the stack of running modules, and record weighted layers, stock or quantized, as single calls."""
     modules = dict(module.named_modules())
     weighted = {name for name, child in modules.items() if _is_weighted(child)}
 
@@ -201,10 +137,10 @@ def _module_hooks(module: nn.Module, record: _Record) -> Iterator[None]:
 
 
 def _is_weighted(module: nn.Module) -> bool:
-    return operation_of(module) is not None or isinstance(module, nn.Embedding)
+    return operation_of(module) is not None or isinstance(module, (nn.Embedding, Part))
 
 
-def _record_layer(record: _Record, call: ModuleCall) -> None:
+def _record_layer(record: Record, call: ModuleCall) -> None:
     name, layer, args, kwargs, output = call
     inputs = tensors_in((args, kwargs))
     combined = record.combine(inputs)
@@ -230,12 +166,12 @@ def _record_layer(record: _Record, call: ModuleCall) -> None:
             channels=weight_of(layer).shape[1] * operation.groups,
         )
     producers = {name} & {layer.name for layer in (record.layers.get(name),) if layer and layer.temporal}
-    label = _Label(combined.sources, frozenset(producers))
+    label = Label(combined.sources, frozenset(producers))
     record.record(Call(None, name, args, kwargs), args, kwargs, output, label)
-    record.outputs[name] = record.refs[output]
+    record.outputs[name] = record.refs[tensors_in(output)[0]]
 
 
-def _read(record: _Record, layer: nn.Module, operation: Operation, x: Tensor) -> Segments:
+def _read(record: Record, layer: nn.Module, operation: Operation, x: Tensor) -> Segments:
     """Return the concatenation that a layer reads as its channels."""
     segments = record.label(x).segments
     # A group of a grouped convolution reads a part of a source, so it has no segments.
@@ -244,22 +180,31 @@ def _read(record: _Record, layer: nn.Module, operation: Operation, x: Tensor) ->
     return segments if segments is not None and whole and along else NO_SEGMENTS
 
 
-def _run(denoiser: Denoiser, inputs: Inputs, *, fake: bool) -> _Record:
-    labelled = denoiser.labelled(inputs)
-    record = _Record(frozenset(name for name, tensor in labelled if name == "sample" or tensor.ndim >= 3))
+def _run(
+    module: nn.Module,
+    given: Sequence[tuple[str, Tensor]],
+    call: Callable[[Sequence[Tensor]], Any],
+    *,
+    fake: bool,
+) -> Record:
+    """Return what is noted of `call`, which runs `module` on the tensors that are `given` with the name of
+    what each carries.
+    """
+    names, tensors = zip(*given, strict=True)
+    record = Record(frozenset(name for name, tensor in given if name == "sample" or tensor.ndim >= 3))
     mode: FakeTensorMode | None = None
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if fake:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            inputs = inputs.map(lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t))
-        for name, tensor in denoiser.labelled(inputs):
-            record.labels[tensor] = _Label(frozenset({name}))
+            tensors = tuple(t if isinstance(t, FakeTensor) else mode.from_tensor(t) for t in tensors)
+        for name, tensor in zip(names, tensors, strict=True):
+            record.labels[tensor] = Label(frozenset({name}))
             record.refs[tensor] = Ref(-1, name=name)
-        stack.enter_context(_module_hooks(denoiser.module, record))
+        stack.enter_context(_module_hooks(module, record))
         stack.enter_context(_Operations(record, mode))
         stack.enter_context(_Products(record))
-        denoiser(inputs)
+        call(tensors)
     return record
 
 
@@ -269,16 +214,36 @@ def trace(denoiser: Denoiser, example: Inputs, *, batch: int = 2) -> Trace:
     Runs on fake tensors; a model that reads values while it runs (`.item()`) is traced on real ones instead.
     """
     inputs = example.resized(batch)
+
+    def call(tensors: Sequence[Tensor]) -> Tensor:
+        left = iter(tensors)
+        return denoiser(inputs.map(lambda _: next(left)))
+
+    run = partial(_run, denoiser.module, denoiser.labelled(inputs), call)
     try:
-        record = _run(denoiser, inputs, fake=True)
+        record = run(fake=True)
     except (DataDependentOutputException, UnsupportedFakeTensorException):
-        record = _run(denoiser, inputs, fake=False)
+        record = run(fake=False)
     layers = tuple(layer for layer in record.layers.values() if layer.name not in record.unusual)
     temporal = {layer.name for layer in layers if layer.temporal}
     features = tuple(
         layer.name for layer in layers if layer.name in record.features and layer.name in temporal
     )
-    calls, outputs = sliced(
-        record.calls, {name: ref for name, ref in record.outputs.items() if name in temporal}
-    )
-    return Trace(layers, features, dict(record.products), calls, outputs, batch, tuple(record.embeddings))
+    program = record.program(temporal)
+    return Trace(layers, features, dict(record.products), program, batch, tuple(record.embeddings))
+
+
+def program_of(
+    module: nn.Module,
+    given: Sequence[tuple[str, Tensor]],
+    call: Callable[[Sequence[Tensor]], Any],
+    names: Collection[str],
+) -> Program:
+    """Return the program of those of the submodules `names` that `call` runs; see `_run`.
+
+    Raises:
+        RuntimeError: one of them depends on a sample, or on another input with positions.
+    """
+    with suppress(RuntimeError, ValueError, IndexError, TypeError):
+        return _run(module, given, call, fake=True).program(names)
+    return _run(module, given, call, fake=False).program(names)

@@ -4,16 +4,13 @@ denoiser.
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from tfmq.models.denoiser import Denoiser, Inputs
-from tfmq.models.program import TIMESTEP, Ref, Trace
+from tfmq.models.program import TIMESTEP, Trace, per_sample
 from tfmq.models.trace import trace
-from tfmq.numerics.trees import tensors_in
 
 
 class TemporalBlock:
@@ -66,23 +63,8 @@ class TemporalBlock:
         A layer that a video model calls with a row for each frame gives one row a sample here: its frames
         stand at one timestep.
         """
-        given = dict(self.denoiser.labelled(inputs))
-        outputs: list[list[Tensor]] = []
-
-        def resolve(value: Any) -> Any:
-            if not isinstance(value, Ref):
-                return value
-            return given[value.name] if value.call < 0 else outputs[value.call][value.leaf]
-
-        for call in self.trace.calls:
-            function = call.function or self.module.get_submodule(call.module)
-            result = function(*tree_map(resolve, call.args), **tree_map(resolve, call.kwargs))
-            outputs.append(tensors_in(result))
-        return {name: self._per_sample(resolve(self.trace.outputs[name])) for name in names}
-
-    def _per_sample(self, output: Tensor) -> Tensor:
-        frames, rest = divmod(len(output), self.trace.batch)
-        return output if rest or output.ndim != 2 else output[::frames]
+        outputs = self.trace.program.run(self.module, dict(self.denoiser.labelled(inputs)), names)
+        return {name: per_sample(output, self.trace.batch) for name, output in outputs.items()}
 
     def at(self, timesteps: Tensor, conditions: Mapping[str, Tensor] | None = None) -> Inputs:
         """Return inputs for `timesteps` `[N <= batch]` and, by name, `conditions` `[N, ...]`, padded by
