@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import tfmq
 from tfmq.backends.features import TemporalFeatures
@@ -85,8 +86,11 @@ def test_the_denoiser_with_its_features_is_what_it_is_layer_by_layer(
 def test_no_other_layer_runs_and_none_twice_for_one_timestep(sampler: Callable[..., LoopSampler]) -> None:
     module, inputs = quantized(sampler, "plain")
     source, packed = TemporalFeatures(module), list(packed_layers(module))
-    # The traced call runs every layer, on tensors without values.
-    first = features(source, module, inputs.rows(1, 3))
+    # The traced call runs every layer, on tensors without values; the skip has a grid for each part.
+    with layer_outputs(module, packed) as ran:
+        first = features(source, module, inputs.rows(1, 3))
+    assert len(packed_layers(module)["exit"].segments) == 2
+    assert isinstance(ran["entry"], FakeTensor) and isinstance(ran["exit"], FakeTensor)
     with layer_outputs(module, packed) as ran:
         again = features(source, module, inputs.rows(1, 3))
     assert torch.equal(first, again) and not ran

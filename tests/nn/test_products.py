@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tfmq.kernels.kernel import Rows
@@ -211,7 +212,7 @@ def test_many_scores_are_computed_a_block_of_queries_at_a_time(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
-def test_who_watches_the_probabilities_or_wants_a_gradient_gets_all_of_them(
+def test_who_watches_the_probabilities_or_wants_a_gradient_or_no_values_gets_all_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     products, call, seen = quantizers(2), Attention.of(*heads()), list[torch.Size]()
@@ -223,6 +224,9 @@ def test_who_watches_the_probabilities_or_wants_a_gradient_gets_all_of_them(
         watch = products.left[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
         products.attend(0, call)
         watch.remove()
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(call.query)
+            assert products.attend(0, Attention.of(fake, fake, fake)).shape == fake.shape
         attend = lambda query: products.attend(0, Attention.of(query, query, query))  # noqa: E731
         traced = torch.jit.trace(attend, call.query, check_trace=False)
     assert seen == [torch.Size([2, 4, 5, 7])] and traced(call.query).shape == call.query.shape

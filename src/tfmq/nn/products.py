@@ -106,7 +106,9 @@ class ProductQuantizers(Part):
         would have a copy of the nodes for each, a gradient keeps every block, and who watches an operand
         wants all of it.
         """
-        tracing = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+        # Fake tensors are of another class, and hold nothing in memory.
+        fake = type(call.query) is not Tensor
+        tracing = fake or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
         # A graph for any batch must not be asked how many scores it has.
         if tracing or torch.is_grad_enabled() or call.query.device.type != "cpu" or call.scores <= WHOLE:
             return False

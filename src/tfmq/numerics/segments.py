@@ -24,11 +24,11 @@ def spread(values: Tensor, segments: Sequence[int], *, axis: int) -> Tensor:
     """Return one value for each channel, of one for each segment along `axis`; the one value of the whole
     axis stays one, and broadcasts.
     """
-    return (
-        values.repeat_interleave(torch.tensor(segments, device=values.device), dim=axis)
-        if segments
-        else values
-    )
+    if not segments:
+        return values
+    widths = torch.tensor(segments, device=values.device)
+    # The size is said, since fake tensors cannot add the widths up.
+    return values.repeat_interleave(widths, dim=axis, output_size=sum(segments))
 
 
 def numbers(segments: Sequence[int], channels: int, positions: int) -> Tensor:
