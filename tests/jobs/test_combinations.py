@@ -54,7 +54,7 @@ def recipe_of(draw: random.Random) -> Recipe:
             group=draw.choice((0, 8)),
             tokens=draw.choice(("static", "dynamic", "measured")),
             split=draw.choice((True, False, "direct")),
-            zero_points=draw.choice(("per_step", "shared")),
+            zero_points=draw.choice(("per_step", "products", "shared")),
         ),
         rescaling=Rescaling(equalizers=some(draw, [*EQUALIZERS]), rotation=draw.choice((0, 4, 16))),
         branch=Branch(splitters=some(draw, [*SPLITTERS]), dtype=draw.choice(("float16", "int8"))),

@@ -91,15 +91,17 @@ def test_concatenations_are_split_where_they_are_read_directly(build: Callable[.
     assert len(split("direct")) == 4 and len(split(True)) == 8 and not split(False)
 
 
-@pytest.mark.parametrize("zero_points", ["per_step", "shared"])
-def test_zero_points_are_shared_by_the_grids_of_every_quantizer_or_of_none(
-    plain: Trace, zero_points: Any
+@pytest.mark.parametrize(
+    ("zero_points", "layers", "products"),
+    [("per_step", False, False), ("products", False, True), ("shared", True, True)],
+)
+def test_zero_points_are_shared_by_the_grids_of_every_quantizer_of_products_or_of_none(
+    plain: Trace, zero_points: Any, layers: bool, products: bool
 ) -> None:
     plan = make_plan(Recipe(name="r", activations=Activations(zero_points=zero_points)), plain)
-    inputs = [layer.input for layer in plan.layers.values()] + [
-        product for _, product in plan.products.values()
-    ]
-    assert {entry is not None and entry.shared for entry in inputs} == {zero_points == "shared"}
+    inputs = [layer.input for layer in plan.layers.values()]
+    assert {entry is not None and entry.shared for entry in inputs} == {layers}
+    assert {entry is not None and entry.shared for _, entry in plan.products.values()} == {products}
 
 
 def test_layers_that_a_rule_keeps_in_full_precision_are_not_planned(plain: Trace) -> None:

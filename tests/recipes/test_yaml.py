@@ -39,7 +39,7 @@ recipes = st.builds(
         ranges=RANGES,
         per_step=st.sampled_from(["none", "temporal", "measured", "all"]),
         products=st.booleans(),
-        zero_points=st.sampled_from(["per_step", "shared"]),
+        zero_points=st.sampled_from(["per_step", "products", "shared"]),
         split=st.booleans() | st.just("direct"),
     ),
     temporal=st.builds(

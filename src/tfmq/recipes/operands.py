@@ -9,7 +9,7 @@ from tfmq.numerics.groups import has_room
 from tfmq.recipes.checks import choice, each, group, natural
 
 PerStep = Literal["none", "temporal", "measured", "all"]
-ZeroPoints = Literal["per_step", "shared"]
+ZeroPoints = Literal["per_step", "products", "shared"]
 Split = bool | Literal["direct"]
 
 
@@ -101,9 +101,10 @@ class Activations:
             (`temporal`, the paper), all (`all`, the released code), or beside the temporal block those that
             one grid for all timesteps costs more than 1 dB of accuracy (`measured`).
         zero_points: whether the grids of one quantizer have a zero-point for each timestep (`per_step`), or
-            one for all timesteps (`shared`), whose scales are then as large as that zero-point needs to cover
-            the same range. In attention products the shared one is the middle code, or 0 on the left. Some
-            integer engines run faster with it, or compute products of activations with it alone.
+            one for all timesteps (`shared`; `products` alone: those of attention), whose scales are then as
+            large as that zero-point needs to cover the same range. In attention products the shared one is
+            the middle code, or 0 on the left. Some integer engines run faster with it, or compute products
+            of activations with it alone.
         products: quantize attention's q, k, v and post-softmax map.
         split: give each source of a channel concatenation its own grid, in activations and weights: in every
             layer that reads one (True), in none (False), or in those that read the concatenated tensor itself
@@ -134,7 +135,7 @@ class Activations:
         choice("activations.tokens", self.tokens, ("static", "dynamic", "measured"))
         choice("activations.ranges", self.ranges, ("search", "min_max"))
         choice("activations.per_step", self.per_step, ("none", "temporal", "measured", "all"))
-        choice("activations.zero_points", self.zero_points, ("per_step", "shared"))
+        choice("activations.zero_points", self.zero_points, ("per_step", "products", "shared"))
         choice("activations.split", self.split, (True, False, "direct"))
         self.format()
 

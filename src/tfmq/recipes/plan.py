@@ -36,6 +36,7 @@ def _activation(
     temporal: bool = False,
     exact: bool = False,
     tokenwise: bool = False,
+    product: bool = False,
 ) -> ActivationScheme | None:
     """Return the scheme of a layer's input, or of both operands of a product; None in full precision."""
     grid = activations.format()
@@ -46,7 +47,7 @@ def _activation(
         ranges="min_max" if exact else activations.ranges,
         segments=segments,
         key=_key(activations, temporal=temporal),
-        shared=activations.zero_points == "shared",
+        shared=activations.zero_points in (("products", "shared") if product else ("shared",)),
         finite=temporal,
         tokens=activations.tokens if tokenwise and not temporal else "static",
     )
@@ -91,7 +92,7 @@ def _segments(activations: Activations, layer: LayerTrace) -> tuple[int, ...]:
 
 
 def _product(activations: Activations) -> ActivationScheme | None:
-    return _activation(activations) if activations.products else None
+    return _activation(activations, product=True) if activations.products else None
 
 
 def _seeing(trace: Trace) -> list[str]:

@@ -99,13 +99,15 @@ def transformer(recipe: Recipe) -> Recipe:
 
 def quick(recipe: Recipe) -> Recipe:
     """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. 8-bit
-    weights have exact ranges: a search wins 0.1 dB, and takes seconds for a million of them.
+    weights have exact ranges: a search wins 0.1 dB, and takes seconds for a million of them. Attention, which
+    takes most of the time in large pictures, has grids that OpenVINO multiplies in integers.
     """
     weights = recipe.weights
     return replace(
         recipe,
         name=recipe.name.replace("tfmq", "quick"),
         weights=replace(weights, ranges="min_max") if weights.bits == 8 else weights,
+        activations=replace(recipe.activations, zero_points="products"),
         rounding=Rounding(solver="nearest"),
         tuning=Tuning(),
         calibration=replace(recipe.calibration, samples=2, batch_size=1, judged=0.0),
