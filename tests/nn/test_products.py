@@ -16,6 +16,7 @@ from tfmq.nn.product_mode import ProductMode, sites
 from tfmq.nn.products import ProductKernels, ProductQuantizers, attach_products
 from tfmq.numerics.attention import Attention
 from tfmq.numerics.grids import IntegerFormat
+from tfmq.numerics.rotation import rotate
 from tfmq.quantizers.activation import ActivationQuantizer
 
 
@@ -230,6 +231,13 @@ def test_who_watches_the_probabilities_or_wants_a_gradient_or_no_values_gets_all
         attend = lambda query: products.attend(0, Attention.of(query, query, query))  # noqa: E731
         traced = torch.jit.trace(attend, call.query, check_trace=False)
     assert seen == [torch.Size([2, 4, 5, 7])] and traced(call.query).shape == call.query.shape
+
+
+@pytest.mark.parametrize("size", [4, 256, 1024])
+def test_a_rotation_is_no_product_of_attention(size: int) -> None:
+    """Layers rotate their inputs within the forward of the module that has the products."""
+    with ProductMode(lambda site, *_: pytest.fail(f"counted as site {site}")):
+        rotate(torch.randn(2, 3, size), size)
 
 
 def test_spared_products_take_their_operands_as_they_come() -> None:

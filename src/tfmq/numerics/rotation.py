@@ -11,6 +11,7 @@ from functools import cache
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # The order of the smallest regular Hadamard matrix; those of other groups are powers of it.
@@ -70,10 +71,11 @@ def rotate(x: Tensor, size: int) -> Tensor:
     """Return `x` `[..., C]` with every group of `size` channels rotated; the same once more undoes it.
 
     As a product with the matrix, which is faster on a CPU than sums and differences along axes of four
-    (docs/log.md).
+    (docs/log.md). The matrix is a weight to torch, not an activation: `ProductMode` takes what `@` multiplies
+    for a product of attention.
     """
     if size in MATRICES:
-        return (x.unflatten(-1, (-1, size)) @ _matrix(size, x)).flatten(-2)
+        return F.linear(x.unflatten(-1, (-1, size)), _matrix(size, x)).flatten(-2)
     # The matrix is the Kronecker product of that of the outer places and that of the inner ones.
     parts = rotate(x.unflatten(-1, (-1, size // LARGEST, LARGEST)), LARGEST)
     return rotate(parts.mT, size // LARGEST).mT.flatten(-3)
