@@ -32,13 +32,14 @@ class TemporalFeatures:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        cached = cached_features(module).values()
+        cached = cached_features(module)
+        self.widths = {name: child.width for name, child in cached.items()}
         timesteps = steps_of(module).timesteps
         with torch.no_grad():
             self.table = tabulated(module, torch.arange(len(timesteps), device=timesteps.device))
             # True at the timesteps where every feature comes from its table.
-            self.chosen = torch.stack([child.use_table.bool() for child in cached]).all(dim=0)
-        self.everywhere = all(child.everywhere for child in cached)
+            self.chosen = torch.stack([child.use_table.bool() for child in cached.values()]).all(dim=0)
+        self.everywhere = all(child.everywhere for child in cached.values())
         self.programs: OrderedDict[tuple[str, int], Program] = OrderedDict()
         self.rows: OrderedDict[tuple[str, float], Tensor] = OrderedDict()
 
@@ -64,11 +65,11 @@ class TemporalFeatures:
 
     def _computed(self, module: nn.Module, call: Call, place: int) -> Tensor:
         """Return the features at the timestep of one sample, `[1, D]`."""
-        steps, children = steps_of(module), cached_features(module)
+        steps = steps_of(module)
         program = used(
             self.programs,
             (call.signature.key, call.batch),
-            lambda: _program(module, call, list(children)),
+            lambda: _program(module, call, list(self.widths)),
             most=KEPT_PROGRAMS,
         )
         given = dict(_labelled(call))
@@ -80,8 +81,8 @@ class TemporalFeatures:
         parts = [
             per_sample(outputs[name], call.batch)[:1].float()
             if name in outputs
-            else torch.zeros(1, child.width, device=steps.index.device)
-            for name, child in children.items()
+            else torch.zeros(1, width, device=steps.index.device)
+            for name, width in self.widths.items()
         ]
         return torch.cat(parts, dim=1)
 
