@@ -53,6 +53,16 @@ def rotated(recipe: Recipe) -> Recipe:
     return replace(recipe, name=recipe.name.replace("tfmq", "rotated"), rescaling=Rescaling(rotation=256))
 
 
+def svd_rotated(recipe: Recipe) -> Recipe:
+    """The scheme with branches, whose layers may have rotated inputs instead of rescaled ones."""
+    branched = svd(recipe)
+    return replace(
+        branched,
+        name=branched.name.replace("svd", "svd_rotated"),
+        rescaling=replace(branched.rescaling, rotation=256),
+    )
+
+
 def rescaled(recipe: Recipe, *equalizers: str) -> Recipe:
     """The preset with rescaled inputs where that leaves less error."""
     return replace(
@@ -102,6 +112,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "group": group,
     "fp4": fp4,
     "svd": svd,
+    "svd-rotated": svd_rotated,
 }
 BITS = ("w8a8", "w4a8", "w4a32", "w6a6", "w4a4")
 # Where a method is tried, if not everywhere. W4A32 has no grids of inputs. What corrects the finished model
@@ -113,7 +124,7 @@ TRIED = {
     **dict.fromkeys(
         ("rescaled", "peaks", "rotated", "tuned", "smooth", "rotate", "bias", "gain", "affine"), DOORS
     ),
-    **dict.fromkeys(("e1m2", "e2m1", "group", "fp4", "svd"), ("w4a8", "w4a4")),
+    **dict.fromkeys(("e1m2", "e2m1", "group", "fp4", "svd", "svd-rotated"), ("w4a8", "w4a4")),
     **dict.fromkeys(("released", "every-sample"), ("w4a8",)),
 }
 # The exceptions of the released code name layers of its UNet; and of the models here only that one has more
