@@ -46,7 +46,7 @@ from tfmq.quantizers.input import InputQuantizer
 @torch.library.custom_op("tfmq::codes", mutates_args=())
 def codes(x: Tensor, zero_point: int, levels: int) -> Tensor:
     """Return `clamp(round(x) + zero_point, 0, levels - 1) - zero_point`, in the dtype of `x`."""
-    return x.round().clamp(-zero_point, levels - 1 - zero_point)
+    return x.round().clamp_(-zero_point, levels - 1 - zero_point)
 
 
 @codes.register_fake

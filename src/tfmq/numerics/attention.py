@@ -56,8 +56,15 @@ class Attention:
 
     def by(self, multiply: Multiply, first: int) -> Tensor:
         """Compute it with two calls of `multiply(site, left, right)`, the sites `first` and the next."""
-        scores = multiply(first, self.query, self.key.transpose(-2, -1)) * self.scale
-        return multiply(first + 1, probabilities(scores, self.mask), self.value)
+        # Give no name to the scores: with one they would stay in memory beside the probabilities.
+        return multiply(
+            first + 1,
+            probabilities(
+                multiply(first, self.query, self.key.transpose(-2, -1)) * self.scale,
+                self.mask,
+            ),
+            self.value,
+        )
 
     @property
     def scores(self) -> int:
