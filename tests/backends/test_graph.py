@@ -172,6 +172,63 @@ def test_a_converted_model_is_read_by_the_next_process_whatever_the_batch(
     assert [path.stat().st_mtime_ns for path in own_cache.glob("*.xml")] == [before]
 
 
+def test_a_compiled_model_is_read_by_the_next_process_and_made_again_where_it_is_damaged(
+    cached: tuple[nn.Module, Inputs],
+    converted_cached: Converted,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, compiled = converted_cached, list[Any]()
+    shutil.copytree(made.file.parent, own_cache)
+    compile_model = type(shared_core()).compile_model
+    monkeypatch.setattr(
+        type(shared_core()),
+        "compile_model",
+        lambda *given, **named: compiled.append(given) or compile_model(*given, **named),
+    )
+
+    def again() -> torch.Tensor:
+        module = copy.deepcopy(cached[0])
+        execute(module, "openvino")
+        with torch.no_grad():
+            return Denoiser(module)(made.inputs.rows(0, 1))
+
+    assert torch.equal(again(), made.computed[2]) and not compiled
+    files = sorted(own_cache.glob("*.compiled"))
+    # One for each batch. A file that is too short, one that was changed, none.
+    assert len(files) == 2 and not list(own_cache.glob("*.blob"))
+    whole = [file.read_bytes() for file in files]
+    damages = (lambda data: data[:-1000], lambda data: b"x" * (len(data) - 8) + data[-8:], None)
+    for number, damage in enumerate(damages, start=1):
+        for file, data in zip(files, whole, strict=True):
+            file.unlink(missing_ok=True)
+            if damage is not None:
+                file.write_bytes(damage(data))
+        assert torch.equal(again(), made.computed[2]) and len(compiled) == number
+
+
+def test_a_full_disk_leaves_no_compiled_model_and_no_part_of_one(
+    cached: tuple[nn.Module, Inputs],
+    converted_cached: Converted,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(converted_cached.file.parent, own_cache)
+    for file in own_cache.glob("*.compiled"):
+        file.unlink()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    module = copy.deepcopy(cached[0])
+    execute(module, "openvino")
+    monkeypatch.setattr("tfmq.backends.openvino_kept.os.replace", full)
+    with torch.no_grad():
+        found = Denoiser(module)(converted_cached.inputs.rows(0, 1))
+    assert torch.equal(found, converted_cached.computed[2])
+    assert not [file for file in own_cache.iterdir() if "compiled" in file.name]
+
+
 def test_openvino_executes_the_grids_of_tokens_in_integers(
     sampler: Callable[..., LoopSampler], quick: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from tfmq.backends.caching import cache_directory, model_key
 from tfmq.backends.graph import GraphExecutor, Run
 from tfmq.backends.openvino_blame import blamed
 from tfmq.backends.openvino_device import CPU, check_device, on_cpu, settings_for
+from tfmq.backends.openvino_kept import compiled_file, read_compiled, write_compiled
 from tfmq.errors import require
 from tfmq.export.capture import Call, Graph
 from tfmq.export.fake_quantize import graph_kernels
@@ -96,6 +97,11 @@ def _let_go(module: nn.Module) -> None:
         page_out(layer.packed)
 
 
+def _position(graph: Graph, port: Any) -> int:
+    """Return the place of a port among the inputs of a graph."""
+    return next(place for place, name in enumerate(graph.names) if name in port.get_names())
+
+
 class _Builder:
     """Converts a captured graph, or reads it from the cache, and compiles it for the batch of the call."""
 
@@ -109,22 +115,7 @@ class _Builder:
         _let_go(module)
 
     def __call__(self, graph: Graph, call: Call) -> Run:
-        from tfmq.export.openvino import sizes
-
         core = shared_core()
-        path = self._converted(graph, call)
-        # Give back what conversion has freed before compilation asks for memory.
-        _let_go(graph.module)
-        give_back()
-        try:
-            model = core.read_model(path)
-        except RuntimeError:
-            # A file that was cut off or changed: nothing is lost by making it again.
-            path.unlink()
-            model = core.read_model(self._converted(graph, call))
-        shapes = sizes(graph, call, call.batch)
-        order = [graph.names.index(port.get_any_name()) for port in model.inputs]
-        model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
         threads = self.options.threads or torch.get_num_threads()
         # What is not in integers stays in float32, also where the processor has bfloat16, for parity with the
         # other backends.
@@ -132,13 +123,16 @@ class _Builder:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
-            "CACHE_DIR": str(cache_directory("openvino")),
         }
-        settings = settings_for(core, self.options.device, wanted)
-        request = self._compiled(core, model, settings, graph, call).create_infer_request()
-        outputs = len(model.outputs)
+        compiled, memory = self._from_disk(core, wanted, graph, call)
+        request, outputs = compiled.create_infer_request(), len(compiled.outputs)
+        # A compiled model may call its inputs by more names.
+        order = [_position(graph, port) for port in compiled.inputs]
 
-        def run(bins: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # With `held` what the request computes with lives as long as this function.
+        def run(
+            bins: Tensor, tensors: tuple[Tensor, ...], held: Any = (compiled, memory)
+        ) -> tuple[Tensor, ...]:
             given = (bins, *tensors)
             request.infer(
                 {
@@ -150,6 +144,40 @@ class _Builder:
             return tuple(torch.from_numpy(request.get_output_tensor(i).data.copy()) for i in range(outputs))
 
         return run
+
+    def _from_disk(self, core: Any, wanted: Mapping[str, Any], graph: Graph, call: Call) -> tuple[Any, Any]:
+        """Return the compiled model, and what has to live as long as it: read from disk, or made and kept
+        there, by ourselves for the CPU and by OpenVINO's own cache for other devices.
+        """
+        device, directory = self.options.device, cache_directory("openvino")
+        if device != CPU:
+            settings = settings_for(core, device, {**wanted, "CACHE_DIR": str(directory)})
+            return self._compiled(core, self._read(core, graph, call), settings, graph, call), None
+        key = self._path(graph, call, str(call.batch)).stem
+        file = compiled_file(directory, core, device, key, wanted)
+        if found := read_compiled(core, file, device, wanted):
+            return found
+        compiled = self._compiled(core, self._read(core, graph, call), wanted, graph, call)
+        write_compiled(compiled, file)
+        return compiled, None
+
+    def _read(self, core: Any, graph: Graph, call: Call) -> Any:
+        """Return the converted model for the batch of a call."""
+        from tfmq.export.openvino import sizes
+
+        path = self._converted(graph, call)
+        # Give back what conversion has freed before compilation asks for memory.
+        _let_go(graph.module)
+        give_back()
+        try:
+            model = core.read_model(path)
+        except RuntimeError:
+            # A file that was cut off or changed: nothing is lost by making it again.
+            path.unlink()
+            model = core.read_model(self._converted(graph, call))
+        shapes = sizes(graph, call, call.batch)
+        model.reshape({port.get_any_name(): shapes[port.get_any_name()] for port in model.inputs})
+        return model
 
     def _compiled(self, core: Any, model: Any, settings: Mapping[str, Any], graph: Graph, call: Call) -> Any:
         device = self.options.device

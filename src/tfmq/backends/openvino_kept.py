@@ -1,0 +1,57 @@
+"""Compiled models of OpenVINO's CPU plug-in, each in a file of its own.
+
+OpenVINO's own cache reads all weights of a model to find what was compiled of it. These files are found by
+what the model was made from, so that a later start reads the compiled form alone.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Behind the compiled model stands its size, so that a file that was cut off is not handed to the plug-in.
+SIZE = np.dtype("<u8")
+
+
+def compiled_file(directory: Path, core: Any, device: str, key: str, settings: Mapping[str, Any]) -> Path:
+    """Return the file of what is compiled of the model `key` with these settings by this processor."""
+    machine = [core.get_property(device, name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+    machine.append(torch.backends.cpu.get_cpu_capability())
+    text = "\n".join(map(repr, (key, sorted(settings.items()), machine)))
+    return directory / f"{sha256(text.encode()).hexdigest()[:32]}.compiled"
+
+
+def read_compiled(core: Any, path: Path, device: str, settings: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Return the compiled model in a file, and what has to live as long as it does; None if there is none, or
+    none that this OpenVINO reads.
+    """
+    import openvino as ov
+
+    with suppress(OSError, ValueError, RuntimeError):
+        # The plug-in reads weights where they lie in the file.
+        mapped = np.memmap(path, dtype=np.uint8, mode="c")
+        size = int(mapped[-SIZE.itemsize :].view(SIZE)[0])
+        if size == len(mapped) - SIZE.itemsize:
+            tensor = ov.Tensor(mapped[:size], shared_memory=True)
+            return core.import_model(tensor, device, dict(settings)), (mapped, tensor)
+    return None
+
+
+def write_compiled(model: Any, path: Path) -> None:
+    """Keep a compiled model in a file; without a word there is none where the disk is full."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        data = model.export_model()
+        content = data if isinstance(data, bytes) else data.getvalue()
+        with partial.open("wb") as file:
+            file.write(content)
+            file.write(np.array([len(content)], dtype=SIZE).tobytes())
+        os.replace(partial, path)
+    except (OSError, RuntimeError):
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
