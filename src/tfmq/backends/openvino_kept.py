@@ -4,10 +4,12 @@ OpenVINO's own cache reads all weights of a model to find what was compiled of i
 what the model was made from, so that a later start reads the compiled form alone.
 """
 
+import mmap as mapping
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 
 # Behind the compiled model stands its size, so that a file that was cut off is not handed to the plug-in.
 SIZE = np.dtype("<u8")
+# What lets go of pages that can be read again, where the system has it.
+DONTNEED: int | None = getattr(mapping, "MADV_DONTNEED", None)
 
 
 def compiled_file(directory: Path, core: Any, device: str, key: str, settings: Mapping[str, Any]) -> Path:
@@ -33,12 +37,17 @@ def read_compiled(core: Any, path: Path, device: str, settings: Mapping[str, Any
     import openvino as ov
 
     with suppress(OSError, ValueError, RuntimeError):
-        # The plug-in reads weights where they lie in the file.
-        mapped = np.memmap(path, dtype=np.uint8, mode="c")
-        size = int(mapped[-SIZE.itemsize :].view(SIZE)[0])
-        if size == len(mapped) - SIZE.itemsize:
-            tensor = ov.Tensor(mapped[:size], shared_memory=True)
-            return core.import_model(tensor, device, dict(settings)), (mapped, tensor)
+        with path.open("rb") as file:
+            mapped = mmap(file.fileno(), 0, access=ACCESS_COPY)
+        content = np.frombuffer(mapped, dtype=np.uint8)
+        size = int(content[-SIZE.itemsize :].view(SIZE)[0])
+        if size == len(content) - SIZE.itemsize:
+            tensor = ov.Tensor(content[:size], shared_memory=True)
+            model = core.import_model(tensor, device, dict(settings))
+            # The plug-in has weights in a layout of its own by now. What it reads again comes from the file.
+            if DONTNEED is not None:
+                mapped.madvise(DONTNEED)
+            return model, (mapped, tensor)
     return None
 
 
