@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_no_compiled_model_and_no_part_of_one(
 
     module = copy.deepcopy(cached[0])
     execute(module, "openvino")
-    monkeypatch.setattr("tfmq.backends.openvino_kept.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with torch.no_grad():
         found = Denoiser(module)(converted_cached.inputs.rows(0, 1))
     assert torch.equal(found, converted_cached.computed[2])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq.backends.kept import used
 from tfmq.export.capture import Call, Graph
-from tfmq.models.program import Program, per_sample
+from tfmq.models.program import TIMESTEP, Program, per_sample
 from tfmq.models.trace import program_of
 from tfmq.nn.swap import steps_of
 from tfmq.nn.temporal import cached_features, tabulated
@@ -73,8 +73,8 @@ class TemporalFeatures:
             most=KEPT_PROGRAMS,
         )
         given = dict(_labelled(call))
-        given["timestep"] = given["timestep"][place : place + 1].expand(call.batch)
         one = slice(place, place + 1)
+        given[TIMESTEP] = given[TIMESTEP][one].expand(call.batch)
         with torch.no_grad(), steps.at_bins(steps.index[one], steps.exact[one]):
             outputs = program.run(module, given, program.outputs)
         # A layer that this kind of call leaves out is not read either.
@@ -102,7 +102,7 @@ def _labelled(call: Call) -> list[tuple[str, Tensor]]:
     batch, `timestep`, or where in the arguments it is.
     """
     sample = next(place for place, tensor in enumerate(call.tensors) if tensor.ndim > 1)
-    own = {sample: "sample", call.signature.timestep: "timestep"}
+    own = {sample: "sample", call.signature.timestep: TIMESTEP}
     return [
         (own.get(place, f"{name} of the call"), tensor)
         for place, (name, tensor) in enumerate(zip(call.signature.names, call.tensors, strict=True))

@@ -4,8 +4,6 @@ OpenVINO's own cache reads all weights of a model to find what was compiled of i
 what the model was made from, so that a later start reads the compiled form alone.
 """
 
-import mmap as mapping
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
@@ -16,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from tfmq.allocator import page_out
+from tfmq.storage.atomic import atomic_write
+from tfmq.storage.errors import CheckpointError
+
 # Behind the compiled model stands its size, so that a file that was cut off is not handed to the plug-in.
 SIZE = np.dtype("<u8")
-# What lets go of pages that can be read again, where the system has it.
-DONTNEED: int | None = getattr(mapping, "MADV_DONTNEED", None)
 
 
 def compiled_file(directory: Path, core: Any, device: str, key: str, settings: Mapping[str, Any]) -> Path:
@@ -45,22 +45,16 @@ def read_compiled(core: Any, path: Path, device: str, settings: Mapping[str, Any
             tensor = ov.Tensor(content[:size], shared_memory=True)
             model = core.import_model(tensor, device, dict(settings))
             # The plug-in has weights in a layout of its own by now. What it reads again comes from the file.
-            if DONTNEED is not None:
-                mapped.madvise(DONTNEED)
+            page_out(torch.from_numpy(content))
             return model, (mapped, tensor)
     return None
 
 
 def write_compiled(model: Any, path: Path) -> None:
     """Keep a compiled model in a file; without a word there is none where the disk is full."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(CheckpointError, OSError, RuntimeError):
         data = model.export_model()
         content = data if isinstance(data, bytes) else data.getvalue()
-        with partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             file.write(content)
             file.write(np.array([len(content)], dtype=SIZE).tobytes())
-        os.replace(partial, path)
-    except (OSError, RuntimeError):
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)

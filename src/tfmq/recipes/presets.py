@@ -100,7 +100,7 @@ def transformer(recipe: Recipe) -> Recipe:
 def quick(recipe: Recipe) -> Recipe:
     """A recipe for models whose call takes seconds: nearest codes, and ranges from two images. 8-bit
     weights have exact ranges: a search wins 0.1 dB, and takes seconds for a million of them. Attention, which
-    takes most of the time in large pictures, has grids that OpenVINO multiplies in integers.
+    takes much of the time in large pictures, has grids that OpenVINO multiplies in integers.
     """
     weights = recipe.weights
     return replace(
