@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +54,18 @@ def test_symmetric_grids_mirror(one: float, other: float, bits: int) -> None:
     x = torch.linspace(-1, 1, 41) * max(abs(one), abs(other))
     values = quantized(x[None], scale, zero, fmt)
     assert torch.equal(values, -values.flip(1))
+
+
+@pytest.mark.parametrize("fit", [min_max, search])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_comes_out_of_a_relu_has_an_unsigned_grid(
+    fit: Callable[[Tensor, IntegerFormat], tuple[Tensor, Tensor]], bits: int
+) -> None:
+    values = draw(0, spread=1.0, shift=0.0).relu()
+    scale, zero = fit(values, IntegerFormat(bits))
+    assert not zero.any()
+    found = quantized(values, scale, zero, IntegerFormat(bits)) / scale[:, None]
+    assert torch.equal(found.round(), (values / scale[:, None]).round().clamp(0, 2**bits - 1))
 
 
 def test_the_grid_covers_exactly_the_extremes() -> None:

@@ -25,6 +25,7 @@ class LayerRow:
     error: float | None
     full_ms: float | None
     quantized_ms: float | None
+    zeros: float | None
 
 
 def _scheme(spec: Mapping[str, Any]) -> str:
@@ -50,7 +51,7 @@ def layer_rows(structure: Mapping[str, Any], analysis: Mapping[str, Any] | None)
                 spec["bits"],
                 activation,
                 _scheme(spec),
-                *(found.get(key) for key in ("error", "full_ms", "quantized_ms")),
+                *(found.get(key) for key in ("error", "full_ms", "quantized_ms", "zeros")),
             )
         )
     return tuple(rows)

@@ -64,8 +64,9 @@ def _accumulation(found: Mapping[str, Any] | None) -> Iterator[Row]:
 
 
 def _layers(found: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    for layer, quantity in product(found, ("error", "full_ms", "quantized_ms")):
-        yield "layers", quantity, layer["name"], None, layer[quantity]
+    for layer, quantity in product(found, ("error", "full_ms", "quantized_ms", "zeros")):
+        if layer[quantity] is not None:
+            yield "layers", quantity, layer["name"], None, layer[quantity]
 
 
 # The parts of an analysis, in the order of their rows.
@@ -86,7 +87,7 @@ def rows(values: Mapping[str, Any]) -> Iterator[Row]:
     `input_low`, `input_high`, `output_low`, `output_high` by layer and timestep. `trajectory`: `mean` and
     `worst` by call, without a name; `latent_mean` and `latent_worst`, without a timestep. `accumulation`: the
     fields of `Accumulation` by step, and `measured`. `sensitivity`: `relative_error` by unit and timestep, of
-    everything without a name. `layers`: `error`, `full_ms`, `quantized_ms`.
+    everything without a name. `layers`: `error`, `full_ms`, `quantized_ms`, `zeros`.
     """
     for part, of_part in _PARTS.items():
         yield from of_part(values[part])

@@ -155,6 +155,33 @@ def test_errors_of_layers_are_on_full_precision_inputs(twins: Any) -> None:
     assert not module.conv_in._forward_hooks
 
 
+def test_zeros_are_the_codes_at_the_zero_point_of_what_a_layer_reads(twins: Any) -> None:
+    reference, quantized = twins()
+    call = calls_of(reference)[0]
+    # A quarter of the sample is zero, the rest far from it.
+    sample = torch.full_like(call.sample, float(call.sample.max()))
+    sample[:, :, : sample.shape[2] // 4] = 0.0
+    (planted,) = layer_errors(
+        reference.denoiser, quantized.denoiser, ["conv_in"], [replace(call, sample=sample)]
+    )
+    assert planted.zeros == 0.25
+    (found,) = layer_errors(reference.denoiser, quantized.denoiser, ["conv_in"], [call])
+    quantizer = quantized.denoiser.module.conv_in.input_quantizer
+    with quantized.denoiser.module.tfmq_steps.at(call.timestep):
+        rows = quantizer.rows(call.sample)
+    scale, zero = float(rows.scale), float(rows.zero_point)
+    codes = ((call.sample / scale).round() + zero).clamp(0, 255)
+    assert found.zeros == pytest.approx(float((codes == zero).float().mean()), abs=1e-6)
+
+
+def test_an_input_in_full_precision_has_no_share_of_zeros(sampler: Make) -> None:
+    reference, quantized = sampler(), sampler()
+    recipe = replace(tfmq.scheme("rtn_w4a8"), activations=Activations(bits=None), rules=())
+    tfmq.quantize(quantized, replace(recipe, calibration=Calibration(samples=2, steps=4)))
+    (found,) = layer_errors(reference.denoiser, quantized.denoiser, ["conv_in"], calls_of(reference))
+    assert found.zeros is None
+
+
 def test_more_bits_disturb_less(analysed: Callable[[str], Analysis]) -> None:
     low, high = map(analysed, ("rtn_w4a8", "rtn_w8a8"))
     assert high.sensitivity.whole.mean() < low.sensitivity.whole.mean() / 1.5
