@@ -63,6 +63,22 @@ def svd_rotated(recipe: Recipe) -> Recipe:
     )
 
 
+def clusters(recipe: Recipe) -> Recipe:
+    """The scheme for transformers with inputs in up to four clusters of channels (DGQ)."""
+    return clustered(transformer(recipe), "clusters")
+
+
+def svd_clusters(recipe: Recipe) -> Recipe:
+    """The scheme with branches, and inputs in up to four clusters of channels."""
+    return clustered(svd(recipe), "svd_clusters")
+
+
+def clustered(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe with inputs in up to four clusters of channels."""
+    activations = replace(recipe.activations, clusters=4)
+    return replace(recipe, name=f"{name}_{recipe.name}", activations=activations)
+
+
 def rescaled(recipe: Recipe, *equalizers: str) -> Recipe:
     """The preset with rescaled inputs where that leaves less error."""
     return replace(
@@ -113,6 +129,8 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "fp4": fp4,
     "svd": svd,
     "svd-rotated": svd_rotated,
+    "clusters": clusters,
+    "svd-clusters": svd_clusters,
 }
 BITS = ("w8a8", "w4a8", "w4a32", "w6a6", "w4a4")
 # Where a method is tried, if not everywhere. W4A32 has no grids of inputs. What corrects the finished model
@@ -125,6 +143,7 @@ TRIED = {
         ("rescaled", "peaks", "rotated", "tuned", "smooth", "rotate", "bias", "gain", "affine"), DOORS
     ),
     **dict.fromkeys(("e1m2", "e2m1", "group", "fp4", "svd", "svd-rotated"), ("w4a8", "w4a4")),
+    **dict.fromkeys(("clusters", "svd-clusters"), ("w8a8", "w4a8", "w4a4")),
     **dict.fromkeys(("released", "every-sample"), ("w4a8",)),
 }
 # The exceptions of the released code name layers of its UNet; and of the models here only that one has more

@@ -15,7 +15,7 @@ from torch import Tensor
 import tfmq
 from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
-from tfmq.calibration.rescaling import Transform
+from tfmq.calibration.rescaling import Reader
 from tfmq.calibration.splitting import Split
 from tfmq.models.denoiser import Inputs
 from tfmq.models.sampler import LoopSampler
@@ -23,6 +23,7 @@ from tfmq.models.trace import trace
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import packed_layers
 from tfmq.nn.swap import parts_of
+from tfmq.nn.transform import Transform
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, power_of_two
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.estimators import ESTIMATORS
@@ -53,13 +54,15 @@ def short(**changes: Any) -> Recipe:
     )
 
 
-def doubled(layer: CalibratedLayer, *_: Any, **__: Any) -> Transform:
+def doubled(reader: Reader, **_: Any) -> Transform:
+    layer = reader.layer
     return Transform(torch.full((layer.weight.shape[1] * layer.operation.groups,), 2.0))
 
 
-def parted(layer: CalibratedLayer, *_: Any, rank: int, **__: Any) -> Split:
+def parted(reader: Reader, *, rank: int, **_: Any) -> Split:
+    layer = reader.layer
     matrix = layer.weight.flatten(1).unflatten(0, (layer.operation.groups, -1))
-    return Split(doubled(layer), truncated(matrix, None, min(rank, *matrix.shape[1:])))
+    return Split(doubled(reader), truncated(matrix, None, min(rank, *matrix.shape[1:])))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tfmq.calibration.rescaling import Reader, Seen, Transform, best_transform, observed, output_error
+from tfmq.calibration.rescaling import Reader, Seen, best_transform, observed, output_error
 from tfmq.calibration.splitting import WORTH, Split, best_split, branch_of, halves, pays
 from tfmq.nn.branch import BranchType
 from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
+from tfmq.nn.transform import Transform
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.low_rank import SPLITTERS
 from tfmq.quantizers.dynamic import DynamicQuantizer
@@ -49,18 +50,16 @@ def split(
     equalizers: tuple[str, ...] = (),
     dtype: BranchType = "float16",
 ) -> Split | None:
-    return best_split(
-        layer, seen, equalizers=equalizers, splitters=splitters, rank=rank, dtype=dtype, ranges="min_max"
-    )
+    reader = Reader(layer, seen, "min_max")
+    return best_split(reader, equalizers=equalizers, splitters=splitters, rank=rank, dtype=dtype)
 
 
 @torch.no_grad()
 def error(layer: CalibratedLayer, found: Split, inputs: list[Tensor], dtype: BranchType = "float16") -> float:
     """Return the squared error of a layer's output, packed as it was found, on other inputs."""
     exact = [layer(x) for x in inputs]
-    factor, group = found.transform.factor, found.transform.group
-    if factor is not None or group:
-        layer.transform(factor, group, ranges="min_max")
+    if found.transform != Transform():
+        layer.transform(found.transform, ranges="min_max")
     if found.factors is not None:
         layer.split(branch_of(layer, found.factors, dtype), ranges="min_max")
     packed = pack(layer)

@@ -170,7 +170,8 @@ def test_a_fused_adapter_is_part_of_the_branches_and_of_what_is_saved(
     from tfmq.calibration.splitting import Split
     from tfmq.numerics.low_rank import truncated
 
-    def split(layer: Any, seen: Any, *, rank: int, **_: Any) -> Split | None:
+    def split(reader: Any, *, rank: int, **_: Any) -> Split | None:
+        layer = reader.layer
         matrix = layer.weight.flatten(1)[None]
         return Split(factors=truncated(matrix, None, rank)) if rank and layer.operation.groups == 1 else None
 
@@ -199,7 +200,7 @@ def test_a_fused_adapter_is_part_of_the_branches_and_of_what_is_saved(
 def test_rescaled_layers_take_adapters_as_they_come(
     build: Any, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tfmq.calibration.rescaling import Transform
+    from tfmq.nn.transform import Transform
     from tfmq.recipes.recipe import Rescaling
 
     def wild(readers: Any, **_: Any) -> Transform:

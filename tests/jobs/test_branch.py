@@ -15,11 +15,12 @@ import torch
 import tfmq
 from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
-from tfmq.calibration.rescaling import Seen, Transform
+from tfmq.calibration.rescaling import Reader
 from tfmq.calibration.splitting import Split
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.transform import Transform
 from tfmq.numerics.errors import sqnr_db
 from tfmq.numerics.low_rank import truncated
 from tfmq.recipes import Recipe, Rule
@@ -50,10 +51,11 @@ def recipe_of(dtype: str) -> Recipe:
     )
 
 
-def wild(layer: Any, seen: Seen, *, rank: int, **_: Any) -> Split | None:
+def wild(reader: Reader, *, rank: int, **_: Any) -> Split | None:
     """Return factors that every layer would be wrong without, behind a factor of its inputs."""
     if not rank:
         return None
+    layer = reader.layer
     factor = torch.exp2((torch.arange(layer.weight.shape[1] * layer.operation.groups) % 3 - 1).float())
     matrix = layer.weight.flatten(1).unflatten(0, (layer.operation.groups, -1))
     noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(matrix.numel()))

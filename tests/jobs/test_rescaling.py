@@ -15,12 +15,13 @@ import torch
 import tfmq
 from tfmq.backends.backend import BACKENDS
 from tfmq.backends.execution import execute
-from tfmq.calibration.rescaling import Reader, Transform
+from tfmq.calibration.rescaling import Reader
 from tfmq.jobs.judging import plain
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.models.sampler import LoopSampler
 from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
+from tfmq.nn.transform import Transform
 from tfmq.numerics.errors import sqnr_db
 from tfmq.recipes import Recipe
 from tfmq.recipes.recipe import Calibration, Rescaling, Rule
@@ -42,10 +43,16 @@ def recipe() -> Recipe:
 
 
 def wild(readers: Sequence[Reader], **_: Any) -> Transform:
-    """Return factors that every layer would be wrong without, and a rotation of those that may have one."""
+    """Return factors that every layer would be wrong without, and a rotation of those that may have one; for
+    wide layers that are not rotated, and for those with more outputs than inputs, an order and two clusters.
+    """
     layer, seen, _ = readers[0]
     width = layer.weight.shape[1] * layer.operation.groups
-    return Transform(torch.exp2((torch.arange(width) * 5 % 7 - 3).float()), seen.group)
+    factor = torch.exp2((torch.arange(width) * 5 % 7 - 3).float())
+    if layer.operation.groups > 1 or width < 4 or (seen.group and len(layer.weight) <= width):
+        return Transform(factor, seen.group)
+    order = torch.arange(width).reshape(2, -1).T.flatten() if width % 2 == 0 else torch.arange(width).flip(0)
+    return Transform(factor, order=order.int(), segments=(3, width - 3))
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +142,24 @@ def test_what_is_rescaled_is_saved_and_loaded(
     )
 
 
+def test_layers_that_share_a_transform_are_stored_apart(
+    sampler: Make, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries refuse to write a tensor that two names have."""
+
+    def alike(readers: Sequence[Reader], **_: Any) -> Transform:
+        width = readers[0].layer.weight.shape[1]
+        order = torch.arange(width, dtype=torch.int32).flip(0)
+        return Transform(torch.full((width,), 2.0), 0, order, (width - 1, 1))
+
+    monkeypatch.setattr("tfmq.jobs.weights.best_transform", alike)
+    drawn = sampler("dit")
+    tfmq.quantize(drawn, replace(recipe, calibration=replace(recipe.calibration, steps=2)))
+    drawn.denoiser.module.save_pretrained(tmp_path / "q")
+    attention = drawn.denoiser.module.transformer_blocks[0].attn1
+    assert torch.equal(attention.to_q.order, attention.to_k.order)
+
+
 def test_measured_factors_bring_a_planted_model_back(
     sampler: Make, recipe: Recipe, script: Callable[[str], Any], inputs_of: Given
 ) -> None:
@@ -197,7 +222,7 @@ def test_a_rule_says_which_layers_are_rescaled(
 ) -> None:
     offered: dict[str, int] = {}
 
-    def noted(readers: Sequence[Reader], *, equalizers: tuple[str, ...]) -> Transform:
+    def noted(readers: Sequence[Reader], *, equalizers: tuple[str, ...], **_: Any) -> Transform:
         offered[" ".join(equalizers)] = readers[0].seen.group
         return wild(readers)
 
@@ -233,6 +258,12 @@ def test_a_rule_says_which_layers_are_rescaled(
         (lambda s, t: s["layers"][0].update(rotated=4**9), ForeignFileError, "rotated"),
         (lambda s, t: entry(s, "embed").update(rotated=16), ValueError, "rotates 16 inputs together"),
         (lambda s, t: entry(s, "exit").update(rotated=4), ValueError, "rotated input, which linear layers"),
+        (lambda s, t: t["exit.order"].fill_(0), CheckpointError, "not each of 16 channels once"),
+        (lambda s, t: t["exit.order"].add_(1), CheckpointError, "not each of 16 channels once"),
+        (lambda s, t: t.update({"exit.order": torch.arange(8)}), CheckpointError, r"int64 \[8\], not int32"),
+        (lambda s, t: t.pop("exit.order"), CheckpointError, r"exit\.order, which is missing"),
+        (lambda s, t: s["layers"][0].update(ordered=1), ForeignFileError, "ordered"),
+        (lambda s, t: entry(s, "embed").update(ordered=True), ForeignFileError, "a layer without segments"),
     ],
     ids=[
         "zero",
@@ -245,6 +276,12 @@ def test_a_rule_says_which_layers_are_rescaled(
         "too large",
         "no part",
         "image",
+        "twice",
+        "beyond",
+        "wide order",
+        "no order",
+        "order type",
+        "whole",
     ],
 )
 def test_a_damaged_factor_is_refused_by_name(

@@ -13,6 +13,7 @@ from tfmq.nn.branch import BRANCH_TYPES, BranchType
 from tfmq.nn.layer import CalibratedLayer, pack
 from tfmq.nn.operation import operation_of, weight_of
 from tfmq.nn.packed_layer import KernelExecution, PackedLayer
+from tfmq.nn.transform import Transform
 from tfmq.numerics.grids import IntegerFormat
 from tfmq.numerics.low_rank import LowRank, truncated
 from tfmq.quantizers.activation import ActivationQuantizer
@@ -116,7 +117,7 @@ def test_rescaled_inputs_reach_the_branch() -> None:
     operation = operation_of(source)
     assert operation is not None
     layer = CalibratedLayer(source, operation, fit_grid(source.weight.detach(), IntegerFormat(4)), None)
-    layer.transform(torch.exp2((torch.arange(8) % 3).float()), 4, ranges="search")
+    layer.transform(Transform(torch.exp2((torch.arange(8) % 3).float()), 4), ranges="search")
     factors = truncated(layer.weight[None], None, 2)
     layer.split(branch_of(layer, LowRank(factors.up, factors.down), "float32"), ranges="search")
     torch.testing.assert_close(layer(x), source(x), rtol=1e-5, atol=1e-5)

@@ -234,5 +234,11 @@ def test_groups_that_no_layer_could_have_are_refused(weights: dict[str, Any], me
             Rule(match="*", weights=weights)
     with pytest.raises(ValueError, match=r"activations\.group must be 0 or at least 8 channels, got 2"):
         Activations(group=2)
+    with pytest.raises(ValueError, match=r"activations\.clusters must not be negative, got -1"):
+        Activations(clusters=-1)
+    with pytest.raises(
+        ValueError, match=r"activations\.group and activations\.clusters both part the channels"
+    ):
+        Activations(group=32, clusters=2)
     # A rule of other bits than the recipe's says nothing of groups: its layers have none.
     assert Recipe(name="r", weights=Weights(group=64), rules=(rule("*", 8, 8),)).weights.group == 64

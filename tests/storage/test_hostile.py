@@ -715,7 +715,6 @@ def test_groups_that_the_layer_does_not_divide_into_are_refused_by_its_name(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("ordered", True),
         ("constant", [0]),
         ("row_bits", True),
         ("reuse", [{"names": ["entry"]}]),

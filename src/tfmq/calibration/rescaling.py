@@ -1,10 +1,11 @@
-"""Choose how the inputs of layers are rescaled or rotated: equalizers propose factors, and the error of the
-layer's output on what it has read decides.
+"""Choose how the inputs of layers are rescaled or rotated, and which of their channels have a grid together:
+equalizers propose factors, k-means proposes clusters, and the error of the layer's output on what it has read
+decides.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from tfmq.calibration.store import CalibrationStore
 from tfmq.models.denoiser import Denoiser, Inputs
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.transform import Transform
 from tfmq.nn.watch import ModuleCall, all_watched
 from tfmq.numerics.affine import fake_quantize
+from tfmq.numerics.clusters import clusters
 from tfmq.numerics.equivalence import EQUALIZERS, Extremes, by_row, columns, power_of_two
 from tfmq.numerics.ranges import from_range
 from tfmq.numerics.rotation import largest_group, rotate
@@ -32,6 +35,8 @@ FEWEST, MOST = 16, 256
 LAYER_BYTES = 4 * KEPT * 4
 # Share of the error that a transform has to take away: what it does costs time at every call.
 WORTH = 0.01
+# Share that clusters have to take away more than that, 1 dB: each is a product of its own.
+CLUSTERED = 0.2
 
 
 @dataclass
@@ -57,6 +62,14 @@ class Seen:
             Extremes(torch.zeros(steps, channels), torch.zeros(steps, channels)) for _ in range(2)
         )
         return cls(plain, turned, group)
+
+    def extremes(self, transform: Transform) -> Extremes:
+        """Return the extremes of each channel of the input with a factor or a rotation, not in order yet."""
+        if transform.rotated:
+            return self.turned
+        if (factor := transform.factor) is None:
+            return self.plain
+        return Extremes(self.plain.low * factor, self.plain.high * factor)
 
     def update(self, layer: CalibratedLayer, x: Tensor, output: Tensor, bins: Tensor, *, most: int) -> None:
         """Take note of an input at the steps `bins` `[B or 1]`; at most `most` rows of it are kept."""
@@ -126,26 +139,18 @@ def observe(
     return {name: found for name, found in seen.items() if found.rows}
 
 
-@dataclass(frozen=True)
-class Transform:
-    """What becomes of a layer's input: its channels are multiplied by a `factor` `[C_in]`, or groups of
-    `group` of them rotated; nothing where there is neither.
-    """
-
-    factor: Tensor | None = None
-    group: int = 0
-
-
-def _entered(layer: CalibratedLayer, extremes: Extremes, rows: Tensor, steps: Tensor) -> Tensor:
+def _entered(
+    layer: CalibratedLayer, extremes: Extremes, rows: Tensor, steps: Tensor, segments: tuple[int, ...]
+) -> Tensor:
     """Return transformed `rows` `[groups, R, n]` as they come out of the layer's quantizer, on grids over
-    exact `extremes`.
+    exact `extremes`, those of `segments` if there are any.
     """
     quantizer = layer.input_quantizer
     if quantizer is None:
         return rows
     if not isinstance(quantizer, ActivationQuantizer):
         # This quantizer has a grid for each token, and a token is a row.
-        return quantizer(rows)
+        return (quantizer.parted(segments) if segments else quantizer)(rows)
     low, high = extremes.low, extremes.high
     if not quantizer.per_step:
         low, high, steps = (
@@ -153,7 +158,7 @@ def _entered(layer: CalibratedLayer, extremes: Extremes, rows: Tensor, steps: Te
             high.amax(dim=0, keepdim=True),
             torch.zeros_like(steps),
         )
-    widths = quantizer.segments or (low.shape[1],)
+    widths = segments or quantizer.segments or (low.shape[1],)
     grids = [
         from_range(below.amin(dim=1), above.amax(dim=1), quantizer.format)
         for below, above in zip(low.split(widths, dim=1), high.split(widths, dim=1), strict=True)
@@ -175,16 +180,19 @@ def entering(layer: CalibratedLayer, seen: Seen, transform: Transform) -> tuple[
     """
     groups, factor = layer.operation.groups, transform.factor
     exact, rows = layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
-    weight, changed, extremes = exact, rows, seen.plain
+    weight, changed = exact, rows
+    extremes = seen.extremes(transform)
+    taps = rows.shape[2] * groups // extremes.low.shape[1]
     if factor is not None:
         weight = exact / by_row(factor, exact, groups)
-        taps = rows.shape[2] * groups // len(factor)
         changed = rows * factor.reshape(groups, 1, -1).repeat_interleave(taps, dim=2)
-        extremes = Extremes(extremes.low * factor, extremes.high * factor)
-    if transform.group:
-        weight, changed = rotate(weight, transform.group), rotate(changed, transform.group)
-        extremes = seen.turned
-    return weight, changed, _entered(layer, extremes, changed, torch.cat(seen.steps))
+    if transform.rotated:
+        weight, changed = rotate(weight, transform.rotated), rotate(changed, transform.rotated)
+    if transform.order is not None:
+        weight = weight.index_select(1, transform.order)
+        changed = changed.unflatten(2, (-1, taps)).index_select(2, transform.order).flatten(2)
+        extremes = Extremes(*(values[:, transform.order] for values in (extremes.low, extremes.high)))
+    return weight, changed, _entered(layer, extremes, changed, torch.cat(seen.steps), transform.segments)
 
 
 def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ranges: str) -> float:
@@ -192,7 +200,7 @@ def output_error(layer: CalibratedLayer, seen: Seen, transform: Transform, *, ra
     quantized, and nearest codes of its weight.
     """
     weight, _, entered = entering(layer, seen, transform)
-    grid = layer.grid.refitted(weight, method=ranges)
+    grid = layer.grid.refitted(weight, method=ranges, segments=transform.segments)
     rounded = grid.decode(grid.encode(weight))
     groups, exact, rows = layer.operation.groups, layer.weight.float().cpu(), torch.cat(seen.rows, dim=1)
     full, found = (w.flatten(1).unflatten(0, (groups, -1)).mT for w in (exact, rounded))
@@ -207,12 +215,39 @@ class Reader(NamedTuple):
     ranges: str
 
     def error(self, transform: Transform) -> float:
-        """Return `output_error` with its inputs transformed."""
-        return output_error(self.layer, self.seen, transform, ranges=self.ranges)
+        """Return `output_error` with its inputs transformed, times what that is weighed by."""
+        return output_error(self.layer, self.seen, transform, ranges=self.ranges) * weight_of(transform)
 
 
-def proposed(readers: Sequence[Reader], equalizers: Iterable[str]) -> Iterator[Transform]:
-    """Yield the transforms of what layers read that are to be tried beside none."""
+def weight_of(transform: Transform) -> float:
+    """Return what the error that a transform leaves is multiplied by where others are compared with it."""
+    return 1 if transform.order is None else 1 / (1 - CLUSTERED)
+
+
+def clustered(layer: CalibratedLayer, seen: Seen, transform: Transform, count: int) -> Iterator[Transform]:
+    """Yield a transform whose channels are in at most `count` clusters; nothing where they are too few, or in
+    groups.
+    """
+    extremes = seen.extremes(transform)
+    if count < 2 or layer.operation.groups > 1 or extremes.low.shape[1] < 2 * count:
+        return
+    order, segments = clusters(extremes.low, extremes.high, count)
+    if len(segments) > 1:
+        yield replace(transform, order=order.int(), segments=segments)
+
+
+def proposed(readers: Sequence[Reader], equalizers: Iterable[str], count: int = 0) -> Iterator[Transform]:
+    """Yield the transforms of what layers read that are to be tried beside none, each with and without
+    `count` clusters of channels, 0 for none.
+    """
+    layer, seen = readers[0].layer, readers[0].seen
+    yield from clustered(layer, seen, Transform(), count)
+    for transform in _unclustered(readers, equalizers):
+        yield transform
+        yield from clustered(layer, seen, transform, count)
+
+
+def _unclustered(readers: Sequence[Reader], equalizers: Iterable[str]) -> Iterator[Transform]:
     first, seen = readers[0].layer, readers[0].seen
     weights = columns(
         torch.cat([reader.layer.weight.float().cpu() for reader in readers]), first.operation.groups
@@ -222,19 +257,19 @@ def proposed(readers: Sequence[Reader], equalizers: Iterable[str]) -> Iterator[T
             if not bool((factor == 1).all()):
                 yield Transform(factor)
     if seen.group:
-        yield Transform(group=seen.group)
+        yield Transform(rotated=seen.group)
 
 
-def best_transform(readers: Sequence[Reader], *, equalizers: Iterable[str]) -> Transform:
+def best_transform(readers: Sequence[Reader], *, equalizers: Iterable[str], clusters: int = 0) -> Transform:
     """Return what leaves the least error in layers that read the same tensor, the mean of their shares of the
-    error without it: a factor, or a rotation where they were looked at for one; nothing where no transform
-    takes away `WORTH` of the error.
+    error without it: a factor, or a rotation where they were looked at for one, at most so many `clusters` of
+    channels if that is worth it; nothing where no transform takes away `WORTH` of the error.
 
     One transform for all is computed once. It can also be stored where a format joins their weights.
     """
     without = [max(reader.error(Transform()), torch.finfo(torch.float32).tiny) for reader in readers]
     kept, least = Transform(), 1 - WORTH
-    for transform in proposed(readers, equalizers):
+    for transform in proposed(readers, equalizers, clusters):
         shares = [reader.error(transform) / error for reader, error in zip(readers, without, strict=True)]
         if sum(shares) / len(shares) < least:
             kept, least = transform, sum(shares) / len(shares)

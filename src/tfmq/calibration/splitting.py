@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tfmq.calibration.rescaling import Reader, Seen, Transform, entering, proposed
+from tfmq.calibration.rescaling import Reader, Seen, entering, proposed, weight_of
 from tfmq.nn.branch import BranchType, SideBranch
 from tfmq.nn.layer import CalibratedLayer
+from tfmq.nn.transform import Transform
 from tfmq.numerics.low_rank import SPLITTERS, LowRank, second_moments
 
 # Rows of a layer's inputs that are kept at most: one half of them fits, the other one decides.
@@ -27,14 +28,16 @@ class Split:
     factors: LowRank | None = None
 
 
-def branch_of(layer: CalibratedLayer, factors: LowRank, dtype: BranchType) -> SideBranch:
-    """Return the branch of some factors beside a layer."""
+def branch_of(
+    layer: CalibratedLayer, factors: LowRank, dtype: BranchType, segments: tuple[int, ...] = ()
+) -> SideBranch:
+    """Return the branch of some factors beside a layer, whose input has other `segments` if any are given."""
     branch = SideBranch(
         layer.operation,
         tuple(layer.weight.shape),
         factors.down.shape[1],
         dtype=dtype,
-        segments=layer.grid.segments,
+        segments=segments or layer.grid.segments,
     )
     branch.fill(factors)
     return branch
@@ -61,7 +64,8 @@ class _Trial:
     """A layer under a transform of its input."""
 
     def __init__(self, layer: CalibratedLayer, seen: Seen, transform: Transform, ranges: str) -> None:
-        self.layer, self.ranges = layer, ranges
+        self.layer, self.ranges, self.segments = layer, ranges, transform.segments
+        self.weighed = weight_of(transform)
         self.fitting, self.deciding = halves(seen.rows)
         self.weight, self.read, self.entered = entering(layer, seen, transform)
         self.exact = self.read[:, self.deciding] @ self.matrix(self.weight).mT
@@ -73,11 +77,13 @@ class _Trial:
     def rounded(self, matrix: Tensor) -> Tensor:
         """Return the values of the nearest codes of a weight `[G, R, n]`."""
         weight = matrix.flatten(0, 1).reshape(self.weight.shape)
-        grid = self.layer.grid.refitted(weight, method=self.ranges)
+        grid = self.layer.grid.refitted(weight, method=self.ranges, segments=self.segments)
         return self.matrix(grid.decode(grid.encode(weight)))
 
     def error(self, branch: SideBranch | None) -> float:
-        """Return the squared error of the output, on the rows that decide."""
+        """Return the squared error of the output, on the rows that decide, times what the transform is
+        weighed by.
+        """
         entered, weight = self.entered[:, self.deciding], self.matrix(self.weight)
         if branch is None:
             output = entered @ self.rounded(weight).mT
@@ -85,7 +91,7 @@ class _Trial:
             product = self.matrix(branch.product())
             read = entered if branch.shared else self.read[:, self.deciding]
             output = entered @ self.rounded(weight - product).mT + read @ product.mT
-        return float((output - self.exact).double().square().sum())
+        return float((output - self.exact).double().square().sum()) * self.weighed
 
     def factors(self, rank: int, splitters: Iterable[str]) -> Iterator[LowRank]:
         """Yield what splitters propose, from the rows that fit."""
@@ -96,26 +102,26 @@ class _Trial:
 
 @torch.no_grad()
 def best_split(
-    layer: CalibratedLayer,
-    seen: Seen,
+    reader: Reader,
     *,
     equalizers: Iterable[str],
     splitters: Iterable[str],
     rank: int,
     dtype: BranchType,
-    ranges: str,
+    clusters: int = 0,
 ) -> Split | None:
     """Return the transform and the factors that leave the least error together; None where no branch takes
     away `WORTH` of what the best transform alone leaves.
     """
+    layer, seen, ranges = reader
     if not pays(layer, rank):
         return None
     alone, least, kept = torch.inf, torch.inf, None
-    for transform in (Transform(), *proposed([Reader(layer, seen, ranges)], equalizers)):
+    for transform in (Transform(), *proposed([reader], equalizers, clusters)):
         trial = _Trial(layer, seen, transform, ranges)
         alone = min(alone, trial.error(None))
         for factors in trial.factors(rank, splitters):
-            error = trial.error(branch_of(layer, factors, dtype))
+            error = trial.error(branch_of(layer, factors, dtype, transform.segments))
             if error < least:
                 least, kept = error, Split(transform, factors)
     return kept if least < (1 - WORTH) * alone else None

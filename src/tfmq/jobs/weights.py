@@ -1,5 +1,5 @@
-"""The stages that settle what the codes of a layer stand for, before any is rounded: inputs that are rescaled
-or rotated, a branch beside the codes, the grid of the weight.
+"""The stages that settle what the codes of a layer stand for, before any is rounded: inputs that are
+rescaled, rotated or put in order, a branch beside the codes, the grid of the weight.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from tfmq.jobs.stage import Kept, Tensors, Where
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.plan import calibrated_layers
 from tfmq.nn.swap import precision
+from tfmq.nn.transform import Transform
 from tfmq.numerics.low_rank import LowRank
 
 
@@ -26,15 +27,34 @@ def _transforms_any(job: Job, work: Work) -> bool:
 
 
 def _transform(job: Job, work: Work, found: Tensors) -> None:
-    """Rescale or rotate the inputs of layers, and put branches beside their codes, as was found."""
+    """Rescale, rotate or order the inputs of layers, and put branches beside their codes, as was found."""
     for name, layer in calibrated_layers(job.denoiser.module).items():
-        factor, group = found.get(f"{name}.factor"), int(found.get(f"{name}.rotated", 0))
         ranges = work.plan.layers[name].weight.ranges
-        if factor is not None or group:
-            layer.transform(factor, group, ranges=ranges)
+        if parts := {part: found[f"{name}.{part}"] for part in TRANSFORMS if f"{name}.{part}" in found}:
+            layer.transform(_joined(parts), ranges=ranges)
         if f"{name}.up" in found:
             factors = LowRank(found[f"{name}.up"], found[f"{name}.down"])
             layer.split(branch_of(layer, factors, job.recipe.branch.dtype), ranges=ranges)
+
+
+# What the journal keeps of a layer's transform.
+TRANSFORMS = ("factor", "rotated", "order", "segments")
+
+
+def _parted(transform: Transform) -> Tensors:
+    """Return a transform as tensors, without what it has not."""
+    found = {"factor": transform.factor, "order": transform.order}
+    if transform.rotated:
+        found["rotated"] = torch.tensor(transform.rotated)
+    if transform.segments:
+        found["segments"] = torch.tensor(transform.segments)
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _joined(parts: Tensors) -> Transform:
+    """Undo `_parted`."""
+    segments = tuple(parts["segments"].tolist()) if "segments" in parts else ()
+    return Transform(parts.get("factor"), int(parts.get("rotated", 0)), parts.get("order"), segments)
 
 
 def _splits(work: Work) -> bool:
@@ -43,9 +63,7 @@ def _splits(work: Work) -> bool:
 
 
 def _transforms(job: Job, work: Work) -> Tensors:
-    """Return the factors of layers that are rescaled, the groups of those that are rotated, and both factors
-    of branches.
-    """
+    """Return the transforms of inputs, and both factors of branches."""
     module, store, schemes = job.denoiser.module, job.store, work.plan.layers
     layers = {
         name: layer
@@ -82,7 +100,8 @@ def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> li
     schemes = work.plan.layers
 
     def alike(name: str) -> tuple[Any, ...]:
-        return tuple(layers[name].grid.segments), schemes[name].equalizers, schemes[name].rotation
+        scheme = schemes[name]
+        return tuple(layers[name].grid.segments), scheme.equalizers, scheme.rotation, scheme.clusters
 
     shared = {
         name: layer for name, layer in layers.items() if layer.operation.by_token and not schemes[name].rank
@@ -95,7 +114,7 @@ def _together(job: Job, work: Work, layers: Mapping[str, CalibratedLayer]) -> li
 
 
 def _best(job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Mapping[str, Seen]) -> Tensors:
-    """Return the best factors, groups and branches of layers that read the same tensor."""
+    """Return the best transforms and branches of layers that read the same tensor."""
     found: Tensors = {}
     readers = {
         name: Reader(layer, seen[name], work.plan.layers[name].weight.ranges)
@@ -106,10 +125,7 @@ def _best(job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Map
     kept = _chosen(job, work, readers)
     transform, factors = kept.transform, kept.factors
     for name in readers:
-        if transform.factor is not None:
-            found[f"{name}.factor"] = transform.factor
-        if transform.group:
-            found[f"{name}.rotated"] = torch.tensor(transform.group)
+        found |= {f"{name}.{part}": value for part, value in _parted(transform).items()}
         if factors is not None:
             found |= {f"{name}.up": factors.up.contiguous(), f"{name}.down": factors.down.contiguous()}
     return found
@@ -117,18 +133,20 @@ def _best(job: Job, work: Work, layers: Mapping[str, CalibratedLayer], seen: Map
 
 def _chosen(job: Job, work: Work, readers: Mapping[str, Reader]) -> Split:
     """Return what becomes of layers that read the same tensor; a layer that may have a branch is alone."""
-    branch, (name, (layer, seen, ranges)) = job.recipe.branch, next(iter(readers.items()))
+    branch, (name, reader) = job.recipe.branch, next(iter(readers.items()))
     scheme = work.plan.layers[name]
     split = best_split(
-        layer,
-        seen,
+        reader,
         equalizers=scheme.equalizers,
+        clusters=scheme.clusters,
         splitters=branch.splitters,
         rank=scheme.rank,
         dtype=branch.dtype,
-        ranges=ranges,
     )
-    return split or Split(best_transform([*readers.values()], equalizers=scheme.equalizers))
+    if split is not None:
+        return split
+    every = [*readers.values()]
+    return Split(best_transform(every, equalizers=scheme.equalizers, clusters=scheme.clusters))
 
 
 def _undecided(job: Job, work: Work) -> dict[str, CalibratedLayer]:

@@ -17,12 +17,14 @@ def _check_groups(name: str, spec: Mapping[str, Any], channels: int) -> None:
             raise ValueError(f"{name}: the checkpoint {text}, the architecture has {channels} there")
 
 
-def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int) -> None:
-    """Refuse what a layer with its `channels` at `axis` of the input cannot have.
+def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int, groups: int) -> None:
+    """Refuse what a layer with its `channels`, of each of so many `groups`, at `axis` of the input cannot
+    have.
 
     Raises:
         ValueError: segments of another width or at another axis; a dynamic or rotated input of anything but a
-            linear layer; a width that does not divide into rotated groups, or into those of the weight.
+            linear layer; an order of channels that are in groups; a width that does not divide into rotated
+            groups, or into those of the weight.
     """
     given, segments, rotated = spec["input"] or {}, spec["segments"], spec.get("rotated", 0)
     if segments and sum(segments) != channels:
@@ -32,6 +34,10 @@ def check_layer(name: str, spec: Mapping[str, Any], axis: int, *, channels: int)
     if axis != -1 and ("dynamic" in given or rotated):
         kind = "rotated" if rotated else "dynamic"
         raise ValueError(f"{name}: the checkpoint has a {kind} input, which linear layers alone have")
+    if spec.get("ordered") and groups > 1:
+        raise ValueError(
+            f"{name}: the checkpoint orders channels that the architecture has in {groups} groups"
+        )
     _check_groups(name, spec, channels)
     if segments and given.get("axis", axis) != axis:
         raise ValueError(

@@ -2,7 +2,7 @@
 packed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tfmq.nn.branch import SideBranch
 from tfmq.nn.packed_layer import PackedLayer
-from tfmq.nn.transform import opposed, transformed
+from tfmq.nn.transform import Transform, opposed, transformed
 from tfmq.numerics.operations import Operation
 from tfmq.quantizers.input import InputQuantizer
 from tfmq.quantizers.part import Part, Precision
@@ -25,12 +25,14 @@ class CalibratedLayer(Part):
     fixed ones before and after. `correction` `[C_out]` is added to the bias together with quantized weights:
     what they shift the mean of each channel by. With a `factor` `[C_in]` the layer reads its input multiplied
     by it, and `weight` is the layer's own divided by it. With a group of `rotated` channels it reads that
-    rotated, and `weight` is rotated too. With a `branch` beside it `weight` is what that leaves.
+    rotated, and `weight` is rotated too; with an `order` `[C_in]` both have their channels in that. With a
+    `branch` beside it `weight` is what that leaves.
     """
 
     codes: Tensor
     correction: Tensor | None
     factor: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self, source: Any, operation: Operation, grid: WeightGrid, input_quantizer: InputQuantizer | None
@@ -51,15 +53,23 @@ class CalibratedLayer(Part):
             "correction", None if self.bias is None else torch.zeros_like(self.bias), persistent=False
         )
         self.register_buffer("factor", None, persistent=False)
+        self.register_buffer("order", None, persistent=False)
 
     @torch.no_grad()
-    def transform(self, factor: Tensor | None, rotated: int, *, ranges: str) -> None:
-        """Read inputs multiplied by `factor` `[C_in]`, powers of two, and then with groups of `rotated`
-        channels rotated, from now on: the weight gets another grid, with nearest codes.
+    def transform(self, change: Transform, *, ranges: str) -> None:
+        """Read transformed inputs from now on: the weight gets another grid, with nearest codes, and an input
+        whose channels have another order gets another quantizer, unfitted.
         """
-        self.factor = None if factor is None else factor.to(self.weight.device)
-        self.rotated = rotated
-        self._replace(opposed(self.weight, self.factor, rotated, self.operation.groups), ranges)
+        # Copies: layers that read one tensor have one transform, and files no tensor twice.
+        self.factor, self.order = (
+            None if given is None else given.to(self.weight.device, copy=True)
+            for given in (change.factor, change.order)
+        )
+        self.rotated = change.rotated
+        weight = opposed(self.weight, self.factor, self.rotated, self.order, self.operation.groups)
+        if change.segments and self.input_quantizer is not None:
+            self.input_quantizer = self.input_quantizer.parted(change.segments)
+        self._replace(weight, ranges, change.segments)
 
     @torch.no_grad()
     def split(self, branch: SideBranch, *, ranges: str) -> None:
@@ -67,10 +77,10 @@ class CalibratedLayer(Part):
         self.branch = branch.to(self.weight.device)
         self._replace(self.weight - branch.product().to(self.weight.dtype), ranges)
 
-    def _replace(self, weight: Tensor, ranges: str) -> None:
+    def _replace(self, weight: Tensor, ranges: str, segments: Sequence[int] = ()) -> None:
         # Make another tensor: a copy of the model may hold the old one.
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.regrid(self.grid.refitted(self.weight, method=ranges))
+        self.regrid(self.grid.refitted(self.weight, method=ranges, segments=segments))
 
     @torch.no_grad()
     def regrid(self, grid: WeightGrid) -> None:
@@ -80,7 +90,7 @@ class CalibratedLayer(Part):
 
     def transformed(self, x: Tensor) -> Tensor:
         """Return an input as the weight multiplies it in full precision."""
-        return transformed(x, self.factor, self.rotated, self.operation)
+        return transformed(x, self.factor, self.rotated, self.order, self.operation)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight on its grid, with soft roundings while they are learned."""
@@ -159,12 +169,15 @@ def pack(layer: CalibratedLayer) -> PackedLayer:
         input_quantizer=layer.input_quantizer,
         rescaled=layer.factor is not None,
         rotated=layer.rotated,
+        ordered=layer.order is not None,
         group=grid.group,
         branch=layer.branch,
     ).to(layer.weight.device)
     packed.fill(layer.codes, grid)
     if layer.factor is not None:
         packed.factor = layer.factor
+    if layer.order is not None:
+        packed.order = layer.order
     if (bias := layer.quantized_bias()) is not None and packed.bias is not None:
         packed.bias.copy_(bias)
     return packed

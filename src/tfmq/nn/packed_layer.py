@@ -21,12 +21,14 @@ class PackedLayer(PackedWeight):
     The bias has the dtype `bias`, the model's own. Without an execution the forward is simulated: float
     arithmetic on values that lie on the grids, with the weight unpacked at each call. A layer that is
     `rescaled` multiplies its input by `factor` `[C_in]`, and its codes are those of the weight divided by it;
-    one with a group of `rotated` channels then rotates both. A `branch` is computed beside its codes, which
-    are those of what that leaves of the weight.
+    one with a group of `rotated` channels then rotates both, and one that is `ordered` has the channels of
+    both in the `order` `[C_in]`, int32. A `branch` is computed beside its codes, which are those of what that
+    leaves of the weight.
     """
 
     execution: "LayerExecution | None"
     factor: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class PackedLayer(PackedWeight):
         input_quantizer: InputQuantizer | None = None,
         rescaled: bool = False,
         rotated: int = 0,
+        ordered: bool = False,
         group: int = 0,
         branch: SideBranch | None = None,
     ) -> None:
@@ -46,28 +49,29 @@ class PackedLayer(PackedWeight):
         self.rotated, self.branch = rotated, branch
         self.operation = operation
         self.register_buffer("factor", torch.ones(shape[1] * operation.groups) if rescaled else None)
+        self.register_buffer("order", torch.arange(shape[1], dtype=torch.int32) if ordered else None)
         self.bias = (
             nn.Parameter(torch.zeros(self.shape[0], dtype=bias), requires_grad=False) if bias else None
         )
         self.input_quantizer = input_quantizer
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Return a stock weight as rows, divided by the factors of rescaled channels, and rotated, without
-        the branch.
+        """Return a stock weight as rows, divided by the factors of rescaled channels, rotated, and in order,
+        without the branch.
         """
         rows = self.operation.rows(weight)
-        rows = opposed(rows, self.factor, self.rotated, self.operation.groups)
+        rows = opposed(rows, self.factor, self.rotated, self.order, self.operation.groups)
         return rows if self.branch is None else rows - self.branch.product()
 
     def transformed(self, x: Tensor) -> Tensor:
         """Return an input as it is quantized."""
-        return transformed(x, self.factor, self.rotated, self.operation)
+        return transformed(x, self.factor, self.rotated, self.order, self.operation)
 
     @property
     def stock_weight(self) -> Tensor:
         """The dequantized weight in the layout of the stock module, for inputs as they come."""
         weight = self.weight if self.branch is None else self.weight + self.branch.product()
-        weight = restored(weight, self.factor, self.rotated, self.operation.groups)
+        weight = restored(weight, self.factor, self.rotated, self.order, self.operation.groups)
         return self.operation.stored(weight)
 
     @property

@@ -95,6 +95,7 @@ class LayerScheme:
         rank: the rank of the branch beside it; 0 is none.
         equalizers: names of those that propose a factor for each channel of the input.
         rotation: most channels of a group that may be rotated; 0 rotates nothing.
+        clusters: most clusters of channels of the input that may have grids of their own; 0 makes none.
     """
 
     weight: WeightScheme
@@ -102,8 +103,9 @@ class LayerScheme:
     rank: int = 0
     equalizers: tuple[str, ...] = ()
     rotation: int = 0
+    clusters: int = 0
 
     @property
     def transforms(self) -> bool:
         """Whether there is a choice of what becomes of the input before its grid."""
-        return bool(self.equalizers or self.rotation)
+        return bool(self.equalizers or self.rotation or self.clusters)

@@ -66,9 +66,10 @@ def _describe_weight(child: PackedWeight) -> dict[str, Any]:
     assert isinstance(child, PackedLayer)
     rescaled = {} if child.factor is None else {"rescaled": True}
     rotated = {"rotated": child.rotated} if child.rotated else {}
+    ordered = {} if child.order is None else {"ordered": True}
     branch = {"branch": {"rank": child.branch.rank, "dtype": child.branch.dtype}} if child.branch else {}
     grouped = {"group": child.group} if child.group else {}
-    beside = {**rescaled, **rotated, **branch, **grouped}
+    beside = {**rescaled, **rotated, **ordered, **branch, **grouped}
     layer = {**weight, "input": _describe_quantizer(child.input_quantizer), **beside}
     # Linear layers and convolutions are what version 1 of the format had, and have no word of their own.
     kind = child.operation.described
@@ -236,7 +237,8 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         )
     if operation is None:
         return PackedEmbedding(fmt, tuple(weight_of(source).shape), dtype=weight_of(source).dtype)
-    check_layer(name, spec, operation.channel_axis, channels=operation.rows(weight_of(source)).shape[1])
+    channels = operation.rows(weight_of(source)).shape[1]
+    check_layer(name, spec, operation.channel_axis, channels=channels, groups=operation.groups)
     shape, segments = tuple(weight_of(source).shape), tuple(spec["segments"])
     return PackedLayer(
         operation,
@@ -247,6 +249,7 @@ def _build_layer(source: nn.Module, spec: Mapping[str, Any], steps: StepContext,
         input_quantizer=_build_quantizer(spec["input"], steps),
         rescaled=spec.get("rescaled", False),
         rotated=spec.get("rotated", 0),
+        ordered=spec.get("ordered", False),
         group=spec.get("group", 0),
         branch=SideBranch(operation, shape, **spec["branch"], segments=segments)
         if "branch" in spec

@@ -50,6 +50,11 @@ class ActivationQuantizer(InputQuantizer):
         """Whether the table has a row per timestep."""
         return self._steps[0] is not None
 
+    def parted(self, segments: Sequence[int]) -> "ActivationQuantizer":
+        """Return another one of the same timesteps."""
+        found = ActivationQuantizer(self.format, steps=self._steps[0], segments=segments, axis=self.axis)
+        return found.to(self.scale.device)
+
     @torch.no_grad()
     def fit(self, scale: Tensor, zero_point: Tensor) -> None:
         """Store fitted parameters, each `[S, G]`; with one row the quantizer is a static one from then on."""

@@ -37,6 +37,10 @@ class DynamicQuantizer(InputQuantizer):
         scale, zero_point = from_range(low, high, self.format)
         return Rows(scale, zero_point.to(torch.uint8), self.format.levels)
 
+    def parted(self, segments: Sequence[int]) -> "DynamicQuantizer":
+        """Return another one."""
+        return DynamicQuantizer(self.format, segments=segments)
+
     def zero_points(self) -> Tensor:
         """Return the codes that real zero can have: all, or the middle one of a symmetric grid."""
         codes = (

@@ -33,6 +33,10 @@ class InputQuantizer(Part, ABC):
         """Return the grids of `x`."""
 
     @abstractmethod
+    def parted(self, segments: Sequence[int]) -> "InputQuantizer":
+        """Return a quantizer like this one, unfitted, for other `segments`."""
+
+    @abstractmethod
     def zero_points(self) -> Tensor:
         """Return every zero-point that can occur, `[any, G]`."""
 

@@ -47,9 +47,12 @@ class WeightGrid:
         """Return the zero-point of every weight so that it broadcasts alike."""
         return self._wide(self.zero_point, weight_ndim, grouped=bool(self.group))
 
-    def refitted(self, weight: Tensor, *, method: str) -> "WeightGrid":
-        """Return the grid of another weight, with this one's format, segments and groups."""
-        return fit_grid(weight, self.format, segments=self.segments, group=self.group, method=method)
+    def refitted(self, weight: Tensor, *, method: str, segments: Sequence[int] = ()) -> "WeightGrid":
+        """Return the grid of another weight, with this one's format and groups, and its segments unless there
+        are others.
+        """
+        segments = segments or self.segments
+        return fit_grid(weight, self.format, segments=segments, group=self.group, method=method)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Return the nearest codes of `weight`, as integers in float."""

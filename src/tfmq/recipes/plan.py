@@ -79,6 +79,7 @@ def _layer(recipe: Recipe, layer: LayerTrace, roles: frozenset[str]) -> LayerSch
         rank=0 if layer.temporal or not recipe.branch.splitters else weights.rank,
         equalizers=() if layer.temporal else rescaling.equalizers,
         rotation=0 if layer.temporal else rescaling.rotation,
+        clusters=0 if layer.temporal or not activations.bits else activations.clusters,
     )
 
 

@@ -46,7 +46,7 @@ FORMAT_VERSION = 3
 # Version 1 is version 2 without dynamic input quantizers. Version 2 is version 3 without layers that have one
 # of these, and with these sections.
 OLDER = 2
-NEWER = frozenset({"kind", "rescaled", "rotated", "branch", "grid", "group"})
+NEWER = frozenset({"kind", "rescaled", "rotated", "ordered", "branch", "grid", "group"})
 OLDER_SECTIONS = frozenset({"steps", "timestep", "layers", "products", "tables", "skipped"})
 READABLE = (1, OLDER, FORMAT_VERSION)
 MANIFEST_FILE = "tfmq.json"

@@ -61,15 +61,19 @@ class _Parts:
     def __init__(self, tensors: Mapping[str, Tensor], structure: Structure, source: str) -> None:
         self.tensors, self.structure, self.source = tensors, structure, source
 
-    def take(self, name: str, shape: tuple[int | None, ...], *, integer: bool) -> Tensor:
-        """Return a tensor of uint8, or else of floating point, and of `shape`; None stands for any length but
-        0.
-        """
+    def present(self, name: str) -> Tensor:
+        """Return a tensor that has to be there."""
         if name not in self.tensors:
             raise TensorMismatchError(
                 f"{self.source} needs the tensor {name}, which is missing; copy or save the checkpoint again"
             )
-        tensor = self.tensors[name]
+        return self.tensors[name]
+
+    def take(self, name: str, shape: tuple[int | None, ...], *, integer: bool) -> Tensor:
+        """Return a tensor of uint8, or else of floating point, and of `shape`; None stands for any length but
+        0.
+        """
+        tensor = self.present(name)
         fits = len(tensor.shape) == len(shape) and all(
             length > 0 if wanted is None else length == wanted
             for length, wanted in zip(tensor.shape, shape, strict=True)
@@ -133,8 +137,18 @@ class _Parts:
             factor = self.take(f"{name}.factor", (None,), integer=False)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 raise self.wrong(f"{name}.factor", "has a factor that is not positive and finite")
+        if layer.ordered:
+            self.order(f"{name}.order", channels)
         if layer.branch is not None:
             self.branch(name, layer, layer.branch, tuple(packed.shape))
+
+    def order(self, name: str, channels: int) -> None:
+        """Check that a tensor has each of so many channels once."""
+        order = self.present(name)
+        if order.dtype != torch.int32 or tuple(order.shape) != (channels,):
+            raise self.wrong(name, f"is {order.dtype} {list(order.shape)}, not int32 [{channels}]")
+        if not torch.equal(order.sort().values, torch.arange(channels, dtype=torch.int32)):
+            raise self.wrong(name, f"has not each of {channels} channels once")
 
     def branch(self, name: str, layer: Layer, branch: Branch, packed: tuple[int, ...]) -> None:
         """Check the factors beside a layer, whose packed codes have the shape `packed`."""
@@ -154,11 +168,7 @@ class _Parts:
 
     def factor(self, name: str, dtype: str) -> Tensor:
         """Return a factor of a branch, of finite values in the dtype that is described."""
-        if name not in self.tensors:
-            raise TensorMismatchError(
-                f"{self.source} needs the tensor {name}, which is missing; copy or save the checkpoint again"
-            )
-        tensor = self.tensors[name]
+        tensor = self.present(name)
         if tensor.dtype != getattr(torch, dtype) or tensor.ndim < 2:
             raise self.wrong(name, f"is {tensor.dtype} {list(tensor.shape)}, not a matrix of {dtype}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -26,7 +26,7 @@ MOST_RANK = 2**12
 LAYER = frozenset(
     {
         *("bits", "symmetric", "grid", "values", "group", "segments", "input", "kind", "names"),
-        *("rescaled", "rotated", "branch"),
+        *("rescaled", "rotated", "ordered", "branch"),
     }
 )
 BRANCH, FACTORS = frozenset({"rank", "dtype"}), ("float16", "bfloat16", "float32", "int8")
@@ -67,8 +67,9 @@ class Branch:
 @dataclass(frozen=True)
 class Layer:
     """A quantized layer: its weight grid, the quantizer of its input, None for full precision, whether that
-    input is multiplied by a factor, the channels of a group in which it is rotated, 0 for none, those of a
-    group of the weight, and what is computed beside it. `values` are those of a grid that is not uniform.
+    input is multiplied by a factor, the channels of a group in which it is rotated, 0 for none, whether its
+    channels are in another order, those of a group of the weight, and what is computed beside it. `values`
+    are those of a grid that is not uniform.
     """
 
     bits: int
@@ -77,6 +78,7 @@ class Layer:
     input: Input | None
     rescaled: bool = False
     rotated: int = 0
+    ordered: bool = False
     values: tuple[int, ...] = ()
     group: int = 0
     branch: Branch | None = None
@@ -200,6 +202,7 @@ def _layer(group: Fields) -> Layer:
         input=found,
         rescaled=rescaled,
         rotated=_rotated(group),
+        ordered=_ordered(group),
         values=_values(group),
         group=_group(group),
         branch=_branch(group),
@@ -219,6 +222,15 @@ def _rotated(group: Fields) -> int:
     if not is_group(size) or "kind" in group.values:
         raise group.refuse("rotated", "a power of four, of a layer without kind")
     return size
+
+
+def _ordered(group: Fields) -> bool:
+    """Return whether the channels of the input are in another order, which segments are there for."""
+    if "ordered" not in group.values or not group.flag("ordered"):
+        return False
+    if group.values.get("kind") == "embedding" or not group.items("segments"):
+        raise group.refuse("ordered", "absent from an embedding, and from a layer without segments")
+    return True
 
 
 def _group(group: Fields) -> int:

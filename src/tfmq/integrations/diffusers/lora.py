@@ -105,8 +105,8 @@ class Beside(stock.LoraLayer):
                 "an adapter with a bias, of grouped channels, or of a layer whose branch has int8 "
                 "factors cannot be fused; leave it beside the layer, which computes the same"
             )
-        # The branch reads the layer's input behind factor and rotation, an adapter reads it as it comes.
-        rows = opposed(down.float(), layer.factor, layer.rotated, operation.groups)
+        # The branch reads the layer's transformed input, an adapter reads it as it comes.
+        rows = opposed(down.float(), layer.factor, layer.rotated, layer.order, operation.groups)
         columns = self.scaling[name] * up.float().flatten(1)
         if branch is not None:
             rows, columns = torch.cat([branch.rows(), rows]), torch.cat([branch.mixes(), columns], dim=1)

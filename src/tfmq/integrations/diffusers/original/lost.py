@@ -86,6 +86,8 @@ def plain_layer(layer: PackedWeight) -> PackedLayer:
         raise UnheldError("no linear layer")
     if layer.factor is not None:
         raise UnheldError("its input is rescaled")
+    if layer.order is not None:
+        raise UnheldError("the channels of its input are in another order")
     if layer.branch is not None:
         raise UnheldError("a branch is computed beside it")
     return layer
