@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import openvino
 
-WARM, COUNTED = 5, 20
-
 
 def inputs(model: Any, batch: int) -> dict[str, np.ndarray]:
     """Return noise for every input of floating point, and the first timestep or index for every other."""
@@ -56,22 +54,32 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=20, help="steps that are counted")
+    parser.add_argument("--warm", type=int, default=5, help="steps before them")
+    parser.add_argument("--precision", default="f32", help="of what is not integer: f32 or bf16")
     options = parser.parse_args()
-    request, arrays = compiled(options.model, batch=options.batch, threads=options.threads, PERF_COUNT=True)
-    for _ in range(WARM):
+    request, arrays = compiled(
+        options.model,
+        batch=options.batch,
+        threads=options.threads,
+        PERF_COUNT=True,
+        INFERENCE_PRECISION_HINT=options.precision,
+    )
+    for _ in range(options.warm):
         request.infer(arrays)
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(COUNTED):
+    for _ in range(options.rounds):
         request.infer(arrays)
         for node in request.profiling_info:
             if node.status == openvino.ProfilingInfo.Status.EXECUTED:
                 spent[node.node_type, node.exec_type].append(node.real_time.total_seconds() * 1e3)
     total = sum(map(sum, spent.values()))
-    print(f"{total / COUNTED:.2f} ms a step\n\n| node | kernel | nodes | ms | share |\n|---|---|---|---|---|")
+    print(f"{total / options.rounds:.2f} ms a step\n")
+    print("| node | kernel | nodes | ms | share |\n|---|---|---|---|---|")
     for (kind, kernel), times in sorted(spent.items(), key=lambda item: -sum(item[1])):
         print(
-            f"| {kind} | {kernel} | {len(times) // COUNTED} | "
-            f"{sum(times) / COUNTED:.3f} | {sum(times) / total:.3f} |"
+            f"| {kind} | {kernel} | {len(times) // options.rounds} | "
+            f"{sum(times) / options.rounds:.3f} | {sum(times) / total:.3f} |"
         )
 
 

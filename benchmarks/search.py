@@ -87,6 +87,7 @@ MOVES: dict[str, Move] = {
     "rotation": with_rescaling(rotation=256),
     "ranges": with_rescaling(equalizers=("ranges",)),
     "peaks": with_rescaling(equalizers=("peaks",)),
+    "clusters": with_activations(clusters=4),
     "floats": with_weights(grids=("e2m1", "e3m0")),
     "branch": with_branch,
     "products": with_activations(products=False),
