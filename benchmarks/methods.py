@@ -7,7 +7,19 @@ from dataclasses import dataclass, replace
 
 import tfmq
 from tfmq.recipes.paper import released
-from tfmq.recipes.presets import brecq, fast, fp4, group, rotate, rtn, smooth, svd, transformer, tuned
+from tfmq.recipes.presets import (
+    brecq,
+    cluster,
+    fast,
+    fp4,
+    group,
+    rotate,
+    rtn,
+    smooth,
+    svd,
+    transformer,
+    tuned,
+)
 from tfmq.recipes.recipe import Correction, Recipe, Rescaling
 
 
@@ -65,18 +77,12 @@ def svd_rotated(recipe: Recipe) -> Recipe:
 
 def clusters(recipe: Recipe) -> Recipe:
     """The scheme for transformers with inputs in up to four clusters of channels (DGQ)."""
-    return clustered(transformer(recipe), "clusters")
-
-
-def svd_clusters(recipe: Recipe) -> Recipe:
-    """The scheme with branches, and inputs in up to four clusters of channels."""
-    return clustered(svd(recipe), "svd_clusters")
-
-
-def clustered(recipe: Recipe, name: str) -> Recipe:
-    """Return a recipe with inputs in up to four clusters of channels."""
-    activations = replace(recipe.activations, clusters=4)
-    return replace(recipe, name=f"{name}_{recipe.name}", activations=activations)
+    plain = transformer(recipe)
+    return replace(
+        plain,
+        name=recipe.name.replace("tfmq", "clusters"),
+        activations=replace(plain.activations, clusters=4),
+    )
 
 
 def rescaled(recipe: Recipe, *equalizers: str) -> Recipe:
@@ -130,7 +136,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "svd": svd,
     "svd-rotated": svd_rotated,
     "clusters": clusters,
-    "svd-clusters": svd_clusters,
+    "svd-clusters": cluster,
 }
 BITS = ("w8a8", "w4a8", "w4a32", "w6a6", "w4a4")
 # Where a method is tried, if not everywhere. W4A32 has no grids of inputs. What corrects the finished model

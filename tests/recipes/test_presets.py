@@ -24,7 +24,7 @@ def test_the_presets_are_these() -> None:
     ]
     both = [f"{kind}_{name}" for kind in VARIANTS for name in ("w4a8", "w8a8")]
     assert sorted(PRESETS) == sorted(
-        [*general, *both, "group_w4a8", "group_w4a4", "fp4_w4a8", "svd_w4a4", "svd_w4a8"]
+        [*general, *both, "group_w4a8", "group_w4a4", "fp4_w4a8", "svd_w4a4", "svd_w4a8", "cluster_w4a4"]
     )
 
 
@@ -56,7 +56,10 @@ def test_the_svd_schemes_are_smooth_ones_with_a_branch() -> None:
     assert (
         replace(recipe, name=smooth.name, weights=smooth.weights, branch=smooth.branch, rules=rules) == smooth
     )
+    clustered = scheme("cluster_w4a4")
     four = scheme("svd_w4a4")
+    assert clustered.activations == replace(four.activations, clusters=4)
+    assert replace(clustered, name=four.name, activations=four.activations) == four
     assert (four.weights.bits, four.activations.bits, four.branch.dtype) == (4, 4, "float16")
     assert not four.activations.products and four.temporal == recipe.temporal
 

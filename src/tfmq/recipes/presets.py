@@ -180,6 +180,18 @@ def svd(recipe: Recipe) -> Recipe:
     )
 
 
+def cluster(recipe: Recipe) -> Recipe:
+    """The recipe with branches, whose layers may have inputs in up to four clusters of channels with a grid
+    each (DGQ, Ryu et al., 2025): for inputs of four bits.
+    """
+    branched = svd(recipe)
+    return replace(
+        branched,
+        name=recipe.name.replace("tfmq", "cluster"),
+        activations=replace(branched.activations, clusters=4),
+    )
+
+
 def _composed(change: Callable[[Recipe], Recipe], build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     return lambda: change(build())
 
@@ -208,7 +220,11 @@ PRESETS |= {
     "group_w4a4": _composed(group, tfmq_w4a4),
     "fp4_w4a8": _composed(fp4, tfmq_w4a8),
 }
-PRESETS |= {"svd_w4a4": _composed(svd, tfmq_w4a4), "svd_w4a8": _composed(svd, tfmq_w4a8)}
+PRESETS |= {
+    "svd_w4a4": _composed(svd, tfmq_w4a4),
+    "svd_w4a8": _composed(svd, tfmq_w4a8),
+    "cluster_w4a4": _composed(cluster, tfmq_w4a4),
+}
 
 
 def _bits_of(name: str) -> tuple[int | None, int | None]:
