@@ -38,6 +38,7 @@ def recipe_of(draw: random.Random) -> Recipe:
     """Return a recipe in which every field of the doors is drawn; 8-bit weights have no groups."""
     base = tfmq.scheme(draw.choice(("w4a8", "w8a8", "w4a4", "rtn_w4a8")))
     grouped = base.weights.bits == 4
+    group, clusters = draw.choice(((0, 0), (8, 0), (0, 2), (0, 3)))
     return replace(
         base,
         name="drawn",
@@ -51,7 +52,8 @@ def recipe_of(draw: random.Random) -> Recipe:
         ),
         activations=replace(
             base.activations,
-            group=draw.choice((0, 8)),
+            group=group,
+            clusters=clusters,
             tokens=draw.choice(("static", "dynamic", "measured")),
             split=draw.choice((True, False, "direct")),
             zero_points=draw.choice(("per_step", "products", "shared")),
