@@ -243,6 +243,12 @@ def test_a_rule_says_which_layers_are_rescaled(
     assert {n: layer.rotated for n, layer in layers.items() if layer.rotated} == {f"{name}.to_q": 4}
     assert offered == {"peaks": 0, "ranges": 4}
     assert plain(ruled).rules == recipe.rules
+    clustered = replace(
+        ruled,
+        activations=replace(recipe.activations, clusters=4),
+        rules=(Rule(match=f"{name}.to_q", activations={"clusters": 2}), *ruled.rules),
+    )
+    assert plain(clustered) == plain(ruled)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ do not. So the model that a recipe makes is compared with the plainest one, near
 over their exact extremes, from noise that calibration has not seen.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from tfmq.jobs.job import Job, Work
 from tfmq.jobs.stage import Kept, Tensors
 from tfmq.nn.watch import watched
 from tfmq.progress import Advance
-from tfmq.recipes.recipe import Branch, Correction, Recipe, Rescaling
+from tfmq.recipes.recipe import Branch, Correction, Recipe, Rescaling, Rule
 from tfmq.reconstruction.solvers import Rounding
 from tfmq.reconstruction.tuning import Tuning
 from tfmq.storage.journal import Journal
@@ -61,8 +61,7 @@ def plain(recipe: Recipe) -> Recipe:
     """Return the plainest recipe with the same bits, rules and temporal features: nearest codes, inputs as
     they come on grids over their exact extremes, and nothing that is found after the codes.
     """
-    activations = replace(recipe.activations, ranges="min_max")
-    rules = (replace(rule, rescaling={}) for rule in recipe.rules if rule.weights or rule.activations)
+    activations = replace(recipe.activations, ranges="min_max", clusters=0)
     alone = replace(
         recipe,
         rescaling=Rescaling(),
@@ -70,7 +69,20 @@ def plain(recipe: Recipe) -> Recipe:
         tuning=Tuning(),
         correction=Correction(),
     )
-    return replace(alone, activations=activations, rounding=Rounding(solver="nearest"), rules=tuple(rules))
+    return replace(
+        alone, activations=activations, rounding=Rounding(solver="nearest"), rules=_plain(recipe.rules)
+    )
+
+
+def _plain(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Return what rules say of bits and grids, without those that say nothing of them."""
+    parts = (
+        (rule, {name: value for name, value in rule.activations.items() if name != "clusters"})
+        for rule in rules
+    )
+    return tuple(
+        replace(rule, activations=kept, rescaling={}) for rule, kept in parts if rule.weights or kept
+    )
 
 
 def judged(job: Job) -> int:
