@@ -96,7 +96,7 @@ def run(*limits: int) -> list[dict[str, int]]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
 def test_a_process_stays_within_its_limit_and_ends_in_the_same_bytes() -> None:
-    limit = 112 * MIB
+    limit = 88 * MIB
     free, capped = run(0, limit)
     assert capped["sha256"] == free["sha256"]
     assert capped["held"] <= limit < free["held"]

@@ -215,12 +215,12 @@ class Reader(NamedTuple):
     ranges: str
 
     def error(self, transform: Transform) -> float:
-        """Return `output_error` with its inputs transformed, times what that is weighed by."""
-        return output_error(self.layer, self.seen, transform, ranges=self.ranges) * weight_of(transform)
+        """Return `output_error` with its inputs transformed, times its price."""
+        return output_error(self.layer, self.seen, transform, ranges=self.ranges) * price_of(transform)
 
 
-def weight_of(transform: Transform) -> float:
-    """Return what the error that a transform leaves is multiplied by where others are compared with it."""
+def price_of(transform: Transform) -> float:
+    """Return what the error that a transform leaves is multiplied by where it is compared with others."""
     return 1 if transform.order is None else 1 / (1 - CLUSTERED)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tfmq.calibration.rescaling import Reader, Seen, entering, proposed, weight_of
+from tfmq.calibration.rescaling import Reader, Seen, entering, price_of, proposed
 from tfmq.nn.branch import BranchType, SideBranch
 from tfmq.nn.layer import CalibratedLayer
 from tfmq.nn.transform import Transform
@@ -65,7 +65,7 @@ class _Trial:
 
     def __init__(self, layer: CalibratedLayer, seen: Seen, transform: Transform, ranges: str) -> None:
         self.layer, self.ranges, self.segments = layer, ranges, transform.segments
-        self.weighed = weight_of(transform)
+        self.price = price_of(transform)
         self.fitting, self.deciding = halves(seen.rows)
         self.weight, self.read, self.entered = entering(layer, seen, transform)
         self.exact = self.read[:, self.deciding] @ self.matrix(self.weight).mT
@@ -81,9 +81,7 @@ class _Trial:
         return self.matrix(grid.decode(grid.encode(weight)))
 
     def error(self, branch: SideBranch | None) -> float:
-        """Return the squared error of the output, on the rows that decide, times what the transform is
-        weighed by.
-        """
+        """Return the squared error of the output, on the rows that decide, times the transform's price."""
         entered, weight = self.entered[:, self.deciding], self.matrix(self.weight)
         if branch is None:
             output = entered @ self.rounded(weight).mT
@@ -91,7 +89,7 @@ class _Trial:
             product = self.matrix(branch.product())
             read = entered if branch.shared else self.read[:, self.deciding]
             output = entered @ self.rounded(weight - product).mT + read @ product.mT
-        return float((output - self.exact).double().square().sum()) * self.weighed
+        return float((output - self.exact).double().square().sum()) * self.price
 
     def factors(self, rank: int, splitters: Iterable[str]) -> Iterator[LowRank]:
         """Yield what splitters propose, from the rows that fit."""
