@@ -33,6 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -223,6 +224,25 @@ def run_all(python: Path, steps: list[list[str]], *, environment: dict[str, str]
             raise SystemExit(status)
 
 
+def run_side_by_side(python: Path, steps: list[tuple[list[str], dict[str, str]]]) -> None:
+    """Run steps, each in its environment, at once; show what each printed, in their order, and leave with the
+    exit status of the first that failed.
+    """
+
+    def run(step: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [python, "-m", *step], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    with ThreadPoolExecutor(len(steps)) as pool:
+        # As each ends, so that a slow one holds back no word of those before it.
+        for (step, _), done in zip(steps, pool.map(run, *zip(*steps, strict=True)), strict=True):
+            say(f"$ {shlex.join(step)}")
+            sys.stdout.buffer.write(done.stdout)
+            if done.returncode:
+                raise SystemExit(done.returncode)
+
+
 def demo(python: Path, environment: dict[str, str]) -> None:
     """Quantize the embedded model, compare it with the original, and say where the picture is."""
     model, compare = str(RUNS / "model"), RUNS / "compare"
@@ -240,13 +260,8 @@ def demo(python: Path, environment: dict[str, str]) -> None:
 # Material's notice of its successor.
 QUIET_SITE = {"NO_MKDOCS_2_WARNING": "1"}
 SITE = "mkdocs build --strict --quiet"
-CHECKS = (
-    "ruff format --check .",
-    "ruff check .",
-    "mypy",
-    SITE,
-    "pytest -q -n 2 --dist loadfile --no-loadscope-reorder",
-)
+STYLE = ("ruff format --check .", "ruff check .")
+TESTS = "pytest -q -n 2 --dist loadfile --no-loadscope-reorder"
 
 
 # Tests of what tfmq gives to the libraries of `OLDEST`, which warn of much that is newer than they.
@@ -257,8 +272,10 @@ OLDEST_TESTS = (
 )
 
 
-def oldest(python: Path, environment: dict[str, str]) -> None:
-    """Test with the oldest supported libraries, in a folder that Python searches before `.venv`."""
+def with_oldest(python: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment with the oldest supported libraries, in a folder that Python searches before
+    `.venv`; install them if they are not there.
+    """
     versions = OLDEST.read_text(encoding="utf-8")
     folder = VENV / f"oldest-{hashlib.sha256(versions.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
@@ -270,23 +287,27 @@ def oldest(python: Path, environment: dict[str, str]) -> None:
         call(python, *PIP, "--quiet", *target, error=f"pip could not install {OLDEST.name}")
         began.rename(folder)
     searched = filter(None, [str(folder), environment.get("PYTHONPATH")])
-    run_all(
-        python, [OLDEST_TESTS.split()], environment=environment | {"PYTHONPATH": os.pathsep.join(searched)}
-    )
+    return environment | {"PYTHONPATH": os.pathsep.join(searched)}
+
+
+def oldest(python: Path, environment: dict[str, str]) -> None:
+    """Test with the oldest supported libraries."""
+    run_all(python, [OLDEST_TESTS.split()], environment=with_oldest(python, environment))
 
 
 def test(python: Path, environment: dict[str, str]) -> None:
-    """Check format, lint and types, build the site, test with the oldest libraries (not where an own
-    interpreter is used, for which nothing is installed), then run the tests; pytest's summary is the last
-    thing printed.
+    """Check format and lint; check types, build the site and test with the oldest libraries (not where an own
+    interpreter is used, for which nothing is installed), side by side, as each leaves a core idle; then run
+    the tests. pytest's summary is the last thing printed.
     """
     environment.pop("OMP_NUM_THREADS", None)
     environment |= QUIET_SITE
-    *checks, tests = (command.split() for command in CHECKS)
-    run_all(python, checks, environment=environment)
+    run_all(python, [command.split() for command in STYLE], environment=environment)
+    checks = [(command.split(), environment) for command in ("mypy", SITE)]
     if "TFMQ_PYTHON" not in environment:
-        oldest(python, environment)
-    run_all(python, [tests], environment=environment)
+        checks.append((OLDEST_TESTS.split(), with_oldest(python, environment)))
+    run_side_by_side(python, checks)
+    run_all(python, [TESTS.split()], environment=environment)
 
 
 def lock(python: Path, environment: dict[str, str]) -> None:

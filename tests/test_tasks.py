@@ -263,6 +263,19 @@ def test_the_first_failing_step_ends_the_run(tasks: ModuleType, capfd: pytest.Ca
     assert "Beautiful" not in capfd.readouterr().out
 
 
+def test_steps_side_by_side_are_shown_in_their_order(
+    tasks: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = [(["json.tool", "absent.json"], {}), (["this"], {})]
+    tasks.run_side_by_side(Path(sys.executable), steps[1:])
+    assert "Beautiful" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        tasks.run_side_by_side(Path(sys.executable), steps)
+    shown = capfd.readouterr().out
+    assert stopped.value.code not in (0, None)
+    assert "$ json.tool absent.json" in shown and "absent.json'" in shown and "Beautiful" not in shown
+
+
 def test_an_own_interpreter_is_used_as_it_is(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(set())
     monkeypatch.setattr(tasks.subprocess, "run", calls)
