@@ -133,6 +133,7 @@ def dit() -> Sampler:
 
 
 TRAINED = """\
+import sys
 
 import tfmq
 

@@ -3,6 +3,7 @@ where they were.
 """
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,3 +177,30 @@ def test_the_bar_is_decided_first(solvers: ModuleType) -> None:
         assert order.index(f"{model}-nearest-{rest[-1]}") <= order.index(name), (
             "what others build on comes before them"
         )
+
+
+LOADED = """
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+def load_unet():
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return UNet2DModel(sample_size=64, block_out_channels=(32,), layers_per_block=1, **blocks)
+
+def scheduler():
+    return DDIMScheduler(num_train_timesteps=300)
+"""
+
+
+def test_the_model_of_a_folder_is_opened(
+    solvers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "load.py").write_text(LOADED)
+    # The file that opens it puts its folder first, and imports it by a name that others may have.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        sampler = solvers.ddpm64(tmp_path)
+    finally:
+        sys.modules.pop("load", None)
+    assert sampler.shape == (3, 64, 64) and sampler.scheduler.config.timestep_spacing == "leading"
+    assert sampler.scheduler.config.num_train_timesteps == 300
