@@ -1,6 +1,7 @@
 """Memory that goes back to the system, and what was in it."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tfmq.allocator import page_out
+from tfmq.allocator import page_out, paging_out
 
 
 def resident(tensor: Tensor) -> int:
@@ -35,6 +36,24 @@ def test_a_mapped_tensor_leaves_memory_and_is_read_again(tmp_path: Path) -> None
     if before < 4096:
         pytest.skip("this release of safetensors does not map files")
     assert resident(mapped) < before / 2
+    assert torch.equal(mapped, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
+def test_a_mapped_tensor_leaves_memory_while_it_is_read(tmp_path: Path) -> None:
+    expected = torch.randint(0, 255, (2**22,)).to(torch.uint8)
+    save_file({"codes": expected}, tmp_path / "codes.safetensors")
+    mapped = load_file(tmp_path / "codes.safetensors")["codes"]
+    assert torch.equal(mapped, expected)
+    before, least = resident(mapped), sys.maxsize
+    if before < 4096:
+        pytest.skip("this release of safetensors does not map files")
+    with paging_out(mapped):
+        end = time.monotonic() + 60
+        while least > before / 2 and time.monotonic() < end:
+            least = min(least, resident(mapped))
+        assert torch.equal(mapped, expected)
+    assert least <= before / 2 and resident(mapped) < before / 2
     assert torch.equal(mapped, expected)
 
 

@@ -5,6 +5,9 @@ system is another, nothing happens.
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +18,8 @@ RETURNED = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Linux 5.4 and later know this advice. Unlike its relatives it never loses what was written.
 MADV_PAGEOUT = 21
+# Seconds between two times of letting go. A file is read at about a gigabyte a second.
+PAUSE = 0.02
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -48,3 +53,24 @@ def page_out(tensor: Tensor) -> None:
     size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - begin
     if tensor.device.type == "cpu" and size > 0:
         _call("madvise", ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_PAGEOUT)
+
+
+@contextmanager
+def paging_out(tensor: Tensor) -> Iterator[None]:
+    """Let go of a tensor's memory again and again while the block, which reads it from end to end, makes
+    something else of it: both in memory would be the most that a process holds.
+    """
+    done = Event()
+
+    def let_go() -> None:
+        while not done.wait(PAUSE):
+            page_out(tensor)
+
+    thread = Thread(target=let_go, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        page_out(tensor)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tfmq.allocator import page_out
+from tfmq.allocator import paging_out
 from tfmq.storage.atomic import atomic_write
 from tfmq.storage.errors import CheckpointError
 
@@ -43,9 +43,9 @@ def read_compiled(core: Any, path: Path, device: str, settings: Mapping[str, Any
         size = int(content[-SIZE.itemsize :].view(SIZE)[0])
         if size == len(content) - SIZE.itemsize:
             tensor = ov.Tensor(content[:size], shared_memory=True)
-            model = core.import_model(tensor, device, dict(settings))
-            # The plug-in has weights in a layout of its own by now. What it reads again comes from the file.
-            page_out(torch.from_numpy(content))
+            # The plug-in gives weights a layout of its own. What it reads again later comes from the file.
+            with paging_out(torch.from_numpy(content)):
+                model = core.import_model(tensor, device, dict(settings))
             return model, (mapped, tensor)
     return None
 
