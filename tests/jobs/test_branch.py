@@ -31,8 +31,8 @@ from tfmq.storage.errors import CheckpointError, ForeignFileError
 
 Make = Callable[..., LoopSampler]
 Given = Callable[[LoopSampler], Inputs]
-# Convolutions, a transposed one, tokens; both kinds of branches.
-MODELS = {"plain_rgb": "int8", "upsampler": "float16", "dit": "int8"}
+# Convolutions, a transposed one, tokens, both; every kind of branches.
+MODELS = {"plain_rgb": "int8", "upsampler": "float16", "dit": "int8", "conditional": "int8_weight_only"}
 CALIBRATION = Calibration(samples=2, steps=3, interval=1, batch_size=2, judged=0.0)
 
 

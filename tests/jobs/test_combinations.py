@@ -59,7 +59,9 @@ def recipe_of(draw: random.Random) -> Recipe:
             zero_points=draw.choice(("per_step", "products", "shared")),
         ),
         rescaling=Rescaling(equalizers=some(draw, [*EQUALIZERS]), rotation=draw.choice((0, 4, 16))),
-        branch=Branch(splitters=some(draw, [*SPLITTERS]), dtype=draw.choice(("float16", "int8"))),
+        branch=Branch(
+            splitters=some(draw, [*SPLITTERS]), dtype=draw.choice(("float16", "int8", "int8_weight_only"))
+        ),
         correction=Correction(estimators=some(draw, [*ESTIMATORS])),
         tuning=Tuning(iterations=draw.choice((0, 3)), batch_size=2),
     )

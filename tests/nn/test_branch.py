@@ -76,7 +76,7 @@ def kernels(packed: PackedLayer) -> list[object]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int8_weight_only"])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compute_the_branch_with_the_weight(name: str, dtype: BranchType) -> None:
     """With codes of its own the branch has rows behind those of the weight, else it stands beside."""

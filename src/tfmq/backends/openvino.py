@@ -27,7 +27,7 @@ from tfmq.nn.packed_layer import PackedLayer
 from tfmq.nn.plan import packed_layers
 
 # Part of the cache key. Raise it when converted models change, so that no older one is read.
-CONVERSION = "8"
+CONVERSION = "9"
 ASYMMETRIC = "its integer weights do not fit into eight signed bits (an asymmetric 8-bit grid)"
 
 GROUPED = "it is a grouped transposed convolution, whose weight has no axis for its scales"

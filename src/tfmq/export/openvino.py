@@ -47,6 +47,9 @@ def convert(graph: Graph, call: Call, *, fixed: bool = False) -> ov.Model:
         # Drop other names: an input that is read instead of a part of a concatenation has the part's names
         # too.
         port.set_names(port.get_names() & set(graph.names))
+    # What is not in integers here is not to be made so by the plug-in, which would quantize what a weight of
+    # bytes alone is multiplied with.
+    model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     return model
 
 

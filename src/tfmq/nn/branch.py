@@ -14,8 +14,8 @@ from tfmq.numerics.segments import scales
 from tfmq.quantizers.part import Part
 from tfmq.quantizers.weight import WeightGrid, fit_grid
 
-BranchType = Literal["float16", "bfloat16", "float32", "int8"]
-BRANCH_TYPES: tuple[BranchType, ...] = ("float16", "bfloat16", "float32", "int8")
+BranchType = Literal["float16", "bfloat16", "float32", "int8", "int8_weight_only"]
+BRANCH_TYPES: tuple[BranchType, ...] = ("float16", "bfloat16", "float32", "int8", "int8_weight_only")
 BYTE = IntegerFormat(8, symmetric=True)
 
 
@@ -25,7 +25,8 @@ class SideBranch(Part):
     `down` are rows `[groups * rank, C_in / groups, ...]` of the layer's own operation, `up` `[C_out, rank]`
     is a product at each place. In floating point, `x` is the layer's input before its quantizer. With `int8`
     both factors are integers with a scale for each row, and `x` is the quantized input: the rows of `down`
-    are computed together with those of the weight, by the same codes and kernels.
+    are computed together with those of the weight, by the same codes and kernels. With `int8_weight_only`
+    they are stored so, and computed in floating point.
     """
 
     down: Tensor
@@ -43,17 +44,24 @@ class SideBranch(Part):
         segments: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.operation, self.rank, self.dtype, self.segments = operation, rank, dtype, tuple(segments)
-        rows, stored = operation.groups * rank, getattr(torch, dtype)
+        self.operation, self.rank, self.dtype = operation, rank, dtype
+        # Codes of a segment of the input have a grid of their own, which rows that read them follow.
+        self.segments = tuple(segments) if self.shared else ()
+        rows, stored = operation.groups * rank, torch.int8 if self.integer else getattr(torch, dtype)
         self.register_buffer("down", torch.zeros(rows, *shape[1:], dtype=stored))
         self.register_buffer("up", torch.zeros(shape[0], rank, dtype=stored))
-        if self.shared:
-            self.register_buffer("down_scale", torch.ones(rows, scales(segments)))
+        if self.integer:
+            self.register_buffer("down_scale", torch.ones(rows, scales(self.segments)))
             self.register_buffer("up_scale", torch.ones(shape[0], 1))
         once = (1,) * (len(shape) - 2)
         self.mixing: Operation = (
             Linear() if operation.by_token else Convolution(once, (0,) * len(once), once, operation.groups)
         )
+
+    @property
+    def integer(self) -> bool:
+        """Whether the factors are stored as integers with a scale for each row."""
+        return self.dtype in ("int8", "int8_weight_only")
 
     @property
     def shared(self) -> bool:
@@ -68,7 +76,7 @@ class SideBranch(Part):
 
     def _store(self, name: str, values: Tensor, segments: tuple[int, ...]) -> None:
         buffer: Tensor = getattr(self, name)
-        if self.shared:
+        if self.integer:
             grid = fit_grid(values, BYTE, segments=segments, method="min_max")
             values = grid.integers(grid.encode(values.float()))
             getattr(self, f"{name}_scale").copy_(grid.scale)
@@ -84,7 +92,7 @@ class SideBranch(Part):
 
     def _values(self, name: str, segments: tuple[int, ...]) -> Tensor:
         values: Tensor = getattr(self, name).float()
-        if not self.shared:
+        if not self.integer:
             return values
         scale: Tensor = getattr(self, f"{name}_scale")
         return values * WeightGrid(BYTE, scale, scale, segments).steps(values.ndim)

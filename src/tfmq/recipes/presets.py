@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+from tfmq.nn.branch import BranchType
 from tfmq.recipes.paper import PAPER, PROTOCOLS
 from tfmq.recipes.recipe import Activations, Branch, Recipe, Rescaling, Rule, Temporal, Weights
 from tfmq.reconstruction.learning import Learning
@@ -182,13 +183,16 @@ def svd(recipe: Recipe) -> Recipe:
 
 def cluster(recipe: Recipe) -> Recipe:
     """The recipe with branches, whose layers may have inputs in up to four clusters of channels with a grid
-    each (DGQ, Ryu et al., 2025): for inputs of four bits.
+    each (DGQ, Ryu et al., 2025): for inputs of four bits. Factors in floating point become bytes, which
+    halves them.
     """
     branched = svd(recipe)
+    stored: BranchType = "int8" if branched.branch.dtype == "int8" else "int8_weight_only"
     return replace(
         branched,
         name=recipe.name.replace("tfmq", "cluster"),
         activations=replace(branched.activations, clusters=4),
+        branch=replace(branched.branch, dtype=stored),
     )
 
 

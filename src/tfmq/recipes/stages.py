@@ -141,7 +141,8 @@ class Branch:
     Attributes:
         splitters: propose factors: `weighted`, `plain`, `alternating`; with none no layer has a branch.
         dtype: dtype of both factors. In floating point they read the input before its quantizer; `int8` ones
-            read its codes, as the weight does, for inputs of 8 bits.
+            read its codes, as the weight does, for inputs of 8 bits; `int8_weight_only` ones are stored as
+            bytes and read what those in floating point do.
     """
 
     splitters: tuple[str, ...] = ("weighted", "plain")

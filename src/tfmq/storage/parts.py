@@ -29,7 +29,15 @@ LAYER = frozenset(
         *("rescaled", "rotated", "ordered", "branch"),
     }
 )
-BRANCH, FACTORS = frozenset({"rank", "dtype"}), ("float16", "bfloat16", "float32", "int8")
+BRANCH = frozenset({"rank", "dtype"})
+# What a factor of a branch is stored as, and the dtypes of tensors that are.
+FACTORS = {
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float32": "float32",
+    "int8": "int8",
+    "int8_weight_only": "int8",
+}
 KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
 
@@ -250,7 +258,7 @@ def _branch(group: Fields) -> Branch | None:
         raise group.refuse("branch", "absent from an embedding, which multiplies nothing")
     branch = group.part("branch")
     branch.only(BRANCH)
-    return Branch(branch.integer("rank", 1, MOST_RANK), branch.choice("dtype", FACTORS))
+    return Branch(branch.integer("rank", 1, MOST_RANK), branch.choice("dtype", tuple(FACTORS)))
 
 
 def _values(group: Fields) -> tuple[int, ...]:
