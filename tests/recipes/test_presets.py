@@ -59,7 +59,8 @@ def test_the_svd_schemes_are_smooth_ones_with_a_branch() -> None:
     clustered = scheme("cluster_w4a4")
     four = scheme("svd_w4a4")
     assert clustered.activations == replace(four.activations, clusters=4)
-    assert replace(clustered, name=four.name, activations=four.activations) == four
+    assert clustered.branch == replace(four.branch, dtype="int8_weight_only")
+    assert replace(clustered, name=four.name, activations=four.activations, branch=four.branch) == four
     assert (four.weights.bits, four.activations.bits, four.branch.dtype) == (4, 4, "float16")
     assert not four.activations.products and four.temporal == recipe.temporal
 
