@@ -25,29 +25,31 @@ def resident(tensor: Tensor) -> int:
     return 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
-def test_a_mapped_tensor_leaves_memory_and_is_read_again(tmp_path: Path) -> None:
+@pytest.fixture
+def read(tmp_path: Path) -> tuple[Tensor, Tensor]:
+    """Return a tensor that its file is mapped for, all of it in memory, and a copy of what it holds."""
+    if sys.platform != "linux":
+        pytest.skip("other systems are not asked")
     expected = torch.randint(0, 255, (2**22,)).to(torch.uint8)
     save_file({"codes": expected}, tmp_path / "codes.safetensors")
     mapped = load_file(tmp_path / "codes.safetensors")["codes"]
     assert torch.equal(mapped, expected)
+    if resident(mapped) < 4096:
+        pytest.skip("this release of safetensors does not map files")
+    return mapped, expected
+
+
+def test_a_mapped_tensor_leaves_memory_and_is_read_again(read: tuple[Tensor, Tensor]) -> None:
+    mapped, expected = read
     before = resident(mapped)
     page_out(mapped)
-    if before < 4096:
-        pytest.skip("this release of safetensors does not map files")
     assert resident(mapped) < before / 2
     assert torch.equal(mapped, expected)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems are not asked")
-def test_a_mapped_tensor_leaves_memory_while_it_is_read(tmp_path: Path) -> None:
-    expected = torch.randint(0, 255, (2**22,)).to(torch.uint8)
-    save_file({"codes": expected}, tmp_path / "codes.safetensors")
-    mapped = load_file(tmp_path / "codes.safetensors")["codes"]
-    assert torch.equal(mapped, expected)
+def test_a_mapped_tensor_leaves_memory_while_it_is_read(read: tuple[Tensor, Tensor]) -> None:
+    mapped, expected = read
     before, least = resident(mapped), sys.maxsize
-    if before < 4096:
-        pytest.skip("this release of safetensors does not map files")
     with paging_out(mapped):
         end = time.monotonic() + 60
         while least > before / 2 and time.monotonic() < end:

@@ -14,7 +14,7 @@ from tfmq.numerics.packing import packed_shape, unpack_unsigned
 from tfmq.numerics.segments import scales
 
 from .errors import TensorMismatchError
-from .parts import FACTORS, Branch, Correction, Input, Layer, Structure, Table
+from .parts import Branch, Correction, Input, Layer, Structure, Table
 
 __all__ = ["check_parts"]
 
@@ -152,7 +152,8 @@ class _Parts:
 
     def branch(self, name: str, layer: Layer, branch: Branch, packed: tuple[int, ...]) -> None:
         """Check the factors beside a layer, whose packed codes have the shape `packed`."""
-        up, down = (self.factor(f"{name}.branch.{part}", FACTORS[branch.dtype]) for part in ("up", "down"))
+        stored = branch.dtype.removesuffix("_weight_only")
+        up, down = (self.factor(f"{name}.branch.{part}", stored) for part in ("up", "down"))
         rows, kernel = len(down), tuple(down.shape[1:])
         if tuple(up.shape) != (packed[0], branch.rank):
             raise self.wrong(f"{name}.branch.up", f"has not {packed[0]} rows of {branch.rank} values")
@@ -160,7 +161,7 @@ class _Parts:
             raise self.wrong(f"{name}.branch.down", f"has not {branch.rank} rows for each group of channels")
         if packed_shape((packed[0], *kernel), bits=layer.bits) != packed:
             raise self.wrong(f"{name}.branch.down", "has other rows than the codes of the layer")
-        if FACTORS[branch.dtype] == "int8":
+        if stored == "int8":
             segments = scales(layer.segments) if branch.dtype == "int8" else 1
             for part, shape in (("down", (rows, segments)), ("up", (packed[0], 1))):
                 scale = self.take(f"{name}.branch.{part}_scale", shape, integer=False)

@@ -30,14 +30,7 @@ LAYER = frozenset(
     }
 )
 BRANCH = frozenset({"rank", "dtype"})
-# What a factor of a branch is stored as, and the dtypes of tensors that are.
-FACTORS = {
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float32": "float32",
-    "int8": "int8",
-    "int8_weight_only": "int8",
-}
+FACTORS = ("float16", "bfloat16", "float32", "int8", "int8_weight_only")
 KNOWN = frozenset({"steps", "timestep", "networks", "layers", "products", "tables", "skipped", "corrections"})
 
 
@@ -66,7 +59,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Branch:
-    """Two factors beside a layer: their rank, and the dtype that both are stored in."""
+    """Two factors beside a layer: their rank, and their dtype, which may be `int8_weight_only`."""
 
     rank: int
     dtype: str
@@ -258,7 +251,7 @@ def _branch(group: Fields) -> Branch | None:
         raise group.refuse("branch", "absent from an embedding, which multiplies nothing")
     branch = group.part("branch")
     branch.only(BRANCH)
-    return Branch(branch.integer("rank", 1, MOST_RANK), branch.choice("dtype", tuple(FACTORS)))
+    return Branch(branch.integer("rank", 1, MOST_RANK), branch.choice("dtype", FACTORS))
 
 
 def _values(group: Fields) -> tuple[int, ...]:
